@@ -1,0 +1,83 @@
+"""Every model that leaves GRPO training is ready for inference.
+
+    from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback
+
+    trainer = GRPOTrainer(..., callbacks=[KVCacheCallback(), ExportCallback("out/export"), LatencyCallback()])
+    trainer.train()
+
+The names below are imported when they are first used, so `import grpo_toolkit` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo_toolkit.cache import inference_ready
+    from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback
+    from grpo_toolkit.errors import (
+        CheckpointError,
+        GrpoToolkitError,
+        InputError,
+        OutputExistsError,
+        UnsupportedError,
+        VerificationError,
+        WorkerError,
+    )
+    from grpo_toolkit.export import ExportResult, export_model
+    from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.measure import LatencyRow, measure_latency
+    from grpo_toolkit.verify import VerificationResult, verify_export
+
+_MODULES = {
+    "CheckpointError": "errors",
+    "ExportCallback": "callbacks",
+    "ExportResult": "export",
+    "GrpoToolkitError": "errors",
+    "InputError": "errors",
+    "KVCacheCallback": "callbacks",
+    "LatencyCallback": "callbacks",
+    "LatencyRow": "latency.measure",
+    "OutputExistsError": "errors",
+    "Request": "inference",
+    "UnsupportedError": "errors",
+    "VerificationError": "errors",
+    "VerificationResult": "verify",
+    "WorkerError": "errors",
+    "export_model": "export",
+    "inference_ready": "cache",
+    "measure_latency": "latency.measure",
+    "verify_export": "verify",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ExportCallback",
+    "ExportResult",
+    "GrpoToolkitError",
+    "InputError",
+    "KVCacheCallback",
+    "LatencyCallback",
+    "LatencyRow",
+    "OutputExistsError",
+    "Request",
+    "UnsupportedError",
+    "VerificationError",
+    "VerificationResult",
+    "WorkerError",
+    "export_model",
+    "inference_ready",
+    "measure_latency",
+    "verify_export",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'grpo_toolkit' has no attribute {name!r}")
+    return getattr(import_module(f"grpo_toolkit.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

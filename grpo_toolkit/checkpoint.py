@@ -1,0 +1,337 @@
+"""A saved model folder as data: its JSON files, its safetensors headers, what kind of folder it is.
+
+Standard library only, and nothing here reads a weight: a safetensors file begins with eight bytes of length and a
+JSON header (https://github.com/huggingface/safetensors#format), which says every tensor's name, dtype and shape.
+Folders come from strangers, so sizes are bounded, names may not leave the folder, and no pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import shutil
+import struct
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+JsonObject = dict[str, Any]
+
+CONFIG: Final = "config.json"
+GENERATION_CONFIG: Final = "generation_config.json"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+MANIFEST: Final = "grpo_toolkit.json"
+WEIGHTS: Final = "model.safetensors"
+WEIGHTS_INDEX: Final = "model.safetensors.index.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+
+MAX_JSON_BYTES: Final = 64 * 2**20
+MAX_HEADER_BYTES: Final = 16 * 2**20
+
+
+class Absent(enum.Enum):
+    """The type of `ABSENT`: a key that is not there, which is neither null nor false."""
+
+    ABSENT = "absent"
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT: Final = Absent.ABSENT
+
+
+class Kind(enum.Enum):
+    """What a folder holds."""
+
+    MODEL = "model"
+    ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """One tensor as its header describes it.
+
+    `dtype` is safetensors' name ("BF16", "F32"), `shape` in elements, `file` the shard's name in the folder.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that holds a model or an adapter. Make one with `open_checkpoint`."""
+
+    path: Path
+    kind: Kind
+
+    def json(self, name: str) -> JsonObject | Absent:
+        """The JSON object in the file `name`, or `ABSENT` where there is no such file."""
+        path = self.path / name
+        return read_json(path) if path.is_file() else ABSENT
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that hold the weights, in name order; empty where there are none."""
+        single = self.path / (ADAPTER_WEIGHTS if self.kind is Kind.ADAPTER else WEIGHTS)
+        if single.is_file():
+            return [single]
+        index_path = self.path / WEIGHTS_INDEX
+        if not index_path.is_file():
+            return []
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index_path}: `weight_map` is not an object; the folder cannot be loaded")
+        return [self._shard(name, index_path) for name in sorted(set(weight_map.values()), key=str)]
+
+    def _shard(self, name: object, index_path: Path) -> Path:
+        if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+            raise CheckpointError(f"{index_path}: shard name {name!r} is not a plain file name in this folder")
+        path = self.path / name
+        if not path.is_file():
+            raise CheckpointError(f"{index_path}: names the shard {name}, which is not in the folder")
+        return path
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every stored tensor by name, read from the headers alone."""
+        found: dict[str, TensorInfo] = {}
+        for file in self.weight_files():
+            found.update(read_safetensors_header(file))
+        return found
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Recognise a checkpoint folder.
+
+    Raises:
+        CheckpointError: the path is not a folder, or holds neither `config.json` nor `adapter_config.json`.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder; expected one with {CONFIG} or {ADAPTER_CONFIG}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Checkpoint(folder, Kind.ADAPTER)
+    if (folder / CONFIG).is_file():
+        return Checkpoint(folder, Kind.MODEL)
+    nested = sorted(child.name for child in folder.glob("checkpoint-*") if child.is_dir())
+    hint = f"; did you mean {folder / nested[-1]}?" if nested else ""
+    raise CheckpointError(f"{folder}: no {CONFIG} and no {ADAPTER_CONFIG}, so this is no checkpoint{hint}")
+
+
+def read_json(path: Path) -> JsonObject:
+    """Read one JSON object, bounded in size.
+
+    Raises:
+        CheckpointError: unreadable, larger than 64 MiB, not JSON, or not an object.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(raw) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which no model's JSON is")
+    try:
+        data = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors that a safetensors file says it holds.
+
+    Raises:
+        CheckpointError: truncated, a header over 16 MiB or longer than the file, or not in the format.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{path}: header of {length} bytes does not fit in a file of {size} bytes")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        tensors = {
+            name: TensorInfo(dtype=str(info["dtype"]), shape=tuple(map(int, info["shape"])), file=path.name)
+            for name, info in header.items()
+            if name != "__metadata__"
+        }
+        end = max((int(info["data_offsets"][1]) for n, info in header.items() if n != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError) as error:
+        raise CheckpointError(f"{path}: damaged safetensors header ({error!r})") from error
+    if 8 + length + end > size:
+        raise CheckpointError(f"{path}: {size} bytes, but its header promises {8 + length + end}; it is cut off")
+    return tensors
+
+
+def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path | None:
+    """The local folder behind a model's name: the path itself, or its snapshot in the Hub cache. Never downloads."""
+    if not name_or_path:
+        return None
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder if (folder / CONFIG).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name_or_path, CONFIG, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def dump_json(data: Mapping[str, Any]) -> str:
+    """JSON text as the field's libraries write it: two spaces, no escaped letters, a final newline."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old file or the new one, never half of either."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(file.fileno(), _umask_mode())
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def check_output(output_dir: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that cannot or must not be written, before anything is done.
+
+    Raises:
+        OutputExistsError: it exists, and is not an export of ours or `overwrite` is False.
+        InputError: its parent cannot be written.
+    """
+    target = output_dir.absolute()
+    # os.path.exists, unlike Path.exists before Python 3.14, also answers where a parent may not be entered.
+    existing = next(folder for folder in (target, *target.parents) if os.path.exists(folder))  # noqa: PTH110
+    if not existing.is_dir():
+        raise OutputExistsError(f"{output_dir}: {existing} is a file, so no folder can be made there; name another")
+    writable = target.parent if existing == target else existing
+    if not os.access(writable, os.W_OK | os.X_OK):
+        raise InputError(f"{output_dir}: no permission to write in {writable}; choose another folder or mend its mode")
+    if existing == target and any(target.iterdir()):
+        if not (output_dir / MANIFEST).is_file():
+            raise OutputExistsError(
+                f"{output_dir}: exists and is not an export of ours (no {MANIFEST} in it); "
+                "name another folder or move this one away"
+            )
+        if not overwrite:
+            raise OutputExistsError(
+                f"{output_dir}: an export is there already; pass overwrite=True (--overwrite) to replace it"
+            )
+
+
+@contextmanager
+def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Fill a folder beside `output_dir`, then rename it into place; on an exception nothing of it is left.
+
+    The staging folder's name starts with a dot and ends with the owner's pid, so it never matches the
+    `checkpoint-*` glob that trainers rotate. Every file is flushed to disk before the rename.
+    """
+    check_output(output_dir, overwrite=overwrite)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output_dir.name}.staging-"
+    _sweep(output_dir.parent, prefix)
+    staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=f"-{os.getpid()}", dir=output_dir.parent))
+    try:
+        yield staging
+        _finish_files(staging)
+        check_output(output_dir, overwrite=overwrite)
+        _replace_folder(staging, output_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_folder(staging: Path, output_dir: Path) -> None:
+    previous = None
+    if output_dir.exists():
+        previous = staging.with_name(staging.name.replace(".staging-", ".previous-"))
+        output_dir.rename(previous)
+    try:
+        staging.rename(output_dir)
+    except OSError:
+        if previous is not None:
+            previous.rename(output_dir)
+        raise
+    _sync_folder(output_dir.parent)
+    if previous is not None:
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove staging folders whose owner is dead."""
+    for leftover in parent.glob(f"{prefix}*"):
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _finish_files(folder: Path) -> None:
+    """Give every file the mode of the umask (safetensors >= 0.8 writes 0600) and flush it to disk."""
+    mode = _umask_mode()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            path.chmod(mode | 0o111 & ~_umask())
+    folder.chmod(0o777 & ~_umask())
+    _sync_folder(folder)
+
+
+def _umask() -> int:
+    # os.umask can only be read by setting it. /proc gives it without the race, where there is one.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+def _umask_mode() -> int:
+    return 0o666 & ~_umask()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,201 @@
+"""`grpo-toolkit`: thin commands over the library.
+
+Standard output is data, standard error is talk. Exit codes: 0 clean, 1 a check or gate was missed, 2 wrong use or
+unreadable input. Only the standard library is imported at start, so that help and file-reading commands answer at
+once; argparse rather than a prettier library for the same reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.errors import GrpoToolkitError, InputError, VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_FINDINGS = 1
+EXIT_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    if getattr(arguments, "run", None) is None:
+        build_parser().print_help(sys.stderr)
+        return EXIT_INPUT
+    try:
+        return int(arguments.run(arguments))
+    except VerificationError as error:
+        return _fail(error, EXIT_FINDINGS)
+    except GrpoToolkitError as error:
+        return _fail(error, EXIT_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing half-written is left", 130)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="grpo-toolkit", description="Make models that leave GRPO training ready for inference."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    export = commands.add_parser("export", help="publish a trained folder for inference: merged, verified, portable")
+    export.add_argument("source", type=Path, help="a full checkpoint or a LoRA adapter")
+    export.add_argument("output", type=Path, help="the folder to publish")
+    export.add_argument("--base", help="folder or Hub name of the base model whose files are carried")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
+    export.set_defaults(run=_export)
+
+    verify = commands.add_parser("verify", help="reload an export in a fresh process and check it")
+    verify.add_argument("export", type=Path, help="the exported folder")
+    verify.add_argument("--reference", type=Path, help="a model folder that must give the same greedy tokens")
+    verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="time models side by side, taking turns")
+    bench.add_argument("models", nargs="+", metavar="[NAME=]FOLDER", help="model or adapter folders")
+    bench.add_argument("--new-tokens", type=int, default=64, help="tokens per request (default 64)")
+    bench.add_argument("--rounds", type=int, default=6, help="measured requests per model (default 6)")
+    bench.add_argument("--image", type=Path, help="an image to ask about")
+    bench.add_argument("--prompt", default="Describe what you see, step by step.", help="what to ask")
+    bench.add_argument("--no-cache", action="store_true", help="also time every model with its KV cache off")
+    bench.set_defaults(run=_bench)
+
+    env = commands.add_parser("env", help="versions and hardware, for a bug report")
+    env.set_defaults(run=_env)
+
+    for command in (export, verify, bench, env):
+        command.add_argument("--json", action="store_true", help="one JSON object on standard output")
+        if command is not env:
+            command.add_argument("--device", default="cpu", help='"cpu", "cuda", "cuda:1", ... (default cpu)')
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.checkpoint import check_output, open_checkpoint
+    from grpo_toolkit.export import export_model, manifest_of
+
+    check_output(arguments.output, overwrite=arguments.overwrite)
+    open_checkpoint(arguments.source)
+    _quiet_libraries()
+    result = export_model(
+        arguments.source,
+        arguments.output,
+        base=arguments.base,
+        overwrite=arguments.overwrite,
+        verify=not arguments.no_verify,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps({"path": str(result.path), "seconds": result.seconds, **manifest_of(result.path)}))
+    else:
+        from grpo_toolkit.tracking.console import export_table, say
+
+        say(export_table(result))
+        print(result.path)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.checkpoint import open_checkpoint
+    from grpo_toolkit.verify import reference_records, verify_export
+
+    open_checkpoint(arguments.export)
+    _quiet_libraries()
+    requests: list[Any] = []
+    expected: list[Any] = []
+    if arguments.reference is not None:
+        requests, expected = reference_records(arguments.reference, device=arguments.device)
+    result = verify_export(arguments.export, requests=requests, expected=expected, device=arguments.device)
+    if arguments.json:
+        print(json.dumps({"path": str(arguments.export), **result.to_json()}))
+    else:
+        for check in result.checks:
+            print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
+    return 0 if result.passed else EXIT_FINDINGS
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.checkpoint import open_checkpoint
+    from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.measure import Arm, measure_latency
+
+    arms = []
+    for item in arguments.models:
+        name, path = _named_folder(item)
+        open_checkpoint(path)
+        arms.append(Arm(name=name, path=path))
+        if arguments.no_cache:
+            arms.append(Arm(name=f"{name}_no_cache", path=path, use_cache=False))
+    if len({arm.name for arm in arms}) < len(arms):
+        raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
+    request = Request(messages=[{"role": "user", "content": arguments.prompt}], images=_read_images(arguments.image))
+    rows = measure_latency(
+        arms, [request], new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=arguments.device
+    )
+    if arguments.json:
+        print(json.dumps({"rows": [row.to_json() for row in rows]}))
+    else:
+        from rich.console import Console
+
+        from grpo_toolkit.tracking.console import latency_table
+
+        Console(width=None if sys.stdout.isatty() else 120).print(latency_table(rows))
+    return 0
+
+
+def _named_folder(item: str) -> tuple[str, Path]:
+    name, equals, folder = item.partition("=")
+    if not equals or os.sep in name:
+        path = Path(item)
+        return path.resolve().name, path
+    return name, Path(folder)
+
+
+def _read_images(path: Path | None) -> list[Any]:
+    if path is None:
+        return []
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return [Image.open(path).convert("RGB")]
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"--image {path}: cannot be read as an image ({error})") from error
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from grpo_toolkit.latency.measure import environment_of
+
+    facts = environment_of("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            print(f"{name}: {value}")
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' progress bars off the terminal; their warnings and errors stay."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"grpo-toolkit: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

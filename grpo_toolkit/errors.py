@@ -1,0 +1,42 @@
+"""What can go wrong, as a tree.
+
+    GrpoToolkitError
+    ├── InputError                  wrong use or unreadable input: one line, exit code 2
+    │   ├── CheckpointError         a folder that is not the checkpoint it should be
+    │   └── OutputExistsError       an output folder that is there already and is not ours to replace
+    ├── UnsupportedError            right use, but not something this version can do; says what to do instead
+    ├── VerificationError           an export that does not say the same as the policy it came from
+    └── WorkerError                 a process that we started to load a model failed or went silent
+
+Every message names the path (and the key, where there is one), what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class GrpoToolkitError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class InputError(GrpoToolkitError):
+    """The caller's arguments or files are off; nothing was changed."""
+
+
+class CheckpointError(InputError):
+    """A folder or file is not a readable checkpoint."""
+
+
+class OutputExistsError(InputError):
+    """The output folder exists and replacing it was not asked for, or it is not an export of ours."""
+
+
+class UnsupportedError(GrpoToolkitError):
+    """The request is sound but not supported here."""
+
+
+class VerificationError(GrpoToolkitError):
+    """An export failed a check; it was not published."""
+
+
+class WorkerError(GrpoToolkitError):
+    """A worker process failed, with the end of its log."""

@@ -1,0 +1,1 @@
+"""Where results are shown: Weights & Biases, the console, pictures. The truth is on disk; these mirror it."""

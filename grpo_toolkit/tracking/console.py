@@ -1,0 +1,76 @@
+"""What a person reads in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from grpo_toolkit.export import ExportResult
+    from grpo_toolkit.latency.measure import LatencyRow, Spread
+
+
+def latency_table(rows: Sequence[LatencyRow]) -> Table:
+    """Rows as a table: medians, quartiles in brackets."""
+    from rich.table import Table
+
+    first = rows[0]
+    table = Table(
+        title=f"Latency: {first.new_tokens} new tokens after {first.prompt_tokens}, batch 1; medians over "
+        f"{first.rounds} rounds, quartiles in brackets; {first.environment['hardware']}",
+        title_justify="left",
+    )
+    table.add_column("arm", no_wrap=True)
+    for name in ("TTFT ms", "TPOT ms", "E2E ms", "tokens/s", "peak MB", "KV cache", "vision runs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.arm,
+            f"{row.ttft_s.median * 1e3:.1f}",
+            "-" if row.tpot_s is None else _with_quartiles(row.tpot_s),
+            f"{row.e2e_s.median * 1e3:.0f}",
+            f"{row.output_tokens_per_s.median:.0f}",
+            f"{row.peak_memory_bytes / 1e6:.0f}",
+            "in use" if row.is_cached else "off",
+            str(row.vision_calls),
+        )
+    return table
+
+
+def _with_quartiles(spread: Spread) -> str:
+    return f"{spread.median * 1e3:.2f} ({spread.q1 * 1e3:.2f} - {spread.q3 * 1e3:.2f})"
+
+
+def export_table(result: ExportResult) -> Table:
+    """What an export put right and what was proven about it."""
+    from rich.table import Table
+
+    table = Table(title=f"Export {result.path}", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("figure")
+    table.add_row("put right", "\n".join(map(str, result.repairs)) or "nothing: the base was clean")
+    table.add_row("changed in training", "\n".join(map(str, result.changes)) or "weights alone")
+    for check in result.verification.checks if result.verification else ():
+        table.add_row(check.name, ("ok: " if check.passed else "FAILED: ") + check.detail)
+    return table
+
+
+def wandb_hint(folder: Path, is_offline: bool) -> str:
+    """Where the W&B run lies and how to look at it."""
+    if is_offline:
+        return f"W&B run (offline): {folder}\n  look: wandb leet {folder}\n  upload: wandb sync {folder}"
+    return f"W&B run: {folder}"
+
+
+def say(*parts: object) -> None:
+    """Print to standard error (standard output is for data), wide enough for a table when it is not a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=120)
+    console.print(*parts, highlight=False)

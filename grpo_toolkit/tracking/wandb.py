@@ -1,0 +1,138 @@
+"""Latency in Weights & Biases, in the run that the trainer opened.
+
+What was learnt by trying (wandb 0.31): never pass `step=` (an older step is dropped with a warning), so every row
+carries `train/global_step`; define metrics by exact name, because overlapping globs are resolved at random; log
+scalars first and the table last, because only tables can block; a `Table` made offline is kept in a staging folder
+outside the run's folder unless `allow_offline_artifacts` is off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from grpo_toolkit.latency.measure import LatencyRow
+
+logger = logging.getLogger(__name__)
+
+STEP_METRIC: Final = "train/global_step"
+TABLE_KEY: Final = "latency/table"
+TABLE_COLUMNS: Final = (
+    "step",
+    "arm",
+    "use_cache",
+    "prompt_tokens",
+    "new_tokens",
+    "rounds",
+    "ttft_ms_p50",
+    "tpot_ms_p50",
+    "e2e_ms_p50",
+    "output_tokens_per_s_p50",
+    "peak_memory_mb",
+    "kv_cache_in_use",
+    "vision_calls",
+    "dtype",
+    "device",
+)
+
+
+def prepare_environment(output_dir: str | os.PathLike[str]) -> None:
+    """Before W&B starts: files inside `output_dir`, offline where there is no key. A variable already set wins.
+
+    Without a key and a terminal, `wandb.init` would stop and ask, or fail.
+    """
+    folder = Path(output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "data"))
+    if not _has_key():
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
+
+
+def active_run() -> Any | None:
+    """The run that is open in this process, or None. Never starts or imports W&B."""
+    module = sys.modules.get("wandb")
+    return None if module is None else module.run
+
+
+def scalars(rows: Sequence[LatencyRow]) -> dict[str, float]:
+    """`latency/<arm>/<metric>` for every arm; milliseconds and megabytes, as charts want them."""
+    values: dict[str, float] = {}
+    for row in rows:
+        prefix = f"latency/{row.arm}"
+        values[f"{prefix}/ttft_ms_p50"] = row.ttft_s.median * 1e3
+        if row.tpot_s is not None:
+            values[f"{prefix}/tpot_ms_p50"] = row.tpot_s.median * 1e3
+        values[f"{prefix}/e2e_ms_p50"] = row.e2e_s.median * 1e3
+        values[f"{prefix}/output_tokens_per_s_p50"] = row.output_tokens_per_s.median
+        values[f"{prefix}/peak_memory_mb"] = row.peak_memory_bytes / 1e6
+    return values
+
+
+def table_rows(rows: Sequence[LatencyRow], step: int) -> list[list[Any]]:
+    """One line per arm, in the order of `TABLE_COLUMNS`."""
+    return [
+        [
+            step,
+            row.arm,
+            "as in the files" if row.use_cache is None else str(row.use_cache).lower(),
+            row.prompt_tokens,
+            row.new_tokens,
+            row.rounds,
+            row.ttft_s.median * 1e3,
+            None if row.tpot_s is None else row.tpot_s.median * 1e3,
+            row.e2e_s.median * 1e3,
+            row.output_tokens_per_s.median,
+            row.peak_memory_bytes / 1e6,
+            row.is_cached,
+            row.vision_calls,
+            row.dtype,
+            row.device,
+        ]
+        for row in rows
+    ]
+
+
+def log_latency(rows: Sequence[LatencyRow], *, step: int) -> bool:
+    """Mirror rows into the open run; False where there is none or it failed (said once, training goes on)."""
+    run = active_run()
+    if run is None:
+        return False
+    import wandb
+
+    try:
+        values = scalars(rows)
+        for name in values:
+            run.define_metric(name, step_metric=STEP_METRIC)
+        run.log({**values, STEP_METRIC: step})
+        table = wandb.Table(columns=list(TABLE_COLUMNS), data=table_rows(rows, step))
+        run.log({TABLE_KEY: table, STEP_METRIC: step})
+    except Exception as error:  # a tracker must never hurt a training run, whatever it raises
+        logger.warning("W&B did not take the latency rows (%s: %s); they are on disk", type(error).__name__, error)
+        return False
+    return True
+
+
+def run_folder() -> tuple[Path, bool]:
+    """The open run's folder, and whether the run is offline and can be uploaded later.
+
+    Raises:
+        LookupError: no run is open.
+    """
+    run = active_run()
+    if run is None:
+        raise LookupError("no W&B run is open in this process")
+    return Path(run.dir).parent, bool(run.settings.mode == "offline")

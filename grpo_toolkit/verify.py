@@ -1,0 +1,209 @@
+"""Does an export say the same as the policy that was trained, and does it decode with its cache?
+
+The export is loaded from disk in a fresh process, as its user will load it, and asked the same requests as the live
+policy was. Each check is a line with its figure; one that fails keeps the export from being published.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.cache import base_model, inference_ready
+from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, TensorInfo, open_checkpoint
+from grpo_toolkit.defaults import capture_defaults
+from grpo_toolkit.errors import CheckpointError
+from grpo_toolkit.inference import Record, Request, generate
+from grpo_toolkit.worker import Worker
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+TIE_MARGINS: Final = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+"""Logit margin under which rounding may pick either of two tokens, by dtype.
+
+Logits of a language model lie within about +-32, where neighbouring bfloat16 values are 0.125 apart and float16 ones
+0.016; twice to three times that spacing covers two roundings. float32 leaves room for another order of summation.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was verified: what, whether it held, and the figure that shows it."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationResult:
+    """Every check of one export, in the order in which they were made."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def verify_export(
+    export: str | os.PathLike[str],
+    *,
+    requests: Sequence[Request] = (),
+    expected: Sequence[Record] = (),
+    base: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+) -> VerificationResult:
+    """Check an exported folder.
+
+    Args:
+        export: the folder, loaded in a fresh process.
+        requests: what to ask it; a text-only request is made up where there are none.
+        expected: the records of the trained policy on the same requests (`policy_records`); without them the tokens
+            are compared between cached and uncached decoding only.
+        base: the base's folder, to compare tensor names, shapes and dtypes with.
+        device: where the fresh process puts the model.
+        attn_implementation: the attention that the policy used, so that like is compared with like.
+
+    Raises:
+        CheckpointError: the folder cannot be read at all.
+        WorkerError: it cannot be loaded.
+    """
+    checkpoint = open_checkpoint(export)
+    checks = [_check_files(checkpoint)]
+    if base is not None:
+        checks.append(_check_tensors(checkpoint, open_checkpoint(base)))
+    requests = requests or [plain_request()]
+    with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
+        report = worker.report
+        checks.append(
+            Check(
+                name="loads whole",
+                passed=report.is_clean,
+                detail=f"{report.parameters:,} parameters in {report.dtype}; missing {report.missing or 'none'}, "
+                f"unexpected {report.unexpected or 'none'}, mismatched {report.mismatched or 'none'}",
+            )
+        )
+        if not report.is_clean:
+            return VerificationResult(checks=tuple(checks))
+        records = [worker.generate(request) for request in requests]
+        if expected:
+            checks.append(_check_tokens(expected, records, TIE_MARGINS.get(report.dtype, 1e-3)))
+        checks.append(_check_cache(records))
+    return VerificationResult(checks=tuple(checks))
+
+
+def policy_records(
+    model: torch.nn.Module, processor: Any, requests: Sequence[Request], *, dtype: torch.dtype | None = None
+) -> list[Record]:
+    """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`."""
+    with inference_ready(model), _parameters_as(model, dtype):
+        return [generate(model, processor, request) for request in requests]
+
+
+def reference_records(reference: str | os.PathLike[str], *, device: str = "cpu") -> tuple[list[Request], list[Record]]:
+    """What a model folder answers to the made-up requests, in a process of its own: requests and records."""
+    requests = [replace(plain_request(), with_margins=True)]
+    with Worker(open_checkpoint(reference).path, device=device) as worker:
+        return requests, [worker.generate(request) for request in requests]
+
+
+def plain_request() -> Request:
+    """A request that any language model can answer."""
+    return Request(messages=[{"role": "user", "content": "Count from one to ten."}], max_new_tokens=16)
+
+
+@contextmanager
+def _parameters_as(model: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Round the parameters to `dtype` and put the very same tensors back; buffers stay, as `from_pretrained` does."""
+    if dtype is None or base_model(model).dtype == dtype:
+        yield
+        return
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def _check_files(checkpoint: Checkpoint) -> Check:
+    config = checkpoint.json(CONFIG)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{checkpoint.path / CONFIG}: missing")
+    defaults = capture_defaults(config, checkpoint.json(GENERATION_CONFIG))
+    poisoned = ", ".join(f"{repair.file}: {repair.key} is {repair.found}" for repair in defaults.repairs)
+    return Check(
+        name="cache not switched off in the files",
+        passed=not defaults.repairs,
+        detail=poisoned or f"use_cache true or absent at every level of {CONFIG} and {GENERATION_CONFIG}",
+    )
+
+
+def _check_tensors(export: Checkpoint, base: Checkpoint) -> Check:
+    found, wanted = export.tensors(), base.tensors()
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    other = sorted(name for name in found.keys() & wanted.keys() if not _same(found[name], wanted[name]))
+    passed = not (missing or extra or other)
+    detail = f"{len(found)} tensors with the names, shapes and dtypes of {base.path}"
+    if not passed:
+        parts = {"missing": missing, "not in the base": extra, "of another shape or dtype": other}
+        detail = "; ".join(f"{len(names)} {what} ({names[0]}, ...)" for what, names in parts.items() if names)
+    return Check(name="tensors as in the base", passed=passed, detail=detail)
+
+
+def _same(one: TensorInfo, other: TensorInfo) -> bool:
+    # A resized vocabulary changes the first dimension of the embeddings, and of nothing else.
+    return one.dtype == other.dtype and one.shape[1:] == other.shape[1:] and len(one.shape) == len(other.shape)
+
+
+def _check_tokens(expected: Sequence[Record], found: Sequence[Record], tie_margin: float) -> Check:
+    equal, ties, broken = 0, 0, []
+    for index, (want, got) in enumerate(zip(expected, found, strict=True)):
+        where = _first_difference(want.tokens, got.tokens)
+        if where is None:
+            equal += 1
+        elif where < len(want.margins) and want.margins[where] <= tie_margin:
+            ties += 1
+        else:
+            broken.append(f"request {index} differs from token {where} on")
+    detail = f"{equal} of {len(expected)} requests, {sum(len(want.tokens) for want in expected)} tokens in all"
+    if ties:
+        detail += f"; {ties} more differ from a tie on (margin <= {tie_margin:g})"
+    if broken:
+        detail += "; " + ", ".join(broken)
+    return Check(name="same greedy tokens as the trained policy", passed=not broken, detail=detail)
+
+
+def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    if list(one) == list(other):
+        return None
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _check_cache(records: Sequence[Record]) -> Check:
+    longest = max(records, key=lambda record: len(record.step_lengths))
+    steps = longest.step_lengths
+    shown = ", ".join(map(str, steps[:4])) + (", ..." if len(steps) > 4 else "")
+    calls = max(record.vision_calls for record in records)
+    return Check(
+        name="KV cache in use",
+        passed=all(record.is_cached and record.vision_calls <= 1 for record in records) and len(steps) > 1,
+        detail=f"tokens fed per forward: {shown}; vision tower runs per request: {calls}",
+    )

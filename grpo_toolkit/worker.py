@@ -1,0 +1,199 @@
+"""A fresh process that loads one folder and answers requests: nothing of the training can leak into it.
+
+The parent speaks JSON lines over pipes; images travel as PNG files in a folder that both can read. The child
+is started without the variables of a distributed launch, so that it is a plain single process also under
+`accelerate launch`, and it ends by itself when the parent's end of the pipe closes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.errors import WorkerError
+from grpo_toolkit.inference import LoadReport, Record, Request
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+_LAUNCH_VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
+_LAUNCH_PREFIXES: Final = ("MASTER_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "CCL_", "DEEPSPEED_")
+
+
+class Worker:
+    """A folder, loaded in a process of its own. Use as a context manager.
+
+    Args:
+        path: the model or adapter folder.
+        device: "cpu", "cuda", "cuda:1", ...
+        attn_implementation: None leaves it to the library.
+        timeout_s: how long one answer may take.
+
+    Raises:
+        WorkerError: the process failed or went silent; the message ends with the last lines of its log.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        attn_implementation: str | None = None,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        self.path = path
+        self.timeout_s = timeout_s
+        self._scratch = Path(tempfile.mkdtemp(prefix="grpo-toolkit-worker-"))
+        self._log = (self._scratch / "log").open("w+b")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "grpo_toolkit.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=worker_environment(),
+            text=True,
+        )
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read_answers, daemon=True)
+        self._reader.start()
+        self._images = 0
+        self._send({"path": str(path), "device": device, "attn_implementation": attn_implementation})
+        self._report: LoadReport | None = None
+
+    @property
+    def report(self) -> LoadReport:
+        """What loading said; waits for it the first time, so several workers can load side by side."""
+        if self._report is None:
+            self._report = LoadReport(**self._receive())
+        return self._report
+
+    def generate(self, request: Request) -> Record:
+        """Answer one request in the worker."""
+        _ = self.report
+        images = []
+        for image in request.images:
+            file = self._scratch / f"{self._images}.png"
+            self._images += 1
+            image.save(file)
+            images.append(str(file))
+        self._send(
+            {
+                "messages": [dict(message) for message in request.messages],
+                "images": images,
+                "max_new_tokens": request.max_new_tokens,
+                "exact": request.exact,
+                "use_cache": request.use_cache,
+                "with_margins": request.with_margins,
+            }
+        )
+        return Record(**self._receive())
+
+    def close(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failed("ended") from None
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            line = self._answers.get(timeout=self.timeout_s)
+        except queue.Empty:
+            raise self._failed(f"did not answer within {self.timeout_s:g} s") from None
+        if line is None:
+            raise self._failed("ended")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.path}: {answer['error']}")
+        return answer
+
+    def _read_answers(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put(None)
+
+    def _failed(self, what: str) -> WorkerError:
+        self._process.kill()
+        code = self._process.wait()
+        self._log.seek(0)
+        tail = self._log.read().decode(errors="replace").strip().splitlines()[-5:]
+        return WorkerError(f"{self.path}: the process that loads it {what} (exit code {code}): " + " | ".join(tail))
+
+
+def worker_environment() -> dict[str, str]:
+    """This process's environment without what a distributed launcher put there."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCH_VARIABLES and not name.startswith(_LAUNCH_PREFIXES)
+    }
+    # The package may be imported from a checkout that only the parent's sys.path knows.
+    root = str(Path(__file__).resolve().parent.parent)
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))
+    kept["TOKENIZERS_PARALLELISM"] = "false"
+    return kept
+
+
+def _serve() -> None:
+    # Libraries print to stdout; answers go to a private copy of it, and everything else to the log.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    from PIL import Image
+
+    from grpo_toolkit.inference import generate, load_model
+
+    setup = json.loads(sys.stdin.readline())
+    try:
+        model, processor, report = load_model(
+            Path(setup["path"]), device=setup["device"], attn_implementation=setup["attn_implementation"]
+        )
+        answer(asdict(report))
+        for line in sys.stdin:
+            message = json.loads(line)
+            images = [Image.open(file).convert("RGB") for file in message.pop("images")]
+            answer(generate(model, processor, Request(images=images, **message)).to_json())
+    except Exception as error:
+        answer({"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+if __name__ == "__main__":
+    _serve()

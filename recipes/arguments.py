@@ -1,0 +1,77 @@
+"""The recipe's own settings, and how they are parsed next to TRL's.
+
+Every field of `RecipeArguments`, `GRPOConfig` and `ModelConfig` is a flag and a YAML key. With neither `--config`
+nor `--model_name_or_path`, `configs/tiny.yaml` is taken: the embedded model and data, which need no download.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+
+from grpo_toolkit import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DEFAULT_CONFIG = Path(__file__).with_name("configs") / "tiny.yaml"
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):
+    """What the recipe adds to TRL's script arguments."""
+
+    export_dir: str | None = field(
+        default=None, metadata={"help": "Where to publish the export. Default: `export` in output_dir."}
+    )
+    held_out_size: int = field(
+        default=200, metadata={"help": "Rows on which accuracy is measured before and after training."}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "The dataset's column with the question, if it has no usual name."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "The dataset's column with the image, if it has no usual name."}
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "The dataset's column with the answer, if it has no usual name."}
+    )
+    latency_new_tokens: int = field(
+        default=64, metadata={"help": "Tokens generated per request when latency is measured."}
+    )
+    latency_rounds: int = field(default=6, metadata={"help": "Measured requests per arm; 0 skips the measurement."})
+
+
+def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig]:
+    """Parse flags and YAML into the three groups.
+
+    Raises:
+        InputError: a config file that is not there, an unknown key, or values that do not fit together.
+    """
+    args = list(argv)
+    if not any(_is_flag(arg, "--config") or _is_flag(arg, "--model_name_or_path") for arg in args):
+        args = ["--config", str(DEFAULT_CONFIG), *args]
+    if "--config" in args[:-1] and not Path(args[args.index("--config") + 1]).is_file():
+        raise InputError(f"--config {args[args.index('--config') + 1]}: no such file; see recipes/configs/")
+    parser = TrlParser((RecipeArguments, GRPOConfig, ModelConfig))
+    try:
+        recipe, training, model = parser.parse_args_and_config(args)
+    except ValueError as error:  # GRPOConfig checks batch sizes when it is made; the parser unknown YAML keys
+        raise InputError(_explain(str(error))) from error
+    return recipe, training, model
+
+
+def _is_flag(arg: str, flag: str) -> bool:
+    return arg == flag or arg.startswith(flag + "=")
+
+
+def _explain(message: str) -> str:
+    if "num_generations" in message:
+        return (
+            f"{message} The completions of one prompt must be scored together: make num_generations a divisor of "
+            "per_device_train_batch_size x number of processes x steps_per_generation"
+        )
+    return message

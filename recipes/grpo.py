@@ -1,0 +1,110 @@
+"""GRPO for a vision-language model, from the base to an export that is verified and timed.
+
+    accelerate launch recipes/grpo.py                                                  # tiny model, no download
+    accelerate launch recipes/grpo.py --config recipes/configs/qwen2_5_vl_3b_lora.yaml
+    accelerate launch recipes/grpo.py --use_peft                                       # tiny, with a LoRA adapter
+
+Every setting of TRL's `GRPOConfig` and `ModelConfig`, and of `arguments.RecipeArguments`, is a flag or a YAML key.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+
+from arguments import RecipeArguments, parse
+from data import Splits, load_splits
+from evaluation import held_out_accuracy
+from grpo_toolkit import ExportCallback, InputError, KVCacheCallback, LatencyCallback
+from preflight import MARKER, check_model, check_output, check_versions
+from rewards import accuracy_reward, format_reward
+from summary import print_summary
+
+TINY = "tiny"
+TINY_BUILDER = Path(__file__).resolve().parents[1] / "scripts" / "make_tiny_vlm.py"
+
+
+def main(argv: list[str]) -> None:
+    check_versions()
+    recipe, training, model = parse(argv)
+    check_output(training.output_dir)
+    splits = load_splits(recipe, seed=training.seed)
+    if model.model_name_or_path == TINY:
+        model.model_name_or_path = build_tiny()
+    check_model(model.model_name_or_path)
+
+    export_dir = Path(recipe.export_dir or Path(training.output_dir, "export"))
+    exporting = ExportCallback(export_dir, prompts=splits.held_out, overwrite=recipe.export_dir is None)
+    timing = LatencyCallback(
+        prompts=splits.held_out, new_tokens=recipe.latency_new_tokens, rounds=max(recipe.latency_rounds, 1)
+    )
+    callbacks = [KVCacheCallback(), exporting, *([timing] if recipe.latency_rounds else [])]
+
+    trainer = make_trainer(training, model, splits, callbacks)
+    if trainer.is_world_process_zero():
+        mark_output(training, recipe, model)
+    accuracies = []
+    for stage in ("before", "after"):
+        if stage == "after":
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        accuracies.append(
+            held_out_accuracy(
+                trainer.model,
+                trainer.processing_class,
+                splits.held_out,
+                max_new_tokens=training.max_completion_length,
+            )
+        )
+        if trainer.is_world_process_zero():
+            print(f"held-out accuracy {stage} training: {accuracies[-1]:.1%} of {len(splits.held_out)} rows")
+    if trainer.is_world_process_zero():
+        print_summary(trainer.state.log_history, tuple(accuracies), exporting.result, timing.rows)
+
+
+def make_trainer(training: GRPOConfig, model: ModelConfig, splits: Splits, callbacks: list[Any]) -> GRPOTrainer:
+    """TRL's own trainer, with our callbacks plugged in."""
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    return GRPOTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        reward_funcs=[format_reward, accuracy_reward],
+        train_dataset=splits.train,
+        eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+        callbacks=callbacks,
+    )
+
+
+def build_tiny() -> str:
+    """The folder of the tiny base, built on first use (in a process of its own, shared by all ranks)."""
+    done = subprocess.run([sys.executable, str(TINY_BUILDER)], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise InputError(f"{TINY_BUILDER.name} could not build the tiny model (see above)")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def mark_output(training: GRPOConfig, recipe: RecipeArguments, model: ModelConfig) -> None:
+    """Leave the settings in output_dir; the file also says that the folder is ours."""
+    folder = Path(training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"recipe": vars(recipe), "model": vars(model), "training": training.to_dict()}
+    (folder / MARKER).write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"recipes/grpo.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import os
+
+# Before any import of torch, transformers or wandb: two cores thrash easily, and no test touches the network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from grpo_toolkit.inference import Request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+from models import BUILDERS, build_qwen2_5_vl
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL base in published form."""
+    return build_qwen2_5_vl(tmp_path_factory.mktemp("bases") / "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session", params=sorted(BUILDERS))
+def any_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base of each family in turn."""
+    return BUILDERS[request.param](tmp_path_factory.mktemp("bases") / request.param)
+
+
+@pytest.fixture
+def image_request() -> Request:
+    from PIL import Image
+
+    return Request(
+        messages=[{"role": "user", "content": "What is this?"}],
+        images=[Image.new("RGB", (56, 56), (90, 120, 30))],
+        max_new_tokens=8,
+    )

@@ -1,0 +1,130 @@
+"""The callbacks on real trainings: training is not changed by a bit, failures are said and survived."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback
+from grpo_toolkit.checkpoint import open_checkpoint
+from grpo_toolkit.errors import OutputExistsError, VerificationError
+from grpo_toolkit.latency.store import read_rows
+from training import grpo_trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def all_callbacks(folder: Path) -> list[Any]:
+    return [
+        KVCacheCallback(strict=True),
+        ExportCallback(folder / "export", num_prompts=2, strict=True),
+        LatencyCallback(rounds=1, new_tokens=4, strict=True),
+    ]
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_training_is_bit_identical_with_and_without_callbacks(qwen: Path, tmp_path: Path, peft: bool) -> None:
+    from peft import LoraConfig
+
+    options: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    logs, weights = {}, {}
+    for name in ("with", "without"):
+        config = LoraConfig(r=4, lora_dropout=0.1, target_modules=r".*language_model.*(q|v)_proj") if peft else None
+        callbacks = all_callbacks(tmp_path) if name == "with" else []
+        trainer = grpo_trainer(qwen, tmp_path / name, callbacks, peft_config=config, **options)
+        trainer.train()
+        keys = ("loss", "grad_norm", "reward", "entropy")
+        logs[name] = [{key: row[key] for key in keys} for row in trainer.state.log_history if "grad_norm" in row]
+        weights[name] = trainer.model.state_dict()
+    assert len(logs["with"]) == 3
+    assert any(row["grad_norm"] > 0 for row in logs["with"])
+    assert logs["with"] == logs["without"]
+    assert all(torch.equal(weights["with"][key], weights["without"][key]) for key in weights["without"])
+
+
+def test_three_callbacks_leave_a_verified_export_and_its_latency(any_base: Path, tmp_path: Path) -> None:
+    callbacks = all_callbacks(tmp_path)
+    trainer = grpo_trainer(any_base, tmp_path / "out", callbacks, with_images="llama" not in any_base.name)
+    trainer.train()
+    result = callbacks[1].result
+    assert result.verification.passed
+    assert open_checkpoint(tmp_path / "export").tensors()
+    rows = read_rows(tmp_path / "out" / "latency" / "latency.jsonl")
+    assert [row["arm"] for row in rows] == ["base", "checkpoint", "export", "export_no_cache"]
+    assert [row["is_cached"] for row in rows] == [True, True, True, False]
+    assert {row["step"] for row in rows} == {2}
+    assert {row["schema_version"] for row in rows} == {1}
+    assert (tmp_path / "out" / "latency" / "latency.png").is_file()
+    assert sorted(path.name for path in (tmp_path / "out" / "latency").iterdir()) == ["latency.jsonl", "latency.png"]
+
+
+def test_a_plain_checkpoint_of_lora_is_timed_as_it_is_an_unmerged_adapter(qwen: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    latency = LatencyCallback(arms=["checkpoint"], rounds=1, new_tokens=4, strict=True)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*q_proj")
+    trainer = grpo_trainer(qwen, tmp_path, [latency], peft_config=config)
+    trainer.train()
+    assert [row.arm for row in latency.rows] == ["checkpoint"]
+    assert latency.rows[0].is_cached
+
+
+def test_a_failing_export_is_said_once_and_training_goes_on(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def disk_full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("grpo_toolkit.export._write_manifest", disk_full)
+    callback = ExportCallback(tmp_path / "export")
+    trainer = grpo_trainer(qwen, tmp_path / "out", [callback])
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert callback.failures == ["the export failed: OSError: [Errno 28] No space left on device"]
+    assert sum("No space left" in record.getMessage() for record in caplog.records) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_strict_turns_a_broken_promise_into_an_error_at_the_end(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(*args: object, **kwargs: object) -> None:
+        raise VerificationError("tokens differ")
+
+    monkeypatch.setattr("grpo_toolkit.export._verify", failed)
+    trainer = grpo_trainer(qwen, tmp_path / "out", [ExportCallback(tmp_path / "export", strict=True)])
+    with pytest.raises(VerificationError, match="tokens differ"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_wrong_output_folder_is_refused_when_the_callback_is_made(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("1")
+    with pytest.raises(OutputExistsError, match="not an export of ours"):
+        ExportCallback(tmp_path)
+
+
+def test_unknown_arms_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown arms \['exports'\]"):
+        LatencyCallback(arms=["exports"])
+
+
+def test_latency_without_an_export_measures_what_there_is(
+    qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    latency = LatencyCallback(rounds=1, new_tokens=2, strict=True)
+    grpo_trainer(qwen, tmp_path, [latency]).train()
+    assert [row.arm for row in latency.rows] == ["base", "checkpoint"]
+    assert any("nothing to measure for export, export_no_cache" in record.getMessage() for record in caplog.records)
+
+
+def test_a_resumed_run_still_saves_clean_files(qwen: Path, tmp_path: Path) -> None:
+    grpo_trainer(qwen, tmp_path, [KVCacheCallback()], save_strategy="steps", save_steps=1, max_steps=1).train()
+    trainer = grpo_trainer(qwen, tmp_path, [KVCacheCallback(strict=True)], save_strategy="steps", save_steps=1)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    config = open_checkpoint(tmp_path / "checkpoint-2").json("config.json")
+    assert isinstance(config, dict)
+    assert "use_cache" not in config

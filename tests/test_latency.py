@@ -1,0 +1,157 @@
+"""Latency: arms take turns, lengths are exact, rows survive on disk."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from grpo_toolkit.errors import InputError, WorkerError
+from grpo_toolkit.inference import Record, Request, image_messages
+from grpo_toolkit.latency.measure import Arm, Spread, measure_latency, spread
+from grpo_toolkit.latency.store import append_rows, read_rows
+from grpo_toolkit.latency.workload import fixed_length, requests_from_rows
+from grpo_toolkit.tracking.plots import latency_chart
+from grpo_toolkit.worker import Worker, worker_environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from grpo_toolkit.latency.measure import LatencyRow
+
+
+@pytest.fixture(scope="module")
+def turns() -> list[tuple[str, int]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(qwen: Path, turns: list[tuple[str, int]]) -> list[LatencyRow]:
+    from PIL import Image
+
+    request = Request(messages=[{"role": "user", "content": "What?"}], images=[Image.new("RGB", (56, 56))])
+    arms = [Arm(name="export", path=qwen), Arm(name="export_no_cache", path=qwen, use_cache=False)]
+    return measure_latency(
+        arms, [request], new_tokens=12, rounds=3, warmup=1, progress=lambda arm, turn, _: turns.append((arm, turn))
+    )
+
+
+def test_every_arm_generates_exactly_what_was_asked(measured: list[LatencyRow]) -> None:
+    assert [row.arm for row in measured] == ["export", "export_no_cache"]
+    for row in measured:
+        assert row.new_tokens == 12
+        assert row.rounds == 3
+        assert [len(timeline) for timeline in row.timelines_s] == [12] * 3
+        assert all(early < late for t in row.timelines_s for early, late in zip(t, t[1:], strict=False))
+        assert row.peak_memory_bytes > 0
+
+
+def test_the_proof_without_a_clock_is_in_the_row(measured: list[LatencyRow]) -> None:
+    cached, uncached = measured
+    assert (cached.is_cached, uncached.is_cached) == (True, False)
+    assert cached.step_lengths[1:] == [1] * 11
+    assert uncached.step_lengths == [uncached.prompt_tokens + step for step in range(12)]
+
+
+def test_arms_take_turns_in_alternating_order(measured: list[LatencyRow], turns: list[tuple[str, int]]) -> None:
+    a, b = "export", "export_no_cache"
+    assert turns == [(b, -1), (a, -1), (a, 0), (b, 0), (b, 1), (a, 1), (a, 2), (b, 2)]
+
+
+def test_rows_survive_on_disk(measured: list[LatencyRow], tmp_path: Path) -> None:
+    path = tmp_path / "latency" / "latency.jsonl"
+    append_rows(path, measured[:1])
+    append_rows(path, measured[1:])
+    assert read_rows(path) == [json.loads(json.dumps(row.to_json())) for row in measured]
+    with path.open("a") as file:
+        file.write('{"arm": "cut o')  # a crash in the middle of a row
+    assert len(read_rows(path)) == 2
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(InputError, match="line 1 is not JSON"):
+        read_rows(path)
+
+
+def test_the_chart_is_a_picture(measured: list[LatencyRow], tmp_path: Path) -> None:
+    from PIL import Image
+
+    with Image.open(latency_chart(measured, tmp_path / "latency.png")) as picture:
+        assert picture.size[0] > 1000
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(median=3.0, q1=2.0, q3=4.0)
+    assert spread([2.0]) == Spread(median=2.0, q1=2.0, q3=2.0)
+
+
+def record(times: list[float]) -> Record:
+    return Record(
+        prompt_tokens=1, tokens=[0] * len(times), token_times_s=times, step_lengths=[1], is_cached=True,
+        vision_calls=0, peak_memory_bytes=0,
+    )  # fmt: skip
+
+
+def test_tpot_leaves_the_first_token_out_and_is_null_for_one() -> None:
+    assert record([0.5, 0.6, 0.8]).tpot_s == pytest.approx(0.15)
+    assert record([0.5, 0.6, 0.8]).ttft_s == 0.5
+    assert record([0.5]).tpot_s is None
+
+
+@pytest.mark.parametrize("change", [{"rounds": 0}, {"new_tokens": 0}, {"requests": []}, {"arms": []}])
+def test_nothing_to_measure_is_an_error(tmp_path: Path, change: dict[str, object]) -> None:
+    request = Request(messages=[{"role": "user", "content": "?"}])
+    settings: dict[str, object] = {"arms": {"a": tmp_path}, "requests": [request]} | change
+    arms, requests = settings.pop("arms"), settings.pop("requests")
+    with pytest.raises(InputError, match="at least one arm"):
+        measure_latency(arms, requests, **settings)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_loaded_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(WorkerError, match="no-such-model"), Worker(tmp_path) as worker:
+        _ = worker.report
+
+
+def test_a_worker_that_dies_is_one_error(qwen: Path) -> None:
+    with Worker(qwen) as worker:
+        assert worker.report.is_clean
+        worker._process.kill()
+        with pytest.raises(WorkerError, match="ended"):
+            worker.generate(Request(messages=[{"role": "user", "content": "?"}]))
+
+
+def test_a_worker_is_outside_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    environment = worker_environment()
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0"
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_USE_FSDP"} & set(environment)
+
+
+def test_requests_from_rows_as_trl_takes_them() -> None:
+    rows = [
+        {"prompt": "plain text"},
+        {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "image": "picture"},
+        {"prompt": [{"role": "user", "content": "q"}], "images": ["one", "two"], "image": None},
+        {"prompt": "never read"},
+    ]
+    requests = requests_from_rows(rows, limit=3, max_new_tokens=9)
+    assert [list(request.messages) for request in requests] == [
+        [{"role": "user", "content": "plain text"}],
+        [{"role": "user", "content": "q"}],
+        [{"role": "user", "content": "q"}],
+    ]
+    assert [list(request.images) for request in requests] == [[], ["picture"], ["one", "two"]]
+    assert {request.exact for request in fixed_length(requests, 5)} == {True}
+
+
+def test_images_go_in_front_of_the_first_user_text_unless_they_are_placed() -> None:
+    plain = Request(
+        messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+        images=["a", "b"],  # type: ignore[list-item]
+    )
+    assert image_messages(plain)[1]["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "q"}]
+    parts = [{"type": "text", "text": "q"}, {"type": "image"}]
+    placed = Request(messages=[{"role": "user", "content": parts}], images=["a"])  # type: ignore[list-item]
+    assert image_messages(placed)[0]["content"] == parts
