@@ -68,10 +68,14 @@ def _is_flag(arg: str, flag: str) -> bool:
     return arg == flag or arg.startswith(flag + "=")
 
 
+# What the libraries' complaints leave open: the way out.
+_WAYS_OUT = {
+    "num_generations": "The completions of one prompt must be scored together: make num_generations a divisor of "
+    "per_device_train_batch_size x number of processes x steps_per_generation",
+    "bf16": "On a machine without a GPU: --use_cpu true --bf16 false",
+}
+
+
 def _explain(message: str) -> str:
-    if "num_generations" in message:
-        return (
-            f"{message} The completions of one prompt must be scored together: make num_generations a divisor of "
-            "per_device_train_batch_size x number of processes x steps_per_generation"
-        )
-    return message
+    hint = next((hint for word, hint in _WAYS_OUT.items() if word in message), "")
+    return " ".join([*message.split(), hint]).strip()

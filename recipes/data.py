@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo_toolkit import InputError
 
@@ -119,7 +119,7 @@ def _split(splits: dict[str, Dataset], wanted: str, name: str) -> Dataset:
 
 def _reshape(dataset: Dataset, columns: dict[str, str]) -> Dataset:
     """To the three columns, lazily for the images: they are decoded when a batch asks for them."""
-    from datasets import Image
+    from datasets import Image, Value
 
     first = dataset[0]
     if first[columns["image"]] in (None, []) or first[columns["answer"]] is None:
@@ -130,14 +130,15 @@ def _reshape(dataset: Dataset, columns: dict[str, str]) -> Dataset:
     kept = renamed.select_columns(list(USUAL_NAMES))
     if isinstance(first[columns["image"]], list):
         kept = kept.rename_column("image", "images")
-    return kept.map(_conversation, desc="writing prompts", input_columns=["prompt", "answer"])
+    kept = kept.cast_column("answer", Value("string"))
+    if not isinstance(first[columns["prompt"]], str):
+        return kept
+    return kept.map(_conversation, desc="writing prompts", input_columns=["prompt"])
 
 
-def _conversation(prompt: Any, answer: Any) -> dict[str, Any]:
-    messages = prompt
-    if isinstance(prompt, str):
-        messages = [
-            {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": prompt.replace("<image>", "").strip()},
-        ]
-    return {"prompt": messages, "answer": str(answer)}
+def _conversation(question: str) -> dict[str, list[dict[str, str]]]:
+    messages = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": question.replace("<image>", "").strip()},
+    ]
+    return {"prompt": messages}

@@ -1,9 +1,9 @@
 """Real handwritten digits as a visual question answering dataset that needs no download.
 
-scikit-learn ships 1,797 scans of handwritten digits (8 x 8 pixels, 17 grey levels; Alpaydin and Kaynak, "Optical
-Recognition of Handwritten Digits", UCI, 1998). Each scan becomes one picture, one question, and one answer that
-a rule can check: the smallest honest task for GRPO on a vision-language model. A model that cannot see the
-picture is right one time in ten.
+scikit-learn ships 1,797 scans of handwritten digits (8 x 8 pixels, 17 grey levels; Alpaydin and Kaynak,
+"Optical Recognition of Handwritten Digits", UCI, 1998). Each scan becomes one picture, one question, and one
+answer that a rule can check: the smallest honest task for GRPO on a vision-language model. A model that
+cannot see the picture is right one time in ten.
 
 The scans are dealt once and for all into three splits that share none:
 
@@ -16,12 +16,13 @@ The scans are dealt once and for all into three splits that share none:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
     from PIL import Image
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 Split = Literal["supervised", "train", "held_out"]
 
@@ -52,8 +53,8 @@ def load_digits_split(split: Split, *, size: int | None = None, seed: int = 0) -
             Chooses which `size` rows are drawn. It never moves a row from one split to another.
 
     Returns:
-        `datasets.Dataset` with the columns `prompt` (one user message, as a conversation; the trainer puts the
-        image into it), `image` (RGB, 84 x 84) and `answer` (`"0"` to `"9"`).
+        `datasets.Dataset` with the columns `prompt` (one user message, as a conversation; the trainer
+        puts the image into it), `image` (RGB, 84 x 84) and `answer` (`"0"` to `"9"`).
 
     Raises:
         ValueError: The split is unknown, or holds fewer than `size` rows.
@@ -97,3 +98,69 @@ def completion_for(answer: str) -> str:
     thought that wrote `7` would make the model avoid `7` as its answer.
     """
     return f"<think>The strokes look like the digit {WORDS[int(answer)]}.</think><answer>{answer}</answer>"
+
+
+def corpus() -> list[str]:
+    """Every text that the task ever needs, on which the tiny model's tokenizer is trained."""
+    completions = [f"assistant\n{completion_for(str(digit))}" for digit in range(len(WORDS))]
+    return ["system\nYou are a helpful assistant.", f"user\n{QUESTION}", *completions]
+
+
+def model_inputs(
+    rows: dict[str, list[Any]], processor: ProcessorMixin, *, completions: list[str] | None = None
+) -> BatchFeature:
+    """Tokenize a batch of rows in the chat format, padded on the left.
+
+    Args:
+        rows (`dict`):
+            A slice of the dataset, as columns.
+        processor (`ProcessorMixin`):
+            A Qwen2.5-VL processor.
+        completions (`list[str]`, *optional*):
+            Appended to the prompts, to learn from. Without them the inputs end where generation begins.
+    """
+    texts = [
+        processor.apply_chat_template(
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": prompt[0]["content"]}],
+                }
+            ],
+            add_generation_prompt=True,
+        )
+        for prompt in rows["prompt"]
+    ]
+    if completions is not None:
+        texts = [text + completion for text, completion in zip(texts, completions, strict=True)]
+    images = [[image] for image in rows["image"]]
+    return processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+
+
+def generate_answers(
+    model: PreTrainedModel, processor: ProcessorMixin, rows: Dataset, *, batch_size: int = 100
+) -> list[str | None]:
+    """Let the model answer every row with its own generation defaults; `None` where it gave no answer.
+
+    The defaults of the Qwen2.5-VL family sample at a temperature of 1e-6, which is greedy. Generation runs in
+    evaluation mode and puts the model's mode back.
+    """
+    import torch
+
+    from rewards import extract_answer
+
+    answers: list[str | None] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(rows), batch_size):
+            inputs = model_inputs(rows[start : start + batch_size], processor).to(model.device)
+            with torch.no_grad():
+                tokens = model.generate(**inputs, max_new_tokens=32)
+            texts = processor.batch_decode(
+                tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            answers += [extract_answer(text) for text in texts]
+    finally:
+        model.train(was_training)
+    return answers

@@ -23,7 +23,7 @@ from evaluation import held_out_accuracy
 from grpo_toolkit import ExportCallback, InputError, KVCacheCallback, LatencyCallback
 from preflight import MARKER, check_model, check_output, check_versions
 from rewards import accuracy_reward, format_reward
-from summary import print_summary
+from summary import print_summary, summarise
 
 TINY = "tiny"
 TINY_BUILDER = Path(__file__).resolve().parents[1] / "scripts" / "make_tiny_vlm.py"
@@ -48,22 +48,13 @@ def main(argv: list[str]) -> None:
     trainer = make_trainer(training, model, splits, callbacks)
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
-    accuracies = []
-    for stage in ("before", "after"):
-        if stage == "after":
-            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        accuracies.append(
-            held_out_accuracy(
-                trainer.model,
-                trainer.processing_class,
-                splits.held_out,
-                max_new_tokens=training.max_completion_length,
-            )
-        )
-        if trainer.is_world_process_zero():
-            print(f"held-out accuracy {stage} training: {accuracies[-1]:.1%} of {len(splits.held_out)} rows")
+    before = measure(trainer, splits, "before")
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    after = measure(trainer, splits, "after")
     if trainer.is_world_process_zero():
-        print_summary(trainer.state.log_history, tuple(accuracies), exporting.result, timing.rows)
+        summary = summarise(trainer.state.log_history, (before, after), exporting.result, timing.rows)
+        Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        print_summary(summary)
 
 
 def make_trainer(training: GRPOConfig, model: ModelConfig, splits: Splits, callbacks: list[Any]) -> GRPOTrainer:
@@ -84,6 +75,19 @@ def make_trainer(training: GRPOConfig, model: ModelConfig, splits: Splits, callb
         quantization_config=get_quantization_config(model),
         callbacks=callbacks,
     )
+
+
+def measure(trainer: GRPOTrainer, splits: Splits, when: str) -> float:
+    """Held-out accuracy, printed."""
+    accuracy = held_out_accuracy(
+        trainer.model,
+        trainer.processing_class,
+        splits.held_out,
+        max_new_tokens=trainer.args.max_completion_length,
+    )
+    if trainer.is_world_process_zero():
+        print(f"held-out accuracy {when} training: {accuracy:.1%} of {len(splits.held_out)} rows", flush=True)
+    return accuracy
 
 
 def build_tiny() -> str:

@@ -1,8 +1,8 @@
 """Two rule-based rewards for the `<think>...</think><answer>...</answer>` format.
 
-GRPO needs no reward model where a rule can judge the text. One rule asks for the *form* (so that an answer can
-be found at all), the other for the *content* (so that it is right). They are kept apart because their curves
-tell different stories: the format reward saturates early, the accuracy reward is what one trains for.
+GRPO needs no reward model where a rule can judge the text. One rule asks for the *form* (so that an answer
+can be found at all), the other for the *content* (so that it is right). They are kept apart because their
+curves tell different stories: the format reward saturates early, the accuracy reward is what one trains for.
 
 Both are plain TRL reward functions: called with keyword arguments (the completions, and every other column of
 the dataset), they return one float per completion. A policy under training writes anything, so neither may
@@ -28,7 +28,7 @@ def extract_answer(text: str) -> str | None:
             A whole completion, well-formed or not.
 
     Returns:
-        `str` or `None`: `None` where there is no answer block, an empty one, an unclosed one, or more than one.
+        `str` or `None`: `None` where there is no answer block, or an empty, unclosed or doubled one.
     """
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None

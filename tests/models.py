@@ -28,7 +28,8 @@ def build_qwen2_5_vl(folder: Path, *, dtype: str = "float32") -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from make_tiny_vlm import TinyRecipe, write_hub_files
+    from make_tiny_vlm import TinyRecipe
+    from tiny_vlm_files import write_hub_files
 
     folder.mkdir(parents=True)
     recipe = TinyRecipe(
@@ -46,7 +47,7 @@ def build_qwen2_5_vl(folder: Path, *, dtype: str = "float32") -> Path:
         # Wide enough apart that greedy decoding has no ties.
         initializer_range=0.3,
     )
-    write_hub_files(folder, recipe=recipe)
+    write_hub_files(folder, recipe=recipe, corpus=["What is this? What is number 1?"])
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2))
     torch.manual_seed(0)

@@ -1,0 +1,83 @@
+"""The command line: data on standard output, talk on standard error, exit codes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from grpo_toolkit.cli import main
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_export_then_verify_then_bench(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = tmp_path / "export"
+    assert main(["export", str(qwen), str(export), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["path"] == str(export)
+    assert said["verification"]["passed"] is True
+
+    assert main(["verify", str(export), "--reference", str(qwen)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:4] for line in lines] == ["ok  "] * len(lines)
+    assert any("same greedy tokens" in line for line in lines)
+
+    arguments = ["bench", f"a={qwen}", str(export), "--new-tokens", "3", "--rounds", "1", "--no-cache", "--json"]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["arm"] for row in rows] == ["a", "a_no_cache", "export", "export_no_cache"]
+    assert [row["is_cached"] for row in rows] == [True, False, True, False]
+
+
+def test_verify_exits_1_on_a_poisoned_folder(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    folder = tmp_path / "poisoned"
+    shutil.copytree(qwen, folder)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"use_cache": False}))
+    assert main(["verify", str(folder)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 2
+    assert "generation_config.json: use_cache is False" in failed[0]
+    assert "KV cache in use" in failed[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "{tmp}/nowhere"], "not a folder"),
+        (["verify", "{tmp}"], "this is no checkpoint"),
+        (["export", "{tmp}/nowhere", "{tmp}/out"], "not a folder"),
+        (["export", "{qwen}", "{tmp}/full"], "not an export of ours"),
+        (["export", "{qwen}", "{tmp}/out", "--base", "no/base"], "base no/base: neither a model folder"),
+        (["bench", "{qwen}", "{qwen}"], "two models have the same name"),
+        (["bench", "{qwen}", "--rounds", "0"], "at least one arm"),
+        (["bench", "{qwen}", "--image", "{tmp}/full/file"], "cannot be read as an image"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    assert main([argument.format(tmp=tmp_path, qwen=qwen) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("grpo-toolkit: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_no_command_prints_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: grpo-toolkit" in capsys.readouterr().err
+
+
+def test_env_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--json"]) == 0
+    assert {"hardware", "torch", "transformers", "python"} <= set(json.loads(capsys.readouterr().out))

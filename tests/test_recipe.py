@@ -1,0 +1,170 @@
+"""The recipe: wrong input is one line before anything happens, and the default run really learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grpo_toolkit import InputError
+from training import rows
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+def run_recipe(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "recipes" / "grpo.py"), *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    from datasets import DatasetDict
+
+    folder = tmp_path / "dataset"
+    DatasetDict({"train": rows(8)}).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(config: Path) -> None:
+    from arguments import parse
+
+    # CPU machines refuse bf16; everything else of the file is taken as it is.
+    recipe, training, model = parse(["--config", str(config), "--use_cpu", "true", "--bf16", "false"])
+    written = yaml.safe_load(config.read_text())
+    merged = {**vars(training), **vars(model), **vars(recipe)}
+    for key, value in written.items():
+        if key not in ("bf16", "report_to", "lr_scheduler_type", "save_strategy"):
+            assert merged[key] == value, key
+    assert training.gradient_checkpointing
+    assert training.output_dir == written["output_dir"]
+
+
+def test_the_vision_tower_is_out_of_reach_of_the_adapter(qwen: Path) -> None:
+    from grpo_toolkit.inference import load_model
+
+    config = yaml.safe_load((ROOT / "recipes" / "configs" / "qwen2_5_vl_3b_lora.yaml").read_text())
+    model = load_model(qwen)[0]
+    hit = [name for name, _ in model.named_modules() if re.fullmatch(config["lora_target_modules"], name)]
+    assert len(hit) == 7 * model.config.text_config.num_hidden_layers
+    assert not any("visual" in name for name in hit)
+
+
+def test_wrong_input_is_exit_code_2_and_one_line(qwen: Path, tmp_path: Path) -> None:
+    from datasets import DatasetDict
+
+    folder = tmp_path / "dataset"
+    DatasetDict({"train": rows(8, with_images=False)}).save_to_disk(str(folder))
+    where = ("--model_name_or_path", qwen, "--dataset_name", folder, "--output_dir", tmp_path / "out")
+    done = run_recipe(*where, "--use_cpu", "true")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]  # library warnings may come before it
+    assert line == (
+        f"recipes/grpo.py: dataset {folder}: no image column (looked for image, images); it has prompt, answer; "
+        "name the right one with --image_column"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--answer_column", "solution"], "no column 'solution' (--answer_column); it has prompt, answer, image"),
+        (["--dataset_train_split", "training"], "no split 'training'; it has train"),
+        (["--dataset_name", "no-such/dataset"], "dataset no-such/dataset: cannot be loaded"),
+        (["--model_name_or_path", "/no/such/model"], "model /no/such/model: no such folder"),
+        (["--model_name_or_path", "{tmp}"], "no config.json there, so it is no model folder"),
+        (["--num_generations", "3"], "make num_generations a divisor of"),
+        (["--use_cpu", "false"], "On a machine without a GPU: --use_cpu true"),
+        (["--config", "no.yaml"], "--config no.yaml: no such file"),
+        (["--output_dir", "{tmp}/thesis"], "exists and was not made by this recipe"),
+        (["--output_dir", "{tmp}/thesis/chapter.tex"], "is a file"),
+    ],
+)
+def test_wrong_input_is_one_line_and_touches_nothing(
+    qwen: Path, dataset: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    from grpo import main
+
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    base = {"--model_name_or_path": qwen, "--dataset_name": dataset, "--output_dir": tmp_path / "out"}
+    base |= {"--use_cpu": "true"}
+    given = dict(zip(arguments[::2], [a.format(tmp=tmp_path) for a in arguments[1::2]], strict=True))
+    flags = [part for pair in {**base, **given}.items() for part in pair]
+    with pytest.raises(InputError, match=re.escape(message)):
+        main([str(flag) for flag in flags])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "thesis"]
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_usual_column_names_are_found_and_rows_reshaped(dataset: Path) -> None:
+    from arguments import RecipeArguments
+    from data import load_splits
+
+    splits = load_splits(RecipeArguments(dataset_name=str(dataset), held_out_size=2), seed=0)
+    assert (len(splits.train), len(splits.held_out)) == (7, 1)
+    assert set(splits.train.column_names) == {"prompt", "image", "answer"}
+    assert splits.train[0]["image"].mode == "RGB"
+
+
+def test_plain_questions_become_conversations_that_ask_for_the_format(tmp_path: Path) -> None:
+    from datasets import DatasetDict
+
+    from arguments import RecipeArguments
+    from data import SYSTEM_PROMPT, load_splits
+
+    original = rows(4).remove_columns(["prompt"]).add_column("problem", ["<image>How many?"] * 4)
+    original = original.map(lambda row: {"answer": 3})
+    DatasetDict({"train": original, "test": original}).save_to_disk(str(tmp_path / "d"))
+    splits = load_splits(RecipeArguments(dataset_name=str(tmp_path / "d"), held_out_size=3), seed=0)
+    assert splits.train[0]["prompt"] == [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": "How many?"},
+    ]
+    assert splits.train[0]["answer"] == "3"
+    assert len(splits.held_out) == 3
+
+
+def test_a_local_model_and_dataset_run_from_start_to_end(qwen: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run_recipe(
+        *("--model_name_or_path", qwen, "--dataset_name", dataset, "--output_dir", out, "--report_to", "none"),
+        *("--max_steps", 1, "--per_device_train_batch_size", 4, "--num_generations", 4, "--use_peft", "true"),
+        *("--max_completion_length", 8, "--latency_rounds", 1, "--latency_new_tokens", 4, "--use_cpu", "true"),
+        *("--bf16", "false", "--lora_target_modules", "q_proj", "v_proj"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (out / "export" / "grpo_toolkit.json").is_file()
+    assert "held-out accuracy" in done.stdout
+    assert "verified" in done.stdout
+    assert json.loads((out / "grpo_recipe.json").read_text())["model"]["use_peft"] is True
+
+
+@pytest.mark.slow
+def test_the_default_run_learns(tmp_path: Path) -> None:
+    """The main job as a user starts it: accuracy rises clearly, the export is verified, W&B is there, offline."""
+    environment: dict[str, Any] = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    for name in ("WANDB_MODE", "WANDB_SILENT"):
+        os.environ.pop(name, None)
+    done = run_recipe("--output_dir", tmp_path / "out", **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = json.loads((tmp_path / "out" / "summary.json").read_text())
+    before, after = log["held_out_accuracy"]
+    assert 0.3 <= before <= 0.7
+    assert after >= before + 0.15
+    first, last = log["accuracy_reward"]
+    assert last >= first + 0.15
+    manifest = json.loads((tmp_path / "out" / "export" / "grpo_toolkit.json").read_text())
+    assert manifest["verification"]["passed"] is True
+    assert "wandb sync" in done.stderr.replace("\n", "")
