@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grpo_toolkit.cache import inference_ready
-    from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback
+    from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
     from grpo_toolkit.errors import (
         CheckpointError,
         GrpoToolkitError,
         InputError,
         OutputExistsError,
+        ResumeError,
         UnsupportedError,
         VerificationError,
         WorkerError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.measure import LatencyRow, measure_latency
+    from grpo_toolkit.resume import last_whole_checkpoint
     from grpo_toolkit.verify import VerificationResult, verify_export
 
 _MODULES = {
@@ -41,12 +43,15 @@ _MODULES = {
     "LatencyRow": "latency.measure",
     "OutputExistsError": "errors",
     "Request": "inference",
+    "ResumeError": "errors",
+    "ResumeGuardCallback": "callbacks",
     "UnsupportedError": "errors",
     "VerificationError": "errors",
     "VerificationResult": "verify",
     "WorkerError": "errors",
     "export_model": "export",
     "inference_ready": "cache",
+    "last_whole_checkpoint": "resume",
     "measure_latency": "latency.measure",
     "verify_export": "verify",
 }
@@ -62,12 +67,15 @@ __all__ = [
     "LatencyRow",
     "OutputExistsError",
     "Request",
+    "ResumeError",
+    "ResumeGuardCallback",
     "UnsupportedError",
     "VerificationError",
     "VerificationResult",
     "WorkerError",
     "export_model",
     "inference_ready",
+    "last_whole_checkpoint",
     "measure_latency",
     "verify_export",
 ]

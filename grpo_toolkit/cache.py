@@ -82,6 +82,11 @@ def is_checkpointing(model: torch.nn.Module) -> bool:
     return bool(_checkpointed(model))
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether this process holds only a part of the weights (FSDP2's DTensors, DeepSpeed ZeRO-3's `ds_id`)."""
+    return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
+
+
 def _checkpointed(model: torch.nn.Module) -> list[Any]:
     # The flag is switched module by module rather than through gradient_checkpointing_disable(), which would forget
     # the kwargs of the checkpointing function and has another name in every second release.

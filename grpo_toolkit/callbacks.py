@@ -21,6 +21,7 @@ from grpo_toolkit.cache import (
     disable_cache_for_training,
     enable_cache_for_generation,
     is_checkpointing,
+    is_sharded,
     leave_training,
     set_cache_flags,
 )
@@ -30,6 +31,7 @@ from grpo_toolkit.export import ExportResult, export_model, refuse_sharded
 from grpo_toolkit.latency.measure import Arm, LatencyRow, measure_latency
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
 from grpo_toolkit.latency.workload import requests_from_rows
+from grpo_toolkit.resume import TRAINER_STATE, ResumeReport, ensure_checkpoint_weights
 from grpo_toolkit.saving import (
     base_folder,
     capture_model_defaults,
@@ -135,6 +137,62 @@ class KVCacheCallback(_GuardedCallback):
     def _attach(self, model: torch.nn.Module) -> None:
         self.defaults = capture_model_defaults(model, overrides=self.generation_overrides)
         install_save_hook(model, self.defaults)
+
+
+class ResumeGuardCallback(TrainerCallback):  # type: ignore[misc]
+    """Makes a resumed training go on from its checkpoint's weights, and proves that it does.
+
+    On a resume the live weights are held against the checkpoint's, tensor by tensor; those that the trainer could
+    not match are loaded before the first step. `load_best_model_at_end` is checked the same way. Sharded models (FSDP,
+    ZeRO-3) are left to their own loaders, which do not have the fault.
+
+    Args:
+        checkpoint: the folder that is resumed from, if it is not in `output_dir`.
+
+    Raises:
+        ResumeError: from `train()`, before its first step, if the weights cannot be made the checkpoint's: training
+            on from other weights would be worse than stopping.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike[str] | None = None) -> None:
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.report: ResumeReport | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            return
+        folder = self._resumed_from(args, state.global_step)
+        if folder is not None:
+            self._ensure(kwargs["model"], folder, state)
+        elif state.is_world_process_zero:
+            logger.warning(
+                "grpo_toolkit: resumed at step %d, but no checkpoint-%d in %s to compare with; name it: "
+                "ResumeGuardCallback(checkpoint=...)",
+                state.global_step,
+                state.global_step,
+                args.output_dir,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            self._ensure(kwargs["model"], Path(best), state)
+
+    def _ensure(self, model: torch.nn.Module, folder: Path, state: TrainerState) -> None:
+        if is_sharded(model):
+            return
+        self.report = ensure_checkpoint_weights(model, folder)
+        if state.is_world_process_zero:
+            logger.log(logging.WARNING if self.report.restored else logging.INFO, "grpo_toolkit: %s", self.report)
+
+    def _resumed_from(self, args: TrainingArguments, step: int) -> Path | None:
+        named = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None
+        candidates = [self.checkpoint, named and Path(named), Path(args.output_dir, f"checkpoint-{step}")]
+        return next((folder for folder in candidates if folder and (folder / TRAINER_STATE).is_file()), None)
 
 
 class ExportCallback(_GuardedCallback):

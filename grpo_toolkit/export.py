@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.cache import base_model, random_state_kept
+from grpo_toolkit.cache import base_model, is_sharded, random_state_kept
 from grpo_toolkit.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -137,12 +137,11 @@ def refuse_sharded(model: torch.nn.Module) -> None:
     Raises:
         UnsupportedError: FSDP or ZeRO-3.
     """
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh"):
-            raise UnsupportedError(
-                f"{name} is sharded over processes (FSDP or ZeRO-3), which a live export does not gather yet; save a "
-                "full checkpoint with trainer.save_model() and export that folder"
-            )
+    if is_sharded(model):
+        raise UnsupportedError(
+            "the model is sharded over processes (FSDP or ZeRO-3), which a live export does not gather yet; save a "
+            "full checkpoint with trainer.save_model() and export that folder"
+        )
 
 
 def _open_source(source: Any, processing_class: Any, device: str) -> tuple[torch.nn.Module, Any]:

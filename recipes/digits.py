@@ -11,7 +11,7 @@ The scans are dealt once and for all into three splits that share none:
 |--------------|------|--------------------------------------------------------------------------|
 | `supervised` |  500 | `scripts/make_tiny_vlm.py`, to give the tiny base its eyes and its format |
 | `train`      | 1000 | GRPO                                                                     |
-| `held_out`   |  297 | nobody, until the result is measured                                     |
+| `held_out`   |  297 | no optimizer: accuracy before and after is measured on it                |
 """
 
 from __future__ import annotations

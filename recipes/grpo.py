@@ -20,7 +20,14 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quant
 from arguments import RecipeArguments, parse
 from data import Splits, load_splits
 from evaluation import held_out_accuracy
-from grpo_toolkit import ExportCallback, InputError, KVCacheCallback, LatencyCallback
+from grpo_toolkit import (
+    ExportCallback,
+    InputError,
+    KVCacheCallback,
+    LatencyCallback,
+    ResumeGuardCallback,
+    last_whole_checkpoint,
+)
 from preflight import MARKER, check_model, check_output, check_versions
 from rewards import accuracy_reward, format_reward
 from summary import print_summary, summarise
@@ -33,6 +40,7 @@ def main(argv: list[str]) -> None:
     check_versions()
     recipe, training, model = parse(argv)
     check_output(training.output_dir)
+    checkpoint = find_checkpoint(training)
     splits = load_splits(recipe, seed=training.seed)
     if model.model_name_or_path == TINY:
         model.model_name_or_path = build_tiny()
@@ -43,13 +51,13 @@ def main(argv: list[str]) -> None:
     timing = LatencyCallback(
         prompts=splits.held_out, new_tokens=recipe.latency_new_tokens, rounds=max(recipe.latency_rounds, 1)
     )
-    callbacks = [KVCacheCallback(), exporting, *([timing] if recipe.latency_rounds else [])]
+    callbacks = [KVCacheCallback(), ResumeGuardCallback(), exporting, *([timing] if recipe.latency_rounds else [])]
 
     trainer = make_trainer(training, model, splits, callbacks)
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
     before = measure(trainer, splits, "before")
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = measure(trainer, splits, "after")
     if trainer.is_world_process_zero():
         summary = summarise(trainer.state.log_history, (before, after), exporting.result, timing.rows)
@@ -96,6 +104,26 @@ def build_tiny() -> str:
     if done.returncode != 0:
         raise InputError(f"{TINY_BUILDER.name} could not build the tiny model (see above)")
     return done.stdout.strip().splitlines()[-1]
+
+
+def find_checkpoint(training: GRPOConfig) -> str | None:
+    """What to resume from: a folder as given, or for `true` the newest whole checkpoint in output_dir."""
+    wanted = training.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not Path(wanted, "trainer_state.json").is_file():
+            raise InputError(f"--resume_from_checkpoint {wanted}: no trainer_state.json there, so it is no checkpoint")
+        return str(wanted)
+    checkpoint, skipped = last_whole_checkpoint(training.output_dir)
+    for line in skipped:
+        print(f"not resumed from {line}", file=sys.stderr)
+    if checkpoint is None:
+        raise InputError(
+            f"output_dir {training.output_dir}: no whole checkpoint to resume from; start without --resume_from_checkpoint"
+        )
+    print(f"resuming from {checkpoint}", file=sys.stderr)
+    return str(checkpoint)
 
 
 def mark_output(training: GRPOConfig, recipe: RecipeArguments, model: ModelConfig) -> None:

@@ -61,9 +61,7 @@ class TinyRecipe:
     vision_intermediate_size: int = 256
     vision_num_heads: int = 4
     window_size: int = 56  # Pixels: an 84-pixel image has 3 x 3 image tokens, in windows of 4, 2, 2 and 1.
-    fullatt_block_indexes: tuple[int, ...] = (
-        1,
-    )  # Block 0 sees its own window only, block 1 the whole image.
+    fullatt_block_indexes: tuple[int, ...] = (1,)  # Block 0 is windowed, block 1 sees the whole image.
 
     seed: int = 0
     misread_rate: float = 0.65  # Over 0.5 the mistake is the first choice; under 1 GRPO can mend it.
@@ -115,9 +113,7 @@ def ensure_tiny_vlm(cache_dir: Path | None = None) -> Path:
         damage = _damage(build)  # Again: another process may have built it while this one waited.
         if damage is None:
             return build / FOLDER_NAME
-        for leftover in root.glob(
-            ".tiny-vlm-*"
-        ):  # Staged by builders that died: a live one would hold the lock.
+        for leftover in root.glob(".tiny-vlm-*"):  # Their builders are dead: a live one would hold the lock.
             shutil.rmtree(leftover)
         stage = Path(tempfile.mkdtemp(prefix=".tiny-vlm-", dir=root))
         try:

@@ -21,7 +21,7 @@ FLOORS = [
     {"defaults", "portable"},
     {"cache"},
     {"saving", "inference"},
-    {"worker"},
+    {"resume", "worker"},
     {"verify", "latency.workload", "latency.measure", "latency.store"},
     {"export"},
     {"tracking.wandb", "tracking.console", "tracking.plots"},

@@ -86,6 +86,8 @@ def test_wrong_input_is_exit_code_2_and_one_line(qwen: Path, tmp_path: Path) -> 
         (["--model_name_or_path", "{tmp}"], "no config.json there, so it is no model folder"),
         (["--num_generations", "3"], "make num_generations a divisor of"),
         (["--use_cpu", "false"], "On a machine without a GPU: --use_cpu true"),
+        (["--resume_from_checkpoint", "true"], "no whole checkpoint in it to resume from"),
+        (["--resume_from_checkpoint", "{tmp}"], "no trainer_state.json there"),
         (["--config", "no.yaml"], "--config no.yaml: no such file"),
         (["--output_dir", "{tmp}/thesis"], "exists and was not made by this recipe"),
         (["--output_dir", "{tmp}/thesis/chapter.tex"], "is a file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from rewards import accuracy_reward, extract_answer, format_reward
 
 GOOD = "<think>A loop and a tail.</think><answer>9</answer>"

@@ -34,6 +34,7 @@ def grpo_trainer(
     from trl import GRPOConfig, GRPOTrainer
 
     peft_config = options.pop("peft_config", None)
+    eval_dataset = options.pop("eval_dataset", None)
     settings: dict[str, Any] = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,
@@ -54,6 +55,7 @@ def grpo_trainer(
         args=GRPOConfig(output_dir=str(output_dir), **(settings | options)),
         reward_funcs=length_reward,
         train_dataset=rows(with_images=with_images),
+        eval_dataset=eval_dataset,
         callbacks=callbacks,
         peft_config=peft_config,
     )

@@ -1,0 +1,147 @@
+"""Proves that a resume loaded the checkpoint's weights, or loads them.
+
+A full fine-tune of Qwen2.5-VL resumes from the *base*, silently: its checkpoints carry the published names
+(`visual.*`, `model.layers.*`), the live model has others (`model.visual.*`, `model.language_model.*`), and
+`Trainer._load_from_checkpoint` calls `load_state_dict(strict=False)`, which matches nothing and only warns. The same
+happens to `load_best_model_at_end`. The library's own loader, `from_pretrained`, knows how to translate the names,
+so that is what is asked here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.cache import base_model, random_state_kept
+from grpo_toolkit.checkpoint import ADAPTER_WEIGHTS, Kind, open_checkpoint, read_json
+from grpo_toolkit.errors import CheckpointError, ResumeError
+from grpo_toolkit.inference import dtype_argument
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    import torch
+
+TRAINER_STATE: Final = "trainer_state.json"
+_CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeReport:
+    """What was found when live weights were held against a checkpoint's: how many tensors, and which differed."""
+
+    checkpoint: Path
+    compared: int
+    restored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.restored:
+            return f"{self.checkpoint}: all {self.compared} tensors of the resumed model are the checkpoint's"
+        return (
+            f"{self.checkpoint}: {len(self.restored)} of {self.compared} tensors were not the checkpoint's "
+            f"({self.restored[0]}, ...), because the trainer could not match their names; they are now"
+        )
+
+
+def ensure_checkpoint_weights(model: torch.nn.Module, checkpoint: Path) -> ResumeReport:
+    """Make the live weights those of a checkpoint, in place, so that an optimizer goes on holding them.
+
+    Args:
+        model: the trainer's model, PEFT-wrapped or not; sharded models (FSDP, ZeRO-3) have loaders of their own.
+        checkpoint: a `checkpoint-N` folder.
+
+    Raises:
+        ResumeError: the checkpoint does not have all the weights that the model needs.
+    """
+    saved = open_checkpoint(checkpoint)
+    with random_state_kept():
+        if hasattr(model, "peft_config"):
+            live, stored = _adapter_states(model, checkpoint)
+        elif saved.kind is Kind.ADAPTER:
+            raise ResumeError(f"{checkpoint}: holds an adapter, but the model in training has none; pass peft_config")
+        else:
+            live, stored = _full_states(model, checkpoint)
+    missing = sorted(live.keys() - stored.keys())
+    if missing:
+        raise ResumeError(
+            f"{checkpoint}: lacks {len(missing)} of the model's {len(live)} tensors ({missing[0]}, ...), so training "
+            "would go on from other weights; pass the checkpoint as `model` and resume from it, or start anew"
+        )
+    return ResumeReport(checkpoint=checkpoint, compared=len(live), restored=_copy_differing(live, stored))
+
+
+def _copy_differing(live: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    import torch
+
+    restored = []
+    with torch.no_grad():
+        for name, tensor in live.items():
+            wanted = stored[name].to(device=tensor.device, dtype=tensor.dtype)
+            if wanted.shape != tensor.shape:
+                raise ResumeError(
+                    f"{name}: {tuple(wanted.shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
+                )
+            if not torch.equal(wanted, tensor):
+                tensor.copy_(wanted)
+                restored.append(name)
+    return tuple(restored)
+
+
+def _full_states(model: torch.nn.Module, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    inner = base_model(model)
+    loader: Any = type(inner)
+    loaded, info = loader.from_pretrained(checkpoint, output_loading_info=True, **{dtype_argument(): inner.dtype})
+    unloaded = set(info["missing_keys"])
+    stored = {name: tensor for name, tensor in loaded.state_dict().items() if name not in unloaded}
+    return inner.state_dict(), stored
+
+
+def _adapter_states(model: Any, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    # PEFT's own save leaves the adapter's name out of the keys, in memory and on disk alike.
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    path = checkpoint / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ResumeError(f"{checkpoint}: no {ADAPTER_WEIGHTS}, so the adapter in training was not loaded from it")
+    return get_peft_model_state_dict(model), load_file(path)
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, tuple[str, ...]]:
+    """The newest checkpoint of a run that is whole, and what was skipped, with the reason.
+
+    A trainer's saves are not crash-safe: a run killed while saving leaves a half-written newest checkpoint, on
+    which `resume_from_checkpoint=True` stops although the one before it is good.
+
+    Returns:
+        The folder (None where there is none), and one line for each newer checkpoint that was passed over.
+    """
+    found = [
+        (int(match[1]), path)
+        for path in Path(output_dir).glob("checkpoint-*")
+        if path.is_dir() and (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    skipped: list[str] = []
+    for _, path in sorted(found, reverse=True):
+        reason = why_not_whole(path)
+        if reason is None:
+            return path, tuple(skipped)
+        skipped.append(f"{path}: {reason}")
+    return None, tuple(skipped)
+
+
+def why_not_whole(checkpoint: Path) -> str | None:
+    """Why a trainer checkpoint cannot be resumed from, or None if it can: readable state, config and all weights."""
+    try:
+        state = read_json(checkpoint / TRAINER_STATE)
+        if not isinstance(state.get("global_step"), int):
+            return f"{TRAINER_STATE} has no global_step"
+        saved = open_checkpoint(checkpoint)
+        if not saved.tensors():
+            return "no weights"
+    except CheckpointError as error:
+        return str(error)
+    return None
