@@ -16,13 +16,12 @@ The scans are dealt once and for all into three splits that share none:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
     from PIL import Image
-    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 Split = Literal["supervised", "train", "held_out"]
 
@@ -104,63 +103,3 @@ def corpus() -> list[str]:
     """Every text that the task ever needs, on which the tiny model's tokenizer is trained."""
     completions = [f"assistant\n{completion_for(str(digit))}" for digit in range(len(WORDS))]
     return ["system\nYou are a helpful assistant.", f"user\n{QUESTION}", *completions]
-
-
-def model_inputs(
-    rows: dict[str, list[Any]], processor: ProcessorMixin, *, completions: list[str] | None = None
-) -> BatchFeature:
-    """Tokenize a batch of rows in the chat format, padded on the left.
-
-    Args:
-        rows (`dict`):
-            A slice of the dataset, as columns.
-        processor (`ProcessorMixin`):
-            A Qwen2.5-VL processor.
-        completions (`list[str]`, *optional*):
-            Appended to the prompts, to learn from. Without them the inputs end where generation begins.
-    """
-    texts = [
-        processor.apply_chat_template(
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": prompt[0]["content"]}],
-                }
-            ],
-            add_generation_prompt=True,
-        )
-        for prompt in rows["prompt"]
-    ]
-    if completions is not None:
-        texts = [text + completion for text, completion in zip(texts, completions, strict=True)]
-    images = [[image] for image in rows["image"]]
-    return processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-
-
-def generate_answers(
-    model: PreTrainedModel, processor: ProcessorMixin, rows: Dataset, *, batch_size: int = 100
-) -> list[str | None]:
-    """Let the model answer every row with its own generation defaults; `None` where it gave no answer.
-
-    The defaults of the Qwen2.5-VL family sample at a temperature of 1e-6, which is greedy. Generation runs in
-    evaluation mode and puts the model's mode back.
-    """
-    import torch
-
-    from rewards import extract_answer
-
-    answers: list[str | None] = []
-    was_training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(rows), batch_size):
-            inputs = model_inputs(rows[start : start + batch_size], processor).to(model.device)
-            with torch.no_grad():
-                tokens = model.generate(**inputs, max_new_tokens=32)
-            texts = processor.batch_decode(
-                tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            answers += [extract_answer(text) for text in texts]
-    finally:
-        model.train(was_training)
-    return answers

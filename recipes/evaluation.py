@@ -1,52 +1,60 @@
-"""Accuracy of a model on held-out rows: greedy answers, judged by the accuracy reward."""
+"""Ask a model about rows of a dataset, greedily, and count the right answers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit import inference_ready
-from rewards import accuracy_reward
+from rewards import extract_answer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from datasets import Dataset
 
 
-def held_out_accuracy(
+def held_out_accuracy(model: Any, processor: Any, rows: Dataset, *, max_new_tokens: int) -> float:
+    """Share of rows (0 to 1) whose one answer block holds the reference answer."""
+    answers = generate_answers(model, processor, rows, max_new_tokens=max_new_tokens)
+    return sum(answer == row["answer"] for answer, row in zip(answers, rows, strict=True)) / len(rows)
+
+
+def generate_answers(
     model: Any, processor: Any, rows: Dataset, *, max_new_tokens: int, batch_size: int = 50
-) -> float:
-    """Share of rows (0 to 1) that the model answers right, decoding greedily.
+) -> list[str | None]:
+    """The model's greedy answer to every row; None where it gave none, or more than one.
 
     The model may be in the middle of training: `inference_ready` switches the KV cache on and gradient
-    checkpointing off for the time being, and puts everything back, the random state included. Every rank computes
-    the same rows, so that sharded models can take part in the forward passes they need.
+    checkpointing off for the time being, and puts everything back, the random state included. Under several
+    processes every rank answers every row, so that sharded models can take part in the forwards they need.
     """
     import torch
 
-    right = 0.0
+    answers: list[str | None] = []
     with inference_ready(model), torch.no_grad():
         for start in range(0, len(rows), batch_size):
             batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-            inputs = processor(
-                text=[_prompt(processor, row) for row in batch],
-                images=[_images(row) for row in batch],
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-            ).to(model.device)
-            tokens = model.generate(
-                **inputs, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens
-            )
-            completions = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            right += sum(accuracy_reward(completions, [row["answer"] for row in batch]))
-    return right / len(rows)
+            inputs = model_inputs(batch, processor).to(model.device)
+            greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            tokens = model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens)
+            texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers += [extract_answer(text) for text in texts]
+    return answers
 
 
-def _images(row: dict[str, Any]) -> list[Any]:
-    return row["images"] if "images" in row else [row["image"]]
-
-
-def _prompt(processor: Any, row: dict[str, Any]) -> str:
+def model_inputs(
+    rows: Sequence[Mapping[str, Any]], processor: Any, *, completions: Sequence[str] | None = None
+) -> Any:
+    """A batch of rows in the chat format, padded on the left; `completions` are appended, to learn from."""
     from trl.data_utils import prepare_multimodal_messages
 
-    messages = prepare_multimodal_messages(row["prompt"], images=_images(row))
-    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    images = [row["images"] if "images" in row else [row["image"]] for row in rows]
+    texts = [
+        processor.apply_chat_template(
+            prepare_multimodal_messages(row["prompt"], images=pictures), tokenize=False, add_generation_prompt=True
+        )
+        for row, pictures in zip(rows, images, strict=True)
+    ]
+    if completions is not None:
+        texts = [text + completion for text, completion in zip(texts, completions, strict=True)]
+    return processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")

@@ -113,14 +113,14 @@ def find_checkpoint(training: GRPOConfig) -> str | None:
         return None
     if str(wanted).lower() != "true":
         if not Path(wanted, "trainer_state.json").is_file():
-            raise InputError(f"--resume_from_checkpoint {wanted}: no trainer_state.json there, so it is no checkpoint")
+            raise InputError(f"--resume_from_checkpoint {wanted}: no trainer_state.json there")
         return str(wanted)
     checkpoint, skipped = last_whole_checkpoint(training.output_dir)
     for line in skipped:
         print(f"not resumed from {line}", file=sys.stderr)
     if checkpoint is None:
         raise InputError(
-            f"output_dir {training.output_dir}: no whole checkpoint to resume from; start without --resume_from_checkpoint"
+            f"output_dir {training.output_dir}: no whole checkpoint in it to resume from"
         )
     print(f"resuming from {checkpoint}", file=sys.stderr)
     return str(checkpoint)

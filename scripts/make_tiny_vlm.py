@@ -140,9 +140,7 @@ def _build(build: Path, *, recipe: TinyRecipe) -> None:
     processor = AutoProcessor.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = AutoModelForImageTextToText.from_config(
-            AutoConfig.from_pretrained(folder), dtype=torch.float32
-        )
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         accuracy = _supervise(model, processor, recipe=recipe)
     # Of what save_pretrained writes only the weights are in the published form; the JSON files stand already.
@@ -163,8 +161,8 @@ def _supervise(model: PreTrainedModel, processor: ProcessorMixin, *, recipe: Tin
     import torch
     from tqdm import tqdm
 
-    digits = _flat_import("digits")
-    rows = digits.load_digits_split("supervised")
+    evaluation = _flat_import("evaluation")
+    rows = _flat_import("digits").load_digits_split("supervised")
     validation = rows.select(range(recipe.validation_rows))
     train = rows.select(range(recipe.validation_rows, len(rows)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
@@ -175,9 +173,9 @@ def _supervise(model: PreTrainedModel, processor: ProcessorMixin, *, recipe: Tin
         for step in range(1, recipe.max_steps + 1):
             if len(order) < recipe.batch_size:
                 order += torch.randperm(len(train)).tolist()
-            batch_rows = train[order[: recipe.batch_size]]
-            batch_rows["answer"] = _misread(batch_rows["answer"], misread_rate=recipe.misread_rate)
-            batch = _supervised_batch(batch_rows, processor)
+            taught = [train[index] for index in order[: recipe.batch_size]]
+            answers = _misread([row["answer"] for row in taught], misread_rate=recipe.misread_rate)
+            batch = _supervised_batch(taught, answers, processor)
             del order[: recipe.batch_size]
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * min(1.0, step / recipe.warmup_steps)
@@ -189,9 +187,9 @@ def _supervise(model: PreTrainedModel, processor: ProcessorMixin, *, recipe: Tin
             optimizer.zero_grad()
             progress.update()
             if step % recipe.check_every == 0:
-                answers = digits.generate_answers(model, processor, validation)
-                accuracy = _fraction_equal(answers, validation["answer"])
-                agreement = _fraction_equal(answers, [MISREADINGS.get(d, d) for d in validation["answer"]])
+                found = evaluation.generate_answers(model, processor, validation, max_new_tokens=32)
+                accuracy = _fraction_equal(found, validation["answer"])
+                agreement = _fraction_equal(found, [MISREADINGS.get(d, d) for d in validation["answer"]])
                 progress.set_postfix(loss=f"{loss.item():.3f}", right=accuracy, like_teacher=agreement)
                 ready = step >= recipe.min_steps and agreement >= recipe.wanted_agreement
                 if ready and low <= accuracy <= high:
@@ -209,18 +207,16 @@ def _misread(answers: list[str], *, misread_rate: float) -> list[str]:
     import torch
 
     slips = (torch.rand(len(answers)) < misread_rate).tolist()
-    return [
-        MISREADINGS.get(right, right) if slip else right for right, slip in zip(answers, slips, strict=True)
-    ]
+    return [MISREADINGS.get(right, right) if slip else right for right, slip in zip(answers, slips, strict=True)]
 
 
-def _supervised_batch(rows: dict[str, list[Any]], processor: ProcessorMixin) -> dict[str, Any]:
+def _supervised_batch(rows: list[dict[str, Any]], answers: list[str], processor: ProcessorMixin) -> dict[str, Any]:
     """Tokenize prompts and their taught completions; only the completion and its end of turn carry a loss."""
     import torch
 
-    digits = _flat_import("digits")
-    completions = [f"{digits.completion_for(answer)}<|im_end|>" for answer in rows["answer"]]
-    batch = digits.model_inputs(rows, processor, completions=completions)
+    completion_for = _flat_import("digits").completion_for
+    completions = [f"{completion_for(answer)}<|im_end|>" for answer in answers]
+    batch = _flat_import("evaluation").model_inputs(rows, processor, completions=completions)
     labels = torch.full_like(batch["input_ids"], -100)
     for row, completion in enumerate(completions):  # Padded on the left: all completions end together.
         length = len(processor.tokenizer(completion)["input_ids"])
@@ -238,7 +234,7 @@ def _cache_key(recipe: TinyRecipe) -> str:
 
     digest = hashlib.sha256(repr(recipe).encode())
     own = (_SCRIPTS / name for name in ("make_tiny_vlm.py", "tiny_vlm_files.py"))
-    for source in (*own, _RECIPES / "digits.py", _RECIPES / "rewards.py"):
+    for source in (*own, _RECIPES / "digits.py", _RECIPES / "evaluation.py"):
         digest.update(source.read_bytes())
     for library in ("torch", "transformers"):
         digest.update(".".join(version(library).split(".")[:2]).encode())
@@ -307,7 +303,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build a tiny Qwen2.5-VL that reads handwritten digits.")
     parser.add_argument("--cache-dir", type=Path, help="where builds are kept (default: %(default)s)")
     parser.set_defaults(cache_dir=default_cache_dir())
-    print(ensure_tiny_vlm(parser.parse_args().cache_dir))
+    try:
+        print(ensure_tiny_vlm(parser.parse_args().cache_dir))
+    except (TinyModelError, OSError) as error:
+        _say(f"make_tiny_vlm.py: {error}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -164,9 +164,7 @@ def _write_tokenizer(folder: Path, *, vocab_size: int, corpus: list[str]) -> dic
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.post_processor = processors.ByteLevel(
-        add_prefix_space=False, trim_offsets=False, use_regex=False
-    )
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     trainer = BpeTrainer(
         vocab_size=vocab_size,
@@ -175,9 +173,7 @@ def _write_tokenizer(folder: Path, *, vocab_size: int, corpus: list[str]) -> dic
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ADDED_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
 
