@@ -119,9 +119,7 @@ def find_checkpoint(training: GRPOConfig) -> str | None:
     for line in skipped:
         print(f"not resumed from {line}", file=sys.stderr)
     if checkpoint is None:
-        raise InputError(
-            f"output_dir {training.output_dir}: no whole checkpoint in it to resume from"
-        )
+        raise InputError(f"output_dir {training.output_dir}: no whole checkpoint in it to resume from")
     print(f"resuming from {checkpoint}", file=sys.stderr)
     return str(checkpoint)
 
