@@ -83,7 +83,9 @@ def is_checkpointing(model: torch.nn.Module) -> bool:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether this process holds only a part of the weights (FSDP2's DTensors, DeepSpeed ZeRO-3's `ds_id`)."""
+    """Whether this process holds only a part of the weights: FSDP1, FSDP2 (DTensors) or ZeRO-3 (`ds_id`)."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return True
     return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
 
 
@@ -165,12 +167,14 @@ def inference_ready(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Restore the random state of Python, NumPy and torch (CPU and GPUs) on exit."""
+    """Restore the random state of Python, NumPy and torch (CPU and this process's GPU) on exit."""
     import numpy as np
     import torch
 
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # Only this process's GPU: asking for the others would make a context on each of them, from every rank.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

@@ -1,15 +1,19 @@
 """A saved model folder as data: its JSON files, its safetensors headers, what kind of folder it is.
 
-Standard library only, and nothing here reads a weight: a safetensors file begins with eight bytes of length and a
-JSON header (https://github.com/huggingface/safetensors#format), which says every tensor's name, dtype and shape.
+Standard library only (but for the Hub cache's layout, asked of huggingface_hub where a Hub name is looked up), and
+nothing here reads a weight: a safetensors file begins with eight bytes of length and a JSON header, which says every
+tensor's name, dtype and shape (https://github.com/huggingface/safetensors#format).
+
 Folders come from strangers, so sizes are bounded, names may not leave the folder, and no pickle is ever opened.
 """
 
 from __future__ import annotations
 
 import enum
+import glob
 import json
 import os
+import platform
 import shutil
 import struct
 import tempfile
@@ -201,22 +205,6 @@ def dump_json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a text file so that a crash leaves the old file or the new one, never half of either."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fchmod(file.fileno(), _umask_mode())
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
 def check_output(output_dir: Path, *, overwrite: bool) -> None:
     """Refuse an output folder that cannot or must not be written, before anything is done.
 
@@ -224,9 +212,11 @@ def check_output(output_dir: Path, *, overwrite: bool) -> None:
         OutputExistsError: it exists, and is not an export of ours or `overwrite` is False.
         InputError: its parent cannot be written.
     """
-    target = output_dir.absolute()
+    target = Path(os.path.realpath(output_dir))
     # os.path.exists, unlike Path.exists before Python 3.14, also answers where a parent may not be entered.
     existing = next(folder for folder in (target, *target.parents) if os.path.exists(folder))  # noqa: PTH110
+    if os.path.ismount(target):
+        raise OutputExistsError(f"{output_dir}: is a mount point, which cannot be replaced; name a folder in it")
     if not existing.is_dir():
         raise OutputExistsError(f"{output_dir}: {existing} is a file, so no folder can be made there; name another")
     writable = target.parent if existing == target else existing
@@ -252,8 +242,10 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
     `checkpoint-*` glob that trainers rotate. Every file is flushed to disk before the rename.
     """
     check_output(output_dir, overwrite=overwrite)
+    output_dir = Path(os.path.realpath(output_dir))  # "." and links have no parent of their own to stage in
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output_dir.name}.staging-"
+    # The host's name keeps two machines on one file system from taking each other's exporters for dead.
+    prefix = f".{output_dir.name}.staging-{platform.node()}-"
     _sweep(output_dir.parent, prefix)
     staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=f"-{os.getpid()}", dir=output_dir.parent))
     try:
@@ -283,7 +275,7 @@ def _replace_folder(staging: Path, output_dir: Path) -> None:
 
 def _sweep(parent: Path, prefix: str) -> None:
     """Remove staging folders whose owner is dead."""
-    for leftover in parent.glob(f"{prefix}*"):
+    for leftover in parent.glob(f"{glob.escape(prefix)}*"):
         pid = leftover.name.rpartition("-")[2]
         if pid.isdigit() and not _is_alive(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)

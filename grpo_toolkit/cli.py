@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().print_help(sys.stderr)
         return EXIT_INPUT
     try:
+        _check_device(getattr(arguments, "device", "cpu"))
         return int(arguments.run(arguments))
     except VerificationError as error:
         return _fail(error, EXIT_FINDINGS)
@@ -149,6 +150,17 @@ def _bench(arguments: argparse.Namespace) -> int:
 
         Console(width=None if sys.stdout.isatty() else 120).print(latency_table(rows))
     return 0
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: not here ({str(error).splitlines()[0]})") from error
 
 
 def _named_folder(item: str) -> tuple[str, Path]:

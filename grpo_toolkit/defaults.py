@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint import ABSENT, CONFIG, GENERATION_CONFIG, Absent, JsonObject
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+SAMPLING: Final = frozenset({"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"})
+"""Keys of a generation config that say how to sample, and are invalid where `do_sample` is false."""
 
 Level = tuple[str, ...]
 """Where a (nested) config sits in its JSON: () is the top, ("text_config",) one below."""
@@ -73,7 +76,10 @@ def capture_defaults(
             repairs.append(Repair(file=GENERATION_CONFIG, key="use_cache", found=value, written=True))
             generation["use_cache"] = True
     if overrides:
-        generation = {**({} if generation is ABSENT else generation), **overrides}
+        base = {} if generation is ABSENT else generation
+        if overrides.get("do_sample") is False:  # settings of sampling without sampling are refused by transformers
+            base = {key: value for key, value in base.items() if key not in SAMPLING}
+        generation = {**base, **overrides}
     return InferenceDefaults(
         cache_levels=frozenset(found),
         generation=generation,

@@ -9,11 +9,9 @@ under the target's name has passed every check.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import os
 import platform
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -23,16 +21,21 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.cache import base_model, is_sharded, random_state_kept
 from grpo_toolkit.checkpoint import (
     MANIFEST,
+    WEIGHTS_INDEX,
     Checkpoint,
     check_output,
     dump_json,
+    find_base,
     open_checkpoint,
+    read_json,
     staged,
 )
 from grpo_toolkit.defaults import Repair, with_cache_defaults
-from grpo_toolkit.errors import InputError, UnsupportedError, VerificationError
-from grpo_toolkit.inference import has_processor, load_model, load_processor
-from grpo_toolkit.portable import Change, carried_files, config_changes, copy_files, differing_files, write_configs
+from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
+from grpo_toolkit.inference import load_model
+from grpo_toolkit.merge import is_adapted, merged_copy, refuse_idle_merge, refuse_unmergeable
+from grpo_toolkit.portable import Change, config_changes, write_configs
+from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.saving import base_folder, capture_model_defaults, inference_defaults
 from grpo_toolkit.verify import VerificationResult, plain_request, policy_records, verify_export
 
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.inference import Request
 
 MANIFEST_VERSION: Final = 1
-_SAFETENSORS_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _RECORDED_PACKAGES: Final = ("grpo-toolkit", "torch", "transformers", "trl", "peft", "safetensors")
 
 
@@ -105,16 +108,18 @@ def export_model(
     started = time.monotonic()
     target = Path(output_dir)
     check_output(target, overwrite=overwrite)
+    named_base = None if base is None else find_base(os.fspath(base))
+    if base is not None and named_base is None:
+        raise InputError(f"base {os.fspath(base)}: neither a model folder nor in the local Hub cache")
     with random_state_kept():
-        model, processor = _open_source(source, processing_class, device)
-        refuse_sharded(model)
-        origin = base_folder(model, None if base is None else os.fspath(base))
-        if base is not None and origin is None:
-            raise InputError(f"base {os.fspath(base)}: neither a model folder nor in the local Hub cache")
-        processor = processor if processor is not None or origin is None else _processor_of(origin)
+        model, processor = _open_source(source, processing_class, device, named_base)
+        refuse_unsupported(model)
+        origin = named_base or base_folder(model)
+        processor = processor if processor is not None or origin is None else processor_of(origin)
         with staged(target, overwrite=overwrite) as staging:
             dtype = _export_dtype(model, origin)
             merged, defaults = _write_weights(model, staging, origin, dtype=dtype, overrides=generation_overrides)
+            refuse_idle_merge(model, staging, origin)
             repairs, changes = _write_files(merged, processor, staging, origin, defaults)
             verification = None
             if verify:
@@ -131,23 +136,29 @@ def export_model(
     return result
 
 
-def refuse_sharded(model: torch.nn.Module) -> None:
-    """Raise where this process holds only a part of the weights.
+def refuse_unsupported(model: torch.nn.Module) -> None:
+    """Raise for models that cannot be exported; the callback asks before training.
 
     Raises:
-        UnsupportedError: FSDP or ZeRO-3.
+        UnsupportedError: sharded weights (FSDP, ZeRO-3), or an adapter that cannot be merged.
     """
     if is_sharded(model):
         raise UnsupportedError(
             "the model is sharded over processes (FSDP or ZeRO-3), which a live export does not gather yet; save a "
             "full checkpoint with trainer.save_model() and export that folder"
         )
+    refuse_unmergeable(model)
 
 
-def _open_source(source: Any, processing_class: Any, device: str) -> tuple[torch.nn.Module, Any]:
+def _open_source(source: Any, processing_class: Any, device: str, base: Path | None) -> tuple[torch.nn.Module, Any]:
     if isinstance(source, (str, os.PathLike)):
         folder = Path(source)
-        model, processor, report = load_model(folder, device=device)
+        open_checkpoint(folder).tensors()  # a header that is damaged or cut off is named before anything is loaded
+        try:
+            model, processor, report = load_model(folder, device=device, base=base)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
         if not report.is_clean:
             raise InputError(
                 f"{folder}: its weights do not fit its config (missing {report.missing[:2]}, "
@@ -159,10 +170,6 @@ def _open_source(source: Any, processing_class: Any, device: str) -> tuple[torch
     return source, processing_class
 
 
-def _processor_of(folder: Path) -> Any:
-    return load_processor(folder) if has_processor(folder) else None
-
-
 def _export_dtype(model: torch.nn.Module, base: Path | None) -> torch.dtype:
     """The dtype that most of the base's tensors are stored in; the model's own where there is no base.
 
@@ -170,12 +177,15 @@ def _export_dtype(model: torch.nn.Module, base: Path | None) -> torch.dtype:
     """
     import torch
 
-    tensors = {} if base is None else open_checkpoint(base).tensors()
-    stored = [info.dtype for info in tensors.values() if info.dtype in _SAFETENSORS_DTYPES]
+    stored = [] if base is None else list(_stored_dtypes(base).values())
     dtype: torch.dtype = base_model(model).dtype
-    if stored:
-        dtype = getattr(torch, _SAFETENSORS_DTYPES[max(set(stored), key=stored.count)])
-    return dtype
+    return getattr(torch, max(set(stored), key=stored.count)) if stored else dtype
+
+
+def _stored_dtypes(folder: Path) -> dict[str, str]:
+    """torch's name for the dtype of every floating-point tensor in a folder."""
+    tensors = open_checkpoint(folder).tensors()
+    return {name: _DTYPES[info.dtype] for name, info in tensors.items() if info.dtype in _DTYPES}
 
 
 def _write_weights(
@@ -186,13 +196,18 @@ def _write_weights(
     dtype: torch.dtype,
     overrides: Mapping[str, Any] | None,
 ) -> tuple[PreTrainedModel, InferenceDefaults]:
-    """Save the (merged) weights in the base's dtype; returns the model that was saved and its defaults."""
+    """Save the (merged) weights in the base's dtypes; returns the model that was saved and its defaults."""
     defaults = capture_model_defaults(model, base=base, overrides=overrides)
-    plain = _merged(model, base, dtype) if hasattr(model, "peft_config") else base_model(model)
-    weights = _cast(plain.state_dict(), dtype)
+    plain = merged_copy(model, base) if is_adapted(model) else base_model(model)
+    # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
+    wanted = {} if base is None else _stored_dtypes(base)
+    is_mixed = len(set(wanted.values())) > 1
+    weights = plain.state_dict() if is_mixed else _cast(plain.state_dict(), dtype)
     with inference_defaults(plain, defaults):
         # The class's own method: a save hook on the instance would do the same again, with other overrides.
         type(plain).save_pretrained(plain, staging, state_dict=weights)
+    if is_mixed:
+        _recast_files(staging, wanted, dtype)
     return plain, defaults
 
 
@@ -206,21 +221,26 @@ def _cast(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[st
     return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state_dict.items()}
 
 
-def _merged(model: torch.nn.Module, base: Path | None, dtype: torch.dtype) -> PreTrainedModel:
-    """A fresh copy of the base with the adapter merged in; the live model is left as it is."""
-    from peft import PeftModel
+def _recast_files(folder: Path, wanted: Mapping[str, str], default: torch.dtype) -> None:
+    """Rewrite saved weights in the dtype that `wanted` gives each name; shard by shard."""
+    import torch
+    from safetensors.torch import load_file, save_file
 
-    if base is None:
-        name = getattr(base_model(model).config, "_name_or_path", None)
-        raise UnsupportedError(
-            f"an adapter is merged into its base from disk, and the base {name!r} is no folder here; pass base="
-        )
-    with tempfile.TemporaryDirectory(prefix="grpo-toolkit-adapter-") as folder:
-        model.save_pretrained(folder)  # type: ignore[operator]
-        fresh, _, _ = load_model(base)
-        adapted = PeftModel.from_pretrained(fresh.float(), folder)
-        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    return merged.to(dtype)
+    total = 0
+    for path in open_checkpoint(folder).weight_files():
+        weights = {
+            name: tensor.to(getattr(torch, wanted[name]) if name in wanted else default)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in load_file(path).items()
+        }
+        total += sum(tensor.nbytes for tensor in weights.values())
+        save_file(weights, path, metadata={"format": "pt"})
+    index = folder / WEIGHTS_INDEX
+    if index.is_file():
+        data = read_json(index)
+        data["metadata"] = {**data.get("metadata", {}), "total_size": total}
+        index.write_text(dump_json(data), encoding="utf-8")
 
 
 def _write_files(
@@ -235,49 +255,10 @@ def _write_files(
     trained = with_cache_defaults(model.config.to_dict(), defaults)
     changes = config_changes(loaded, trained)
     written = write_configs(base, staging, changes=changes, overrides=defaults.overrides)
-    changed = _write_processor(processor, base, staging)
+    changed = write_processor(processor, base, staging)
     note = "the processor's own save, since training changed it"
     changes += tuple(Change(file=name, key="*", before="the base's file", after=note) for name in changed)
     return written.repairs, changes
-
-
-def _write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
-    """Carry the base's tokenizer and processor files, unless training changed the processor; returns what changed.
-
-    Whether it did is found by saving both with this library and comparing the files.
-    """
-    original = _processor_of(base)
-    if processor is not None and original is not None:
-        trained = _without_rollout_settings(processor, original)
-        with tempfile.TemporaryDirectory(prefix="grpo-toolkit-processor-") as folder:
-            left, right = Path(folder, "base"), Path(folder, "trained")
-            original.save_pretrained(left)
-            trained.save_pretrained(right)
-            changed = differing_files(left, right)
-            if changed:
-                copy_files(sorted(right.iterdir()), staging)
-                return changed
-    elif processor is not None:
-        processor.save_pretrained(staging)
-        return ["(tokenizer and processor)"]
-    copy_files(carried_files(base), staging)
-    return []
-
-
-def _without_rollout_settings(processor: Any, original: Any) -> Any:
-    """A copy of the trained processor with the padding and truncation of the original.
-
-    TRL pads and truncates on the left for its rollouts, and every padded batch leaves its settings in the tokenizer's
-    backend, from where they would be saved into tokenizer.json.
-    """
-    copied = copy.deepcopy(processor)
-    ours, theirs = (getattr(one, "tokenizer", one) for one in (copied, original))
-    ours.padding_side, ours.truncation_side = theirs.padding_side, theirs.truncation_side
-    for tokenizer in (ours, theirs):
-        if hasattr(tokenizer, "backend_tokenizer"):
-            tokenizer.backend_tokenizer.no_padding()
-            tokenizer.backend_tokenizer.no_truncation()
-    return copied
 
 
 def _verify(
@@ -311,14 +292,14 @@ def _verify(
 
 def _write_manifest(staging: Path, result: ExportResult) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(staging.iterdir())
+        str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(staging.rglob("*"))
         if path.is_file()
     }
     manifest = {
         "manifest_version": MANIFEST_VERSION,
         "versions": _versions(),
-        "base": None if result.base is None else str(result.base),
+        "base": None if result.base is None else result.base.name,  # the name alone: exports are uploaded
         "put_right": [asdict(repair) for repair in result.repairs],
         "changed_in_training": [str(change) for change in result.changes],
         "verification": None if result.verification is None else result.verification.to_json(),

@@ -8,7 +8,7 @@ functions, in this process or in a fresh one (`worker.py`).
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from grpo_toolkit.cache import CacheProbe, base_model
@@ -35,7 +35,7 @@ class Request:
         max_new_tokens: the most tokens to generate.
         exact: generate exactly `max_new_tokens`, ignoring the end-of-sequence token.
         use_cache: None leaves it to the model's own files, which is what a user gets.
-        with_margins: also record by how much each token won (costs keeping the logits).
+        with_margins: also record by how much each token won, and over which (costs keeping the logits).
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -50,7 +50,7 @@ class Request:
 class Record:
     """What one request did. Times are seconds since the request began; lists run over tokens or forwards.
 
-    `margins` is, per token, the logit of the token chosen less that of the runner-up.
+    `margins` is, per token, the logit of the token chosen less that of the runner-up, which `runners_up` names.
     """
 
     prompt_tokens: int
@@ -61,6 +61,7 @@ class Record:
     vision_calls: int
     peak_memory_bytes: int
     margins: list[float] = field(default_factory=list)
+    runners_up: list[int] = field(default_factory=list)
 
     @property
     def ttft_s(self) -> float:
@@ -98,9 +99,15 @@ class LoadReport:
 
 
 def load_model(
-    path: Path, *, device: str = "cpu", attn_implementation: str | None = None
+    path: Path, *, device: str = "cpu", attn_implementation: str | None = None, base: Path | None = None
 ) -> tuple[PreTrainedModel, Any, LoadReport]:
     """Load a model folder (or an adapter on its base, unmerged) with its processor, in the dtype of its files.
+
+    Args:
+        path: a folder with a full model, or with an adapter.
+        device: where to put it.
+        attn_implementation: None leaves it to the library.
+        base: for an adapter, the base's folder; by default the one that the adapter names.
 
     Returns:
         The model in eval mode on `device`, its processor (or tokenizer, for a text model), and what loading said.
@@ -110,7 +117,7 @@ def load_model(
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.kind is Kind.ADAPTER:
-        return _load_adapter(path, device=device, attn_implementation=attn_implementation)
+        return _load_adapter(path, device=device, attn_implementation=attn_implementation, base=base)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model, info = auto_class(path).from_pretrained(
         path, output_loading_info=True, **{dtype_argument(): "auto"}, **extra
@@ -126,18 +133,25 @@ def load_model(
 
 
 def _load_adapter(
-    path: Path, *, device: str, attn_implementation: str | None
+    path: Path, *, device: str, attn_implementation: str | None, base: Path | None
 ) -> tuple[PreTrainedModel, Any, LoadReport]:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     name = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-    base = find_base(name)
+    base = base or find_base(name)
     if base is None:
         where = path / ADAPTER_CONFIG
         raise CheckpointError(f"{where}: base_model_name_or_path is {name!r}, which is not on this machine")
     model, processor, report = load_model(base, device=device, attn_implementation=attn_implementation)
     adapted = PeftModel.from_pretrained(model, path).to(device).eval()
-    return adapted, load_processor(path if has_processor(path) else base) or processor, report
+    # PEFT only warns about keys that fit nowhere, and leaves fresh random weights in their place.
+    stored, wanted = set(open_checkpoint(path).tensors()), set(get_peft_model_state_dict(adapted))
+    report = replace(
+        report,
+        missing=[*report.missing, *sorted(wanted - stored)],
+        unexpected=[*report.unexpected, *sorted(stored - wanted)],
+    )
+    return adapted, load_processor(path) if has_processor(path) else processor, report
 
 
 def has_processor(path: Path) -> bool:
@@ -206,6 +220,7 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
         output = cast("Any", model).generate(**inputs, **options, streamer=stopwatch)
         peak = stopwatch.peak_memory_bytes()
     prompt_tokens = int(inputs["input_ids"].shape[1])
+    best_two = [logits[0].float().topk(2) for logits in output.logits or ()]
     return Record(
         prompt_tokens=prompt_tokens,
         tokens=output.sequences[0, prompt_tokens:].tolist(),
@@ -214,13 +229,9 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
         is_cached=probe.is_cached,
         vision_calls=probe.vision_calls,
         peak_memory_bytes=peak,
-        margins=[_margin(logits[0]) for logits in output.logits or ()],
+        margins=[float(best.values[0] - best.values[1]) for best in best_two],
+        runners_up=[int(best.indices[1]) for best in best_two],
     )
-
-
-def _margin(logits: torch.Tensor) -> float:
-    best, second = logits.float().topk(2).values.tolist()
-    return float(best - second)
 
 
 def prepare_inputs(processor: Any, request: Request) -> Any:

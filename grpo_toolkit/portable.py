@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint import (
     ABSENT,
-    ADAPTER_CONFIG,
     CONFIG,
     GENERATION_CONFIG,
-    MANIFEST,
     JsonObject,
     dump_json,
     read_json,
@@ -51,10 +49,14 @@ _NOISE: Final = frozenset(
 # Trainer and TRL align these with the tokenizer. They are a change of the model only if its vocabulary changed.
 _TOKEN_IDS: Final = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
 
-_WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_NOT_CARRIED: Final = frozenset(
-    {CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, MANIFEST, "README.md", ".gitattributes", "trainer_state.json"}
-)
+# What belongs to a tokenizer, a processor or the license. A list of what is carried rather than of what is not: a base
+# folder may hold anything (pickles, logs, DeepSpeed's scripts), and an export must not pass it on.
+_CARRIED: Final = (
+    "tokenizer*.json", "*tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "*.model", "*.tiktoken", "*.jinja", "chat_template.json", "*processor_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+_CARRIED_FOLDERS: Final = ("additional_chat_templates",)
 
 
 # How a tokenizer was loaded and how rollouts pad, which transformers writes into tokenizer_config.json.
@@ -138,15 +140,10 @@ def _write_json(source: Path, target: Path, found: JsonObject, wanted: JsonObjec
 
 
 def carried_files(base: Path) -> list[Path]:
-    """The base's tokenizer, processor, template and license files: all that is no weight and no config."""
-    return [
-        path
-        for path in sorted(base.iterdir())
-        if path.is_file()
-        and path.name not in _NOT_CARRIED
-        and not path.name.endswith(_WEIGHT_SUFFIXES)
-        and not path.name.startswith(".")
-    ]
+    """The base's tokenizer, processor, chat template and license files."""
+    folders = [base, *(base / name for name in _CARRIED_FOLDERS if (base / name).is_dir())]
+    found = {path for folder in folders for pattern in _CARRIED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
 
 
 def differing_files(left: Path, right: Path) -> list[str]:
@@ -163,10 +160,12 @@ def _content(path: Path) -> object:
     return {key: value for key, value in read_json(path).items() if key not in _TOKENIZER_NOISE}
 
 
-def copy_files(files: list[Path], output_dir: Path) -> None:
-    """Copy files byte for byte (a link is followed: Hub-cache snapshots are links)."""
+def copy_files(files: list[Path], source: Path, output_dir: Path) -> None:
+    """Copy files of `source` byte for byte (a link is followed: Hub-cache snapshots are links)."""
     for path in files:
-        _copy(path, output_dir / path.name)
+        target = output_dir / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        _copy(path, target)
 
 
 def _copy(source: Path, target: Path) -> None:

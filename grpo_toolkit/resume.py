@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+    from transformers import TrainerState
 
 TRAINER_STATE: Final = "trainer_state.json"
 _CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
@@ -55,12 +56,12 @@ def ensure_checkpoint_weights(model: torch.nn.Module, checkpoint: Path) -> Resum
 
     Raises:
         ResumeError: the checkpoint does not have all the weights that the model needs.
+        CheckpointError: it cannot be read, so nothing can be said.
     """
-    saved = open_checkpoint(checkpoint)
     with random_state_kept():
         if hasattr(model, "peft_config"):
             live, stored = _adapter_states(model, checkpoint)
-        elif saved.kind is Kind.ADAPTER:
+        elif open_checkpoint(checkpoint).kind is Kind.ADAPTER:
             raise ResumeError(f"{checkpoint}: holds an adapter, but the model in training has none; pass peft_config")
         else:
             live, stored = _full_states(model, checkpoint)
@@ -104,10 +105,26 @@ def _adapter_states(model: Any, checkpoint: Path) -> tuple[dict[str, Any], dict[
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    path = checkpoint / ADAPTER_WEIGHTS
+    # An adapter that is not called "default" lies in a folder of its name.
+    [active] = model.active_adapters
+    paths = [checkpoint / ADAPTER_WEIGHTS, checkpoint / active / ADAPTER_WEIGHTS]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{checkpoint}: no {ADAPTER_WEIGHTS} in it to compare the resumed adapter with")
+    return get_peft_model_state_dict(model, adapter_name=active), load_file(path)
+
+
+def is_checkpoint_of(checkpoint: Path, state: TrainerState) -> bool:
+    """Whether a folder is the checkpoint that a resumed trainer's state was read from.
+
+    A trainer does not tell its callbacks which folder it resumes from, and another run's `checkpoint-N` of the same
+    step may lie where it is looked for: so the state on disk has to be the live one, log and all.
+    """
+    path = checkpoint / TRAINER_STATE
     if not path.is_file():
-        raise ResumeError(f"{checkpoint}: no {ADAPTER_WEIGHTS}, so the adapter in training was not loaded from it")
-    return get_peft_model_state_dict(model), load_file(path)
+        return False
+    saved = read_json(path)
+    return bool(saved.get("global_step") == state.global_step and saved.get("log_history") == state.log_history)
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import tempfile
 import types
 from contextlib import contextmanager
 from functools import reduce
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.cache import base_model, cache_flags, config_levels, set_cache_flags
 from grpo_toolkit.checkpoint import ABSENT, GENERATION_CONFIG, Absent, JsonObject, find_base, read_json
 from grpo_toolkit.defaults import InferenceDefaults, capture_defaults
+from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 _DEFAULTS = "_grpo_toolkit_defaults"
+_GENERATION = "_grpo_toolkit_generation_config"
 _PLAIN_STATE = "_grpo_toolkit_plain_state"
 
 
@@ -58,7 +61,22 @@ def capture_model_defaults(
         generation: JsonObject | Absent = read_json(folder / GENERATION_CONFIG)
     else:
         generation = _snapshot_generation(inner)
-    return capture_defaults(config, generation, source=str(folder or "live model"), overrides=overrides)
+    defaults = capture_defaults(config, generation, source=str(folder or "live model"), overrides=overrides)
+    if overrides:
+        _check_overrides(defaults)
+    return defaults
+
+
+def _check_overrides(defaults: InferenceDefaults) -> None:
+    # Found out now rather than in the middle of training, where an invalid config would cost a checkpoint.
+    try:
+        config = generation_config_of(defaults)
+        assert config is not None
+        with tempfile.TemporaryDirectory(prefix="grpo-toolkit-overrides-") as folder:
+            config.save_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"generation_overrides {dict(defaults.overrides)} do not fit the base: {reason}") from error
 
 
 def base_folder(model: torch.nn.Module, base: str | Path | None = None) -> Path | None:
@@ -93,18 +111,22 @@ def _snapshot_generation(model: PreTrainedModel) -> JsonObject | Absent:
 def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults) -> None:
     """Make every later `save_pretrained` of this model write `defaults`; installing again replaces them.
 
-    The hook is an instance attribute holding a bound method, and its data are plain values: a deep copy gets a hook
-    of its own, bound to the copy, and a pickled model loads without it.
+    What a user changes in `model.generation_config` after this is written as well, and wins: only `use_cache` and the
+    token ids, which trainers align for their rollouts, are the base's whatever happens.
+
+    The hook is an instance attribute holding a bound method, so a deep copy gets a hook of its own, bound to the copy,
+    and a pickled model loads and saves plainly.
     """
     inner = base_model(model)
     setattr(inner, _DEFAULTS, defaults)
+    setattr(inner, _GENERATION, _generation_values(inner))
     inner.save_pretrained = types.MethodType(save_pretrained, inner)
 
 
 def remove_save_hook(model: torch.nn.Module) -> None:
     """Undo `install_save_hook`; without effect where there is none."""
     inner = base_model(model)
-    for name in ("save_pretrained", _DEFAULTS):
+    for name in ("save_pretrained", _DEFAULTS, _GENERATION):
         inner.__dict__.pop(name, None)
 
 
@@ -127,14 +149,28 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 def inference_defaults(model: PreTrainedModel, defaults: InferenceDefaults) -> Iterator[None]:
     """The model's configs say `defaults` inside, and what they said before on exit."""
     flags, generation_config = cache_flags(model.config), model.generation_config
+    known = vars(model).get(_GENERATION)
+    edits = {} if known is None else _edits(known, _generation_values(model))
     try:
         set_cache_flags(model.config, dict.fromkeys(defaults.cache_levels, True))
         if defaults.generation is not ABSENT:
             model.generation_config = generation_config_of(defaults)
+            for name, value in edits.items():
+                setattr(model.generation_config, name, value)
         yield
     finally:
         set_cache_flags(model.config, flags)
         model.generation_config = generation_config
+
+
+def _generation_values(model: PreTrainedModel) -> JsonObject:
+    return {} if model.generation_config is None else dict(model.generation_config.to_dict())
+
+
+def _edits(before: JsonObject, after: JsonObject) -> JsonObject:
+    kept_of_base = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
+    names = [name for name in after if not name.startswith("_") and name not in kept_of_base]
+    return {name: after[name] for name in names if after[name] != before.get(name)}
 
 
 def generation_config_of(defaults: InferenceDefaults) -> GenerationConfig | None:

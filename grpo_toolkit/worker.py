@@ -7,6 +7,7 @@ is started without the variables of a distributed launch, so that it is a plain 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _LAUNCH_VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
+_CHILD: Final = "import sys; sys.path[:] = filter(None, sys.path); from grpo_toolkit.worker import serve; serve()"
 _LAUNCH_PREFIXES: Final = ("MASTER_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "CCL_", "DEEPSPEED_")
 
 
@@ -55,7 +57,8 @@ class Worker:
         self._scratch = Path(tempfile.mkdtemp(prefix="grpo-toolkit-worker-"))
         self._log = (self._scratch / "log").open("w+b")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "grpo_toolkit.worker"],
+            # Not `-m`: that puts the user's current folder first on the path, where any queue.py would be imported.
+            [sys.executable, "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -66,8 +69,12 @@ class Worker:
         self._reader = threading.Thread(target=self._read_answers, daemon=True)
         self._reader.start()
         self._images = 0
-        self._send({"path": str(path), "device": device, "attn_implementation": attn_implementation})
         self._report: LoadReport | None = None
+        try:
+            self._send({"path": str(path), "device": device, "attn_implementation": attn_implementation})
+        except WorkerError:
+            self.close()
+            raise
 
     @property
     def report(self) -> LoadReport:
@@ -98,7 +105,10 @@ class Worker:
         return Record(**self._receive())
 
     def close(self) -> None:
-        if self._process.stdin is not None:
+        """End the process (at once, if it does not end by itself) and remove what was left for it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # closing flushes what a dead process never read
             self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
@@ -106,8 +116,7 @@ class Worker:
             self._process.kill()
             self._process.wait()
         self._reader.join()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._process.stdout.close()
         self._log.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -167,7 +176,8 @@ def worker_environment() -> dict[str, str]:
     return kept
 
 
-def _serve() -> None:
+def serve() -> None:
+    """The worker's side: load what the first line of standard input names, then answer a request a line."""
     # Libraries print to stdout; answers go to a private copy of it, and everything else to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -191,9 +201,5 @@ def _serve() -> None:
             images = [Image.open(file).convert("RGB") for file in message.pop("images")]
             answer(generate(model, processor, Request(images=images, **message)).to_json())
     except Exception as error:
-        answer({"error": f"{type(error).__name__}: {error}"})
+        answer({"error": " ".join(f"{type(error).__name__}: {error}".split())})
         raise
-
-
-if __name__ == "__main__":
-    _serve()

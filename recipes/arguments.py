@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from grpo_toolkit import InputError
@@ -51,21 +52,19 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
     Raises:
         InputError: a config file that is not there, an unknown key, or values that do not fit together.
     """
-    args = list(argv)
-    if not any(_is_flag(arg, "--config") or _is_flag(arg, "--model_name_or_path") for arg in args):
+    args = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" not in args and not any(arg.partition("=")[0] == "--model_name_or_path" for arg in args):
         args = ["--config", str(DEFAULT_CONFIG), *args]
     if "--config" in args[:-1] and not Path(args[args.index("--config") + 1]).is_file():
         raise InputError(f"--config {args[args.index('--config') + 1]}: no such file; see recipes/configs/")
     parser = TrlParser((RecipeArguments, GRPOConfig, ModelConfig))
     try:
         recipe, training, model = parser.parse_args_and_config(args)
+    except yaml.YAMLError as error:
+        raise InputError(f"--config: not valid YAML ({_explain(str(error))})") from error
     except ValueError as error:  # GRPOConfig checks batch sizes when it is made; the parser unknown YAML keys
         raise InputError(_explain(str(error))) from error
     return recipe, training, model
-
-
-def _is_flag(arg: str, flag: str) -> bool:
-    return arg == flag or arg.startswith(flag + "=")
 
 
 # What the libraries' complaints leave open: the way out.

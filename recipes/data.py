@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit import InputError
 
@@ -45,6 +45,8 @@ def load_splits(arguments: RecipeArguments, *, seed: int) -> Splits:
     Raises:
         InputError: it cannot be found, has no such split, or lacks a column.
     """
+    if arguments.held_out_size < 1:
+        raise InputError(f"--held_out_size {arguments.held_out_size}: at least one row must be held out")
     if arguments.dataset_name == "digits":
         from digits import load_digits_split
 
@@ -54,15 +56,15 @@ def load_splits(arguments: RecipeArguments, *, seed: int) -> Splits:
     if not arguments.dataset_name:
         raise InputError("no dataset: pass --dataset_name with a Hub name or a folder (or `digits`)")
     splits = _load(arguments)
-    train = _split(splits, arguments.dataset_train_split, arguments.dataset_name)
-    columns = find_columns(train.column_names, arguments)
+    train = _reshape(splits, arguments.dataset_train_split, arguments)
     if arguments.dataset_test_split in splits:
-        held_out = splits[arguments.dataset_test_split]
+        held_out = _reshape(splits, arguments.dataset_test_split, arguments)
+    elif len(train) < 2:
+        raise InputError(f"dataset {arguments.dataset_name}: one row, of which none can be held out")
     else:  # none published: hold some of the training rows out
         parts = train.train_test_split(test_size=min(arguments.held_out_size, max(1, len(train) // 10)), seed=seed)
         train, held_out = parts["train"], parts["test"]
-    held_out = held_out.select(range(min(arguments.held_out_size, len(held_out))))
-    return Splits(train=_reshape(train, columns), held_out=_reshape(held_out, columns))
+    return Splits(train=train, held_out=held_out.select(range(min(arguments.held_out_size, len(held_out)))))
 
 
 def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]:
@@ -107,33 +109,42 @@ def _load(arguments: RecipeArguments) -> dict[str, Dataset]:
     return dict(loaded)
 
 
-def _split(splits: dict[str, Dataset], wanted: str, name: str) -> Dataset:
-    if wanted not in splits:
-        raise InputError(
-            f"dataset {name}: no split {wanted!r}; it has {', '.join(splits)}; choose one with --dataset_train_split"
+def _reshape(splits: dict[str, Dataset], split: str, arguments: RecipeArguments) -> Dataset:
+    """One split, with the three columns; images are decoded when a batch asks for them.
+
+    Rows without an image or an answer are left out, and counted.
+
+    Raises:
+        InputError: no such split, a column is missing, or no row is left.
+    """
+    from datasets import Image, List, Value
+
+    name = f"dataset {arguments.dataset_name}"
+    if split not in splits:
+        raise InputError(f"{name}: no split {split!r}; it has {', '.join(splits)}; choose with --dataset_train_split")
+    columns = find_columns(splits[split].column_names, arguments)
+    # Selecting before renaming: a dataset may have a `prompt` beside the `problem` that was asked for.
+    rows = splits[split].select_columns(list(columns.values()))
+    rows = rows.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
+    whole = rows.filter(_is_whole, input_columns=["image", "answer"], desc="looking for whole rows")
+    if len(whole) < len(rows):
+        print(
+            f"{name}: {len(rows) - len(whole)} of {len(rows)} rows of {split!r} lack an image or an answer; left out"
         )
-    if len(splits[wanted]) == 0:
-        raise InputError(f"dataset {name}: split {wanted!r} is empty")
-    return splits[wanted]
+    if len(whole) == 0:
+        raise InputError(f"{name}: split {split!r} has no row with an image and an answer")
+    rows = whole.cast_column("answer", Value("string"))
+    if isinstance(rows[0]["image"], list):
+        rows = rows.cast_column("image", List(Image(mode="RGB"))).rename_column("image", "images")
+    else:
+        rows = rows.cast_column("image", Image(mode="RGB"))  # paths become pictures too
+    if not isinstance(rows[0]["prompt"], str):
+        return rows
+    return rows.map(_conversation, desc="writing prompts", input_columns=["prompt"])
 
 
-def _reshape(dataset: Dataset, columns: dict[str, str]) -> Dataset:
-    """To the three columns, lazily for the images: they are decoded when a batch asks for them."""
-    from datasets import Image, Value
-
-    first = dataset[0]
-    if first[columns["image"]] in (None, []) or first[columns["answer"]] is None:
-        raise InputError(f"the dataset's first row has no {'image' if not first[columns['image']] else 'answer'}")
-    if columns["image"] == "image" and not isinstance(first["image"], list):
-        dataset = dataset.cast_column("image", Image(mode="RGB"))
-    renamed = dataset.rename_columns({old: new for new, old in columns.items() if new != old})
-    kept = renamed.select_columns(list(USUAL_NAMES))
-    if isinstance(first[columns["image"]], list):
-        kept = kept.rename_column("image", "images")
-    kept = kept.cast_column("answer", Value("string"))
-    if not isinstance(first[columns["prompt"]], str):
-        return kept
-    return kept.map(_conversation, desc="writing prompts", input_columns=["prompt"])
+def _is_whole(image: Any, answer: Any) -> bool:
+    return image not in (None, []) and answer not in (None, "")
 
 
 def _conversation(question: str) -> dict[str, list[dict[str, str]]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def held_out_accuracy(model: Any, processor: Any, rows: Dataset, *, max_new_tokens: int) -> float:
     """Share of rows (0 to 1) whose one answer block holds the reference answer."""
     answers = generate_answers(model, processor, rows, max_new_tokens=max_new_tokens)
-    return sum(answer == row["answer"] for answer, row in zip(answers, rows, strict=True)) / len(rows)
+    return sum(found == wanted.strip() for found, wanted in zip(answers, rows["answer"], strict=True)) / len(rows)
 
 
 def generate_answers(

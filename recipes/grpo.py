@@ -22,6 +22,7 @@ from data import Splits, load_splits
 from evaluation import held_out_accuracy
 from grpo_toolkit import (
     ExportCallback,
+    GrpoToolkitError,
     InputError,
     KVCacheCallback,
     LatencyCallback,
@@ -73,6 +74,9 @@ def make_trainer(training: GRPOConfig, model: ModelConfig, splits: Splits, callb
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
+    quantization = get_quantization_config(model)
+    if quantization is not None:
+        training.model_init_kwargs["quantization_config"] = quantization
     return GRPOTrainer(
         model=model.model_name_or_path,
         args=training,
@@ -80,7 +84,6 @@ def make_trainer(training: GRPOConfig, model: ModelConfig, splits: Splits, callb
         train_dataset=splits.train,
         eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
         peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
         callbacks=callbacks,
     )
 
@@ -135,6 +138,6 @@ def mark_output(training: GRPOConfig, recipe: RecipeArguments, model: ModelConfi
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except GrpoToolkitError as error:
         print(f"recipes/grpo.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)

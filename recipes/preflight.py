@@ -28,6 +28,13 @@ def check_model(name: str | None) -> None:
     if not folder.exists():
         if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise CheckpointError(f"model {name}: no such folder")
+        from transformers import AutoConfig
+
+        try:  # a few kilobytes, and the name is known to be right before anything large is fetched
+            AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"model {name}: neither a folder nor to be had from the Hub ({reason})") from error
         return
     if not folder.is_dir() or not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").is_file()

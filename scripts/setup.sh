@@ -1,37 +1,53 @@
-# Sourced by `demo` and `test`: makes .venv with the package in it, once, and activates it. Nothing global is touched.
+# Sourced by `demo` and `test`: makes an environment with the package in it, once, and activates it. Nothing global
+# is touched.
 #
-#   setup_environment EXTRA     EXTRA: recipes (to run) or dev (to test as well)
+#   setup_environment VENV EXTRA [REQUIREMENT...]     EXTRA: recipes (to run) or dev (to test as well)
 
 say() { printf '%s\n' "grpo_toolkit: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
+# The older stacks that the package promises to work beside.
+#   middle   transformers 4.57, TRL 1.0
+#   oldest   transformers 4.49, TRL 0.15: the lower bounds of pyproject.toml, where VLM-R1 and its descendants live
+stack_requirements() {
+    case $1 in
+        newest) ;;
+        middle) echo "transformers==4.57.* trl==1.0.*" ;;
+        oldest) echo "transformers==4.49.* trl==0.15.* peft==0.14.* accelerate==1.3.*" ;;
+        *) fail "unknown stack '$1': newest, middle, oldest or all" ;;
+    esac
+}
+
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3.12 python3.11 python3.13 python3.10 python3 python; do
-        [ -n "$candidate" ] && "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' \
-            2>/dev/null && { printf '%s' "$candidate"; return 0; }
+    for candidate in ${PYTHON:-python3.12 python3.11 python3.13 python3.10 python3 python}; do
+        "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null &&
+            { printf '%s' "$candidate"; return 0; }
     done
     return 1
 }
 
 setup_environment() {
-    local extra=$1 venv=${GRPO_TOOLKIT_VENV:-.venv} python wanted have log
-    # The stamp names everything the environment was made from: another pyproject.toml or extra sets up again.
-    wanted="$extra $(cksum < pyproject.toml)"
+    local venv=$1 extra=$2 python wanted have log
+    shift 2
+    # The stamp names everything the environment was made from and where: another pyproject.toml, or a folder that was
+    # moved or copied, sets up again. An environment to test in (dev) also serves to run (recipes).
+    wanted="$* $PWD $(cksum < pyproject.toml)"
     have=$(cat "$venv/.grpo_toolkit" 2>/dev/null || true)
-    if [ "$have" = "$wanted" ] || [ "$have" = "dev $(cksum < pyproject.toml)" ]; then
+    if [ "$have" = "$extra $wanted" ] || [ "$have" = "dev $wanted" ]; then
         say "using the environment in $venv"
     else
-        python=$(find_python) || fail "needs Python 3.10 or newer with venv; install one, or name it: PYTHON=/path/to/python3 bash $0"
+        python=$(find_python) ||
+            fail "needs Python 3.10 or newer with venv${PYTHON:+, and PYTHON=$PYTHON is not}; name one: PYTHON=/path/to/python3 bash $0"
         [ "$(df -Pk . | awk 'NR == 2 {print $4}')" -gt 12000000 ] ||
-            fail "needs 12 GB of free disk here for PyTorch and its libraries; $(df -Ph . | awk 'NR == 2 {print $4}') are free"
-        say "setting up $venv with $("$python" --version) (PyTorch and all: several GB, a few minutes; once)"
+            fail "needs 12 GB of free disk here for PyTorch; $(df -Ph . | awk 'NR == 2 {print $4}') are free"
+        say "setting up $venv with $("$python" --version)${*:+ and $*} (several GB, a few minutes; once)"
         log=$(mktemp)
-        "$python" -m venv "$venv" >"$log" 2>&1 || { tail -n 3 "$log" >&2; fail "could not make $venv"; }
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" >"$log" 2>&1 ||
-            { grep -i 'error' "$log" | head -n 3 >&2; fail "pip could not install the package (no network, or no disk?); the whole log: $log"; }
+        "$python" -m venv --clear "$venv" >"$log" 2>&1 || fail "could not make $venv: $(tail -n 1 "$log")"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" "$@" >"$log" 2>&1 ||
+            fail "pip could not install the package (no network, or no disk?): $(grep '^ERROR' "$log" | head -n 1); the whole log: $log"
         rm -f "$log"
-        printf '%s' "$wanted" > "$venv/.grpo_toolkit"
+        printf '%s' "$extra $wanted" > "$venv/.grpo_toolkit"
     fi
     # shellcheck disable=SC1091
     . "$venv/bin/activate"

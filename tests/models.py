@@ -158,6 +158,7 @@ def byte_tokenizer(extra: list[str] | None = None) -> Any:
         pad_token="<pad>",
         additional_special_tokens=extra or [],
         chat_template=LLAVA_TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

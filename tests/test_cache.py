@@ -18,13 +18,14 @@ from grpo_toolkit.cache import (
     disable_cache_for_training,
     enable_cache_for_generation,
     inference_ready,
+    is_sharded,
     leave_training,
     set_cache_flags,
     vision_tower,
 )
 from grpo_toolkit.callbacks import KVCacheCallback
 from grpo_toolkit.inference import generate, load_model
-from training import grpo_trainer
+from training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,6 +121,7 @@ def test_inference_ready_restores_everything_also_after_an_exception(model: Any,
     assert snapshot(model) == before
 
 
+@v5_only
 def test_flags_keep_absent_null_and_false_apart(model: Any) -> None:
     levels = [level for level, _ in config_levels(model.config)]
     assert levels[0] == ()
@@ -133,6 +135,7 @@ def test_flags_keep_absent_null_and_false_apart(model: Any) -> None:
     assert "use_cache" not in vars(model.config)
 
 
+@v5_only
 def test_training_switches_off_every_level_that_has_the_key(model: Any) -> None:
     model.config.use_cache = True
     disable_cache_for_training(model)
@@ -156,6 +159,19 @@ def test_wrappers_are_seen_through(model: Any) -> None:
     assert base_model(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) is model
     with pytest.raises(TypeError, match="holds no transformers model"):
         base_model(torch.nn.Linear(1, 1))
+
+
+def test_every_way_of_sharding_is_recognised(model: Any) -> None:
+    assert not is_sharded(model)
+
+    class FullyShardedDataParallel(torch.nn.Module):  # FSDP1 is told by its class, so that torch need not be asked
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    assert is_sharded(FullyShardedDataParallel(model))
+    next(iter(model.parameters())).ds_id = 0  # DeepSpeed ZeRO-3
+    assert is_sharded(model)
 
 
 def test_leaving_training_is_leaving_both_switches(model: Any) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import struct
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +24,6 @@ from grpo_toolkit.checkpoint import (
     staged,
 )
 from grpo_toolkit.errors import CheckpointError, OutputExistsError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def write_safetensors(path: Path, header: object, data: bytes = b"") -> Path:
@@ -161,14 +159,34 @@ def test_a_failure_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
 
 def test_leftovers_of_dead_exporters_are_swept_and_of_live_ones_kept(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    dead = tmp_path / f".export.staging-abc-{int(ended.stdout)}"
-    alive = tmp_path / f".export.staging-abc-{os.getpid()}"
+    here = platform.node()
+    dead = tmp_path / f".export.staging-{here}-abc-{int(ended.stdout)}"
+    alive = tmp_path / f".export.staging-{here}-abc-{os.getpid()}"
+    elsewhere = tmp_path / f".export.staging-other-host-abc-{int(ended.stdout)}"
+    elsewhere.mkdir()
     dead.mkdir()
     alive.mkdir()
     with staged(tmp_path / "export", overwrite=False) as staging:
         (staging / "config.json").write_text("{}")
     assert not dead.exists()
     assert alive.exists()
+    assert elsewhere.exists()  # its owner may be alive on its own machine
+
+
+def test_a_link_and_the_current_folder_are_published_where_they_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (tmp_path / "link", Path()):
+        with staged(target, overwrite=False) as staging:
+            (staging / "config.json").write_text("{}")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").is_file()
+    assert (tmp_path / "here" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
 
 
 def test_output_that_is_not_ours_is_refused(tmp_path: Path) -> None:

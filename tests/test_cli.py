@@ -54,6 +54,10 @@ def test_verify_exits_1_on_a_poisoned_folder(qwen: Path, tmp_path: Path, capsys:
         (["export", "{tmp}/nowhere", "{tmp}/out"], "not a folder"),
         (["export", "{qwen}", "{tmp}/full"], "not an export of ours"),
         (["export", "{qwen}", "{tmp}/out", "--base", "no/base"], "base no/base: neither a model folder"),
+        (["export", "{tmp}/odd", "{tmp}/out"], "odd: cannot be loaded"),
+        (["verify", "{tmp}/odd"], "no-such-model"),
+        (["export", "{tmp}/cut", "{tmp}/out"], "it is cut off"),
+        (["verify", "{qwen}", "--device", "cuda:77"], "--device cuda:77: not here"),
         (["bench", "{qwen}", "{qwen}"], "two models have the same name"),
         (["bench", "{qwen}", "--rounds", "0"], "at least one arm"),
         (["bench", "{qwen}", "--image", "{tmp}/full/file"], "cannot be read as an image"),
@@ -64,13 +68,18 @@ def test_wrong_use_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "no-such-model"}')
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_bytes((qwen / "config.json").read_bytes())
+    (tmp_path / "cut" / "model.safetensors").write_bytes((qwen / "model.safetensors").read_bytes()[:-1])
     assert main([argument.format(tmp=tmp_path, qwen=qwen) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("grpo-toolkit: ")
     assert message in error
     assert "Traceback" not in error
     assert error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "full", "odd"]
 
 
 def test_no_command_prints_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:

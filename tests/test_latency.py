@@ -67,6 +67,8 @@ def test_rows_survive_on_disk(measured: list[LatencyRow], tmp_path: Path) -> Non
     with path.open("a") as file:
         file.write('{"arm": "cut o')  # a crash in the middle of a row
     assert len(read_rows(path)) == 2
+    append_rows(path, measured[:1])
+    assert [row["arm"] for row in read_rows(path)] == ["export", "export_no_cache", "export"]
     path.write_text("nonsense\n" + path.read_text())
     with pytest.raises(InputError, match="line 1 is not JSON"):
         read_rows(path)
@@ -115,9 +117,21 @@ def test_a_folder_that_cannot_be_loaded_is_one_error(tmp_path: Path) -> None:
 def test_a_worker_that_dies_is_one_error(qwen: Path) -> None:
     with Worker(qwen) as worker:
         assert worker.report.is_clean
+        scratch = worker._scratch
         worker._process.kill()
+        worker._process.wait()
         with pytest.raises(WorkerError, match="ended"):
             worker.generate(Request(messages=[{"role": "user", "content": "?"}]))
+    assert not scratch.exists()
+
+
+def test_a_workers_imports_are_not_taken_from_the_current_folder(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with Worker(qwen) as worker:
+        assert worker.report.is_clean
 
 
 def test_a_worker_is_outside_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,13 @@ FLOORS = [
     {"defaults", "portable"},
     {"cache"},
     {"saving", "inference"},
-    {"resume", "worker"},
+    {"resume", "worker", "merge", "processing"},
     {"verify", "latency.workload", "latency.measure", "latency.store"},
     {"export"},
     {"tracking.wandb", "tracking.console", "tracking.plots"},
-    {"callbacks", "cli"},
+    {"callbacks.guard", "callbacks.prompts"},
+    {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
+    {"callbacks.latency", "cli"},
 ]
 STANDARD_LIBRARY_ONLY = {"errors", "checkpoint", "defaults", "portable"}
 

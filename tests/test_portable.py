@@ -83,6 +83,7 @@ def test_carried_files_are_neither_weights_nor_configs_nor_leftovers(tmp_path: P
         "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "README.md",
         "pytorch_model.bin", "optimizer.pt", "trainer_state.json", "grpo_toolkit.json", ".gitattributes",
         "tokenizer.json", "merges.txt", "LICENSE", "chat_template.json", "preprocessor_config.json",
+        "data.pkl", "modeling_custom.py", "zero_to_fp32.py", "train.log", "model.ckpt",
     ):  # fmt: skip
         (tmp_path / name).write_text("{}")
     assert [path.name for path in carried_files(tmp_path)] == [

@@ -84,6 +84,12 @@ def test_wrong_input_is_exit_code_2_and_one_line(qwen: Path, tmp_path: Path) -> 
         (["--dataset_name", "no-such/dataset"], "dataset no-such/dataset: cannot be loaded"),
         (["--model_name_or_path", "/no/such/model"], "model /no/such/model: no such folder"),
         (["--model_name_or_path", "{tmp}"], "no config.json there, so it is no model folder"),
+        (
+            ["--model_name_or_path", "no-such/model"],
+            "no-such/model: neither a folder nor to be had",
+        ),
+        (["--held_out_size", "0"], "--held_out_size 0: at least one row"),
+        (["--config", "{tmp}/thesis/bad.yaml"], "--config: not valid YAML"),
         (["--num_generations", "3"], "make num_generations a divisor of"),
         (["--use_cpu", "false"], "On a machine without a GPU: --use_cpu true"),
         (["--resume_from_checkpoint", "true"], "no whole checkpoint in it to resume from"),
@@ -100,6 +106,7 @@ def test_wrong_input_is_one_line_and_touches_nothing(
 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    (tmp_path / "thesis" / "bad.yaml").write_text("a: [1")
     base = {"--model_name_or_path": qwen, "--dataset_name": dataset, "--output_dir": tmp_path / "out"}
     base |= {"--use_cpu": "true"}
     given = dict(zip(arguments[::2], [a.format(tmp=tmp_path) for a in arguments[1::2]], strict=True))
@@ -107,7 +114,7 @@ def test_wrong_input_is_one_line_and_touches_nothing(
     with pytest.raises(InputError, match=re.escape(message)):
         main([str(flag) for flag in flags])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "thesis"]
-    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+    assert sorted(path.name for path in (tmp_path / "thesis").iterdir()) == ["bad.yaml", "chapter.tex"]
 
 
 def test_usual_column_names_are_found_and_rows_reshaped(dataset: Path) -> None:
@@ -138,6 +145,33 @@ def test_plain_questions_become_conversations_that_ask_for_the_format(tmp_path: 
     assert len(splits.held_out) == 3
 
 
+def test_rows_without_an_image_or_answer_are_left_out_and_columns_may_be_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from datasets import Dataset, DatasetDict
+    from PIL import Image
+
+    from arguments import RecipeArguments
+    from data import load_splits
+
+    Image.new("L", (30, 30)).save(tmp_path / "picture.png")
+    table = {
+        "prompt": ["not this one"] * 4,
+        "problem": ["How many?"] * 4,
+        "picture": [str(tmp_path / "picture.png"), None, str(tmp_path / "picture.png"), str(tmp_path / "picture.png")],
+        "answer": ["1", "2", None, "3"],
+    }
+    DatasetDict({"train": Dataset.from_dict(table)}).save_to_disk(str(tmp_path / "d"))
+    arguments = RecipeArguments(
+        dataset_name=str(tmp_path / "d"), prompt_column="problem", image_column="picture", held_out_size=1
+    )
+    splits = load_splits(arguments, seed=0)
+    assert "2 of 4 rows of 'train' lack an image or an answer; left out" in capsys.readouterr().out
+    assert sorted([splits.train[0]["answer"], splits.held_out[0]["answer"]]) == ["1", "3"]
+    assert splits.train[0]["image"].mode == "RGB"
+    assert splits.train[0]["prompt"][1]["content"] == "How many?"
+
+
 def test_a_local_model_and_dataset_run_from_start_to_end(qwen: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run_recipe(
@@ -147,7 +181,7 @@ def test_a_local_model_and_dataset_run_from_start_to_end(qwen: Path, dataset: Pa
         *("--bf16", "false", "--lora_target_modules", "q_proj", "v_proj"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (out / "export" / "grpo_toolkit.json").is_file()
+    assert (out / "export" / "grpo_toolkit.json").is_file(), done.stderr[-3000:]
     assert "held-out accuracy" in done.stdout
     assert "verified" in done.stdout
     assert json.loads((out / "grpo_recipe.json").read_text())["model"]["use_peft"] is True

@@ -10,8 +10,9 @@ import torch
 
 from grpo_toolkit import ExportCallback, KVCacheCallback, ResumeGuardCallback
 from grpo_toolkit.errors import ResumeError
-from grpo_toolkit.resume import last_whole_checkpoint, why_not_whole
-from training import grpo_trainer
+from grpo_toolkit.inference import load_model
+from grpo_toolkit.resume import ensure_checkpoint_weights, last_whole_checkpoint, why_not_whole
+from training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,12 +111,45 @@ def test_a_checkpoint_without_the_weights_stops_before_the_first_step(
 
 
 def test_an_adapter_checkpoint_for_a_full_model_is_an_error(qwen: Path, tmp_path: Path) -> None:
-    trainer = grpo_trainer(qwen, tmp_path / "lora", peft_config=lora(), **SAVING)
-    trainer.train()
-    with pytest.raises((ResumeError, ValueError)):
-        resumed(qwen, tmp_path / "lora" / "checkpoint-2", tmp_path / "out", [ResumeGuardCallback()])
+    grpo_trainer(qwen, tmp_path / "lora", peft_config=lora(), **SAVING).train()
+    model = load_model(qwen)[0]
+    with pytest.raises(ResumeError, match="holds an adapter, but the model in training has none"):
+        ensure_checkpoint_weights(model, tmp_path / "lora" / "checkpoint-2")
 
 
+def test_another_runs_checkpoint_of_the_same_step_is_left_alone(
+    qwen: Path, straight: tuple[Path, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint, _ = straight
+    grpo_trainer(qwen, tmp_path / "other", **(SAVING | {"seed": 8, "max_steps": 2})).train()
+    guard = ResumeGuardCallback()
+    trainer = grpo_trainer(checkpoint, tmp_path / "other", [guard], **SAVING)
+    trainer.train(resume_from_checkpoint=str(checkpoint))  # while other/checkpoint-2 lies where one would look
+    assert guard.report is None
+    assert "it is not proven that this resume has its weights" in caplog.text
+    named = ResumeGuardCallback(checkpoint=checkpoint)
+    again = grpo_trainer(qwen, tmp_path / "third", [named], **SAVING)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert named.report is not None
+    assert named.report.restored
+
+
+def test_an_adapter_with_a_name_of_its_own_is_proven(qwen: Path, tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    def named() -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(load_model(qwen)[0], lora(), adapter_name="policy")
+
+    grpo_trainer(named(), tmp_path / "out", **SAVING, processing_class=load_model(qwen)[1]).train()
+    guard = ResumeGuardCallback()
+    trainer = grpo_trainer(named(), tmp_path / "out", [guard], **SAVING, processing_class=load_model(qwen)[1])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert guard.report is not None
+    assert guard.report.compared > 0
+
+
+@v5_only
 def test_the_best_model_is_really_loaded_at_the_end(qwen: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

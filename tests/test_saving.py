@@ -20,7 +20,7 @@ from grpo_toolkit.saving import (
     remove_save_hook,
     save_as_plain_trainer,
 )
-from training import grpo_trainer
+from training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +52,7 @@ def poisoned(qwen: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@v5_only
 def test_a_plain_trainer_leaks_the_switch_and_the_callback_does_not(any_base: Path, tmp_path: Path) -> None:
     found = {}
     with_images = "llama" not in any_base.name
@@ -69,7 +70,6 @@ def test_a_plain_trainer_leaks_the_switch_and_the_callback_does_not(any_base: Pa
     reference = load_model(any_base)[0]
     wanted = {".".join(level) or ".": True for level in cache_flags(reference.config)}
     assert found["ours"] == [wanted] * 3
-    assert ".".join(()) not in wanted or "." in wanted
 
 
 def test_generation_defaults_are_the_bases_in_every_save(qwen: Path, tmp_path: Path) -> None:
@@ -90,6 +90,39 @@ def test_overrides_reach_every_save(qwen: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "checkpoint-2", "generation_config.json") == wanted
 
 
+@pytest.mark.parametrize("overrides", [{"cache_implementation": "no-such-cache"}, {"max_new_tokens": -3}])
+def test_overrides_that_do_not_fit_are_said_before_training_and_cost_no_checkpoint(
+    qwen: Path, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    callback = KVCacheCallback(generation_overrides=overrides)
+    trainer = grpo_trainer(qwen, tmp_path, [callback], save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+    assert all("do not fit the base" in failure for failure in callback.failures)
+    assert callback.failures
+
+
+def test_greedy_overrides_drop_the_settings_of_sampling(qwen: Path, tmp_path: Path) -> None:
+    callback = KVCacheCallback(generation_overrides={"do_sample": False}, strict=True)
+    grpo_trainer(qwen, tmp_path, [callback], save_strategy="steps", save_steps=2).train()
+    wanted = read(qwen, "generation_config.json") | {"do_sample": False}
+    del wanted["temperature"]
+    found = read(tmp_path / "checkpoint-2", "generation_config.json")
+    assert {key: found.get(key, False) for key in wanted} == wanted
+    assert "temperature" not in found
+
+
+def test_a_users_own_change_of_the_generation_config_wins(qwen: Path, tmp_path: Path) -> None:
+    model = load_model(qwen)[0]
+    install_save_hook(model, capture_model_defaults(model))
+    model.generation_config.temperature = 0.33
+    model.generation_config.use_cache = False
+    model.save_pretrained(tmp_path / "saved")
+    assert read(tmp_path / "saved", "generation_config.json") == (
+        read(qwen, "generation_config.json") | {"temperature": 0.33}
+    )
+
+
 def test_a_poisoned_base_decodes_without_a_cache_and_is_put_right(
     poisoned: Path, tmp_path: Path, image_request: Request, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,7 +137,8 @@ def test_a_poisoned_base_decodes_without_a_cache_and_is_put_right(
     assert len(said) == 1
     assert str(poisoned) in said[0]
     for folder in ("checkpoint-1", "checkpoint-2"):
-        assert read(tmp_path / "out" / folder, "generation_config.json")["use_cache"] is True
+        # transformers 4.x leaves out what equals its default, true.
+        assert read(tmp_path / "out" / folder, "generation_config.json").get("use_cache", True) is True
         cured, processor, _ = load_model(tmp_path / "out" / folder)
         assert generate(cured, processor, image_request).is_cached
 
@@ -126,6 +160,7 @@ def test_rollouts_from_a_poisoned_base_run_with_a_cache(poisoned: Path, tmp_path
     assert lengths["plain"][1:8] == [prompt + step for step in range(1, 8)]
 
 
+@v5_only
 def test_training_state_is_back_after_a_save(qwen: Path, tmp_path: Path) -> None:
     model = load_model(qwen)[0]
     install_save_hook(model, capture_model_defaults(model))

@@ -136,6 +136,17 @@ def test_with_a_key_it_stays_online(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "WANDB_MODE" not in environment
 
 
+@pytest.mark.parametrize(("machine", "mode"), [("wandb.example.com", None), ("api.wandb.ai", "offline")])
+def test_a_key_for_ones_own_server_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, mode: str | None
+) -> None:
+    (tmp_path / "netrc").write_text(f"machine {machine}\n  login user\n  password {'0' * 40}\n")
+    environment = {"NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": "https://wandb.example.com"}
+    monkeypatch.setattr(os, "environ", environment)
+    prepare_environment(tmp_path)
+    assert environment.get("WANDB_MODE") == mode
+
+
 def test_without_a_run_nothing_is_logged() -> None:
     assert log_latency([], step=1) is False
     with pytest.raises(LookupError, match="no W&B run is open"):

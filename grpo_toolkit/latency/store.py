@@ -20,7 +20,9 @@ FILE_NAME: Final = "latency.jsonl"
 def append_rows(path: Path, rows: Iterable[LatencyRow]) -> None:
     """Append rows, each on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a+", encoding="utf-8") as file:
+        if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
+            file.write("\n")  # a crash cut the last row off: keep it from taking the next one with it
         for row in rows:
             file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
             file.flush()
@@ -28,10 +30,10 @@ def append_rows(path: Path, rows: Iterable[LatencyRow]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows back. A last line cut off by a crash is left out; damage anywhere else is an error.
+    """Read the rows back; rows that a crash cut off are left out.
 
     Raises:
-        InputError: not readable, or a line is not a row.
+        InputError: not readable, or a line is not the beginning of a row.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -42,7 +44,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            if number == len(lines):
-                break
+            if line.startswith("{"):
+                continue
             raise InputError(f"{path}: line {number} is not JSON ({error})") from error
     return rows

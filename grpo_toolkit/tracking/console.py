@@ -48,14 +48,15 @@ def _with_quartiles(spread: Spread) -> str:
 def export_table(result: ExportResult) -> Table:
     """What an export put right and what was proven about it."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"Export {result.path}", title_justify="left", show_header=False)
+    table = Table(title=Text(f"Export {result.path}"), title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("figure")
-    table.add_row("put right", "\n".join(map(str, result.repairs)) or "nothing: the base was clean")
-    table.add_row("changed in training", "\n".join(map(str, result.changes)) or "weights alone")
+    table.add_row("put right", Text("\n".join(map(str, result.repairs)) or "nothing: the base was clean"))
+    table.add_row("changed in training", Text("\n".join(map(str, result.changes)) or "weights alone"))
     for check in result.verification.checks if result.verification else ():
-        table.add_row(check.name, ("ok: " if check.passed else "FAILED: ") + check.detail)
+        table.add_row(check.name, Text(("ok: " if check.passed else "FAILED: ") + check.detail))
     return table
 
 
@@ -69,8 +70,10 @@ def wandb_hint(folder: Path, is_offline: bool) -> str:
 def say(*parts: object) -> None:
     """Print to standard error (standard output is for data), wide enough for a table when it is not a terminal."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=120)
-    console.print(*parts, highlight=False)
+    # A path may hold brackets, which rich would take for markup.
+    console.print(*(Text(part) if isinstance(part, str) else part for part in parts), highlight=False, soft_wrap=True)

@@ -9,10 +9,12 @@ outside the run's folder unless `allow_offline_artifacts` is off.
 from __future__ import annotations
 
 import logging
+import netrc
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,8 +60,11 @@ def prepare_environment(output_dir: str | os.PathLike[str]) -> None:
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(server or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def active_run() -> Any | None:

@@ -1,0 +1,95 @@
+"""The callback that publishes the trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from grpo_toolkit.cache import base_model
+from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.callbacks.prompts import find_requests
+from grpo_toolkit.checkpoint import check_output
+from grpo_toolkit.export import ExportResult, export_model, refuse_unsupported
+from grpo_toolkit.tracking.console import export_table, say
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping
+
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+published: WeakKeyDictionary[torch.nn.Module, ExportResult] = WeakKeyDictionary()
+"""What was published of each trained model, for the callbacks after this one."""
+
+
+class ExportCallback(GuardedCallback):
+    """Exports the trained model at the end of training: merged, verified, published atomically.
+
+    Args:
+        output_dir: the folder to publish.
+        base: the base model's folder or Hub name; by default what the model was loaded from.
+        prompts: dataset rows (`prompt`, `image` or `images`) on which export and policy must give the same greedy
+            tokens; by default the first rows of the evaluation dataset where an evaluation ran, or of the training
+            dataset.
+        num_prompts: how many of them.
+        generation_overrides: keys for `generation_config.json` that win over the base's.
+        overwrite: replace an earlier export in `output_dir`.
+        strict: raise at the end of training if the export failed.
+
+    Raises:
+        OutputExistsError: at once, if `output_dir` is there and may not be replaced.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | None = None,
+        prompts: Iterable[Mapping[str, Any]] | None = None,
+        num_prompts: int = 4,
+        generation_overrides: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        strict: bool = False,
+    ) -> None:
+        super().__init__(strict=strict)
+        self.output_dir = Path(output_dir)
+        self.base = base
+        self.prompts = prompts
+        self.num_prompts = num_prompts
+        self.generation_overrides = generation_overrides
+        self.overwrite = overwrite
+        self.result: ExportResult | None = None
+        check_output(self.output_dir, overwrite=overwrite)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say before training, not after it, if the model is one that cannot be exported."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.result = None
+        with self._guarded("the export after this training"):
+            published.pop(base_model(kwargs["model"]), None)
+            refuse_unsupported(kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if state.is_world_process_zero:
+            with self._guarded("the export"):
+                self.result = export_model(
+                    model,
+                    self.output_dir,
+                    base=self.base,
+                    processing_class=kwargs.get("processing_class"),
+                    requests=find_requests(self.prompts, kwargs, limit=self.num_prompts),
+                    generation_overrides=self.generation_overrides,
+                    overwrite=self.overwrite,
+                )
+                published[base_model(model)] = self.result
+            with self._guarded("showing the export"):
+                if self.result is not None:
+                    say(export_table(self.result))
+        self._raise_if_strict()

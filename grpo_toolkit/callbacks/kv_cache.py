@@ -1,0 +1,82 @@
+"""The callback that keeps the KV cache where it belongs."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.cache import (
+    base_model,
+    disable_cache_for_training,
+    enable_cache_for_generation,
+    is_checkpointing,
+    leave_training,
+    set_cache_flags,
+)
+from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.saving import capture_model_defaults, install_save_hook, remember_plain_state
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from grpo_toolkit.defaults import InferenceDefaults
+
+logger = logging.getLogger(__name__)
+
+
+class KVCacheCallback(GuardedCallback):
+    """Keeps the KV cache where it belongs: off in the training forward, on in rollouts, on in every saved file.
+
+    Args:
+        generation_overrides: keys for `generation_config.json` in every save that win over the base's.
+        strict: raise at the end of training if a promise could not be kept.
+    """
+
+    def __init__(self, *, generation_overrides: Mapping[str, Any] | None = None, strict: bool = False) -> None:
+        super().__init__(strict=strict)
+        self.generation_overrides = generation_overrides
+        self.defaults: InferenceDefaults | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Capture the base's defaults and hook the saves, before `Trainer.__init__` sets `use_cache` to False."""
+        with self._guarded("hooking the saves"):
+            self._attach(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        model = kwargs["model"]
+        with self._guarded("hooking the saves"):
+            if self.defaults is None:  # added with trainer.add_callback(), after on_init_end
+                self._attach(model)
+        with self._guarded("setting the cache for training"):
+            remember_plain_state(model)
+            if is_checkpointing(model):
+                disable_cache_for_training(model)
+            if enable_cache_for_generation(model) and state.is_world_process_zero:
+                logger.warning(
+                    "grpo_toolkit: this base was saved with use_cache=false in generation_config.json (%s); rollouts "
+                    "would have run without a cache. It is on now, and will be in every save",
+                    "none on disk" if self.defaults is None else self.defaults.source,
+                )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as its user expects it: configs as the base had them, eval mode, no checkpointing."""
+        model = kwargs["model"]
+        with self._guarded("putting the cache back"):
+            if self.defaults is not None:
+                set_cache_flags(base_model(model).config, dict.fromkeys(self.defaults.cache_levels, True))
+            leave_training(model)
+        self._raise_if_strict()
+
+    def _attach(self, model: torch.nn.Module) -> None:
+        self.defaults = capture_model_defaults(model, overrides=self.generation_overrides)
+        install_save_hook(model, self.defaults)

@@ -1,0 +1,136 @@
+"""The callback that times base, checkpoint and export."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.cache import base_model, is_sharded
+from grpo_toolkit.callbacks.export import published
+from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.callbacks.prompts import find_requests
+from grpo_toolkit.latency.measure import Arm, LatencyRow, measure_latency
+from grpo_toolkit.latency.store import FILE_NAME, append_rows
+from grpo_toolkit.saving import base_folder, save_as_plain_trainer
+from grpo_toolkit.tracking.console import latency_table, say, wandb_hint
+from grpo_toolkit.tracking.plots import latency_chart
+from grpo_toolkit.tracking.wandb import log_latency, prepare_environment, run_folder
+from grpo_toolkit.verify import plain_request
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+ARMS: Final = ("base", "checkpoint", "export", "export_no_cache")
+
+
+class LatencyCallback(GuardedCallback):
+    """Measures base, plain checkpoint and export at the end of training, in processes of their own.
+
+    The arms: `base` as it was loaded; `checkpoint` as a plain trainer would have saved it (for LoRA: the adapter,
+    unmerged, on its base); `export`; and `export_no_cache`, the export with its KV cache switched off, which shows
+    what the cache is worth. Rows go to `<output_dir>/latency/latency.jsonl`, then into the W&B run that the trainer
+    opened.
+
+    Args:
+        arms: which of them, in this order.
+        new_tokens: tokens generated per request.
+        rounds: measured requests per arm; all arms take turns.
+        prompts: dataset rows to ask; by default the first of the evaluation or training dataset.
+        num_prompts: how many of them.
+        output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
+        strict: raise at the end of training if the measurement failed.
+    """
+
+    def __init__(
+        self,
+        *,
+        arms: Sequence[str] = ARMS,
+        new_tokens: int = 64,
+        rounds: int = 6,
+        prompts: Iterable[Mapping[str, Any]] | None = None,
+        num_prompts: int = 4,
+        output_dir: str | os.PathLike[str] | None = None,
+        strict: bool = False,
+    ) -> None:
+        super().__init__(strict=strict)
+        unknown = [arm for arm in arms if arm not in ARMS]
+        if unknown:
+            raise ValueError(f"unknown arms {unknown}; choose from {list(ARMS)}")
+        self.arms = tuple(arms)
+        self.new_tokens = new_tokens
+        self.rounds = rounds
+        self.prompts = prompts
+        self.num_prompts = num_prompts
+        self.output_dir = output_dir
+        self.rows: list[LatencyRow] = []
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before W&B starts: its files into `output_dir`, offline without a key; a user's `WANDB_*` wins."""
+        with self._guarded("preparing W&B"):
+            if "wandb" in args.report_to and args.should_log:
+                prepare_environment(args.output_dir)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            with self._guarded("the latency measurement"):
+                self._measure(args, state, kwargs)
+        self._raise_if_strict()
+
+    def _measure(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
+        model = kwargs["model"]
+        folder = Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, "latency")
+        folder.mkdir(parents=True, exist_ok=True)
+        inner = base_model(model)
+        requests = find_requests(self.prompts, kwargs, limit=self.num_prompts)
+        with tempfile.TemporaryDirectory(prefix=".plain-checkpoint-", dir=folder) as plain:
+            arms = self._find_arms(model, Path(plain), kwargs.get("processing_class"))
+            rows = measure_latency(
+                arms,
+                requests or [plain_request()],
+                new_tokens=self.new_tokens,
+                rounds=self.rounds,
+                device=str(inner.device),
+                attn_implementation=getattr(inner.config, "_attn_implementation", None),
+            )
+        self.rows = [replace(row, step=state.global_step) for row in rows]
+        append_rows(folder / FILE_NAME, self.rows)
+        chart = latency_chart(self.rows, folder / "latency.png")
+        say(latency_table(self.rows))
+        say(f"rows: {folder / FILE_NAME}   chart: {chart}")
+        if log_latency(self.rows, step=state.global_step):
+            say(wandb_hint(*run_folder()))
+
+    def _find_arms(self, model: torch.nn.Module, plain: Path, processing_class: Any) -> list[Arm]:
+        export = published.get(base_model(model))
+        base = export.base if export is not None else base_folder(model)
+        # Saving a sharded model is a collective, and this is rank 0 alone.
+        has_checkpoint = "checkpoint" in self.arms and not is_sharded(model)
+        if has_checkpoint:
+            save_as_plain_trainer(model, plain, processing_class)
+        folders = {
+            "base": base,
+            "checkpoint": plain if has_checkpoint else None,
+            "export": None if export is None else export.path,
+            "export_no_cache": None if export is None else export.path,
+        }
+        missing = [arm for arm in self.arms if folders[arm] is None]
+        if missing:
+            logger.warning("grpo_toolkit: nothing to measure for %s (no such folder in this run)", ", ".join(missing))
+        return [
+            Arm(name=arm, path=path, use_cache=False if arm == "export_no_cache" else None)
+            for arm in self.arms
+            if (path := folders[arm]) is not None
+        ]

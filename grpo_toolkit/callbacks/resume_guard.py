@@ -1,0 +1,82 @@
+"""The callback that proves a resume."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from grpo_toolkit.cache import is_sharded
+from grpo_toolkit.errors import CheckpointError, GrpoToolkitError
+from grpo_toolkit.resume import ResumeReport, ensure_checkpoint_weights, is_checkpoint_of
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class ResumeGuardCallback(TrainerCallback):  # type: ignore[misc]
+    """Makes a resumed training go on from its checkpoint's weights, and proves that it does.
+
+    On a resume the live weights are held against the checkpoint's, tensor by tensor; those that the trainer could
+    not match are loaded before the first step. `load_best_model_at_end` is checked the same way. Sharded models (FSDP,
+    ZeRO-3) are left to their own loaders, which do not have the fault.
+
+    Args:
+        checkpoint: the folder that is resumed from, if it is not in `output_dir`.
+
+    Raises:
+        ResumeError: from `train()`, before its first step, if the weights cannot be made the checkpoint's: training
+            on from other weights would be worse than stopping.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike[str] | None = None) -> None:
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.report: ResumeReport | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            return
+        try:
+            folder = self._resumed_from(args, state)
+            self._ensure(kwargs["model"], folder, state)
+        except (CheckpointError, OSError) as error:  # nothing is proven wrong: training may go on
+            if state.is_world_process_zero:
+                logger.warning("grpo_toolkit: it is not proven that this resume has its weights: %s", error)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            try:
+                self._ensure(kwargs["model"], Path(best), state)
+            except (GrpoToolkitError, OSError) as error:
+                logger.error("grpo_toolkit: the best model was not loaded: %s", error)
+
+    def _ensure(self, model: torch.nn.Module, folder: Path, state: TrainerState) -> None:
+        if is_sharded(model):
+            return
+        self.report = ensure_checkpoint_weights(model, folder)
+        if state.is_world_process_zero:
+            logger.log(logging.WARNING if self.report.restored else logging.INFO, "grpo_toolkit: %s", self.report)
+
+    def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
+        named = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None
+        usual = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        candidates = [self.checkpoint, None if named is None else Path(named), usual]
+        for folder in candidates:
+            if folder is not None and is_checkpoint_of(folder, state):
+                return folder
+        raise CheckpointError(
+            f"{usual}: not the checkpoint of this resume at step {state.global_step}; name the one that is: "
+            "ResumeGuardCallback(checkpoint=...)"
+        )
