@@ -115,7 +115,7 @@ def policy_records(
     model: torch.nn.Module, processor: Any, requests: Sequence[Request], *, dtype: torch.dtype | None = None
 ) -> list[Record]:
     """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`."""
-    with inference_ready(model), _parameters_as(model, dtype):
+    with inference_ready(model), _without_autocast(model), _parameters_as(model, dtype):
         return [generate(model, processor, request) for request in requests]
 
 
@@ -129,6 +129,23 @@ def reference_records(reference: str | os.PathLike[str], *, device: str = "cpu")
 def plain_request() -> Request:
     """A request that any language model can answer."""
     return Request(messages=[{"role": "user", "content": "Count from one to ten."}], max_new_tokens=16)
+
+
+@contextmanager
+def _without_autocast(model: torch.nn.Module) -> Iterator[None]:
+    """Take off accelerate's mixed-precision wrapper for a while: an export runs in the dtype of its files.
+
+    `Accelerator.prepare` replaces `forward` on the instance by one inside `torch.autocast`, and keeps the original as
+    `_original_forward`; norms and softmaxes then run in another precision than they do after loading from disk.
+    """
+    wrapped = [(module, module.forward) for module in model.modules() if "_original_forward" in vars(module)]
+    try:
+        for module, _ in wrapped:
+            module.forward = vars(module)["_original_forward"]
+        yield
+    finally:
+        for module, forward in wrapped:
+            module.forward = forward
 
 
 @contextmanager

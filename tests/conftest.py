@@ -16,6 +16,7 @@ import pytest
 from grpo_toolkit.inference import Request
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 from models import BUILDERS, build_qwen2_5_vl
 
@@ -30,6 +31,16 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def any_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base of each family in turn."""
     return BUILDERS[request.param](tmp_path_factory.mktemp("bases") / request.param)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_environment() -> Iterator[None]:
+    """Put `os.environ` back: `TrainingArguments(bf16=True)` leaves ACCELERATE_MIXED_PRECISION in it, for instance,
+    and every later training of the process would run under autocast."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

@@ -145,6 +145,21 @@ def test_an_export_has_the_dtype_of_its_base_whatever_it_was_trained_in(tmp_path
     assert result.verification.passed
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_in_mixed_precision_does_not_blur_the_comparison(tmp_path: Path, dtype: str) -> None:
+    from models import build_qwen2_5_vl
+
+    base = build_qwen2_5_vl(tmp_path / "base", dtype=dtype)
+    trainer = grpo_trainer(base, tmp_path / "out", bf16=True)
+    trainer.train()
+    assert "_original_forward" in vars(trainer.model)  # accelerate's autocast is around it
+    forward = trainer.model.forward
+    result = export_model(trainer, tmp_path / "export", requests=requests_from_rows(rows(4), limit=4))
+    assert result.verification is not None
+    assert result.verification.passed
+    assert trainer.model.forward == forward
+
+
 def test_a_poisoned_base_gives_a_clean_export(qwen: Path, tmp_path: Path, image_request: Request) -> None:
     base = tmp_path / "poisoned"
     shutil.copytree(qwen, base)
