@@ -37,7 +37,7 @@ from grpo_toolkit.merge import is_adapted, merged_copy, refuse_idle_merge, refus
 from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.saving import base_folder, capture_model_defaults, inference_defaults
-from grpo_toolkit.verify import VerificationResult, plain_request, policy_records, verify_export
+from grpo_toolkit.verify import VerificationResult, plain_request, policy_noise, policy_records, verify_export
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
     from grpo_toolkit.defaults import InferenceDefaults
-    from grpo_toolkit.inference import Request
+    from grpo_toolkit.inference import Record, Request
 
 MANIFEST_VERSION: Final = 1
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -272,14 +272,17 @@ def _verify(
 ) -> VerificationResult:
     inner = base_model(model)
     requests = list(requests)
-    expected = []
+    expected: list[Record] = []
+    noise = 0.0
     if processor is not None:
-        requests = [replace(request, with_margins=True) for request in requests or [plain_request()]]
-        expected = policy_records(model, processor, requests, dtype=dtype)
+        requests = [replace(request, with_rivals=True) for request in requests or [plain_request()]]
+        expected, again = (policy_records(model, processor, requests, dtype=dtype) for _ in range(2))
+        noise = policy_noise(expected, again)
     result = verify_export(
         staging,
         requests=requests,
         expected=expected,
+        noise=noise,
         base=base,
         device=str(inner.device),
         attn_implementation=getattr(inner.config, "_attn_implementation", None),

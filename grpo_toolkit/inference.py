@@ -35,7 +35,7 @@ class Request:
         max_new_tokens: the most tokens to generate.
         exact: generate exactly `max_new_tokens`, ignoring the end-of-sequence token.
         use_cache: None leaves it to the model's own files, which is what a user gets.
-        with_margins: also record by how much each token won, and over which (costs keeping the logits).
+        with_rivals: also record by how much each token won, and over which (costs keeping the logits).
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -43,14 +43,14 @@ class Request:
     max_new_tokens: int = 64
     exact: bool = False
     use_cache: bool | None = None
-    with_margins: bool = False
+    with_rivals: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What one request did. Times are seconds since the request began; lists run over tokens or forwards.
 
-    `margins` is, per token, the logit of the token chosen less that of the runner-up, which `runners_up` names.
+    `rivals` has, per token, the next best tokens and how far their logits were below that of the token chosen.
     """
 
     prompt_tokens: int
@@ -60,8 +60,7 @@ class Record:
     is_cached: bool
     vision_calls: int
     peak_memory_bytes: int
-    margins: list[float] = field(default_factory=list)
-    runners_up: list[int] = field(default_factory=list)
+    rivals: list[dict[int, float]] = field(default_factory=list)
 
     @property
     def ttft_s(self) -> float:
@@ -211,7 +210,7 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
             "repetition_penalty": 1.0,
             "max_new_tokens": request.max_new_tokens,
             "return_dict_in_generate": True,
-            "output_logits": request.with_margins,
+            "output_logits": request.with_rivals,
         }
         if request.exact:
             options["min_new_tokens"] = request.max_new_tokens
@@ -220,7 +219,6 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
         output = cast("Any", model).generate(**inputs, **options, streamer=stopwatch)
         peak = stopwatch.peak_memory_bytes()
     prompt_tokens = int(inputs["input_ids"].shape[1])
-    best_two = [logits[0].float().topk(2) for logits in output.logits or ()]
     return Record(
         prompt_tokens=prompt_tokens,
         tokens=output.sequences[0, prompt_tokens:].tolist(),
@@ -229,9 +227,14 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
         is_cached=probe.is_cached,
         vision_calls=probe.vision_calls,
         peak_memory_bytes=peak,
-        margins=[float(best.values[0] - best.values[1]) for best in best_two],
-        runners_up=[int(best.indices[1]) for best in best_two],
+        rivals=[_rivals(logits[0]) for logits in output.logits or ()],
     )
+
+
+def _rivals(logits: torch.Tensor, count: int = 4) -> dict[int, float]:
+    best = logits.float().topk(count + 1)
+    gaps = (best.values[0] - best.values).tolist()
+    return dict(zip(best.indices.tolist()[1:], gaps[1:], strict=True))
 
 
 def prepare_inputs(processor: Any, request: Request) -> Any:

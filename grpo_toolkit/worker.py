@@ -99,10 +99,13 @@ class Worker:
                 "max_new_tokens": request.max_new_tokens,
                 "exact": request.exact,
                 "use_cache": request.use_cache,
-                "with_margins": request.with_margins,
+                "with_rivals": request.with_rivals,
             }
         )
-        return Record(**self._receive())
+        answer = self._receive()
+        # JSON has text for keys.
+        rivals = [{int(token): gap for token, gap in step.items()} for step in answer.pop("rivals")]
+        return Record(**answer, rivals=rivals)
 
     def close(self) -> None:
         """End the process (at once, if it does not end by itself) and remove what was left for it."""

@@ -6,10 +6,10 @@ import pytest
 
 from grpo_toolkit.checkpoint import TensorInfo
 from grpo_toolkit.inference import Record
-from grpo_toolkit.verify import _check_cache, _check_tokens, _same
+from grpo_toolkit.verify import _check_cache, _check_tokens, _same, policy_noise
 
 
-def record(tokens: list[int], margins: list[float] | None = None, runners_up: list[int] | None = None) -> Record:
+def record(tokens: list[int], rivals: list[dict[int, float]] | None = None) -> Record:
     return Record(
         prompt_tokens=3,
         tokens=tokens,
@@ -18,8 +18,7 @@ def record(tokens: list[int], margins: list[float] | None = None, runners_up: li
         is_cached=True,
         vision_calls=1,
         peak_memory_bytes=0,
-        margins=margins or [1.0] * len(tokens),
-        runners_up=runners_up or [0] * len(tokens),
+        rivals=rivals or [{0: 1.0}] * len(tokens),
     )
 
 
@@ -30,11 +29,13 @@ def record(tokens: list[int], margins: list[float] | None = None, runners_up: li
         (record([1, 2, 3]), record([1, 9, 3]), False),
         (record([1, 2, 3]), record([1, 2]), False),
         # A tie: the two best were within rounding, and the export took the other one.
-        (record([1, 2, 3], [1.0, 0.1, 1.0], [0, 9, 0]), record([1, 9, 7]), True),
-        # The margin was small, but what the export said was neither of the two.
-        (record([1, 2, 3], [1.0, 0.1, 1.0], [0, 9, 0]), record([1, 8, 7]), False),
+        (record([1, 2, 3], [{0: 1.0}, {9: 0.1, 8: 0.2}, {0: 1.0}]), record([1, 9, 7]), True),
+        # Of three within rounding it took the third.
+        (record([1, 2, 3], [{0: 1.0}, {9: 0.1, 8: 0.2}, {0: 1.0}]), record([1, 8, 7]), True),
+        # Two were close, but what the export said was neither of them.
+        (record([1, 2, 3], [{0: 1.0}, {9: 0.1}, {0: 1.0}]), record([1, 8, 7]), False),
         # The other one was taken, but not by rounding.
-        (record([1, 2, 3], [1.0, 0.9, 1.0], [0, 9, 0]), record([1, 9, 7]), False),
+        (record([1, 2, 3], [{0: 1.0}, {9: 0.9}, {0: 1.0}]), record([1, 9, 7]), False),
     ],
 )
 def test_tokens_may_differ_from_a_tie_on_and_nowhere_else(policy: Record, export: Record, passed: bool) -> None:
@@ -62,3 +63,11 @@ def test_shapes_may_differ_by_the_vocabulary_alone(
 def test_a_cache_is_proven_by_more_than_one_step() -> None:
     assert _check_cache([record([1, 2, 3])]).passed
     assert not _check_cache([record([1])]).passed
+
+
+def test_noise_is_how_far_a_policy_is_from_itself() -> None:
+    one = record([1, 2], [{5: 1.0, 6: 2.0}, {7: 0.5}])
+    assert policy_noise([one], [one]) == 0.0
+    assert policy_noise([one], [record([1, 2], [{5: 1.25, 6: 2.0}, {7: 0.5}])]) == 0.25
+    # From the first difference on, nothing compares but the gap that was overcome.
+    assert policy_noise([one], [record([1, 7], [{5: 1.0, 6: 2.0}, {9: 9.0}])]) == 0.5
