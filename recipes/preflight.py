@@ -12,12 +12,15 @@ MARKER = "grpo_recipe.json"
 
 
 def check_versions() -> None:
-    """The package supports older stacks; this recipe uses what TRL 1.0 brought."""
+    """The package supports older stacks; this recipe needs a TRL that never samples image tokens.
+
+    TRL 1.0 may put an image placeholder into a completion, which then matches no image features and stops training.
+    """
     import trl
     from packaging.version import Version
 
-    if Version(trl.__version__) < Version("1.0"):
-        raise InputError(f"this recipe needs trl >= 1.0, found {trl.__version__}: pip install -U 'trl>=1.0'")
+    if Version(trl.__version__) < Version("1.16"):
+        raise InputError(f"this recipe needs trl >= 1.16, found {trl.__version__}: pip install -U 'trl>=1.16'")
 
 
 def check_model(name: str | None) -> None:
