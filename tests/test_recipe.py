@@ -194,6 +194,7 @@ def test_a_local_model_and_dataset_run_from_start_to_end(qwen: Path, dataset: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # about three minutes alone, several times that beside other tests on two slow cores
 def test_the_default_run_learns(tmp_path: Path) -> None:
     """The main job as a user starts it: accuracy rises clearly, the export is verified, W&B is there, offline."""
     environment: dict[str, Any] = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
