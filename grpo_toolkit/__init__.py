@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         GrpoToolkitError,
         InputError,
         OutputExistsError,
+        PeerError,
         ResumeError,
         UnsupportedError,
         VerificationError,
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.measure import LatencyRow, measure_latency
-    from grpo_toolkit.resume import last_whole_checkpoint
     from grpo_toolkit.verify import VerificationResult, verify_export
+    from grpo_toolkit.whole import last_whole_checkpoint
 
 _MODULES = {
     "CheckpointError": "errors",
@@ -42,6 +43,7 @@ _MODULES = {
     "LatencyCallback": "callbacks",
     "LatencyRow": "latency.measure",
     "OutputExistsError": "errors",
+    "PeerError": "errors",
     "Request": "inference",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
@@ -51,7 +53,7 @@ _MODULES = {
     "WorkerError": "errors",
     "export_model": "export",
     "inference_ready": "cache",
-    "last_whole_checkpoint": "resume",
+    "last_whole_checkpoint": "whole",
     "measure_latency": "latency.measure",
     "verify_export": "verify",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "LatencyCallback",
     "LatencyRow",
     "OutputExistsError",
+    "PeerError",
     "Request",
     "ResumeError",
     "ResumeGuardCallback",

@@ -94,6 +94,7 @@ def _export(arguments: argparse.Namespace) -> int:
         verify=not arguments.no_verify,
         device=arguments.device,
     )
+    assert result is not None, "one process is rank 0"
     if arguments.json:
         print(json.dumps({"path": str(result.path), "seconds": result.seconds, **manifest_of(result.path)}))
     else:

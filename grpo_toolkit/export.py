@@ -13,12 +13,12 @@ import hashlib
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.cache import base_model, is_sharded, random_state_kept
+from grpo_toolkit.cache import base_model, random_state_kept
 from grpo_toolkit.checkpoint import (
     MANIFEST,
     WEIGHTS_INDEX,
@@ -31,13 +31,14 @@ from grpo_toolkit.checkpoint import (
     staged,
 )
 from grpo_toolkit.defaults import Repair, with_cache_defaults
+from grpo_toolkit.distributed import gather, is_fsdp1, is_sharded, rank
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.merge import is_adapted, merged_copy, refuse_idle_merge, refuse_unmergeable
 from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
-from grpo_toolkit.saving import base_folder, capture_model_defaults, inference_defaults
-from grpo_toolkit.verify import VerificationResult, plain_request, policy_noise, policy_records, verify_export
+from grpo_toolkit.saving import base_folder, capture_model_defaults, inference_defaults, published_names, saved_state
+from grpo_toolkit.verify import PolicyAnswers, VerificationResult, ask_policy, verify_export
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
     from grpo_toolkit.defaults import InferenceDefaults
-    from grpo_toolkit.inference import Record, Request
+    from grpo_toolkit.inference import Request
 
 MANIFEST_VERSION: Final = 1
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -85,8 +86,11 @@ def export_model(
     overwrite: bool = False,
     verify: bool = True,
     device: str = "cpu",
-) -> ExportResult:
+) -> ExportResult | None:
     """Export a trained model for inference.
+
+    Under several processes call it on every rank, as `trainer.save_model()`: the ranks gather a sharded model (FSDP2,
+    ZeRO-3) and ask it together, rank 0 publishes.
 
     Args:
         source: a trainer, a model (PEFT-wrapped or not), or a folder with a full model or a LoRA adapter.
@@ -99,10 +103,13 @@ def export_model(
         verify: reload the result in a fresh process and check it before publishing.
         device: where a folder is loaded; a live model stays where it is, and is verified there.
 
+    Returns:
+        What was published; None on ranks other than 0.
+
     Raises:
         OutputExistsError: `output_dir` is there and may not be replaced.
         CheckpointError: `source` or `base` is a folder that holds no model.
-        UnsupportedError: the model is sharded over processes (FSDP, ZeRO-3); the message says what to do.
+        UnsupportedError: the model is wrapped by FSDP1, or its adapter cannot be merged; the message says what to do.
         VerificationError: a check failed; nothing was published.
     """
     started = time.monotonic()
@@ -116,14 +123,20 @@ def export_model(
         refuse_unsupported(model)
         origin = named_base or base_folder(model)
         processor = processor if processor is not None or origin is None else processor_of(origin)
+        stored = {} if origin is None else _stored_dtypes(origin)
+        dtype = _export_dtype(model, stored)
+        if rank() != 0 and not is_sharded(model):
+            return None
+        answers = ask_policy(model, processor, requests, dtype=dtype) if verify else None
+        weights = _gather_weights(model, dtype=dtype, stored=stored)
+        if rank() != 0:
+            return None
         with staged(target, overwrite=overwrite) as staging:
-            dtype = _export_dtype(model, origin)
-            merged, defaults = _write_weights(model, staging, origin, dtype=dtype, overrides=generation_overrides)
+            saved, defaults = _write_weights(model, weights, staging, origin, overrides=generation_overrides)
+            _recast_files(staging, stored, dtype)
             refuse_idle_merge(model, staging, origin)
-            repairs, changes = _write_files(merged, processor, staging, origin, defaults)
-            verification = None
-            if verify:
-                verification = _verify(model, processor, staging, origin, dtype=dtype, requests=requests)
+            repairs, changes = _write_files(saved, processor, staging, origin, defaults)
+            verification = None if answers is None else _verify(model, staging, origin, answers)
             result = ExportResult(
                 path=target,
                 base=origin,
@@ -140,12 +153,16 @@ def refuse_unsupported(model: torch.nn.Module) -> None:
     """Raise for models that cannot be exported; the callback asks before training.
 
     Raises:
-        UnsupportedError: sharded weights (FSDP, ZeRO-3), or an adapter that cannot be merged.
+        UnsupportedError: FSDP1, or an adapter that cannot be merged.
     """
-    if is_sharded(model):
+    if is_fsdp1(model):
         raise UnsupportedError(
-            "the model is sharded over processes (FSDP or ZeRO-3), which a live export does not gather yet; save a "
-            "full checkpoint with trainer.save_model() and export that folder"
+            "the model is wrapped by FSDP1, which cannot be exported live; set `fsdp_version: 2` in the accelerate "
+            "config, or save a full checkpoint with trainer.save_model() and export that folder"
+        )
+    if is_sharded(model) and is_adapted(model):
+        raise UnsupportedError(
+            "an adapter on a sharded model (FSDP2, ZeRO-3) is not gathered yet; export the saved adapter's folder"
         )
     refuse_unmergeable(model)
 
@@ -170,16 +187,16 @@ def _open_source(source: Any, processing_class: Any, device: str, base: Path | N
     return source, processing_class
 
 
-def _export_dtype(model: torch.nn.Module, base: Path | None) -> torch.dtype:
-    """The dtype that most of the base's tensors are stored in; the model's own where there is no base.
+def _export_dtype(model: torch.nn.Module, stored: Mapping[str, str]) -> torch.dtype:
+    """The dtype that most of the base's tensors are `stored` in; the model's own where there is no base.
 
     TRL loads a model given by name in float32 unless told otherwise: a bfloat16 base would come out twice its size.
     """
     import torch
 
-    stored = [] if base is None else list(_stored_dtypes(base).values())
+    dtypes = list(stored.values())
     dtype: torch.dtype = base_model(model).dtype
-    return getattr(torch, max(set(stored), key=stored.count)) if stored else dtype
+    return getattr(torch, max(set(dtypes), key=dtypes.count)) if dtypes else dtype
 
 
 def _stored_dtypes(folder: Path) -> dict[str, str]:
@@ -188,50 +205,45 @@ def _stored_dtypes(folder: Path) -> dict[str, str]:
     return {name: _DTYPES[info.dtype] for name, info in tensors.items() if info.dtype in _DTYPES}
 
 
+def _gather_weights(
+    model: torch.nn.Module, *, dtype: torch.dtype, stored: Mapping[str, str]
+) -> dict[str, torch.Tensor] | None:
+    """The whole weights on rank 0, collected from all; None for an adapter, which is merged on rank 0 instead."""
+    if is_adapted(model):
+        return None
+    # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
+    return gather(saved_state(model), dtype=None if len(set(stored.values())) > 1 else dtype)
+
+
 def _write_weights(
     model: torch.nn.Module,
+    weights: dict[str, torch.Tensor] | None,
     staging: Path,
     base: Path | None,
     *,
-    dtype: torch.dtype,
     overrides: Mapping[str, Any] | None,
 ) -> tuple[PreTrainedModel, InferenceDefaults]:
-    """Save the (merged) weights in the base's dtypes; returns the model that was saved and its defaults."""
+    """Save the (merged) weights under published names; returns the model that was saved and its defaults."""
     defaults = capture_model_defaults(model, base=base, overrides=overrides)
-    plain = merged_copy(model, base) if is_adapted(model) else base_model(model)
-    # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
-    wanted = {} if base is None else _stored_dtypes(base)
-    is_mixed = len(set(wanted.values())) > 1
-    weights = plain.state_dict() if is_mixed else _cast(plain.state_dict(), dtype)
-    with inference_defaults(plain, defaults):
+    plain = base_model(model) if weights is not None else merged_copy(model, base)
+    with inference_defaults(plain, defaults), published_names(plain):
         # The class's own method: a save hook on the instance would do the same again, with other overrides.
         type(plain).save_pretrained(plain, staging, state_dict=weights)
-    if is_mixed:
-        _recast_files(staging, wanted, dtype)
     return plain, defaults
 
 
-def _cast(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights on the CPU in `dtype`. Tied names go on sharing one tensor: saving finds ties by their storage."""
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    for tensor in state_dict.values():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in cast:
-            cast[key] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
-    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state_dict.items()}
-
-
 def _recast_files(folder: Path, wanted: Mapping[str, str], default: torch.dtype) -> None:
-    """Rewrite saved weights in the dtype that `wanted` gives each name; shard by shard."""
+    """Rewrite saved weights, shard by shard, in the dtype that `wanted` gives each name; not where they have it."""
     import torch
     from safetensors.torch import load_file, save_file
 
+    usual = str(default).removeprefix("torch.")
+    if all(dtype == wanted.get(name, usual) for name, dtype in _stored_dtypes(folder).items()):
+        return
     total = 0
     for path in open_checkpoint(folder).weight_files():
         weights = {
-            name: tensor.to(getattr(torch, wanted[name]) if name in wanted else default)
-            if tensor.is_floating_point()
-            else tensor
+            name: tensor.to(getattr(torch, wanted.get(name, usual))) if tensor.is_floating_point() else tensor
             for name, tensor in load_file(path).items()
         }
         total += sum(tensor.nbytes for tensor in weights.values())
@@ -261,28 +273,13 @@ def _write_files(
     return written.repairs, changes
 
 
-def _verify(
-    model: torch.nn.Module,
-    processor: Any,
-    staging: Path,
-    base: Path | None,
-    *,
-    dtype: torch.dtype,
-    requests: Sequence[Request],
-) -> VerificationResult:
+def _verify(model: torch.nn.Module, staging: Path, base: Path | None, answers: PolicyAnswers) -> VerificationResult:
     inner = base_model(model)
-    requests = list(requests)
-    expected: list[Record] = []
-    noise = 0.0
-    if processor is not None:
-        requests = [replace(request, with_rivals=True) for request in requests or [plain_request()]]
-        expected, again = (policy_records(model, processor, requests, dtype=dtype) for _ in range(2))
-        noise = policy_noise(expected, again)
     result = verify_export(
         staging,
-        requests=requests,
-        expected=expected,
-        noise=noise,
+        requests=answers.requests,
+        expected=answers.records,
+        noise=answers.noise,
         base=base,
         device=str(inner.device),
         attn_implementation=getattr(inner.config, "_attn_implementation", None),

@@ -18,8 +18,9 @@ HEAVY = ("torch", "transformers", "peft", "wandb", "trl", "numpy", "rich", "matp
 FLOORS = [
     {"errors"},
     {"checkpoint"},
-    {"defaults", "portable"},
-    {"cache"},
+    {"defaults", "portable", "whole"},
+    {"cache", "distributed"},
+    {"probe", "attention"},
     {"saving", "inference"},
     {"resume", "worker", "merge", "processing"},
     {"verify", "latency.workload", "latency.measure", "latency.store"},
@@ -29,7 +30,7 @@ FLOORS = [
     {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
     {"callbacks.latency", "cli"},
 ]
-STANDARD_LIBRARY_ONLY = {"errors", "checkpoint", "defaults", "portable"}
+STANDARD_LIBRARY_ONLY = {"errors", "checkpoint", "defaults", "portable", "whole"}
 
 
 def module_name(path: Path) -> str:
