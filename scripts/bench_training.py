@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,9 @@ def parse() -> argparse.Namespace:
 
 
 def tiny_base(folder: Path) -> Path:
-    from make_random_vlm import make_random_vlm
+    from models import build_qwen2_5_vl  # the tests' own
 
-    make_random_vlm("tiny", folder, seed=0)
-    return folder
+    return build_qwen2_5_vl(folder)
 
 
 def poison(base: Path, folder: Path) -> Path:
