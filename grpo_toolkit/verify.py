@@ -118,7 +118,8 @@ def verify_export(
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyAnswers:
-    """What a trained policy was asked and answered, and by how much its logits differ between two runs of it."""
+    """What a trained policy was asked and answered, and by how much its logits may be off: between two runs of it, and
+    by what its dtype rounds."""
 
     requests: tuple[Request, ...]
     records: tuple[Record, ...]
@@ -139,8 +140,24 @@ def ask_policy(
     if processor is None:
         return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
     asked = tuple(replace(request, with_rivals=True) for request in requests or [plain_request()])
-    records, again = (policy_records(model, processor, asked, dtype=dtype) for _ in range(2))
-    return PolicyAnswers(requests=asked, records=tuple(records), noise=policy_noise(records, again))
+    with _seen_dtype(model) as computed_in:
+        records, again = (policy_records(model, processor, asked, dtype=dtype) for _ in range(2))
+    # FSDP2 and ZeRO compute in bfloat16 where the export of a float32 base does not: the export's own margin is too
+    # narrow for what the policy rounds.
+    noise = max(policy_noise(records, again), *(TIE_MARGINS.get(name, 0.0) / 2 for name in computed_in))
+    return PolicyAnswers(requests=asked, records=tuple(records), noise=noise)
+
+
+@contextmanager
+def _seen_dtype(model: torch.nn.Module) -> Iterator[set[str]]:
+    """The dtypes in which a model's embeddings came out inside, which are those that it computed in."""
+    seen: set[str] = set()
+    embeddings = base_model(model).get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _m, _args, out: seen.add(str(out.dtype).removeprefix("torch.")))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def policy_records(

@@ -30,20 +30,25 @@ WHAT_IT_MUST_BE = {
 }
 
 
-def launch(kind: str, scenario: str, folder: Path, **options: Any) -> list[dict[str, Any]]:
+def launch(kind: str, scenario: str, folder: Path, *, device: str = "cpu", **options: Any) -> list[dict[str, Any]]:
     """Run a scenario of ranks.py on two processes; what each rank reported, after checking that it was `kind`."""
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the newest stack alone installs DeepSpeed")
     folder.mkdir(parents=True, exist_ok=True)
+    if device == "cuda":
+        options |= {"use_cpu": False, "bf16": True}
     (folder / "options.json").write_text(json.dumps(options))
-    command = [*_launcher(kind, folder), str(RANKS), kind, scenario, str(folder)]
-    done = _run(command, env=_environment(kind))
+    command = [*_launcher(kind, folder, device), str(RANKS), kind, scenario, str(folder)]
+    done = _run(command, env=_environment(kind, device))
     reports = [folder / f"rank{rank}.json" for rank in range(2)]
     if done.returncode or not all(path.is_file() for path in reports):
         pytest.fail(f"{kind} {scenario}: exit code {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}")
     found = [json.loads(path.read_text()) for path in reports]
     for rank, report in enumerate(found):
-        assert report["runs_on"] == WHAT_IT_MUST_BE[kind] | {"world_size": 2, "rank": rank}
+        promised = WHAT_IT_MUST_BE[kind] | {"world_size": 2, "rank": rank, "device": device}
+        if (kind, device) == ("ddp", "cuda"):
+            promised["distributed_type"] = "MULTI_GPU"
+        assert report["runs_on"] == promised
         report["log"] = done.stderr
     return found
 
@@ -61,7 +66,7 @@ def _run(command: list[str], env: dict[str, str], timeout_s: int = 300) -> subpr
     return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
-def _launcher(kind: str, folder: Path) -> list[str]:
+def _launcher(kind: str, folder: Path, device: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -76,7 +81,8 @@ def _launcher(kind: str, folder: Path) -> list[str]:
             "zero3_init_flag": False,
             "gradient_accumulation_steps": 1,
         },
-        "use_cpu": True,
+        "use_cpu": device == "cpu",
+        "mixed_precision": "no" if device == "cpu" else "bf16",
         "num_machines": 1,
         "num_processes": 2,
         "main_process_port": int(port),
@@ -86,9 +92,12 @@ def _launcher(kind: str, folder: Path) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
 
 
-def _environment(kind: str) -> dict[str, str]:
+def _environment(kind: str, device: str) -> dict[str, str]:
     package = str(RANKS.parents[1])
-    extra = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    extra = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        extra |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     if kind.startswith("fsdp2"):
         extra |= {
             "ACCELERATE_USE_FSDP": "true",

@@ -50,6 +50,7 @@ def what_this_runs_on(trainer: Any) -> dict[str, Any]:
         "rank": accelerator.process_index,
         "shards": "none" if shards == "Parameter" else shards,
         "zero_stage": None if plugin is None else plugin.zero_stage,
+        "device": accelerator.device.type,
     }
 
 
