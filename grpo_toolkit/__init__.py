@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.measure import LatencyRow, measure_latency
+    from grpo_toolkit.merge import MergeResult, merge_adapter
     from grpo_toolkit.resume import last_whole_checkpoint
     from grpo_toolkit.verify import VerificationResult, verify_export
 
@@ -41,6 +42,7 @@ _MODULES = {
     "KVCacheCallback": "callbacks",
     "LatencyCallback": "callbacks",
     "LatencyRow": "latency.measure",
+    "MergeResult": "merge",
     "OutputExistsError": "errors",
     "Request": "inference",
     "ResumeError": "errors",
@@ -53,6 +55,7 @@ _MODULES = {
     "inference_ready": "cache",
     "last_whole_checkpoint": "resume",
     "measure_latency": "latency.measure",
+    "merge_adapter": "merge",
     "verify_export": "verify",
 }
 
@@ -65,6 +68,7 @@ __all__ = [
     "KVCacheCallback",
     "LatencyCallback",
     "LatencyRow",
+    "MergeResult",
     "OutputExistsError",
     "Request",
     "ResumeError",
@@ -77,6 +81,7 @@ __all__ = [
     "inference_ready",
     "last_whole_checkpoint",
     "measure_latency",
+    "merge_adapter",
     "verify_export",
 ]
 

@@ -64,12 +64,15 @@ class Kind(enum.Enum):
 class TensorInfo:
     """One tensor as its header describes it.
 
-    `dtype` is safetensors' name ("BF16", "F32"), `shape` in elements, `file` the shard's name in the folder.
+    `dtype` is safetensors' name ("BF16", "F32"), `shape` in elements, `file` the shard's name in the folder, `begin`
+    and `end` the bytes of that file that hold it.
     """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
+    begin: int = 0
+    end: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,13 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw)
         tensors = {
-            name: TensorInfo(dtype=str(info["dtype"]), shape=tuple(map(int, info["shape"])), file=path.name)
+            name: TensorInfo(
+                dtype=str(info["dtype"]),
+                shape=tuple(map(int, info["shape"])),
+                file=path.name,
+                begin=8 + length + int(info["data_offsets"][0]),
+                end=8 + length + int(info["data_offsets"][1]),
+            )
             for name, info in header.items()
             if name != "__metadata__"
         }
@@ -181,6 +190,14 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     if 8 + length + end > size:
         raise CheckpointError(f"{path}: {size} bytes, but its header promises {8 + length + end}; it is cut off")
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file whose header `read_safetensors_header` has accepted."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata = json.loads(file.read(length)).get("__metadata__")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path | None:

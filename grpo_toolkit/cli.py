@@ -55,6 +55,19 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
     export.set_defaults(run=_export)
 
+    merge = commands.add_parser("merge", help="merge a LoRA adapter into its base, streamed from file to file")
+    merge.add_argument("adapter", type=Path, help="an adapter as PEFT saves it")
+    merge.add_argument("output", type=Path, help="the folder to publish")
+    merge.add_argument("--base", help="folder or Hub name of the base (default: the one that the adapter names)")
+    merge.add_argument("--adapter-name", metavar="NAME", help="which one, of a folder that holds several")
+    merge.add_argument(
+        "--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB (default: the base's)"
+    )
+    merge.add_argument("--allow-unchanged", action="store_true", help="publish even if some of it changes nothing")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge or export")
+    merge.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    merge.set_defaults(run=_merge)
+
     verify = commands.add_parser("verify", help="reload an export in a fresh process and check it")
     verify.add_argument("export", type=Path, help="the exported folder")
     verify.add_argument("--reference", type=Path, help="a model folder that must give the same greedy tokens")
@@ -81,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _export(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint import check_output, open_checkpoint
-    from grpo_toolkit.export import export_model, manifest_of
+    from grpo_toolkit.export import export_model
+    from grpo_toolkit.manifest import manifest_of
 
     check_output(arguments.output, overwrite=arguments.overwrite)
     open_checkpoint(arguments.source)
@@ -100,6 +114,32 @@ def _export(arguments: argparse.Namespace) -> int:
         from grpo_toolkit.tracking.console import export_table, say
 
         say(export_table(result))
+        print(result.path)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.merge import merge_adapter
+
+    result = merge_adapter(
+        arguments.adapter,
+        arguments.output,
+        base=arguments.base,
+        adapter_name=arguments.adapter_name,
+        overwrite=arguments.overwrite,
+        allow_unchanged=arguments.allow_unchanged,
+        max_shard_size=arguments.max_shard_size,
+    )
+    if arguments.json:
+        facts = {"path": str(result.path), "base": str(result.base), "adapter": str(result.adapter)}
+        counts = {"changed": len(result.changed), "unchanged": list(result.unchanged), "copied": result.copied}
+        print(json.dumps({**facts, **counts, "bytes": result.bytes, "seconds": result.seconds}))
+    else:
+        print(
+            f"merged {result.adapter} into {result.base}: {len(result.changed)} tensors changed, {result.copied} copied, "
+            f"{result.bytes / 1e9:.2f} GB in {result.seconds:.1f} s; not verified: grpo-toolkit verify {result.path}",
+            file=sys.stderr,
+        )
         print(result.path)
     return 0
 

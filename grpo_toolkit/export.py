@@ -8,21 +8,16 @@ under the target's name has passed every check.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import platform
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.adapter import open_adapter
 from grpo_toolkit.cache import base_model, is_sharded, random_state_kept
 from grpo_toolkit.checkpoint import (
-    MANIFEST,
     WEIGHTS_INDEX,
-    Checkpoint,
     check_output,
     dump_json,
     find_base,
@@ -33,7 +28,10 @@ from grpo_toolkit.checkpoint import (
 from grpo_toolkit.defaults import Repair, with_cache_defaults
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from grpo_toolkit.inference import load_model
-from grpo_toolkit.merge import is_adapted, merged_copy, refuse_idle_merge, refuse_unmergeable
+from grpo_toolkit.manifest import write_manifest
+from grpo_toolkit.merge import merge_weights
+from grpo_toolkit.merge_live import is_adapted, refuse_resized, refuse_unmergeable, saved_adapter
+from grpo_toolkit.merge_plan import open_base
 from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.saving import base_folder, capture_model_defaults, inference_defaults
@@ -48,9 +46,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.defaults import InferenceDefaults
     from grpo_toolkit.inference import Record, Request
 
-MANIFEST_VERSION: Final = 1
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_RECORDED_PACKAGES: Final = ("grpo-toolkit", "torch", "transformers", "trl", "peft", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +115,6 @@ def export_model(
         with staged(target, overwrite=overwrite) as staging:
             dtype = _export_dtype(model, origin)
             merged, defaults = _write_weights(model, staging, origin, dtype=dtype, overrides=generation_overrides)
-            refuse_idle_merge(model, staging, origin)
             repairs, changes = _write_files(merged, processor, staging, origin, defaults)
             verification = None
             if verify:
@@ -198,7 +193,10 @@ def _write_weights(
 ) -> tuple[PreTrainedModel, InferenceDefaults]:
     """Save the (merged) weights in the base's dtypes; returns the model that was saved and its defaults."""
     defaults = capture_model_defaults(model, base=base, overrides=overrides)
-    plain = merged_copy(model, base) if is_adapted(model) else base_model(model)
+    plain = base_model(model)
+    if is_adapted(model):
+        _write_merged(model, staging, base)
+        return plain, defaults
     # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
     wanted = {} if base is None else _stored_dtypes(base)
     is_mixed = len(set(wanted.values())) > 1
@@ -209,6 +207,19 @@ def _write_weights(
     if is_mixed:
         _recast_files(staging, wanted, dtype)
     return plain, defaults
+
+
+def _write_merged(model: torch.nn.Module, staging: Path, base: Path | None) -> None:
+    """Merge the live adapter into the base's files. An adapter that learnt nothing is exported as what it is."""
+    if base is None:
+        name = getattr(base_model(model).config, "_name_or_path", None)
+        raise UnsupportedError(
+            f"an adapter is merged into its base from disk, and the base {name!r} is no folder here; pass base="
+        )
+    origin = open_base(open_checkpoint(base))
+    refuse_resized(model, origin)
+    with saved_adapter(model) as folder:
+        merge_weights(open_adapter(folder), origin, staging, allow_unchanged=True)
 
 
 def _cast(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -294,48 +305,12 @@ def _verify(
 
 
 def _write_manifest(staging: Path, result: ExportResult) -> None:
-    files = {
-        str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(staging.rglob("*"))
-        if path.is_file()
-    }
-    manifest = {
-        "manifest_version": MANIFEST_VERSION,
-        "versions": _versions(),
-        "base": None if result.base is None else result.base.name,  # the name alone: exports are uploaded
-        "put_right": [asdict(repair) for repair in result.repairs],
-        "changed_in_training": [str(change) for change in result.changes],
-        "verification": None if result.verification is None else result.verification.to_json(),
-        "files": files,
-    }
-    (staging / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _RECORDED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
-
-
-def manifest_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of an export.
-
-    Raises:
-        CheckpointError: the folder is no model folder.
-        InputError: it is one, but not an export of ours.
-    """
-    checkpoint: Checkpoint = open_checkpoint(path)
-    manifest = checkpoint.json(MANIFEST)
-    if not isinstance(manifest, dict):
-        raise InputError(f"{checkpoint.path}: no {MANIFEST} in it, so it is not an export of this package")
-    return manifest
+    write_manifest(
+        staging,
+        {
+            "base": None if result.base is None else result.base.name,  # the name alone: exports are uploaded
+            "put_right": [asdict(repair) for repair in result.repairs],
+            "changed_in_training": [str(change) for change in result.changes],
+            "verification": None if result.verification is None else result.verification.to_json(),
+        },
+    )

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError, UnsupportedError, VerificationError
-from grpo_toolkit.export import export_model, manifest_of
+from grpo_toolkit.export import export_model
 from grpo_toolkit.inference import generate, load_model
 from grpo_toolkit.latency.workload import requests_from_rows
+from grpo_toolkit.manifest import manifest_of
 from grpo_toolkit.verify import verify_export
 from training import grpo_trainer, rows, v5_only
 

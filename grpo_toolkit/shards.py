@@ -1,0 +1,96 @@
+"""Which tensor goes into which weight file: as in the folder they come from, or in files of a given size."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint import read_metadata
+from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.stream import Entry, Shard, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from grpo_toolkit.checkpoint import TensorInfo
+
+# What else an export writes: configs, tokenizer, index.
+_SPARE_BYTES: Final = 64 * 2**20
+
+
+def plan_shards(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    *,
+    work: Mapping[str, Any],
+    max_shard_size: str | int | None = None,
+) -> list[Shard]:
+    """The output files for the tensors of a folder: its own files and order, unless a size is given.
+
+    Args:
+        folder: where the tensors are.
+        tensors: by name, as `Checkpoint.tensors` gives them.
+        work: what is to be done to some of them (`Entry.work`); the others are copied.
+        max_shard_size: largest file, as a number of bytes or as "5GB".
+
+    Raises:
+        InputError: `max_shard_size` is no size.
+        CheckpointError: a tensor's bytes are not those of its dtype and shape.
+    """
+    by_file: dict[str, list[str]] = {}
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].begin)):
+        by_file.setdefault(info.file, []).append(name)
+    metadata = {file: read_metadata(folder / file) for file in by_file}
+    if max_shard_size is not None:
+        by_file, metadata = _split(tensors, [name for names in by_file.values() for name in names], max_shard_size), {}
+    shards = []
+    for file, names in by_file.items():
+        entries = tuple(_entry(folder, name, tensors[name], work.get(name)) for name in names)
+        shards.append(Shard(file=file, entries=entries, metadata={"format": "pt", **metadata.get(file, {})}))
+    return shards
+
+
+def _entry(folder: Path, name: str, info: TensorInfo, work: Any) -> Entry:
+    source = Span(path=folder / info.file, begin=info.begin, end=info.end, dtype=info.dtype)
+    try:
+        entry = Entry(name=name, dtype=info.dtype, shape=info.shape, source=source, work=work)
+        size = entry.nbytes
+    except KeyError as error:
+        raise CheckpointError(f"{source.path}: {name} has the dtype {info.dtype}, which is not known here") from error
+    if size != source.end - source.begin:
+        stored = source.end - source.begin
+        raise CheckpointError(
+            f"{source.path}: {name} is {info.dtype} of {info.shape}, {size} bytes; {stored} are stored"
+        )
+    return entry
+
+
+def _split(tensors: Mapping[str, TensorInfo], names: Sequence[str], max_shard_size: str | int) -> dict[str, list[str]]:
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    try:
+        split = split_state_dict_into_shards_factory(
+            {name: tensors[name] for name in names},
+            get_storage_size=lambda info: info.end - info.begin,
+            get_storage_id=lambda info: None,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise InputError(f"--max-shard-size {max_shard_size}: not a size such as 5GB ({error})") from error
+    return {file: list(held) for file, held in split.filename_to_tensors.items()}
+
+
+def refuse_full_disk(folder: Path, shards: Sequence[Shard]) -> None:
+    """Raise before anything is written where the weights will not fit.
+
+    Raises:
+        InputError: too little room on the folder's file system.
+    """
+    needed, free = sum(shard.nbytes for shard in shards) + _SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, or name "
+            "a folder on another disk"
+        )
