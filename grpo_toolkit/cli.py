@@ -136,8 +136,8 @@ def _merge(arguments: argparse.Namespace) -> int:
         print(json.dumps({**facts, **counts, "bytes": result.bytes, "seconds": result.seconds}))
     else:
         print(
-            f"merged {result.adapter} into {result.base}: {len(result.changed)} tensors changed, {result.copied} copied, "
-            f"{result.bytes / 1e9:.2f} GB in {result.seconds:.1f} s; not verified: grpo-toolkit verify {result.path}",
+            f"{len(result.changed)} tensors changed, {result.copied} copied, {result.bytes / 1e9:.2f} GB in "
+            f"{result.seconds:.1f} s; not verified yet: grpo-toolkit verify {result.path}",
             file=sys.stderr,
         )
         print(result.path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,7 +32,7 @@ from grpo_toolkit.inference import load_model
 from grpo_toolkit.manifest import write_manifest
 from grpo_toolkit.merge import merge_weights
 from grpo_toolkit.merge_live import is_adapted, refuse_resized, refuse_unmergeable, saved_adapter
-from grpo_toolkit.merge_plan import open_base
+from grpo_toolkit.merge_plan import open_base, plan_updates
 from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.saving import base_folder, capture_model_defaults, inference_defaults
@@ -114,7 +115,10 @@ def export_model(
         processor = processor if processor is not None or origin is None else processor_of(origin)
         with staged(target, overwrite=overwrite) as staging:
             dtype = _export_dtype(model, origin)
-            merged, defaults = _write_weights(model, staging, origin, dtype=dtype, overrides=generation_overrides)
+            folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
+            merged, defaults = _write_weights(
+                model, staging, origin, folder=folder, dtype=dtype, overrides=generation_overrides
+            )
             repairs, changes = _write_files(merged, processor, staging, origin, defaults)
             verification = None
             if verify:
@@ -188,6 +192,7 @@ def _write_weights(
     staging: Path,
     base: Path | None,
     *,
+    folder: Path | None,
     dtype: torch.dtype,
     overrides: Mapping[str, Any] | None,
 ) -> tuple[PreTrainedModel, InferenceDefaults]:
@@ -195,7 +200,7 @@ def _write_weights(
     defaults = capture_model_defaults(model, base=base, overrides=overrides)
     plain = base_model(model)
     if is_adapted(model):
-        _write_merged(model, staging, base)
+        _write_merged(model, staging, base, folder)
         return plain, defaults
     # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
     wanted = {} if base is None else _stored_dtypes(base)
@@ -209,8 +214,11 @@ def _write_weights(
     return plain, defaults
 
 
-def _write_merged(model: torch.nn.Module, staging: Path, base: Path | None) -> None:
-    """Merge the live adapter into the base's files. An adapter that learnt nothing is exported as what it is."""
+def _write_merged(model: torch.nn.Module, staging: Path, base: Path | None, folder: Path | None) -> None:
+    """Merge an adapter (of a live model, or a folder's) into the base's files, streamed; the model is not merged.
+
+    What the adapter leaves as it is may stay so: modules that no gradient reached, a run without a reward.
+    """
     if base is None:
         name = getattr(base_model(model).config, "_name_or_path", None)
         raise UnsupportedError(
@@ -218,8 +226,9 @@ def _write_merged(model: torch.nn.Module, staging: Path, base: Path | None) -> N
         )
     origin = open_base(open_checkpoint(base))
     refuse_resized(model, origin)
-    with saved_adapter(model) as folder:
-        merge_weights(open_adapter(folder), origin, staging, allow_unchanged=True)
+    with nullcontext(folder) if folder is not None else saved_adapter(model) as saved:
+        adapter = open_adapter(saved)
+        merge_weights(adapter, origin, staging, updates=plan_updates(adapter, origin), allow_unchanged=True)
 
 
 def _cast(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

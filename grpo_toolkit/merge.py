@@ -98,9 +98,18 @@ def merge_adapter(
     check_output(target, overwrite=overwrite)
     found = open_adapter(find_adapter(adapter, adapter_name))
     origin = open_base(open_checkpoint(_base_of(found, base)))
+    updates = plan_updates(found, origin)
+    if not allow_unchanged:
+        _refuse_untrained(found, updates)
     with staged(target, overwrite=overwrite) as staging:
         merged = merge_weights(
-            found, origin, staging, allow_unchanged=allow_unchanged, max_shard_size=max_shard_size, progress=progress
+            found,
+            origin,
+            staging,
+            updates=updates,
+            allow_unchanged=allow_unchanged,
+            max_shard_size=max_shard_size,
+            progress=progress,
         )
         write_configs(origin.path, staging)
         copy_files(carried_files(origin.path), origin.path, staging)
@@ -157,16 +166,14 @@ def merge_weights(
     base: Base,
     folder: Path,
     *,
+    updates: Mapping[str, Update],
     allow_unchanged: bool = False,
     max_shard_size: str | int | None = None,
     progress: Progress | None = None,
 ) -> MergedWeights:
-    """Write the base's weights with the adapter merged into them; see `merge_adapter`."""
+    """Write the base's weights with the adapter merged into them, as `plan_updates` planned; see `merge_adapter`."""
     import torch
 
-    updates = plan_updates(adapter, base)
-    if not allow_unchanged:
-        _refuse_untrained(adapter, updates)
     shards = plan_shards(base.path, base.tensors, work=updates, max_shard_size=max_shard_size)
     refuse_full_disk(folder, shards)
     threads = torch.get_num_threads()

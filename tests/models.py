@@ -143,7 +143,9 @@ def build_gpt2(folder: Path) -> Path:
     """Matrices stored as (in, out), biases everywhere, embeddings tied."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return _save_random(GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64), folder)
+    return _save_random(
+        GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64), folder
+    )
 
 
 def build_qwen3_moe(folder: Path) -> Path:
