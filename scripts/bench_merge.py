@@ -207,15 +207,15 @@ def config(shape: Shape) -> dict[str, object]:
     }
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident GiB of a process and of nothing else."""
+def timed(command: list[str]) -> tuple[float, float, float]:
+    """Seconds, seconds of processor time, and peak resident GiB of a process and of nothing else."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     if os.waitstatus_to_exitcode(status) != 0:
         raise SystemExit(f"failed: {' '.join(command)[:300]}")
-    return seconds, usage.ru_maxrss / 2**20
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -240,23 +240,25 @@ def main() -> None:
             "merge": [sys.executable, "-m", "grpo_toolkit.cli", "merge", str(adapter), str(output)],
             "peft": [sys.executable, "-c", PEFT_ARM, str(base), str(adapter), str(output)],
         }
-        runs: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arguments.arms}
+        runs: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in arguments.arms}
         for _ in range(arguments.rounds):
             for arm in arguments.arms:
                 os.sync()
                 runs[arm].append(timed(commands[arm]))
-                print(f"{arm}: {runs[arm][-1][0]:.1f} s, {runs[arm][-1][1]:.2f} GiB", file=sys.stderr)
+                seconds, processor, peak = runs[arm][-1]
+                print(f"{arm}: {seconds:.1f} s ({processor:.1f} s of processor), {peak:.2f} GiB", file=sys.stderr)
                 shutil.rmtree(output)
         size = sum(path.stat().st_size for path in base.iterdir())
     print(json.dumps({"shape": arguments.shape, "bytes": size, "sparse": arguments.sparse} | summary(runs)))
 
 
-def summary(runs: dict[str, list[tuple[float, float]]]) -> dict[str, object]:
+def summary(runs: dict[str, list[tuple[float, float, float]]]) -> dict[str, object]:
     return {
         arm: {
-            "seconds": [round(seconds, 1) for seconds, _ in taken],
-            "median_s": round(statistics.median(seconds for seconds, _ in taken), 1),
-            "peak_gib": round(max(peak for _, peak in taken), 2),
+            "seconds": [round(seconds, 1) for seconds, _, _ in taken],
+            "median_s": round(statistics.median(seconds for seconds, _, _ in taken), 1),
+            "processor_s": round(statistics.median(processor for _, processor, _ in taken), 1),
+            "peak_gib": round(max(peak for _, _, peak in taken), 2),
         }
         for arm, taken in runs.items()
     }
