@@ -314,7 +314,8 @@ def _finish_files(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
-                os.fchmod(file.fileno(), mode)
+                if os.fstat(file.fileno()).st_nlink == 1:  # a linked file's mode is its other name's, too
+                    os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
         elif path.is_dir():
             path.chmod(mode | 0o111 & ~_umask())

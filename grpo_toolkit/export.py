@@ -10,33 +10,27 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.adapter import open_adapter
 from grpo_toolkit.cache import base_model, is_sharded, random_state_kept
 from grpo_toolkit.checkpoint import (
-    WEIGHTS_INDEX,
     check_output,
-    dump_json,
     find_base,
     open_checkpoint,
-    read_json,
     staged,
 )
 from grpo_toolkit.defaults import Repair, with_cache_defaults
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.manifest import write_manifest
-from grpo_toolkit.merge import merge_weights
-from grpo_toolkit.merge_live import is_adapted, refuse_resized, refuse_unmergeable, saved_adapter
-from grpo_toolkit.merge_plan import open_base, plan_updates
+from grpo_toolkit.merge_live import refuse_unmergeable
 from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
-from grpo_toolkit.saving import base_folder, capture_model_defaults, inference_defaults
+from grpo_toolkit.saving import base_folder, capture_model_defaults
 from grpo_toolkit.verify import VerificationResult, plain_request, policy_noise, policy_records, verify_export
+from grpo_toolkit.weights import needs_loading, stored_dtypes, unloaded_model, write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,8 +40,6 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.defaults import InferenceDefaults
     from grpo_toolkit.inference import Record, Request
-
-_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +74,8 @@ def export_model(
     overwrite: bool = False,
     verify: bool = True,
     device: str = "cpu",
+    link: bool = False,
+    max_shard_size: str | int | None = None,
 ) -> ExportResult:
     """Export a trained model for inference.
 
@@ -95,6 +89,9 @@ def export_model(
         overwrite: replace an earlier export in `output_dir`.
         verify: reload the result in a fresh process and check it before publishing.
         device: where a folder is loaded; a live model stays where it is, and is verified there.
+        link: for a folder whose weight files are as its base's: hard links in place of copies, where the file system
+            has them. What edits one of the two in place then edits both.
+        max_shard_size: largest weight file, such as "5GB"; by default a folder's (or the base's) own files.
 
     Raises:
         OutputExistsError: `output_dir` is there and may not be replaced.
@@ -109,17 +106,28 @@ def export_model(
     if base is not None and named_base is None:
         raise InputError(f"base {os.fspath(base)}: neither a model folder nor in the local Hub cache")
     with random_state_kept():
-        model, processor = _open_source(source, processing_class, device, named_base)
+        folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
+        if folder is not None and not verify and not needs_loading(folder, named_base or folder):
+            model, processor = _open_unloaded(folder, processing_class, named_base)
+        else:
+            model, processor = _open_source(source, processing_class, device, named_base)
         refuse_unsupported(model)
         origin = named_base or base_folder(model)
         processor = processor if processor is not None or origin is None else processor_of(origin)
         with staged(target, overwrite=overwrite) as staging:
             dtype = _export_dtype(model, origin)
-            folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
-            merged, defaults = _write_weights(
-                model, staging, origin, folder=folder, dtype=dtype, overrides=generation_overrides
+            defaults = capture_model_defaults(model, base=origin, overrides=generation_overrides)
+            write_weights(
+                model,
+                staging,
+                origin,
+                folder=folder,
+                dtype=dtype,
+                defaults=defaults,
+                link=link,
+                max_shard_size=max_shard_size,
             )
-            repairs, changes = _write_files(merged, processor, staging, origin, defaults)
+            repairs, changes = _write_files(base_model(model), processor, staging, origin, defaults)
             verification = None
             if verify:
                 verification = _verify(model, processor, staging, origin, dtype=dtype, requests=requests)
@@ -149,6 +157,16 @@ def refuse_unsupported(model: torch.nn.Module) -> None:
     refuse_unmergeable(model)
 
 
+def _open_unloaded(folder: Path, processing_class: Any, base: Path | None) -> tuple[torch.nn.Module, Any]:
+    """A folder's model without its weights: what is not verified is copied or merged from file to file."""
+    try:
+        model = unloaded_model(folder, base=base)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+    return model, processing_class if processing_class is not None else processor_of(folder)
+
+
 def _open_source(source: Any, processing_class: Any, device: str, base: Path | None) -> tuple[torch.nn.Module, Any]:
     if isinstance(source, (str, os.PathLike)):
         folder = Path(source)
@@ -176,91 +194,9 @@ def _export_dtype(model: torch.nn.Module, base: Path | None) -> torch.dtype:
     """
     import torch
 
-    stored = [] if base is None else list(_stored_dtypes(base).values())
+    stored = [] if base is None else list(stored_dtypes(base).values())
     dtype: torch.dtype = base_model(model).dtype
     return getattr(torch, max(set(stored), key=stored.count)) if stored else dtype
-
-
-def _stored_dtypes(folder: Path) -> dict[str, str]:
-    """torch's name for the dtype of every floating-point tensor in a folder."""
-    tensors = open_checkpoint(folder).tensors()
-    return {name: _DTYPES[info.dtype] for name, info in tensors.items() if info.dtype in _DTYPES}
-
-
-def _write_weights(
-    model: torch.nn.Module,
-    staging: Path,
-    base: Path | None,
-    *,
-    folder: Path | None,
-    dtype: torch.dtype,
-    overrides: Mapping[str, Any] | None,
-) -> tuple[PreTrainedModel, InferenceDefaults]:
-    """Save the (merged) weights in the base's dtypes; returns the model that was saved and its defaults."""
-    defaults = capture_model_defaults(model, base=base, overrides=overrides)
-    plain = base_model(model)
-    if is_adapted(model):
-        _write_merged(model, staging, base, folder)
-        return plain, defaults
-    # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
-    wanted = {} if base is None else _stored_dtypes(base)
-    is_mixed = len(set(wanted.values())) > 1
-    weights = plain.state_dict() if is_mixed else _cast(plain.state_dict(), dtype)
-    with inference_defaults(plain, defaults):
-        # The class's own method: a save hook on the instance would do the same again, with other overrides.
-        type(plain).save_pretrained(plain, staging, state_dict=weights)
-    if is_mixed:
-        _recast_files(staging, wanted, dtype)
-    return plain, defaults
-
-
-def _write_merged(model: torch.nn.Module, staging: Path, base: Path | None, folder: Path | None) -> None:
-    """Merge an adapter (of a live model, or a folder's) into the base's files, streamed; the model is not merged.
-
-    What the adapter leaves as it is may stay so: modules that no gradient reached, a run without a reward.
-    """
-    if base is None:
-        name = getattr(base_model(model).config, "_name_or_path", None)
-        raise UnsupportedError(
-            f"an adapter is merged into its base from disk, and the base {name!r} is no folder here; pass base="
-        )
-    origin = open_base(open_checkpoint(base))
-    refuse_resized(model, origin)
-    with nullcontext(folder) if folder is not None else saved_adapter(model) as saved:
-        adapter = open_adapter(saved)
-        merge_weights(adapter, origin, staging, updates=plan_updates(adapter, origin), allow_unchanged=True)
-
-
-def _cast(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights on the CPU in `dtype`. Tied names go on sharing one tensor: saving finds ties by their storage."""
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    for tensor in state_dict.values():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in cast:
-            cast[key] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
-    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state_dict.items()}
-
-
-def _recast_files(folder: Path, wanted: Mapping[str, str], default: torch.dtype) -> None:
-    """Rewrite saved weights in the dtype that `wanted` gives each name; shard by shard."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    total = 0
-    for path in open_checkpoint(folder).weight_files():
-        weights = {
-            name: tensor.to(getattr(torch, wanted[name]) if name in wanted else default)
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in load_file(path).items()
-        }
-        total += sum(tensor.nbytes for tensor in weights.values())
-        save_file(weights, path, metadata={"format": "pt"})
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        data = read_json(index)
-        data["metadata"] = {**data.get("metadata", {}), "total_size": total}
-        index.write_text(dump_json(data), encoding="utf-8")
 
 
 def _write_files(
@@ -322,4 +258,5 @@ def _write_manifest(staging: Path, result: ExportResult) -> None:
             "changed_in_training": [str(change) for change in result.changes],
             "verification": None if result.verification is None else result.verification.to_json(),
         },
+        sums=result.verification is not None,
     )

@@ -21,7 +21,7 @@ from grpo_toolkit.errors import CheckpointError, InputError, VerificationError
 from grpo_toolkit.lora import LowRank, Update
 from grpo_toolkit.manifest import write_manifest
 from grpo_toolkit.merge_plan import Base, open_base, plan_updates
-from grpo_toolkit.merge_worker import TensorFile, TensorMerger
+from grpo_toolkit.merge_worker import TensorFile, TensorMerger, single_threaded, worker_count
 from grpo_toolkit.portable import carried_files, copy_files, write_configs
 from grpo_toolkit.shards import plan_shards, refuse_full_disk
 from grpo_toolkit.stream import write_shards
@@ -172,23 +172,10 @@ def merge_weights(
     progress: Progress | None = None,
 ) -> MergedWeights:
     """Write the base's weights with the adapter merged into them, as `plan_updates` planned; see `merge_adapter`."""
-    import torch
-
     shards = plan_shards(base.path, base.tensors, work=updates, max_shard_size=max_shard_size)
     refuse_full_disk(folder, shards)
-    threads = torch.get_num_threads()
-    with TensorMerger(adapter, base) as merger:
-        try:
-            write_shards(
-                shards,
-                folder,
-                fill=merger.fill,
-                workers=max(2, min(8, _cores())),
-                setup=lambda: torch.set_num_threads(1),
-                progress=progress,
-            )
-        finally:
-            torch.set_num_threads(threads)
+    with TensorMerger(adapter, base) as merger, single_threaded() as setup:
+        write_shards(shards, folder, fill=merger.fill, workers=worker_count(), setup=setup, progress=progress)
     unchanged = tuple(name for name in updates if name not in merger.changed)
     if unchanged and not allow_unchanged:
         some = ", ".join(unchanged[:4]) + (", ..." if len(unchanged) > 4 else "")
@@ -202,10 +189,6 @@ def merge_weights(
         copied=len(base.tensors) - len(updates),
         bytes=sum(shard.nbytes for shard in shards),
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse_untrained(adapter: Adapter, updates: Mapping[str, Update]) -> None:

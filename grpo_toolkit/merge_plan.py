@@ -64,15 +64,13 @@ def open_base(checkpoint: Checkpoint) -> Base:
     """Read a base folder's headers.
 
     Raises:
-        CheckpointError: no full model, or not stored as safetensors.
-        UnsupportedError: quantised.
+        CheckpointError: not stored as safetensors.
+        UnsupportedError: an adapter itself.
     """
     path = checkpoint.path
     if checkpoint.kind is Kind.ADAPTER:
         raise UnsupportedError(f"{path}: is an adapter itself; merge it into its base first, then merge into that")
     config = read_json(path / CONFIG)
-    if config.get("quantization_config"):
-        raise UnsupportedError(f"{path / CONFIG}: quantization_config is set; name the unquantised base (--base)")
     tensors = checkpoint.tensors()
     if not tensors:
         raise CheckpointError(f"{path}: no model.safetensors and no index of one; only safetensors are read")
@@ -87,6 +85,8 @@ def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:
         CheckpointError: tensors that do not fit the base, or an adapter that is not whole.
         UnsupportedError: a merge would untie embeddings, or the weights are of a kind that is not merged.
     """
+    if base.config.get("quantization_config"):
+        raise UnsupportedError(f"{base.path / CONFIG}: quantization_config is set; name the unquantised base (--base)")
     updates: dict[str, Update] = {}
     homeless: list[str] = []
     for name, tensor in adapter.replaced.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +13,7 @@ from grpo_toolkit.lora import LowRank, Run, Update, add_rows, give_length, is_fi
 from grpo_toolkit.stream import read_at, write_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -26,6 +27,24 @@ if TYPE_CHECKING:
 # Values in one block: in float32 (4 MiB) it stays in a core's cache from reading to rounding.
 _BLOCK: Final = 2**20
 TORCH_NAMES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def worker_count() -> int:
+    """How many threads read, compute and write at once: the cores, and two at least, so that writing never waits."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(8, cores))
+
+
+@contextmanager
+def single_threaded() -> Iterator[Callable[[], None]]:
+    """What a worker calls first, so that its arithmetic stays on one core; torch's own setting is put back on exit."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield partial(torch.set_num_threads, 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class TensorFile:

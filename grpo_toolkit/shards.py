@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint import read_metadata
@@ -24,6 +25,8 @@ def plan_shards(
     tensors: Mapping[str, TensorInfo],
     *,
     work: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, str] | None = None,
     max_shard_size: str | int | None = None,
 ) -> list[Shard]:
     """The output files for the tensors of a folder: its own files and order, unless a size is given.
@@ -32,54 +35,59 @@ def plan_shards(
         folder: where the tensors are.
         tensors: by name, as `Checkpoint.tensors` gives them.
         work: what is to be done to some of them (`Entry.work`); the others are copied.
+        names: what some of them are called in the output.
+        dtypes: what some of them are stored as there; such a tensor has to be among `work`.
         max_shard_size: largest file, as a number of bytes or as "5GB".
 
     Raises:
         InputError: `max_shard_size` is no size.
         CheckpointError: a tensor's bytes are not those of its dtype and shape.
     """
-    by_file: dict[str, list[str]] = {}
+    by_file: dict[str, list[Entry]] = {}
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].begin)):
-        by_file.setdefault(info.file, []).append(name)
+        entry = _entry(folder, name, info)
+        dtype = (dtypes or {}).get(name, info.dtype)
+        entry = replace(entry, name=(names or {}).get(name, name), dtype=dtype, work=work.get(name))
+        by_file.setdefault(info.file, []).append(entry)
     metadata = {file: read_metadata(folder / file) for file in by_file}
     if max_shard_size is not None:
-        by_file, metadata = _split(tensors, [name for names in by_file.values() for name in names], max_shard_size), {}
-    shards = []
-    for file, names in by_file.items():
-        entries = tuple(_entry(folder, name, tensors[name], work.get(name)) for name in names)
-        shards.append(Shard(file=file, entries=entries, metadata={"format": "pt", **metadata.get(file, {})}))
-    return shards
+        by_file, metadata = _split([entry for held in by_file.values() for entry in held], max_shard_size), {}
+    return [
+        Shard(file=file, entries=tuple(held), metadata={"format": "pt", **metadata.get(file, {})})
+        for file, held in by_file.items()
+    ]
 
 
-def _entry(folder: Path, name: str, info: TensorInfo, work: Any) -> Entry:
+def _entry(folder: Path, name: str, info: TensorInfo) -> Entry:
     source = Span(path=folder / info.file, begin=info.begin, end=info.end, dtype=info.dtype)
+    entry = Entry(name=name, dtype=info.dtype, shape=info.shape, source=source)
     try:
-        entry = Entry(name=name, dtype=info.dtype, shape=info.shape, source=source, work=work)
         size = entry.nbytes
     except KeyError as error:
         raise CheckpointError(f"{source.path}: {name} has the dtype {info.dtype}, which is not known here") from error
     if size != source.end - source.begin:
         stored = source.end - source.begin
         raise CheckpointError(
-            f"{source.path}: {name} is {info.dtype} of {info.shape}, {size} bytes; {stored} are stored"
+            f"{source.path}: {name} takes {size} bytes as {info.dtype} of {info.shape}, but {stored} are stored"
         )
     return entry
 
 
-def _split(tensors: Mapping[str, TensorInfo], names: Sequence[str], max_shard_size: str | int) -> dict[str, list[str]]:
+def _split(entries: Sequence[Entry], max_shard_size: str | int) -> dict[str, list[Entry]]:
     from huggingface_hub import split_state_dict_into_shards_factory
 
+    by_name = {entry.name: entry for entry in entries}
     try:
         split = split_state_dict_into_shards_factory(
-            {name: tensors[name] for name in names},
-            get_storage_size=lambda info: info.end - info.begin,
-            get_storage_id=lambda info: None,
+            by_name,
+            get_storage_size=lambda entry: entry.nbytes,
+            get_storage_id=lambda entry: None,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
         raise InputError(f"--max-shard-size {max_shard_size}: not a size such as 5GB ({error})") from error
-    return {file: list(held) for file, held in split.filename_to_tensors.items()}
+    return {file: [by_name[name] for name in held] for file, held in split.filename_to_tensors.items()}
 
 
 def refuse_full_disk(folder: Path, shards: Sequence[Shard]) -> None:

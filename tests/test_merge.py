@@ -13,6 +13,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from grpo_toolkit.checkpoint import open_checkpoint
+from grpo_toolkit.cli import main
 from grpo_toolkit.errors import (
     CheckpointError,
     GrpoToolkitError,
@@ -520,3 +521,35 @@ def test_a_merge_replaces_an_earlier_one_only_when_told(adapter: Path, tmp_path:
     with pytest.raises(OutputExistsError, match="overwrite"):
         merge_adapter(adapter, tmp_path / "merged")
     merge_adapter(adapter, tmp_path / "merged", overwrite=True)
+
+
+def test_the_command_says_where_and_what(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["path"], said["changed"], said["unchanged"]) == (str(tmp_path / "merged"), 6, [])
+    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--overwrite", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == (f"{tmp_path / 'merged'}\n", "")
+    edit_weights(adapter, lambda name, t: t * 0 if "lora_B" in name else t)
+    assert main(["merge", str(adapter), str(tmp_path / "other")]) == 1
+    assert "untrained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/nowhere", "{tmp}/out"], "nowhere: not a folder"),
+        (["{qwen}", "{tmp}/out"], "no adapter_config.json in it or in a folder of it"),
+        (["{tmp}/adapter", "{tmp}/out", "--base", "no/base"], "base no/base: neither a model folder"),
+        (["{tmp}/adapter", "{tmp}/adapter"], "not an export of ours"),
+        (["{tmp}/adapter", "{tmp}/out", "--max-shard-size", "x"], "not a size such as 5GB"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    arguments: list[str], message: str, adapter: Path, qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", *(argument.format(tmp=tmp_path, qwen=qwen) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
