@@ -71,5 +71,5 @@ def test_a_folder_without_sums_says_so(published: Path) -> None:
     with pytest.raises(InputError, match=r"no grpo_toolkit.json in it"):
         compare_manifest(published)
     write_manifest(published, {}, sums=False)
-    with pytest.raises(InputError, match="has sizes and no sums"):
+    with pytest.raises(InputError, match="has sizes, but no sums"):
         compare_manifest(published)
