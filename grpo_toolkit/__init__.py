@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         GrpoToolkitError,
         InputError,
         OutputExistsError,
+        PeerError,
         ResumeError,
         UnsupportedError,
         VerificationError,
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.measure import LatencyRow, measure_latency
     from grpo_toolkit.merge import MergeResult, merge_adapter
-    from grpo_toolkit.resume import last_whole_checkpoint
     from grpo_toolkit.verify import VerificationResult, verify_export
+    from grpo_toolkit.whole import last_whole_checkpoint
 
 _MODULES = {
     "CheckpointError": "errors",
@@ -44,6 +45,7 @@ _MODULES = {
     "LatencyRow": "latency.measure",
     "MergeResult": "merge",
     "OutputExistsError": "errors",
+    "PeerError": "errors",
     "Request": "inference",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
@@ -53,7 +55,7 @@ _MODULES = {
     "WorkerError": "errors",
     "export_model": "export",
     "inference_ready": "cache",
-    "last_whole_checkpoint": "resume",
+    "last_whole_checkpoint": "whole",
     "measure_latency": "latency.measure",
     "merge_adapter": "merge",
     "verify_export": "verify",
@@ -70,6 +72,7 @@ __all__ = [
     "LatencyRow",
     "MergeResult",
     "OutputExistsError",
+    "PeerError",
     "Request",
     "ResumeError",
     "ResumeGuardCallback",

@@ -114,6 +114,7 @@ def _export(arguments: argparse.Namespace) -> int:
         link=arguments.link,
         max_shard_size=arguments.max_shard_size,
     )
+    assert result is not None, "one process is rank 0"
     if arguments.json:
         print(json.dumps({"path": str(result.path), "seconds": result.seconds, **manifest_of(result.path)}))
     else:

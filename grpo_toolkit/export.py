@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cache import base_model, is_sharded, random_state_kept
-from grpo_toolkit.checkpoint import (
-    check_output,
-    find_base,
-    open_checkpoint,
-    staged,
-)
+from grpo_toolkit.cache import base_model, random_state_kept
+from grpo_toolkit.checkpoint import check_output, find_base, open_checkpoint, staged
 from grpo_toolkit.defaults import Repair, with_cache_defaults
+from grpo_toolkit.distributed import is_fsdp1, is_sharded, rank
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.manifest import write_manifest
-from grpo_toolkit.merge_live import refuse_unmergeable
+from grpo_toolkit.merge_live import is_adapted, refuse_unmergeable
 from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.saving import base_folder, capture_model_defaults
-from grpo_toolkit.verify import VerificationResult, plain_request, policy_noise, policy_records, verify_export
-from grpo_toolkit.weights import needs_loading, stored_dtypes, unloaded_model, write_weights
+from grpo_toolkit.verify import PolicyAnswers, VerificationResult, ask_policy, verify_export
+from grpo_toolkit.weights import gather_weights, needs_loading, stored_dtypes, unloaded_model, write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
     from grpo_toolkit.defaults import InferenceDefaults
-    from grpo_toolkit.inference import Record, Request
+    from grpo_toolkit.inference import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +72,11 @@ def export_model(
     device: str = "cpu",
     link: bool = False,
     max_shard_size: str | int | None = None,
-) -> ExportResult:
+) -> ExportResult | None:
     """Export a trained model for inference.
+
+    Under several processes call it on every rank, as `trainer.save_model()`: the ranks gather a sharded model (FSDP2,
+    ZeRO-3) and ask it together, rank 0 publishes.
 
     Args:
         source: a trainer, a model (PEFT-wrapped or not), or a folder with a full model or a LoRA adapter.
@@ -93,10 +92,13 @@ def export_model(
             has them. What edits one of the two in place then edits both.
         max_shard_size: largest weight file, such as "5GB"; by default a folder's (or the base's) own files.
 
+    Returns:
+        What was published; None on ranks other than 0.
+
     Raises:
         OutputExistsError: `output_dir` is there and may not be replaced.
         CheckpointError: `source` or `base` is a folder that holds no model.
-        UnsupportedError: the model is sharded over processes (FSDP, ZeRO-3); the message says what to do.
+        UnsupportedError: the model is wrapped by FSDP1, or its adapter cannot be merged; the message says what to do.
         VerificationError: a check failed; nothing was published.
     """
     started = time.monotonic()
@@ -114,11 +116,19 @@ def export_model(
         refuse_unsupported(model)
         origin = named_base or base_folder(model)
         processor = processor if processor is not None or origin is None else processor_of(origin)
+        stored = {} if origin is None else stored_dtypes(origin)
+        dtype = _export_dtype(model, stored)
+        if rank() != 0 and not is_sharded(model):
+            return None
+        answers = ask_policy(model, processor, requests, dtype=dtype) if verify else None
+        weights = gather_weights(model, dtype=dtype, stored=stored) if folder is None else None
+        if rank() != 0:
+            return None
         with staged(target, overwrite=overwrite) as staging:
-            dtype = _export_dtype(model, origin)
             defaults = capture_model_defaults(model, base=origin, overrides=generation_overrides)
             write_weights(
                 model,
+                weights,
                 staging,
                 origin,
                 folder=folder,
@@ -128,9 +138,7 @@ def export_model(
                 max_shard_size=max_shard_size,
             )
             repairs, changes = _write_files(base_model(model), processor, staging, origin, defaults)
-            verification = None
-            if verify:
-                verification = _verify(model, processor, staging, origin, dtype=dtype, requests=requests)
+            verification = None if answers is None else _verify(model, staging, origin, answers)
             result = ExportResult(
                 path=target,
                 base=origin,
@@ -147,12 +155,16 @@ def refuse_unsupported(model: torch.nn.Module) -> None:
     """Raise for models that cannot be exported; the callback asks before training.
 
     Raises:
-        UnsupportedError: sharded weights (FSDP, ZeRO-3), or an adapter that cannot be merged.
+        UnsupportedError: FSDP1, or an adapter that cannot be merged.
     """
-    if is_sharded(model):
+    if is_fsdp1(model):
         raise UnsupportedError(
-            "the model is sharded over processes (FSDP or ZeRO-3), which a live export does not gather yet; save a "
-            "full checkpoint with trainer.save_model() and export that folder"
+            "the model is wrapped by FSDP1, which cannot be exported live; set `fsdp_version: 2` in the accelerate "
+            "config, or save a full checkpoint with trainer.save_model() and export that folder"
+        )
+    if is_sharded(model) and is_adapted(model):
+        raise UnsupportedError(
+            "an adapter on a sharded model (FSDP2, ZeRO-3) is not gathered yet; export the saved adapter's folder"
         )
     refuse_unmergeable(model)
 
@@ -187,16 +199,16 @@ def _open_source(source: Any, processing_class: Any, device: str, base: Path | N
     return source, processing_class
 
 
-def _export_dtype(model: torch.nn.Module, base: Path | None) -> torch.dtype:
-    """The dtype that most of the base's tensors are stored in; the model's own where there is no base.
+def _export_dtype(model: torch.nn.Module, stored: Mapping[str, str]) -> torch.dtype:
+    """The dtype that most of the base's tensors are `stored` in; the model's own where there is no base.
 
     TRL loads a model given by name in float32 unless told otherwise: a bfloat16 base would come out twice its size.
     """
     import torch
 
-    stored = [] if base is None else list(stored_dtypes(base).values())
+    dtypes = list(stored.values())
     dtype: torch.dtype = base_model(model).dtype
-    return getattr(torch, max(set(stored), key=stored.count)) if stored else dtype
+    return getattr(torch, max(set(dtypes), key=dtypes.count)) if dtypes else dtype
 
 
 def _write_files(
@@ -217,28 +229,13 @@ def _write_files(
     return written.repairs, changes
 
 
-def _verify(
-    model: torch.nn.Module,
-    processor: Any,
-    staging: Path,
-    base: Path | None,
-    *,
-    dtype: torch.dtype,
-    requests: Sequence[Request],
-) -> VerificationResult:
+def _verify(model: torch.nn.Module, staging: Path, base: Path | None, answers: PolicyAnswers) -> VerificationResult:
     inner = base_model(model)
-    requests = list(requests)
-    expected: list[Record] = []
-    noise = 0.0
-    if processor is not None:
-        requests = [replace(request, with_rivals=True) for request in requests or [plain_request()]]
-        expected, again = (policy_records(model, processor, requests, dtype=dtype) for _ in range(2))
-        noise = policy_noise(expected, again)
     result = verify_export(
         staging,
-        requests=requests,
-        expected=expected,
-        noise=noise,
+        requests=answers.requests,
+        expected=answers.records,
+        noise=answers.noise,
         base=base,
         device=str(inner.device),
         attn_implementation=getattr(inner.config, "_attn_implementation", None),

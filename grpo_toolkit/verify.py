@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, TensorInfo, open_checkpoint
 from grpo_toolkit.defaults import capture_defaults
+from grpo_toolkit.distributed import is_sharded
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.inference import Record, Request, generate
 from grpo_toolkit.worker import Worker
@@ -115,11 +116,43 @@ def verify_export(
     return VerificationResult(checks=tuple(checks))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PolicyAnswers:
+    """What a trained policy was asked and answered, and by how much its logits differ between two runs of it."""
+
+    requests: tuple[Request, ...]
+    records: tuple[Record, ...]
+    noise: float
+
+
+def ask_policy(
+    model: torch.nn.Module, processor: Any, requests: Sequence[Request], *, dtype: torch.dtype | None = None
+) -> PolicyAnswers:
+    """Ask a live policy everything twice; collective where it is sharded.
+
+    Args:
+        model: the trained model.
+        processor: its processor or tokenizer; without one it cannot be asked anything.
+        requests: what to ask; a text-only request is made up where there are none.
+        dtype: what its export will be stored in.
+    """
+    if processor is None:
+        return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
+    asked = tuple(replace(request, with_rivals=True) for request in requests or [plain_request()])
+    records, again = (policy_records(model, processor, asked, dtype=dtype) for _ in range(2))
+    return PolicyAnswers(requests=asked, records=tuple(records), noise=policy_noise(records, again))
+
+
 def policy_records(
     model: torch.nn.Module, processor: Any, requests: Sequence[Request], *, dtype: torch.dtype | None = None
 ) -> list[Record]:
-    """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`."""
-    with inference_ready(model), _without_autocast(model), _parameters_as(model, dtype):
+    """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`.
+
+    A sharded model is asked as it stands: it computes in the dtype of its mixed precision, and its engine holds on to
+    parameters of its own.
+    """
+    rounded = None if is_sharded(model) else dtype
+    with inference_ready(model), _without_autocast(model), _parameters_as(model, rounded):
         return [generate(model, processor, request) for request in requests]
 
 

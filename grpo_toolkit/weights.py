@@ -17,13 +17,14 @@ from grpo_toolkit.checkpoint import (
     open_checkpoint,
     read_json,
 )
+from grpo_toolkit.distributed import gather
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.inference import auto_class
 from grpo_toolkit.merge import merge_weights
 from grpo_toolkit.merge_live import is_adapted, refuse_resized, saved_adapter
 from grpo_toolkit.merge_plan import open_base, plan_updates
 from grpo_toolkit.recast import copy_weights, plan_copy
-from grpo_toolkit.saving import generation_config_of, inference_defaults
+from grpo_toolkit.saving import generation_config_of, inference_defaults, published_names, saved_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,6 +72,7 @@ def unloaded_model(folder: Path, *, base: Path | None = None) -> PreTrainedModel
 
 def write_weights(
     model: torch.nn.Module,
+    weights: dict[str, torch.Tensor] | None,
     staging: Path,
     base: Path | None,
     *,
@@ -84,6 +86,7 @@ def write_weights(
 
     Args:
         model: what is exported; its weights are read only where there is no folder to take them from.
+        weights: those of a live model, gathered; None for an adapter or a folder.
         staging: an existing folder.
         base: the base's folder: its names and dtypes are the export's.
         folder: where `model` came from, if it was a folder.
@@ -97,7 +100,9 @@ def write_weights(
     elif folder is not None and base is not None and (shards := _plan_copy(folder, base, max_shard_size)):
         copy_weights(open_checkpoint(folder), shards, staging, link=link)
     else:
-        _write_saved(base_model(model), staging, base, dtype=dtype, defaults=defaults, max_shard_size=max_shard_size)
+        _write_saved(
+            base_model(model), weights, staging, base, dtype=dtype, defaults=defaults, max_shard_size=max_shard_size
+        )
         return
     generation_config = generation_config_of(defaults)
     if generation_config is not None:
@@ -137,8 +142,19 @@ def _plan_copy(folder: Path, base: Path, max_shard_size: str | int | None) -> li
     return plan_copy(source, open_base(origin), max_shard_size=max_shard_size) or []
 
 
+def gather_weights(
+    model: torch.nn.Module, *, dtype: torch.dtype, stored: Mapping[str, str]
+) -> dict[str, torch.Tensor] | None:
+    """The whole weights on rank 0, collected from all; None for an adapter, which is merged on rank 0 instead."""
+    if is_adapted(model):
+        return None
+    # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
+    return gather(saved_state(model), dtype=None if len(set(stored.values())) > 1 else dtype)
+
+
 def _write_saved(
     plain: PreTrainedModel,
+    weights: dict[str, torch.Tensor] | None,
     staging: Path,
     base: Path | None,
     *,
@@ -146,44 +162,28 @@ def _write_saved(
     defaults: InferenceDefaults,
     max_shard_size: str | int | None,
 ) -> None:
-    """Let the library save a live model, in the base's dtypes."""
-    if plain.device.type == "meta":
-        raise CheckpointError(
-            f"its weights are not those of its base {base}, so it has to be loaded: leave out --no-verify"
-        )
-    # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
-    wanted = {} if base is None else stored_dtypes(base)
-    is_mixed = len(set(wanted.values())) > 1
-    weights = plain.state_dict() if is_mixed else _cast(plain.state_dict(), dtype)
+    """Let the library save a model under published names, then give every tensor the base's dtype."""
+    stored = {} if base is None else stored_dtypes(base)
+    weights = weights if weights is not None else gather_weights(plain, dtype=dtype, stored=stored)
     sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    with inference_defaults(plain, defaults):
+    with inference_defaults(plain, defaults), published_names(plain):
         # The class's own method: a save hook on the instance would do the same again, with other overrides.
         type(plain).save_pretrained(plain, staging, state_dict=weights, **sizes)
-    if is_mixed:
-        _recast_files(staging, wanted, dtype)
-
-
-def _cast(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights on the CPU in `dtype`. Tied names go on sharing one tensor: saving finds ties by their storage."""
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    for tensor in state_dict.values():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in cast:
-            cast[key] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
-    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state_dict.items()}
+    _recast_files(staging, stored, dtype)
 
 
 def _recast_files(folder: Path, wanted: Mapping[str, str], default: torch.dtype) -> None:
-    """Rewrite saved weights in the dtype that `wanted` gives each name; shard by shard."""
+    """Rewrite saved weights, shard by shard, in the dtype that `wanted` gives each name; not where they have it."""
     import torch
     from safetensors.torch import load_file, save_file
 
+    usual = str(default).removeprefix("torch.")
+    if all(dtype == wanted.get(name, usual) for name, dtype in stored_dtypes(folder).items()):
+        return
     total = 0
     for path in open_checkpoint(folder).weight_files():
         weights = {
-            name: tensor.to(getattr(torch, wanted[name]) if name in wanted else default)
-            if tensor.is_floating_point()
-            else tensor
+            name: tensor.to(getattr(torch, wanted.get(name, usual))) if tensor.is_floating_point() else tensor
             for name, tensor in load_file(path).items()
         }
         total += sum(tensor.nbytes for tensor in weights.values())

@@ -18,8 +18,9 @@ HEAVY = ("torch", "transformers", "peft", "wandb", "trl", "numpy", "rich", "matp
 FLOORS = [
     {"errors"},
     {"checkpoint", "names"},
-    {"defaults", "portable", "manifest", "stream", "lora"},
-    {"cache"},
+    {"defaults", "portable", "whole", "manifest", "stream", "lora"},
+    {"cache", "distributed"},
+    {"probe", "attention"},
     {"saving", "inference"},
     {"shards", "adapter"},
     {"merge_plan"},
@@ -34,7 +35,7 @@ FLOORS = [
     {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
     {"callbacks.latency", "cli"},
 ]
-STANDARD_LIBRARY_ONLY = {"errors", "checkpoint", "names", "defaults", "portable", "manifest", "stream"}
+STANDARD_LIBRARY_ONLY = {"errors", "checkpoint", "names", "defaults", "portable", "whole", "manifest", "stream"}
 
 
 def module_name(path: Path) -> str:
