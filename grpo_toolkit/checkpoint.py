@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError
+from grpo_toolkit.exchange import exchange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,15 +65,14 @@ class Kind(enum.Enum):
 class TensorInfo:
     """One tensor as its header describes it.
 
-    `dtype` is safetensors' name ("BF16", "F32"), `shape` in elements, `file` the shard's name in the folder, `begin`
-    and `end` the bytes of that file that hold it.
+    `dtype` is safetensors' name ("BF16", "F32"), `shape` in elements, `file` the shard's name in the folder, `span`
+    the tensor's first byte and the byte after its last, counted from the start of the file.
     """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
-    begin: int = 0
-    end: int = 0
+    span: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
                 dtype=str(info["dtype"]),
                 shape=tuple(map(int, info["shape"])),
                 file=path.name,
-                begin=8 + length + int(info["data_offsets"][0]),
-                end=8 + length + int(info["data_offsets"][1]),
+                span=(8 + length + int(info["data_offsets"][0]), 8 + length + int(info["data_offsets"][1])),
             )
             for name, info in header.items()
             if name != "__metadata__"
@@ -190,14 +189,6 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     if 8 + length + end > size:
         raise CheckpointError(f"{path}: {size} bytes, but its header promises {8 + length + end}; it is cut off")
     return tensors
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file whose header `read_safetensors_header` has accepted."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        metadata = json.loads(file.read(length)).get("__metadata__")
-    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path | None:
@@ -275,6 +266,9 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace_folder(staging: Path, output_dir: Path) -> None:
+    if output_dir.exists() and exchange(staging, output_dir):
+        _sync_folder(output_dir.parent)
+        return  # what was published before is now the staging folder, which its owner removes
     previous = None
     if output_dir.exists():
         previous = staging.with_name(staging.name.replace(".staging-", ".previous-"))
@@ -291,7 +285,14 @@ def _replace_folder(staging: Path, output_dir: Path) -> None:
 
 
 def _sweep(parent: Path, prefix: str) -> None:
-    """Remove staging folders whose owner is dead."""
+    """Remove staging folders whose owner is dead, and put back what it moved away and never replaced."""
+    for leftover in parent.glob(f"{glob.escape(prefix.replace('.staging-', '.previous-'))}*"):
+        pid, published = leftover.name.rpartition("-")[2], parent / prefix[1:].partition(".staging-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            if published.exists():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.rename(published)
     for leftover in parent.glob(f"{glob.escape(prefix)}*"):
         pid = leftover.name.rpartition("-")[2]
         if pid.isdigit() and not _is_alive(int(pid)):

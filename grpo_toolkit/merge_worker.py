@@ -75,7 +75,7 @@ class TensorFile:
 
         info = self.tensors[name]
         rows = buffer.take(count, columns, getattr(torch, TORCH_NAMES[info.dtype]))
-        begin = info.begin + first * columns * rows.itemsize
+        begin = info.span[0] + first * columns * rows.itemsize
         read_at(self._descriptor, raw_bytes(rows), begin, self.path)
         return rows
 

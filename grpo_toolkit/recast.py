@@ -72,9 +72,9 @@ def _repeats_embeddings(source: Checkpoint, found: dict[str, str], live: str, ba
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with (source.path / one.file).open("rb") as left, (source.path / other.file).open("rb") as right:
-        left.seek(one.begin)
-        right.seek(other.begin)
-        rest = one.end - one.begin
+        left.seek(one.span[0])
+        right.seek(other.span[0])
+        rest = one.span[1] - one.span[0]
         while rest:
             size = min(rest, 2**22)
             if left.read(size) != right.read(size):

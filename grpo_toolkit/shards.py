@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint import read_metadata
 from grpo_toolkit.errors import CheckpointError, InputError
 from grpo_toolkit.stream import Entry, Shard, Span
 
@@ -44,12 +45,12 @@ def plan_shards(
         CheckpointError: a tensor's bytes are not those of its dtype and shape.
     """
     by_file: dict[str, list[Entry]] = {}
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].begin)):
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].span)):
         entry = _entry(folder, name, info)
         dtype = (dtypes or {}).get(name, info.dtype)
         entry = replace(entry, name=(names or {}).get(name, name), dtype=dtype, work=work.get(name))
         by_file.setdefault(info.file, []).append(entry)
-    metadata = {file: read_metadata(folder / file) for file in by_file}
+    metadata = {file: _metadata(folder / file) for file in by_file}
     if max_shard_size is not None:
         by_file, metadata = _split([entry for held in by_file.values() for entry in held], max_shard_size), {}
     return [
@@ -59,7 +60,7 @@ def plan_shards(
 
 
 def _entry(folder: Path, name: str, info: TensorInfo) -> Entry:
-    source = Span(path=folder / info.file, begin=info.begin, end=info.end, dtype=info.dtype)
+    source = Span(path=folder / info.file, begin=info.span[0], end=info.span[1], dtype=info.dtype)
     entry = Entry(name=name, dtype=info.dtype, shape=info.shape, source=source)
     try:
         size = entry.nbytes
@@ -88,6 +89,14 @@ def _split(entries: Sequence[Entry], max_shard_size: str | int) -> dict[str, lis
     except ValueError as error:
         raise InputError(f"--max-shard-size {max_shard_size}: not a size such as 5GB ({error})") from error
     return {file: [by_name[name] for name in held] for file, held in split.filename_to_tensors.items()}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file whose header `read_safetensors_header` has accepted."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata = json.loads(file.read(length)).get("__metadata__")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def refuse_full_disk(folder: Path, shards: Sequence[Shard]) -> None:

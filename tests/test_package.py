@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "peft", "wandb", "trl", "numpy", "rich", "matp
 
 # From the ground up: a module may import from its own floor and from those below it.
 FLOORS = [
-    {"errors"},
+    {"errors", "exchange"},
     {"checkpoint", "names"},
     {"defaults", "portable", "whole", "manifest", "stream", "lora"},
     {"cache", "distributed"},
@@ -35,7 +35,17 @@ FLOORS = [
     {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
     {"callbacks.latency", "cli"},
 ]
-STANDARD_LIBRARY_ONLY = {"errors", "checkpoint", "names", "defaults", "portable", "whole", "manifest", "stream"}
+STANDARD_LIBRARY_ONLY = {
+    "errors",
+    "exchange",
+    "checkpoint",
+    "names",
+    "defaults",
+    "portable",
+    "whole",
+    "manifest",
+    "stream",
+}
 
 
 def module_name(path: Path) -> str:
