@@ -1,7 +1,7 @@
 """A PEFT adapter as data: its options, each decided, and its tensors by the module they belong to.
 
 What an option changes in the merged weights is either computed or refused by name; nothing is passed over. Read off
-PEFT 0.21's `LoraConfig` and `save_pretrained` (https://github.com/huggingface/peft/tree/v0.21.0/src/peft); older
+PEFT 0.21's `LoraConfig` and `save_pretrained` (https://github.com/huggingface/peft/tree/v0.21.2/src/peft); older
 versions write a subset of it.
 """
 

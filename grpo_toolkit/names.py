@@ -39,7 +39,7 @@ class Family:
     source: str
 
 
-_CONVERSIONS: Final = "https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/conversion_mapping.py"
+_CONVERSIONS: Final = "https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/conversion_mapping.py"
 
 FAMILIES: Final = (
     Family(
@@ -51,8 +51,8 @@ FAMILIES: Final = (
             (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
         ),
         source="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/qwen2_5_vl/"
-        "modeling_qwen2_5_vl.py (_checkpoint_conversion_mapping); for `language_model.model`: "
-        "https://github.com/vllm-project/vllm/blob/v0.11.0/vllm/model_executor/models/qwen2_5_vl.py (its mapper)",
+        "modeling_qwen2_5_vl.py (_checkpoint_conversion_mapping); `language_model.model` is vLLM's: https://github.com/"
+        "vllm-project/vllm/blob/002d181a55a0/vllm/model_executor/models/qwen2_5_vl.py (hf_to_vllm_mapper)",
     ),
     Family(
         model_types=frozenset(
@@ -93,7 +93,7 @@ FAMILIES: Final = (
 _OTHERS: Final = Family(
     model_types=frozenset(),
     renames=((r"^(layers|embed_tokens|norm)\.", r"model.\1."),),
-    source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/llama/modeling_llama.py",
+    source="https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/llama/modeling_llama.py",
 )
 
 # How a stacked parameter of transformers 5 is published: a tensor per expert and part, the parts one above the other.
