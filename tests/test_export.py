@@ -384,8 +384,10 @@ def test_a_policy_that_answers_in_one_token_is_exported(qwen: Path, tmp_path: Pa
     assert result.verification.passed
 
 
-def test_sharded_models_are_refused_with_the_way_out(qwen: Path, tmp_path: Path) -> None:
-    model = load_model(qwen)[0]
+def test_sharded_adapters_are_refused_with_the_way_out(qwen: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load_model(qwen)[0], LoraConfig(r=4, target_modules=r".*layers.*q_proj"))
     next(iter(model.parameters())).ds_id = 0  # as DeepSpeed ZeRO-3 marks its parameters
-    with pytest.raises(UnsupportedError, match="export that folder"):
+    with pytest.raises(UnsupportedError, match="export the saved adapter's folder"):
         export_model(model, tmp_path / "export")
