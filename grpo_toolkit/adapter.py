@@ -58,6 +58,10 @@ _REFUSED: Final = {
 # These move a part of the base's weights into the factors when the adapter is made, and again whenever it is loaded.
 _INIT_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+_FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
+_NUMBERS: Final = ("r", "lora_alpha")
+_PATTERNS: Final = ("rank_pattern", "alpha_pattern")
+_LISTS: Final = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
 _FACTOR: Final = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<leaf>weight|bias))?"
@@ -105,11 +109,11 @@ class Adapter:
     def targets(self, name: str) -> bool:
         """Whether the config asks for an adapter on the module of this name (as the adapter spells names)."""
         config = self.config
-        if _is_named(config.get("exclude_modules"), name):
+        if _matches(config.get("exclude_modules"), name):
             return False
         if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.get("modules_to_save") or ()):
             return False
-        if not _is_named(config.get("target_modules"), name):
+        if not _matches(config.get("target_modules"), name):
             return False
         layers = config.get("layers_to_transform")
         if layers is None or layers == []:
@@ -153,12 +157,18 @@ def open_adapter(folder: Path) -> Adapter:
     """
     config = read_json(folder / ADAPTER_CONFIG)
     refuse_options(config, folder / ADAPTER_CONFIG)
+    _check_types(config, folder / ADAPTER_CONFIG)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         pickled = folder / "adapter_model.bin"
         what = f"only {pickled.name}, a pickle, which is not opened" if pickled.is_file() else "no weights"
         raise CheckpointError(f"{folder}: {what}; expected {ADAPTER_WEIGHTS} (PEFT's save_pretrained writes it)")
     tensors = read_safetensors_header(weights)
+    strange = [name for name, info in tensors.items() if info.dtype not in _FLOATS]
+    if strange:
+        raise CheckpointError(
+            f"{weights}: {strange[0]} is {tensors[strange[0]].dtype}, expected a floating-point dtype"
+        )
     modules, replaced = _grouped(tensors, weights)
     return Adapter(path=folder, config=config, tensors=tensors, modules=modules, replaced=replaced)
 
@@ -189,6 +199,36 @@ def refuse_options(config: JsonObject, path: Path) -> None:
         raise UnsupportedError(f"{path}: unknown to this version, so not merged: {unknown}")
 
 
+def _check_types(config: JsonObject, path: Path) -> None:
+    """Raise where an option that is computed with is not of its kind: the file may come from anyone."""
+    for key in _NUMBERS:
+        if not _is_number(config.get(key, 8)):
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}, expected a number")
+    for key in _PATTERNS:
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+            raise CheckpointError(f"{path}: {key} is {patterns!r}, expected numbers by pattern")
+    for key in _LISTS:
+        names = config.get(key) or []
+        if not isinstance(names, (str, list)) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{path}: {key} is {names!r}, expected names")
+    layers = config.get("layers_to_transform") or []
+    if not all(map(_is_number, layers if isinstance(layers, list) else [layers])):
+        raise CheckpointError(f"{path}: layers_to_transform is {layers!r}, expected layer numbers")
+    expressions = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    expressions += [*(config.get("modules_to_save") or []), *(config.get("layers_pattern") or [])]
+    expressions += [config[key] for key in _LISTS if isinstance(config.get(key), str)]
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise CheckpointError(f"{path}: {expression!r} is no regular expression ({error})") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _peft_defaults() -> dict[str, Any]:
     """What the installed PEFT takes for each option: a newer one may know more of them than we do."""
     from peft import LoraConfig
@@ -204,12 +244,17 @@ def _by_pattern(patterns: Any, name: str, default: Any) -> Any:
     return default
 
 
-def _is_named(names: Any, name: str) -> bool:
+def _matches(names: Any, name: str) -> bool:
     if not names:
         return False
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in names)
+    return any(is_named(name, one) for one in names)
+
+
+def is_named(name: str, target: str) -> bool:
+    """Whether a name is the target's, or ends with it after a dot."""
+    return name == target or name.endswith(f".{target}")
 
 
 def _grouped(tensors: Mapping[str, TensorInfo], path: Path) -> tuple[tuple[Module, ...], dict[str, str]]:

@@ -21,7 +21,7 @@ from grpo_toolkit.distributed import is_fsdp1, is_sharded, rank
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.manifest import write_manifest
-from grpo_toolkit.merge_live import is_adapted, refuse_unmergeable
+from grpo_toolkit.merge_live import refuse_unmergeable
 from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.saving import base_folder, capture_model_defaults
@@ -161,10 +161,6 @@ def refuse_unsupported(model: torch.nn.Module) -> None:
         raise UnsupportedError(
             "the model is wrapped by FSDP1, which cannot be exported live; set `fsdp_version: 2` in the accelerate "
             "config, or save a full checkpoint with trainer.save_model() and export that folder"
-        )
-    if is_sharded(model) and is_adapted(model):
-        raise UnsupportedError(
-            "an adapter on a sharded model (FSDP2, ZeRO-3) is not gathered yet; export the saved adapter's folder"
         )
     refuse_unmergeable(model)
 

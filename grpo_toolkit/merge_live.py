@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from grpo_toolkit.merge_plan import Base
+    from grpo_toolkit.merge_base import Base
 
 
 def is_adapted(model: torch.nn.Module) -> bool:
@@ -53,12 +53,24 @@ def _config_and_text(model: Any) -> list[Any]:
     return [config, config.get_text_config()]
 
 
+def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The live tensors that PEFT may save of an adapter: those that are trained, and factors that are frozen."""
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".lora_" in name
+    }
+
+
 @contextmanager
-def saved_adapter(model: Any) -> Iterator[Path]:
-    """A folder with the live model's active adapter, as PEFT saves it; gone on exit."""
+def saved_adapter(model: Any, weights: dict[str, torch.Tensor] | None = None) -> Iterator[Path]:
+    """A folder with the live model's active adapter, as PEFT saves it; gone on exit.
+
+    Args:
+        model: wrapped by PEFT, with one active adapter.
+        weights: its gathered `adapter_state`, where the model is sharded.
+    """
     [active] = model.active_adapters
     with tempfile.TemporaryDirectory(prefix="grpo-toolkit-adapter-") as folder:
-        model.save_pretrained(folder, selected_adapters=[active])
+        model.save_pretrained(folder, selected_adapters=[active], state_dict=weights)
         yield find_adapter(folder, active)
 
 
@@ -68,7 +80,8 @@ def refuse_resized(model: Any, base: Base) -> None:
     Raises:
         UnsupportedError: saying what to save.
     """
-    vocabulary = base_model(model).get_input_embeddings().weight.shape[0]
+    embeddings = base_model(model).get_input_embeddings().weight
+    vocabulary = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # ZeRO-3 leaves a parameter empty
     stored = base.vocabulary
     if stored is not None and stored != vocabulary:
         raise UnsupportedError(

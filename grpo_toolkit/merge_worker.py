@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.adapter import Adapter
     from grpo_toolkit.checkpoint import TensorInfo
-    from grpo_toolkit.merge_plan import Base
+    from grpo_toolkit.merge_base import Base
     from grpo_toolkit.stream import Entry
 
 # Values in one block: in float32 (4 MiB) it stays in a core's cache from reading to rounding.

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint import WEIGHTS_INDEX, Checkpoint
 from grpo_toolkit.errors import VerificationError
 from grpo_toolkit.lora import is_finite_in
-from grpo_toolkit.merge_plan import FLOATS, Base
+from grpo_toolkit.merge_base import FLOATS, Base
 from grpo_toolkit.merge_worker import TORCH_NAMES, Buffer, raw_bytes, single_threaded, worker_count
 from grpo_toolkit.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.shards import plan_shards, refuse_full_disk
-from grpo_toolkit.stream import Shard, Span, copy_span, read_at, write_at, write_shards
+from grpo_toolkit.stream import Shard, Span, copy_span, equal_bytes, read_at, write_at, write_shards
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,16 +71,7 @@ def _repeats_embeddings(source: Checkpoint, found: dict[str, str], live: str, ba
     one, other = tensors[found[live]], tensors[inputs[0]]
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with (source.path / one.file).open("rb") as left, (source.path / other.file).open("rb") as right:
-        left.seek(one.span[0])
-        right.seek(other.span[0])
-        rest = one.span[1] - one.span[0]
-        while rest:
-            size = min(rest, 2**22)
-            if left.read(size) != right.read(size):
-                return False
-            rest -= size
-    return True
+    return equal_bytes((source.path / one.file, one.span), (source.path / other.file, other.span))
 
 
 def copy_weights(

@@ -242,3 +242,18 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 def _cut_off(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: ended while it was read; it is cut off, or something else is writing it")
+
+
+def equal_bytes(one: tuple[Path, tuple[int, int]], other: tuple[Path, tuple[int, int]]) -> bool:
+    """Whether two runs of bytes, each a file and where in it, are the same."""
+    (left_path, (begin, end)), (right_path, (other_begin, other_end)) = one, other
+    if end - begin != other_end - other_begin:
+        return False
+    with left_path.open("rb") as left, right_path.open("rb") as right:
+        left.seek(begin)
+        right.seek(other_begin)
+        for done in range(0, end - begin, 2**22):
+            size = min(2**22, end - begin - done)
+            if left.read(size) != right.read(size):
+                return False
+    return True

@@ -17,12 +17,13 @@ from grpo_toolkit.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from grpo_toolkit.distributed import gather
+from grpo_toolkit.distributed import gather, is_sharded
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.inference import auto_class
 from grpo_toolkit.merge import merge_weights
-from grpo_toolkit.merge_live import is_adapted, refuse_resized, saved_adapter
-from grpo_toolkit.merge_plan import open_base, plan_updates
+from grpo_toolkit.merge_base import open_base
+from grpo_toolkit.merge_live import adapter_state, is_adapted, refuse_resized, saved_adapter
+from grpo_toolkit.merge_plan import plan_updates
 from grpo_toolkit.recast import copy_weights, plan_copy
 from grpo_toolkit.saving import generation_config_of, inference_defaults, published_names, saved_state
 
@@ -86,7 +87,7 @@ def write_weights(
 
     Args:
         model: what is exported; its weights are read only where there is no folder to take them from.
-        weights: those of a live model, gathered; None for an adapter or a folder.
+        weights: those of a live model, or of a sharded model's adapter, as `gather_weights` gives them.
         staging: an existing folder.
         base: the base's folder: its names and dtypes are the export's.
         folder: where `model` came from, if it was a folder.
@@ -96,7 +97,7 @@ def write_weights(
         max_shard_size: see `export_model`.
     """
     if is_adapted(model) or (folder is not None and open_checkpoint(folder).kind is Kind.ADAPTER):
-        _write_merged(model, staging, base, folder=folder, max_shard_size=max_shard_size)
+        _write_merged(model, weights, staging, base, folder=folder, max_shard_size=max_shard_size)
     elif folder is not None and base is not None and (shards := _plan_copy(folder, base, max_shard_size)):
         copy_weights(open_checkpoint(folder), shards, staging, link=link)
     else:
@@ -110,7 +111,13 @@ def write_weights(
 
 
 def _write_merged(
-    model: torch.nn.Module, staging: Path, base: Path | None, *, folder: Path | None, max_shard_size: str | int | None
+    model: torch.nn.Module,
+    weights: dict[str, torch.Tensor] | None,
+    staging: Path,
+    base: Path | None,
+    *,
+    folder: Path | None,
+    max_shard_size: str | int | None,
 ) -> None:
     """Merge an adapter (of a live model, or a folder's) into the base's files, streamed.
 
@@ -123,7 +130,7 @@ def _write_merged(
         )
     origin = open_base(open_checkpoint(base))
     refuse_resized(model, origin)
-    with nullcontext(find_adapter(folder)) if folder is not None else saved_adapter(model) as saved:
+    with nullcontext(find_adapter(folder)) if folder is not None else saved_adapter(model, weights) as saved:
         adapter = open_adapter(saved)
         updates = plan_updates(adapter, origin)
         merge_weights(adapter, origin, staging, updates=updates, allow_unchanged=True, max_shard_size=max_shard_size)
@@ -145,9 +152,12 @@ def _plan_copy(folder: Path, base: Path, max_shard_size: str | int | None) -> li
 def gather_weights(
     model: torch.nn.Module, *, dtype: torch.dtype, stored: Mapping[str, str]
 ) -> dict[str, torch.Tensor] | None:
-    """The whole weights on rank 0, collected from all; None for an adapter, which is merged on rank 0 instead."""
+    """What is to be exported, whole on rank 0: the weights, or a sharded model's adapter; None for any other adapter.
+
+    Collective where the model is sharded; other ranks get an empty dict.
+    """
     if is_adapted(model):
-        return None
+        return gather(adapter_state(model)) if is_sharded(model) else None
     # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
     return gather(saved_state(model), dtype=None if len(set(stored.values())) > 1 else dtype)
 

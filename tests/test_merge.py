@@ -330,6 +330,26 @@ def test_every_option_of_the_installed_peft_is_decided() -> None:
     assert undecided == set()
 
 
+WRONG_TYPES: dict[str, Any] = {
+    "r": "four",
+    "lora_alpha": None,
+    "rank_pattern": [4],
+    "alpha_pattern": {"q_proj": "much"},
+    "target_modules": {"q_proj": 1},
+    "modules_to_save": [1],
+    "layers_to_transform": "all",
+    "exclude_modules": "(",
+}
+
+
+@pytest.mark.parametrize("option", WRONG_TYPES)
+def test_an_option_of_the_wrong_kind_is_named(option: str, adapter: Path, tmp_path: Path) -> None:
+    edit_config(adapter, {option: WRONG_TYPES[option]})
+    with pytest.raises(CheckpointError, match=rf"adapter_config.json: .*({option}|no regular expression)"):
+        merge_adapter(adapter, tmp_path / "out" / "merged")
+    assert not (tmp_path / "out").exists()
+
+
 def edit_config(adapter: Path, changes: dict[str, Any]) -> None:
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -368,6 +388,11 @@ DAMAGES: dict[str, tuple[Callable[[str, torch.Tensor], torch.Tensor | None], typ
         lambda name, t: (t[:2] if "lora_A" in name else t[:, :2]).contiguous(),
         CheckpointError,
         r"has rank 2, but by its config it should be 4",
+    ),
+    "not gathered": (
+        lambda name, t: t[:0] if "lora_A" in name else t[:, :0].contiguous(),
+        CheckpointError,
+        r"layers.0.\S+ is empty: it was saved while sharded",
     ),
     "another width": (
         lambda name, t: t[:, :16].contiguous() if "q_proj.lora_A" in name else t,
@@ -419,6 +444,26 @@ def test_an_adapter_that_changes_nothing_is_merged_when_that_is_meant(
         qwen / "model.safetensors"
     ).read_bytes()[-100:]
     assert all(tensor.equal(stored(qwen)[name]) for name, tensor in stored(tmp_path / "merged").items())
+
+
+@v5_only
+def test_experts_of_a_layer_that_are_missing_are_named(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    family, options = EXPERTS["experts of mixtral"]
+    adapter = make_adapter(bases(family), tmp_path / "adapter", **options)
+    edit_weights(adapter, lambda name, t: None if "layers.1.mlp.experts.lora" in name else t)
+    with pytest.raises(
+        CheckpointError, match=r"for 1 modules .*: model.layers.1.mlp.experts; it is not whole"
+    ):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+@v5_only
+def test_a_head_that_was_not_kept_tied_is_not_dropped(qwen: Path, tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    adapter = make_adapter(qwen, tmp_path / "adapter", **options)
+    edit_weights(adapter, lambda name, t: t + 1 if "lm_head" in name else t)
+    with pytest.raises(CheckpointError, match=r"1 of its modules are not in .*: lm_head.weight"):
+        merge_adapter(adapter, tmp_path / "merged")
 
 
 def test_names_that_fit_nowhere_are_listed(adapter: Path, tmp_path: Path) -> None:
