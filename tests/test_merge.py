@@ -451,9 +451,7 @@ def test_experts_of_a_layer_that_are_missing_are_named(bases: Callable[[str], Pa
     family, options = EXPERTS["experts of mixtral"]
     adapter = make_adapter(bases(family), tmp_path / "adapter", **options)
     edit_weights(adapter, lambda name, t: None if "layers.1.mlp.experts.lora" in name else t)
-    with pytest.raises(
-        CheckpointError, match=r"for 1 modules .*: model.layers.1.mlp.experts; it is not whole"
-    ):
+    with pytest.raises(CheckpointError, match=r"for 1 modules .*: model.layers.1.mlp.experts; it is not whole"):
         merge_adapter(adapter, tmp_path / "merged")
 
 
