@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.measure import LatencyRow, measure_latency
+    from grpo_toolkit.merge import MergeResult, merge_adapter
     from grpo_toolkit.verify import VerificationResult, verify_export
     from grpo_toolkit.whole import last_whole_checkpoint
 
@@ -42,6 +43,7 @@ _MODULES = {
     "KVCacheCallback": "callbacks",
     "LatencyCallback": "callbacks",
     "LatencyRow": "latency.measure",
+    "MergeResult": "merge",
     "OutputExistsError": "errors",
     "PeerError": "errors",
     "Request": "inference",
@@ -55,6 +57,7 @@ _MODULES = {
     "inference_ready": "cache",
     "last_whole_checkpoint": "whole",
     "measure_latency": "latency.measure",
+    "merge_adapter": "merge",
     "verify_export": "verify",
 }
 
@@ -67,6 +70,7 @@ __all__ = [
     "KVCacheCallback",
     "LatencyCallback",
     "LatencyRow",
+    "MergeResult",
     "OutputExistsError",
     "PeerError",
     "Request",
@@ -80,6 +84,7 @@ __all__ = [
     "inference_ready",
     "last_whole_checkpoint",
     "measure_latency",
+    "merge_adapter",
     "verify_export",
 ]
 
