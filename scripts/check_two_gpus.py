@@ -25,13 +25,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a bfloat16 Qwen2.5-VL; by default a tiny one is made")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--lora", action="store_true", help="train an adapter instead of all the weights")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for each kind")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="check-two-gpus-") as scratch:
         base = Path(options.base) if options.base else tiny_base(Path(scratch, "base"))
         reference: dict[str, Any] = {}
         for kind in options.kinds:
             began, folder = time.monotonic(), Path(scratch, kind)
-            main_report, _ = launch(kind, "all_callbacks", folder, device="cuda", model=str(base), learning_rate=1e-4)
+            main_report, _ = launch(
+                kind,
+                "all_callbacks",
+                folder,
+                device="cuda",
+                timeout_s=options.timeout,
+                model=str(base),
+                lora=options.lora,
+                learning_rate=1e-4,
+                save_strategy="no",
+            )
             found = tensors(folder / "export")
             reference = reference or found
             print(

@@ -30,7 +30,9 @@ WHAT_IT_MUST_BE = {
 }
 
 
-def launch(kind: str, scenario: str, folder: Path, *, device: str = "cpu", **options: Any) -> list[dict[str, Any]]:
+def launch(
+    kind: str, scenario: str, folder: Path, *, device: str = "cpu", timeout_s: int = 300, **options: Any
+) -> list[dict[str, Any]]:
     """Run a scenario of ranks.py on two processes; what each rank reported, after checking that it was `kind`."""
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the newest stack alone installs DeepSpeed")
@@ -39,7 +41,7 @@ def launch(kind: str, scenario: str, folder: Path, *, device: str = "cpu", **opt
         options |= {"use_cpu": False, "bf16": True}
     (folder / "options.json").write_text(json.dumps(options))
     command = [*_launcher(kind, folder, device), str(RANKS), kind, scenario, str(folder)]
-    done = _run(command, env=_environment(kind, device))
+    done = _run(command, env=_environment(kind, device), timeout_s=timeout_s)
     reports = [folder / f"rank{rank}.json" for rank in range(2)]
     if done.returncode or not all(path.is_file() for path in reports):
         pytest.fail(f"{kind} {scenario}: exit code {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}")
@@ -53,7 +55,7 @@ def launch(kind: str, scenario: str, folder: Path, *, device: str = "cpu", **opt
     return found
 
 
-def _run(command: list[str], env: dict[str, str], timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], env: dict[str, str], timeout_s: int) -> subprocess.CompletedProcess[str]:
     started = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
