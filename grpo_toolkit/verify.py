@@ -6,7 +6,7 @@ policy was. Each check is a line with its figure; one that fails keeps the expor
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -141,11 +141,28 @@ def ask_policy(
         return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
     asked = tuple(replace(request, with_rivals=True) for request in requests or [plain_request()])
     with _seen_dtype(model) as computed_in:
-        records, again = (policy_records(model, processor, asked, dtype=dtype) for _ in range(2))
-    # FSDP2 and ZeRO compute in bfloat16 where the export of a float32 base does not: the export's own margin is too
-    # narrow for what the policy rounds.
-    noise = max(policy_noise(records, again), *(TIE_MARGINS.get(name, 0.0) / 2 for name in computed_in))
-    return PolicyAnswers(requests=asked, records=tuple(records), noise=noise)
+        records = policy_records(model, processor, asked, dtype=dtype)
+    again = _records_again(model, processor, asked, dtype=dtype)
+    # FSDP2 and ZeRO compute in bfloat16 also where the export of a float32 base does not: the export's own margin is
+    # too narrow for what the policy rounds. A sharded adapter cannot be asked in float32, and rounds once more a layer
+    # than its merged form.
+    rounding = [TIE_MARGINS.get(name, 0.0) for name in computed_in]
+    allowed = [margin if is_sharded(model) and hasattr(model, "peft_config") else margin / 2 for margin in rounding]
+    return PolicyAnswers(requests=asked, records=tuple(records), noise=max(policy_noise(records, again), *allowed))
+
+
+def _records_again(
+    model: torch.nn.Module, processor: Any, asked: Sequence[Request], *, dtype: torch.dtype | None
+) -> list[Record]:
+    """The same weights on the same requests in float32, which shows what their dtype rounds; in that dtype once more
+    where the model is sharded, or float32 does not fit."""
+    import torch
+
+    if not is_sharded(model):
+        with suppress(torch.OutOfMemoryError):
+            return policy_records(model, processor, asked, dtype=dtype, computed_in=torch.float32)
+        torch.cuda.empty_cache()
+    return policy_records(model, processor, asked, dtype=dtype)
 
 
 @contextmanager
@@ -161,22 +178,28 @@ def _seen_dtype(model: torch.nn.Module) -> Iterator[set[str]]:
 
 
 def policy_records(
-    model: torch.nn.Module, processor: Any, requests: Sequence[Request], *, dtype: torch.dtype | None = None
+    model: torch.nn.Module,
+    processor: Any,
+    requests: Sequence[Request],
+    *,
+    dtype: torch.dtype | None = None,
+    computed_in: torch.dtype | None = None,
 ) -> list[Record]:
     """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`.
 
-    A sharded model is asked as it stands: it computes in the dtype of its mixed precision, and its engine holds on to
-    parameters of its own.
+    It computes in that dtype too, or in `computed_in`. A sharded model is asked as it stands: it computes in the dtype
+    of its mixed precision, and its engine holds on to parameters of its own.
     """
-    rounded = None if is_sharded(model) else dtype
-    with inference_ready(model), _without_autocast(model), _parameters_as(model, rounded):
+    rounded = (None, None) if is_sharded(model) else (dtype, computed_in or dtype)
+    with inference_ready(model), _without_autocast(model), _parameters_as(model, *rounded):
         return [generate(model, processor, request) for request in requests]
 
 
 def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
-    """By how much the logits of two runs of the same requests differ: 0 where arithmetic is deterministic.
+    """By how much the logits of two runs of the same requests differ.
 
-    Kernels on a GPU may sum in another order each time. At the 3B shape in bfloat16 on an H200 the same model differed
+    A dtype rounds, and by more where weights are wide: a tiny bfloat16 model was 0.33 away from itself in float32.
+    Kernels on a GPU may sum in another order each time: at the 3B shape in bfloat16 on an H200 the same model differed
     from itself by up to 0.75, and said other words from such a token on.
     """
     gaps = [0.0]
@@ -220,15 +243,20 @@ def _without_autocast(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _parameters_as(model: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Round the parameters to `dtype` and put the very same tensors back; buffers stay, as `from_pretrained` does."""
-    if dtype is None or base_model(model).dtype == dtype:
+def _parameters_as(
+    model: torch.nn.Module, dtype: torch.dtype | None, computed_in: torch.dtype | None
+) -> Iterator[None]:
+    """Round the parameters to `dtype`, hold them as `computed_in`, and put the very same tensors back.
+
+    Buffers stay, as `from_pretrained` leaves them.
+    """
+    if dtype is None or computed_in is None or base_model(model).dtype == dtype == computed_in:
         yield
         return
     kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
     try:
         for parameter, data in kept:
-            parameter.data = data.to(dtype)
+            parameter.data = data.to(dtype).to(computed_in)
         yield
     finally:
         for parameter, data in kept:
