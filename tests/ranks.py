@@ -35,6 +35,8 @@ def make_fsdp_real_on_a_cpu() -> None:
         plugin = kwargs.get("fsdp_plugin")
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = plugin
 
     AcceleratorState.__init__ = init
@@ -81,7 +83,7 @@ def all_callbacks(folder: Path, **options: Any) -> tuple[dict[str, Any], Any]:
     return {
         "step": trainer.state.global_step,
         "exported": export.result is not None,
-        "checks": [check.name for check in export.result.verification.checks] if export.result else [],
+        "checks": {check.name: check.detail for check in export.result.verification.checks} if export.result else {},
         "failures": [*export.failures, *latency.failures],
         "arms": {row.arm: row.is_cached for row in latency.rows},
     }, trainer
