@@ -34,6 +34,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiny_vlm_files import Shape
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -45,7 +47,7 @@ _RECIPES = _SCRIPTS.parent / "recipes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TinyRecipe:
+class TinyRecipe(Shape):
     """Shape and supervision of the tiny model; part of the cache key, so an edit here makes a new folder."""
 
     bpe_vocab_size: int = 384
@@ -140,7 +142,7 @@ def _build(build: Path, *, recipe: TinyRecipe) -> None:
     processor = AutoProcessor.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
         model.generation_config = GenerationConfig.from_pretrained(folder)
         accuracy = _supervise(model, processor, recipe=recipe)
     # Of what save_pretrained writes only the weights are in the published form; the JSON files stand already.

@@ -1,4 +1,4 @@
-"""The files of a published Qwen2.5-VL folder, all but the weights, at a tiny recipe's sizes.
+"""The files of a published Qwen2.5-VL folder, all but the weights, at any sizes.
 
 They are written by hand and not by `save_pretrained`, because what a library of today saves is not what Qwen
 published: the folder has the flat `config.json`, `preprocessor_config.json`, `chat_template.json`, and the
@@ -8,12 +8,38 @@ tokenizer's four files of the 4.x libraries, which every later version reads as 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tokenizers import Tokenizer
+
     from make_tiny_vlm import TinyRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a Qwen2.5-VL, under the names of its published config where those are clear by themselves."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # Sums to half of head_dim.
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+    vision_depth: int = 32
+    vision_hidden_size: int = 1280
+    vision_intermediate_size: int = 3420
+    vision_num_heads: int = 16
+    window_size: int = 112  # Pixels.
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -62,9 +88,25 @@ def write_hub_files(folder: Path, *, recipe: TinyRecipe, corpus: list[str]) -> N
         corpus (`list[str]`):
             The texts on which the tokenizer is trained. Any other text falls back to bytes.
     """
-    token_ids = _write_tokenizer(folder, vocab_size=recipe.bpe_vocab_size, corpus=corpus)
-    end_of_text, end_of_turn = token_ids["<|endoftext|>"], token_ids["<|im_end|>"]
+    token_ids = write_tokenizer(folder, _trained_tokenizer(corpus, vocab_size=recipe.bpe_vocab_size))
     vocab_size = -(-len(token_ids) // 64) * 64  # Rounded up for the hardware, as the published one is.
+    write_model_files(folder, shape=recipe, token_ids=token_ids, vocab_size=vocab_size)
+
+
+def write_model_files(folder: Path, *, shape: Shape, token_ids: dict[str, int], vocab_size: int) -> None:
+    """Write the configs of model, generation and image processor, and the chat template.
+
+    Args:
+        folder (`Path`):
+            An existing folder.
+        shape (`Shape`):
+            The sizes.
+        token_ids (`dict[str, int]`):
+            Ids of the special tokens at least, as `write_tokenizer` returns them.
+        vocab_size (`int`):
+            Rows of the embedding; more than the tokenizer has tokens.
+    """
+    end_of_text, end_of_turn = token_ids["<|endoftext|>"], token_ids["<|im_end|>"]
     write_json(
         folder / "config.json",
         {
@@ -79,36 +121,36 @@ def write_hub_files(folder: Path, *, recipe: TinyRecipe, corpus: list[str]) -> N
             "image_token_id": token_ids["<|image_pad|>"],
             "video_token_id": token_ids["<|video_pad|>"],
             "hidden_act": "silu",
-            "hidden_size": recipe.hidden_size,
-            "initializer_range": recipe.initializer_range,
-            "intermediate_size": recipe.intermediate_size,
-            "max_position_embeddings": 32768,
-            "max_window_layers": recipe.num_layers,
-            "num_attention_heads": recipe.num_heads,
-            "num_hidden_layers": recipe.num_layers,
-            "num_key_value_heads": recipe.num_kv_heads,
+            "hidden_size": shape.hidden_size,
+            "initializer_range": shape.initializer_range,
+            "intermediate_size": shape.intermediate_size,
+            "max_position_embeddings": shape.max_position_embeddings,
+            "max_window_layers": shape.num_layers,
+            "num_attention_heads": shape.num_heads,
+            "num_hidden_layers": shape.num_layers,
+            "num_key_value_heads": shape.num_kv_heads,
             "rms_norm_eps": 1e-06,
-            "rope_scaling": {"type": "mrope", "mrope_section": list(recipe.mrope_section)},
+            "rope_scaling": {"type": "mrope", "mrope_section": list(shape.mrope_section)},
             "rope_theta": 1000000.0,
             "sliding_window": 32768,
-            "tie_word_embeddings": True,
-            "torch_dtype": "float32",
+            "tie_word_embeddings": shape.tie_word_embeddings,
+            "torch_dtype": shape.dtype,
             "use_sliding_window": False,
             "vision_config": {
-                "depth": recipe.vision_depth,
+                "depth": shape.vision_depth,
                 "hidden_act": "silu",
-                "hidden_size": recipe.vision_hidden_size,
-                "intermediate_size": recipe.vision_intermediate_size,
-                "num_heads": recipe.vision_num_heads,
+                "hidden_size": shape.vision_hidden_size,
+                "intermediate_size": shape.vision_intermediate_size,
+                "num_heads": shape.vision_num_heads,
                 "in_channels": 3,
-                "out_hidden_size": recipe.hidden_size,
+                "out_hidden_size": shape.hidden_size,
                 "patch_size": 14,
                 "spatial_merge_size": 2,
                 "temporal_patch_size": 2,
                 "tokens_per_second": 2,
-                "initializer_range": recipe.initializer_range,
-                "window_size": recipe.window_size,
-                "fullatt_block_indexes": list(recipe.fullatt_block_indexes),
+                "initializer_range": shape.initializer_range,
+                "window_size": shape.window_size,
+                "fullatt_block_indexes": list(shape.fullatt_block_indexes),
             },
             "vocab_size": vocab_size,
         },
@@ -141,22 +183,27 @@ def write_hub_files(folder: Path, *, recipe: TinyRecipe, corpus: list[str]) -> N
     write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
-def _write_tokenizer(folder: Path, *, vocab_size: int, corpus: list[str]) -> dict[str, int]:
-    """Train a byte-level BPE, write its four files, and return every token's id."""
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-    )
+def _trained_tokenizer(corpus: list[str], *, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE that knows the corpus's words."""
+    from tokenizers import models, pre_tokenizers
     from tokenizers.trainers import BpeTrainer
+
+    tokenizer = byte_level_tokenizer(models.BPE())
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def byte_level_tokenizer(model: Any) -> Tokenizer:
+    """Qwen2's steps around a BPE model: normalisation, splitting into words, bytes, and back."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -166,12 +213,13 @@ def _write_tokenizer(folder: Path, *, vocab_size: int, corpus: list[str]) -> dic
     )
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    trainer = BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """Add the published special tokens to a tokenizer, write its four files, and return every token's id."""
+    from tokenizers import AddedToken
+
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ADDED_TOKENS])
