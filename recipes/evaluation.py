@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from answers import extract_answer
 from grpo_toolkit import inference_ready
-from rewards import extract_answer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
