@@ -40,6 +40,30 @@ class RecipeArguments(ScriptArguments):
     answer_column: str | None = field(
         default=None, metadata={"help": "The dataset's column with the answer, if it has no usual name."}
     )
+    dataset_layout: str | None = field(
+        default=None,
+        metadata={"help": "For a local copy of a known dataset: open_r1, clevr_count, geometry3k or referring."},
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where a dataset's image paths start, if it has paths instead of images."}
+    )
+    max_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most pixels of an image, in training, rollouts and the saved processor; 784 pixels are one "
+            "token of Qwen2.5-VL. Default: the model's own limit."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Rows with a longer prompt (tokens, image included) are left out, never cut."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of rewards.py, or functions of your own as path/to/file.py:function. Default: those that "
+            "suit the dataset. Weigh them with --reward_weights."
+        },
+    )
     latency_new_tokens: int = field(
         default=64, metadata={"help": "Tokens generated per request when latency is measured."}
     )

@@ -18,7 +18,7 @@ from typing import Any
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from arguments import RecipeArguments, parse
-from data import Splits, load_splits
+from data import Splits, load_splits, named_layout
 from evaluation import held_out_accuracy
 from grpo_toolkit import (
     ExportCallback,
@@ -29,8 +29,9 @@ from grpo_toolkit import (
     ResumeGuardCallback,
     last_whole_checkpoint,
 )
+from images import load_processor
 from preflight import MARKER, check_model, check_output, check_versions
-from rewards import accuracy_reward, format_reward
+from rewards import RewardFunction, find_rewards
 from summary import print_summary, summarise
 
 TINY = "tiny"
@@ -42,10 +43,15 @@ def main(argv: list[str]) -> None:
     recipe, training, model = parse(argv)
     check_output(training.output_dir)
     checkpoint = find_checkpoint(training)
-    splits = load_splits(recipe, seed=training.seed)
     if model.model_name_or_path == TINY:
         model.model_name_or_path = build_tiny()
     check_model(model.model_name_or_path)
+    rewards = find_rewards(chosen_rewards(recipe))
+    processor = load_processor(
+        str(model.model_name_or_path), revision=model.model_revision, max_pixels=recipe.max_pixels
+    )
+    with training.main_process_first(desc="loading the dataset"):
+        splits = load_splits(recipe, seed=training.seed, processor=processor)
 
     export_dir = Path(recipe.export_dir or Path(training.output_dir, "export"))
     exporting = ExportCallback(export_dir, prompts=splits.held_out, overwrite=recipe.export_dir is None)
@@ -54,7 +60,7 @@ def main(argv: list[str]) -> None:
     )
     callbacks = [KVCacheCallback(), ResumeGuardCallback(), exporting, *([timing] if recipe.latency_rounds else [])]
 
-    trainer = make_trainer(training, model, splits, callbacks)
+    trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
     before = measure(trainer, splits, "before")
@@ -66,7 +72,21 @@ def main(argv: list[str]) -> None:
         print_summary(summary)
 
 
-def make_trainer(training: GRPOConfig, model: ModelConfig, splits: Splits, callbacks: list[Any]) -> GRPOTrainer:
+def chosen_rewards(recipe: RecipeArguments) -> list[str]:
+    """The rewards asked for, or those that suit the dataset."""
+    layout = named_layout(recipe)
+    return recipe.reward_funcs or list(layout.reward_funcs if layout is not None else ("format", "accuracy"))
+
+
+def make_trainer(
+    training: GRPOConfig,
+    model: ModelConfig,
+    splits: Splits,
+    callbacks: list[Any],
+    *,
+    rewards: list[RewardFunction],
+    processor: Any,
+) -> GRPOTrainer:
     """TRL's own trainer, with our callbacks plugged in."""
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -80,7 +100,8 @@ def make_trainer(training: GRPOConfig, model: ModelConfig, splits: Splits, callb
     return GRPOTrainer(
         model=model.model_name_or_path,
         args=training,
-        reward_funcs=[format_reward, accuracy_reward],
+        reward_funcs=rewards,
+        processing_class=processor,
         train_dataset=splits.train,
         eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
         peft_config=get_peft_config(model),
