@@ -6,6 +6,7 @@ nor `--model_name_or_path`, `configs/tiny.yaml` is taken: the embedded model and
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +68,13 @@ class RecipeArguments(ScriptArguments):
     latency_new_tokens: int = field(
         default=64, metadata={"help": "Tokens generated per request when latency is measured."}
     )
+    direct_baseline: bool = field(
+        default=False,
+        metadata={"help": "Before training, also measure the base when it is asked for the answer alone."},
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check everything, print the plan with its memory and disk, and stop."}
+    )
     latency_rounds: int = field(default=6, metadata={"help": "Measured requests per arm; 0 skips the measurement."})
 
 
@@ -79,16 +87,42 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
     args = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in args and not any(arg.partition("=")[0] == "--model_name_or_path" for arg in args):
         args = ["--config", str(DEFAULT_CONFIG), *args]
-    if "--config" in args[:-1] and not Path(args[args.index("--config") + 1]).is_file():
-        raise InputError(f"--config {args[args.index('--config') + 1]}: no such file; see recipes/configs/")
     parser = TrlParser((RecipeArguments, GRPOConfig, ModelConfig))
     try:
-        recipe, training, model = parser.parse_args_and_config(args)
+        recipe, training, model = parser.parse_args_and_config(_one_config(args))
     except yaml.YAMLError as error:
         raise InputError(f"--config: not valid YAML ({_explain(str(error))})") from error
     except ValueError as error:  # GRPOConfig checks batch sizes when it is made; the parser unknown YAML keys
         raise InputError(_explain(str(error))) from error
     return recipe, training, model
+
+
+def _one_config(args: list[str]) -> list[str]:
+    """Arguments with one `--config` for TRL's parser; the keys of further ones become flags, before those given.
+
+    Raises:
+        InputError: a config that is not there, or is no mapping.
+    """
+    configs, flags = [], []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--config":
+            configs.append(Path(next(rest, "")))
+        else:
+            flags.append(arg)
+    for path in configs:
+        if not path.is_file():
+            raise InputError(f"--config {path}: no such file; see recipes/configs/")
+    laid_over: list[str] = []
+    for path in configs[1:]:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise InputError(f"--config {path}: not a mapping of settings")
+        for key, value in content.items():
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            laid_over += [f"--{key}", *map(str, values)]
+    first = ["--config", str(configs[0])] if configs else []
+    return [*first, *laid_over, *flags]
 
 
 # What the libraries' complaints leave open: the way out.
