@@ -7,6 +7,8 @@ nor `--model_name_or_path`, `configs/tiny.yaml` is taken: the embedded model and
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,14 +127,24 @@ def _one_config(args: list[str]) -> list[str]:
     return [*first, *laid_over, *flags]
 
 
-# What the libraries' complaints leave open: the way out.
-_WAYS_OUT = {
-    "num_generations": "The completions of one prompt must be scored together: make num_generations a divisor of "
-    "per_device_train_batch_size x number of processes x steps_per_generation",
-    "bf16": "On a machine without a GPU: --use_cpu true --bf16 false",
-}
-
-
 def _explain(message: str) -> str:
-    hint = next((hint for word, hint in _WAYS_OUT.items() if word in message), "")
-    return " ".join([*message.split(), hint]).strip()
+    """A library's complaint in one line, with the way out."""
+    line = " ".join(message.split())
+    batch = re.search(r"generation_batch_size \((\d+)\) must be divisible by num_generations \((\d+)\)", line)
+    if batch is not None:
+        return f"{line} {_batch_fix(int(batch[1]), int(batch[2]))}"
+    if "eval batch size" in line:
+        return f"{line} Make --per_device_eval_batch_size a multiple of it."
+    if "bf16" in line:
+        return f"{line} On a machine without a GPU: --use_cpu true --bf16 false"
+    return line
+
+
+def _batch_fix(completions: int, generations: int) -> str:
+    """What to set instead, in numbers: the completions of one prompt must be scored together."""
+    divisors = [count for count in range(2, completions + 1) if completions % count == 0]
+    nearest = sorted(divisors, key=lambda count: (abs(count - generations), count))[:2]
+    steps = generations // math.gcd(completions, generations)
+    ways = [f"--num_generations {' or '.join(map(str, sorted(nearest)))}"] if nearest else []
+    ways.append(f"{steps} times the --gradient_accumulation_steps (then {completions * steps} completions a step)")
+    return f"The completions of one prompt must be scored together: {', or '.join(ways)}."

@@ -30,6 +30,7 @@ from grpo_toolkit import (
     last_whole_checkpoint,
 )
 from images import load_processor
+from plan import check_plan, make_plan
 from preflight import MARKER, check_model, check_output, check_versions
 from rewards import RewardFunction, find_rewards
 from summary import print_summary, summarise
@@ -52,6 +53,12 @@ def main(argv: list[str]) -> None:
     )
     with training.main_process_first(desc="loading the dataset"):
         splits = load_splits(recipe, seed=training.seed, processor=processor)
+    plan = make_plan(recipe, training, model, splits, processor=processor)
+    if training.process_index == 0:
+        print("\n".join(plan.lines()), file=sys.stdout if recipe.dry_run else sys.stderr, flush=True)
+    check_plan(plan)
+    if recipe.dry_run:
+        return
 
     export_dir = Path(recipe.export_dir or Path(training.output_dir, "export"))
     exporting = ExportCallback(export_dir, prompts=splits.held_out, overwrite=recipe.export_dir is None)

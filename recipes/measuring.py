@@ -125,3 +125,18 @@ def _processed_length(row: dict[str, Any], processor: Any) -> int:
     messages = prepare_multimodal_messages(row["prompt"], images=images)
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return int(processor(text=[text], images=[images], return_tensors="pt")["input_ids"].shape[1])
+
+
+def longest_prompt(rows: Dataset, processor: Any, *, looked_at: int = 256) -> tuple[int, int]:
+    """Tokens of the longest of the first prompts, and of the most that its images take: (prompt, images)."""
+    limits = pixel_limits(processor)
+    # Without the transform that resizes: what is measured are the images as they are published.
+    first = rows.with_format(None).select(range(min(looked_at if limits is not None else 8, len(rows))))
+    if limits is None:
+        return max(_processed_length(row, processor) for row in first), 0
+    sizes = image_sizes(first)
+    lengths = [
+        prompt_length(row["prompt"], row_sizes, processor, limits)
+        for row, row_sizes in zip(_without_images(first), sizes, strict=True)
+    ]
+    return max(lengths), max(sum(limits.tokens(*size) for size in row_sizes) for row_sizes in sizes)

@@ -69,7 +69,10 @@ def test_wrong_input_is_exit_code_2_and_one_line(qwen: Path, tmp_path: Path) -> 
         ),
         (["--held_out_size", "0"], "--held_out_size 0: at least one row"),
         (["--config", "{tmp}/thesis/bad.yaml"], "--config: not valid YAML"),
-        (["--num_generations", "3"], "make num_generations a divisor of"),
+        (
+            ["--num_generations", "3"],
+            "--num_generations 2 or 4, or 3 times the --gradient_accumulation_steps (then 24",
+        ),
         (["--use_cpu", "false"], "On a machine without a GPU: --use_cpu true"),
         (["--resume_from_checkpoint", "true"], "no whole checkpoint in it to resume from"),
         (["--resume_from_checkpoint", "{tmp}"], "no trainer_state.json there"),
