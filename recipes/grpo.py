@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from arguments import RecipeArguments, parse
 from data import Splits, load_splits, named_layout
-from evaluation import held_out_accuracy
 from grpo_toolkit import (
     ExportCallback,
     GrpoToolkitError,
@@ -29,11 +28,13 @@ from grpo_toolkit import (
     ResumeGuardCallback,
     last_whole_checkpoint,
 )
+from health import HealthCallback
 from images import load_processor
 from plan import check_plan, make_plan
 from preflight import MARKER, check_model, check_output, check_versions
 from rewards import RewardFunction, find_rewards
 from summary import print_summary, summarise
+from trainer import AccuracyTrainer, with_group_health
 
 TINY = "tiny"
 TINY_BUILDER = Path(__file__).resolve().parents[1] / "scripts" / "make_tiny_vlm.py"
@@ -66,15 +67,21 @@ def main(argv: list[str]) -> None:
         prompts=splits.held_out, new_tokens=recipe.latency_new_tokens, rounds=max(recipe.latency_rounds, 1)
     )
     callbacks = [KVCacheCallback(), ResumeGuardCallback(), exporting, *([timing] if recipe.latency_rounds else [])]
+    callbacks.append(HealthCallback())
 
     trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
-    before = measure(trainer, splits, "before")
+    direct = None
+    if recipe.direct_baseline:
+        direct = measure(trainer, splits, "before training, asked for the answer alone", direct=True)
+    before = measure(trainer, splits, "before training")
     trainer.train(resume_from_checkpoint=checkpoint)
-    after = measure(trainer, splits, "after")
+    after = measure(trainer, splits, "after training")
     if trainer.is_world_process_zero():
-        summary = summarise(trainer.state.log_history, (before, after), exporting.result, timing.rows)
+        summary = summarise(
+            trainer.state.log_history, (before, after), exporting.result, timing.rows, direct_accuracy=direct
+        )
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print_summary(summary)
 
@@ -93,7 +100,7 @@ def make_trainer(
     *,
     rewards: list[RewardFunction],
     processor: Any,
-) -> GRPOTrainer:
+) -> AccuracyTrainer:
     """TRL's own trainer, with our callbacks plugged in."""
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -104,7 +111,8 @@ def make_trainer(
     quantization = get_quantization_config(model)
     if quantization is not None:
         training.model_init_kwargs["quantization_config"] = quantization
-    return GRPOTrainer(
+    rewards = [with_group_health(rewards[0], num_generations=training.num_generations), *rewards[1:]]
+    return AccuracyTrainer(
         model=model.model_name_or_path,
         args=training,
         reward_funcs=rewards,
@@ -116,16 +124,11 @@ def make_trainer(
     )
 
 
-def measure(trainer: GRPOTrainer, splits: Splits, when: str) -> float:
+def measure(trainer: AccuracyTrainer, splits: Splits, when: str, *, direct: bool = False) -> float:
     """Held-out accuracy, printed."""
-    accuracy = held_out_accuracy(
-        trainer.model,
-        trainer.processing_class,
-        splits.held_out,
-        max_new_tokens=trainer.args.max_completion_length,
-    )
+    accuracy = trainer.accuracy(splits.held_out, direct=direct)
     if trainer.is_world_process_zero():
-        print(f"held-out accuracy {when} training: {accuracy:.1%} of {len(splits.held_out)} rows", flush=True)
+        print(f"held-out accuracy {when}: {accuracy:.1%} of {len(splits.held_out)} rows", flush=True)
     return accuracy
 
 
