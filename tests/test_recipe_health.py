@@ -137,6 +137,27 @@ def test_the_best_checkpoint_is_exported_and_the_base_is_asked_both_ways(qwen: P
     assert "the base, asked for the answer alone" in done.stdout
 
 
+def test_two_processes_train_evaluate_and_export(qwen: Path, tmp_path: Path) -> None:
+    """DDP on a CPU, for real: each process answers its own share of the held-out rows."""
+    for split, count in (("train", 4), ("test", 3)):
+        columns = {"images": [[picture(56, 56)]] * count, "problem": ["<image>x?"] * count, "answer": ["3"] * count}
+        write_parquet(tmp_path / "geometry3k", columns, split=split, several=True)
+    out = tmp_path / "out"
+    flags: list[object] = ["--model_name_or_path", qwen, "--dataset_name", tmp_path / "geometry3k"]
+    flags += ["--output_dir", out, "--report_to", "none", "--max_steps", 1, "--per_device_train_batch_size", 2]
+    flags += ["--num_generations", 4, "--max_completion_length", 4, "--latency_rounds", 0, "--use_cpu", "true"]
+    flags += ["--bf16", "false", "--eval_strategy", "steps", "--eval_steps", 1, "--per_device_eval_batch_size", 2]
+    flags += ["--logging_steps", 1, "--save_strategy", "no"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    command = [*launch, str(ROOT / "recipes" / "grpo.py"), *map(str, flags)]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes   2 (ddp)" in done.stderr
+    assert "each step   1 prompts, 4 completions; 1 steps" in done.stderr
+    assert done.stdout.count("held-out accuracy after training: 0.0% of 3 rows") == 1
+    assert json.loads((out / "summary.json").read_text())["verified"] is True
+
+
 def test_a_direct_question_has_no_word_of_thinking() -> None:
     from evaluation import DIRECT_PROMPT, direct_prompt
 
