@@ -33,8 +33,9 @@ from images import load_processor
 from plan import check_plan, make_plan
 from preflight import MARKER, check_model, check_output, check_versions
 from rewards import RewardFunction, find_rewards
+from sharded import ShardedRolloutsCallback
 from summary import print_summary, summarise
-from trainer import AccuracyTrainer, with_group_health
+from trainer import AccuracyTrainer, Baselines, measure, with_group_health
 
 TINY = "tiny"
 TINY_BUILDER = Path(__file__).resolve().parents[1] / "scripts" / "make_tiny_vlm.py"
@@ -67,20 +68,25 @@ def main(argv: list[str]) -> None:
         prompts=splits.held_out, new_tokens=recipe.latency_new_tokens, rounds=max(recipe.latency_rounds, 1)
     )
     callbacks = [KVCacheCallback(), ResumeGuardCallback(), exporting, *([timing] if recipe.latency_rounds else [])]
-    callbacks.append(HealthCallback())
+    callbacks += [HealthCallback(), ShardedRolloutsCallback()]
 
     trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
-    direct = None
-    if recipe.direct_baseline:
-        direct = measure(trainer, splits, "before training, asked for the answer alone", direct=True)
-    before = measure(trainer, splits, "before training")
+    baselines = Baselines(trainer, splits.held_out, direct=recipe.direct_baseline)
+    if trainer.is_sharded:
+        trainer.add_callback(baselines)
+    else:
+        baselines.measure()
     trainer.train(resume_from_checkpoint=checkpoint)
-    after = measure(trainer, splits, "after training")
+    after = measure(trainer, splits.held_out, "after training")
     if trainer.is_world_process_zero():
         summary = summarise(
-            trainer.state.log_history, (before, after), exporting.result, timing.rows, direct_accuracy=direct
+            trainer.state.log_history,
+            (baselines.accuracy, after),
+            exporting.result,
+            timing.rows,
+            direct_accuracy=baselines.direct_accuracy,
         )
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print_summary(summary)
@@ -122,14 +128,6 @@ def make_trainer(
         peft_config=get_peft_config(model),
         callbacks=callbacks,
     )
-
-
-def measure(trainer: AccuracyTrainer, splits: Splits, when: str, *, direct: bool = False) -> float:
-    """Held-out accuracy, printed."""
-    accuracy = trainer.accuracy(splits.held_out, direct=direct)
-    if trainer.is_world_process_zero():
-        print(f"held-out accuracy {when}: {accuracy:.1%} of {len(splits.held_out)} rows", flush=True)
-    return accuracy
 
 
 def build_tiny() -> str:

@@ -51,7 +51,7 @@ LORA_FORWARD, LORA_BACKWARD = PerToken(intermediate=8, hidden=8), PerToken(inter
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Sizes of a model, adapter included. Counts are of parameters unless they say otherwise."""
+    """Sizes of a model, adapter included. Counts are of parameters, `stored_bytes` of each in the model's files."""
 
     parameters: int
     vision_parameters: int
@@ -62,6 +62,7 @@ class ModelSize:
     layer_parameters: int
     embedding_parameters: int
     kv_values_per_token: int
+    stored_bytes: int = 2
     vision_hidden_size: int = 0
     vision_intermediate_size: int = 0
     vision_layers: int = 0
@@ -154,6 +155,7 @@ def measure_model(name: str, *, revision: str | None = None, peft_config: Any = 
         layer_parameters=language // text.num_hidden_layers,
         embedding_parameters=embedding,
         kv_values_per_token=2 * text.num_hidden_layers * kv_heads * head_dim,
+        stored_bytes=config.dtype.itemsize if config.dtype is not None else 4,
         vision_hidden_size=getattr(vision, "hidden_size", 0),
         vision_intermediate_size=getattr(vision, "intermediate_size", 0),
         vision_layers=getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", 0),
@@ -166,7 +168,7 @@ def estimate(
     size: ModelSize,
     load: Load,
     *,
-    weight_bytes: int,
+    weight_bytes: float,
     mixed_precision: bool,
     optimizer: str,
     sharing: Sharing = "none",
@@ -180,8 +182,8 @@ def estimate(
             The model.
         load (`Load`):
             The work of one GPU.
-        weight_bytes (`int`):
-            Of a weight as loaded: 4 for float32, 2 for bfloat16.
+        weight_bytes (`float`):
+            Of a weight as loaded: 4 for float32, 2 for bfloat16, about 0.6 for 4 bits.
         mixed_precision (`bool`):
             Whether forwards run in bfloat16 under autocast.
         optimizer (`str`):
@@ -220,7 +222,7 @@ def estimate(
     casts = 2.0 * (size.parameters - size.embedding_parameters) if mixed_precision and weights_cast(
         size, weight_bytes, shared_weights, deepspeed
     ) else 0.0  # fmt: skip
-    residual = weight_bytes if not deepspeed and shared_weights == 1 else 2
+    residual = 4 if weight_bytes == 4 and not deepspeed and shared_weights == 1 else 2
     moments = {"training": gathered + _training(size, load, casts=casts, residual=residual)}
     if not load.rollouts_elsewhere:
         whole = 2.0 * size.parameters if sharing == "zero3" else gathered
@@ -228,7 +230,7 @@ def estimate(
     return Estimate(parts=parts, moments=moments)
 
 
-def weights_cast(size: ModelSize, weight_bytes: int, shared_weights: int, deepspeed: bool) -> bool:
+def weights_cast(size: ModelSize, weight_bytes: float, shared_weights: int, deepspeed: bool) -> bool:
     """Whether autocast has float32 weights to cast: not those of an adapter's base, nor what arrives in bfloat16."""
     return weight_bytes == 4 and not size.is_adapter and shared_weights == 1 and not deepspeed
 
@@ -246,7 +248,7 @@ def _not_shared_out() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
-def _training(size: ModelSize, load: Load, *, casts: float, residual: int) -> float:
+def _training(size: ModelSize, load: Load, *, casts: float, residual: float) -> float:
     tokens = load.training_tokens
     patches = load.training_batch * load.image_patches
     forward, backward = (LORA_FORWARD, LORA_BACKWARD) if size.is_adapter else (FORWARD, BACKWARD)

@@ -98,7 +98,7 @@ def make_plan(
     memory = estimate(
         size,
         load,
-        weight_bytes=2 if model.dtype in ("bfloat16", "float16") else 4,
+        weight_bytes=loaded_bytes(model, size),
         # A plan made where there is no GPU is for one that has bfloat16.
         mixed_precision=bool(training.bf16 or training.fp16 or (recipe.dry_run and training.use_cpu)),
         optimizer=str(getattr(training.optim, "value", training.optim)),
@@ -158,9 +158,16 @@ def gpu_memory() -> tuple[float | None, float | None]:
     return float(total), float(free)
 
 
+def loaded_bytes(model: ModelConfig, size: ModelSize) -> float:
+    """Bytes of a weight as it is loaded. Quantised weights bring scales along."""
+    if model.load_in_4bit or model.load_in_8bit:
+        return 0.6 if model.load_in_4bit else 1.1
+    return {"auto": size.stored_bytes, "bfloat16": 2, "float16": 2}.get(str(model.dtype), 4)
+
+
 def disk_needed(training: GRPOConfig, model: ModelConfig, size: ModelSize) -> float:
     """Bytes that the run will write: checkpoints kept (and the one that is being written), and the export twice."""
-    weight_bytes = 2 if model.dtype in ("bfloat16", "float16") and not size.is_adapter else 4
+    weight_bytes = 4 if size.is_adapter else loaded_bytes(model, size)
     checkpoint = size.trained * weight_bytes
     if not training.save_only_model:
         checkpoint += size.trained * 2 * weight_bytes

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import functools
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from transformers import TrainerCallback
 from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
 from evaluation import held_out_accuracy
 from rewards import completion_text
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from datasets import Dataset
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from rewards import Completion, RewardFunction
 
@@ -43,18 +47,67 @@ class AccuracyTrainer(GRPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds the whole model: its weights come together in forwards that all must take."""
+        return self.is_fsdp_enabled or self._zero_stage == 3
+
     def accuracy(self, rows: Dataset, *, direct: bool = False) -> float:
         """Share of rows answered right; with `direct` asked for the answer alone, without a thought."""
-        sharded = self.is_fsdp_enabled or getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
-        return held_out_accuracy(
-            self.model,
-            self.processing_class,
-            rows,
-            max_new_tokens=self.args.max_completion_length,
-            direct=direct,
-            # Sharded weights come together in every forward, so that all processes must take the same steps.
-            accelerator=None if sharded else self.accelerator,
-        )
+        with ExitStack() as stack:
+            model = self.model
+            if self._zero_stage == 3:
+                gathered = unwrap_model_for_generation(
+                    self.model_wrapped,
+                    self.accelerator,
+                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                )
+                model = stack.enter_context(gathered)
+            return held_out_accuracy(
+                model,
+                self.processing_class,
+                rows,
+                max_new_tokens=self.args.max_completion_length,
+                direct=direct,
+                accelerator=None if self.is_sharded else self.accelerator,
+            )
+
+    @property
+    def _zero_stage(self) -> int:
+        return int(getattr(self.args.deepspeed_plugin, "zero_stage", 0))
+
+
+class Baselines(TrainerCallback):
+    """Measures the base before it is trained.
+
+    Sharded weights are first put together when training begins: there it is added to the trainer as a callback, and a
+    resumed run then measures its checkpoint. Everywhere else `measure` is called before.
+    """
+
+    def __init__(self, trainer: AccuracyTrainer, rows: Dataset, *, direct: bool) -> None:
+        self.accuracy = 0.0
+        self.direct_accuracy: float | None = None
+        self._trainer, self._rows, self._direct = trainer, rows, direct
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.measure()
+
+    def measure(self) -> None:
+        if self._direct:
+            when = "before training, asked for the answer alone"
+            self.direct_accuracy = measure(self._trainer, self._rows, when, direct=True)
+        self.accuracy = measure(self._trainer, self._rows, "before training")
+
+
+def measure(trainer: AccuracyTrainer, rows: Dataset, when: str, *, direct: bool = False) -> float:
+    """Held-out accuracy, printed."""
+    accuracy = trainer.accuracy(rows, direct=direct)
+    if trainer.is_world_process_zero():
+        print(f"held-out accuracy {when}: {accuracy:.1%} of {len(rows)} rows", flush=True)
+    return accuracy
 
 
 def with_group_health(reward: RewardFunction, *, num_generations: int) -> RewardFunction:

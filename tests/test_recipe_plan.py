@@ -275,6 +275,17 @@ def test_memory_and_disk_that_are_not_there(qwen: Path, geometry: Path, tmp_path
     assert "at its peak this needs about" in _warnings(tight, recipe, training, None, image_tokens=1)[0]
 
 
+@pytest.mark.parametrize(
+    ("flags", "bytes_each"),
+    [((), 4), (("--dtype", "auto"), 4), (("--dtype", "bfloat16"), 2), (("--load_in_4bit", "true"), 0.6)],
+)
+def test_weights_count_as_they_are_loaded(
+    qwen: Path, geometry: Path, tmp_path: Path, flags: tuple[str, ...], bytes_each: float
+) -> None:
+    plan = plan_of(qwen, geometry, tmp_path, *flags)  # its files are in float32
+    assert plan.memory.parts["weights"] == plan.size.parameters * bytes_each
+
+
 def test_sharing_divides_what_stays() -> None:
     from memory import GIB, Load, ModelSize, estimate
 
