@@ -139,17 +139,22 @@ def build_tiny() -> str:
 
 
 def find_checkpoint(training: GRPOConfig) -> str | None:
-    """What to resume from: a folder as given, or for `true` the newest whole checkpoint in output_dir."""
+    """What to resume from: a folder as given, or for `true` the newest whole checkpoint in output_dir.
+
+    `auto` is `true` where there is one, and a start from the beginning where there is none: for requeued jobs.
+    """
     wanted = training.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    if str(wanted).lower() != "true":
+    if str(wanted).lower() not in ("true", "auto"):
         if not Path(wanted, "trainer_state.json").is_file():
             raise InputError(f"--resume_from_checkpoint {wanted}: no trainer_state.json there")
         return str(wanted)
     checkpoint, skipped = last_whole_checkpoint(training.output_dir)
     for line in skipped:
         print(f"not resumed from {line}", file=sys.stderr)
+    if checkpoint is None and str(wanted).lower() == "auto":
+        return None
     if checkpoint is None:
         raise InputError(f"output_dir {training.output_dir}: no whole checkpoint in it to resume from")
     print(f"resuming from {checkpoint}", file=sys.stderr)

@@ -174,6 +174,7 @@ def estimate(
     sharing: Sharing = "none",
     processes: int = 1,
     reserved: float = 0.0,
+    sleeps: bool = False,
 ) -> Estimate:
     """What one GPU needs.
 
@@ -193,7 +194,9 @@ def estimate(
         processes (`int`, *optional*):
             Among how many.
         reserved (`float`, *optional*):
-            Bytes that vLLM keeps on the same GPU all the time.
+            Bytes that vLLM keeps on the same GPU.
+        sleeps (`bool`, *optional*):
+            Whether it gives them back while the training needs them.
     """
     shared_weights = processes if sharing in ("fsdp", "zero3") else 1
     shared_rest = processes if sharing in ("fsdp", "zero2", "zero3") else 1
@@ -212,7 +215,7 @@ def estimate(
         "gradients": gradients / shared_rest,
         "optimizer": states / shared_rest,
     }
-    if reserved:
+    if reserved and not sleeps:
         parts["vLLM"] = reserved
     gathered = 0.0
     if shared_weights > 1:  # the embedding, and two layers at a time, in bfloat16
@@ -224,6 +227,8 @@ def estimate(
     ) else 0.0  # fmt: skip
     residual = 4 if weight_bytes == 4 and not deepspeed and shared_weights == 1 else 2
     moments = {"training": gathered + _training(size, load, casts=casts, residual=residual)}
+    if reserved and sleeps:
+        moments["rollouts"] = reserved
     if not load.rollouts_elsewhere:
         whole = 2.0 * size.parameters if sharing == "zero3" else gathered
         moments["rollouts"] = whole + _rollouts(size, load, casts=casts)

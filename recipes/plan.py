@@ -94,7 +94,7 @@ def make_plan(
         rollouts_elsewhere=training.use_vllm,
     )
     total, free = gpu_memory()
-    colocated = training.use_vllm and training.vllm_mode == "colocate" and not training.vllm_enable_sleep_mode
+    colocated = training.use_vllm and training.vllm_mode == "colocate"
     memory = estimate(
         size,
         load,
@@ -105,6 +105,7 @@ def make_plan(
         sharing=sharing,
         processes=training.world_size,
         reserved=training.vllm_gpu_memory_utilization * (total or 0.0) if colocated else 0.0,
+        sleeps=training.vllm_enable_sleep_mode,
     )
     disk, free_disk = disk_needed(training, model, size), shutil.disk_usage(_existing(training.output_dir)).free
     plan = Plan(
@@ -177,7 +178,7 @@ def disk_needed(training: GRPOConfig, model: ModelConfig, size: ModelSize) -> fl
         if training.save_total_limit is None and training.max_steps > 0 and training.save_steps >= 1:
             saves = max(1, int(training.max_steps // training.save_steps))
     export = 2 * size.parameters  # bfloat16; while latency is measured a plain checkpoint lies beside it
-    return float(saves * checkpoint + export + size.parameters * weight_bytes)
+    return float(saves * checkpoint + export + size.trained * weight_bytes)
 
 
 def _save_errors(training: GRPOConfig) -> list[str]:

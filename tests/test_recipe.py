@@ -99,6 +99,19 @@ def test_wrong_input_is_one_line_and_touches_nothing(
     assert sorted(path.name for path in (tmp_path / "thesis").iterdir()) == ["bad.yaml", "chapter.tex"]
 
 
+def test_a_requeued_job_goes_on_or_begins_again(tmp_path: Path) -> None:
+    from arguments import parse
+    from grpo import find_checkpoint
+
+    def found(wanted: str) -> str | None:
+        given = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+        return find_checkpoint(parse([*given, "--resume_from_checkpoint", wanted])[1])
+
+    assert found("auto") is None
+    with pytest.raises(InputError, match="no whole checkpoint in it"):
+        found("true")
+
+
 def test_usual_column_names_are_found_and_rows_reshaped(dataset: Path) -> None:
     from arguments import RecipeArguments
     from data import load_splits

@@ -147,4 +147,4 @@ def test_the_slurm_script_starts_every_machine_with_its_own_rank(tmp_path: Path)
     assert len(lines) == 2
     for rank, line in enumerate(lines):
         assert f"--num_machines 2 --num_processes 8 --machine_rank {rank} --main_process_ip node-a" in line
-        assert line.rstrip().endswith("recipes/grpo.py --config a b.yaml --resume_from_checkpoint true")
+        assert line.rstrip().endswith("recipes/grpo.py --config a b.yaml --resume_from_checkpoint auto")

@@ -286,6 +286,30 @@ def test_weights_count_as_they_are_loaded(
     assert plan.memory.parts["weights"] == plan.size.parameters * bytes_each
 
 
+def test_vllm_on_the_same_gpu_counts_as_long_as_it_is_awake() -> None:
+    from memory import Load, ModelSize, estimate
+
+    sizes = dict.fromkeys(("vision_parameters", "layer_parameters", "embedding_parameters", "kv_values_per_token"), 0)
+    size = ModelSize(parameters=10, trained=10, hidden_size=1, intermediate_size=1, layers=1, **sizes)
+    load = Load(
+        prompt_tokens=1,
+        image_patches=0,
+        completion_tokens=1,
+        training_batch=1,
+        rollout_batch=1,
+        rollouts_elsewhere=True,
+    )
+
+    def needs(*, sleeps: bool) -> float:
+        found = estimate(
+            size, load, weight_bytes=4, mixed_precision=False, optimizer="sgd", reserved=1000.0, sleeps=sleeps
+        )
+        return found.allocated
+
+    assert needs(sleeps=False) == 40 + 40 + 1000 + (2 * 4 + 2 * 50)
+    assert needs(sleeps=True) == 40 + 40 + 1000
+
+
 def test_sharing_divides_what_stays() -> None:
     from memory import GIB, Load, ModelSize, estimate
 
