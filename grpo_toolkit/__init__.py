@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         GrpoToolkitError,
         InputError,
         OutputExistsError,
+        PeerError,
         ResumeError,
         UnsupportedError,
         VerificationError,
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.measure import LatencyRow, measure_latency
-    from grpo_toolkit.resume import last_whole_checkpoint
+    from grpo_toolkit.merge import MergeResult, merge_adapter
     from grpo_toolkit.verify import VerificationResult, verify_export
+    from grpo_toolkit.whole import last_whole_checkpoint
 
 _MODULES = {
     "CheckpointError": "errors",
@@ -41,7 +43,9 @@ _MODULES = {
     "KVCacheCallback": "callbacks",
     "LatencyCallback": "callbacks",
     "LatencyRow": "latency.measure",
+    "MergeResult": "merge",
     "OutputExistsError": "errors",
+    "PeerError": "errors",
     "Request": "inference",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
@@ -51,8 +55,9 @@ _MODULES = {
     "WorkerError": "errors",
     "export_model": "export",
     "inference_ready": "cache",
-    "last_whole_checkpoint": "resume",
+    "last_whole_checkpoint": "whole",
     "measure_latency": "latency.measure",
+    "merge_adapter": "merge",
     "verify_export": "verify",
 }
 
@@ -65,7 +70,9 @@ __all__ = [
     "KVCacheCallback",
     "LatencyCallback",
     "LatencyRow",
+    "MergeResult",
     "OutputExistsError",
+    "PeerError",
     "Request",
     "ResumeError",
     "ResumeGuardCallback",
@@ -77,6 +84,7 @@ __all__ = [
     "inference_ready",
     "last_whole_checkpoint",
     "measure_latency",
+    "merge_adapter",
     "verify_export",
 ]
 

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import random
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint import ABSENT
 
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from grpo_toolkit.defaults import Level
-
-VISION_TOWERS: Final = ("visual", "vision_tower", "vision_model")
-"""Attribute names under which model families keep their vision tower; the outermost match is the tower."""
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -80,13 +76,6 @@ def set_cache_flags(config: PretrainedConfig, flags: dict[Level, Any]) -> None:
 def is_checkpointing(model: torch.nn.Module) -> bool:
     """Whether gradient checkpointing is on anywhere in the model."""
     return bool(_checkpointed(model))
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether this process holds only a part of the weights: FSDP1, FSDP2 (DTensors) or ZeRO-3 (`ds_id`)."""
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        return True
-    return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
 
 
 def _checkpointed(model: torch.nn.Module) -> list[Any]:
@@ -180,60 +169,3 @@ def random_state_kept() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-@dataclass
-class CacheProbe:
-    """Proof of the KV cache that needs no clock: what each forward of a `generate` call was given.
-
-    With a cache the input lengths read [prompt, 1, 1, ...], the cache holds exactly what was fed before, and the
-    vision tower runs once. Without one they read [p, p + 1, p + 2, ...], and the tower may run at every step.
-
-        with CacheProbe(model) as probe:
-            model.generate(...)
-        assert probe.is_cached
-    """
-
-    model: torch.nn.Module
-    step_lengths: list[int] = field(default_factory=list)
-    cache_lengths: list[int] = field(default_factory=list)
-    vision_calls: int = 0
-    _hooks: ExitStack = field(default_factory=ExitStack, repr=False)
-
-    @property
-    def is_cached(self) -> bool:
-        """Every step after the first was fed one token, on top of a cache that holds all before it."""
-        fed = [sum(self.step_lengths[:step]) for step in range(len(self.step_lengths))]
-        return all(length == 1 for length in self.step_lengths[1:]) and self.cache_lengths == fed
-
-    def __enter__(self) -> CacheProbe:
-        inner = base_model(self.model)
-        handles = [inner.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
-        tower = vision_tower(inner)
-        if tower is not None:
-            handles.append(tower.register_forward_pre_hook(self._on_vision))
-        for handle in handles:
-            self._hooks.callback(handle.remove)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.close()
-
-    def _on_forward(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds", args[0] if args else None)
-        if tokens is None:
-            return
-        cache = kwargs.get("past_key_values")
-        self.step_lengths.append(int(tokens.shape[1]))
-        self.cache_lengths.append(0 if cache is None else int(cache.get_seq_length()))
-
-    def _on_vision(self, *_: object) -> None:
-        self.vision_calls += 1
-
-
-def vision_tower(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The outermost vision tower of a model, or None for a text-only one."""
-    towers = (module for name, module in model.named_modules() if name.rpartition(".")[2] in VISION_TOWERS)
-    return next(towers, None)

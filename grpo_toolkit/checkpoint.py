@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError
+from grpo_toolkit.exchange import exchange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,12 +65,14 @@ class Kind(enum.Enum):
 class TensorInfo:
     """One tensor as its header describes it.
 
-    `dtype` is safetensors' name ("BF16", "F32"), `shape` in elements, `file` the shard's name in the folder.
+    `dtype` is safetensors' name ("BF16", "F32"), `shape` in elements, `file` the shard's name in the folder, `span`
+    the tensor's first byte and the byte after its last, counted from the start of the file.
     """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
+    span: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,12 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw)
         tensors = {
-            name: TensorInfo(dtype=str(info["dtype"]), shape=tuple(map(int, info["shape"])), file=path.name)
+            name: TensorInfo(
+                dtype=str(info["dtype"]),
+                shape=tuple(map(int, info["shape"])),
+                file=path.name,
+                span=(8 + length + int(info["data_offsets"][0]), 8 + length + int(info["data_offsets"][1])),
+            )
             for name, info in header.items()
             if name != "__metadata__"
         }
@@ -258,6 +266,9 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace_folder(staging: Path, output_dir: Path) -> None:
+    if output_dir.exists() and exchange(staging, output_dir):
+        _sync_folder(output_dir.parent)
+        return  # what was published before is now the staging folder, which its owner removes
     previous = None
     if output_dir.exists():
         previous = staging.with_name(staging.name.replace(".staging-", ".previous-"))
@@ -274,7 +285,14 @@ def _replace_folder(staging: Path, output_dir: Path) -> None:
 
 
 def _sweep(parent: Path, prefix: str) -> None:
-    """Remove staging folders whose owner is dead."""
+    """Remove staging folders whose owner is dead, and put back what it moved away and never replaced."""
+    for leftover in parent.glob(f"{glob.escape(prefix.replace('.staging-', '.previous-'))}*"):
+        pid, published = leftover.name.rpartition("-")[2], parent / prefix[1:].partition(".staging-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            if published.exists():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.rename(published)
     for leftover in parent.glob(f"{glob.escape(prefix)}*"):
         pid = leftover.name.rpartition("-")[2]
         if pid.isdigit() and not _is_alive(int(pid)):
@@ -297,7 +315,8 @@ def _finish_files(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
-                os.fchmod(file.fileno(), mode)
+                if os.fstat(file.fileno()).st_nlink == 1:  # a linked file's mode is its other name's, too
+                    os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
         elif path.is_dir():
             path.chmod(mode | 0o111 & ~_umask())

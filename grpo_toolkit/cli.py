@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_FINDINGS)
     except GrpoToolkitError as error:
         return _fail(error, EXIT_INPUT)
+    except OSError as error:  # a full disk, a folder that may not be written: what was staged is gone again
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; nothing was published", EXIT_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing half-written is left", 130)
 
@@ -52,11 +55,28 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("output", type=Path, help="the folder to publish")
     export.add_argument("--base", help="folder or Hub name of the base model whose files are carried")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.add_argument("--link", action="store_true", help="hard links to the source's weight files where they fit")
+    export.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
     export.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
     export.set_defaults(run=_export)
 
+    merge = commands.add_parser("merge", help="merge a LoRA adapter into its base, streamed from file to file")
+    merge.add_argument("adapter", type=Path, help="an adapter as PEFT saves it")
+    merge.add_argument("output", type=Path, help="the folder to publish")
+    merge.add_argument("--base", help="folder or Hub name of the base (default: the one that the adapter names)")
+    merge.add_argument("--adapter-name", metavar="NAME", help="which one, of a folder that holds several")
+    merge.add_argument(
+        "--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB (default: the base's)"
+    )
+    merge.add_argument("--allow-unchanged", action="store_true", help="publish even if some of it changes nothing")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge or export")
+    merge.add_argument("--quiet", action="store_true", help="say nothing but the folder")
+    merge.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    merge.set_defaults(run=_merge)
+
     verify = commands.add_parser("verify", help="reload an export in a fresh process and check it")
     verify.add_argument("export", type=Path, help="the exported folder")
+    verify.add_argument("--manifest", action="store_true", help="only compare its files with the sums in its manifest")
     verify.add_argument("--reference", type=Path, help="a model folder that must give the same greedy tokens")
     verify.set_defaults(run=_verify)
 
@@ -81,7 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _export(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint import check_output, open_checkpoint
-    from grpo_toolkit.export import export_model, manifest_of
+    from grpo_toolkit.export import export_model
+    from grpo_toolkit.manifest import manifest_of
 
     check_output(arguments.output, overwrite=arguments.overwrite)
     open_checkpoint(arguments.source)
@@ -93,7 +114,10 @@ def _export(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         verify=not arguments.no_verify,
         device=arguments.device,
+        link=arguments.link,
+        max_shard_size=arguments.max_shard_size,
     )
+    assert result is not None, "one process is rank 0"
     if arguments.json:
         print(json.dumps({"path": str(result.path), "seconds": result.seconds, **manifest_of(result.path)}))
     else:
@@ -104,10 +128,43 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _merge(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.merge import merge_adapter
+    from grpo_toolkit.tracking.console import byte_progress
+
+    is_talking = not (arguments.quiet or arguments.json)
+    with byte_progress("merging", is_shown=is_talking and sys.stderr.isatty()) as progress:
+        result = merge_adapter(
+            arguments.adapter,
+            arguments.output,
+            base=arguments.base,
+            adapter_name=arguments.adapter_name,
+            overwrite=arguments.overwrite,
+            allow_unchanged=arguments.allow_unchanged,
+            max_shard_size=arguments.max_shard_size,
+            progress=progress,
+        )
+    if arguments.json:
+        facts = {"path": str(result.path), "base": str(result.base), "adapter": str(result.adapter)}
+        counts = {"changed": len(result.changed), "unchanged": list(result.unchanged), "copied": result.copied}
+        print(json.dumps({**facts, **counts, "bytes": result.bytes, "seconds": result.seconds}))
+        return 0
+    if is_talking:
+        print(
+            f"{len(result.changed)} tensors changed, {result.copied} copied, {result.bytes / 1e9:.2f} GB in "
+            f"{result.seconds:.1f} s; not verified yet: grpo-toolkit verify {result.path}",
+            file=sys.stderr,
+        )
+    print(result.path)
+    return 0
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint import open_checkpoint
     from grpo_toolkit.verify import reference_records, verify_export
 
+    if arguments.manifest:
+        return _verify_manifest(arguments)
     open_checkpoint(arguments.export)
     _quiet_libraries()
     requests: list[Any] = []
@@ -121,6 +178,20 @@ def _verify(arguments: argparse.Namespace) -> int:
         for check in result.checks:
             print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
     return 0 if result.passed else EXIT_FINDINGS
+
+
+def _verify_manifest(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.manifest import compare_manifest
+
+    checked, differing = compare_manifest(arguments.export)
+    if arguments.json:
+        facts = {"path": str(arguments.export), "passed": not differing, "files": checked}
+        print(json.dumps({**facts, "findings": [{"file": file, "problem": what} for file, what in differing.items()]}))
+    else:
+        for file, what in differing.items():
+            print(f"FAIL  {file}: {what}")
+        print(f"{'FAIL' if differing else 'ok  '}  {checked} files compared with the manifest")
+    return EXIT_FINDINGS if differing else 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@
     ├── InputError                  wrong use or unreadable input: one line, exit code 2
     │   ├── CheckpointError         a folder that is not the checkpoint it should be
     │   └── OutputExistsError       an output folder that is there already and is not ours to replace
+    ├── PeerError                   another rank failed; carries what it said
     ├── ResumeError                 a resume that would train from other weights than the checkpoint's
     ├── UnsupportedError            right use, but not something this version can do; says what to do instead
     ├── VerificationError           an export that does not say the same as the policy it came from
@@ -29,6 +30,10 @@ class CheckpointError(InputError):
 
 class OutputExistsError(InputError):
     """The output folder exists and replacing it was not asked for, or it is not an export of ours."""
+
+
+class PeerError(GrpoToolkitError):
+    """Another rank of the same training failed; its message says where and why."""
 
 
 class ResumeError(GrpoToolkitError):

@@ -8,36 +8,25 @@ under the target's name has passed every check.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import platform
 import time
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cache import base_model, is_sharded, random_state_kept
-from grpo_toolkit.checkpoint import (
-    MANIFEST,
-    WEIGHTS_INDEX,
-    Checkpoint,
-    check_output,
-    dump_json,
-    find_base,
-    open_checkpoint,
-    read_json,
-    staged,
-)
+from grpo_toolkit.cache import base_model, random_state_kept
+from grpo_toolkit.checkpoint import check_output, find_base, open_checkpoint, staged
 from grpo_toolkit.defaults import Repair, with_cache_defaults
+from grpo_toolkit.distributed import is_fsdp1, is_sharded, rank
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from grpo_toolkit.inference import load_model
-from grpo_toolkit.merge import is_adapted, merged_copy, refuse_idle_merge, refuse_unmergeable
+from grpo_toolkit.manifest import write_manifest
+from grpo_toolkit.merge_live import refuse_unmergeable
 from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
-from grpo_toolkit.saving import base_folder, capture_model_defaults, inference_defaults
-from grpo_toolkit.verify import VerificationResult, plain_request, policy_noise, policy_records, verify_export
+from grpo_toolkit.saving import base_folder, capture_model_defaults
+from grpo_toolkit.verify import PolicyAnswers, VerificationResult, ask_policy, verify_export
+from grpo_toolkit.weights import gather_weights, needs_loading, stored_dtypes, unloaded_model, write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,11 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
     from grpo_toolkit.defaults import InferenceDefaults
-    from grpo_toolkit.inference import Record, Request
-
-MANIFEST_VERSION: Final = 1
-_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_RECORDED_PACKAGES: Final = ("grpo-toolkit", "torch", "transformers", "trl", "peft", "safetensors")
+    from grpo_toolkit.inference import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +70,13 @@ def export_model(
     overwrite: bool = False,
     verify: bool = True,
     device: str = "cpu",
-) -> ExportResult:
+    link: bool = False,
+    max_shard_size: str | int | None = None,
+) -> ExportResult | None:
     """Export a trained model for inference.
+
+    Under several processes call it on every rank, as `trainer.save_model()`: the ranks gather a sharded model (FSDP2,
+    ZeRO-3) and ask it together, rank 0 publishes.
 
     Args:
         source: a trainer, a model (PEFT-wrapped or not), or a folder with a full model or a LoRA adapter.
@@ -98,11 +88,17 @@ def export_model(
         overwrite: replace an earlier export in `output_dir`.
         verify: reload the result in a fresh process and check it before publishing.
         device: where a folder is loaded; a live model stays where it is, and is verified there.
+        link: for a folder whose weight files are as its base's: hard links in place of copies, where the file system
+            has them. What edits one of the two in place then edits both.
+        max_shard_size: largest weight file, such as "5GB"; by default a folder's (or the base's) own files.
+
+    Returns:
+        What was published; None on ranks other than 0.
 
     Raises:
         OutputExistsError: `output_dir` is there and may not be replaced.
         CheckpointError: `source` or `base` is a folder that holds no model.
-        UnsupportedError: the model is sharded over processes (FSDP, ZeRO-3); the message says what to do.
+        UnsupportedError: the model is wrapped by FSDP1, or its adapter cannot be merged; the message says what to do.
         VerificationError: a check failed; nothing was published.
     """
     started = time.monotonic()
@@ -112,18 +108,37 @@ def export_model(
     if base is not None and named_base is None:
         raise InputError(f"base {os.fspath(base)}: neither a model folder nor in the local Hub cache")
     with random_state_kept():
-        model, processor = _open_source(source, processing_class, device, named_base)
+        folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
+        if folder is not None and not verify and not needs_loading(folder, named_base or folder):
+            model, processor = _open_unloaded(folder, processing_class, named_base)
+        else:
+            model, processor = _open_source(source, processing_class, device, named_base)
         refuse_unsupported(model)
         origin = named_base or base_folder(model)
         processor = processor if processor is not None or origin is None else processor_of(origin)
+        stored = {} if origin is None else stored_dtypes(origin)
+        dtype = _export_dtype(model, stored)
+        if rank() != 0 and not is_sharded(model):
+            return None
+        answers = ask_policy(model, processor, requests, dtype=dtype) if verify else None
+        weights = gather_weights(model, dtype=dtype, stored=stored) if folder is None else None
+        if rank() != 0:
+            return None
         with staged(target, overwrite=overwrite) as staging:
-            dtype = _export_dtype(model, origin)
-            merged, defaults = _write_weights(model, staging, origin, dtype=dtype, overrides=generation_overrides)
-            refuse_idle_merge(model, staging, origin)
-            repairs, changes = _write_files(merged, processor, staging, origin, defaults)
-            verification = None
-            if verify:
-                verification = _verify(model, processor, staging, origin, dtype=dtype, requests=requests)
+            defaults = capture_model_defaults(model, base=origin, overrides=generation_overrides)
+            write_weights(
+                model,
+                weights,
+                staging,
+                origin,
+                folder=folder,
+                dtype=dtype,
+                defaults=defaults,
+                link=link,
+                max_shard_size=max_shard_size,
+            )
+            repairs, changes = _write_files(base_model(model), processor, staging, origin, defaults)
+            verification = None if answers is None else _verify(model, staging, origin, answers)
             result = ExportResult(
                 path=target,
                 base=origin,
@@ -140,14 +155,24 @@ def refuse_unsupported(model: torch.nn.Module) -> None:
     """Raise for models that cannot be exported; the callback asks before training.
 
     Raises:
-        UnsupportedError: sharded weights (FSDP, ZeRO-3), or an adapter that cannot be merged.
+        UnsupportedError: FSDP1, or an adapter that cannot be merged.
     """
-    if is_sharded(model):
+    if is_fsdp1(model):
         raise UnsupportedError(
-            "the model is sharded over processes (FSDP or ZeRO-3), which a live export does not gather yet; save a "
-            "full checkpoint with trainer.save_model() and export that folder"
+            "the model is wrapped by FSDP1, which cannot be exported live; set `fsdp_version: 2` in the accelerate "
+            "config, or save a full checkpoint with trainer.save_model() and export that folder"
         )
     refuse_unmergeable(model)
+
+
+def _open_unloaded(folder: Path, processing_class: Any, base: Path | None) -> tuple[torch.nn.Module, Any]:
+    """A folder's model without its weights: what is not verified is copied or merged from file to file."""
+    try:
+        model = unloaded_model(folder, base=base)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+    return model, processing_class if processing_class is not None else processor_of(folder)
 
 
 def _open_source(source: Any, processing_class: Any, device: str, base: Path | None) -> tuple[torch.nn.Module, Any]:
@@ -170,77 +195,16 @@ def _open_source(source: Any, processing_class: Any, device: str, base: Path | N
     return source, processing_class
 
 
-def _export_dtype(model: torch.nn.Module, base: Path | None) -> torch.dtype:
-    """The dtype that most of the base's tensors are stored in; the model's own where there is no base.
+def _export_dtype(model: torch.nn.Module, stored: Mapping[str, str]) -> torch.dtype:
+    """The dtype that most of the base's tensors are `stored` in; the model's own where there is no base.
 
     TRL loads a model given by name in float32 unless told otherwise: a bfloat16 base would come out twice its size.
     """
     import torch
 
-    stored = [] if base is None else list(_stored_dtypes(base).values())
+    dtypes = list(stored.values())
     dtype: torch.dtype = base_model(model).dtype
-    return getattr(torch, max(set(stored), key=stored.count)) if stored else dtype
-
-
-def _stored_dtypes(folder: Path) -> dict[str, str]:
-    """torch's name for the dtype of every floating-point tensor in a folder."""
-    tensors = open_checkpoint(folder).tensors()
-    return {name: _DTYPES[info.dtype] for name, info in tensors.items() if info.dtype in _DTYPES}
-
-
-def _write_weights(
-    model: torch.nn.Module,
-    staging: Path,
-    base: Path | None,
-    *,
-    dtype: torch.dtype,
-    overrides: Mapping[str, Any] | None,
-) -> tuple[PreTrainedModel, InferenceDefaults]:
-    """Save the (merged) weights in the base's dtypes; returns the model that was saved and its defaults."""
-    defaults = capture_model_defaults(model, base=base, overrides=overrides)
-    plain = merged_copy(model, base) if is_adapted(model) else base_model(model)
-    # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
-    wanted = {} if base is None else _stored_dtypes(base)
-    is_mixed = len(set(wanted.values())) > 1
-    weights = plain.state_dict() if is_mixed else _cast(plain.state_dict(), dtype)
-    with inference_defaults(plain, defaults):
-        # The class's own method: a save hook on the instance would do the same again, with other overrides.
-        type(plain).save_pretrained(plain, staging, state_dict=weights)
-    if is_mixed:
-        _recast_files(staging, wanted, dtype)
-    return plain, defaults
-
-
-def _cast(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights on the CPU in `dtype`. Tied names go on sharing one tensor: saving finds ties by their storage."""
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    for tensor in state_dict.values():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in cast:
-            cast[key] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
-    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state_dict.items()}
-
-
-def _recast_files(folder: Path, wanted: Mapping[str, str], default: torch.dtype) -> None:
-    """Rewrite saved weights in the dtype that `wanted` gives each name; shard by shard."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    total = 0
-    for path in open_checkpoint(folder).weight_files():
-        weights = {
-            name: tensor.to(getattr(torch, wanted[name]) if name in wanted else default)
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in load_file(path).items()
-        }
-        total += sum(tensor.nbytes for tensor in weights.values())
-        save_file(weights, path, metadata={"format": "pt"})
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        data = read_json(index)
-        data["metadata"] = {**data.get("metadata", {}), "total_size": total}
-        index.write_text(dump_json(data), encoding="utf-8")
+    return getattr(torch, max(set(dtypes), key=dtypes.count)) if dtypes else dtype
 
 
 def _write_files(
@@ -261,28 +225,13 @@ def _write_files(
     return written.repairs, changes
 
 
-def _verify(
-    model: torch.nn.Module,
-    processor: Any,
-    staging: Path,
-    base: Path | None,
-    *,
-    dtype: torch.dtype,
-    requests: Sequence[Request],
-) -> VerificationResult:
+def _verify(model: torch.nn.Module, staging: Path, base: Path | None, answers: PolicyAnswers) -> VerificationResult:
     inner = base_model(model)
-    requests = list(requests)
-    expected: list[Record] = []
-    noise = 0.0
-    if processor is not None:
-        requests = [replace(request, with_rivals=True) for request in requests or [plain_request()]]
-        expected, again = (policy_records(model, processor, requests, dtype=dtype) for _ in range(2))
-        noise = policy_noise(expected, again)
     result = verify_export(
         staging,
-        requests=requests,
-        expected=expected,
-        noise=noise,
+        requests=answers.requests,
+        expected=answers.records,
+        noise=answers.noise,
         base=base,
         device=str(inner.device),
         attn_implementation=getattr(inner.config, "_attn_implementation", None),
@@ -294,48 +243,13 @@ def _verify(
 
 
 def _write_manifest(staging: Path, result: ExportResult) -> None:
-    files = {
-        str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(staging.rglob("*"))
-        if path.is_file()
-    }
-    manifest = {
-        "manifest_version": MANIFEST_VERSION,
-        "versions": _versions(),
-        "base": None if result.base is None else result.base.name,  # the name alone: exports are uploaded
-        "put_right": [asdict(repair) for repair in result.repairs],
-        "changed_in_training": [str(change) for change in result.changes],
-        "verification": None if result.verification is None else result.verification.to_json(),
-        "files": files,
-    }
-    (staging / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _RECORDED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
-
-
-def manifest_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of an export.
-
-    Raises:
-        CheckpointError: the folder is no model folder.
-        InputError: it is one, but not an export of ours.
-    """
-    checkpoint: Checkpoint = open_checkpoint(path)
-    manifest = checkpoint.json(MANIFEST)
-    if not isinstance(manifest, dict):
-        raise InputError(f"{checkpoint.path}: no {MANIFEST} in it, so it is not an export of this package")
-    return manifest
+    write_manifest(
+        staging,
+        {
+            "base": None if result.base is None else result.base.name,  # the name alone: exports are uploaded
+            "put_right": [asdict(repair) for repair in result.repairs],
+            "changed_in_training": [str(change) for change in result.changes],
+            "verification": None if result.verification is None else result.verification.to_json(),
+        },
+        sums=result.verification is not None,
+    )

@@ -11,9 +11,11 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from grpo_toolkit.cache import CacheProbe, base_model
+from grpo_toolkit.cache import base_model
 from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, Kind, find_base, open_checkpoint, read_json
+from grpo_toolkit.distributed import is_sharded
 from grpo_toolkit.errors import CheckpointError
+from grpo_toolkit.probe import CacheProbe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -216,6 +218,8 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
             options["min_new_tokens"] = request.max_new_tokens
         if request.use_cache is not None:
             options["use_cache"] = request.use_cache
+        if is_sharded(model):  # every rank has to make as many forwards as the one that says most
+            options["synced_gpus"] = True
         output = cast("Any", model).generate(**inputs, **options, streamer=stopwatch)
         peak = stopwatch.peak_memory_bytes()
     prompt_tokens = int(inputs["input_ids"].shape[1])

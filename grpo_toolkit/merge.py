@@ -1,104 +1,209 @@
-"""A LoRA adapter merged into a fresh copy of its base, by PEFT; the live model is left as it is."""
+"""An adapter merged into its base, tensor by tensor: never a model in memory.
+
+    headers and configs -> a plan -> unchanged bytes copied, changed rows computed -> index -> published
+
+The arithmetic is float32 (float64 for a float64 base), the result is rounded once, to the base's dtype. What is not
+supported is refused before anything is written, and every tensor of the adapter has to find its place in the base and
+change it: a merge that did nothing, or half of it, fails and says where.
+"""
 
 from __future__ import annotations
 
-import tempfile
+import os
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.cache import base_model
-from grpo_toolkit.checkpoint import open_checkpoint
-from grpo_toolkit.errors import UnsupportedError, VerificationError
-from grpo_toolkit.inference import load_model
+from grpo_toolkit.adapter import Adapter, find_adapter, open_adapter
+from grpo_toolkit.checkpoint import check_output, find_base, open_checkpoint, staged
+from grpo_toolkit.errors import CheckpointError, InputError, VerificationError
+from grpo_toolkit.lora import LowRank, Update
+from grpo_toolkit.manifest import write_manifest
+from grpo_toolkit.merge_base import Base, open_base
+from grpo_toolkit.merge_plan import plan_updates
+from grpo_toolkit.merge_worker import TensorFile, TensorMerger, single_threaded, worker_count
+from grpo_toolkit.portable import carried_files, copy_files, write_configs
+from grpo_toolkit.shards import plan_shards, refuse_full_disk
+from grpo_toolkit.stream import write_shards
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from grpo_toolkit.stream import Progress
+
+_ALLOW: Final = "if that is meant, allow_unchanged=True (--allow-unchanged)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """A merged model.
+
+    Attributes:
+        path: its folder.
+        base: the base's folder.
+        adapter: the adapter's folder.
+        changed: the stored tensors that the merge changed, by their names in the base.
+        unchanged: those that it reached without changing their rounded values; empty unless that was allowed.
+        copied: how many tensors are the base's, byte for byte.
+        bytes: of all the tensors.
+        seconds: how long it took.
+    """
+
+    path: Path
+    base: Path
+    adapter: Path
+    changed: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    copied: int
+    bytes: int
+    seconds: float
+
+
+def merge_adapter(
+    adapter: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    adapter_name: str | None = None,
+    overwrite: bool = False,
+    allow_unchanged: bool = False,
+    max_shard_size: str | int | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge a LoRA adapter into its base and publish the result as a model folder with the base's own files.
+
+    Supported: LoRA, rsLoRA and DoRA on linear, Conv1D, convolution and embedding layers, ranks and alphas by pattern,
+    `modules_to_save`, trained biases, `target_parameters` (stacked experts, stored stacked or one by one), in any
+    spelling of the names that `names.py` lists. Peak memory is that of the imports and of some blocks of a tensor.
+
+    Args:
+        adapter: a folder as PEFT saves it; one with several adapters needs `adapter_name`.
+        output_dir: the folder to publish; its parent must be writable.
+        base: folder or Hub name of the base; by default the one that the adapter names. Nothing is downloaded.
+        adapter_name: which adapter of the folder ("default" is the one at its top).
+        overwrite: replace an earlier export or merge in `output_dir`.
+        allow_unchanged: publish although some of the adapter changes nothing (an untrained one, or changes that the
+            base's dtype rounds away).
+        max_shard_size: largest weight file, such as "5GB"; by default the files are the base's.
+        progress: called with the bytes done and the bytes in all.
+
+    Raises:
+        UnsupportedError: an option of the adapter, or a base, that is not merged here; the message names it.
+        CheckpointError: adapter or base cannot be read, or do not belong together.
+        OutputExistsError: `output_dir` is there and may not be replaced.
+        VerificationError: values that are not finite, or tensors that did not change; nothing was published.
+    """
+    started = time.monotonic()
+    target = Path(output_dir)
+    check_output(target, overwrite=overwrite)
+    found = open_adapter(find_adapter(adapter, adapter_name))
+    origin = open_base(open_checkpoint(_base_of(found, base)))
+    updates = plan_updates(found, origin)
+    if not allow_unchanged:
+        _refuse_untrained(found, updates)
+    with staged(target, overwrite=overwrite) as staging:
+        merged = merge_weights(
+            found,
+            origin,
+            staging,
+            updates=updates,
+            allow_unchanged=allow_unchanged,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
+        write_configs(origin.path, staging)
+        copy_files(carried_files(origin.path), origin.path, staging)
+        write_manifest(
+            staging,
+            {
+                "base": origin.path.name,
+                "adapter": found.path.name,
+                "changed_tensors": len(merged.changed),
+                "unchanged_tensors": list(merged.unchanged),
+                "verification": None,
+            },
+            sums=False,
+        )
+    return MergeResult(
+        path=target,
+        base=origin.path,
+        adapter=found.path,
+        changed=merged.changed,
+        unchanged=merged.unchanged,
+        copied=merged.copied,
+        bytes=merged.bytes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _base_of(adapter: Adapter, base: str | os.PathLike[str] | None) -> Path:
+    name = adapter.config.get("base_model_name_or_path")
+    if base is not None:
+        folder = find_base(os.fspath(base))
+        if folder is None:
+            raise InputError(f"base {os.fspath(base)}: neither a model folder nor in the local Hub cache")
+        return folder
+    folder = find_base(name, revision=adapter.config.get("revision"))
+    if folder is None:
+        raise CheckpointError(
+            f"{adapter.path}: its config names the base {name!r}, which is not on this machine; pass base= (--base)"
+        )
+    return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedWeights:
+    """What `merge_weights` wrote: names as in the base."""
+
+    changed: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    copied: int
+    bytes: int
+
+
+def merge_weights(
+    adapter: Adapter,
+    base: Base,
+    folder: Path,
+    *,
+    updates: Mapping[str, Update],
+    allow_unchanged: bool = False,
+    max_shard_size: str | int | None = None,
+    progress: Progress | None = None,
+) -> MergedWeights:
+    """Write the base's weights with the adapter merged into them, as `plan_updates` planned; see `merge_adapter`."""
+    shards = plan_shards(base.path, base.tensors, work=updates, max_shard_size=max_shard_size)
+    refuse_full_disk(folder, shards)
+    with TensorMerger(adapter, base) as merger, single_threaded() as setup:
+        write_shards(shards, folder, fill=merger.fill, workers=worker_count(), setup=setup, progress=progress)
+    unchanged = tuple(name for name in updates if name not in merger.changed)
+    if unchanged and not allow_unchanged:
+        some = ", ".join(unchanged[:4]) + (", ..." if len(unchanged) > 4 else "")
+        raise VerificationError(
+            f"not published: {len(unchanged)} of the {len(updates)} tensors that {adapter.path} adapts came out as "
+            f"the base has them ({some}): what is added is zero, or smaller than their dtype can say; {_ALLOW}"
+        )
+    return MergedWeights(
+        changed=tuple(name for name in updates if name in merger.changed),
+        unchanged=unchanged,
+        copied=len(base.tensors) - len(updates),
+        bytes=sum(shard.nbytes for shard in shards),
+    )
+
+
+def _refuse_untrained(adapter: Adapter, updates: Mapping[str, Update]) -> None:
+    """Find out before the work what training leaves of an adapter that never learnt: one factor of each pair zero."""
     import torch
-    from transformers import PreTrainedModel
 
-
-def is_adapted(model: torch.nn.Module) -> bool:
-    """Whether the model is wrapped by PEFT."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def refuse_unmergeable(model: Any) -> None:
-    """Raise for adapters whose merge would not be what was trained.
-
-    Raises:
-        UnsupportedError: not exactly one adapter is active, or it replaces embeddings that the base ties to its head.
-    """
-    if not is_adapted(model):
-        return
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        raise UnsupportedError(f"{len(active)} adapters are active ({', '.join(active)}); activate the one to export")
-    embeddings = [(n, m) for n, m in model.named_modules() if n.endswith(("embed_tokens", "lm_head"))]
-    replaced = [name for name, module in embeddings if hasattr(module, "modules_to_save")]
-    if replaced and any(getattr(level, "tie_word_embeddings", False) for level in _config_and_text(model)):
-        raise UnsupportedError(
-            f"the adapter keeps its own copy of {replaced[0]}, which the base ties to its other end: a merge would "
-            "untie them; leave embed_tokens and lm_head out of modules_to_save"
-        )
-
-
-def _config_and_text(model: Any) -> list[Any]:
-    config = base_model(model).config
-    return [config, config.get_text_config()]
-
-
-def merged_copy(model: Any, base: Path | None) -> PreTrainedModel:
-    """Load the base from disk in float32 and merge the live model's active adapter into it.
-
-    Raises:
-        UnsupportedError: the base is not a folder on this machine.
-    """
-    from peft import PeftModel
-
-    if base is None:
-        name = getattr(base_model(model).config, "_name_or_path", None)
-        raise UnsupportedError(
-            f"an adapter is merged into its base from disk, and the base {name!r} is no folder here; pass base="
-        )
-    [active] = model.active_adapters
-    with tempfile.TemporaryDirectory(prefix="grpo-toolkit-adapter-") as folder:
-        model.save_pretrained(folder, selected_adapters=[active])
-        fresh, _, _ = load_model(base)
-        vocabulary = base_model(model).get_input_embeddings().weight.shape[0]
-        if fresh.get_input_embeddings().weight.shape[0] != vocabulary:
-            raise UnsupportedError(
-                f"the vocabulary was resized to {vocabulary} before the adapter was added; save the resized base, and "
-                "pass its folder as base="
-            )
-        # PEFT saves an adapter that is not called "default" in a folder of its name.
-        saved = Path(folder) if active == "default" else Path(folder, active)
-        merged: PreTrainedModel = PeftModel.from_pretrained(fresh.float(), saved).merge_and_unload(safe_merge=True)
-    return merged
-
-
-def refuse_idle_merge(model: torch.nn.Module, merged: Path, base: Path | None) -> None:
-    """Raise if a merge changed nothing though the adapter says something: it did not reach its modules.
-
-    Raises:
-        VerificationError: every tensor of the merged folder equals the base's.
-    """
-    from safetensors import safe_open
-
-    if base is None or not is_adapted(model) or _is_zero(model):
-        return
-    before, after = open_checkpoint(base).tensors(), open_checkpoint(merged).tensors()
-    for name in after.keys() & before.keys():
-        with safe_open(merged / after[name].file, "pt") as ours, safe_open(base / before[name].file, "pt") as theirs:
-            if not ours.get_tensor(name).equal(theirs.get_tensor(name)):
+    with TensorFile(adapter.weights, adapter.tensors) as file:
+        for update in updates.values():
+            added = update.added
+            if update.replaced_by or update.magnitude or not isinstance(added, LowRank):
                 return
-    if after.keys() & before.keys():
-        raise VerificationError(f"not published: merging the adapter changed no tensor of {base}")
-
-
-def _is_zero(model: Any) -> bool:
-    """Whether the adapter adds nothing: LoRA's second factor starts at zero, and a run without reward leaves it."""
-    from peft import get_peft_model_state_dict
-
-    [active] = model.active_adapters
-    adapter = get_peft_model_state_dict(model, adapter_name=active)
-    second = [tensor for name, tensor in adapter.items() if "lora_B" in name]
-    return bool(second) and not any(tensor.any() for tensor in second)
+            if file.read(added.b, torch.float32).any() and file.read(added.a, torch.float32).any():
+                return
+    raise VerificationError(
+        f"{adapter.path}: untrained: a factor of each of its {len(updates)} pairs is zero, so the merge would be the "
+        f"base; {_ALLOW}"
+    )

@@ -9,25 +9,21 @@ so that is what is asked here.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cache import base_model, random_state_kept
 from grpo_toolkit.checkpoint import ADAPTER_WEIGHTS, Kind, open_checkpoint, read_json
 from grpo_toolkit.errors import CheckpointError, ResumeError
 from grpo_toolkit.inference import dtype_argument
+from grpo_toolkit.whole import TRAINER_STATE
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
+    from pathlib import Path
 
     import torch
     from transformers import TrainerState
-
-TRAINER_STATE: Final = "trainer_state.json"
-_CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,40 +121,3 @@ def is_checkpoint_of(checkpoint: Path, state: TrainerState) -> bool:
         return False
     saved = read_json(path)
     return bool(saved.get("global_step") == state.global_step and saved.get("log_history") == state.log_history)
-
-
-def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, tuple[str, ...]]:
-    """The newest checkpoint of a run that is whole, and what was skipped, with the reason.
-
-    A trainer's saves are not crash-safe: a run killed while saving leaves a half-written newest checkpoint, on
-    which `resume_from_checkpoint=True` stops although the one before it is good.
-
-    Returns:
-        The folder (None where there is none), and one line for each newer checkpoint that was passed over.
-    """
-    found = [
-        (int(match[1]), path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if path.is_dir() and (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    skipped: list[str] = []
-    for _, path in sorted(found, reverse=True):
-        reason = why_not_whole(path)
-        if reason is None:
-            return path, tuple(skipped)
-        skipped.append(f"{path}: {reason}")
-    return None, tuple(skipped)
-
-
-def why_not_whole(checkpoint: Path) -> str | None:
-    """Why a trainer checkpoint cannot be resumed from, or None if it can: readable state, config and all weights."""
-    try:
-        state = read_json(checkpoint / TRAINER_STATE)
-        if not isinstance(state.get("global_step"), int):
-            return f"{TRAINER_STATE} has no global_step"
-        saved = open_checkpoint(checkpoint)
-        if not saved.tensors():
-            return "no weights"
-    except CheckpointError as error:
-        return str(error)
-    return None

@@ -141,8 +141,50 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
     The name is the method's own: pickling a bound method stores its name, and unpickling looks it up on the class.
     """
-    with inference_defaults(self, self.__dict__[_DEFAULTS]):
+    if kwargs.get("state_dict") is not None:
+        kwargs["state_dict"] = tied_again(self, kwargs["state_dict"])
+    with inference_defaults(self, self.__dict__[_DEFAULTS]), published_names(self):
         return type(self).save_pretrained(self, *args, **kwargs)
+
+
+def saved_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The live tensors that a trainer saves of a model: all of them, or of a PEFT model those that it trains."""
+    if hasattr(model, "peft_config"):
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(base_model(model).state_dict(keep_vars=True))
+
+
+def tied_again(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A gathered state dict in which tied names share one tensor, as saving needs it to store them once.
+
+    FSDP2's full state dict and DeepSpeed's copy for saving clone every name by itself: `lm_head` then comes out of a
+    checkpoint a second time, untied.
+    """
+    owner: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner.setdefault(id(parameter), name)
+    first = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+    return {name: state_dict.get(first.get(name, name), tensor) for name, tensor in state_dict.items()}
+
+
+@contextmanager
+def published_names(model: PreTrainedModel) -> Iterator[None]:
+    """Save under the names that the weights were loaded from, also under ZeRO-3.
+
+    transformers >= 5 undoes on saving the renamings of loading. Its loader keeps those that matched something, its
+    ZeRO-3 loader keeps all of them (`integrations/deepspeed.py`): undoing one that never applied turns `model.layers`
+    into `model.model.layers`, which transformers 4.x, vLLM and SGLang do not know.
+    """
+    renamings = getattr(model, "_weight_conversions", None)
+    used = [renaming for renaming in renamings or () if not hasattr(renaming, "was_used") or renaming.was_used()]
+    if not used:
+        yield
+        return
+    try:
+        model._weight_conversions = used
+        yield
+    finally:
+        model._weight_conversions = renamings
 
 
 @contextmanager
@@ -188,8 +230,21 @@ def remember_plain_state(model: torch.nn.Module) -> None:
     setattr(inner, _PLAIN_STATE, (cache_flags(inner.config), copy.deepcopy(inner.generation_config)))
 
 
-def save_as_plain_trainer(model: torch.nn.Module, folder: Path, processing_class: Any = None) -> None:
-    """Save a model as the same trainer would have without us, to measure what that costs."""
+def save_as_plain_trainer(
+    model: torch.nn.Module,
+    folder: Path,
+    processing_class: Any = None,
+    *,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save a model as the same trainer would have without us, to measure what that costs.
+
+    Args:
+        model: the live model, PEFT-wrapped or not.
+        folder: where to.
+        processing_class: the processor or tokenizer to save with it.
+        weights: its gathered `saved_state` if it is sharded.
+    """
     inner = base_model(model)
     flags, generation_config = cache_flags(inner.config), inner.generation_config
     plain_flags, plain_generation_config = vars(inner).get(_PLAIN_STATE, (flags, generation_config))
@@ -197,7 +252,7 @@ def save_as_plain_trainer(model: torch.nn.Module, folder: Path, processing_class
         set_cache_flags(inner.config, plain_flags)
         inner.generation_config = plain_generation_config
         plain_save: Any = type(model)  # the class's own method, past the hook on the instance
-        plain_save.save_pretrained(model, folder)
+        plain_save.save_pretrained(model, folder, state_dict=weights)
     finally:
         set_cache_flags(inner.config, flags)
         inner.generation_config = generation_config

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, TensorInfo, open_checkpoint
 from grpo_toolkit.defaults import capture_defaults
+from grpo_toolkit.distributed import is_sharded
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.inference import Record, Request, generate
 from grpo_toolkit.worker import Worker
@@ -115,11 +116,60 @@ def verify_export(
     return VerificationResult(checks=tuple(checks))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PolicyAnswers:
+    """What a trained policy was asked and answered, and by how much its logits may be off: between two runs of it, and
+    by what its dtype rounds."""
+
+    requests: tuple[Request, ...]
+    records: tuple[Record, ...]
+    noise: float
+
+
+def ask_policy(
+    model: torch.nn.Module, processor: Any, requests: Sequence[Request], *, dtype: torch.dtype | None = None
+) -> PolicyAnswers:
+    """Ask a live policy everything twice; collective where it is sharded.
+
+    Args:
+        model: the trained model.
+        processor: its processor or tokenizer; without one it cannot be asked anything.
+        requests: what to ask; a text-only request is made up where there are none.
+        dtype: what its export will be stored in.
+    """
+    if processor is None:
+        return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
+    asked = tuple(replace(request, with_rivals=True) for request in requests or [plain_request()])
+    with _seen_dtype(model) as computed_in:
+        records, again = (policy_records(model, processor, asked, dtype=dtype) for _ in range(2))
+    # FSDP2 and ZeRO compute in bfloat16 where the export of a float32 base does not: the export's own margin is too
+    # narrow for what the policy rounds.
+    noise = max(policy_noise(records, again), *(TIE_MARGINS.get(name, 0.0) / 2 for name in computed_in))
+    return PolicyAnswers(requests=asked, records=tuple(records), noise=noise)
+
+
+@contextmanager
+def _seen_dtype(model: torch.nn.Module) -> Iterator[set[str]]:
+    """The dtypes in which a model's embeddings came out inside, which are those that it computed in."""
+    seen: set[str] = set()
+    embeddings = base_model(model).get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _m, _args, out: seen.add(str(out.dtype).removeprefix("torch.")))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def policy_records(
     model: torch.nn.Module, processor: Any, requests: Sequence[Request], *, dtype: torch.dtype | None = None
 ) -> list[Record]:
-    """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`."""
-    with inference_ready(model), _without_autocast(model), _parameters_as(model, dtype):
+    """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`.
+
+    A sharded model is asked as it stands: it computes in the dtype of its mixed precision, and its engine holds on to
+    parameters of its own.
+    """
+    rounded = None if is_sharded(model) else dtype
+    with inference_ready(model), _without_autocast(model), _parameters_as(model, rounded):
         return [generate(model, processor, request) for request in requests]
 
 

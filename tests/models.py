@@ -139,7 +139,61 @@ def build_llava(folder: Path) -> Path:
     return folder
 
 
+def build_gpt2(folder: Path) -> Path:
+    """Matrices stored as (in, out), biases everywhere, embeddings tied."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return _save_random(
+        GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64), folder
+    )
+
+
+def build_qwen3_moe(folder: Path) -> Path:
+    """Stacked experts in transformers 5, published one by one."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        moe_intermediate_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+    )
+    return _save_random(Qwen3MoeForCausalLM, config, folder)
+
+
+def build_mixtral(folder: Path) -> Path:
+    """The same with other names: `block_sparse_moe`, w1, w2, w3."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    return _save_random(MixtralForCausalLM, config, folder)
+
+
+def _save_random(model_class: Any, config: Any, folder: Path) -> Path:
+    import torch
+
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(folder)
+    return folder
+
+
 BUILDERS = {"qwen2_5_vl": build_qwen2_5_vl, "llava": build_llava, "llama": build_llama}
+MERGE_BUILDERS = {**BUILDERS, "gpt2": build_gpt2, "qwen3_moe": build_qwen3_moe, "mixtral": build_mixtral}
 
 
 def byte_tokenizer(extra: list[str] | None = None) -> Any:

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from grpo_toolkit.attention import DecodeWithoutCudnn
 from grpo_toolkit.cache import (
-    CacheProbe,
     base_model,
     cache_flags,
     config_levels,
     disable_cache_for_training,
     enable_cache_for_generation,
     inference_ready,
-    is_sharded,
     leave_training,
     set_cache_flags,
-    vision_tower,
 )
 from grpo_toolkit.callbacks import KVCacheCallback
-from grpo_toolkit.inference import generate, load_model
+from grpo_toolkit.distributed import is_sharded
+from grpo_toolkit.inference import generate, load_model, prepare_inputs
+from grpo_toolkit.probe import CacheProbe, Decoding, RolloutWatch, vision_tower
 from training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:
@@ -210,3 +210,95 @@ def test_after_training_a_plain_trainer_leaves_a_model_that_talks_nonsense_and_o
             right = generate(trainer.model, trainer.processing_class, image_request)
         texts[name] = (record.tokens == right.tokens, probe.is_cached)
     assert texts == {"plain": (False, False), "ours": (True, True)}
+
+
+def watched_generation(model: Any, processor: Any, request: Request, **settings: Any) -> Decoding | None:
+    watch = RolloutWatch(model)
+    with torch.no_grad():
+        model.generate(**prepare_inputs(processor, request), max_new_tokens=4, do_sample=False, **settings)
+    watch.close()
+    return watch.seen
+
+
+def test_a_watch_tells_how_a_rollout_decodes(model: Any, processor: Any, image_request: Request) -> None:
+    assert watched_generation(model, processor, image_request) is Decoding.CACHED
+    assert watched_generation(model, processor, image_request, use_cache=False) is Decoding.RECOMPUTED
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert watched_generation(model, processor, image_request) is Decoding.FORGETFUL
+
+
+def test_a_watch_takes_no_training_forward_for_a_rollout(model: Any) -> None:
+    watch = RolloutWatch(model)
+    tokens = torch.arange(12).reshape(2, 6)
+    for length in (4, 5, 6):
+        model(input_ids=tokens[:, :length])  # gradients are wanted
+    with torch.no_grad():
+        for length in (4, 6, 5):  # log-probabilities of batches of other lengths
+            model(input_ids=tokens[:, :length])
+        model(input_ids=tokens[:, :6].flip(0))
+    assert watch.seen is None
+    watch.close()
+
+
+def test_the_first_rollout_is_watched_and_one_without_a_cache_is_said(
+    qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = KVCacheCallback(strict=True)
+    trainer = grpo_trainer(qwen, tmp_path / "cached", [callback], max_steps=1)
+    hooks = len(trainer.model._forward_pre_hooks)
+    trainer.train()
+    assert callback.decoding is Decoding.CACHED
+    assert "the first rollout decoded" not in caplog.text
+    trainer = grpo_trainer(qwen, tmp_path / "not", [callback], max_steps=1, generation_kwargs={"use_cache": False})
+    trainer.train()
+    assert callback.decoding is Decoding.RECOMPUTED
+    assert "the first rollout decoded without a KV cache" in caplog.text
+    assert len(trainer.model._forward_pre_hooks) == hooks  # nothing of us is left on the model
+
+
+def test_decode_steps_alone_are_kept_off_cudnn(model: Any, processor: Any, image_request: Request) -> None:
+    seen: list[tuple[int, bool]] = []
+    attention = model.get_decoder().layers[0].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(
+            (kwargs["hidden_states"].shape[1], torch.backends.cuda.cudnn_sdp_enabled())
+        ),
+        with_kwargs=True,
+    )
+    guard = DecodeWithoutCudnn(model)
+    generate(model, processor, image_request)
+    model(input_ids=torch.arange(6)[None])
+    model(input_ids=torch.arange(1)[None])  # one token, but of a training forward
+    guard.close()
+    lengths = [length for length, _ in seen]
+    assert [enabled for _, enabled in seen] == [True, *[False] * 7, True, True]
+    assert lengths[1:] == [*[1] * 7, 6, 1]
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    attention.register_forward_pre_hook(out_of_memory)
+    guard = DecodeWithoutCudnn(model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="out of memory"):
+        model(input_ids=torch.arange(1)[None])
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("kind", ["compiled", "data parallel", "PEFT"])
+def test_inference_ready_sees_through_wrappers(kind: str, model: Any, processor: Any, image_request: Request) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    expected = generate(model, processor, image_request).tokens
+    model.train()
+    model.gradient_checkpointing_enable()
+    wrap = {
+        "compiled": lambda: torch.compile(model, backend="eager"),
+        "data parallel": lambda: torch.nn.DataParallel(model),
+        "PEFT": lambda: get_peft_model(model, LoraConfig(target_modules=["q_proj"], lora_dropout=0.5)).train(),
+    }
+    wrapped = wrap[kind]()
+    before = snapshot(wrapped)
+    with inference_ready(wrapped):
+        assert generate(base_model(wrapped), processor, image_request).tokens == expected
+    assert snapshot(wrapped) == before

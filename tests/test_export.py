@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError, UnsupportedError, VerificationError
-from grpo_toolkit.export import export_model, manifest_of
+from grpo_toolkit.export import export_model
 from grpo_toolkit.inference import generate, load_model
 from grpo_toolkit.latency.workload import requests_from_rows
+from grpo_toolkit.manifest import manifest_of
+from grpo_toolkit.merge import merge_adapter
 from grpo_toolkit.verify import verify_export
 from training import grpo_trainer, rows, v5_only
 
@@ -300,13 +302,30 @@ def test_an_adapter_whose_keys_fit_nowhere_is_refused(qwen: Path, tmp_path: Path
         export_model(adapter, tmp_path / "export")
 
 
-def test_a_merge_that_changes_nothing_is_refused(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_adapter_is_merged_in_memory(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import PeftModel
 
+    def never(self: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the base was loaded to merge into it")
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", never, raising=False)
     adapter = lora_checkpoint(qwen, tmp_path / "adapter")
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **kwargs: self.unload(), raising=False)
-    with pytest.raises(VerificationError, match="merging the adapter changed no tensor"):
-        export_model(adapter, tmp_path / "export")
+    result = export_model(adapter, tmp_path / "export")
+    assert result.verification is not None
+    assert result.verification.passed
+    merge_adapter(adapter, tmp_path / "merged")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("export", "merged"))
+    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+
+
+def test_an_adapter_that_learnt_nothing_is_exported_as_its_base(qwen: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, processor, _ = load_model(qwen)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=r".*layers.*q_proj"))
+    result = export_model(adapted, tmp_path / "export", processing_class=processor)
+    assert result.verification is not None
+    assert result.verification.passed
 
 
 @pytest.mark.parametrize("name", ["default", "policy"])
@@ -365,8 +384,11 @@ def test_a_policy_that_answers_in_one_token_is_exported(qwen: Path, tmp_path: Pa
     assert result.verification.passed
 
 
-def test_sharded_models_are_refused_with_the_way_out(qwen: Path, tmp_path: Path) -> None:
+def test_fsdp1_is_refused_with_the_way_out(qwen: Path, tmp_path: Path) -> None:
+    class FullyShardedDataParallel(torch.nn.Module):
+        """Told by its class's name, so that torch need not be asked."""
+
     model = load_model(qwen)[0]
-    next(iter(model.parameters())).ds_id = 0  # as DeepSpeed ZeRO-3 marks its parameters
+    model.wrapped = FullyShardedDataParallel()
     with pytest.raises(UnsupportedError, match="export that folder"):
         export_model(model, tmp_path / "export")

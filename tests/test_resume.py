@@ -11,7 +11,8 @@ import torch
 from grpo_toolkit import ExportCallback, KVCacheCallback, ResumeGuardCallback
 from grpo_toolkit.errors import ResumeError
 from grpo_toolkit.inference import load_model
-from grpo_toolkit.resume import ensure_checkpoint_weights, last_whole_checkpoint, why_not_whole
+from grpo_toolkit.resume import ensure_checkpoint_weights
+from grpo_toolkit.whole import last_whole_checkpoint, why_not_whole
 from training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from grpo_toolkit import ExportCallback, KVCacheCallback, inference_ready
-from grpo_toolkit.cache import CacheProbe
 from grpo_toolkit.inference import Request, generate, load_model, prepare_inputs
+from grpo_toolkit.probe import CacheProbe
 from training import rows
 
 if TYPE_CHECKING:

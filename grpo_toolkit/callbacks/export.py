@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from grpo_toolkit.inference import Request
+
 published: WeakKeyDictionary[torch.nn.Module, ExportResult] = WeakKeyDictionary()
 """What was published of each trained model, for the callbacks after this one."""
 
@@ -36,7 +38,7 @@ class ExportCallback(GuardedCallback):
         num_prompts: how many of them.
         generation_overrides: keys for `generation_config.json` that win over the base's.
         overwrite: replace an earlier export in `output_dir`.
-        strict: raise at the end of training if the export failed.
+        strict: raise at the end of training if the export failed, on every rank.
 
     Raises:
         OutputExistsError: at once, if `output_dir` is there and may not be replaced.
@@ -71,25 +73,31 @@ class ExportCallback(GuardedCallback):
         self.result = None
         with self._guarded("the export after this training"):
             published.pop(base_model(kwargs["model"]), None)
-            refuse_unsupported(kwargs["model"])
+            if state.is_world_process_zero:
+                refuse_unsupported(kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = kwargs["model"]
-        if state.is_world_process_zero:
+        requests: list[Request] = []
+        with self._guarded("finding prompts to verify the export with"):
+            requests = find_requests(self.prompts, kwargs, limit=self.num_prompts)
+        if self._agree():
             with self._guarded("the export"):
-                self.result = export_model(
-                    model,
-                    self.output_dir,
-                    base=self.base,
-                    processing_class=kwargs.get("processing_class"),
-                    requests=find_requests(self.prompts, kwargs, limit=self.num_prompts),
-                    generation_overrides=self.generation_overrides,
-                    overwrite=self.overwrite,
-                )
-                published[base_model(model)] = self.result
-            with self._guarded("showing the export"):
-                if self.result is not None:
-                    say(export_table(self.result))
+                self._export(kwargs["model"], kwargs.get("processing_class"), requests)
+        self._agree()  # a barrier: the other ranks would wait for rank 0 in a collective that gives up
         self._raise_if_strict()
+
+    def _export(self, model: torch.nn.Module, processing_class: Any, requests: list[Request]) -> None:
+        self.result = export_model(
+            model,
+            self.output_dir,
+            base=self.base,
+            processing_class=processing_class,
+            requests=requests,
+            generation_overrides=self.generation_overrides,
+            overwrite=self.overwrite,
+        )
+        if self.result is not None:
+            published[base_model(model)] = self.result
+            say(export_table(self.result))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from grpo_toolkit.errors import GrpoToolkitError
+from grpo_toolkit.distributed import exchange, rank, world_size
+from grpo_toolkit.errors import GrpoToolkitError, PeerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,8 +42,21 @@ class GuardedCallback(TrainerCallback):  # type: ignore[misc]
             message = f"{what} failed: {type(error).__name__}: {error}"
             if message not in self.failures:
                 self.failures.append(message)
-                logger.error("grpo_toolkit: %s", message, exc_info=not isinstance(error, GrpoToolkitError))
+                where = f" (rank {rank()})" if world_size() > 1 else ""
+                is_known = isinstance(error, GrpoToolkitError)
+                logger.error("grpo_toolkit%s: %s", where, message, exc_info=not is_known)
             self._first_error = self._first_error or error
+
+    def _agree(self) -> bool:
+        """Whether no rank has failed so far; waits until all of them are here, so call it on every rank."""
+        said: list[str | None] = ["no answer"]
+        with self._guarded("agreeing with the other ranks"):
+            said = exchange(self.failures[0] if self.failures else None)
+        for number, problem in enumerate(said):
+            if problem is not None and self._first_error is None:  # said already, where it happened
+                self._first_error = PeerError(f"rank {number}: {problem}")
+                self.failures.append(str(self._first_error))
+        return not any(said)
 
     def _raise_if_strict(self) -> None:
         if self.strict and self._first_error is not None:

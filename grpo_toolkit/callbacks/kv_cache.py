@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.attention import DecodeWithoutCudnn, plans_per_length
 from grpo_toolkit.cache import (
     base_model,
     disable_cache_for_training,
@@ -14,6 +15,7 @@ from grpo_toolkit.cache import (
     set_cache_flags,
 )
 from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.probe import Decoding, RolloutWatch
 from grpo_toolkit.saving import capture_model_defaults, install_save_hook, remember_plain_state
 
 if TYPE_CHECKING:
@@ -32,13 +34,30 @@ class KVCacheCallback(GuardedCallback):
 
     Args:
         generation_overrides: keys for `generation_config.json` in every save that win over the base's.
+        cudnn_decoding: whether rollouts may decode with cuDNN's attention; None (the default) keeps them off it on
+            Hopper GPUs, where it plans anew for every length.
         strict: raise at the end of training if a promise could not be kept.
+
+    Attributes:
+        defaults: the inference defaults that every save carries.
+        decoding: how the first rollout of the last training was seen to decode, or None where it was not seen: vLLM
+            does not run the trainer's model.
     """
 
-    def __init__(self, *, generation_overrides: Mapping[str, Any] | None = None, strict: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        generation_overrides: Mapping[str, Any] | None = None,
+        cudnn_decoding: bool | None = None,
+        strict: bool = False,
+    ) -> None:
         super().__init__(strict=strict)
         self.generation_overrides = generation_overrides
+        self.cudnn_decoding = cudnn_decoding
         self.defaults: InferenceDefaults | None = None
+        self.decoding: Decoding | None = None
+        self._watch: RolloutWatch | None = None
+        self._without_cudnn: DecodeWithoutCudnn | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,17 +84,49 @@ class KVCacheCallback(GuardedCallback):
                     "would have run without a cache. It is on now, and will be in every save",
                     "none on disk" if self.defaults is None else self.defaults.source,
                 )
+        self._let_go()
+        self.decoding = None
+        # Hooks would make torch.compile stop and start at every forward.
+        if not args.torch_compile:
+            with self._guarded("watching the rollouts"):
+                self._watch = RolloutWatch(model)
+                may_use = self.cudnn_decoding
+                if not (not plans_per_length(base_model(model).device) if may_use is None else may_use):
+                    self._without_cudnn = DecodeWithoutCudnn(model)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the first step: say so if its rollout decoded without a cache."""
+        if self._watch is None:
+            return
+        self.decoding = self._watch.seen
+        self._watch.close()
+        self._watch = None
+        if self.decoding not in (None, Decoding.CACHED) and state.is_world_process_zero:
+            logger.warning(
+                "grpo_toolkit: the first rollout decoded %s; look for use_cache=False in generation_kwargs or in your "
+                "own call of generate",
+                self.decoding.value,
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as its user expects it: configs as the base had them, eval mode, no checkpointing."""
         model = kwargs["model"]
+        self._let_go()
         with self._guarded("putting the cache back"):
             if self.defaults is not None:
                 set_cache_flags(base_model(model).config, dict.fromkeys(self.defaults.cache_levels, True))
             leave_training(model)
         self._raise_if_strict()
+
+    def _let_go(self) -> None:
+        for hooks in (self._watch, self._without_cudnn):
+            if hooks is not None:
+                hooks.close()
+        self._watch = self._without_cudnn = None
 
     def _attach(self, model: torch.nn.Module) -> None:
         self.defaults = capture_model_defaults(model, overrides=self.generation_overrides)

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.cache import base_model, is_sharded
+from grpo_toolkit.cache import base_model
 from grpo_toolkit.callbacks.export import published
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.prompts import find_requests
+from grpo_toolkit.distributed import gather, is_sharded
 from grpo_toolkit.latency.measure import Arm, LatencyRow, measure_latency
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
-from grpo_toolkit.saving import base_folder, save_as_plain_trainer
+from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
 from grpo_toolkit.tracking.console import latency_table, say, wandb_hint
 from grpo_toolkit.tracking.plots import latency_chart
 from grpo_toolkit.tracking.wandb import log_latency, prepare_environment, run_folder
@@ -81,22 +82,41 @@ class LatencyCallback(GuardedCallback):
             if "wandb" in args.report_to and args.should_log:
                 prepare_environment(args.output_dir)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.rows = []
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        weights: dict[str, torch.Tensor] | None = None
+        with self._guarded("gathering the checkpoint to time"):
+            if "checkpoint" in self.arms and is_sharded(kwargs["model"]):
+                weights = gather(saved_state(kwargs["model"]))
         if state.is_world_process_zero:
             with self._guarded("the latency measurement"):
-                self._measure(args, state, kwargs)
+                self._measure(args, state, kwargs, weights)
+        self._agree()  # a barrier: the other ranks would wait for rank 0 in a collective that gives up
         self._raise_if_strict()
 
-    def _measure(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
+    def _measure(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        kwargs: Mapping[str, Any],
+        weights: dict[str, torch.Tensor] | None,
+    ) -> None:
         model = kwargs["model"]
         folder = Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, "latency")
         folder.mkdir(parents=True, exist_ok=True)
         inner = base_model(model)
         requests = find_requests(self.prompts, kwargs, limit=self.num_prompts)
         with tempfile.TemporaryDirectory(prefix=".plain-checkpoint-", dir=folder) as plain:
-            arms = self._find_arms(model, Path(plain), kwargs.get("processing_class"))
+            if "checkpoint" in self.arms:
+                save_as_plain_trainer(model, Path(plain), kwargs.get("processing_class"), weights=weights)
+            arms = self._find_arms(model, Path(plain))
             rows = measure_latency(
                 arms,
                 requests or [plain_request()],
@@ -113,16 +133,12 @@ class LatencyCallback(GuardedCallback):
         if log_latency(self.rows, step=state.global_step):
             say(wandb_hint(*run_folder()))
 
-    def _find_arms(self, model: torch.nn.Module, plain: Path, processing_class: Any) -> list[Arm]:
+    def _find_arms(self, model: torch.nn.Module, plain: Path) -> list[Arm]:
         export = published.get(base_model(model))
         base = export.base if export is not None else base_folder(model)
-        # Saving a sharded model is a collective, and this is rank 0 alone.
-        has_checkpoint = "checkpoint" in self.arms and not is_sharded(model)
-        if has_checkpoint:
-            save_as_plain_trainer(model, plain, processing_class)
         folders = {
             "base": base,
-            "checkpoint": plain if has_checkpoint else None,
+            "checkpoint": plain,
             "export": None if export is None else export.path,
             "export_no_cache": None if export is None else export.path,
         }

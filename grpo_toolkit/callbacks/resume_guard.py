@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from grpo_toolkit.cache import is_sharded
-from grpo_toolkit.errors import CheckpointError, GrpoToolkitError
+from grpo_toolkit.distributed import exchange, is_sharded
+from grpo_toolkit.errors import CheckpointError, GrpoToolkitError, ResumeError
 from grpo_toolkit.resume import ResumeReport, ensure_checkpoint_weights, is_checkpoint_of
 
 if TYPE_CHECKING:
@@ -45,12 +45,19 @@ class ResumeGuardCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if state.global_step == 0:
             return
+        problem: str | None = None
         try:
             folder = self._resumed_from(args, state)
             self._ensure(kwargs["model"], folder, state)
+        except ResumeError as error:
+            problem = str(error)
         except (CheckpointError, OSError) as error:  # nothing is proven wrong: training may go on
             if state.is_world_process_zero:
                 logger.warning("grpo_toolkit: it is not proven that this resume has its weights: %s", error)
+        # All ranks stop if one has to, rather than wait for it in the first step.
+        found = [said for said in (problem, *exchange(problem)) if said is not None]
+        if found:
+            raise ResumeError(found[0])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

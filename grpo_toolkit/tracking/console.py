@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from rich.table import Table
@@ -58,6 +59,21 @@ def export_table(result: ExportResult) -> Table:
     for check in result.verification.checks if result.verification else ():
         table.add_row(check.name, Text(("ok: " if check.passed else "FAILED: ") + check.detail))
     return table
+
+
+@contextmanager
+def byte_progress(title: str, *, is_shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error with bytes and time left, as a callback for those who copy; None where none is shown."""
+    if not is_shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def wandb_hint(folder: Path, is_offline: bool) -> str:

@@ -1,0 +1,101 @@
+"""Several processes: whether a model is sharded over them, how its weights are gathered, how the ranks agree.
+
+Gathering goes tensor by tensor, so that no rank ever holds more than one whole tensor beside rank 0's copy on the
+CPU. It asks the parameters rather than the engine: a ZeRO-3 run whose DeepSpeed config does not gather on save
+(`stage3_gather_16bit_weights_on_model_save: false`), or an FSDP2 run with sharded state dicts, gives up its weights
+all the same. Every function here that says *collective* has to be called on all ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+
+PATIENCE: Final = timedelta(days=1)
+"""How long ranks wait for one that exports or measures. NCCL's own limit is ten minutes, and ends the run."""
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether this process holds only a part of the weights: FSDP1, FSDP2 (DTensors) or ZeRO-3 (`ds_id`)."""
+    return is_fsdp1(model) or any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
+
+
+def is_fsdp1(model: torch.nn.Module) -> bool:
+    """Whether any part of the model is wrapped by the first FSDP, which flattens its parameters."""
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+def gather(tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU of rank 0, {} on the others; collective where the tensors are sharded.
+
+    Args:
+        tensors: live parameters and buffers by name, `model.state_dict(keep_vars=True)` or a part of it.
+        dtype: what floating-point tensors become; None leaves them.
+
+    Returns:
+        The tensors, detached. Names that shared one parameter share one tensor again: saving finds ties by that.
+    """
+    live = {id(tensor): tensor for tensor in tensors.values()}  # once each, on every rank alike
+    is_main = rank() == 0
+    whole: dict[int, torch.Tensor] = {}
+    for key, tensor in live.items():
+        with _unsharded(tensor) as full:
+            if is_main:
+                whole[key] = full.detach().to("cpu", dtype if full.is_floating_point() else None)
+    return {name: whole[id(tensor)] for name, tensor in tensors.items()} if is_main else {}
+
+
+@contextmanager
+def _unsharded(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor.detach().clone()  # the parameter is emptied again on exit
+    elif hasattr(tensor, "device_mesh"):
+        yield cast("Any", tensor).full_tensor()
+    else:
+        yield tensor
+
+
+def rank() -> int:
+    """This process's rank; 0 where there is one process."""
+    return int(_distributed().get_rank()) if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    distributed = _distributed()
+    return int(distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def exchange(problem: str | None) -> list[str | None]:
+    """What went wrong on each rank, the same list everywhere; collective, and so also a barrier.
+
+    It waits for a rank that is busy for hours, on the CPU: not on NCCL, which would occupy the waiting GPUs, and end
+    the run after ten minutes.
+    """
+    if world_size() == 1:
+        return [problem]
+    said: list[str | None] = [None] * world_size()
+    _distributed().all_gather_object(said, problem, group=_patient_group(_distributed().group.WORLD))
+    return said
+
+
+@functools.lru_cache(maxsize=1)
+def _patient_group(world: object) -> Any:
+    # Keyed by the world's own group: one that was destroyed and made anew asks for another.
+    return _distributed().new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _distributed() -> Any:
+    import torch.distributed
+
+    return torch.distributed

@@ -1,0 +1,113 @@
+"""Which tensor goes into which weight file: as in the folder they come from, or in files of a given size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.stream import Entry, Shard, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from grpo_toolkit.checkpoint import TensorInfo
+
+# What else an export writes: configs, tokenizer, index.
+_SPARE_BYTES: Final = 64 * 2**20
+
+
+def plan_shards(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    *,
+    work: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    max_shard_size: str | int | None = None,
+) -> list[Shard]:
+    """The output files for the tensors of a folder: its own files and order, unless a size is given.
+
+    Args:
+        folder: where the tensors are.
+        tensors: by name, as `Checkpoint.tensors` gives them.
+        work: what is to be done to some of them (`Entry.work`); the others are copied.
+        names: what some of them are called in the output.
+        dtypes: what some of them are stored as there; such a tensor has to be among `work`.
+        max_shard_size: largest file, as a number of bytes or as "5GB".
+
+    Raises:
+        InputError: `max_shard_size` is no size.
+        CheckpointError: a tensor's bytes are not those of its dtype and shape.
+    """
+    by_file: dict[str, list[Entry]] = {}
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].span)):
+        entry = _entry(folder, name, info)
+        dtype = (dtypes or {}).get(name, info.dtype)
+        entry = replace(entry, name=(names or {}).get(name, name), dtype=dtype, work=work.get(name))
+        by_file.setdefault(info.file, []).append(entry)
+    metadata = {file: _metadata(folder / file) for file in by_file}
+    if max_shard_size is not None:
+        by_file, metadata = _split([entry for held in by_file.values() for entry in held], max_shard_size), {}
+    return [
+        Shard(file=file, entries=tuple(held), metadata={"format": "pt", **metadata.get(file, {})})
+        for file, held in by_file.items()
+    ]
+
+
+def _entry(folder: Path, name: str, info: TensorInfo) -> Entry:
+    source = Span(path=folder / info.file, begin=info.span[0], end=info.span[1], dtype=info.dtype)
+    entry = Entry(name=name, dtype=info.dtype, shape=info.shape, source=source)
+    try:
+        size = entry.nbytes
+    except KeyError as error:
+        raise CheckpointError(f"{source.path}: {name} has the dtype {info.dtype}, which is not known here") from error
+    if size != source.end - source.begin:
+        stored = source.end - source.begin
+        raise CheckpointError(
+            f"{source.path}: {name} takes {size} bytes as {info.dtype} of {info.shape}, but {stored} are stored"
+        )
+    return entry
+
+
+def _split(entries: Sequence[Entry], max_shard_size: str | int) -> dict[str, list[Entry]]:
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    by_name = {entry.name: entry for entry in entries}
+    try:
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda entry: entry.nbytes,
+            get_storage_id=lambda entry: None,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise InputError(f"--max-shard-size {max_shard_size}: not a size such as 5GB ({error})") from error
+    return {file: [by_name[name] for name in held] for file, held in split.filename_to_tensors.items()}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file whose header `read_safetensors_header` has accepted."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata = json.loads(file.read(length)).get("__metadata__")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def refuse_full_disk(folder: Path, shards: Sequence[Shard]) -> None:
+    """Raise before anything is written where the weights will not fit.
+
+    Raises:
+        InputError: too little room on the folder's file system.
+    """
+    needed, free = sum(shard.nbytes for shard in shards) + _SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, or name "
+            "a folder on another disk"
+        )

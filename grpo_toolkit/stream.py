@@ -1,0 +1,259 @@
+"""Safetensors files written as a stream: what stays is copied by the kernel, what changes is written in place.
+
+A file is planned first, header and all, so every tensor's place is known before a weight is read. Workers then fill
+the places in any order: reading, arithmetic and writing overlap, and memory is the workers' buffers, whatever the
+model's size. Standard library only.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint import WEIGHTS, WEIGHTS_INDEX, dump_json
+from grpo_toolkit.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    Fill = Callable[["Entry", int, int], None]
+    Progress = Callable[[int, int], None]
+
+# One request of a copy: long enough to be cheap, short enough that workers share a large file and progress is seen.
+_COPY_BYTES: Final = 32 * 2**20
+_BITS: Final = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Bytes of a file that hold a tensor."""
+
+    path: Path
+    begin: int
+    end: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor to be written: as what, from where, and by whom if its bytes are not simply the source's.
+
+    Attributes:
+        name: the tensor's name in the output.
+        dtype: safetensors' name of its dtype there.
+        shape: in elements.
+        source: the bytes that it is made of.
+        work: what `fill` needs to know to make it; None for a plain copy.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: Span
+    work: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        elements = 1
+        for size in self.shape:
+            elements *= size
+        return elements * _BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One output file: its tensors in the order of their bytes."""
+
+    file: str
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+    def header(self) -> bytes:
+        """Length and JSON, padded so that the data is aligned."""
+        described: dict[str, Any] = {"__metadata__": self.metadata}
+        end = 0
+        for entry in self.entries:
+            begin, end = end, end + entry.nbytes
+            described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+
+def write_shards(
+    shards: Sequence[Shard],
+    folder: Path,
+    *,
+    fill: Fill,
+    workers: int = 2,
+    setup: Callable[[], None] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write every shard into `folder`, then the index, where there is more than one file.
+
+    Args:
+        shards: what to write; names are unique over all of them.
+        folder: an existing folder.
+        fill: makes an entry that is not a plain copy: the entry, the open file, the offset to write at.
+        workers: threads that copy and fill.
+        setup: run once in each of them.
+        progress: told the bytes done and the bytes in all.
+
+    Raises:
+        InputError: a file cannot be written (no space, no permission); what is there is incomplete.
+        CheckpointError: a source ends early.
+    """
+    total, done = sum(shard.nbytes for shard in shards), 0
+    with ThreadPoolExecutor(workers, initializer=setup) as pool:
+        try:
+            for shard in shards:
+                for written in _write_shard(shard, folder, pool, fill):
+                    done += written
+                    if progress is not None:
+                        progress(done, total)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            hint = "; make room and run it again" if error.errno == errno.ENOSPC else ""
+            raise InputError(f"{error.filename or folder}: cannot be written ({reason}){hint}") from error
+    if len(shards) > 1 or (shards and shards[0].file != WEIGHTS):
+        weight_map = {entry.name: shard.file for shard in shards for entry in shard.entries}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / WEIGHTS_INDEX).write_text(dump_json(index), encoding="utf-8")
+
+
+def _write_shard(shard: Shard, folder: Path, pool: ThreadPoolExecutor, fill: Fill) -> Iterator[int]:
+    header = shard.header()
+    descriptor = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        os.ftruncate(descriptor, len(header) + shard.nbytes)
+        write_at(descriptor, header, 0)
+        pending = {
+            pool.submit(task, descriptor, offset): size for task, offset, size in _tasks(shard, len(header), fill)
+        }
+        try:
+            waiting = set(pending)
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_EXCEPTION, timeout=0.2)
+                for future in finished:
+                    future.result()
+                    yield pending[future]
+        finally:
+            for future in pending:
+                future.cancel()
+            wait(pending)
+    finally:
+        os.close(descriptor)
+
+
+def _tasks(shard: Shard, offset: int, fill: Fill) -> Iterator[tuple[Callable[[int, int], None], int, int]]:
+    """What to do, where in the file, and how many bytes that is; neighbours that are copied are copied together."""
+    copied: list[Entry] = []
+    begin = offset
+    for entry in shard.entries:
+        if entry.work is None and (not copied or _follows(copied[-1], entry)):
+            copied.append(entry)
+        else:
+            yield from _copies(copied, begin)
+            copied, begin = ([entry], offset) if entry.work is None else ([], offset)
+            if entry.work is not None:
+                yield partial(fill, entry), offset, entry.nbytes
+                begin = offset + entry.nbytes
+        offset += entry.nbytes
+    yield from _copies(copied, begin)
+
+
+def _follows(one: Entry, other: Entry) -> bool:
+    return one.source.path == other.source.path and one.source.end == other.source.begin
+
+
+def _copies(entries: list[Entry], offset: int) -> Iterator[tuple[Callable[[int, int], None], int, int]]:
+    if not entries:
+        return
+    path, begin, end = entries[0].source.path, entries[0].source.begin, entries[-1].source.end
+    for start in range(begin, end, _COPY_BYTES):
+        size = min(_COPY_BYTES, end - start)
+        span = Span(path=path, begin=start, end=start + size, dtype="U8")
+        yield partial(copy_span, span), offset + start - begin, size
+
+
+def copy_span(span: Span, descriptor: int, offset: int) -> None:
+    """Copy bytes from file to file inside the kernel, which shares them where the file system can (Linux)."""
+    source = os.open(span.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        done, size = 0, span.end - span.begin
+        in_kernel = hasattr(os, "copy_file_range")
+        while done < size:
+            if in_kernel:
+                try:
+                    copied = os.copy_file_range(source, descriptor, size - done, span.begin + done, offset + done)
+                except OSError as error:
+                    # Across file systems, or one that cannot: https://man7.org/linux/man-pages/man2/copy_file_range.2.html
+                    if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                        raise
+                    in_kernel = False
+                    continue
+            else:
+                block = os.pread(source, min(size - done, 2**20), span.begin + done)
+                write_at(descriptor, block, offset + done)
+                copied = len(block)
+            if copied == 0:
+                raise _cut_off(span.path)
+            done += copied
+    finally:
+        os.close(source)
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill the whole buffer from a file.
+
+    Raises:
+        CheckpointError: the file ends before that.
+    """
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise _cut_off(path)
+        done += count
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data`: one call may write less than it was given."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def _cut_off(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: ended while it was read; it is cut off, or something else is writing it")
+
+
+def equal_bytes(one: tuple[Path, tuple[int, int]], other: tuple[Path, tuple[int, int]]) -> bool:
+    """Whether two runs of bytes, each a file and where in it, are the same."""
+    (left_path, (begin, end)), (right_path, (other_begin, other_end)) = one, other
+    if end - begin != other_end - other_begin:
+        return False
+    with left_path.open("rb") as left, right_path.open("rb") as right:
+        left.seek(begin)
+        right.seek(other_begin)
+        for done in range(0, end - begin, 2**22):
+            size = min(2**22, end - begin - done)
+            if left.read(size) != right.read(size):
+                return False
+    return True

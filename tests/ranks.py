@@ -1,0 +1,147 @@
+"""What one rank of a distributed test does: `ranks.py KIND SCENARIO FOLDER`, started by launch.py.
+
+It trains for real and leaves `rank<N>.json` in the folder: first what it runs on, then what the scenario returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    kind, scenario, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    sys.path.insert(0, str(Path(__file__).parent))
+    if kind.startswith("fsdp2"):
+        make_fsdp_real_on_a_cpu()
+    options = json.loads((folder / "options.json").read_text())
+    report, trainer = SCENARIOS[scenario](folder, **options)
+    report = {"runs_on": what_this_runs_on(trainer)} | report
+    (folder / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(report))
+
+
+def make_fsdp_real_on_a_cpu() -> None:
+    """accelerate promotes processes on GPUs alone from DDP to FSDP; set the type and the plugin as it does there."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = plugin
+
+    AcceleratorState.__init__ = init
+
+
+def what_this_runs_on(trainer: Any) -> dict[str, Any]:
+    accelerator, parameter = trainer.accelerator, next(trainer.model.parameters())
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    shards = "ds_id" if hasattr(parameter, "ds_id") else type(parameter).__name__
+    return {
+        "distributed_type": accelerator.distributed_type.name,
+        "world_size": accelerator.num_processes,
+        "rank": accelerator.process_index,
+        "shards": "none" if shards == "Parameter" else shards,
+        "zero_stage": None if plugin is None else plugin.zero_stage,
+        "device": accelerator.device.type,
+    }
+
+
+def train(folder: Path, callbacks: list[Any], *, model: str, lora: bool = False, **options: Any) -> Any:
+    from peft import LoraConfig
+
+    from training import grpo_trainer
+
+    resume_from = options.pop("resume_from", None)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*(q|v)_proj") if lora else None
+    # Adam with its usual epsilon makes a whole step of a gradient's rounding error; kinds could not be compared.
+    options = {"adam_epsilon": 1e-2, "save_strategy": "steps", "save_steps": 2} | options
+    trainer = grpo_trainer(Path(model), folder, callbacks, peft_config=config, **options)
+    trainer.train(resume_from_checkpoint=resume_from)
+    return trainer
+
+
+def all_callbacks(folder: Path, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train, save and export with every callback, then save by hand."""
+    from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
+
+    strict = options.pop("strict", True)
+    export = ExportCallback(folder / "export", num_prompts=2, strict=strict)
+    latency = LatencyCallback(arms=["checkpoint", "export"], rounds=1, new_tokens=4, strict=strict)
+    callbacks = [KVCacheCallback(strict=True), ResumeGuardCallback(), export, latency]
+    trainer = train(folder / "out", callbacks, **options)
+    trainer.save_model(str(folder / "saved"))
+    return {
+        "step": trainer.state.global_step,
+        "exported": export.result is not None,
+        "checks": [check.name for check in export.result.verification.checks] if export.result else [],
+        "failures": [*export.failures, *latency.failures],
+        "arms": {row.arm: row.is_cached for row in latency.rows},
+    }, trainer
+
+
+def plain(folder: Path, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train and save without us."""
+    trainer = train(folder / "out", [], **options)
+    trainer.save_model(str(folder / "saved"))
+    return {}, trainer
+
+
+def resumes(folder: Path, *, model: str, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train four steps, then the last two again from checkpoint-2: from the base and from the checkpoint as model."""
+    from grpo_toolkit import KVCacheCallback, ResumeGuardCallback
+
+    report: dict[str, Any] = {}
+    checkpoint = folder / "straight" / "checkpoint-2"
+    again = {"max_steps": 4, "resume_from": str(checkpoint), **options}
+    trainer = train(folder / "straight", [KVCacheCallback(strict=True)], model=model, max_steps=4, **options)
+    report["straight"] = digest(trainer)
+    trainer = train(folder / "plain", [], model=model, **again)
+    report["plain"] = digest(trainer)
+    for name, source in (("base", model), ("checkpoint", str(checkpoint))):
+        if (Path(source) / "model.safetensors").is_file():  # sharded checkpoints are no models
+            guard = ResumeGuardCallback(checkpoint=checkpoint)
+            trainer = train(folder / name, [KVCacheCallback(strict=True), guard], model=source, **again)
+            report[name] = digest(trainer)
+            report[f"{name}_restored"] = len(guard.report.restored) if guard.report else None
+    return report, trainer
+
+
+def digest(trainer: Any) -> str | None:
+    """What the weights are, told by rank 0 for all."""
+    from grpo_toolkit.distributed import gather, rank
+    from grpo_toolkit.saving import saved_state
+
+    state = gather(saved_state(trainer.model))
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest() if rank() == 0 else None
+
+
+def one_rank_fails(folder: Path, *, failing_rank: int, **options: Any) -> tuple[dict[str, Any], Any]:
+    """One rank cannot read its prompts: none may publish, and none may wait for it."""
+    import os
+
+    import grpo_toolkit.callbacks.export as module
+
+    if os.environ["RANK"] == str(failing_rank):
+
+        def no_prompts(*args: object, **kwargs: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        module.find_requests = no_prompts
+    return all_callbacks(folder, strict=False, **options)
+
+
+SCENARIOS = {"all_callbacks": all_callbacks, "plain": plain, "resumes": resumes, "one_rank_fails": one_rank_fails}
+
+if __name__ == "__main__":
+    main()
