@@ -6,6 +6,9 @@ nor `--model_name_or_path`, `configs/tiny.yaml` is taken: the embedded model and
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,8 +43,39 @@ class RecipeArguments(ScriptArguments):
     answer_column: str | None = field(
         default=None, metadata={"help": "The dataset's column with the answer, if it has no usual name."}
     )
+    dataset_layout: str | None = field(
+        default=None,
+        metadata={"help": "For a local copy of a known dataset: open_r1, clevr_count, geometry3k or referring."},
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where a dataset's image paths start, if it has paths instead of images."}
+    )
+    max_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most pixels of an image, in training, rollouts and the saved processor; 784 pixels are one "
+            "token of Qwen2.5-VL. Default: the model's own limit."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Rows with a longer prompt (tokens, image included) are left out, never cut."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of rewards.py, or functions of your own as path/to/file.py:function. Default: those that "
+            "suit the dataset. Weigh them with --reward_weights."
+        },
+    )
     latency_new_tokens: int = field(
         default=64, metadata={"help": "Tokens generated per request when latency is measured."}
+    )
+    direct_baseline: bool = field(
+        default=False,
+        metadata={"help": "Before training, also measure the base when it is asked for the answer alone."},
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check everything, print the plan with its memory and disk, and stop."}
     )
     latency_rounds: int = field(default=6, metadata={"help": "Measured requests per arm; 0 skips the measurement."})
 
@@ -55,11 +89,9 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
     args = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in args and not any(arg.partition("=")[0] == "--model_name_or_path" for arg in args):
         args = ["--config", str(DEFAULT_CONFIG), *args]
-    if "--config" in args[:-1] and not Path(args[args.index("--config") + 1]).is_file():
-        raise InputError(f"--config {args[args.index('--config') + 1]}: no such file; see recipes/configs/")
     parser = TrlParser((RecipeArguments, GRPOConfig, ModelConfig))
     try:
-        recipe, training, model = parser.parse_args_and_config(args)
+        recipe, training, model = parser.parse_args_and_config(_one_config(args))
     except yaml.YAMLError as error:
         raise InputError(f"--config: not valid YAML ({_explain(str(error))})") from error
     except ValueError as error:  # GRPOConfig checks batch sizes when it is made; the parser unknown YAML keys
@@ -67,14 +99,52 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
     return recipe, training, model
 
 
-# What the libraries' complaints leave open: the way out.
-_WAYS_OUT = {
-    "num_generations": "The completions of one prompt must be scored together: make num_generations a divisor of "
-    "per_device_train_batch_size x number of processes x steps_per_generation",
-    "bf16": "On a machine without a GPU: --use_cpu true --bf16 false",
-}
+def _one_config(args: list[str]) -> list[str]:
+    """Arguments with one `--config` for TRL's parser; the keys of further ones become flags, before those given.
+
+    Raises:
+        InputError: a config that is not there, or is no mapping.
+    """
+    configs, flags = [], []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--config":
+            configs.append(Path(next(rest, "")))
+        else:
+            flags.append(arg)
+    for path in configs:
+        if not path.is_file():
+            raise InputError(f"--config {path}: no such file; see recipes/configs/")
+    laid_over: list[str] = []
+    for path in configs[1:]:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise InputError(f"--config {path}: not a mapping of settings")
+        for key, value in content.items():
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            laid_over += [f"--{key}", *map(str, values)]
+    first = ["--config", str(configs[0])] if configs else []
+    return [*first, *laid_over, *flags]
 
 
 def _explain(message: str) -> str:
-    hint = next((hint for word, hint in _WAYS_OUT.items() if word in message), "")
-    return " ".join([*message.split(), hint]).strip()
+    """A library's complaint in one line, with the way out."""
+    line = " ".join(message.split())
+    batch = re.search(r"generation_batch_size \((\d+)\) must be divisible by num_generations \((\d+)\)", line)
+    if batch is not None:
+        return f"{line} {_batch_fix(int(batch[1]), int(batch[2]))}"
+    if "eval batch size" in line:
+        return f"{line} Make --per_device_eval_batch_size a multiple of it."
+    if "bf16" in line:
+        return f"{line} On a machine without a GPU: --use_cpu true --bf16 false"
+    return line
+
+
+def _batch_fix(completions: int, generations: int) -> str:
+    """What to set instead, in numbers: the completions of one prompt must be scored together."""
+    divisors = [count for count in range(2, completions + 1) if completions % count == 0]
+    nearest = sorted(divisors, key=lambda count: (abs(count - generations), count))[:2]
+    steps = generations // math.gcd(completions, generations)
+    ways = [f"--num_generations {' or '.join(map(str, sorted(nearest)))}"] if nearest else []
+    ways.append(f"{steps} times the --gradient_accumulation_steps (then {completions * steps} completions a step)")
+    return f"The completions of one prompt must be scored together: {', or '.join(ways)}."

@@ -1,17 +1,25 @@
-"""From a dataset's name to rows that GRPO can train on: `prompt` (chat messages), `image` (RGB) and `answer` (text).
+"""From a dataset's name to rows that GRPO can train on: `prompt` (chat messages), `image` or `images` (RGB), `answer`
+(text) and, where the dataset is a known one, `answer_type`.
 
-`digits` is embedded. Any other name goes to `datasets.load_dataset`: a Hub name, a folder saved with
-`save_to_disk`, or a folder of parquet files. Columns are found under their usual names, or named with
-`--prompt_column`, `--image_column` and `--answer_column`.
+`digits` is embedded. The datasets of `layouts.py` are read as they are published. Any other name goes to
+`datasets.load_dataset` all the same: a Hub name, a folder saved with `save_to_disk`, or a folder of parquet files,
+with columns under their usual names, or named with `--prompt_column`, `--image_column` and `--answer_column`.
+
+Nothing is ever cut: a prompt that is too long, image tokens included, is left out, and so is a row without an image or
+an answer. How many were is said.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit import InputError
+from images import Fit, pixel_limits
+from layouts import LAYOUTS, Layout, find_layout, text_columns
+from measuring import fit_boxes, keep_short
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,32 +47,39 @@ class Splits:
     held_out: Dataset
 
 
-def load_splits(arguments: RecipeArguments, *, seed: int) -> Splits:
+def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None) -> Splits:
     """Load, check and reshape the dataset.
+
+    Args:
+        arguments (`RecipeArguments`):
+            Which dataset, and how much of it.
+        seed (`int`):
+            Of the rows that are held out where the dataset has no split for it.
+        processor (*optional*):
+            The model's: says how large it sees images and how long prompts are. Without it nothing is left out for
+            its length, and boxes stay in the frame of the original image.
 
     Raises:
         InputError: it cannot be found, has no such split, or lacks a column.
     """
     if arguments.held_out_size < 1:
         raise InputError(f"--held_out_size {arguments.held_out_size}: at least one row must be held out")
-    if arguments.dataset_name == "digits":
-        from digits import load_digits_split
-
-        held_out = load_digits_split("held_out")
-        wanted = min(arguments.held_out_size, len(held_out))
-        return Splits(train=load_digits_split("train"), held_out=held_out.select(range(wanted)))
     if not arguments.dataset_name:
         raise InputError("no dataset: pass --dataset_name with a Hub name or a folder (or `digits`)")
-    splits = _load(arguments)
-    train = _reshape(splits, arguments.dataset_train_split, arguments)
+    splits = _digits() if arguments.dataset_name == "digits" else _load(arguments)
+    train = _reshape(splits, arguments.dataset_train_split, arguments, processor)
     if arguments.dataset_test_split in splits:
-        held_out = _reshape(splits, arguments.dataset_test_split, arguments)
+        held_out = _reshape(splits, arguments.dataset_test_split, arguments, processor)
     elif len(train) < 2:
         raise InputError(f"dataset {arguments.dataset_name}: one row, of which none can be held out")
     else:  # none published: hold some of the training rows out
         parts = train.train_test_split(test_size=min(arguments.held_out_size, max(1, len(train) // 10)), seed=seed)
         train, held_out = parts["train"], parts["test"]
-    return Splits(train=train, held_out=held_out.select(range(min(arguments.held_out_size, len(held_out)))))
+    held_out = held_out.select(range(min(arguments.held_out_size, len(held_out))))
+    limits = pixel_limits(processor)
+    if arguments.max_pixels is not None and limits is not None:
+        train, held_out = train.with_transform(Fit(limits=limits)), held_out.with_transform(Fit(limits=limits))
+    return Splits(train=train, held_out=held_out)
 
 
 def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]:
@@ -90,17 +105,40 @@ def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]
     return columns
 
 
+def named_layout(arguments: RecipeArguments) -> Layout | None:
+    """The known layout of the dataset; None for the digits and for datasets with plain columns.
+
+    Raises:
+        InputError: there is no layout of the name that was given.
+    """
+    name = find_layout(str(arguments.dataset_name), arguments.dataset_layout)
+    if name is not None and name not in LAYOUTS:
+        raise InputError(f"--dataset_layout {name}: there are {', '.join(LAYOUTS)}")
+    return None if name is None else LAYOUTS[name]
+
+
+def _digits() -> dict[str, Dataset]:
+    from digits import load_digits_split
+
+    return {"train": load_digits_split("train"), "test": load_digits_split("held_out")}
+
+
 def _load(arguments: RecipeArguments) -> dict[str, Dataset]:
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     name = str(arguments.dataset_name)
     folder = Path(name)
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = load_from_disk(name)
+        elif folder.suffix == ".jsonl" or (folder.is_dir() and any(folder.glob("*.jsonl"))):
+            files = _jsonl_files(folder)  # One by one: the splits of VLM-R1 have columns of their own.
+            return {split: load_dataset("json", data_files=files[split], split="train") for split in files}
         else:
             loaded = load_dataset(name, name=arguments.dataset_config)
-    except (OSError, ValueError) as error:  # what `datasets` raises for unknown names, no network, unreadable files
+    # What `datasets` raises for unknown names, no network, unreadable files.
+    except (OSError, ValueError, DatasetGenerationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"dataset {name}: cannot be loaded ({reason}); pass a Hub name or a local folder") from error
     if isinstance(loaded, Dataset):
@@ -109,47 +147,112 @@ def _load(arguments: RecipeArguments) -> dict[str, Dataset]:
     return dict(loaded)
 
 
-def _reshape(splits: dict[str, Dataset], split: str, arguments: RecipeArguments) -> Dataset:
-    """One split, with the three columns; images are decoded when a batch asks for them.
+def _jsonl_files(path: Path) -> dict[str, list[str]]:
+    """The splits of a file or a folder of JSONL files, by their names: `refcoco_train.jsonl`, `refcoco_val.jsonl`."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    held_out = [file for file in files if "val" in file.stem or "test" in file.stem]
+    train = [file for file in files if file not in held_out]
+    splits = {"train": train or held_out, "test": held_out if train else []}
+    return {split: [str(file) for file in files] for split, files in splits.items() if files}
 
-    Rows without an image or an answer are left out, and counted.
+
+def _reshape(splits: dict[str, Dataset], split: str, arguments: RecipeArguments, processor: Any) -> Dataset:
+    """One split in the row form; images are decoded when a batch asks for them.
 
     Raises:
         InputError: no such split, a column is missing, or no row is left.
     """
-    from datasets import Image, List, Value
-
     name = f"dataset {arguments.dataset_name}"
     if split not in splits:
         raise InputError(f"{name}: no split {split!r}; it has {', '.join(splits)}; choose with --dataset_train_split")
-    columns = find_columns(splits[split].column_names, arguments)
-    # Selecting before renaming: a dataset may have a `prompt` beside the `problem` that was asked for.
-    rows = splits[split].select_columns(list(columns.values()))
-    rows = rows.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
+    if arguments.dataset_name == "digits":
+        return splits[split]
+    layout = named_layout(arguments)
+    rows = splits[split]
+    rows = _plain(rows, arguments) if layout is None else _read(rows, layout, arguments)
     whole = rows.filter(_is_whole, input_columns=["image", "answer"], desc="looking for whole rows")
-    if len(whole) < len(rows):
-        print(
-            f"{name}: {len(rows) - len(whole)} of {len(rows)} rows of {split!r} lack an image or an answer; left out"
-        )
+    _say_left_out(name, split, rows, whole, "lack an image or an answer")
     if len(whole) == 0:
         raise InputError(f"{name}: split {split!r} has no row with an image and an answer")
-    rows = whole.cast_column("answer", Value("string"))
-    if isinstance(rows[0]["image"], list):
-        rows = rows.cast_column("image", List(Image(mode="RGB"))).rename_column("image", "images")
-    else:
-        rows = rows.cast_column("image", Image(mode="RGB"))  # paths become pictures too
+    rows = _with_pictures(whole, arguments)
+    if processor is None:
+        return rows
+    short = keep_short(rows, processor, max_prompt_length=arguments.max_prompt_length)
+    _say_left_out(name, split, rows, short, "have too long a prompt or too narrow an image")
+    if len(short) == 0:
+        raise InputError(
+            f"{name}: no prompt of split {split!r} has {arguments.max_prompt_length} tokens or fewer, its image "
+            "included; raise --max_prompt_length or lower --max_pixels"
+        )
+    return fit_boxes(short, processor)
+
+
+def _plain(rows: Dataset, arguments: RecipeArguments) -> Dataset:
+    """A dataset with a question, an image and an answer in columns of their own."""
+    from datasets import Value
+
+    columns = find_columns(rows.column_names, arguments)
+    # Selecting before renaming: a dataset may have a `prompt` beside the `problem` that was asked for.
+    rows = rows.select_columns(list(columns.values()))
+    rows = rows.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
+    rows = rows.cast_column("answer", Value("string"))
     if not isinstance(rows[0]["prompt"], str):
         return rows
     return rows.map(_conversation, desc="writing prompts", input_columns=["prompt"])
+
+
+def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
+    """A dataset of a known layout."""
+    columns = text_columns(layout, rows.column_names)
+    if columns is None or layout.image_column not in rows.column_names:
+        wanted = " or ".join(", ".join((layout.image_column, *texts)) for texts in layout.text_columns)
+        raise InputError(
+            f"dataset {arguments.dataset_name}: its layout has the columns {wanted}; "
+            f"found {', '.join(rows.column_names)}"
+        )
+    rows = rows.select_columns([layout.image_column, *columns])
+    if layout.image_column != "image":
+        rows = rows.rename_column(layout.image_column, "image")
+
+    def read(*values: Any) -> dict[str, Any]:
+        question = layout.read(*values)
+        asked = _conversation(question.text, instruction=layout.instruction)
+        return {**asked, "answer": question.answer, "answer_type": question.answer_type}
+
+    return rows.map(read, input_columns=list(columns), remove_columns=list(columns), desc="reading rows")
+
+
+def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
+    """Image columns in RGB; paths are looked up in `--image_folder` and become pictures."""
+    from datasets import Image, List
+
+    first = rows[0]["image"]
+    several = isinstance(first, list)
+    if isinstance(first[0] if several else first, str):
+        folder = Path(arguments.image_folder or "")
+        rows = rows.map(_in_folder, input_columns=["image"], fn_kwargs={"folder": str(folder)}, desc="finding images")
+    if several:
+        return rows.cast_column("image", List(Image(mode="RGB"))).rename_column("image", "images")
+    return rows.cast_column("image", Image(mode="RGB"))
+
+
+def _in_folder(image: str | list[str], *, folder: str) -> dict[str, Any]:
+    paths = [Path(folder, one) for one in (image if isinstance(image, list) else [image])]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"image {path}: no such file; name the folder that paths are relative to: --image_folder")
+    return {"image": [str(path) for path in paths] if isinstance(image, list) else str(paths[0])}
 
 
 def _is_whole(image: Any, answer: Any) -> bool:
     return image not in (None, []) and answer not in (None, "")
 
 
-def _conversation(question: str) -> dict[str, list[dict[str, str]]]:
-    messages = [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": question.replace("<image>", "").strip()},
-    ]
-    return {"prompt": messages}
+def _conversation(question: str, *, instruction: str = "") -> dict[str, list[dict[str, str]]]:
+    asked = f"{question.replace('<image>', '').strip()} {instruction}".strip()
+    return {"prompt": [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": asked}]}
+
+
+def _say_left_out(name: str, split: str, before: Dataset, after: Dataset, why: str) -> None:
+    if len(after) < len(before) and os.environ.get("RANK", "0") == "0":
+        print(f"{name}: {len(before) - len(after)} of {len(before)} rows of {split!r} {why}; left out")

@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from arguments import RecipeArguments, parse
-from data import Splits, load_splits
-from evaluation import held_out_accuracy
+from data import Splits, load_splits, named_layout
 from grpo_toolkit import (
     ExportCallback,
     GrpoToolkitError,
@@ -29,9 +28,14 @@ from grpo_toolkit import (
     ResumeGuardCallback,
     last_whole_checkpoint,
 )
+from health import HealthCallback
+from images import load_processor
+from plan import check_plan, make_plan
 from preflight import MARKER, check_model, check_output, check_versions
-from rewards import accuracy_reward, format_reward
+from rewards import RewardFunction, find_rewards
+from sharded import ShardedRolloutsCallback
 from summary import print_summary, summarise
+from trainer import AccuracyTrainer, Baselines, measure, with_group_health
 
 TINY = "tiny"
 TINY_BUILDER = Path(__file__).resolve().parents[1] / "scripts" / "make_tiny_vlm.py"
@@ -42,10 +46,21 @@ def main(argv: list[str]) -> None:
     recipe, training, model = parse(argv)
     check_output(training.output_dir)
     checkpoint = find_checkpoint(training)
-    splits = load_splits(recipe, seed=training.seed)
     if model.model_name_or_path == TINY:
         model.model_name_or_path = build_tiny()
     check_model(model.model_name_or_path)
+    rewards = find_rewards(chosen_rewards(recipe))
+    processor = load_processor(
+        str(model.model_name_or_path), revision=model.model_revision, max_pixels=recipe.max_pixels
+    )
+    with training.main_process_first(desc="loading the dataset"):
+        splits = load_splits(recipe, seed=training.seed, processor=processor)
+    plan = make_plan(recipe, training, model, splits, processor=processor)
+    if training.process_index == 0:
+        print("\n".join(plan.lines()), file=sys.stdout if recipe.dry_run else sys.stderr, flush=True)
+    check_plan(plan)
+    if recipe.dry_run:
+        return
 
     export_dir = Path(recipe.export_dir or Path(training.output_dir, "export"))
     exporting = ExportCallback(export_dir, prompts=splits.held_out, overwrite=recipe.export_dir is None)
@@ -53,20 +68,45 @@ def main(argv: list[str]) -> None:
         prompts=splits.held_out, new_tokens=recipe.latency_new_tokens, rounds=max(recipe.latency_rounds, 1)
     )
     callbacks = [KVCacheCallback(), ResumeGuardCallback(), exporting, *([timing] if recipe.latency_rounds else [])]
+    callbacks += [HealthCallback(), ShardedRolloutsCallback()]
 
-    trainer = make_trainer(training, model, splits, callbacks)
+    trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
-    before = measure(trainer, splits, "before")
+    baselines = Baselines(trainer, splits.held_out, direct=recipe.direct_baseline)
+    if trainer.is_sharded:
+        trainer.add_callback(baselines)
+    else:
+        baselines.measure()
     trainer.train(resume_from_checkpoint=checkpoint)
-    after = measure(trainer, splits, "after")
+    after = measure(trainer, splits.held_out, "after training")
     if trainer.is_world_process_zero():
-        summary = summarise(trainer.state.log_history, (before, after), exporting.result, timing.rows)
+        summary = summarise(
+            trainer.state.log_history,
+            (baselines.accuracy, after),
+            exporting.result,
+            timing.rows,
+            direct_accuracy=baselines.direct_accuracy,
+        )
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print_summary(summary)
 
 
-def make_trainer(training: GRPOConfig, model: ModelConfig, splits: Splits, callbacks: list[Any]) -> GRPOTrainer:
+def chosen_rewards(recipe: RecipeArguments) -> list[str]:
+    """The rewards asked for, or those that suit the dataset."""
+    layout = named_layout(recipe)
+    return recipe.reward_funcs or list(layout.reward_funcs if layout is not None else ("format", "accuracy"))
+
+
+def make_trainer(
+    training: GRPOConfig,
+    model: ModelConfig,
+    splits: Splits,
+    callbacks: list[Any],
+    *,
+    rewards: list[RewardFunction],
+    processor: Any,
+) -> AccuracyTrainer:
     """TRL's own trainer, with our callbacks plugged in."""
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -77,28 +117,17 @@ def make_trainer(training: GRPOConfig, model: ModelConfig, splits: Splits, callb
     quantization = get_quantization_config(model)
     if quantization is not None:
         training.model_init_kwargs["quantization_config"] = quantization
-    return GRPOTrainer(
+    rewards = [with_group_health(rewards[0], num_generations=training.num_generations), *rewards[1:]]
+    return AccuracyTrainer(
         model=model.model_name_or_path,
         args=training,
-        reward_funcs=[format_reward, accuracy_reward],
+        reward_funcs=rewards,
+        processing_class=processor,
         train_dataset=splits.train,
         eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
         peft_config=get_peft_config(model),
         callbacks=callbacks,
     )
-
-
-def measure(trainer: GRPOTrainer, splits: Splits, when: str) -> float:
-    """Held-out accuracy, printed."""
-    accuracy = held_out_accuracy(
-        trainer.model,
-        trainer.processing_class,
-        splits.held_out,
-        max_new_tokens=trainer.args.max_completion_length,
-    )
-    if trainer.is_world_process_zero():
-        print(f"held-out accuracy {when} training: {accuracy:.1%} of {len(splits.held_out)} rows", flush=True)
-    return accuracy
 
 
 def build_tiny() -> str:
@@ -110,17 +139,22 @@ def build_tiny() -> str:
 
 
 def find_checkpoint(training: GRPOConfig) -> str | None:
-    """What to resume from: a folder as given, or for `true` the newest whole checkpoint in output_dir."""
+    """What to resume from: a folder as given, or for `true` the newest whole checkpoint in output_dir.
+
+    `auto` is `true` where there is one, and a start from the beginning where there is none: for requeued jobs.
+    """
     wanted = training.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    if str(wanted).lower() != "true":
+    if str(wanted).lower() not in ("true", "auto"):
         if not Path(wanted, "trainer_state.json").is_file():
             raise InputError(f"--resume_from_checkpoint {wanted}: no trainer_state.json there")
         return str(wanted)
     checkpoint, skipped = last_whole_checkpoint(training.output_dir)
     for line in skipped:
         print(f"not resumed from {line}", file=sys.stderr)
+    if checkpoint is None and str(wanted).lower() == "auto":
+        return None
     if checkpoint is None:
         raise InputError(f"output_dir {training.output_dir}: no whole checkpoint in it to resume from")
     print(f"resuming from {checkpoint}", file=sys.stderr)

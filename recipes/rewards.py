@@ -1,40 +1,27 @@
-"""Two rule-based rewards for the `<think>...</think><answer>...</answer>` format.
+"""The rewards: rules that judge a completion of the form `<think>...</think><answer>...</answer>`.
 
 GRPO needs no reward model where a rule can judge the text. One rule asks for the *form* (so that an answer
-can be found at all), the other for the *content* (so that it is right). They are kept apart because their
+can be found at all), another for the *content* (so that it is right). They are kept apart because their
 curves tell different stories: the format reward saturates early, the accuracy reward is what one trains for.
 
-Both are plain TRL reward functions: called with keyword arguments (the completions, and every other column of
-the dataset), they return one float per completion. A policy under training writes anything, so neither may
-ever raise on a completion's text, and neither may pay for a guess: two answer blocks are no answer.
+All are plain TRL reward functions: called with keyword arguments (the completions, and every other column of
+the dataset), they return one float per completion. A policy under training writes anything, so none may
+ever raise on a completion's text, and none may pay for a guess: two answer blocks are no answer.
 """
 
 from __future__ import annotations
 
-import re
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_WHOLE = re.compile(r"\s*<think>(?P<thought>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
+from answers import box_overlap, extract_answer, is_right, is_well_formed
+from grpo_toolkit import InputError
 
 Completion = str | list[dict[str, Any]]
-
-
-def extract_answer(text: str) -> str | None:
-    """Return the text of the one answer block, stripped.
-
-    Args:
-        text (`str`):
-            A whole completion, well-formed or not.
-
-    Returns:
-        `str` or `None`: `None` where there is no answer block, or an empty, unclosed or doubled one.
-    """
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-        return None
-    before_close, _, _ = text.partition("</answer>")
-    _, opened, answer = before_close.partition("<answer>")
-    return (answer.strip() or None) if opened else None
+RewardFunction = Callable[..., list[float]]
 
 
 def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
@@ -48,37 +35,102 @@ def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
         **kwargs:
             The other columns, and what the trainer adds; not used.
     """
-    return [float(_is_well_formed(_text(completion))) for completion in completions]
+    return [float(is_well_formed(completion_text(completion))) for completion in completions]
 
 
-def accuracy_reward(completions: list[Completion], answer: list[str], **kwargs: Any) -> list[float]:
+def accuracy_reward(
+    completions: list[Completion], answer: list[str], answer_type: list[str] | None = None, **kwargs: Any
+) -> list[float]:
     """Pay 1.0 where the one answer block holds the reference answer; else 0.0.
-
-    The two are compared as text, after stripping: `7` equals ` 7 `, not `7.0` and not `seven`.
 
     Args:
         completions (`list[str]` or `list[list[dict]]`):
             The generated texts, plain or conversational.
         answer (`list[str]`):
             The dataset's reference answers, one per completion.
+        answer_type (`list[str]`, *optional*):
+            How each is compared, see `answers.py`; as texts by default.
         **kwargs:
             The other columns, and what the trainer adds; not used.
     """
+    kinds = answer_type if answer_type is not None else ["text"] * len(answer)
     return [
-        float(extract_answer(_text(completion)) == reference.strip())
-        for completion, reference in zip(completions, answer, strict=True)
+        float(is_right(extract_answer(completion_text(completion)), reference, kind))
+        for completion, reference, kind in zip(completions, answer, kinds, strict=True)
     ]
 
 
-def _is_well_formed(text: str) -> bool:
-    # Counting first keeps a doubled block out, and the match linear: each tag can stand in one place only.
-    if any(text.count(tag) != 1 for tag in _TAGS):
-        return False
-    match = _WHOLE.fullmatch(text)
-    return match is not None and bool(match["thought"].strip()) and bool(match["answer"].strip())
+def iou_reward(completions: list[Completion], answer: list[str], **kwargs: Any) -> list[float]:
+    """Pay how much the one box in the answer block overlaps the reference box: intersection over union, 0 to 1.
+
+    Both are in pixels of the image as the model sees it: `data.py` moves the references there, because
+    Qwen2.5-VL answers in the frame of the *resized* image. Comparing with boxes of the original image is the error
+    of https://github.com/om-ai-lab/VLM-R1/issues/44, which pays a model nothing for being right.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            The generated texts, plain or conversational.
+        answer (`list[str]`):
+            The reference boxes, as `[x1, y1, x2, y2]`.
+        **kwargs:
+            The other columns, and what the trainer adds; not used.
+    """
+    found = [extract_answer(completion_text(completion)) for completion in completions]
+    return [box_overlap(text or "", reference) for text, reference in zip(found, answer, strict=True)]
 
 
-def _text(completion: Completion) -> str:
+def repetition_penalty_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """From 0 down to -1: minus the share of token 6-grams that the completion had before (TRL's rule).
+
+    Six tokens, about four words: a sound derivation repeats short pieces (`= 2 x`), a loop long ones.
+    """
+    from trl.rewards import get_repetition_penalty_reward
+
+    penalties: list[float] = get_repetition_penalty_reward(ngram_size=6)(completion_ids)
+    return penalties
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "format": format_reward,
+    "accuracy": accuracy_reward,
+    "iou": iou_reward,
+    "repetition_penalty": repetition_penalty_reward,
+}
+
+
+def find_rewards(names: list[str]) -> list[RewardFunction]:
+    """The functions for names of `REWARDS`, or for functions of one's own as `path/to/file.py:function`.
+
+    Raises:
+        InputError: there is no such name, file or function.
+    """
+    return [_own_reward(name) if ":" in name else _reward(name) for name in names]
+
+
+def _reward(name: str) -> RewardFunction:
+    if name not in REWARDS:
+        raise InputError(
+            f"--reward_funcs {name}: there are {', '.join(REWARDS)}; name one of your own as path/to/file.py:function"
+        )
+    return REWARDS[name]
+
+
+def _own_reward(name: str) -> RewardFunction:
+    file, _, function = name.rpartition(":")
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    if spec is None or spec.loader is None:
+        raise InputError(f"--reward_funcs {name}: {file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # Trackers and processes look functions up by their module's name.
+    spec.loader.exec_module(module)
+    reward = getattr(module, function, None)
+    if not callable(reward):
+        raise InputError(f"--reward_funcs {name}: no function {function!r} in {file}")
+    return reward
+
+
+def completion_text(completion: Completion) -> str:
     """The text of a completion in any of the forms that TRL hands to a reward function."""
     if isinstance(completion, str):
         return completion

@@ -25,11 +25,15 @@ def summarise(
     accuracies: tuple[float, float],
     export: ExportResult | None,
     rows: Sequence[LatencyRow],
+    *,
+    direct_accuracy: float | None = None,
 ) -> dict[str, Any]:
     """The figures of a run, [before, after] where there are two; written to `summary.json` and printed."""
     return {
         "held_out_accuracy": list(accuracies),
+        "direct_accuracy": direct_accuracy,
         "accuracy_reward": reward_change(log_history, "accuracy_reward"),
+        "iou_reward": reward_change(log_history, "iou_reward"),
         "format_reward": reward_change(log_history, "format_reward"),
         "tpot_ms": {row.arm: row.tpot_s.median * 1e3 for row in rows if row.tpot_s is not None},
         "export": None if export is None else str(export.path),
@@ -48,7 +52,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_row("held-out accuracy", *(f"{accuracy:.1%}" for accuracy in summary["held_out_accuracy"]))
-    for reward in ("accuracy_reward", "format_reward"):
+    if summary["direct_accuracy"] is not None:
+        table.add_row("  the base, asked for the answer alone", f"{summary['direct_accuracy']:.1%}", "")
+    for reward in ("accuracy_reward", "iou_reward", "format_reward"):
         if summary[reward] is not None:
             table.add_row(f"{reward}, mean in rollouts", *(f"{value:.2f}" for value in summary[reward]))
     tpot = summary["tpot_ms"]

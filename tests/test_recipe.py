@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from packaging.version import Version
 
 from grpo_toolkit import InputError
@@ -23,7 +22,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 
 
 def run_recipe(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,31 +36,6 @@ def dataset(tmp_path: Path) -> Path:
     folder = tmp_path / "dataset"
     DatasetDict({"train": rows(8)}).save_to_disk(str(folder))
     return folder
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_parses(config: Path) -> None:
-    from arguments import parse
-
-    # CPU machines refuse bf16; everything else of the file is taken as it is.
-    recipe, training, model = parse(["--config", str(config), "--use_cpu", "true", "--bf16", "false"])
-    written = yaml.safe_load(config.read_text())
-    merged = {**vars(training), **vars(model), **vars(recipe)}
-    for key, value in written.items():
-        if key not in ("bf16", "report_to", "lr_scheduler_type", "save_strategy"):
-            assert merged[key] == value, key
-    assert training.gradient_checkpointing
-    assert training.output_dir == written["output_dir"]
-
-
-def test_the_vision_tower_is_out_of_reach_of_the_adapter(qwen: Path) -> None:
-    from grpo_toolkit.inference import load_model
-
-    config = yaml.safe_load((ROOT / "recipes" / "configs" / "qwen2_5_vl_3b_lora.yaml").read_text())
-    model = load_model(qwen)[0]
-    hit = [name for name, _ in model.named_modules() if re.fullmatch(config["lora_target_modules"], name)]
-    assert len(hit) == 7 * model.config.text_config.num_hidden_layers
-    assert not any("visual" in name for name in hit)
 
 
 def test_wrong_input_is_exit_code_2_and_one_line(qwen: Path, tmp_path: Path) -> None:
@@ -96,7 +69,10 @@ def test_wrong_input_is_exit_code_2_and_one_line(qwen: Path, tmp_path: Path) -> 
         ),
         (["--held_out_size", "0"], "--held_out_size 0: at least one row"),
         (["--config", "{tmp}/thesis/bad.yaml"], "--config: not valid YAML"),
-        (["--num_generations", "3"], "make num_generations a divisor of"),
+        (
+            ["--num_generations", "3"],
+            "--num_generations 2 or 4, or 3 times the --gradient_accumulation_steps (then 24",
+        ),
         (["--use_cpu", "false"], "On a machine without a GPU: --use_cpu true"),
         (["--resume_from_checkpoint", "true"], "no whole checkpoint in it to resume from"),
         (["--resume_from_checkpoint", "{tmp}"], "no trainer_state.json there"),
@@ -121,6 +97,19 @@ def test_wrong_input_is_one_line_and_touches_nothing(
         main([str(flag) for flag in flags])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "thesis"]
     assert sorted(path.name for path in (tmp_path / "thesis").iterdir()) == ["bad.yaml", "chapter.tex"]
+
+
+def test_a_requeued_job_goes_on_or_begins_again(tmp_path: Path) -> None:
+    from arguments import parse
+    from grpo import find_checkpoint
+
+    def found(wanted: str) -> str | None:
+        given = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+        return find_checkpoint(parse([*given, "--resume_from_checkpoint", wanted])[1])
+
+    assert found("auto") is None
+    with pytest.raises(InputError, match="no whole checkpoint in it"):
+        found("true")
 
 
 def test_usual_column_names_are_found_and_rows_reshaped(dataset: Path) -> None:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import random
+from importlib import metadata
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packaging.version import Version
 
-from rewards import accuracy_reward, extract_answer, format_reward
+from answers import ANSWER_TYPES, box_overlap, extract_answer, is_right, parse_box, parse_choice, parse_number
+from grpo_toolkit import InputError
+from rewards import REWARDS, accuracy_reward, find_rewards, format_reward, iou_reward, repetition_penalty_reward
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(
+    Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
+)
 
 GOOD = "<think>A loop and a tail.</think><answer>9</answer>"
 
@@ -40,13 +53,144 @@ def test_conversational_completions_are_read() -> None:
     assert format_reward([[{"role": "assistant", "content": None}]]) == [0.0]
 
 
-def test_any_string_gets_a_reward_between_0_and_1() -> None:
-    pieces = ["<think>", "</think>", "<answer>", "</answer>", "9", " ", "\n", "é", "\x00", "<", "think"]
-    draw = random.Random(0)
-    for _ in range(2000):
-        text = "".join(draw.choices(pieces, k=draw.randrange(12)))
-        form, content = format_reward([text])[0], accuracy_reward([text], ["9"])[0]
-        assert form in (0.0, 1.0)
-        assert content in (0.0, 1.0)
-        if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-            assert content == 0.0
+@pytest.mark.parametrize(
+    ("kind", "found", "reference", "right"),
+    [
+        ("text", "7", " 7 ", True),
+        ("text", "7.0", "7", False),
+        ("number", "3.0", "3", True),
+        ("number", "$1,000$", "1000", True),
+        ("number", "-.5", "-0.5", True),
+        ("number", "3 or 4", "3", False),
+        ("number", "three", "3", False),
+        ("number", ".", "0", False),
+        ("number", "nan", "nan", False),
+        ("choice", "B", "B", True),
+        ("choice", "(b)", "B", True),
+        ("choice", "B. 12 cm", "B", True),
+        ("choice", "A or B", "B", False),
+        ("choice", "A. or B", "A", False),
+        ("choice", "AB", "A", False),
+        ("choice", "none", "none", False),
+        ("math", "2\\sqrt{221}", "2 \\sqrt { 221 }", True),
+        ("math", "29.7", "2 \\sqrt { 221 }", False),
+        ("math", "0.5", "\\frac{1}{2}", True),
+        ("math", "$\\boxed{5}$", "5", True),
+        ("math", "5 or 6", "5", False),
+        ("math", "A circle", "a  circle", True),
+        ("math", "9^{9^{9}}", "5", False),
+        ("box", "[0, 0, 10, 10]", "[0, 0, 10, 19]", True),
+        ("box", "[0, 0, 10, 10]", "[0, 0, 10, 21]", False),
+    ],
+)
+def test_kinds_of_answers(kind: str, found: str, reference: str, right: bool) -> None:
+    assert is_right(found, reference, kind) is right
+    assert accuracy_reward([f"<answer>{found}</answer>"], [reference], [kind]) == [float(right)]
+
+
+def test_an_unknown_kind_is_the_datasets_error() -> None:
+    with pytest.raises(ValueError, match="answer_type 'colour': expected one of text"):
+        is_right("red", "red", "colour")
+
+
+@pytest.mark.parametrize(
+    ("answer", "overlap"),
+    [
+        ('{"bbox_2d": [10, 10, 20, 20], "label": "a dog"}', 1.0),
+        ("```json\n[10.0, 10.0, 20.0, 20.0]\n```", 1.0),
+        ("[15, 10, 25, 20]", 1 / 3),
+        ("[20, 10, 30, 20]", 0.0),  # touching is no overlap
+        ("[20, 20, 10, 10]", 0.0),
+        ("[10, 10, 20, 20] [0, 0, 5, 5]", 0.0),  # two boxes are a guess
+        ("[10, 10, 20]", 0.0),
+        ("[1e9, 0, 2e9, 1]", 0.0),
+        ("a dog", 0.0),
+    ],
+)
+def test_boxes(answer: str, overlap: float) -> None:
+    assert iou_reward([f"<think>t</think><answer>{answer}</answer>"], ["[10, 10, 20, 20]"]) == [pytest.approx(overlap)]
+
+
+def test_repetition_costs_up_to_one() -> None:
+    assert repetition_penalty_reward([list(range(40)), [5] * 100, [], [1, 2]]) == pytest.approx(
+        [0.0, -94 / 95, 0.0, 0.0]
+    )
+
+
+def test_rewards_are_found_by_name_and_in_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def short(completions, **kwargs):\n    return [-len(c) for c in completions]\n")
+    rewards = find_rewards(["format", f"{tmp_path}/mine.py:short"])
+    assert rewards[0] is format_reward
+    assert rewards[1](completions=["abc"]) == [-3]
+    with pytest.raises(InputError, match="there are format, accuracy, iou, repetition_penalty"):
+        find_rewards(["acuracy"])
+    with pytest.raises(InputError, match="no function 'long' in"):
+        find_rewards([f"{tmp_path}/mine.py:long"])
+    with pytest.raises(InputError, match="is no Python file"):
+        find_rewards(["nowhere.py:long"])
+
+
+# What a policy writes when it is half right: the tags, in any order, with anything between them.
+pieces = st.sampled_from(
+    [
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        "9",
+        "B",
+        "[1, 2, 3, 4]",
+        "\\frac{1}{2}",
+        "$",
+        "\\boxed{",
+        "}",
+        ",",
+    ]
+)
+texts = st.one_of(st.text(max_size=60), st.lists(st.one_of(pieces, st.text(max_size=4)), max_size=12).map("".join))
+references = {"text": "9", "number": "9", "choice": "B", "math": "\\frac{1}{2}", "box": "[1, 2, 3, 4]"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts, kind=st.sampled_from(ANSWER_TYPES))
+def test_any_string_gets_a_reward_within_bounds_and_a_guess_gets_nothing(text: str, kind: str) -> None:
+    reference = references[kind]
+    columns = {"completions": [text], "answer": [reference], "answer_type": [kind]}
+    paid = {name: reward(**columns, completion_ids=[list(text.encode())])[0] for name, reward in REWARDS.items()}
+    assert paid["format"] in (0.0, 1.0)
+    assert paid["accuracy"] in (0.0, 1.0)
+    assert 0.0 <= paid["iou"] <= 1.0
+    assert -1.0 <= paid["repetition_penalty"] <= 0.0
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1 or extract_answer(text) is None:
+        assert paid["accuracy"] == paid["iou"] == paid["format"] == 0.0
+
+
+@settings(max_examples=300, deadline=None)
+@given(thought=st.text(max_size=20), filler=st.text(alphabet=" \n\t", max_size=5))
+def test_an_empty_or_doubled_answer_block_is_never_paid(thought: str, filler: str) -> None:
+    for answer in (f"<answer>{filler}</answer>", "<answer>9</answer><answer>9</answer>"):
+        text = f"<think>{thought}</think>{answer}"
+        assert format_reward([text]) == accuracy_reward([text], ["9"]) == [0.0]
+        assert accuracy_reward([text], [filler]) == iou_reward([text], ["[1, 2, 3, 4]"]) == [0.0]
+
+
+coordinates = st.floats(min_value=0, max_value=99_999, allow_nan=False).map(lambda value: round(value, 3))
+boxes = st.tuples(coordinates, coordinates, coordinates, coordinates).filter(lambda b: b[0] < b[2] and b[1] < b[3])
+
+
+@settings(deadline=None)
+@given(one=boxes, other=boxes)
+def test_overlap_is_symmetric_bounded_and_whole_with_itself(one: tuple[float, ...], other: tuple[float, ...]) -> None:
+    left, right = str(list(one)), str(list(other))
+    assert parse_box(left) == one
+    assert box_overlap(left, left) == pytest.approx(1.0)
+    assert 0.0 <= box_overlap(left, right) <= 1.0
+    assert box_overlap(left, right) == pytest.approx(box_overlap(right, left))
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=40))
+def test_parsers_take_any_text(text: str) -> None:
+    number, choice = parse_number(text), parse_choice(text)
+    assert number is None or number == number  # never NaN
+    assert choice is None or len(choice) >= 1

@@ -1,0 +1,156 @@
+"""Find the answer in a completion, and say how right it is.
+
+A dataset says of each answer what kind of thing it is (`answer_type`), and that decides how two answers are compared:
+
+| kind     | reference        | right is                                                                      |
+|----------|------------------|-------------------------------------------------------------------------------|
+| `text`   | `7`              | the same text, but for white space around it                                  |
+| `number` | `3`              | the same number, however it is written: `3`, `3.0`, `+3`, `1,000`             |
+| `choice` | `B`              | that letter and no other: `B`, `(b)`, `B. 12 cm`; not `A or B`                |
+| `math`   | `2 \\sqrt{221}`   | the same by math-verify, or the same text                                     |
+| `box`    | `[8, 3, 91, 60]` | one box that overlaps it by half or more (the usual measure of RefCOCO)       |
+
+A policy under training writes anything: none of this raises on any text, and two answers are no answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from typing import Literal, get_args
+
+AnswerType = Literal["text", "number", "choice", "math", "box"]
+ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
+
+Box = tuple[float, float, float, float]
+"""`x1, y1, x2, y2` in pixels of the image as the model sees it, so after the processor has resized it."""
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_WHOLE = re.compile(r"\s*<think>(?P<thought>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
+
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,15})?(?:\.\d{1,15})?", re.ASCII)
+_CHOICE = re.compile(r"\(?(?P<letter>[A-Za-z])\)?(?:[.:)]\s*(?P<text>.*))?", re.DOTALL)
+_COORDINATE = r"\s*(-?\d{1,6}(?:\.\d{1,12})?)\s*"
+_BOX = re.compile(r"\[" + ",".join([_COORDINATE] * 4) + r"\]", re.ASCII)
+
+_LONGEST_FORMULA = 200
+"""Characters. An answer is short; a longer text is compared as text, so that no reward takes seconds."""
+
+_SECONDS_TO_COMPARE = 2  # Sampled formulas may be towers of powers, on which sympy would work for hours.
+
+
+def extract_answer(text: str) -> str | None:
+    """Return the text of the one answer block, stripped.
+
+    Args:
+        text (`str`):
+            A whole completion, well-formed or not.
+
+    Returns:
+        `str` or `None`: `None` where there is no answer block, or an empty, unclosed or doubled one.
+    """
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    before_close, _, _ = text.partition("</answer>")
+    _, opened, answer = before_close.partition("<answer>")
+    return (answer.strip() or None) if opened else None
+
+
+def is_well_formed(text: str) -> bool:
+    """Whether the whole text is one thought and then one answer, both non-empty."""
+    # Counting first keeps a doubled block out, and the match linear: each tag can stand in one place only.
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return False
+    match = _WHOLE.fullmatch(text)
+    return match is not None and bool(match["thought"].strip()) and bool(match["answer"].strip())
+
+
+def is_right(found: str | None, reference: str, answer_type: str = "text") -> bool:
+    """Whether an answer, as `extract_answer` returns it, is the reference.
+
+    Raises:
+        ValueError: the dataset names a kind of answer that there is not.
+    """
+    if answer_type not in ANSWER_TYPES:
+        raise ValueError(f"answer_type {answer_type!r}: expected one of {', '.join(ANSWER_TYPES)}")
+    if found is None:
+        return False
+    found, reference = found.strip(), reference.strip()
+    if answer_type == "text":
+        return found == reference
+    if answer_type == "number":
+        number = parse_number(found)
+        return number is not None and number == parse_number(reference)
+    if answer_type == "choice":
+        return parse_choice(found) == parse_choice(reference) is not None
+    if answer_type == "box":
+        return box_overlap(found, reference) >= 0.5
+    return _same_formula(found, reference)
+
+
+def parse_number(text: str) -> float | None:
+    """The one number that the text is, or None. A dollar sign before and a full stop after it are let pass."""
+    text = text.strip().strip("$").removesuffix(".").strip()
+    if not any(character.isdigit() for character in text) or _NUMBER.fullmatch(text) is None:
+        return None
+    return float(text.replace(",", ""))
+
+
+def parse_choice(text: str) -> str | None:
+    """The one letter that was chosen, in upper case, or None. A letter may be followed by the text of its choice."""
+    match = _CHOICE.fullmatch(text.strip())
+    if match is None:
+        return None
+    # "A. or B" names two: no single capital may stand in the rest.
+    return None if re.search(r"\b[A-Z]\b", match["text"] or "") else match["letter"].upper()
+
+
+def parse_box(text: str) -> Box | None:
+    """The one box in the text (a list of four numbers, in JSON or not), or None where there is none or several."""
+    found = _BOX.findall(text)
+    if len(found) != 1:
+        return None
+    x1, y1, x2, y2 = (float(coordinate) for coordinate in found[0])
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def box_overlap(found: str, reference: str) -> float:
+    """Intersection over union of the boxes in two texts, 0 to 1; 0 where either has not exactly one."""
+    ours, theirs = parse_box(found), parse_box(reference)
+    if ours is None or theirs is None:
+        return 0.0
+    width = min(ours[2], theirs[2]) - max(ours[0], theirs[0])
+    height = min(ours[3], theirs[3]) - max(ours[1], theirs[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    shared = width * height
+    return shared / (_area(ours) + _area(theirs) - shared)
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _same_formula(found: str, reference: str) -> bool:
+    if _as_text(found) == _as_text(reference):
+        return True
+    if max(len(found), len(reference)) > _LONGEST_FORMULA:
+        return False
+    from math_verify import parse, verify
+
+    # math-verify keeps time with signals, which only the main thread gets; elsewhere it must be told not to.
+    seconds = _SECONDS_TO_COMPARE if threading.current_thread() is threading.main_thread() else None
+    for name in ("math_verify.parser", "math_verify.grader"):  # A line for each odd sample would bury the rest.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    ours, theirs = (parse(_in_dollars(text), parsing_timeout=seconds) for text in (found, reference))
+    return bool(verify(theirs, ours, timeout_seconds=seconds))
+
+
+def _in_dollars(text: str) -> str:
+    """math-verify reads LaTeX between dollar signs alone, and datasets write it bare."""
+    return text if any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")) else f"${text}$"
+
+
+def _as_text(text: str) -> str:
+    return "".join(text.split()).strip("$").casefold()

@@ -1,0 +1,107 @@
+"""How large the model sees an image, and the one knob for it.
+
+Qwen2.5-VL resizes every image so that both sides are multiples of 28 pixels and the whole has between `min_pixels`
+and `max_pixels`; each 28 x 28 pixels are one token. The published maximum is 12.8 million pixels, 16,384 tokens for
+one image: no training fits that, and a processor saved with another limit than the training's makes the export slower
+and less accurate. So `--max_pixels` is one number that goes everywhere: the rows are resized to it (rollouts in vLLM
+then see the same image as the training forward, whatever their own processor's limits), and the processor that is
+trained with and saved has it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LARGEST_ASPECT_RATIO = 200
+"""Qwen's processors refuse an image that is longer than this by its width, in the middle of a training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelLimits:
+    """Between how many pixels a processor brings images, in squares of `factor` pixels that become one token."""
+
+    factor: int
+    min_pixels: int
+    max_pixels: int
+
+    def fit(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the image as the model sees it, in pixels.
+
+        Raises:
+            ValueError: the image is too narrow for this processor.
+        """
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        rows, columns = smart_resize(
+            height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels
+        )
+        return columns, rows
+
+    def tokens(self, width: int, height: int) -> int:
+        """How many tokens the image takes in the prompt."""
+        fitted_width, fitted_height = self.fit(width, height)
+        return fitted_width * fitted_height // self.factor**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A transform for `datasets`: the images of a batch, in the size in which the model sees them."""
+
+    limits: PixelLimits
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        fitted = dict(batch)
+        if "image" in batch:
+            fitted["image"] = [self._fit(image) for image in batch["image"]]
+        if "images" in batch:
+            fitted["images"] = [[self._fit(image) for image in images] for images in batch["images"]]
+        return fitted
+
+    def _fit(self, image: Image) -> Image:
+        from PIL import Image as Pillow
+
+        size = self.limits.fit(*image.size)
+        return image if image.size == size else image.resize(size, Pillow.Resampling.BICUBIC)
+
+
+def load_processor(name: str, *, revision: str | None = None, max_pixels: int | None = None) -> Any:
+    """The model's processor (or tokenizer), as TRL would load it, with the pixel limit asked for.
+
+    Raises:
+        InputError: it cannot be loaded, has no pixel limits to set, or the limit is below its minimum.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision, truncation_side="left", padding_side="left")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model {name}: its processor cannot be loaded ({reason})") from error
+    if max_pixels is not None:
+        limits = pixel_limits(processor)
+        if limits is None:
+            raise InputError(f"--max_pixels {max_pixels}: the processor of {name} has no such limit; leave it out")
+        least = max(limits.min_pixels, limits.factor**2)
+        if max_pixels < least:
+            raise InputError(f"--max_pixels {max_pixels}: {name} takes no image smaller than {least} pixels")
+        processor.image_processor.size = {"shortest_edge": limits.min_pixels, "longest_edge": max_pixels}
+    return processor
+
+
+def pixel_limits(processor: Any) -> PixelLimits | None:
+    """The limits of a Qwen-VL processor; None for one that resizes in another way, and for a tokenizer."""
+    image_processor = getattr(processor, "image_processor", None)
+    if not hasattr(image_processor, "merge_size") or not hasattr(image_processor, "patch_size"):
+        return None
+    size = dict(image_processor.size)
+    return PixelLimits(
+        factor=image_processor.patch_size * image_processor.merge_size,
+        min_pixels=int(size["shortest_edge"]),
+        max_pixels=int(size["longest_edge"]),
+    )

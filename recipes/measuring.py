@@ -1,0 +1,142 @@
+"""How long each prompt really is, and where its boxes are once the image has been resized.
+
+Sizes are read from the images' headers: nothing is decoded, so tens of thousands of rows take a minute, and `datasets`
+keeps the result.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from answers import parse_box
+from images import LARGEST_ASPECT_RATIO, PixelLimits, pixel_limits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def keep_short(rows: Dataset, processor: Any, *, max_prompt_length: int | None) -> Dataset:
+    """The rows whose prompt has at most so many tokens, image tokens included, and whose images can be resized.
+
+    Args:
+        rows (`Dataset`):
+            In the row form, images included.
+        processor:
+            The model's, with the pixel limits of the training.
+        max_prompt_length (`int`, *optional*):
+            In tokens; None keeps prompts of any length.
+    """
+    limits = pixel_limits(processor)
+    if limits is None and max_prompt_length is None:
+        return rows
+    keep = []
+    for index, (row, sizes) in enumerate(zip(_without_images(rows), image_sizes(rows), strict=True)):
+        if any(max(size) > LARGEST_ASPECT_RATIO * min(size) for size in sizes):
+            continue
+        if max_prompt_length is not None:
+            if limits is not None:
+                length = prompt_length(row["prompt"], sizes, processor, limits)
+            else:  # Another family's processor: ask it, slow but right.
+                length = _processed_length(rows[index], processor)
+            if length > max_prompt_length:
+                continue
+        keep.append(index)
+    return rows if len(keep) == len(rows) else rows.select(keep)
+
+
+def prompt_length(
+    prompt: list[dict[str, Any]], sizes: list[tuple[int, int]], processor: Any, limits: PixelLimits
+) -> int:
+    """Tokens of a prompt as the trainer will write it. The chat template has one placeholder for each image."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    messages = prepare_multimodal_messages(prompt, images=list(sizes))
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return len(processor.tokenizer(text)["input_ids"]) + sum(limits.tokens(*size) - 1 for size in sizes)
+
+
+def fit_boxes(rows: Dataset, processor: Any) -> Dataset:
+    """Move boxes from the original image's pixels to those of the image as the model sees it.
+
+    Qwen2.5-VL is told of no other size than that of the resized image, and answers in its pixels
+    (https://github.com/om-ai-lab/VLM-R1/issues/44).
+    """
+    limits = pixel_limits(processor)
+    if limits is None or "answer_type" not in rows.column_names or "box" not in rows.unique("answer_type"):
+        return rows
+    sizes = image_sizes(rows)
+    answers = [
+        fit_box(answer, size=size[0], limits=limits) if kind == "box" else answer
+        for answer, kind, size in zip(rows["answer"], rows["answer_type"], sizes, strict=True)
+    ]
+    return rows.remove_columns("answer").add_column("answer", answers)
+
+
+def fit_box(answer: str, *, size: tuple[int, int], limits: PixelLimits) -> str:
+    """One box, in the frame of the resized image.
+
+    Args:
+        answer (`str`):
+            `[x1, y1, x2, y2]` in pixels of the original image.
+        size (`tuple[int, int]`):
+            Width and height of the original image.
+        limits (`PixelLimits`):
+            How the processor resizes.
+    """
+    box = parse_box(answer)
+    assert box is not None, answer  # rows without one were left out
+    (width, height), (seen_width, seen_height) = size, limits.fit(*size)
+    across, down = seen_width / width, seen_height / height
+    return str([round(coordinate * scale, 2) for coordinate, scale in zip(box, (across, down) * 2, strict=True)])
+
+
+def image_sizes(rows: Dataset) -> list[list[tuple[int, int]]]:
+    """Width and height of every row's images, from their headers."""
+    from datasets import Image, List
+
+    column = "images" if "images" in rows.column_names else "image"
+    raw = rows.select_columns([column]).cast_column(
+        column, List(Image(decode=False)) if column == "images" else Image(decode=False)
+    )
+    measured = raw.map(_header_sizes, input_columns=[column], remove_columns=[column], desc="measuring images")
+    return [[(width, height) for width, height in sizes] for sizes in measured["sizes"]]
+
+
+def _header_sizes(images: Any) -> dict[str, list[list[int]]]:
+    from PIL import Image as Pillow
+
+    sizes = []
+    for image in images if isinstance(images, list) else [images]:
+        with Pillow.open(io.BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"])) as picture:
+            sizes.append(list(picture.size))
+    return {"sizes": sizes}
+
+
+def _without_images(rows: Dataset) -> Dataset:
+    return rows.select_columns([name for name in rows.column_names if name not in ("image", "images")])
+
+
+def _processed_length(row: dict[str, Any], processor: Any) -> int:
+    from trl.data_utils import prepare_multimodal_messages
+
+    images = row["images"] if "images" in row else [row["image"]]
+    messages = prepare_multimodal_messages(row["prompt"], images=images)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return int(processor(text=[text], images=[images], return_tensors="pt")["input_ids"].shape[1])
+
+
+def longest_prompt(rows: Dataset, processor: Any, *, looked_at: int = 256) -> tuple[int, int]:
+    """Tokens of the longest of the first prompts, and of the most that its images take: (prompt, images)."""
+    limits = pixel_limits(processor)
+    # Without the transform that resizes: what is measured are the images as they are published.
+    first = rows.with_format(None).select(range(min(looked_at if limits is not None else 8, len(rows))))
+    if limits is None:
+        return max(_processed_length(row, processor) for row in first), 0
+    sizes = image_sizes(first)
+    lengths = [
+        prompt_length(row["prompt"], row_sizes, processor, limits)
+        for row, row_sizes in zip(_without_images(first), sizes, strict=True)
+    ]
+    return max(lengths), max(sum(limits.tokens(*size) for size in row_sizes) for row_sizes in sizes)

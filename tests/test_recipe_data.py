@@ -1,0 +1,246 @@
+"""The known datasets, read by `datasets` from small copies of what is published, become rows that GRPO trains on."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from packaging.version import Version
+from PIL import Image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(
+    Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
+)
+
+
+def picture(width: int = 640, height: int = 480, mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, (width, height), 90 if mode == "L" else (90, 120, 30))
+
+
+def write_parquet(folder: Path, columns: dict[str, list[Any]], *, split: str = "train", several: bool = False) -> None:
+    """As the Hub keeps it: `data/<split>-00000-of-00001.parquet` with the images' bytes inside."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    kinds = {name: Value("string") for name in columns}
+    image = "images" if several else "image"
+    kinds[image] = List(ImageFeature()) if several else ImageFeature()
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    rows = Dataset.from_dict(columns, features=Features(kinds))
+    rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> dict[str, Path]:
+    """A small local copy of each layout."""
+    write_parquet(
+        tmp_path / "multimodal-open-r1-8k-verified",
+        {
+            "image": [picture(), picture(mode="L"), picture()],
+            "problem": ["What is the area?", "Which one?\nChoices:\n(A) 3\n(B) 4", "How long?"],
+            "solution": [
+                "<think>Half the base.</think>\n\n<answer>\\( \\frac{9}{2} \\)</answer>",
+                "<think>Four.</think>\n\n<answer>B</answer>",
+                "<think>Measure.</think>\n\n<answer>12 cm</answer>",
+            ],
+            "original_question": ["q"] * 3,
+            "original_answer": ["a"] * 3,
+        },
+    )
+    write_parquet(
+        tmp_path / "clevr_cogen_a_train",
+        {
+            "image": [picture(480, 320)] * 3,
+            "problem": ["How many items are there in the image?"] * 3,
+            "solution": ["<answer> 3 </answer>", "<answer> 10 </answer>", "<answer> 5 </answer>"],
+        },
+    )
+    for split in ("train", "validation", "test"):
+        write_parquet(
+            tmp_path / "geometry3k",
+            {
+                "images": [[picture(300, 200)], [picture(300, 200)]],
+                "problem": ["<image>Find x.", "<image>Find the area."],
+                "answer": ["2 \\sqrt { 221 }", "35"],
+            },
+            split=split,
+            several=True,
+        )
+    jsonl, coco = tmp_path / "rec_jsons_processed", tmp_path / "coco" / "train2014"
+    coco.mkdir(parents=True)
+    jsonl.mkdir()
+    for number, size in enumerate([(640, 480), (500, 375)]):
+        picture(*size).save(coco / f"{number}.jpg")
+    rows = [
+        {
+            "id": number,
+            "image": f"train2014/{number}.jpg",
+            "conversations": [
+                {"from": "human", "value": "<image>Please provide the box of: the dog"},
+                {"from": "gpt", "value": box},
+            ],
+        }
+        for number, box in enumerate([[320.0, 240.0, 640.0, 480.0], [0.0, 0.0, 250.0, 375.0]])
+    ]
+    (jsonl / "refcoco_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = {"image": "train2014/1.jpg", "problem": "the cat", "solution": [50, 75, 250, 375], "dataset": "refcoco"}
+    (jsonl / "refcoco_val.jsonl").write_text(json.dumps(held_out) + "\n")
+    return {
+        "open_r1": tmp_path / "multimodal-open-r1-8k-verified",
+        "clevr_count": tmp_path / "clevr_cogen_a_train",
+        "geometry3k": tmp_path / "geometry3k",
+        "referring": jsonl,
+    }
+
+
+@pytest.fixture(scope="session")
+def processors(qwen: Path) -> Any:
+    from images import load_processor
+
+    return lambda max_pixels=None: load_processor(str(qwen), max_pixels=max_pixels)
+
+
+def load(folder: Path, processor: Any = None, **options: Any) -> Any:
+    from arguments import RecipeArguments
+    from data import load_splits
+
+    given: dict[str, Any] = {"held_out_size": 1, **options}
+    return load_splits(RecipeArguments(dataset_name=str(folder), **given), seed=0, processor=processor)
+
+
+def answers(splits: Any) -> list[tuple[str, str]]:
+    rows = [*splits.train, *splits.held_out]
+    return sorted((row["answer"], row["answer_type"]) for row in rows)
+
+
+def test_open_r1_has_formulas_and_choices(copies: dict[str, Path], processors: Any) -> None:
+    splits = load(copies["open_r1"], processors())
+    assert answers(splits) == [("12 cm", "math"), ("B", "choice"), ("\\( \\frac{9}{2} \\)", "math")]
+    assert {row["image"].mode for row in [*splits.train, *splits.held_out]} == {"RGB"}
+    asked = {row["prompt"][1]["content"] for row in [*splits.train, *splits.held_out]}
+    assert "How long? If there are choices, answer with the letter alone." in asked
+
+
+def test_clevr_counts(copies: dict[str, Path], processors: Any) -> None:
+    assert answers(load(copies["clevr_count"], processors())) == [("10", "number"), ("3", "number"), ("5", "number")]
+
+
+def test_geometry_keeps_its_test_split(copies: dict[str, Path], processors: Any) -> None:
+    splits = load(copies["geometry3k"], processors(), held_out_size=5)
+    assert (len(splits.train), len(splits.held_out)) == (2, 2)
+    row = splits.train[0]
+    assert row["images"][0].mode == "RGB"
+    assert (row["answer"], row["answer_type"]) == ("2 \\sqrt { 221 }", "math")
+    assert row["prompt"][1]["content"] == "Find x. Answer with the value alone."
+
+
+def test_referring_boxes_are_in_the_frame_of_the_resized_image(copies: dict[str, Path], processors: Any) -> None:
+    """https://github.com/om-ai-lab/VLM-R1/issues/44: the model that is right was paid nothing."""
+    from rewards import iou_reward
+
+    processor = processors(100_352)
+    splits = load(
+        copies["referring"],
+        processor,
+        dataset_layout="referring",
+        image_folder=str(copies["referring"].parent / "coco"),
+        max_pixels=100_352,
+    )
+    row = splits.train[0]
+    assert row["image"].size == (364, 252)
+    # What the model is told of the image is the processor's grid of 14-pixel patches, and nothing else.
+    seen = processor(text=["<|image_pad|>"], images=[picture(640, 480)], return_tensors="pt")["image_grid_thw"][0]
+    assert (int(seen[2]) * 14, int(seen[1]) * 14) == row["image"].size
+    assert row["answer"] == "[182.0, 126.0, 364.0, 252.0]"
+    right = "<think>Lower right.</think><answer>[182, 126, 364, 252]</answer>"
+    assert iou_reward([right], [row["answer"]]) == [1.0]
+    assert iou_reward([right], ["[320.0, 240.0, 640.0, 480.0]"])[0] < 0.01  # as it was without the conversion
+    assert splits.held_out[0]["answer"] == "[36.4, 50.4, 182.0, 252.0]"
+
+
+def test_paths_that_lead_nowhere_are_one_line(copies: dict[str, Path], processors: Any) -> None:
+    from grpo_toolkit import InputError
+
+    with pytest.raises(InputError, match=r"0\.jpg: no such file; name the folder .* --image_folder"):
+        load(copies["referring"], processors(), dataset_layout="referring", image_folder="/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dataset_layout": "clever"},
+            "--dataset_layout clever: there are open_r1, clevr_count, geometry3k, referring",
+        ),
+        ({"dataset_layout": "referring"}, "has the columns image, conversations or image, problem, solution; found"),
+        ({"max_prompt_length": 10}, "has 10 tokens or fewer, its image included"),
+    ],
+)
+def test_wrong_layouts_and_lengths(
+    copies: dict[str, Path], processors: Any, options: dict[str, Any], message: str
+) -> None:
+    from grpo_toolkit import InputError
+
+    with pytest.raises(InputError, match=message):
+        load(copies["geometry3k"], processors(), **options)
+
+
+def test_lengths_are_the_processors_own_and_long_prompts_are_left_out(
+    copies: dict[str, Path], processors: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from evaluation import model_inputs
+    from images import pixel_limits
+    from measuring import image_sizes, prompt_length
+
+    processor = processors(50_176)
+    limits = pixel_limits(processor)
+    assert limits is not None
+    rows = load(copies["open_r1"], processor).train
+    lengths = [
+        prompt_length(row["prompt"], sizes, processor, limits)
+        for row, sizes in zip(rows, image_sizes(rows), strict=True)
+    ]
+    assert lengths == [model_inputs([row], processor)["input_ids"].shape[1] for row in rows]
+    kept = load(copies["open_r1"], processor, max_prompt_length=min(lengths))
+    assert len(kept.train) + len(kept.held_out) < 3
+    assert "have too long a prompt or too narrow an image; left out" in capsys.readouterr().out
+
+
+def test_an_image_that_the_processor_would_refuse_is_left_out(tmp_path: Path, processors: Any) -> None:
+    columns = {"image": [picture(2100, 10), picture(), picture()], "problem": ["?"] * 3, "solution": ["1"] * 3}
+    write_parquet(tmp_path / "clevr_cogen_a_train", columns)
+    splits = load(tmp_path / "clevr_cogen_a_train", processors())
+    assert len(splits.train) + len(splits.held_out) == 2
+
+
+def test_max_pixels_is_one_knob_for_rows_and_saved_processor(
+    copies: dict[str, Path], processors: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoProcessor
+
+    from images import pixel_limits
+
+    processor = processors(50_176)
+    row = load(copies["clevr_count"], processor, max_pixels=50_176).train[0]
+    assert row["image"].size == (252, 168)
+    assert processor(text=["<|image_pad|>"], images=[row["image"]], return_tensors="pt")["input_ids"].shape[1] == 54
+    processor.save_pretrained(tmp_path / "saved")
+    limits = pixel_limits(AutoProcessor.from_pretrained(tmp_path / "saved"))
+    assert limits is not None
+    assert (limits.min_pixels, limits.max_pixels) == (3136, 50_176)
+
+
+def test_impossible_pixel_limits_are_one_line(qwen: Path, any_base: Path) -> None:
+    from grpo_toolkit import InputError
+    from images import load_processor
+
+    with pytest.raises(InputError, match=r"--max_pixels 784: /.* takes no image smaller than 3136 pixels"):
+        load_processor(str(qwen), max_pixels=784)
+    if any_base.name != "qwen2_5_vl":
+        with pytest.raises(InputError, match="has no such limit; leave it out"):
+            load_processor(str(any_base), max_pixels=100_352)

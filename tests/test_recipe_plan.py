@@ -1,0 +1,345 @@
+"""What the preflight says of a run: memory that is close to what PyTorch allocates, and what is bound to go wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from grpo_toolkit import InputError
+from test_recipe_data import picture, write_parquet
+
+pytestmark = pytest.mark.skipif(
+    Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
+)
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+LANGUAGE_MODEL = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+class Allocations(TorchDispatchMode):
+    """Adds up the storages that operations allocate, until they are freed."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata: 0 for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known[storage._cdata] = storage.nbytes()
+                self.current += storage.nbytes()
+                self.peak = max(self.peak, self.current)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return result
+
+    def _free(self, key: int) -> None:
+        self.current -= self.known.pop(key)
+
+
+def small_qwen(folder: Path) -> Path:
+    """Wide enough for activations to outweigh the rest, small enough to train on a CPU for a test."""
+    from make_random_vlm import SHAPES, full_size_tokenizer
+    from tiny_vlm_files import Shape, write_model_files, write_tokenizer
+
+    folder.mkdir()
+    shape = Shape(
+        hidden_size=256,
+        intermediate_size=1376,  # the 3B's ratio
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=1,
+        mrope_section=(8, 12, 12),
+        vision_depth=2,
+        vision_hidden_size=SHAPES["tiny"].vision_hidden_size,
+        vision_intermediate_size=128,
+        vision_num_heads=4,
+        fullatt_block_indexes=(1,),
+    )
+    token_ids = write_tokenizer(folder, full_size_tokenizer())
+    write_model_files(folder, shape=shape, token_ids=token_ids, vocab_size=151_936)
+    return folder
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_the_estimate_is_close_to_what_a_step_allocates(tmp_path: Path, adapter: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from memory import Load, estimate, measure_model
+
+    folder, batch, length = small_qwen(tmp_path / "model"), 4, 256
+    lora = LoraConfig(r=8, lora_dropout=0.0, target_modules=LANGUAGE_MODEL) if adapter else None
+    dtype = torch.bfloat16 if adapter else torch.float32
+    model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    layers = model.model.language_model
+    if lora is not None:
+        model = get_peft_model(model, lora)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if adapter:
+        model.enable_input_require_grads()
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    with Allocations(model) as allocations:
+        for _ in range(2):  # The first backward makes the gradients, the second adds to them.
+            allocations.peak = allocations.current
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                position = torch.zeros(3, batch, length, dtype=torch.long)
+                hidden = layers(input_ids=ids, position_ids=position, use_cache=False).last_hidden_state
+            hidden.sum().backward()
+    gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+
+    size = measure_model(str(folder), peft_config=lora)
+    load = Load(
+        prompt_tokens=length // 2,
+        image_patches=0,
+        completion_tokens=length // 2,
+        training_batch=batch,
+        rollout_batch=batch,
+    )
+    found = estimate(size, load, weight_bytes=dtype.itemsize, mixed_precision=True, optimizer="adamw_torch_fused")
+    assert found.parts["gradients"] >= gradients > 0
+    assert found.moments["training"] == pytest.approx(allocations.peak - gradients, rel=0.15)
+
+
+def test_counts_are_exact(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    from make_random_vlm import SHAPES, full_size_tokenizer
+    from memory import measure_model
+    from tiny_vlm_files import write_model_files, write_tokenizer
+
+    token_ids = write_tokenizer(tmp_path, full_size_tokenizer())
+    write_model_files(tmp_path, shape=SHAPES["qwen2.5-vl-3b"], token_ids=token_ids, vocab_size=151_936)
+    size = measure_model(str(tmp_path), peft_config=LoraConfig(r=64, target_modules=LANGUAGE_MODEL))
+    assert (size.parameters, size.trained) == (3_754_622_976, 119_734_272)
+    assert size.kv_values_per_token * 2 == 36_864  # bytes in bfloat16
+    assert (size.adapted_modules, size.adapted_vision_modules) == (252, 0)
+    everywhere = measure_model(str(tmp_path), peft_config=LoraConfig(target_modules=["gate_proj"]))
+    assert (everywhere.adapted_modules, everywhere.adapted_vision_modules) == (68, 32)
+    with pytest.raises(InputError, match="--lora_target_modules: Target modules"):
+        measure_model(str(tmp_path), peft_config=LoraConfig(target_modules=["query"]))
+
+
+@pytest.fixture
+def geometry(tmp_path: Path) -> Path:
+    folder = tmp_path / "geometry3k"
+    for split in ("train", "test"):
+        columns = {"images": [[picture()]] * 4, "problem": ["<image>Find x."] * 4, "answer": ["3"] * 4}
+        write_parquet(folder, columns, split=split, several=True)
+    return folder
+
+
+def plan_of(model: Path, dataset: Path, tmp_path: Path, *flags: str) -> Any:
+    from arguments import parse
+    from data import load_splits
+    from images import load_processor
+    from plan import make_plan
+
+    given = (
+        "--model_name_or_path",
+        str(model),
+        "--dataset_name",
+        str(dataset),
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+    )
+    recipe, training, arguments = parse([*given, "--output_dir", str(tmp_path / "out"), *flags])
+    processor = load_processor(str(model), max_pixels=recipe.max_pixels)
+    splits = load_splits(recipe, seed=0, processor=processor)
+    return make_plan(recipe, training, arguments, splits, processor=processor)
+
+
+def test_a_plan_counts_prompts_tokens_and_disk(qwen: Path, geometry: Path, tmp_path: Path) -> None:
+    plan = plan_of(
+        *(qwen, geometry, tmp_path, "--max_pixels", "100352", "--per_device_train_batch_size", "4"),
+        *("--num_generations", "4", "--gradient_accumulation_steps", "2", "--max_steps", "6", "--save_steps", "2"),
+    )
+    assert (plan.prompts_per_step, plan.completions_per_step, plan.steps) == (2, 8, 6)
+    assert plan.prompt_tokens == 13 * 9 + plan.prompt_tokens - 117  # 364 x 252 pixels are 117 tokens
+    assert plan.prompt_tokens > 117
+    weights = plan.size.parameters * 4
+    assert plan.disk == 3 * 3 * weights + plan.size.parameters * 2 + weights
+    assert (plan.errors, plan.warnings) == ((), ())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (
+            ["--num_generations", "2", "--per_device_train_batch_size", "16"],
+            {},
+            "4 rows to train on, but each step takes 8 prompts (16 completions of 2): lower --gradient_accumulation",
+        ),
+        (
+            [],
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+            "fsdp_state_dict_type SHARDED_STATE_DICT: checkpoints get no config, tokenizer or safetensors",
+        ),
+    ],
+)
+def test_what_is_bound_to_fail_is_an_error(
+    qwen: Path,
+    geometry: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    from plan import check_plan
+
+    plan = plan_of(qwen, geometry, tmp_path, *flags)
+    assert plan.errors == () or not environment
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    plan = plan_of(qwen, geometry, tmp_path, *flags)
+    assert message in plan.errors[0]
+    with pytest.raises(InputError):
+        check_plan(plan)
+
+
+def test_zero3_without_whole_weights_is_an_error(qwen: Path, geometry: Path, tmp_path: Path) -> None:
+    """In a process of its own, as `accelerate launch` would start it: DeepSpeed opens a process group at once."""
+    pytest.importorskip("deepspeed")
+    launched = {
+        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"},
+        **{"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
+    }
+    command = [sys.executable, str(RECIPES / "grpo.py"), "--model_name_or_path", str(qwen), "--dry_run"]
+    command += ["--dataset_name", str(geometry), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    command += ["--bf16", "false", "--gradient_checkpointing", "false"]
+    done = subprocess.run(command, env=os.environ | launched, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "processes   1 (zero3)" in done.stdout
+    assert "ZeRO-3 without zero3_save_16bit_model: checkpoints get no weights" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_costs_time_or_quality_is_a_warning(qwen: Path, tmp_path: Path) -> None:
+    columns = {"images": [[picture(2000, 1500)]] * 4, "problem": ["<image>Find x."] * 4, "answer": ["3"] * 4}
+    write_parquet(tmp_path / "geometry3k", columns, several=True)
+    plan = plan_of(
+        *(
+            qwen,
+            tmp_path / "geometry3k",
+            tmp_path,
+            "--use_peft",
+            "true",
+            "--lora_target_modules",
+            "gate_proj",
+            "up_proj",
+        ),
+        *("--use_vllm", "true", "--vllm_max_model_length", "512"),
+    )
+    warnings = "\n".join(plan.warnings)
+    assert "the adapter also hits 4 modules of the vision tower" in warnings
+    assert "an image takes up to 3834 tokens: --max_pixels 1605632" in warnings
+    assert "vLLM reserves memory for the largest image" in warnings
+    assert "--vllm_max_model_length 512 is less than the longest prompt" in warnings
+
+
+def test_memory_and_disk_that_are_not_there(qwen: Path, geometry: Path, tmp_path: Path) -> None:
+    """The same plan on a smaller machine."""
+    from dataclasses import replace
+
+    from arguments import parse
+    from plan import _size_errors, _warnings
+
+    plan = plan_of(qwen, geometry, tmp_path)
+    recipe, training, _ = parse(
+        ["--model_name_or_path", str(qwen), "--use_cpu", "true", "--bf16", "false", "--output_dir", "o"]
+    )
+    small = replace(plan, free_memory=1000.0, free_disk=1000.0)
+    errors = _size_errors(small, training)
+    assert "weights, gradients, optimizer alone need" in errors[0]
+    assert "checkpoints and export need" in errors[1]
+    tight = replace(plan, free_memory=plan.memory.needed - 1)
+    assert "at its peak this needs about" in _warnings(tight, recipe, training, None, image_tokens=1)[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "bytes_each"),
+    [((), 4), (("--dtype", "auto"), 4), (("--dtype", "bfloat16"), 2), (("--load_in_4bit", "true"), 0.6)],
+)
+def test_weights_count_as_they_are_loaded(
+    qwen: Path, geometry: Path, tmp_path: Path, flags: tuple[str, ...], bytes_each: float
+) -> None:
+    plan = plan_of(qwen, geometry, tmp_path, *flags)  # its files are in float32
+    assert plan.memory.parts["weights"] == plan.size.parameters * bytes_each
+
+
+def test_vllm_on_the_same_gpu_counts_as_long_as_it_is_awake() -> None:
+    from memory import Load, ModelSize, estimate
+
+    sizes = dict.fromkeys(("vision_parameters", "layer_parameters", "embedding_parameters", "kv_values_per_token"), 0)
+    size = ModelSize(parameters=10, trained=10, hidden_size=1, intermediate_size=1, layers=1, **sizes)
+    load = Load(
+        prompt_tokens=1,
+        image_patches=0,
+        completion_tokens=1,
+        training_batch=1,
+        rollout_batch=1,
+        rollouts_elsewhere=True,
+    )
+
+    def needs(*, sleeps: bool) -> float:
+        found = estimate(
+            size, load, weight_bytes=4, mixed_precision=False, optimizer="sgd", reserved=1000.0, sleeps=sleeps
+        )
+        return found.allocated
+
+    assert needs(sleeps=False) == 40 + 40 + 1000 + (2 * 4 + 2 * 50)
+    assert needs(sleeps=True) == 40 + 40 + 1000
+
+
+def test_sharing_divides_what_stays() -> None:
+    from memory import GIB, Load, ModelSize, estimate
+
+    size = ModelSize(
+        parameters=3_754_622_976,
+        vision_parameters=668_683_264,
+        trained=3_754_622_976,
+        hidden_size=2048,
+        intermediate_size=11008,
+        layers=36,
+        layer_parameters=77_077_000,
+        embedding_parameters=311_164_928,
+        kv_values_per_token=18_432,
+    )
+    load = Load(prompt_tokens=512, image_patches=0, completion_tokens=512, training_batch=8, rollout_batch=8)
+
+    def standing(sharing: Any, processes: int) -> list[float]:
+        found = estimate(
+            size,
+            load,
+            weight_bytes=4,
+            mixed_precision=True,
+            optimizer="adamw_torch_fused",
+            sharing=sharing,
+            processes=processes,
+        )
+        return [round(part / GIB, 1) for part in found.parts.values()]
+
+    assert standing("none", 1) == [14.0, 14.0, 28.0]
+    assert standing("ddp", 2) == [14.0, 28.0, 28.0]  # DDP's buckets are a second copy of the gradients
+    assert standing("fsdp", 2) == [7.0, 7.0, 14.0]
+    assert standing("zero2", 2) == [7.0, 7.0, 21.0]  # bfloat16 weights, float32 masters beside Adam's moments
+    assert standing("zero3", 4) == [1.7, 3.5, 10.5]

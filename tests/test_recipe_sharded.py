@@ -1,0 +1,109 @@
+"""Rollouts and held-out answers where no process holds the whole model. Two processes on a CPU, sharded for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from test_recipe_data import picture, write_parquet
+
+pytestmark = pytest.mark.skipif(
+    Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+GENERATE = """
+import sys
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder, recipes = sys.argv[1:]
+sys.path.insert(0, recipes)
+from sharded import generate_whole
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+inputs = processor(text=[text], images=[Image.new("RGB", (112, 112), (9, 80, 200))], return_tensors="pt")
+
+def generate():
+    with torch.no_grad():
+        return model.generate(**inputs, max_new_tokens=6, do_sample=False)[0].tolist()
+
+whole = generate()
+generate_whole(model)  # not sharded yet: nothing to do
+for module in reversed(list(model.modules())):
+    if type(module).__name__ in model._no_split_modules:
+        fully_shard(module, mesh=mesh)
+fully_shard(model, mesh=mesh)
+assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+generate_whole(model)
+generate_whole(model)  # once is enough
+before = generate()
+assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+model.train()
+model(**inputs).logits.sum().backward()
+model.eval()
+after = generate()
+print(f"rank {dist.get_rank()}: {whole == before == after}\\n", end="", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def torchrun(script: Path, *arguments: object, port: int) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [*launch, str(script), *map(str, arguments)]
+    return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+
+
+def test_fsdp2_says_the_same_as_the_whole_model(qwen: Path, tmp_path: Path) -> None:
+    (tmp_path / "generate.py").write_text(GENERATE)
+    done = torchrun(tmp_path / "generate.py", qwen, ROOT / "recipes", port=29573)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0: True", "rank 1: True"]
+
+
+def test_zero3_is_asked_before_while_and_after_it_trains(qwen: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    for split in ("train", "test"):
+        columns = {"images": [[picture(56, 56)]] * 4, "problem": ["<image>x?"] * 4, "answer": ["3"] * 4}
+        write_parquet(tmp_path / "geometry3k", columns, split=split, several=True)
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "num_machines": 1,
+        "num_processes": 2,
+        "main_process_port": 29575,
+        "use_cpu": True,
+        "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True},
+    }
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    flags: list[object] = ["--model_name_or_path", qwen, "--dataset_name", tmp_path / "geometry3k"]
+    flags += ["--output_dir", tmp_path / "out", "--report_to", "none", "--max_steps", 1, "--held_out_size", 2]
+    flags += ["--per_device_train_batch_size", 2, "--num_generations", 4, "--max_completion_length", 4]
+    flags += ["--latency_rounds", 0, "--use_cpu", "true", "--bf16", "false", "--eval_strategy", "steps"]
+    flags += ["--eval_steps", 1, "--per_device_eval_batch_size", 2, "--save_strategy", "no", "--logging_steps", 1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero3.json")]
+    command = [*launch, str(ROOT / "recipes" / "grpo.py"), *map(str, flags)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes   2 (zero3)" in done.stderr
+    assert done.stdout.count("held-out accuracy before training: 0.0% of 2 rows") == 1
+    assert done.stdout.count("held-out accuracy after training: 0.0% of 2 rows") == 1
+    assert "'eval_accuracy': " in done.stdout
