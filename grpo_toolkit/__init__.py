@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_toolkit.cache import inference_ready
     from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
+    from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
+    from grpo_toolkit.doctor.findings import Diagnosis, Finding
+    from grpo_toolkit.doctor.repair import RepairResult, repair_checkpoint, undo_repair
     from grpo_toolkit.errors import (
         CheckpointError,
         GrpoToolkitError,
@@ -34,14 +37,17 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CheckpointError": "errors",
+    "Diagnosis": "doctor.findings",
     "ExportCallback": "callbacks",
     "ExportResult": "export",
+    "Finding": "doctor.findings",
     "GrpoToolkitError": "errors",
     "InputError": "errors",
     "KVCacheCallback": "callbacks",
     "LatencyCallback": "callbacks",
     "LatencyRow": "latency.measure",
     "OutputExistsError": "errors",
+    "RepairResult": "doctor.repair",
     "Request": "inference",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
@@ -49,23 +55,29 @@ _MODULES = {
     "VerificationError": "errors",
     "VerificationResult": "verify",
     "WorkerError": "errors",
+    "diagnose_checkpoint": "doctor.diagnose",
     "export_model": "export",
     "inference_ready": "cache",
     "last_whole_checkpoint": "resume",
     "measure_latency": "latency.measure",
+    "repair_checkpoint": "doctor.repair",
+    "undo_repair": "doctor.repair",
     "verify_export": "verify",
 }
 
 __all__ = [
     "CheckpointError",
+    "Diagnosis",
     "ExportCallback",
     "ExportResult",
+    "Finding",
     "GrpoToolkitError",
     "InputError",
     "KVCacheCallback",
     "LatencyCallback",
     "LatencyRow",
     "OutputExistsError",
+    "RepairResult",
     "Request",
     "ResumeError",
     "ResumeGuardCallback",
@@ -73,10 +85,13 @@ __all__ = [
     "VerificationError",
     "VerificationResult",
     "WorkerError",
+    "diagnose_checkpoint",
     "export_model",
     "inference_ready",
     "last_whole_checkpoint",
     "measure_latency",
+    "repair_checkpoint",
+    "undo_repair",
     "verify_export",
 ]
 

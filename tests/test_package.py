@@ -17,19 +17,29 @@ HEAVY = ("torch", "transformers", "peft", "wandb", "trl", "numpy", "rich", "matp
 # From the ground up: a module may import from its own floor and from those below it.
 FLOORS = [
     {"errors"},
+    {"reading"},
     {"checkpoint"},
     {"defaults", "portable"},
+    {"doctor.families", "doctor.files", "doctor.names", "doctor.jsontext", "doctor.rewrite"},
+    {"doctor.folder", "doctor.findings", "doctor.digests", "doctor.tensors"},
+    {"doctor.rules.adapter", "doctor.rules.cache", "doctor.rules.dialect", "doctor.rules.dtypes"},
+    {"doctor.rules.files", "doctor.rules.processing", "doctor.rules.tied", "doctor.rules.weights"},
+    {"doctor.diagnose"},
+    {"doctor.plan", "doctor.repair", "doctor.text"},
     {"cache"},
     {"saving", "inference"},
     {"resume", "worker", "merge", "processing"},
     {"verify", "latency.workload", "latency.measure", "latency.store"},
     {"export"},
-    {"tracking.wandb", "tracking.console", "tracking.plots"},
+    {"tracking.wandb", "tracking.console", "tracking.plots", "tracking.doctor"},
+    {"doctor.commands"},
     {"callbacks.guard", "callbacks.prompts"},
     {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
     {"callbacks.latency", "cli"},
 ]
-STANDARD_LIBRARY_ONLY = {"errors", "checkpoint", "defaults", "portable"}
+STANDARD_LIBRARY_ONLY = {"errors", "reading", "checkpoint", "defaults", "portable"} | {
+    module for floor in FLOORS for module in floor if module.startswith("doctor.") and module != "doctor.rewrite"
+}
 
 
 def module_name(path: Path) -> str:
@@ -108,5 +118,7 @@ def _imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in whole if name.removeprefix("grpo_toolkit.") in MODULES}
+            found |= modules or {node.module}
     return found

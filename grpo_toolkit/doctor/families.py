@@ -1,0 +1,60 @@
+"""What differs between model families, as rows of data. A new family is a row and a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one `model_type` is published.
+
+    Attributes:
+        is_flat: the published config has the text model's keys at the top; 4.x before 4.52 reads nothing else.
+        is_tied: what `tie_word_embeddings` is where no level of the config says it.
+        tokenizer_class: the class in its published tokenizer_config.json.
+        names: prefixes of live tensor names and the published ones, first match counts.
+    """
+
+    is_flat: bool = False
+    is_tied: bool = False
+    tokenizer_class: str = "PreTrainedTokenizerFast"
+    names: tuple[tuple[str, str], ...] = ()
+
+
+_QWEN_VL_NAMES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+# transformers publishes LLaVA-like models with the text model inside `language_model`, and loads them as below
+# (`_checkpoint_conversion_mapping` of LlavaForConditionalGeneration, 4.52 to 4.57).
+_LLAVA_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+FAMILIES: Final[dict[str, Family]] = {
+    "qwen2_vl": Family(is_flat=True, tokenizer_class="Qwen2Tokenizer", names=_QWEN_VL_NAMES),
+    "qwen2_5_vl": Family(is_flat=True, tokenizer_class="Qwen2Tokenizer", names=_QWEN_VL_NAMES),
+    "qwen3_vl": Family(tokenizer_class="Qwen2Tokenizer"),
+    "qwen2": Family(tokenizer_class="Qwen2Tokenizer"),
+    "qwen3": Family(tokenizer_class="Qwen2Tokenizer"),
+    "llama": Family(),
+    "mistral": Family(tokenizer_class="LlamaTokenizerFast"),
+    "llava": Family(tokenizer_class="LlamaTokenizerFast", names=_LLAVA_NAMES),
+    "llava_next": Family(tokenizer_class="LlamaTokenizerFast"),
+    "llava_onevision": Family(tokenizer_class="Qwen2Tokenizer"),
+    "paligemma": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
+    "gemma": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
+    "gemma2": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
+    "gemma3": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
+    "gemma3_text": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
+    "phi3": Family(tokenizer_class="LlamaTokenizerFast"),
+    "idefics3": Family(),
+    "smolvlm": Family(),
+    "internvl": Family(tokenizer_class="Qwen2Tokenizer"),
+    "mllama": Family(),
+    "mixtral": Family(tokenizer_class="LlamaTokenizerFast"),
+    "gpt2": Family(is_tied=True, tokenizer_class="GPT2Tokenizer"),
+}
+"""Families that transformers 4.x knows too: only for these is a folder that 4.x cannot load a fault."""
