@@ -7,13 +7,9 @@ names may not leave the folder.
 from __future__ import annotations
 
 import enum
-import glob
 import json
 import os
-import platform
 import re
-import shutil
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,6 +204,10 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
     The staging folder's name starts with a dot and ends with the owner's pid, so it never matches the
     `checkpoint-*` glob that trainers rotate. Every file is flushed to disk before the rename.
     """
+    import platform
+    import shutil
+    import tempfile
+
     check_output(output_dir, overwrite=overwrite)
     output_dir = Path(os.path.realpath(output_dir))  # "." and links have no parent of their own to stage in
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -225,6 +225,8 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace_folder(staging: Path, output_dir: Path) -> None:
+    import shutil
+
     previous = None
     if output_dir.exists():
         previous = staging.with_name(staging.name.replace(".staging-", ".previous-"))
@@ -242,6 +244,9 @@ def _replace_folder(staging: Path, output_dir: Path) -> None:
 
 def _sweep(parent: Path, prefix: str) -> None:
     """Remove staging folders whose owner is dead."""
+    import glob
+    import shutil
+
     for leftover in parent.glob(f"{glob.escape(prefix)}*"):
         pid = leftover.name.rpartition("-")[2]
         if pid.isdigit() and not _is_alive(int(pid)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,6 +11,9 @@ from grpo_toolkit import diagnose_checkpoint
 from grpo_toolkit.doctor.diagnose import ALL_RULES
 from grpo_toolkit.doctor.findings import Severity
 from published import NAMES, build_published
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # What transformers 5 does to every folder that it saves from a published Qwen2.5-VL.
 V5 = ["nested-text-config", "rope-parameters-alone", "extra-special-tokens-list", "preprocessor-config-missing"]

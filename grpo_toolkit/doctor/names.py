@@ -14,6 +14,9 @@ _WRAPPER: Final = re.compile(
     r"^(?:module\.|base_model\.model\.|_orig_mod\.)+|_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_module\.|"
     r"\.base_layer(?=\.)|\.modules_to_save\.default(?=\.)"
 )
+# Where a name has none of these it needs no closer look; almost none has.
+_SUSPECT: Final = re.compile(r"_fsdp_|_orig_mod|_checkpoint_wrapped|base_layer|modules_to_save")
+_SUSPECT_STARTS: Final = ("module.", "base_model.", "model.model.")
 _LORA: Final = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?=\.|$)")
 _LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d{1,5})\.")
 _VISION: Final = re.compile(r"(?:^|\.)(?:visual|vision_tower|vision_model|vision_encoder|audio_tower)\.")
@@ -21,7 +24,7 @@ _VISION: Final = re.compile(r"(?:^|\.)(?:visual|vision_tower|vision_model|vision
 
 def is_lora(name: str) -> bool:
     """Whether a tensor is a factor of an adapter."""
-    return _LORA.search(name) is not None
+    return ".lora_" in name and _LORA.search(name) is not None
 
 
 def is_vision(name: str) -> bool:
@@ -51,37 +54,35 @@ def plan_renames(names: Iterable[str], known: frozenset[str] | None, model_type:
         known: the base's names; without them a family's table alone decides.
         model_type: of the config.
     """
+    family = FAMILIES.get(model_type)
+    starts = _SUSPECT_STARTS + tuple(live for live, _ in family.names) if family else _SUSPECT_STARTS
     renames = {}
     for name in names:
+        if not name.startswith(starts) and not _SUSPECT.search(name):
+            continue
         if known is not None and name in known:
             continue
-        bare = without_wrappers(name)
-        new = published(bare, model_type)
-        doubled = bare.removeprefix("model.") if bare.startswith("model.model.") else bare
-        for candidate in (new, bare, doubled, published(doubled, model_type)):
-            if known is not None and candidate in known:
-                new = candidate
-                break
-        else:
-            new = published(doubled, model_type) if known is None else new
+        new = _best_name(without_wrappers(name), known, model_type)
         if new != name:
             renames[name] = new
     return renames
 
 
-def missing_layers(names: Iterable[str]) -> list[int]:
-    """Numbers of text-model layers that are skipped between the first and the last stored one."""
-    found = {int(match.group(1)) for name in names if not is_vision(name) for match in [_LAYER.search(name)] if match}
-    return sorted(set(range(max(found))) - found) if found else []
+def _best_name(bare: str, known: frozenset[str] | None, model_type: str) -> str:
+    single = bare.removeprefix("model.") if bare.startswith("model.model.") else bare
+    candidates = (published(bare, model_type), bare, single, published(single, model_type))
+    if known is None:
+        return candidates[-1]
+    return next((candidate for candidate in candidates if candidate in known), candidates[0])
 
 
-def layer_count(names: Iterable[str]) -> int:
-    """How many text-model layers are stored, by the highest number."""
-    found = [int(match.group(1)) for name in names if not is_vision(name) for match in [_LAYER.search(name)] if match]
-    return max(found) + 1 if found else 0
+def stored_layers(names: Iterable[str]) -> set[int]:
+    """Numbers of the text model's layers that have a tensor."""
+    matches = ((name, _LAYER.search(name)) for name in names if "layers." in name)
+    return {int(match.group(1)) for name, match in matches if match and not is_vision(name)}
 
 
 def find_suffix(names: Mapping[str, object], suffix: str) -> str | None:
     """The name that ends with `suffix` and does not belong to a vision tower, or None."""
-    matching = (name for name in names if name.endswith(suffix) and not is_vision(name) and not is_lora(name))
-    return min(matching, key=len, default=None)
+    matching = [name for name in names if name.endswith(suffix)]
+    return min((name for name in matching if not is_vision(name) and not is_lora(name)), key=len, default=None)

@@ -47,6 +47,12 @@ def settled(folder: Folder) -> dict[str, TensorInfo]:
     return {renames.get(name, name): info for name, info in weights(folder).items()}
 
 
+@lru_cache(maxsize=4)
+def has_lora(folder: Folder) -> bool:
+    """Whether factors of an adapter are among the weights."""
+    return any(names.is_lora(name) for name in folder.tensors)
+
+
 def tie_flags(folder: Folder) -> dict[tuple[str, ...], Any]:
     """What each level of the config that can say it says about tying."""
     places = ((), ("text_config",))
@@ -54,8 +60,14 @@ def tie_flags(folder: Folder) -> dict[tuple[str, ...], Any]:
     return {place: value for place, value in values.items() if value is not ABSENT}
 
 
+@lru_cache(maxsize=4)
+def ends(folder: Folder) -> tuple[str | None, str | None]:
+    """The stored names of the output head and of the embedding."""
+    ours = weights(folder)
+    return names.find_suffix(ours, HEAD), names.find_suffix(ours, EMBEDDING)
+
+
 def lone_head(folder: Folder) -> str | None:
     """The head's name where a tied model's one matrix was stored under it rather than under the embedding's."""
-    ours = weights(folder)
-    head = names.find_suffix(ours, HEAD)
-    return head if head and names.find_suffix(ours, EMBEDDING) is None else None
+    head, embedding = ends(folder)
+    return head if embedding is None else None

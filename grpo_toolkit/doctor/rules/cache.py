@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG
-from grpo_toolkit.defaults import SAMPLING
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.folder import TOKENIZER_CONFIG, Kind
 from grpo_toolkit.reading import ABSENT
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.doctor.folder import Folder
 
-# The values at which a setting of sampling says nothing (transformers' GenerationConfig.validate).
-_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "temperature": (None, 1, 1.0),
     "top_p": (None, 1, 1.0),
     "top_k": (None, 50),
@@ -25,6 +23,7 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "epsilon_cutoff": (None, 0, 0.0),
     "eta_cutoff": (None, 0, 0.0),
 }
+"""The settings of sampling, each with the values at which it says nothing (GenerationConfig.validate)."""
 
 
 @rule(
@@ -136,7 +135,7 @@ def generation_config_missing(folder: Folder) -> Iterator[Fault]:
 )
 def sampling_without_do_sample(folder: Folder) -> Iterator[Fault]:
     settings = folder.objects.get(GENERATION_CONFIG, {})
-    speaking = [key for key in sorted(SAMPLING) if key in settings and settings[key] not in _NEUTRAL.get(key, (None,))]
+    speaking = [key for key in sorted(NEUTRAL) if key in settings and settings[key] not in NEUTRAL[key]]
     if settings.get("do_sample") is True or not speaking:
         return
     base = folder.base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
@@ -162,10 +163,14 @@ def index_leaves_folder(folder: Folder) -> Iterator[Fault]:
 
 
 def _shard_names(folder: Folder) -> list[Any]:
+    """Each name once, then what is no name at all."""
     weight_map = folder.get(WEIGHTS_INDEX, "weight_map")
-    return list(weight_map.values()) if isinstance(weight_map, dict) else []
+    values = weight_map.values() if isinstance(weight_map, dict) else ()
+    names = sorted({value for value in values if isinstance(value, str)})
+    return [*names, *(value for value in values if not isinstance(value, str))]
 
 
+@lru_cache(maxsize=4)  # several rules ask
 def _indexed(folder: Folder) -> dict[str, str]:
     """The index as far as it is sound: tensor to shard."""
     weight_map = folder.get(WEIGHTS_INDEX, "weight_map")

@@ -14,7 +14,6 @@ from grpo_toolkit.doctor.folder import (
     VIDEO_PREPROCESSOR,
     Kind,
 )
-from grpo_toolkit.portable import is_carried
 from grpo_toolkit.reading import ABSENT
 
 if TYPE_CHECKING:
@@ -62,6 +61,8 @@ def _copies(folder: Folder, *, of_processor: bool) -> tuple[WholeFile, ...]:
     """Copies of the base's processor files, or of its other files that an export carries, where we have none."""
     if folder.base is None:
         return ()
+    from grpo_toolkit.portable import is_carried
+
     template = {TEMPLATE_JSON, TEMPLATE_JINJA}
     wanted = [
         name

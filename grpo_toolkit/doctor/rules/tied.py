@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from grpo_toolkit.checkpoint import CONFIG
 from grpo_toolkit.doctor import names
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
-from grpo_toolkit.doctor.tensors import EMBEDDING, HEAD, base_tensors, lone_head, tie_flags, weights
+from grpo_toolkit.doctor.tensors import EMBEDDING, HEAD, base_tensors, ends, has_lora, lone_head, tie_flags, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     mend="tie_word_embeddings true",
 )
 def head_missing(folder: Folder) -> Iterator[Fault]:
-    ours = weights(folder)
-    if not folder.is_generative or names.find_suffix(ours, EMBEDDING) is None or names.find_suffix(ours, HEAD):
+    if not folder.is_generative or ends(folder)[1] is None or ends(folder)[0]:
         return
-    if any(names.is_lora(name) for name in ours):
+    if has_lora(folder):
         return
     flags = tie_flags(folder)
     untied = [place for place, value in flags.items() if value is not True]
@@ -74,7 +73,7 @@ def embedding_under_head(folder: Folder) -> Iterator[Fault]:
 )
 def head_doubled(folder: Folder) -> Iterator[Fault]:
     ours = weights(folder)
-    head, embedding = names.find_suffix(ours, HEAD), names.find_suffix(ours, EMBEDDING)
+    head, embedding = ends(folder)
     flags = tie_flags(folder)
     if not head or not embedding or not flags or not all(value is True for value in flags.values()):
         return
@@ -101,7 +100,7 @@ def head_doubled(folder: Folder) -> Iterator[Fault]:
 )
 def head_differs(folder: Folder) -> Iterator[Fault]:
     ours, flags = weights(folder), tie_flags(folder)
-    head, embedding = names.find_suffix(ours, HEAD), names.find_suffix(ours, EMBEDDING)
+    head, embedding = ends(folder)
     if not head or not embedding or not flags or not all(value is True for value in flags.values()):
         return
     if folder.digests is not None and folder.digests.heads_differ:

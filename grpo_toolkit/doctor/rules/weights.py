@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 from grpo_toolkit.checkpoint import CONFIG
 from grpo_toolkit.doctor import names
 from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
-from grpo_toolkit.doctor.tensors import EMBEDDING, HEAD, base_tensors, lone_head, new_names, settled, weights
+from grpo_toolkit.doctor.tensors import (
+    EMBEDDING,
+    HEAD,
+    base_tensors,
+    ends,
+    has_lora,
+    lone_head,
+    new_names,
+    settled,
+    weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +34,7 @@ if TYPE_CHECKING:
 )
 def wrapped_names(folder: Folder) -> Iterator[Fault]:
     renames = {old: new for old, new in new_names(folder).items() if names.without_wrappers(old) != old}
-    if not renames or any(names.is_lora(name) for name in folder.tensors):
+    if not renames or has_lora(folder):
         return  # `unmerged_lora` says what to do about the latter
     yield _naming(folder, renames)
 
@@ -38,7 +48,7 @@ def wrapped_names(folder: Folder) -> Iterator[Fault]:
 )
 def unpublished_names(folder: Folder) -> Iterator[Fault]:
     renames = {old: new for old, new in new_names(folder).items() if names.without_wrappers(old) == old}
-    if renames and not any(names.is_lora(name) for name in folder.tensors):
+    if renames and not has_lora(folder):
         yield _naming(folder, renames)
 
 
@@ -62,7 +72,7 @@ def _naming(folder: Folder, renames: dict[str, str]) -> Fault:
     evidence="https://github.com/huggingface/peft/issues/2368",
 )
 def unmerged_lora(folder: Folder) -> Iterator[Fault]:
-    factors = sorted(name for name in weights(folder) if names.is_lora(name))
+    factors = sorted(name for name in weights(folder) if names.is_lora(name)) if has_lora(folder) else []
     if factors:
         yield Fault(
             file=folder.tensors[factors[0]].file,
@@ -98,7 +108,7 @@ def empty_tensors(folder: Folder) -> Iterator[Fault]:
 )
 def tensors_missing(folder: Folder) -> Iterator[Fault]:
     ours, base = settled(folder), base_tensors(folder)
-    if not ours or not base or any(names.is_lora(name) for name in ours):
+    if not ours or not base or has_lora(folder):
         return
     missing = sorted(set(base) - set(ours))
     if lone_head(folder):
@@ -164,7 +174,7 @@ def shapes_differ(folder: Folder) -> Iterator[Fault]:
     evidence="https://github.com/huggingface/peft/issues/2415",
 )
 def vocabulary_mismatch(folder: Folder) -> Iterator[Fault]:
-    name, size = names.find_suffix(weights(folder), EMBEDDING), folder.text_value("vocab_size")
+    name, size = ends(folder)[1], folder.text_value("vocab_size")
     shape = folder.tensors[name].shape if name else ()
     if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size):
         yield Fault(file=CONFIG, key="vocab_size", found=size, expected=f"{shape[0]}, the rows of {name}")
@@ -177,13 +187,13 @@ def vocabulary_mismatch(folder: Folder) -> Iterator[Fault]:
     evidence="https://github.com/Neph0s/CoSER/issues/3",
 )
 def layers_missing(folder: Folder) -> Iterator[Fault]:
-    ours, wanted = weights(folder), folder.text_value("num_hidden_layers")
-    count = names.layer_count(ours)
-    if not count:
+    stored, wanted = names.stored_layers(weights(folder)), folder.text_value("num_hidden_layers")
+    if not stored:
         return
-    holes = names.missing_layers(ours)
-    if type(wanted) is int and count < wanted <= 10_000:
-        holes += range(count, wanted)
+    count = max(stored) + 1
+    if type(wanted) is int and wanted <= 10_000:
+        count = max(count, wanted)
+    holes = sorted(set(range(count)) - stored)
     if holes:
         yield Fault(
             file=CONFIG, key="num_hidden_layers", found=f"layers {holes[:5]} have no weights", expected="every layer"
