@@ -248,6 +248,8 @@ def _tensor(name: str, entry: Any, start: int, where: str, file: str) -> TensorI
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         bits = DTYPE_BITS[dtype]
+        if type(shape) is not list:
+            raise ValueError("the shape is no list")
         for size in (begin, end, *shape):
             if type(size) is not int or not 0 <= size < 2**63:
                 raise ValueError("sizes are not whole numbers")

@@ -13,13 +13,11 @@ class Family:
     Attributes:
         is_flat: the published config has the text model's keys at the top; 4.x before 4.52 reads nothing else.
         is_tied: what `tie_word_embeddings` is where no level of the config says it.
-        tokenizer_class: the class in its published tokenizer_config.json.
         names: prefixes of live tensor names and the published ones, first match counts.
     """
 
     is_flat: bool = False
     is_tied: bool = False
-    tokenizer_class: str = "PreTrainedTokenizerFast"
     names: tuple[tuple[str, str], ...] = ()
 
 
@@ -34,27 +32,27 @@ _LLAVA_NAMES = (
 )
 
 FAMILIES: Final[dict[str, Family]] = {
-    "qwen2_vl": Family(is_flat=True, tokenizer_class="Qwen2Tokenizer", names=_QWEN_VL_NAMES),
-    "qwen2_5_vl": Family(is_flat=True, tokenizer_class="Qwen2Tokenizer", names=_QWEN_VL_NAMES),
-    "qwen3_vl": Family(tokenizer_class="Qwen2Tokenizer"),
-    "qwen2": Family(tokenizer_class="Qwen2Tokenizer"),
-    "qwen3": Family(tokenizer_class="Qwen2Tokenizer"),
+    "qwen2_vl": Family(is_flat=True, names=_QWEN_VL_NAMES),
+    "qwen2_5_vl": Family(is_flat=True, names=_QWEN_VL_NAMES),
+    "qwen3_vl": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
     "llama": Family(),
-    "mistral": Family(tokenizer_class="LlamaTokenizerFast"),
-    "llava": Family(tokenizer_class="LlamaTokenizerFast", names=_LLAVA_NAMES),
-    "llava_next": Family(tokenizer_class="LlamaTokenizerFast"),
-    "llava_onevision": Family(tokenizer_class="Qwen2Tokenizer"),
-    "paligemma": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
-    "gemma": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
-    "gemma2": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
-    "gemma3": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
-    "gemma3_text": Family(is_tied=True, tokenizer_class="GemmaTokenizerFast"),
-    "phi3": Family(tokenizer_class="LlamaTokenizerFast"),
+    "mistral": Family(),
+    "llava": Family(names=_LLAVA_NAMES),
+    "llava_next": Family(),
+    "llava_onevision": Family(),
+    "paligemma": Family(is_tied=True),
+    "gemma": Family(is_tied=True),
+    "gemma2": Family(is_tied=True),
+    "gemma3": Family(is_tied=True),
+    "gemma3_text": Family(is_tied=True),
+    "phi3": Family(),
     "idefics3": Family(),
     "smolvlm": Family(),
-    "internvl": Family(tokenizer_class="Qwen2Tokenizer"),
+    "internvl": Family(),
     "mllama": Family(),
-    "mixtral": Family(tokenizer_class="LlamaTokenizerFast"),
-    "gpt2": Family(is_tied=True, tokenizer_class="GPT2Tokenizer"),
+    "mixtral": Family(),
+    "gpt2": Family(is_tied=True),
 }
 """Families that transformers 4.x knows too: only for these is a folder that 4.x cannot load a fault."""

@@ -98,7 +98,7 @@ class RepairPlan:
         }
 
 
-def make_plan(source: DiskFiles, *, base: Path | None = None, rewrite_weights: bool = False) -> RepairPlan:
+def make_plan(source: Files, *, base: Path | None = None, rewrite_weights: bool = False) -> RepairPlan:
     """Plan the repair of a folder.
 
     Raises:
@@ -196,7 +196,7 @@ def _changes(planned: PlannedFiles) -> Iterator[FileChange]:
             yield FileChange(file=file, before=before, after=after)
 
 
-def _rewritten_shards(source: DiskFiles, planned: PlannedFiles) -> Iterator[str]:
+def _rewritten_shards(source: Files, planned: PlannedFiles) -> Iterator[str]:
     if planned.weights == NOT_REWRITTEN:
         return
     touched = {*planned.weights.renames, *planned.weights.dtypes}

@@ -112,7 +112,7 @@ def _older_scaling(rope: JsonObject) -> JsonObject | None:
     "tokenizer class that 4.x does not know",
     effect="AutoTokenizer of 4.x, vLLM on it, llama.cpp and mlx-lm: Tokenizer class TokenizersBackend does not exist",
     evidence="https://github.com/unslothai/unsloth/issues/8444",
-    mend="the base's class, else the family's",
+    mend="the base's class, else PreTrainedTokenizerFast",
 )
 def tokenizers_backend(folder: Folder) -> Iterator[Fault]:
     value = folder.get(TOKENIZER_CONFIG, "tokenizer_class")
@@ -159,7 +159,7 @@ def extra_special_tokens_list(folder: Folder) -> Iterator[Fault]:
 
 @rule(
     Severity.UNLOADABLE,
-    "image processor only inside processor_config.json",
+    "image processor inside processor_config.json",
     effect="4.x looks for preprocessor_config.json: no processor, no image",
     evidence="https://github.com/2U1/Qwen-VL-Series-Finetune/issues/34",
     mend="the nested processors moved into files of their own",

@@ -144,7 +144,7 @@ def pixel_limits_disagree(folder: Folder) -> Iterator[Fault]:
     Severity.WRONG,
     "chat template lost",
     effect="prompts are built without the turns and image placeholders that the model was trained with, or not at all",
-    evidence="https://github.com/om-ai-lab/VLM-R1/issues/79",
+    evidence="https://huggingface.co/docs/transformers/chat_templating",
     mend="the base's template file",
     needs_base=True,
 )
