@@ -29,7 +29,9 @@ JsonObject = dict[str, Any]
 
 MAX_JSON_BYTES: Final = 64 * 2**20
 MAX_JSON_DEPTH: Final = 64
+MAX_JSON_CONTAINERS: Final = 4_000_000
 MAX_HEADER_BYTES: Final = 16 * 2**20
+MAX_TENSORS: Final = 250_000
 
 DTYPE_BITS: Final = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -134,14 +136,19 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
     return raw
 
 
-def parse_json(raw: bytes, where: str, *, repeated: list[str] | None = None) -> JsonObject:
+def parse_json(
+    raw: bytes, where: str, *, repeated: list[str] | None = None, containers: int = MAX_JSON_CONTAINERS
+) -> JsonObject:
     """Parse one JSON object. A byte-order mark is passed over.
 
     Args:
         raw: the file's bytes.
         where: the file's path, for messages.
         repeated: collects keys that stand twice in one object (the last one counts); by default they are refused.
+        containers: the most objects and lists; an empty one takes two bytes of text and sixty-four of memory.
     """
+    if raw.count(b"{") + raw.count(b"[") > containers:
+        raise CheckpointError(f"{where}: not valid JSON for a model (more than {containers:,} objects and lists)")
     found: list[str] = []
 
     def as_object(pairs: list[tuple[str, Any]]) -> JsonObject:
@@ -233,9 +240,14 @@ def parse_safetensors_header(raw: bytes, *, size: int, where: str, file: str) ->
 def _parse_header(raw: bytes, where: str) -> JsonObject:
     # Looking for repeated keys takes a call of Python per object, and there is one per tensor. A header that says a
     # tensor twice has its offsets twice, so only then is it looked at closely.
+    tensors = raw.count(b'"data_offsets"')
+    if tensors > MAX_TENSORS:
+        raise CheckpointError(f"{where}: damaged safetensors header (more than {MAX_TENSORS:,} tensors)")
+    if raw.count(b"[") + raw.count(b"{") > 3 * tensors + 100_000 or raw.count(b":") > 4 * tensors + 200_000:
+        raise CheckpointError(f"{where}: damaged safetensors header (more in it than its {tensors:,} tensors)")
     try:
         header: JsonObject = json.loads(raw)
-        if not isinstance(header, dict) or raw.count(b'"data_offsets"') != len(header) - ("__metadata__" in header):
+        if not isinstance(header, dict) or tensors != len(header) - ("__metadata__" in header):
             header = parse_json(raw, where)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: damaged safetensors header ({str(error).partition(': ')[2]})") from error

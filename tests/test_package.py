@@ -25,7 +25,7 @@ FLOORS = [
     {"doctor.rules.adapter", "doctor.rules.cache", "doctor.rules.dialect", "doctor.rules.dtypes"},
     {"doctor.rules.files", "doctor.rules.processing", "doctor.rules.tied", "doctor.rules.weights"},
     {"doctor.diagnose"},
-    {"doctor.plan", "doctor.repair", "doctor.text"},
+    {"doctor.catalogue", "doctor.plan", "doctor.repair", "doctor.text"},
     {"cache"},
     {"saving", "inference"},
     {"resume", "worker", "merge", "processing"},

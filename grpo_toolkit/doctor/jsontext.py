@@ -37,7 +37,7 @@ def set_value(text: str, path: Sequence[str], value: Any) -> str:
         if member.key == path[-1]:
             return text[: member.value] + _dump(value, _indent(text, start, members)) + text[member.end :]
     indent = _indent(text, start, members)
-    addition = f"{json.dumps(path[-1], ensure_ascii=False)}: {_dump(value, indent)}"
+    addition = f"{dumps(path[-1])}: {_dump(value, indent)}"
     if not members:
         return text[: start + 1] + addition + text[start + 1 :]
     last = members[-1].end
@@ -58,6 +58,16 @@ def delete_key(text: str, path: Sequence[str]) -> str:
         else:
             text = text[: start + 1] + text[_SPACE.match(text, member.end).end() :]  # type: ignore[union-attr]
         return delete_key(text, path)
+    return text
+
+
+def dumps(value: Any, *, indent: int | str | None = None) -> str:
+    """JSON text with letters as they are; a lone half of a surrogate pair, which UTF-8 cannot say, stays escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
     return text
 
 
@@ -104,7 +114,7 @@ def _indent(text: str, start: int, members: list[Member]) -> str:
 
 def _dump(value: Any, indent: str) -> str:
     if not indent or not isinstance(value, (dict, list)) or not value:
-        return json.dumps(value, ensure_ascii=False)
+        return dumps(value)
     newline, _, columns = indent.rpartition("\n")
     unit = "\t" if columns.startswith("\t") else 2
-    return json.dumps(value, ensure_ascii=False, indent=unit).replace("\n", f"{newline}\n{columns}")
+    return dumps(value, indent=unit).replace("\n", f"{newline}\n{columns}")

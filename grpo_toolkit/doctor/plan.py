@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.checkpoint import WEIGHTS_INDEX, dump_json
+from grpo_toolkit.checkpoint import WEIGHTS_INDEX
 from grpo_toolkit.doctor import jsontext
 from grpo_toolkit.doctor.diagnose import diagnose_folder, parse_folder
 from grpo_toolkit.doctor.digests import compare_heads
@@ -156,7 +156,7 @@ def _new_content(remedy: Edit | WholeFile | Unmark, planned: PlannedFiles, base:
         if remedy.content is None:
             assert base is not None, "a file is copied from the base only where there is one"
             return DiskFiles(base).read(remedy.file, limit=_MAX_COPIED)
-        return dump_json(remedy.content).encode()
+        return f"{jsontext.dumps(remedy.content, indent=2)}\n".encode()
     raw = planned.read(remedy.file, limit=JSON_LIMITS[remedy.file])
     if isinstance(remedy, Unmark):
         return raw.removeprefix(b"\xef\xbb\xbf")
@@ -166,7 +166,7 @@ def _new_content(remedy: Edit | WholeFile | Unmark, planned: PlannedFiles, base:
         text = jsontext.delete_key(text, remedy.path)
     else:
         text = jsontext.set_value(text, remedy.path, remedy.value)
-    return mark + text.encode("utf-8", errors="surrogatepass")
+    return mark + text.encode()
 
 
 def _apply_weights(remedy: Weights, planned: PlannedFiles) -> PlannedFiles:
@@ -174,18 +174,19 @@ def _apply_weights(remedy: Weights, planned: PlannedFiles) -> PlannedFiles:
     changed = dict(planned.changed)
     if WEIGHTS_INDEX in planned.entries:
         raw = planned.under.read(WEIGHTS_INDEX, limit=JSON_LIMITS[WEIGHTS_INDEX])
-        changed[WEIGHTS_INDEX] = dump_json(_new_index(parse_json(raw, WEIGHTS_INDEX), planned.under, weights)).encode()
+        changed[WEIGHTS_INDEX] = _index_text(parse_json(raw, WEIGHTS_INDEX), planned.under, weights)
     return replace(planned, weights=weights, changed=changed)
 
 
-def _new_index(index: dict[str, Any], under: Files, weights: Rewritten) -> dict[str, Any]:
+def _index_text(index: dict[str, Any], under: Files, weights: Rewritten) -> bytes:
     names = {name: weights.renames.get(name, name) for name in index["weight_map"]}
     weight_map = {new: index["weight_map"][name] for name, new in names.items() if new is not None}
     shards = sorted(set(index["weight_map"].values()))
     total = sum(info.nbytes for shard in shards for info in weights.apply(under.tensors(shard)).values())
     metadata = index.get("metadata")
     kept = metadata if isinstance(metadata, dict) else {}
-    return {**index, "metadata": {**kept, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    new = {**index, "metadata": {**kept, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return f"{jsontext.dumps(new, indent=2)}\n".encode()
 
 
 def _changes(planned: PlannedFiles) -> Iterator[FileChange]:

@@ -77,7 +77,15 @@ def repair_checkpoint(
         return RepairResult(plan=plan, applied=False)
     _check_writable(folder, plan)
     with _times_kept(folder):
-        _carry_out(folder, plan)
+        try:
+            _carry_out(folder, plan)
+        except OSError as error:
+            if (folder / UNDO / _MANIFEST).is_file():
+                what = "files that were replaced already are put back by --undo"
+            else:
+                what = "nothing was changed"
+                shutil.rmtree(folder / UNDO.parts[0], ignore_errors=True)
+            raise InputError(f"{folder}: cannot be mended ({error.strerror}); {what}") from error
     return RepairResult(plan=plan, applied=True)
 
 
