@@ -97,11 +97,11 @@ def test_the_places_and_values_of_a_poisoned_folder(base: Path, tmp_path: Path) 
 
 def test_what_is_recognised(tmp_path: Path) -> None:
     assert diagnose_checkpoint(unpack("trl_lora_523", tmp_path / "lora")).facts == (
-        "trainer checkpoint with optimizer", "by TRL", "written by transformers 5", "40 tensors, 0.00 GB, mostly F32",
+        "trainer checkpoint with optimizer", "by TRL", "written by transformers 5", "40 tensors, 0.01 MB, mostly F32",
     )  # fmt: skip
     assert diagnose_checkpoint(unpack("vlm_r1_449", tmp_path / "vlm")).facts == (
         "trainer checkpoint with optimizer", "qwen2_5_vl", "written by transformers 4.49.0",
-        "56 tensors, 0.00 GB, mostly BF16",
+        "56 tensors, 0.17 MB, mostly BF16",
     )  # fmt: skip
 
 

@@ -105,12 +105,18 @@ def repair(arguments: argparse.Namespace) -> int:
         else:
             _print_lines(f"{folder}: put back {', '.join(files)}" for folder, files in undone.items())
         return 0
-    results = [
-        repair_checkpoint(
-            folder, base=arguments.base, dry_run=arguments.dry_run, rewrite_weights=arguments.rewrite_weights
-        )
-        for folder in runs or [path]
-    ]
+    results: list[RepairResult] = []
+    for folder in runs or [path]:
+        try:
+            result = repair_checkpoint(
+                folder, base=arguments.base, dry_run=arguments.dry_run, rewrite_weights=arguments.rewrite_weights
+            )
+        except CheckpointError as error:
+            if not runs or (folder == runs[-1] and not results):
+                raise
+            print(f"grpo-toolkit: passed over: {error}", file=sys.stderr)
+            continue
+        results.append(result)
     if arguments.json:
         both = [result.to_json() for result in results]
         print(json.dumps({"path": str(path), "repairs": both} if runs else both[0]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -218,6 +219,9 @@ class Diagnosis:
         }
 
 
+_SAYS_NO_NUMBER: Final = re.compile(r"NaN|Infinity|\\u|[0-9]{16}")
+
+
 def show(value: Any, *, limit: int = 100) -> Any:
     """A value from an untrusted file as something safe to print and to put into JSON: short, finite, plain text."""
     if value is None or isinstance(value, bool):
@@ -227,5 +231,7 @@ def show(value: Any, *, limit: int = 100) -> Any:
     if isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < 2**63:
         return value
     text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if not isinstance(value, (str, int, float)) and len(text) <= limit and not _SAYS_NO_NUMBER.search(text):
+        return json.loads(text)
     plain = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text[: limit + 1])
     return plain if len(plain) <= limit else plain[: limit - 3] + "..."

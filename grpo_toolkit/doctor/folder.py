@@ -354,7 +354,8 @@ def describe(folder: Folder) -> tuple[str, ...]:
     if folder.tensors:
         size = sum(info.nbytes for info in folder.tensors.values())
         dtype = folder.stored_dtype or "?"
-        facts.append(f"{len(folder.tensors):,} tensors, {size / 1e9:.2f} GB, mostly {dtype}")
+        amount = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+        facts.append(f"{len(folder.tensors):,} tensors, {amount}, mostly {dtype}")
     return tuple(fact for fact in facts if fact)
 
 

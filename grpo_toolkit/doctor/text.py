@@ -27,8 +27,8 @@ def found_and_expected(finding: Finding) -> str:
     expected = f"expected {show(finding.expected, limit=160)}"
     if finding.found is ABSENT:
         return expected if finding.key == "" else f"absent, {expected}"
-    found = finding.found if isinstance(finding.found, str) else json.dumps(show(finding.found))
-    return f"{show(found)}, {expected}"
+    found = show(finding.found)
+    return f"{found if isinstance(found, str) else json.dumps(found)}, {expected}"
 
 
 def advice(diagnosis: Diagnosis) -> list[str]:

@@ -54,7 +54,7 @@ def config_cache_off(folder: Folder) -> Iterator[Fault]:
 
 @rule(
     Severity.SLOW,
-    "KV cache off in config.json, waiting",
+    "KV cache off in config.json, not yet live",
     effect="generate is saved by generation_config.json, but a loop that calls the model itself, a trainer that "
     "starts from this folder and a merger that drops that file all decode without a cache",
     evidence="https://github.com/hiyouga/LlamaFactory/issues/1161",
