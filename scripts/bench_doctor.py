@@ -53,8 +53,8 @@ def build_run(folder: Path, count: int) -> Path:
     return folder
 
 
-def timed(command: list[str], *, terminal: bool = False) -> tuple[float, float]:
-    """Seconds and peak megabytes of one process; on a terminal of its own if asked."""
+def timed(command: list[str], *, terminal: bool = False) -> float:
+    """Seconds of one process; on a terminal of its own if asked."""
     begin = time.perf_counter()
     if terminal:
         pid, master = pty.fork()
@@ -65,13 +65,21 @@ def timed(command: list[str], *, terminal: bool = False) -> tuple[float, float]:
                 pass
         except OSError:  # the terminal is closed when the process ends
             pass
-        _, _, usage = os.wait4(pid, 0)
+        os.waitpid(pid, 0)
         os.close(master)
     else:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, _, usage = os.wait4(process.pid, 0)
-        process.returncode = 0
-    return time.perf_counter() - begin, usage.ru_maxrss / 1024
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    return time.perf_counter() - begin
+
+
+def peak_megabytes(folder: Path) -> float:
+    """The peak of resident memory of one diagnosis, as the process itself reads it (a parent's peak is inherited)."""
+    code = (
+        "import sys; from grpo_toolkit.cli import main; main(['doctor', sys.argv[1]])\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    return int(done.stderr.split()[1]) / 1024
 
 
 def main() -> None:
@@ -90,22 +98,22 @@ def main() -> None:
             "run": ([*DOCTOR, str(run)], False),
         }
         seconds: dict[str, list[float]] = {name: [] for name in arms}
-        memory = dict.fromkeys(arms, 0.0)
         for number in range(arguments.rounds + 1):
             for name, (command, terminal) in arms.items():
-                taken, peak = timed(command, terminal=terminal)
+                taken = timed(command, terminal=terminal)
                 if number > 0:  # the first round warms the disk cache
                     seconds[name].append(taken)
-                    memory[name] = max(memory[name], peak)
+        memory = {"doctor": peak_megabytes(large), "run": peak_megabytes(run)}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
         name: {
             "median_s": round(medians[name], 4),
             "times_json": round(medians[name] / medians["json"], 2),
-            "peak_mb": round(memory[name], 1),
         }
         for name in arms
     }
+    for name, peak in memory.items():
+        result[name]["peak_mb"] = round(peak, 1)
     print(json.dumps({"rounds": arguments.rounds, "checkpoints": arguments.checkpoints, **result}, indent=2))
 
 

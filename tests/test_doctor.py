@@ -101,7 +101,7 @@ def test_what_is_recognised(tmp_path: Path) -> None:
     )  # fmt: skip
     assert diagnose_checkpoint(unpack("vlm_r1_449", tmp_path / "vlm")).facts == (
         "trainer checkpoint with optimizer", "qwen2_5_vl", "written by transformers 4.49.0",
-        "56 tensors, 0.17 MB, mostly BF16",
+        "56 tensors, 0.20 MB, mostly BF16",
     )  # fmt: skip
 
 

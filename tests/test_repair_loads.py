@@ -6,9 +6,12 @@ folder that is well are exactly the base's. Run on every stack: `bash scripts/te
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from faulty import fill, unpack
 from grpo_toolkit.doctor.repair import repair_checkpoint
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.inference import Request
 
+IS_V5 = Version(transformers.__version__) >= Version("5.0")
+IS_NESTED = Version(transformers.__version__) >= Version("4.52")  # Qwen2.5-VL's config has a text_config
+
 MENDED = (
     "vlm_r1_449", "visual_rft_449", "vlm_r1_451", "easyr1_merger_451", "config_flag_455", "open_r1_457",
     "trl_grpo_457", "trl_grpo_523", "compiled_523", "fsdp_full_523", "zero3_523",
@@ -29,6 +35,30 @@ MENDED = (
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_qwen2_5_vl(tmp_path_factory.mktemp("bases") / "qwen2_5_vl", dtype="bfloat16")
+
+
+def test_the_poison_is_real(base: Path, tmp_path: Path, image_request: Request) -> None:
+    """On every stack: one more token in every step, and the live leak of a folder without generation defaults too."""
+    for route in ("vlm_r1_449", "easyr1_merger_451", "config_flag_455"):
+        folder = fill(unpack(route, tmp_path / route), base)
+        for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json"):
+            shutil.copyfile(base / name, folder / name)
+        if route == "config_flag_455":
+            if not (IS_V5 or IS_NESTED):
+                continue  # 4.49 cannot load it at all: the test below
+            (folder / "generation_config.json").unlink()
+        record = generate(*load_model(folder)[:2], image_request)
+        assert not record.is_cached, route
+        assert repair_checkpoint(folder, base=base).plan.is_clean_afterwards
+        assert generate(*load_model(folder)[:2], image_request).is_cached, route
+
+
+@pytest.mark.skipif(IS_V5, reason="what transformers 5 writes it can read")
+@pytest.mark.parametrize("route", ["trl_grpo_523", "compiled_523", *([] if IS_NESTED else ["trl_grpo_457"])])
+def test_the_dialect_is_foreign_here(route: str, base: Path, tmp_path: Path) -> None:
+    folder = fill(unpack(route, tmp_path / route), base)
+    with pytest.raises((AttributeError, TypeError, OSError, ValueError)):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("route", MENDED)
