@@ -21,7 +21,7 @@ FLOORS = [
     {"checkpoint"},
     {"defaults", "portable"},
     {"doctor.families", "doctor.files", "doctor.names", "doctor.jsontext", "doctor.rewrite"},
-    {"doctor.folder", "doctor.findings", "doctor.digests", "doctor.tensors"},
+    {"doctor.folder", "doctor.findings", "doctor.digests", "doctor.tensors", "doctor.parse"},
     {"doctor.rules.adapter", "doctor.rules.cache", "doctor.rules.dialect", "doctor.rules.dtypes"},
     {"doctor.rules.files", "doctor.rules.processing", "doctor.rules.tied", "doctor.rules.weights"},
     {"doctor.diagnose"},

@@ -11,7 +11,7 @@ from grpo_toolkit.defaults import SAMPLING
 from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_folder
 from grpo_toolkit.doctor.digests import Digests
 from grpo_toolkit.doctor.files import Entry
-from grpo_toolkit.doctor.folder import read_folder
+from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.rules.cache import NEUTRAL
 from memory import MemoryFiles, folder_of, put_tensors
 
@@ -252,6 +252,26 @@ def test_a_base_with_the_same_setting_is_no_fault() -> None:
     assert diagnose(model(generation_config__json=greedy), model(generation_config__json=greedy)) == []
     listed = {**TOKENIZER, "extra_special_tokens": ["<a>"]}
     assert diagnose(model(tokenizer_config__json=listed), model(tokenizer_config__json=listed)) == []
+
+
+def prefixed(prefix: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name.replace("model.model.layers", prefix): info for name, info in FACTORS.items()}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "prefix", "is_reached"),
+    [
+        ("qwen2_5_vl", "model.model.layers", True),  # as 4.49 names it, and as it is published
+        ("qwen2_5_vl", "model.model.language_model.layers", True),  # as 4.52 and later name it
+        ("qwen2_5_vl", "model.language_model.layers", False),  # one prefix short: it silently does nothing
+        ("unheard_of", "model.any.prefix.layers", True),  # nothing is known of this family's live names
+        ("unheard_of", "model.model.stages", False),
+    ],
+)
+def test_an_adapter_is_held_against_live_and_published_names(model_type: str, prefix: str, is_reached: bool) -> None:
+    base = model(config={"model_type": model_type})
+    codes = {finding.code for finding in diagnose(adapter(prefixed(prefix)), base)}
+    assert ("adapter-reaches-nothing" not in codes) is is_reached
 
 
 def test_a_head_that_cannot_be_dropped_is_not_said_to_be_mendable() -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, find_base
 from grpo_toolkit.doctor.files import DiskFiles, Files
 from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule
-from grpo_toolkit.doctor.folder import Folder, describe, read_folder
+from grpo_toolkit.doctor.folder import Folder, describe
+from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.rules import adapter, cache, dialect, dtypes, files, processing, tied, weights
 from grpo_toolkit.errors import CheckpointError
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from grpo_toolkit.doctor.folder import Folder
 
 
+def _tail(module: str) -> str:
+    """The part of a module's name that no wrapper changes: from its layer on."""
+    return re.split(r"(?:^|\.)(?=(?:layers|blocks|h)\.\d)", module)[-1]
+
+
 def _modules(folder: Folder) -> list[str]:
     """The modules that the adapter's factors belong to, as the base's live model names them."""
     if folder.kind is not Kind.ADAPTER:
@@ -95,10 +100,14 @@ def adapter_reaches_nothing(folder: Folder) -> Iterator[Fault]:
     if base is None or not modules or not base.tensors:
         return
     known = {name.rpartition(".")[0] for name in base.tensors}
+    tails = {_tail(module) for module in known}
     unreached = [
         module
         for module in modules
-        if module not in known and names.published(module + ".", base.model_type)[:-1] not in known
+        if module not in known
+        and names.published(module + ".", base.model_type)[:-1] not in known
+        # Where we do not know how the live model names its parts, only a layer that is nowhere is unreached.
+        and not (_tail(module) in tails and (names.is_vision(module + ".") or not (base.family and base.family.names)))
     ]
     if unreached:
         yield Fault(
