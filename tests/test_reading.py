@@ -178,6 +178,16 @@ def test_an_enormous_header_costs_little(kind: str, tmp_path: Path) -> None:
     assert _peak_megabytes(folder) < 512
 
 
+def test_more_shards_than_any_model_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = unpack("vlm_r1_449", tmp_path / "x")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {f"layer.{number}": f"{number}.safetensors" for number in range(20_000)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["doctor", str(folder), "--json"]) == 1
+    found = [finding["found"] for finding in json.loads(capsys.readouterr().out)["findings"]]
+    assert "names 20,000 shards, which no model has" in found
+
+
 def _peak_megabytes(folder: Path) -> float:
     """The peak of a process that examines the folder, which must end by itself with a diagnosis or an error."""
     code = (

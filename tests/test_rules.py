@@ -198,6 +198,9 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
         model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
               chat_template__jinja=b"y"),
         VLM_BASE, None, "chat_template.jinja", "chat_template"),
+    "chat-template-changed": (
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={"chat_template": "{{ other }}"}),
+        VLM_BASE, None, "chat_template.json", "chat_template"),
     "chat-templates-unequal": (model(chat_template__json=TEMPLATE, chat_template__jinja=b"y"), None, None,
                                "chat_template.jinja", "chat_template"),
     "adapter-weights-missing": (folder_of({"adapter_config.json": LORA}), BASE, None, "adapter_model.safetensors", ""),

@@ -168,7 +168,7 @@ def _names_of_base(folder: Folder) -> Iterator[str]:
         value = folder.get(file, key)
         if isinstance(value, str):
             yield value
-    match = re.search(r"^base_model:\s*['\"]?([^'\"\n]{1,200})", folder.card, re.MULTILINE)
+    match = re.search(r"^base_model:[ \t]*['\"]?([^'\"\n]{1,200})", folder.card, re.MULTILINE)
     if match:
         yield match.group(1).strip()
 

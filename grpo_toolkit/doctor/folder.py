@@ -191,7 +191,7 @@ def describe(folder: Folder) -> tuple[str, ...]:
         facts.append("export of grpo_toolkit")
     if folder.model_type.isprintable() and folder.model_type:
         facts.append(folder.model_type[:60])
-    if re.search(r"^\s*-\s*trl\s*$", folder.card, re.MULTILINE):
+    if re.search(r"^[ \t]*-[ \t]*trl[ \t]*$", folder.card, re.MULTILINE):
         facts.append("by TRL")
     facts.append(_dialect(folder))
     if folder.tensors:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _CONTAINERS: Final = 200_000
 _TOKENIZER_HEAD: Final = 4 * MIB
 _README_HEAD: Final = 16 * 1024
+_MAX_SHARDS: Final = 2_000
 
 
 def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
@@ -118,7 +119,7 @@ def _read_card(files: Files) -> str:
         text = files.head("README.md", limit=_README_HEAD).decode("utf-8", errors="replace")
     except CheckpointError:
         return ""
-    match = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    match = re.match(r"---[ \t]*\r?\n(.*?)\n---", text, re.DOTALL)
     return match.group(1) if match else ""
 
 
@@ -160,7 +161,11 @@ def _read_shards(
 ) -> dict[str, dict[str, TensorInfo]]:
     shards = {}
     total = 0
-    for name in _weight_files(files, kind, objects):
+    names = _weight_files(files, kind, objects)
+    if len(names) > _MAX_SHARDS:
+        refused[WEIGHTS_INDEX] = f"names {len(names):,} shards, which no model has"
+        return {}
+    for name in names:
         if name not in files.entries:
             continue  # the index names it; `shard-missing` says so
         try:

@@ -223,6 +223,23 @@ def chat_templates_unequal(folder: Folder) -> Iterator[Fault]:
         yield Fault(file=next(iter(folder.templates)), key="chat_template", found=files, expected="one text")
 
 
+@rule(
+    Severity.NOTE,
+    "another chat template than the base's",
+    effect="prompts are built otherwise than for the base. Right only if training used this template",
+    evidence="https://huggingface.co/docs/transformers/chat_templating",
+    needs_base=True,
+)
+def chat_template_changed(folder: Folder) -> Iterator[Fault]:
+    if folder.base is None or folder.kind is not Kind.MODEL or _has_two_templates(folder):
+        return
+    ours, published = set(_stripped(folder).values()), set(_stripped(folder.base).values())
+    if ours and published and not ours <= published:
+        file = next(iter(folder.templates))
+        found = f"{len(folder.templates[file])} characters"
+        yield Fault(file=file, key="chat_template", found=found, expected="the base's text")
+
+
 def _stripped(folder: Folder) -> dict[str, str]:
     return {file: text.rstrip("\n") for file, text in folder.templates.items()}
 
