@@ -14,7 +14,7 @@ import transformers
 from packaging.version import Version
 
 from faulty import fill, unpack
-from grpo_toolkit.doctor.repair import repair_checkpoint
+from grpo_toolkit import diagnose_checkpoint, export_model, repair_checkpoint
 from grpo_toolkit.inference import generate, load_model
 from models import build_qwen2_5_vl
 
@@ -77,6 +77,13 @@ def test_a_repaired_folder_loads_and_says_what_its_base_says(
     assert record.vision_calls == 1
     assert record.tokens == wanted.tokens
     assert not repair_checkpoint(folder, base=base, rewrite_weights=True).applied
+
+
+def test_an_export_is_well(base: Path, tmp_path: Path) -> None:
+    """What this package publishes from a sick checkpoint has no finding beside its base."""
+    folder = fill(unpack("vlm_r1_449", tmp_path / "x"), base)
+    export = export_model(folder, tmp_path / "export", base=base, verify=False).path
+    assert diagnose_checkpoint(export, base=base).findings == ()
 
 
 @pytest.mark.parametrize("route", ["vlm_r1_449", "trl_grpo_523", "trl_grpo_457"])
