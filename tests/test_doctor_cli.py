@@ -107,6 +107,20 @@ def test_a_run_is_mended_and_undone(run: Path, capsys: pytest.CaptureFixture[str
     assert (run / "checkpoint-2" / "generation_config.json").read_bytes() == before
 
 
+def test_a_run_that_holds_its_last_model_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = unpack("vlm_r1_451", tmp_path / "run")
+    unpack("base", run / "checkpoint-1")
+    assert main(["doctor", str(run)]) == 1
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == ["checkpoint-1", "run"]
+    assert main(["repair", str(run)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [f"{run / 'checkpoint-1'}: nothing to mend", f"{run}: mended 2 findings in 2 files"]
+    assert main(["doctor", str(run)]) == 0
+    assert main(["repair", str(run), "--undo", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["doctor", str(run)]) == 1
+
+
 def test_repair_says_what_it_does(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = unpack("trl_grpo_523", tmp_path / "x")
     assert main(["repair", str(folder), "--base", str(base), "--dry-run"]) == 1

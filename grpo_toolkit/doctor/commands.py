@@ -14,7 +14,7 @@ from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from grpo_toolkit.doctor.findings import Diagnosis
@@ -92,38 +92,48 @@ def run_json(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -
 
 
 def repair(arguments: argparse.Namespace) -> int:
-    """Mend a folder, or every checkpoint of a run; 0 if it is clean afterwards, 1 if something is left."""
-    from grpo_toolkit.doctor.repair import UNDO, repair_checkpoint, undo_repair
+    """Mend a folder, or every checkpoint of a run; 0 if all is clean afterwards, 1 if something is left."""
+    from grpo_toolkit.doctor.repair import UNDO, undo_repair
 
     path: Path = arguments.path
-    runs = checkpoints_in(path) if path.is_dir() else []
+    checkpoints = checkpoints_in(path) if path.is_dir() else []
+    folders = [*checkpoints, path]
     if arguments.undo:
-        mended = [folder for folder in runs if (folder / UNDO).is_dir()] or [path]
-        undone = {str(folder): undo_repair(folder) for folder in mended}
-        if arguments.json:
-            print(json.dumps({"path": str(path), "put_back": undone}))
-        else:
-            _print_lines(f"{folder}: put back {', '.join(files)}" for folder, files in undone.items())
+        mended = [folder for folder in folders if (folder / UNDO).is_dir()] or [path]
+        _say_undone(path, {str(folder): undo_repair(folder) for folder in mended}, as_json=arguments.json)
         return 0
-    results: list[RepairResult] = []
-    for folder in runs or [path]:
-        try:
-            result = repair_checkpoint(
-                folder, base=arguments.base, dry_run=arguments.dry_run, rewrite_weights=arguments.rewrite_weights
-            )
-        except CheckpointError as error:
-            if not runs or (folder == runs[-1] and not results):
-                raise
-            print(f"grpo-toolkit: passed over: {error}", file=sys.stderr)
-            continue
-        results.append(result)
+    results = list(_repair_each(folders, arguments))
     if arguments.json:
-        both = [result.to_json() for result in results]
-        print(json.dumps({"path": str(path), "repairs": both} if runs else both[0]))
+        said = [result.to_json() for result in results]
+        print(json.dumps({"path": str(path), "repairs": said} if checkpoints else said[0]))
     else:
         for result in results:
             _say_repair(result)
     return 0 if all(result.plan.is_clean_afterwards for result in results) else 1
+
+
+def _repair_each(folders: Sequence[Path], arguments: argparse.Namespace) -> Iterator[RepairResult]:
+    """Repair the folders of a run in turn (the run itself comes last); what holds no model is passed over."""
+    from grpo_toolkit.doctor.repair import repair_checkpoint
+
+    options = {"dry_run": arguments.dry_run, "rewrite_weights": arguments.rewrite_weights}
+    found = False
+    for folder in folders:
+        try:
+            yield repair_checkpoint(folder, base=arguments.base, **options)
+            found = True
+        except CheckpointError as error:
+            if folder != folders[-1]:
+                print(f"grpo-toolkit: passed over: {error}", file=sys.stderr)
+            elif not found:
+                raise
+
+
+def _say_undone(path: Path, undone: Mapping[str, Sequence[str]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"path": str(path), "put_back": undone}))
+    else:
+        _print_lines(f"{folder}: put back {', '.join(files)}" for folder, files in undone.items())
 
 
 def _say_repair(result: RepairResult) -> None:

@@ -71,7 +71,7 @@ def run_lines(diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -> Iterator[
     """A run's checkpoints, a line each."""
     for diagnosis in diagnoses:
         codes = ", ".join(dict.fromkeys(f.code for f in diagnosis.findings if f.severity is not Severity.NOTE))
-        yield f"{diagnosis.path.name}\t{diagnosis.kind}\t{verdict(diagnosis.findings)}\t{codes}"
+        yield f"{diagnosis.path.name or diagnosis.path}\t{diagnosis.kind}\t{verdict(diagnosis.findings)}\t{codes}"
     yield from empty
 
 

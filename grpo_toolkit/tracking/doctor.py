@@ -74,7 +74,12 @@ def print_run(diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -> None:
         worst = diagnosis.findings[0].severity if diagnosis.findings else None
         style = "green" if diagnosis.is_clean or worst is None else _STYLES[worst]
         codes = dict.fromkeys(f.code for f in diagnosis.findings if f.severity is not Severity.NOTE)
-        table.add_row(diagnosis.path.name, diagnosis.kind, Text(verdict(diagnosis.findings), style), ", ".join(codes))
+        table.add_row(
+            diagnosis.path.name or str(diagnosis.path),
+            diagnosis.kind,
+            Text(verdict(diagnosis.findings), style),
+            ", ".join(codes),
+        )
     console = Console(highlight=False)
     console.print(table)
     for line in empty:
