@@ -145,6 +145,14 @@ def trl_llama(base: Path, work: Path) -> Path:
     return work / "checkpoint-1"
 
 
+@route("523")
+def llava(base: Path, work: Path) -> Path:
+    """The tests' tiny LLaVA, built and saved by transformers 5: nobody's fault, and 4.x cannot read it."""
+    from models import build_llava
+
+    return build_llava(work / "llava")
+
+
 @route("457")
 def peft_prefixes(base: Path, work: Path) -> Path:
     """A PEFT model's state dict saved as if it were the model's."""

@@ -28,6 +28,26 @@ def unpack(name: str, target: Path) -> Path:
     return target
 
 
+def fill_at_random(folder: Path) -> Path:
+    """Give an unpacked folder weights that depend on nothing but their names, and the byte tokenizer its vocabulary."""
+    import torch
+    from safetensors.torch import save_file
+
+    from models import byte_tokenizer
+
+    path = folder / "model.safetensors"
+    filled = {}
+    for number, (name, info) in enumerate(sorted(read_safetensors_header(path).items())):
+        torch.manual_seed(number)
+        filled[name] = torch.randn(info.shape) * 0.3 if name.endswith("weight") else torch.zeros(info.shape)
+    save_file(filled, path, metadata={"format": "pt"})
+    model = json.loads(byte_tokenizer().backend_tokenizer.to_str())["model"]
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"] |= {"vocab": model["vocab"], "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
 def fill(folder: Path, base: Path) -> Path:
     """Put the base's weights into an unpacked folder, under its own names and dtypes, and the vocabulary back."""
     import torch

@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_route_has_its_findings_written_down() -> None:
-    assert sorted([*FINDINGS, "trl_llama_455"]) == ROUTES
+    assert sorted([*FINDINGS, "llava_523", "trl_llama_455"]) == ROUTES
 
 
 @pytest.mark.parametrize("route", FINDINGS)
@@ -84,6 +84,17 @@ def test_a_text_model_of_an_older_trl(tmp_path: Path) -> None:
     [finding] = diagnose_checkpoint(unpack("trl_llama_455", tmp_path / "llama")).findings
     assert (finding.code, finding.file, finding.key) == ("config-cache-off-latent", "config.json", "use_cache")
     assert (finding.found, finding.severity, finding.repairable) == (False, Severity.SLOW, True)
+
+
+def test_a_llava_that_transformers_5_built(tmp_path: Path) -> None:
+    findings = diagnose_checkpoint(unpack("llava_523", tmp_path / "llava")).findings
+    assert [finding.code for finding in findings] == [
+        "rope-parameters-alone",
+        "tokenizers-backend",
+        "extra-special-tokens-list",
+        "preprocessor-config-missing",
+        "unpublished-names",
+    ]
 
 
 def test_the_places_and_values_of_a_poisoned_folder(base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from faulty import fill, unpack
+from faulty import fill, fill_at_random, unpack
 from grpo_toolkit import diagnose_checkpoint, export_model, repair_checkpoint
 from grpo_toolkit.inference import generate, load_model
 from models import build_qwen2_5_vl
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.inference import Request
 
+LLAVA_TOKENS = [187, 185, 182, 90, 182, 90, 182, 90]
 IS_V5 = Version(transformers.__version__) >= Version("5.0")
 IS_NESTED = Version(transformers.__version__) >= Version("4.52")  # Qwen2.5-VL's config has a text_config
 
@@ -84,6 +85,17 @@ def test_an_export_is_well(base: Path, tmp_path: Path) -> None:
     folder = fill(unpack("vlm_r1_449", tmp_path / "x"), base)
     export = export_model(folder, tmp_path / "export", base=base, verify=False).path
     assert diagnose_checkpoint(export, base=base).findings == ()
+
+
+def test_a_llava_that_transformers_5_built(tmp_path: Path, image_request: Request) -> None:
+    """Random weights in its vision tower on 4.x, with a warning only; after the repair the same tokens everywhere."""
+    folder = fill_at_random(unpack("llava_523", tmp_path / "llava"))
+    assert repair_checkpoint(folder, rewrite_weights=True).plan.is_clean_afterwards
+    model, processor, report = load_model(folder)
+    assert report.is_clean, report
+    record = generate(model, processor, image_request)
+    assert record.is_cached
+    assert record.tokens == LLAVA_TOKENS
 
 
 @pytest.mark.parametrize("route", ["vlm_r1_449", "trl_grpo_523", "trl_grpo_457"])

@@ -11,6 +11,7 @@ from grpo_toolkit.defaults import SAMPLING
 from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_folder
 from grpo_toolkit.doctor.digests import Digests
 from grpo_toolkit.doctor.files import Entry
+from grpo_toolkit.doctor.names import plan_renames
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.rules.cache import NEUTRAL
 from memory import MemoryFiles, folder_of, put_tensors
@@ -255,6 +256,27 @@ def test_a_base_with_the_same_setting_is_no_fault() -> None:
     assert diagnose(model(generation_config__json=greedy), model(generation_config__json=greedy)) == []
     listed = {**TOKENIZER, "extra_special_tokens": ["<a>"]}
     assert diagnose(model(tokenizer_config__json=listed), model(tokenizer_config__json=listed)) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stored", "wanted"),
+    [
+        ("llava", "vision_tower.encoder.layers.0.x", "vision_tower.vision_model.encoder.layers.0.x"),
+        ("llava", "model.vision_tower.embeddings.x", "vision_tower.vision_model.embeddings.x"),
+        ("llava", "model.language_model.layers.0.x", "language_model.model.layers.0.x"),
+        ("llava", "vision_tower.vision_model.embeddings.x", None),
+        ("llava", "vision_tower.patch_conv.weight", None),  # a Pixtral tower has no such part
+        ("internvl", "vision_tower.embeddings.cls_token", None),
+        ("internvl", "model.vision_tower.embeddings.cls_token", "vision_tower.embeddings.cls_token"),
+        ("qwen2_5_vl", "model.visual.x", "visual.x"),
+        ("llama", "vision_tower.encoder.x", None),
+    ],
+)
+def test_published_names_of_families(model_type: str, stored: str, wanted: str | None) -> None:
+    assert plan_renames([stored], None, model_type) == ({} if wanted is None else {stored: wanted})
+    if wanted is not None:
+        assert plan_renames([stored], frozenset({wanted}), model_type) == {stored: wanted}
+        assert plan_renames([stored], frozenset({stored}), model_type) == {}  # the base has it so
 
 
 def prefixed(prefix: str) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -22,15 +22,24 @@ class Family:
 
 
 _QWEN_VL_NAMES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+# A CLIP or SigLIP tower is published with its `vision_model` inside. transformers 5 has none, and puts it back only
+# for a model that it loaded with it; of any other 4.x then starts the tower from random weights, with a warning.
+_TOWER_NAMES = tuple(
+    (f"{outer}vision_tower.{part}", f"vision_tower.vision_model.{part}")
+    for outer in ("model.", "")
+    for part in ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head.")
+)
 # transformers publishes LLaVA-like models with the text model inside `language_model`, and loads them as below
 # (`_checkpoint_conversion_mapping` of LlavaForConditionalGeneration, 4.52 to 4.57).
 _LLAVA_NAMES = (
+    *_TOWER_NAMES,
     ("model.language_model.", "language_model.model."),
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.image_newline", "image_newline"),
     ("lm_head.", "language_model.lm_head."),
 )
+_PLAIN_TOWER_NAMES = _LLAVA_NAMES[len(_TOWER_NAMES) :]
 
 FAMILIES: Final[dict[str, Family]] = {
     "qwen2_vl": Family(is_flat=True, names=_QWEN_VL_NAMES),
@@ -43,7 +52,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "llava": Family(names=_LLAVA_NAMES),
     "llava_next": Family(names=_LLAVA_NAMES),
     "llava_onevision": Family(names=_LLAVA_NAMES),
-    "mistral3": Family(names=_LLAVA_NAMES),
+    "mistral3": Family(names=_PLAIN_TOWER_NAMES),
     "paligemma": Family(is_tied=True, names=_LLAVA_NAMES),
     "gemma": Family(is_tied=True),
     "gemma2": Family(is_tied=True),
@@ -52,7 +61,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi3": Family(),
     "idefics3": Family(),
     "smolvlm": Family(),
-    "internvl": Family(names=_LLAVA_NAMES),
+    "internvl": Family(names=_PLAIN_TOWER_NAMES),
     "mllama": Family(),
     "mixtral": Family(),
     "gpt2": Family(is_tied=True),

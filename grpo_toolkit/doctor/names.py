@@ -73,7 +73,7 @@ def _best_name(bare: str, known: frozenset[str] | None, model_type: str) -> str:
     candidates = (published(bare, model_type), bare, single, published(single, model_type))
     if known is None:
         return candidates[-1]
-    return next((candidate for candidate in candidates if candidate in known), candidates[0])
+    return next((candidate for candidate in candidates if candidate in known), bare)
 
 
 def stored_layers(names: Iterable[str]) -> set[int]:
