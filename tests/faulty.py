@@ -29,7 +29,7 @@ def unpack(name: str, target: Path) -> Path:
 
 
 def fill_at_random(folder: Path) -> Path:
-    """Give an unpacked folder weights that depend on nothing but their names, and the byte tokenizer its vocabulary."""
+    """Give an unpacked folder weights that depend on nothing but its names, and the byte tokenizer its vocabulary."""
     import torch
     from safetensors.torch import save_file
 
