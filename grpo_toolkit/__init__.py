@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_toolkit.cache import inference_ready
     from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
+    from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
+    from grpo_toolkit.doctor.findings import Diagnosis, Finding
+    from grpo_toolkit.doctor.repair import RepairResult, repair_checkpoint, undo_repair
     from grpo_toolkit.errors import (
         CheckpointError,
         GrpoToolkitError,
@@ -36,8 +39,10 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CheckpointError": "errors",
+    "Diagnosis": "doctor.findings",
     "ExportCallback": "callbacks",
     "ExportResult": "export",
+    "Finding": "doctor.findings",
     "GrpoToolkitError": "errors",
     "InputError": "errors",
     "KVCacheCallback": "callbacks",
@@ -46,6 +51,7 @@ _MODULES = {
     "MergeResult": "merge",
     "OutputExistsError": "errors",
     "PeerError": "errors",
+    "RepairResult": "doctor.repair",
     "Request": "inference",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
@@ -53,18 +59,23 @@ _MODULES = {
     "VerificationError": "errors",
     "VerificationResult": "verify",
     "WorkerError": "errors",
+    "diagnose_checkpoint": "doctor.diagnose",
     "export_model": "export",
     "inference_ready": "cache",
     "last_whole_checkpoint": "whole",
     "measure_latency": "latency.measure",
     "merge_adapter": "merge",
+    "repair_checkpoint": "doctor.repair",
+    "undo_repair": "doctor.repair",
     "verify_export": "verify",
 }
 
 __all__ = [
     "CheckpointError",
+    "Diagnosis",
     "ExportCallback",
     "ExportResult",
+    "Finding",
     "GrpoToolkitError",
     "InputError",
     "KVCacheCallback",
@@ -73,6 +84,7 @@ __all__ = [
     "MergeResult",
     "OutputExistsError",
     "PeerError",
+    "RepairResult",
     "Request",
     "ResumeError",
     "ResumeGuardCallback",
@@ -80,11 +92,14 @@ __all__ = [
     "VerificationError",
     "VerificationResult",
     "WorkerError",
+    "diagnose_checkpoint",
     "export_model",
     "inference_ready",
     "last_whole_checkpoint",
     "measure_latency",
     "merge_adapter",
+    "repair_checkpoint",
+    "undo_repair",
     "verify_export",
 ]
 

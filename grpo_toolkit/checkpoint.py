@@ -1,22 +1,15 @@
-"""A saved model folder as data: its JSON files, its safetensors headers, what kind of folder it is.
+"""A saved model folder as data: its JSON files, its safetensors headers, what kind of folder it is; atomic publish.
 
-Standard library only (but for the Hub cache's layout, asked of huggingface_hub where a Hub name is looked up), and
-nothing here reads a weight: a safetensors file begins with eight bytes of length and a JSON header, which says every
-tensor's name, dtype and shape (https://github.com/huggingface/safetensors#format).
-
-Folders come from strangers, so sizes are bounded, names may not leave the folder, and no pickle is ever opened.
+Standard library only. Folders come from strangers, so everything is read by the strict readers of `reading.py`, and
+names may not leave the folder.
 """
 
 from __future__ import annotations
 
 import enum
-import glob
 import json
 import os
-import platform
-import shutil
-import struct
-import tempfile
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +17,33 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError
 from grpo_toolkit.exchange import exchange
+from grpo_toolkit.reading import (
+    ABSENT,
+    Absent,
+    JsonObject,
+    TensorInfo,
+    read_json,
+    read_safetensors_header,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-JsonObject = dict[str, Any]
+__all__ = [
+    "ABSENT",
+    "Absent",
+    "Checkpoint",
+    "JsonObject",
+    "Kind",
+    "TensorInfo",
+    "check_output",
+    "dump_json",
+    "find_base",
+    "open_checkpoint",
+    "read_json",
+    "read_safetensors_header",
+    "staged",
+]
 
 CONFIG: Final = "config.json"
 GENERATION_CONFIG: Final = "generation_config.json"
@@ -38,41 +53,12 @@ WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 
-MAX_JSON_BYTES: Final = 64 * 2**20
-MAX_HEADER_BYTES: Final = 16 * 2**20
-
-
-class Absent(enum.Enum):
-    """The type of `ABSENT`: a key that is not there, which is neither null nor false."""
-
-    ABSENT = "absent"
-
-    def __repr__(self) -> str:
-        return "ABSENT"
-
-
-ABSENT: Final = Absent.ABSENT
-
 
 class Kind(enum.Enum):
     """What a folder holds."""
 
     MODEL = "model"
     ADAPTER = "adapter"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """One tensor as its header describes it.
-
-    `dtype` is safetensors' name ("BF16", "F32"), `shape` in elements, `file` the shard's name in the folder, `span`
-    the tensor's first byte and the byte after its last, counted from the start of the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    span: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +84,7 @@ class Checkpoint:
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index_path}: `weight_map` is not an object; the folder cannot be loaded")
-        return [self._shard(name, index_path) for name in sorted(set(weight_map.values()), key=str)]
+        return [self._shard(name, index_path) for name in _distinct(weight_map.values())]
 
     def _shard(self, name: object, index_path: Path) -> Path:
         if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
@@ -114,6 +100,10 @@ class Checkpoint:
         for file in self.weight_files():
             found.update(read_safetensors_header(file))
         return found
+
+
+def _distinct(names: Iterable[object]) -> list[object]:
+    return [*sorted({name for name in names if isinstance(name, str)}), *(n for n in names if not isinstance(n, str))]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -134,78 +124,44 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     raise CheckpointError(f"{folder}: no {CONFIG} and no {ADAPTER_CONFIG}, so this is no checkpoint{hint}")
 
 
-def read_json(path: Path) -> JsonObject:
-    """Read one JSON object, bounded in size.
-
-    Raises:
-        CheckpointError: unreadable, larger than 64 MiB, not JSON, or not an object.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(raw) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which no model's JSON is")
-    try:
-        data = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(data).__name__}, expected an object")
-    return data
-
-
-def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors that a safetensors file says it holds.
-
-    Raises:
-        CheckpointError: truncated, a header over 16 MiB or longer than the file, or not in the format.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path}: header of {length} bytes does not fit in a file of {size} bytes")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        tensors = {
-            name: TensorInfo(
-                dtype=str(info["dtype"]),
-                shape=tuple(map(int, info["shape"])),
-                file=path.name,
-                span=(8 + length + int(info["data_offsets"][0]), 8 + length + int(info["data_offsets"][1])),
-            )
-            for name, info in header.items()
-            if name != "__metadata__"
-        }
-        end = max((int(info["data_offsets"][1]) for n, info in header.items() if n != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors header ({error!r})") from error
-    if 8 + length + end > size:
-        raise CheckpointError(f"{path}: {size} bytes, but its header promises {8 + length + end}; it is cut off")
-    return tensors
-
-
 def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path | None:
-    """The local folder behind a model's name: the path itself, or its snapshot in the Hub cache. Never downloads."""
-    if not name_or_path:
+    """The local folder behind a model's name: the path itself, or its snapshot in the Hub cache. Never downloads.
+
+    The cache is read by its documented layout (`models--org--name/refs/main`, `snapshots/<commit>`), not through
+    huggingface_hub, whose import would double the time to an answer:
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    if not name_or_path or "\0" in name_or_path:
         return None
     folder = Path(name_or_path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # noqa: PTH112 - unlike Path.is_dir, says no to a name that is too long
         return folder if (folder / CONFIG).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(name_or_path, CONFIG, revision=revision)
-    except HFValidationError:
+    if not _HUB_NAME.fullmatch(name_or_path) or ".." in name_or_path or "--" in name_or_path:
         return None
-    return Path(cached).parent if isinstance(cached, str) else None
+    cached = _hub_cache() / f"models--{name_or_path.replace('/', '--')}"
+    wanted = revision or "main"
+    try:
+        commit = (cached / "refs" / wanted).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = wanted
+    if not _COMMIT.fullmatch(commit):
+        return None
+    snapshot = cached / "snapshots" / commit
+    return snapshot if (snapshot / CONFIG).is_file() else None
+
+
+_HUB_NAME: Final = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
+_COMMIT: Final = re.compile(r"[0-9a-zA-Z][\w.-]{0,95}", re.ASCII)
+
+
+def _hub_cache() -> Path:
+    """Where the Hub cache lies: https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).expanduser()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    home = os.environ.get("HF_HOME")
+    return (Path(home).expanduser() if home else caches / "huggingface") / "hub"
 
 
 def dump_json(data: Mapping[str, Any]) -> str:
@@ -249,6 +205,10 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
     The staging folder's name starts with a dot and ends with the owner's pid, so it never matches the
     `checkpoint-*` glob that trainers rotate. Every file is flushed to disk before the rename.
     """
+    import platform
+    import shutil
+    import tempfile
+
     check_output(output_dir, overwrite=overwrite)
     output_dir = Path(os.path.realpath(output_dir))  # "." and links have no parent of their own to stage in
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -266,6 +226,8 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace_folder(staging: Path, output_dir: Path) -> None:
+    import shutil
+
     if output_dir.exists() and exchange(staging, output_dir):
         _sync_folder(output_dir.parent)
         return  # what was published before is now the staging folder, which its owner removes
@@ -286,6 +248,9 @@ def _replace_folder(staging: Path, output_dir: Path) -> None:
 
 def _sweep(parent: Path, prefix: str) -> None:
     """Remove staging folders whose owner is dead, and put back what it moved away and never replaced."""
+    import glob
+    import shutil
+
     for leftover in parent.glob(f"{glob.escape(prefix.replace('.staging-', '.previous-'))}*"):
         pid, published = leftover.name.rpartition("-")[2], parent / prefix[1:].partition(".staging-")[0]
         if pid.isdigit() and not _is_alive(int(pid)):

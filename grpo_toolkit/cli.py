@@ -89,12 +89,26 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--no-cache", action="store_true", help="also time every model with its KV cache off")
     bench.set_defaults(run=_bench)
 
+    doctor = commands.add_parser("doctor", help="say what is wrong with a model folder, or with a run's checkpoints")
+    doctor.add_argument("path", type=Path, help="a model, an adapter, a checkpoint, or a run folder with many")
+    doctor.add_argument("--base", help="folder or Hub name (in the local cache) of the model it was trained from")
+    doctor.add_argument("--deep", action="store_true", help="also compare weights byte by byte")
+    doctor.set_defaults(run=_doctor)
+
+    repair = commands.add_parser("repair", help="mend what the doctor found, atomically and with an undo")
+    repair.add_argument("path", type=Path, help="as for doctor")
+    repair.add_argument("--base", help="as for doctor; many faults are mended with what the base says")
+    repair.add_argument("--dry-run", action="store_true", help="print the changes as a diff and make none")
+    repair.add_argument("--undo", action="store_true", help="put back, byte for byte, what repairs replaced")
+    repair.add_argument("--rewrite-weights", action="store_true", help="also mend what needs new safetensors files")
+    repair.set_defaults(run=_repair)
+
     env = commands.add_parser("env", help="versions and hardware, for a bug report")
     env.set_defaults(run=_env)
 
-    for command in (export, verify, bench, env):
+    for command in (export, verify, bench, doctor, repair, env):
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
-        if command is not env:
+        if command in (export, verify, bench):
             command.add_argument("--device", default="cpu", help='"cpu", "cuda", "cuda:1", ... (default cpu)')
     return parser
 
@@ -221,6 +235,18 @@ def _bench(arguments: argparse.Namespace) -> int:
 
         Console(width=None if sys.stdout.isatty() else 120).print(latency_table(rows))
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.doctor.commands import doctor
+
+    return doctor(arguments)
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.doctor.commands import repair
+
+    return repair(arguments)
 
 
 def _check_device(device: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from typing import TYPE_CHECKING, Final
@@ -25,6 +24,8 @@ def exchange(one: Path, other: Path) -> bool:
     Raises:
         OSError: it can, and failed.
     """
+    import ctypes  # where it is needed: its import would be a tenth of the doctor's start
+
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

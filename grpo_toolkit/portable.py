@@ -10,6 +10,7 @@ only.
 from __future__ import annotations
 
 import copy
+import fnmatch
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -137,6 +138,11 @@ def _write_json(source: Path, target: Path, found: JsonObject, wanted: JsonObjec
         _copy(source, target)
     else:
         target.write_text(dump_json(wanted), encoding="utf-8")
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file of that name belongs to a tokenizer, a processor, a template or the license."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _CARRIED)
 
 
 def carried_files(base: Path) -> list[Path]:

@@ -17,8 +17,15 @@ HEAVY = ("torch", "transformers", "peft", "wandb", "trl", "numpy", "rich", "matp
 # From the ground up: a module may import from its own floor and from those below it.
 FLOORS = [
     {"errors", "exchange"},
-    {"checkpoint", "names"},
+    {"reading", "names"},
+    {"checkpoint"},
     {"defaults", "portable", "whole", "manifest", "stream", "lora"},
+    {"doctor.families", "doctor.files", "doctor.names", "doctor.jsontext", "doctor.rewrite"},
+    {"doctor.folder", "doctor.findings", "doctor.digests", "doctor.tensors", "doctor.parse"},
+    {"doctor.rules.adapter", "doctor.rules.cache", "doctor.rules.dialect", "doctor.rules.dtypes"},
+    {"doctor.rules.files", "doctor.rules.processing", "doctor.rules.tied", "doctor.rules.weights"},
+    {"doctor.diagnose"},
+    {"doctor.catalogue", "doctor.plan", "doctor.repair", "doctor.text"},
     {"cache", "distributed"},
     {"probe", "attention"},
     {"saving", "inference"},
@@ -31,7 +38,8 @@ FLOORS = [
     {"resume", "worker", "processing"},
     {"verify", "latency.workload", "latency.measure", "latency.store"},
     {"export"},
-    {"tracking.wandb", "tracking.console", "tracking.plots"},
+    {"tracking.wandb", "tracking.console", "tracking.plots", "tracking.doctor"},
+    {"doctor.commands"},
     {"callbacks.guard", "callbacks.prompts"},
     {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
     {"callbacks.latency", "cli"},
@@ -39,6 +47,7 @@ FLOORS = [
 STANDARD_LIBRARY_ONLY = {
     "errors",
     "exchange",
+    "reading",
     "checkpoint",
     "names",
     "defaults",
@@ -46,7 +55,7 @@ STANDARD_LIBRARY_ONLY = {
     "whole",
     "manifest",
     "stream",
-}
+} | {module for floor in FLOORS for module in floor if module.startswith("doctor.") and module != "doctor.rewrite"}
 
 
 def module_name(path: Path) -> str:
@@ -125,5 +134,7 @@ def _imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in whole if name.removeprefix("grpo_toolkit.") in MODULES}
+            found |= modules or {node.module}
     return found

@@ -1,0 +1,188 @@
+"""A folder in, findings out: reads JSON and headers, asks every rule, prints nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, find_base
+from grpo_toolkit.doctor.files import DiskFiles, Files
+from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule
+from grpo_toolkit.doctor.folder import Folder, describe
+from grpo_toolkit.doctor.parse import read_folder
+from grpo_toolkit.doctor.rules import adapter, cache, dialect, dtypes, files, processing, tied, weights
+from grpo_toolkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_MODULES: Final = (files, cache, weights, tied, dtypes, dialect, processing, adapter)
+
+ALL_RULES: Final = tuple(
+    rule for module in _MODULES for rule in RULES.values() if rule.check.__module__ == module.__name__
+)
+"""Every rule, in the order of the table in the README."""
+
+_CHECKPOINT: Final = re.compile(r"checkpoint-([0-9]{1,12})")
+
+
+def diagnose_checkpoint(
+    path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, deep: bool = False
+) -> Diagnosis:
+    """Say what is wrong with a model folder, from its JSON files and safetensors headers.
+
+    No code of the folder is run, no pickle opened, no network asked; without `deep` no weight is read either.
+
+    Args:
+        path: a full model, an adapter, a trainer checkpoint, FSDP or DeepSpeed shards.
+        base: folder or Hub name (in the local cache) of the model that this one was trained from. By default the one
+            that the folder names, if it is here.
+        deep: also compare the bytes of weights: copies of the head, the base's weights, an adapter's zeros.
+
+    Returns:
+        What the folder is and what was found, worst first.
+
+    Raises:
+        CheckpointError: no folder, or nothing in it that could be examined; or `base` is not a model folder here.
+    """
+    folder = Path(path)
+    if not os.path.isdir(folder):  # noqa: PTH112 - says no to names that Path cannot ask about
+        raise CheckpointError(f"{folder}: not a folder")
+    named = None if base is None else base_named(str(base))
+    return diagnose_files(DiskFiles(folder), base=named, deep=deep)
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; empty for a folder that is no run."""
+    try:
+        with os.scandir(path) as scan:
+            found = [
+                (int(match.group(1)), Path(path, entry.name))
+                for entry in scan
+                for match in [_CHECKPOINT.fullmatch(entry.name)]
+                if match and entry.is_dir()
+            ]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be listed ({error})") from error
+    return [folder for _, folder in sorted(found)]
+
+
+def diagnose_run(
+    path: Path, *, base: str | os.PathLike[str] | None = None, deep: bool = False
+) -> tuple[list[Diagnosis], list[str]]:
+    """Diagnose every checkpoint of a run folder (and the folder itself where it holds a model too).
+
+    Returns:
+        The diagnoses, oldest checkpoint first, and a line for each checkpoint that holds nothing to examine.
+    """
+    diagnoses, empty = [], []
+    bases: dict[Path, Folder] = {}
+    named = None if base is None else base_named(str(base))
+    for folder in (*checkpoints_in(path), path):
+        try:
+            diagnoses.append(diagnose_files(DiskFiles(folder), base=named, deep=deep, bases=bases))
+        except CheckpointError as error:
+            if folder != path:
+                empty.append(str(error))
+    return diagnoses, empty
+
+
+def diagnose_files(
+    source: Files, *, base: Path | None = None, deep: bool = False, bases: dict[Path, Folder] | None = None
+) -> Diagnosis:
+    """`diagnose_checkpoint` for files from anywhere; `bases` remembers bases that were read before."""
+    return diagnose_folder(parse_folder(source, base=base, deep=deep, bases=bases))
+
+
+def parse_folder(
+    source: Files, *, base: Path | None = None, deep: bool = False, bases: dict[Path, Folder] | None = None
+) -> Folder:
+    """Read a folder with its base, ready for the rules."""
+    folder = read_folder(source)
+    found = base if base is not None else _base_named_in(folder)
+    if found is not None and not _is_same(found, folder.path):
+        folder = replace(folder, base=_read_base(found, {} if bases is None else bases, must=base is not None))
+    if deep:
+        from grpo_toolkit.doctor.digests import compare_weights
+
+        folder = replace(folder, digests=compare_weights(folder))
+    return folder
+
+
+def diagnose_folder(folder: Folder) -> Diagnosis:
+    """Ask every rule about a parsed folder. Pure."""
+    findings = [_finding(rule, fault) for rule in ALL_RULES for fault in rule.check(folder)]
+    return Diagnosis(
+        path=folder.path,
+        kind=folder.kind.value,
+        facts=describe(folder),
+        base=None if folder.base is None else folder.base.path,
+        findings=tuple(sorted(findings, key=lambda finding: finding.severity.rank)),
+        not_judged=tuple(rule.code for rule in ALL_RULES if rule.needs_base) if folder.base is None else (),
+    )
+
+
+def _finding(rule: Rule, fault: Fault) -> Finding:
+    return Finding(
+        code=rule.code,
+        severity=rule.severity,
+        title=rule.title,
+        file=fault.file,
+        key=fault.key,
+        found=fault.found,
+        expected=fault.expected,
+        effect=rule.effect,
+        evidence=rule.evidence,
+        repairable=bool(fault.remedies),
+        remedies=fault.remedies,
+    )
+
+
+def base_named(name: str) -> Path:
+    """The folder of a base that the caller named.
+
+    Raises:
+        CheckpointError: it is not here.
+    """
+    folder = find_base(name)
+    if folder is None:
+        raise CheckpointError(
+            f"--base {name}: neither a model folder (no {CONFIG} in it) nor a model in the local Hub cache"
+        )
+    return folder
+
+
+def _base_named_in(folder: Folder) -> Path | None:
+    for name in _names_of_base(folder):
+        found = find_base(name)
+        if found is not None:
+            return found
+    return None
+
+
+def _names_of_base(folder: Folder) -> Iterator[str]:
+    for file, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), (CONFIG, "_name_or_path")):
+        value = folder.get(file, key)
+        if isinstance(value, str):
+            yield value
+    match = re.search(r"^base_model:[ \t]*['\"]?([^'\"\n]{1,200})", folder.card, re.MULTILINE)
+    if match:
+        yield match.group(1).strip()
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _read_base(path: Path, bases: dict[Path, Folder], *, must: bool) -> Folder | None:
+    if path not in bases:
+        try:
+            bases[path] = read_folder(DiskFiles(path))
+        except CheckpointError:
+            if must:
+                raise
+            return None
+    return bases[path]

@@ -1,0 +1,237 @@
+"""What the doctor says: severities, findings, and the register of rules that give them.
+
+A rule is a small pure function from a `Folder` to faults, registered as data by the decorator `rule`. Everything that
+is the same for all its faults (code, severity, effect, evidence) stands in the decorator, so the table in the README
+is made from the rules and cannot differ from them.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.reading import ABSENT, Absent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from grpo_toolkit.doctor.folder import Folder
+
+
+class Severity(enum.Enum):
+    """How bad a finding is, worst first."""
+
+    UNLOADABLE = "unloadable"  # some supported library cannot load the folder
+    WRONG = "wrong"  # it loads, and says or does something else than it should
+    SLOW = "slow"  # it answers right, but more slowly than its base
+    WASTEFUL = "wasteful"  # more memory or disk than needed
+    NOTE = "note"  # worth knowing; the folder counts as clean
+
+    @property
+    def rank(self) -> int:
+        """0 for the worst."""
+        return list(Severity).index(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One key of one JSON file, set to `value` or, where that is ABSENT, deleted; `path` leads to it."""
+
+    file: str
+    path: tuple[str, ...]
+    value: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeFile:
+    """A whole file: written with `content` (JSON), copied from the base (`content` None), or removed (ABSENT)."""
+
+    file: str
+    content: Mapping[str, Any] | Absent | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmark:
+    """A file without its byte-order mark."""
+
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Tensors renamed, dropped (`renames[name]` is None) or cast; done only where rewriting weights is allowed."""
+
+    renames: Mapping[str, str | None]
+    dtypes: Mapping[str, str]
+
+
+Remedy = Edit | WholeFile | Unmark | Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What a rule found at one place; `remedies` mend it, and are empty where nothing can."""
+
+    file: str
+    key: str = ""
+    found: Any = ABSENT
+    expected: str
+    remedies: tuple[Remedy, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One fault that the doctor knows.
+
+    Attributes:
+        code: stable name in kebab-case.
+        severity: how bad it is.
+        title: the fault in a few words.
+        effect: what it does to whoever uses the folder.
+        evidence: a link to where it was reported or where the mechanism can be read.
+        mend: how it is repaired, in a few words; empty where it cannot be.
+        needs_base: whether it can only be judged beside the base.
+        check: the function.
+    """
+
+    code: str
+    severity: Severity
+    title: str
+    effect: str
+    evidence: str
+    mend: str
+    needs_base: bool
+    check: Callable[[Folder], Iterable[Fault]]
+
+
+RULES: Final[dict[str, Rule]] = {}
+"""Every rule by its code, in the order in which a plan of repairs takes them."""
+
+
+def rule(
+    severity: Severity, title: str, *, effect: str, evidence: str, mend: str = "", needs_base: bool = False
+) -> Callable[[Callable[[Folder], Iterable[Fault]]], Callable[[Folder], Iterable[Fault]]]:
+    """Register a function as a rule; its name with dashes is the rule's code."""
+
+    def register(check: Callable[[Folder], Iterable[Fault]]) -> Callable[[Folder], Iterable[Fault]]:
+        code = check.__name__.replace("_", "-")
+        assert code not in RULES, f"two rules are called {code}"
+        RULES[code] = Rule(
+            code=code,
+            severity=severity,
+            title=title,
+            effect=effect,
+            evidence=evidence,
+            mend=mend,
+            needs_base=needs_base,
+            check=check,
+        )
+        return check
+
+    return register
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One fault of one folder.
+
+    Attributes:
+        code, severity, title, effect, evidence: of the rule.
+        file: name in the folder; empty where it is about the folder as a whole.
+        key: dotted path in a JSON file, or a tensor's name; empty where it is about the whole file.
+        found: the value found, shortened, as JSON would show it; ABSENT where there is none.
+        expected: what should be there, in words or as JSON.
+        repairable: whether `repair` mends it.
+        remedies: how.
+    """
+
+    code: str
+    severity: Severity
+    title: str
+    file: str
+    key: str
+    found: Any
+    expected: str
+    effect: str
+    evidence: str
+    repairable: bool
+    remedies: tuple[Remedy, ...] = ()
+
+    @property
+    def needs_rewriting(self) -> bool:
+        """Whether mending it rewrites weights."""
+        return any(isinstance(remedy, Weights) for remedy in self.remedies)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "severity": self.severity.value,
+            "file": self.file,
+            "key": self.key,
+            "found": show(self.found),
+            "expected": self.expected,
+            "effect": self.effect,
+            "evidence": self.evidence,
+            "repairable": self.repairable,
+            "rewrites_weights": self.needs_rewriting,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What the doctor found in one folder.
+
+    Attributes:
+        path: the folder.
+        kind: what it holds ("full model", "LoRA adapter", "FSDP shards", "DeepSpeed ZeRO-3 checkpoint", ...).
+        facts: more that was recognised: trainer checkpoint, dialect, size.
+        base: the base folder it was compared with, or None.
+        findings: worst first.
+        not_judged: codes of the rules that need a base where there is none.
+    """
+
+    path: Path
+    kind: str
+    facts: tuple[str, ...]
+    base: Path | None
+    findings: tuple[Finding, ...]
+    not_judged: tuple[str, ...]
+
+    @property
+    def is_clean(self) -> bool:
+        """Nothing worse than a note was found."""
+        return all(finding.severity is Severity.NOTE for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "facts": list(self.facts),
+            "base": None if self.base is None else str(self.base),
+            "clean": self.is_clean,
+            "findings": [finding.to_json() for finding in self.findings],
+            "not_judged": list(self.not_judged),
+        }
+
+
+_SAYS_NO_NUMBER: Final = re.compile(r"NaN|Infinity|\\u|[0-9]{16}")
+
+
+def show(value: Any, *, limit: int = 100) -> Any:
+    """A value from an untrusted file as something safe to print and to put into JSON: short, finite, plain text."""
+    if value is None or isinstance(value, bool):
+        return value
+    if value is ABSENT:
+        return "absent"
+    if isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < 2**63:
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if not isinstance(value, (str, int, float)) and len(text) <= limit and not _SAYS_NO_NUMBER.search(text):
+        return json.loads(text)
+    plain = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text[: limit + 1])
+    return plain if len(plain) <= limit else plain[: limit - 3] + "..."

@@ -1,0 +1,188 @@
+"""From a folder's files to the `Folder` that rules see. Nothing is trusted, and nothing in the folder raises.
+
+What cannot be read is kept with its reason in `Folder.refused`, for a rule to report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Final
+
+from grpo_toolkit.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.doctor.folder import (
+    JSON_LIMITS,
+    MIB,
+    TEMPLATE_JINJA,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Folder,
+    Kind,
+    plain_shards,
+)
+from grpo_toolkit.errors import CheckpointError
+from grpo_toolkit.reading import MAX_TENSORS, JsonObject, TensorInfo, parse_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from grpo_toolkit.doctor.files import Entry, Files
+
+_CONTAINERS: Final = 200_000
+_TOKENIZER_HEAD: Final = 4 * MIB
+_README_HEAD: Final = 16 * 1024
+_MAX_SHARDS: Final = 2_000
+
+
+def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
+    """Read what the rules need of a folder.
+
+    Raises:
+        CheckpointError: it is no model folder of any kind.
+    """
+    entries = files.entries
+    kind = _recognise(files.path, entries)
+    refused: dict[str, str] = {}
+    repeated: dict[str, tuple[str, ...]] = {}
+    marked = set()
+    objects = {}
+    for name, limit in JSON_LIMITS.items():
+        if name in entries and not entries[name].is_folder:
+            try:
+                raw = files.read(name, limit=limit)
+                again: list[str] = []
+                if name == WEIGHTS_INDEX and raw.count(b":") > 2 * MAX_TENSORS:
+                    raise CheckpointError(f"{name}: names more than {MAX_TENSORS:,} tensors, which no model has")
+                objects[name] = parse_json(raw, name, repeated=again, containers=_CONTAINERS)
+            except CheckpointError as error:
+                refused[name] = _reason(error)
+                continue
+            if again:
+                repeated[name] = tuple(again)
+            if raw.startswith(b"\xef\xbb\xbf"):
+                marked.add(name)
+    return Folder(
+        path=files.path,
+        kind=kind,
+        entries=entries,
+        objects=objects,
+        jinja=_read_text(files, TEMPLATE_JINJA, refused),
+        added_tokens=_read_added_tokens(files, objects.get(TOKENIZER_CONFIG)),
+        card=_read_card(files),
+        shards=_read_shards(files, kind, objects, refused),
+        refused=refused,
+        repeated=repeated,
+        marked=frozenset(marked),
+        base=base,
+    )
+
+
+def _reason(error: CheckpointError) -> str:
+    """The error without its path, which the finding names already."""
+    return str(error).partition(": ")[2] or str(error)
+
+
+def _recognise(path: Path, entries: Mapping[str, Entry]) -> Kind:
+    has_weights = any(name.endswith(".safetensors") for name in entries)
+    if ADAPTER_CONFIG in entries:
+        return Kind.ADAPTER
+    if not has_weights and any(name.startswith("pytorch_model_fsdp") or name.endswith(".distcp") for name in entries):
+        return Kind.FSDP
+    if not has_weights and ("zero_to_fp32.py" in entries or any(name.startswith("global_step") for name in entries)):
+        return Kind.DEEPSPEED
+    if CONFIG in entries:
+        return Kind.MODEL
+    raise CheckpointError(
+        f"{path}: no {CONFIG}, no {ADAPTER_CONFIG}, no FSDP or DeepSpeed shards and no checkpoint-* in it, so there "
+        "is nothing to examine"
+    )
+
+
+def _read_text(files: Files, name: str, refused: dict[str, str]) -> str | None:
+    if name not in files.entries or files.entries[name].is_folder:
+        return None
+    try:
+        return files.read(name, limit=MIB).decode("utf-8")
+    except UnicodeDecodeError as error:
+        refused[name] = f"not UTF-8 text ({error.reason})"
+    except CheckpointError as error:
+        refused[name] = _reason(error)
+    return None
+
+
+def _read_card(files: Files) -> str:
+    """The YAML part of the model card, where trainers name themselves and the base."""
+    if not _may_read(files, "README.md"):
+        return ""
+    try:
+        text = files.head("README.md", limit=_README_HEAD).decode("utf-8", errors="replace")
+    except CheckpointError:
+        return ""
+    match = re.match(r"---[ \t]*\r?\n(.*?)\n---", text, re.DOTALL)
+    return match.group(1) if match else ""
+
+
+def _may_read(files: Files, name: str) -> bool:
+    entry = files.entries.get(name)
+    return entry is not None and entry.is_regular and not entry.leaves
+
+
+def _read_added_tokens(files: Files, tokenizer_config: JsonObject | None) -> dict[str, int] | None:
+    """Token to id for the tokens added to the vocabulary, or None where no file says it."""
+    decoder = (tokenizer_config or {}).get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        return {
+            entry["content"]: int(number)
+            for number, entry in decoder.items()
+            if isinstance(entry, dict)
+            and isinstance(entry.get("content"), str)
+            and re.fullmatch(r"[0-9]{1,9}", number)
+        }
+    if not _may_read(files, TOKENIZER):
+        return None
+    try:
+        text = files.head(TOKENIZER, limit=_TOKENIZER_HEAD).decode("utf-8", errors="ignore")
+        match = re.search(r'"added_tokens"\s*:\s*', text[:65_536])
+        added = json.JSONDecoder().raw_decode(text, match.end())[0] if match else None
+    except (CheckpointError, ValueError, RecursionError):
+        return None
+    if not isinstance(added, list):
+        return None
+    return {
+        entry["content"]: entry["id"]
+        for entry in added
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
+    }
+
+
+def _read_shards(
+    files: Files, kind: Kind, objects: Mapping[str, JsonObject], refused: dict[str, str]
+) -> dict[str, dict[str, TensorInfo]]:
+    shards = {}
+    total = 0
+    names = _weight_files(files, kind, objects)
+    if len(names) > _MAX_SHARDS:
+        refused[WEIGHTS_INDEX] = f"names {len(names):,} shards, which no model has"
+        return {}
+    for name in names:
+        if name not in files.entries:
+            continue  # the index names it; `shard-missing` says so
+        try:
+            shards[name] = files.tensors(name)
+        except CheckpointError as error:
+            refused[name] = _reason(error)
+            continue
+        total += len(shards[name])
+        if total > MAX_TENSORS:
+            refused[name] = f"more than {MAX_TENSORS:,} tensors in all, which no model has"
+            return {}
+    return shards
+
+
+def _weight_files(files: Files, kind: Kind, objects: Mapping[str, JsonObject]) -> list[str]:
+    single = ADAPTER_WEIGHTS if kind is Kind.ADAPTER else WEIGHTS
+    if single in files.entries:
+        return [single]
+    weight_map = objects.get(WEIGHTS_INDEX, {}).get("weight_map")
+    return plain_shards(weight_map) if isinstance(weight_map, dict) and kind is not Kind.ADAPTER else []

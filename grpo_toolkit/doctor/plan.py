@@ -1,0 +1,206 @@
+"""From findings to a plan of changes, without touching the disk.
+
+The plan is found by mending and examining in turn: the first finding that can be mended is, in memory, and the folder
+as it would then be is examined again. So remedies cannot contradict each other, and a repaired folder needs no repair.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.checkpoint import WEIGHTS_INDEX
+from grpo_toolkit.doctor import jsontext
+from grpo_toolkit.doctor.diagnose import diagnose_folder, parse_folder
+from grpo_toolkit.doctor.digests import compare_heads
+from grpo_toolkit.doctor.files import NOT_REWRITTEN, DiskFiles, Files, PlannedFiles, Rewritten
+from grpo_toolkit.doctor.findings import Edit, Finding, Remedy, Severity, Unmark, Weights, WholeFile
+from grpo_toolkit.doctor.folder import JSON_LIMITS
+from grpo_toolkit.reading import ABSENT, parse_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_MOST_STEPS = 400
+_MAX_COPIED = 128 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileChange:
+    """One file before and after; None where there is none."""
+
+    file: str
+    before: bytes | None
+    after: bytes | None
+
+    def diff(self) -> Iterator[str]:
+        """The change as a unified diff, a line at a time."""
+        names = (
+            (f"a/{self.file}" if self.before is not None else "/dev/null"),
+            (f"b/{self.file}" if self.after is not None else "/dev/null"),
+        )
+        before, after = (_lines(content) for content in (self.before, self.after))
+        yield from difflib.unified_diff(before, after, *names, lineterm="", n=2)
+
+
+def _lines(content: bytes | None) -> list[str]:
+    return [] if content is None else content.decode("utf-8", errors="replace").splitlines()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairPlan:
+    """What `repair` will do.
+
+    Attributes:
+        path: the folder.
+        base: the base that was compared with, or None.
+        changes: the JSON and tokenizer files that change.
+        weights: what becomes of tensors; empty where weights stay as they are.
+        shards: the safetensors files that are rewritten for it.
+        mended: the findings that go.
+        left: the findings that stay, notes included.
+    """
+
+    path: Path
+    base: Path | None
+    changes: tuple[FileChange, ...]
+    weights: Rewritten
+    shards: tuple[str, ...]
+    mended: tuple[Finding, ...]
+    left: tuple[Finding, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.changes and not self.shards
+
+    @property
+    def is_clean_afterwards(self) -> bool:
+        return all(finding.severity is Severity.NOTE for finding in self.left)
+
+    @cached_property
+    def diff(self) -> str:
+        """Every change of a file as a unified diff."""
+        return "\n".join(line for change in self.changes for line in change.diff())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "base": None if self.base is None else str(self.base),
+            "files": [change.file for change in self.changes],
+            "shards": list(self.shards),
+            "diff": self.diff,
+            "mended": [finding.to_json() for finding in self.mended],
+            "findings": [finding.to_json() for finding in self.left],
+            "clean": self.is_clean_afterwards,
+        }
+
+
+def make_plan(source: Files, *, base: Path | None = None, rewrite_weights: bool = False) -> RepairPlan:
+    """Plan the repair of a folder.
+
+    Raises:
+        CheckpointError: nothing in the folder that could be examined.
+    """
+    planned = PlannedFiles(under=source, changed={})
+    folder = parse_folder(source, base=base)
+    base = None if folder.base is None else folder.base.path
+    bases = {} if folder.base is None else {folder.base.path: folder.base}
+    digests = compare_heads(folder) if rewrite_weights else None
+    mended: list[Finding] = []
+    tried: set[tuple[str, str, str]] = set()
+    for _ in range(_MOST_STEPS):
+        findings = diagnose_folder(replace(folder, digests=digests)).findings
+        finding = next((found for found in findings if _is_due(found, tried, rewrite_weights)), None)
+        if finding is None:
+            break
+        tried.add((finding.code, finding.file, finding.key))
+        mended.append(finding)
+        for remedy in finding.remedies:
+            planned = _apply(remedy, planned, base)
+        folder = parse_folder(planned, base=base, bases=bases)
+    left = diagnose_folder(replace(folder, digests=digests)).findings
+    gone = {(finding.code, finding.file, finding.key) for finding in left}
+    return RepairPlan(
+        path=source.path,
+        base=base,
+        changes=tuple(_changes(planned)),
+        weights=planned.weights,
+        shards=tuple(_rewritten_shards(source, planned)),
+        mended=tuple(finding for finding in mended if (finding.code, finding.file, finding.key) not in gone),
+        left=left,
+    )
+
+
+def _is_due(finding: Finding, tried: set[tuple[str, str, str]], rewrite_weights: bool) -> bool:
+    return (
+        finding.repairable
+        and finding.severity is not Severity.NOTE
+        and (rewrite_weights or not finding.needs_rewriting)
+        and (finding.code, finding.file, finding.key) not in tried
+    )
+
+
+def _apply(remedy: Remedy, planned: PlannedFiles, base: Path | None) -> PlannedFiles:
+    if isinstance(remedy, Weights):
+        return _apply_weights(remedy, planned)
+    return replace(planned, changed={**planned.changed, remedy.file: _new_content(remedy, planned, base)})
+
+
+def _new_content(remedy: Edit | WholeFile | Unmark, planned: PlannedFiles, base: Path | None) -> bytes | None:
+    if isinstance(remedy, WholeFile):
+        if remedy.content is ABSENT:
+            return None
+        if remedy.content is None:
+            assert base is not None, "a file is copied from the base only where there is one"
+            return DiskFiles(base).read(remedy.file, limit=_MAX_COPIED)
+        return f"{jsontext.dumps(remedy.content, indent=2)}\n".encode()
+    raw = planned.read(remedy.file, limit=JSON_LIMITS[remedy.file])
+    if isinstance(remedy, Unmark):
+        return raw.removeprefix(b"\xef\xbb\xbf")
+    mark = raw[:3] if raw.startswith(b"\xef\xbb\xbf") else b""
+    text = raw.decode("utf-8-sig")
+    if remedy.value is ABSENT:
+        text = jsontext.delete_key(text, remedy.path)
+    else:
+        text = jsontext.set_value(text, remedy.path, remedy.value)
+    return mark + text.encode()
+
+
+def _apply_weights(remedy: Weights, planned: PlannedFiles) -> PlannedFiles:
+    weights = planned.weights.then(remedy.renames, remedy.dtypes)
+    changed = dict(planned.changed)
+    if WEIGHTS_INDEX in planned.entries:
+        raw = planned.under.read(WEIGHTS_INDEX, limit=JSON_LIMITS[WEIGHTS_INDEX])
+        changed[WEIGHTS_INDEX] = _index_text(parse_json(raw, WEIGHTS_INDEX), planned.under, weights)
+    return replace(planned, weights=weights, changed=changed)
+
+
+def _index_text(index: dict[str, Any], under: Files, weights: Rewritten) -> bytes:
+    names = {name: weights.renames.get(name, name) for name in index["weight_map"]}
+    weight_map = {new: index["weight_map"][name] for name, new in names.items() if new is not None}
+    shards = sorted(set(index["weight_map"].values()))
+    total = sum(info.nbytes for shard in shards for info in weights.apply(under.tensors(shard)).values())
+    metadata = index.get("metadata")
+    kept = metadata if isinstance(metadata, dict) else {}
+    new = {**index, "metadata": {**kept, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return f"{jsontext.dumps(new, indent=2)}\n".encode()
+
+
+def _changes(planned: PlannedFiles) -> Iterator[FileChange]:
+    under = planned.under
+    for file, after in sorted(planned.changed.items()):
+        before = under.read(file, limit=_MAX_COPIED) if file in under.entries else None
+        if before != after:
+            yield FileChange(file=file, before=before, after=after)
+
+
+def _rewritten_shards(source: Files, planned: PlannedFiles) -> Iterator[str]:
+    if planned.weights == NOT_REWRITTEN:
+        return
+    touched = {*planned.weights.renames, *planned.weights.dtypes}
+    for name in sorted(parse_folder(source).shards):
+        if touched & set(source.tensors(name)):
+            yield name

@@ -1,0 +1,246 @@
+"""A plan carried out, file by file and atomically, with everything kept that was there.
+
+Each file is written beside its place, flushed and renamed, so that at every moment the folder holds the old or the new
+file, whole. What was there lies under `.grpo_toolkit/undo` (as a hard link where the file system has them, so keeping
+weights costs nothing until they are rewritten), with a manifest that is written first. The folder's own times are put
+back, because trainers rotate checkpoints by them. A link is replaced, never written through: the Hub cache's blobs
+stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint import dump_json
+from grpo_toolkit.doctor.diagnose import base_named
+from grpo_toolkit.doctor.files import DiskFiles
+from grpo_toolkit.doctor.plan import RepairPlan, make_plan
+from grpo_toolkit.doctor.rewrite import rewrite_shard
+from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.reading import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UNDO: Final = Path(".grpo_toolkit", "undo")
+_MANIFEST: Final = "undo.json"
+_HASHED: Final = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairResult:
+    """What `repair_checkpoint` did: the plan, and whether it was carried out (not with `dry_run`, nor if empty)."""
+
+    plan: RepairPlan
+    applied: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.plan.to_json(), "applied": self.applied}
+
+
+def repair_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    rewrite_weights: bool = False,
+) -> RepairResult:
+    """Mend what the doctor found and can mend.
+
+    Args:
+        path: the folder.
+        base: folder or Hub name (in the local cache) of the model it was trained from; many faults can only be mended
+            with what the base says.
+        dry_run: plan only; `result.plan.diff` shows every change.
+        rewrite_weights: also mend what needs new safetensors files (names, dtypes, a doubled head), shard by shard.
+
+    Returns:
+        The plan and whether it was carried out. Repairing a second time changes nothing.
+
+    Raises:
+        CheckpointError: nothing in the folder that could be examined, or `base` is not here.
+        InputError: the folder cannot be written, or the disk has no room for rewritten weights.
+    """
+    folder = Path(path)
+    if not os.path.isdir(folder):  # noqa: PTH112
+        raise CheckpointError(f"{folder}: not a folder")
+    named = None if base is None else base_named(str(base))
+    plan = make_plan(DiskFiles(folder), base=named, rewrite_weights=rewrite_weights)
+    if dry_run or plan.is_empty:
+        return RepairResult(plan=plan, applied=False)
+    _check_writable(folder, plan)
+    with _times_kept(folder):
+        try:
+            _carry_out(folder, plan)
+        except OSError as error:
+            if (folder / UNDO / _MANIFEST).is_file():
+                what = "files that were replaced already are put back by --undo"
+            else:
+                what = "nothing was changed"
+                shutil.rmtree(folder / UNDO.parts[0], ignore_errors=True)
+            raise InputError(f"{folder}: cannot be mended ({error.strerror}); {what}") from error
+    return RepairResult(plan=plan, applied=True)
+
+
+def undo_repair(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Put back, byte for byte, what repairs of this folder replaced; returns the files.
+
+    Raises:
+        InputError: no repair to undo, or a file was changed since (it is named, and nothing is touched).
+    """
+    folder = Path(path)
+    undo = folder / UNDO
+    if undo.is_symlink() or not (undo / _MANIFEST).is_file():
+        raise InputError(f"{folder}: no repair to undo (no {UNDO / _MANIFEST} in it)")
+    kept = _read_manifest(undo)
+    for name, entry in kept.items():
+        now = _fingerprint(folder / name)
+        if now not in (entry["after"], entry["before"]):
+            raise InputError(f"{folder / name}: changed since the repair, so it is not put back; move it away first")
+    with _times_kept(folder):
+        for name, entry in kept.items():
+            _put_back(folder / name, undo / name, entry)
+        shutil.rmtree(undo)
+        with contextlib.suppress(OSError):  # something else of ours is in it
+            undo.parent.rmdir()
+    return tuple(sorted(kept))
+
+
+def _read_manifest(undo: Path) -> dict[str, dict[str, Any]]:
+    manifest = read_json(undo / _MANIFEST).get("files")
+    is_sound = isinstance(manifest, dict) and all(
+        name == Path(name).name and isinstance(entry, dict) and {"before", "after", "link"} <= set(entry)
+        for name, entry in manifest.items()
+    )
+    if not is_sound or not isinstance(manifest, dict):
+        raise InputError(f"{undo / _MANIFEST}: damaged; nothing was put back")
+    return manifest
+
+
+def _put_back(path: Path, kept: Path, entry: dict[str, Any]) -> None:
+    if entry["link"] is not None:
+        temporary = path.with_name(f".{path.name}.link")
+        temporary.symlink_to(entry["link"])
+        temporary.replace(path)
+    elif entry["before"] is None:
+        path.unlink(missing_ok=True)
+    elif kept.exists():
+        kept.replace(path)
+    _sync(path.parent)
+
+
+def _check_writable(folder: Path, plan: RepairPlan) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: no permission to write there; nothing was changed")
+    if (folder / UNDO.parts[0]).is_symlink() or (folder / UNDO).is_symlink():
+        raise InputError(f"{folder / UNDO}: is a link; nothing was changed")
+    needed = sum((folder / shard).stat().st_size for shard in plan.shards)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{folder}: rewriting the weights needs {needed / 1e9:.1f} GB beside the old ones, and only "
+            f"{free / 1e9:.1f} GB are free; nothing was changed"
+        )
+
+
+def _carry_out(folder: Path, plan: RepairPlan) -> None:
+    """Stage everything, then keep what is there, then rename: nothing is replaced before all is written."""
+    undo = folder / UNDO
+    undo.mkdir(parents=True, exist_ok=True)
+    kept = _read_manifest(undo) if (undo / _MANIFEST).is_file() else {}
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=undo))
+    try:
+        for change in plan.changes:
+            if change.after is not None:
+                _write(staging / change.file, change.after)
+        for shard in plan.shards:
+            if rewrite_shard(folder / shard, staging / shard, plan.weights) == 0:
+                (staging / shard).unlink()
+        names = [*(change.file for change in plan.changes), *plan.shards]
+        for name in names:
+            if name not in kept:  # what an earlier repair kept is older than what is there now
+                kept[name] = _keep(folder / name, undo / name)
+            _like(folder / name, staging / name)
+            kept[name]["after"] = _fingerprint(staging / name)
+        _sync(undo)
+        _write_manifest(undo, kept)
+        for name in names:
+            if (staging / name).exists():
+                (staging / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        _sync(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _keep(path: Path, kept: Path) -> dict[str, Any]:
+    """Keep the file as it is for `--undo`; returns its entry of the manifest."""
+    if path.is_symlink():
+        return {"before": _fingerprint(path), "link": os.readlink(path)}  # noqa: PTH115 - as text, not as a Path
+    if not path.exists():
+        return {"before": None, "link": None}
+    try:
+        kept.unlink(missing_ok=True)
+        os.link(path, kept)
+    except OSError:
+        shutil.copy2(path, kept)
+    return {"before": _fingerprint(path), "link": None}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_manifest(undo: Path, kept: dict[str, dict[str, Any]]) -> None:
+    temporary = undo / f".{_MANIFEST}"
+    temporary.unlink(missing_ok=True)
+    _write(temporary, dump_json({"files": kept}).encode())
+    temporary.replace(undo / _MANIFEST)
+    _sync(undo)
+
+
+def _like(original: Path, new: Path) -> None:
+    """Give a new file the mode of the one it replaces."""
+    if new.exists() and original.exists() and not original.is_symlink():
+        new.chmod(original.stat().st_mode & 0o777)
+
+
+def _fingerprint(path: Path) -> str | None:
+    """What tells whether a file was changed: its digest, or for weights its size and time; None for no file."""
+    if path.is_symlink():
+        return f"link:{os.readlink(path)}"  # noqa: PTH115
+    if not path.exists():
+        return None
+    status = path.stat()
+    if status.st_size > _HASHED:
+        return f"{status.st_size}:{status.st_mtime_ns}"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def _times_kept(folder: Path) -> Iterator[None]:
+    """Put the folder's times back on exit: trainers rotate checkpoints by them."""
+    status = folder.stat()
+    try:
+        yield
+    finally:
+        os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""One small pure function per fault. Importing this package's modules fills `findings.RULES`."""

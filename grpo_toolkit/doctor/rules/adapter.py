@@ -1,0 +1,157 @@
+"""Adapters that reach too little, too much, or nothing."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from grpo_toolkit.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
+from grpo_toolkit.doctor import names
+from grpo_toolkit.doctor.findings import Fault, Severity, rule
+from grpo_toolkit.doctor.folder import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.folder import Folder
+
+
+def _tail(module: str) -> str:
+    """The part of a module's name that no wrapper changes: from its layer on."""
+    return re.split(r"(?:^|\.)(?=(?:layers|blocks|h)\.\d)", module)[-1]
+
+
+def _modules(folder: Folder) -> list[str]:
+    """The modules that the adapter's factors belong to, as the base's live model names them."""
+    if folder.kind is not Kind.ADAPTER:
+        return []
+    bare = (name.removeprefix("base_model.model.") for name in folder.tensors if names.is_lora(name))
+    return sorted({re.split(r"\.lora_", name, maxsplit=1)[0] for name in bare})
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "adapter without weights",
+    effect="PEFT finds a config and nothing to load",
+    evidence="https://github.com/huggingface/peft/issues/309",
+)
+def adapter_weights_missing(folder: Folder) -> Iterator[Fault]:
+    has_any = folder.has(ADAPTER_WEIGHTS) or folder.has("adapter_model.bin")
+    if folder.kind is Kind.ADAPTER and not has_any:
+        yield Fault(file=ADAPTER_WEIGHTS, expected="the adapter's weights")
+    elif folder.kind is Kind.ADAPTER and folder.shards and not folder.tensors:
+        yield Fault(file=ADAPTER_WEIGHTS, found="0 tensors", expected="the adapter's weights")
+
+
+@rule(
+    Severity.WRONG,
+    "adapter scaled to nothing",
+    effect="lora_alpha is 0: the adapter adds zero, and the base answers",
+    evidence="https://huggingface.co/docs/peft/package_reference/lora",
+)
+def adapter_alpha_zero(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(ADAPTER_CONFIG, "lora_alpha")
+    if folder.kind is Kind.ADAPTER and value == 0 and not isinstance(value, bool):
+        yield Fault(file=ADAPTER_CONFIG, key="lora_alpha", found=value, expected="the scale it was trained with")
+
+
+@rule(
+    Severity.WRONG,
+    "adapter on the vision tower",
+    effect="servers apply adapters to the language model only: the vision part is ignored with a warning, or the "
+    "adapter is refused. Merge it with `grpo-toolkit export`",
+    evidence="https://github.com/vllm-project/vllm/issues/23796",
+)
+def adapter_on_vision(folder: Folder) -> Iterator[Fault]:
+    modules = _modules(folder)
+    seeing = [module for module in modules if names.is_vision(module + ".")]
+    if seeing:
+        yield Fault(
+            file=ADAPTER_CONFIG,
+            key="target_modules",
+            found=f"{len(seeing)} of {len(modules)} modules, {seeing[0]} for one",
+            expected="modules of the language model",
+        )
+
+
+@rule(
+    Severity.NOTE,
+    "adapter with whole modules",
+    effect="servers refuse adapters on the head or the embedding, or with modules_to_save; a merge takes them in",
+    evidence="https://github.com/vllm-project/vllm/issues/21500",
+)
+def adapter_with_whole_modules(folder: Folder) -> Iterator[Fault]:
+    saved = folder.get(ADAPTER_CONFIG, "modules_to_save")
+    ends = [module for module in _modules(folder) if module.endswith(("lm_head", "embed_tokens"))]
+    if folder.kind is Kind.ADAPTER and (ends or (isinstance(saved, list) and saved)):
+        yield Fault(file=ADAPTER_CONFIG, key="modules_to_save", found=ends or saved, expected="none")
+
+
+@rule(
+    Severity.WRONG,
+    "adapter that reaches nothing",
+    effect="none of its modules is in the base under any of its names: PEFT and servers load it without an error, and "
+    "the base answers",
+    evidence="https://github.com/vllm-project/vllm/issues/34186",
+    needs_base=True,
+)
+def adapter_reaches_nothing(folder: Folder) -> Iterator[Fault]:
+    base, modules = folder.base, _modules(folder)
+    if base is None or not modules or not base.tensors:
+        return
+    known = {name.rpartition(".")[0] for name in base.tensors}
+    tails = {_tail(module) for module in known}
+    unreached = [
+        module
+        for module in modules
+        if module not in known
+        and names.published(module + ".", base.model_type)[:-1] not in known
+        # Where we do not know how the live model names its parts, only a layer that is nowhere is unreached.
+        and not (_tail(module) in tails and (names.is_vision(module + ".") or not (base.family and base.family.names)))
+    ]
+    if unreached:
+        yield Fault(
+            file=ADAPTER_WEIGHTS,
+            key=unreached[0],
+            found=f"{len(unreached)} of {len(modules)} modules are not in {base.path.name}",
+            expected="modules of the base",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "adapter that does nothing",
+    effect="every second factor is zero, as before the first step: the base answers (found with --deep)",
+    evidence="https://github.com/huggingface/peft/issues/918",
+)
+def adapter_is_zero(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.ADAPTER and folder.digests is not None and folder.digests.is_zero:
+        yield Fault(file=ADAPTER_WEIGHTS, found="every lora_B is zero", expected="trained factors")
+
+
+@rule(
+    Severity.NOTE,
+    "adapter whose base is not here",
+    effect="names and shapes could not be compared with the base",
+    evidence="https://huggingface.co/docs/peft/tutorial/peft_model_config",
+)
+def adapter_base_elsewhere(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.ADAPTER and folder.base is None:
+        value = folder.get(ADAPTER_CONFIG, "base_model_name_or_path")
+        yield Fault(
+            file=ADAPTER_CONFIG, key="base_model_name_or_path", found=value, expected="a folder here: pass --base"
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "adapter and full model in one folder",
+    effect="a resume takes the full model and silently drops the adapter; loaders take the adapter on top of merged "
+    "weights, twice",
+    evidence="https://github.com/huggingface/peft/issues/2368",
+)
+def adapter_beside_model(folder: Folder) -> Iterator[Fault]:
+    weights = [name for name in folder.entries if name.startswith("model") and name.endswith(".safetensors")]
+    if folder.kind is Kind.ADAPTER and weights:
+        found = [*sorted(weights)[:2], *([CONFIG] if folder.has(CONFIG) else [])]
+        yield Fault(file=sorted(weights)[0], found=found, expected="a folder of its own for one of the two")

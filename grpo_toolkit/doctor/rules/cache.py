@@ -1,0 +1,229 @@
+"""Faults that switch the KV cache off, and generation defaults that are lost or say two things."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
+from grpo_toolkit.doctor.folder import TOKENIZER_CONFIG, Kind
+from grpo_toolkit.reading import ABSENT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.folder import Folder
+
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "temperature": (None, 1, 1.0),
+    "top_p": (None, 1, 1.0),
+    "top_k": (None, 50),
+    "min_p": (None,),
+    "typical_p": (None, 1, 1.0),
+    "epsilon_cutoff": (None, 0, 0.0),
+    "eta_cutoff": (None, 0, 0.0),
+}
+"""The settings of sampling, each with the values at which it says nothing (GenerationConfig.validate)."""
+
+
+@rule(
+    Severity.SLOW,
+    "KV cache off in generation_config.json",
+    effect="every token recomputes the whole prompt, and a vision model re-encodes the image for each of them",
+    evidence="https://github.com/om-ai-lab/VLM-R1/issues/229",
+    mend="true, or the key deleted where the base has none",
+)
+def generation_cache_off(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(GENERATION_CONFIG, "use_cache")
+    if value is not ABSENT and value is not True:
+        yield _cache_fault(folder, GENERATION_CONFIG, (), value)
+
+
+@rule(
+    Severity.SLOW,
+    "KV cache off in config.json, and live",
+    effect="there is no generation_config.json, so generate takes use_cache from here: every token recomputes the "
+    "whole prompt",
+    evidence="https://github.com/hiyouga/EasyR1/issues/265",
+    mend="true, or the key deleted where the base has none",
+)
+def config_cache_off(folder: Folder) -> Iterator[Fault]:
+    if not folder.has(GENERATION_CONFIG):
+        yield from _config_cache_faults(folder)
+
+
+@rule(
+    Severity.SLOW,
+    "KV cache off in config.json, not yet live",
+    effect="generate is saved by generation_config.json, but a loop that calls the model itself, a trainer that "
+    "starts from this folder and a merger that drops that file all decode without a cache",
+    evidence="https://github.com/hiyouga/LlamaFactory/issues/1161",
+    mend="true, or the key deleted where the base has none",
+)
+def config_cache_off_latent(folder: Folder) -> Iterator[Fault]:
+    if folder.has(GENERATION_CONFIG):
+        yield from _config_cache_faults(folder)
+
+
+def _config_cache_faults(folder: Folder) -> Iterator[Fault]:
+    for level, node in folder.levels():
+        value = node.get("use_cache", ABSENT)
+        if value is not ABSENT and value is not True:
+            yield _cache_fault(folder, CONFIG, level, value)
+
+
+def _cache_fault(folder: Folder, file: str, level: tuple[str, ...], value: Any) -> Fault:
+    written: Any = True
+    base = folder.base
+    # Only where the base has this very level can the absence of its key be told from another way of nesting.
+    if base is not None and isinstance(base.get(file, *level), dict):
+        is_nested_alike = ("text_config" in base.objects[file]) == ("text_config" in folder.objects[file])
+        if is_nested_alike and base.get(file, *level, "use_cache") is ABSENT:
+            written = ABSENT
+    path = (*level, "use_cache")
+    return Fault(
+        file=file,
+        key=".".join(path),
+        found=value,
+        expected="true" if written is True else "absent, as in the base",
+        remedies=(Edit(file=file, path=path, value=written),),
+    )
+
+
+@rule(
+    Severity.WRONG,
+    "generation_config.json lost",
+    effect="sampling defaults and end-of-sequence tokens of the base are gone, here and in servers, and use_cache of "
+    "config.json decides",
+    evidence="https://github.com/hiyouga/EasyR1/issues/265",
+    mend="the base's file",
+    needs_base=True,
+)
+def generation_config_lost(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    if folder.kind is Kind.MODEL and base and GENERATION_CONFIG in base.objects and not folder.has(GENERATION_CONFIG):
+        yield Fault(
+            file=GENERATION_CONFIG,
+            expected="the base's file",
+            remedies=(WholeFile(file=GENERATION_CONFIG, content=None),),
+        )
+
+
+@rule(
+    Severity.NOTE,
+    "no generation_config.json",
+    effect="the library's own defaults decide how this model generates, and use_cache of config.json is live",
+    evidence="https://huggingface.co/docs/transformers/main_classes/text_generation",
+)
+def generation_config_missing(folder: Folder) -> Iterator[Fault]:
+    if (
+        folder.kind is Kind.MODEL
+        and folder.is_generative
+        and folder.base is None
+        and not folder.has(GENERATION_CONFIG)
+    ):
+        yield Fault(file=GENERATION_CONFIG, expected="a file; pass --base to compare with the base's")
+
+
+@rule(
+    Severity.WRONG,
+    "sampling settings without do_sample",
+    effect="transformers decodes greedily, servers sample, and the next save_pretrained raises "
+    "(GenerationConfig is invalid)",
+    evidence="https://github.com/huggingface/transformers/issues/29988",
+    mend="do_sample as in the base, else true",
+)
+def sampling_without_do_sample(folder: Folder) -> Iterator[Fault]:
+    settings = folder.objects.get(GENERATION_CONFIG, {})
+    speaking = [key for key in sorted(NEUTRAL) if key in settings and settings[key] not in NEUTRAL[key]]
+    if settings.get("do_sample") is True or not speaking:
+        return
+    base = folder.base
+    written = (
+        True if base is None or not base.objects.get(GENERATION_CONFIG) else base.get(GENERATION_CONFIG, "do_sample")
+    )
+    remedies: tuple[Edit, ...] = (Edit(file=GENERATION_CONFIG, path=("do_sample",), value=True),)
+    if written is not True:  # the base is greedy: what says how to sample came from the training
+        remedies = tuple(Edit(file=GENERATION_CONFIG, path=(key,), value=ABSENT) for key in speaking)
+    yield Fault(
+        file=GENERATION_CONFIG,
+        key="do_sample",
+        found=settings.get("do_sample", ABSENT),
+        expected=f"true, since {', '.join(speaking)} {'is' if len(speaking) == 1 else 'are'} set",
+        remedies=remedies,
+    )
+
+
+def _ids(value: Any) -> list[int] | None:
+    """Token ids of a config value that may be one id, a list, or nonsense (None)."""
+    values = value if isinstance(value, list) else [value]
+    return values if values and all(type(item) is int for item in values) else None
+
+
+def _eos_place(folder: Folder) -> tuple[str, tuple[str, ...], list[int]] | None:
+    """Where the end-of-sequence ids that generate uses are said, and which they are."""
+    places: list[tuple[str, tuple[str, ...]]] = [(GENERATION_CONFIG, ("eos_token_id",))]
+    places += [(CONFIG, ("eos_token_id",)), (CONFIG, ("text_config", "eos_token_id"))]
+    for file, path in places:
+        ids = _ids(folder.get(file, *path))
+        if ids is not None:
+            return file, path, ids
+    return None
+
+
+def _token_id(folder: Folder, name: str) -> int | None:
+    token = folder.get(TOKENIZER_CONFIG, name)
+    text = token.get("content") if isinstance(token, dict) else token
+    return (folder.added_tokens or {}).get(text) if isinstance(text, str) else None
+
+
+@rule(
+    Severity.WRONG,
+    "the tokenizer's end of sequence does not end generation",
+    effect="generate does not stop at the end of an answer and goes on to max_new_tokens",
+    evidence="https://github.com/meta-llama/llama-cookbook/issues/640",
+    mend="the base's ids, else the tokenizer's id added",
+)
+def eos_token_lost(folder: Folder) -> Iterator[Fault]:
+    eos, place = _token_id(folder, "eos_token"), _eos_place(folder)
+    if folder.kind is not Kind.MODEL or eos is None or place is None or eos in place[2]:
+        return
+    file, path, ids = place
+    base = None if folder.base is None else _eos_place(folder.base)
+    if base is not None and sorted(base[2]) == sorted(ids):
+        return  # the maker's own choice
+    written = base[2] if base is not None and eos in base[2] else [eos, *ids]
+    yield Fault(
+        file=file,
+        key=".".join(path),
+        found=folder.get(file, *path),
+        expected=f"{written if len(written) > 1 else written[0]}, with the tokenizer's end of sequence",
+        remedies=(Edit(file=file, path=path, value=written if len(written) > 1 else written[0]),),
+    )
+
+
+@rule(
+    Severity.WRONG,
+    "end-of-sequence ids differ from the base",
+    effect="generation stops at other tokens than the base's: too early where pad joined them, too late where one is "
+    "missing",
+    evidence="https://github.com/huggingface/transformers/issues/48016",
+    mend="the base's ids",
+    needs_base=True,
+)
+def eos_differs(folder: Folder) -> Iterator[Fault]:
+    ours, base = _eos_place(folder), None if folder.base is None else _eos_place(folder.base)
+    eos = _token_id(folder, "eos_token")
+    if folder.kind is not Kind.MODEL or ours is None or base is None or sorted(ours[2]) == sorted(base[2]):
+        return
+    file, path, ids = ours
+    if eos is not None and (eos not in ids or eos not in base[2]):
+        return  # `eos_token_lost` reports the one; in the other the tokenizer was changed on purpose
+    written: Any = base[2] if len(base[2]) > 1 else base[2][0]
+    yield Fault(
+        file=file,
+        key=".".join(path),
+        found=folder.get(file, *path),
+        expected=f"{written}, as in the base",
+        remedies=(Edit(file=file, path=path, value=written),),
+    )

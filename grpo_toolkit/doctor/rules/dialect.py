@@ -1,0 +1,238 @@
+"""Forms that one library version writes and another cannot read."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint import CONFIG
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
+from grpo_toolkit.doctor.folder import PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, VIDEO_PREPROCESSOR
+from grpo_toolkit.reading import ABSENT, JsonObject
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.folder import Folder
+
+# What a nested text config says of itself rather than of the model.
+_OF_THE_NESTING: Final = frozenset(
+    {"model_type", "architectures", "_name_or_path", "dtype", "torch_dtype", "layer_types"}
+)
+# Rolled into rope_parameters by transformers 5; `type` is the older name of `rope_type`.
+_ROPE_TYPES_WITHOUT_SETTINGS: Final = ("default", "mrope", "axial")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "text settings nested where the family is published flat",
+    effect="transformers before 4.52 cannot load it: 'dict' object has no attribute 'to_dict'",
+    evidence="https://github.com/hiyouga/EasyR1/issues/326",
+    mend="the text model's keys moved to the top, as published",
+)
+def nested_text_config(folder: Folder) -> Iterator[Fault]:
+    text = folder.get(CONFIG, "text_config")
+    if not isinstance(text, dict) or folder.family is None or not folder.family.is_flat:
+        return
+    if folder.base is not None and isinstance(folder.base.get(CONFIG, "text_config"), dict):
+        return
+    top = folder.objects[CONFIG]
+    moved = [
+        (key, value) for key, value in text.items() if key not in _OF_THE_NESTING and (key not in top or key in _INNER)
+    ]
+    yield Fault(
+        file=CONFIG,
+        key="text_config",
+        found=f"an object of {len(text)} keys",
+        expected="absent, its keys at the top",
+        remedies=(
+            *(Edit(file=CONFIG, path=(key,), value=value) for key, value in moved),
+            Edit(file=CONFIG, path=("text_config",), value=ABSENT),
+        ),
+    )
+
+
+# Where both levels have the key, the text model's own value counts.
+_INNER: Final = frozenset({"use_cache", "rope_parameters", "rope_scaling", "rope_theta", "vocab_size"})
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "rotary settings in the form of transformers 5 alone",
+    effect="4.x fails ('NoneType' object is not subscriptable) or, worse, runs with its default rope_theta and says "
+    "something else; so do servers on it",
+    evidence="https://github.com/vllm-project/vllm/pull/42624",
+    mend="rope_scaling and rope_theta written beside it",
+)
+def rope_parameters_alone(folder: Folder) -> Iterator[Fault]:
+    if folder.family is None:
+        return
+    for level, node in folder.levels():
+        rope = node.get("rope_parameters")
+        if not isinstance(rope, dict) or "vision" in ".".join(level):
+            continue
+        theta = rope.get("rope_theta")
+        missing = [key for key in ("rope_scaling", "rope_theta") if key not in node]
+        if not _is_number(theta) or not missing:
+            continue  # one set of settings a layer type (Gemma 3) has no older form that is the same everywhere
+        scaling = _older_scaling(rope)
+        if "rope_theta" in node and scaling is None:
+            continue
+        edits = tuple(
+            Edit(file=CONFIG, path=(*level, key), value=value)
+            for key, value in (("rope_scaling", scaling), ("rope_theta", theta))
+            if key in missing
+        )
+        yield Fault(
+            file=CONFIG,
+            key=".".join((*level, "rope_parameters")),
+            found=rope,
+            expected="rope_scaling and rope_theta beside it",
+            remedies=edits,
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _older_scaling(rope: JsonObject) -> JsonObject | None:
+    """The `rope_scaling` of 4.x that says the same; null where there is nothing but a theta."""
+    scaling = {key: copy.deepcopy(value) for key, value in rope.items() if key != "rope_theta"}
+    if scaling.get("rope_type", "default") in _ROPE_TYPES_WITHOUT_SETTINGS and set(scaling) <= {"rope_type", "type"}:
+        return None
+    scaling.setdefault("rope_type", scaling.get("type", "default"))
+    if "mrope_section" in scaling:
+        scaling["type"] = "mrope"  # read by 4.49, which knows no rope_type "default" with sections
+    return scaling
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "tokenizer class that 4.x does not know",
+    effect="AutoTokenizer of 4.x, vLLM on it, llama.cpp and mlx-lm: Tokenizer class TokenizersBackend does not exist",
+    evidence="https://github.com/unslothai/unsloth/issues/8444",
+    mend="the base's class, else PreTrainedTokenizerFast",
+)
+def tokenizers_backend(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(TOKENIZER_CONFIG, "tokenizer_class")
+    if value not in ("TokenizersBackend", "PythonBackend") or not folder.has(TOKENIZER):
+        return
+    base = None if folder.base is None else folder.base.get(TOKENIZER_CONFIG, "tokenizer_class")
+    if base == value:
+        return
+    # The generic class reads any tokenizer.json; a family's own would rebuild what that file already says.
+    written = base if isinstance(base, str) else "PreTrainedTokenizerFast"
+    yield Fault(
+        file=TOKENIZER_CONFIG,
+        key="tokenizer_class",
+        found=value,
+        expected=written,
+        remedies=(Edit(file=TOKENIZER_CONFIG, path=("tokenizer_class",), value=written),),
+    )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "extra_special_tokens is a list",
+    effect="4.x cannot load the tokenizer: 'list' object has no attribute 'keys'",
+    evidence="https://github.com/huggingface/transformers/pull/44781",
+    mend="moved to additional_special_tokens, which all versions read",
+)
+def extra_special_tokens_list(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(TOKENIZER_CONFIG, "extra_special_tokens")
+    if not isinstance(value, list):
+        return
+    if folder.base is not None and isinstance(folder.base.get(TOKENIZER_CONFIG, "extra_special_tokens"), list):
+        return
+    edits = [Edit(file=TOKENIZER_CONFIG, path=("extra_special_tokens",), value=ABSENT)]
+    if value and folder.get(TOKENIZER_CONFIG, "additional_special_tokens") in (ABSENT, None, []):
+        edits.append(Edit(file=TOKENIZER_CONFIG, path=("additional_special_tokens",), value=value))
+    yield Fault(
+        file=TOKENIZER_CONFIG,
+        key="extra_special_tokens",
+        found=value,
+        expected="absent, the tokens in additional_special_tokens",
+        remedies=tuple(edits),
+    )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "image processor inside processor_config.json",
+    effect="4.x looks for preprocessor_config.json: no processor, no image",
+    evidence="https://github.com/2U1/Qwen-VL-Series-Finetune/issues/34",
+    mend="the nested processors moved into files of their own",
+)
+def preprocessor_config_missing(folder: Folder) -> Iterator[Fault]:
+    outer = folder.objects.get(PROCESSOR)
+    image = folder.get(PROCESSOR, "image_processor")
+    if folder.family is None or outer is None or not isinstance(image, dict):
+        return
+    if folder.base is not None and isinstance(folder.base.get(PROCESSOR, "image_processor"), dict):
+        return
+    remedies: list[Edit | WholeFile] = []
+    files = {"image_processor": PREPROCESSOR, "video_processor": VIDEO_PREPROCESSOR}
+    for key, file in files.items():
+        nested = outer.get(key)
+        if isinstance(nested, dict):
+            if not folder.has(file):
+                remedies.append(WholeFile(file=file, content=_stand_alone(nested, outer)))
+            remedies.append(Edit(file=PROCESSOR, path=(key,), value=ABSENT))
+    has_base_file = folder.base is not None and not folder.base.has(PROCESSOR)
+    if has_base_file and set(outer) <= {*files, "processor_class"}:  # nothing else is in it
+        remedies = [remedy for remedy in remedies if remedy.file != PROCESSOR]
+        remedies.append(WholeFile(file=PROCESSOR, content=ABSENT))
+    yield Fault(
+        file=PROCESSOR,
+        key="image_processor",
+        found=image,
+        expected=f"in {PREPROCESSOR}",
+        remedies=tuple(remedies),
+    )
+
+
+def _stand_alone(nested: JsonObject, outer: JsonObject) -> JsonObject:
+    """A nested processor as a file of its own, its pixel limits in both spellings: 4.49 reads only min/max_pixels."""
+    content = copy.deepcopy(nested)
+    size = content.get("size")
+    if isinstance(size, dict) and {"shortest_edge", "longest_edge"} <= set(size) and "merge_size" in content:
+        content.setdefault("min_pixels", size["shortest_edge"])
+        content.setdefault("max_pixels", size["longest_edge"])
+    if "processor_class" in outer:
+        content.setdefault("processor_class", outer["processor_class"])
+    return content
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "image processor class that no release has",
+    effect="Unrecognized image processor: the class existed between two releases only",
+    evidence="https://github.com/QwenLM/Qwen3-VL/issues/777",
+    mend="Qwen2VLImageProcessor, as the maker corrected it",
+)
+def unknown_image_processor(folder: Folder) -> Iterator[Fault]:
+    places = ((PREPROCESSOR, ("image_processor_type",)), (PROCESSOR, ("image_processor", "image_processor_type")))
+    for file, path in places:
+        value = folder.get(file, *path)
+        if value == "Qwen2_5_VLImageProcessor":
+            yield Fault(
+                file=file,
+                key=".".join(path),
+                found=value,
+                expected="Qwen2VLImageProcessor",
+                remedies=(Edit(file=file, path=path, value="Qwen2VLImageProcessor"),),
+            )
+
+
+@rule(
+    Severity.NOTE,
+    "code in the folder",
+    effect="the config names Python code to run when the model is loaded; it was not run, and not judged",
+    evidence="https://huggingface.co/docs/transformers/custom_models",
+)
+def remote_code(folder: Folder) -> Iterator[Fault]:
+    for file in (CONFIG, TOKENIZER_CONFIG, PREPROCESSOR, PROCESSOR):
+        value = folder.get(file, "auto_map")
+        if value is not ABSENT:
+            yield Fault(file=file, key="auto_map", found=value, expected="a look at that code before it is trusted")

@@ -1,0 +1,135 @@
+"""Dtypes: wider than the base, said otherwise than stored, quantisation that is not there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grpo_toolkit.checkpoint import CONFIG
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.tensors import DTYPE_NAMES, HEAD, base_tensors, new_names, settled, weights
+from grpo_toolkit.reading import ABSENT, DTYPE_BITS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.folder import Folder
+
+
+@rule(
+    Severity.WASTEFUL,
+    "wider weights than the base",
+    effect="more memory, and more bytes read for every token; TRL loads a model given by name in float32",
+    evidence="https://github.com/meta-llama/llama-cookbook/issues/289",
+    mend="the base's dtypes (--rewrite-weights)",
+    needs_base=True,
+)
+def wider_than_base(folder: Folder) -> Iterator[Fault]:
+    ours, base = settled(folder), base_tensors(folder)
+    back = {new: old for old, new in new_names(folder).items()}
+    casts = {
+        back.get(name, name): base[name].dtype
+        for name, info in ours.items()
+        if name in base
+        and {info.dtype, base[name].dtype} <= set(DTYPE_NAMES)
+        and _is_wider(info.dtype, base[name].dtype)
+    }
+    if not casts:
+        return
+    common = folder.base.stored_dtype if folder.base else None
+    casts |= {  # a doubled head is in no base, and is cast with the rest so that it can be compared and dropped
+        back.get(name, name): common
+        for name, info in ours.items()
+        if common and name not in base and name.endswith(HEAD) and _is_wider(info.dtype, common)
+    }
+    first = min(casts)
+    yield Fault(
+        file=folder.tensors[first].file,
+        key=first,
+        found=f"{folder.tensors[first].dtype}, with {len(casts)} of {len(ours)} tensors",
+        expected=f"{casts[first]}, as in the base",
+        remedies=(Weights(renames={}, dtypes=casts), *_declare(folder, common)),
+    )
+
+
+def _is_wider(dtype: str, other: str) -> bool:
+    return DTYPE_BITS[dtype] > DTYPE_BITS[other]
+
+
+def _declare(folder: Folder, dtype: str | None) -> tuple[Edit, ...]:
+    """Edits that make every dtype said in the config the one stored."""
+    if dtype is None:
+        return ()
+    wanted = DTYPE_NAMES[dtype]
+    return tuple(
+        Edit(file=CONFIG, path=(*level, key), value=wanted)
+        for level, node in folder.levels()
+        for key in ("dtype", "torch_dtype")
+        if isinstance(node.get(key), str) and node[key] != wanted
+    )
+
+
+@rule(
+    Severity.WASTEFUL,
+    "config says another dtype than the weights have",
+    effect="dtype='auto' (the default of 5.x) casts at loading: float32 in memory from bfloat16 files, or the reverse",
+    evidence="https://huggingface.co/docs/transformers/main_classes/model#transformers.PreTrainedModel.from_pretrained",
+    mend="the stored dtype in config.json",
+)
+def dtype_disagrees(folder: Folder) -> Iterator[Fault]:
+    stored = folder.stored_dtype if weights(folder) else None
+    said = [(key, folder.get(CONFIG, key)) for key in ("dtype", "torch_dtype")]
+    known = [(key, value) for key, value in said if value in DTYPE_NAMES.values()]
+    if stored is None or not known or folder.get(CONFIG, "quantization_config") is not ABSENT:
+        return
+    wrong = [(key, value) for key, value in known if value != DTYPE_NAMES[stored]]
+    if wrong and not _is_published_so(folder, stored):
+        key, value = wrong[0]
+        yield Fault(file=CONFIG, key=key, found=value, expected=DTYPE_NAMES[stored], remedies=_declare(folder, stored))
+
+
+def _is_published_so(folder: Folder, stored: str) -> bool:
+    base = folder.base
+    said = [folder.get(CONFIG, key) for key in ("dtype", "torch_dtype")]
+    return (
+        base is not None
+        and base.stored_dtype == stored
+        and [base.get(CONFIG, key) for key in ("dtype", "torch_dtype")] == said
+    )
+
+
+@rule(
+    Severity.NOTE,
+    "mixed dtypes",
+    effect="loading casts everything to one dtype; harmless where the maker meant it (norms in float32)",
+    evidence="https://huggingface.co/docs/transformers/main_classes/model#transformers.PreTrainedModel.from_pretrained",
+)
+def mixed_dtypes(folder: Folder) -> Iterator[Fault]:
+    counts: dict[str, int] = {}
+    for info in weights(folder).values():
+        if info.dtype in DTYPE_NAMES:
+            counts[info.dtype] = counts.get(info.dtype, 0) + 1
+    if len(counts) > 1 and not (folder.base and len({i.dtype for i in base_tensors(folder).values()}) > 1):
+        yield Fault(file=next(iter(folder.shards)), found=counts, expected="one floating-point dtype")
+
+
+@rule(
+    Severity.WRONG,
+    "quantization_config left over",
+    effect="the weights are whole, yet loading asks for the quantizer's library and quantises them again",
+    evidence="https://github.com/huggingface/transformers/issues/34847",
+    mend="the key deleted",
+)
+def quantization_left_over(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(CONFIG, "quantization_config")
+    if value in (ABSENT, None) or not weights(folder):
+        return
+    if folder.base is not None and folder.base.get(CONFIG, "quantization_config") not in (ABSENT, None):
+        return
+    if all(info.dtype in DTYPE_NAMES for info in folder.tensors.values()):
+        yield Fault(
+            file=CONFIG,
+            key="quantization_config",
+            found=value,
+            expected="absent: no quantised tensor is stored",
+            remedies=(Edit(file=CONFIG, path=("quantization_config",), value=ABSENT),),
+        )

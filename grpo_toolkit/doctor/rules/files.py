@@ -1,0 +1,324 @@
+"""Files that cannot be read, must not be trusted, or are only a part of a checkpoint."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.doctor.findings import Fault, Severity, Unmark, WholeFile, rule
+from grpo_toolkit.doctor.folder import (
+    JSON_LIMITS,
+    PREPROCESSOR,
+    PROCESSOR,
+    TOKENIZER_CONFIG,
+    Kind,
+    is_plain,
+    plain_shards,
+)
+from grpo_toolkit.reading import ABSENT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.folder import Folder
+
+_HEADER_FORMAT = "https://github.com/huggingface/safetensors#format"
+
+_TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
+    (CONFIG, ("architectures",), (list,)),
+    (CONFIG, ("model_type",), (str,)),
+    (CONFIG, ("text_config",), (dict,)),
+    (CONFIG, ("vision_config",), (dict,)),
+    (CONFIG, ("vocab_size",), (int,)),
+    (CONFIG, ("num_hidden_layers",), (int,)),
+    (CONFIG, ("hidden_size",), (int,)),
+    (CONFIG, ("tie_word_embeddings",), (bool,)),
+    (CONFIG, ("rope_scaling",), (dict,)),
+    (CONFIG, ("rope_parameters",), (dict,)),
+    (CONFIG, ("rope_theta",), (int, float)),
+    (CONFIG, ("quantization_config",), (dict,)),
+    (CONFIG, ("eos_token_id",), (int, list)),
+    (CONFIG, ("torch_dtype",), (str,)),
+    (CONFIG, ("dtype",), (str,)),
+    (GENERATION_CONFIG, ("do_sample",), (bool,)),
+    (GENERATION_CONFIG, ("eos_token_id",), (int, list)),
+    (GENERATION_CONFIG, ("pad_token_id",), (int,)),
+    (GENERATION_CONFIG, ("temperature",), (int, float)),
+    (GENERATION_CONFIG, ("top_p",), (int, float)),
+    (GENERATION_CONFIG, ("top_k",), (int,)),
+    (ADAPTER_CONFIG, ("base_model_name_or_path",), (str,)),
+    (ADAPTER_CONFIG, ("lora_alpha",), (int, float)),
+    (ADAPTER_CONFIG, ("r",), (int,)),
+    (ADAPTER_CONFIG, ("target_modules",), (str, list)),
+    (TOKENIZER_CONFIG, ("tokenizer_class",), (str,)),
+    (TOKENIZER_CONFIG, ("chat_template",), (str, list, dict)),
+    (TOKENIZER_CONFIG, ("eos_token",), (str, dict)),
+    (TOKENIZER_CONFIG, ("added_tokens_decoder",), (dict,)),
+    (PREPROCESSOR, ("image_processor_type",), (str,)),
+    (PREPROCESSOR, ("size",), (dict, int)),
+    (PROCESSOR, ("image_processor",), (dict,)),
+    (WEIGHTS_INDEX, ("weight_map",), (dict,)),
+)
+"""Which types the libraries take at the keys that they read; null is taken everywhere but in an index."""
+
+_JSON_NAMES: Final = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "file that cannot be read",
+    effect="libraries fail on it too, or worse: wait for a pipe, follow a link out of the folder, fill the memory",
+    evidence=_HEADER_FORMAT,
+)
+def unreadable_file(folder: Folder) -> Iterator[Fault]:
+    for file, reason in sorted(folder.refused.items()):
+        expected = "a whole safetensors file" if file.endswith(".safetensors") else "a readable file of its format"
+        yield Fault(file=file, found=reason, expected=expected)
+
+
+@rule(
+    Severity.WRONG,
+    "link that leaves the folder",
+    effect="the folder is not whole without a file elsewhere, which is not yours to trust; nothing behind it was read",
+    evidence="https://huggingface.co/docs/huggingface_hub/guides/manage-cache",
+)
+def link_leaves_folder(folder: Folder) -> Iterator[Fault]:
+    for name, entry in sorted(folder.entries.items()):
+        if entry.leaves and name not in folder.refused:
+            yield Fault(file=name, found="a link out of the folder", expected="the file itself")
+
+
+@rule(
+    Severity.WRONG,
+    "neither file nor folder",
+    effect="a pipe, a device or a link to nothing: reading it may wait for ever; nothing was read",
+    evidence="https://man7.org/linux/man-pages/man7/inode.7.html",
+)
+def special_file(folder: Folder) -> Iterator[Fault]:
+    for name, entry in sorted(folder.entries.items()):
+        if not entry.is_regular and not entry.is_folder and not entry.leaves and name not in folder.refused:
+            yield Fault(file=name, found="not a regular file", expected="a file, or nothing")
+
+
+@rule(
+    Severity.WRONG,
+    "key that stands twice",
+    effect="libraries take the first or the last of the two, each in its own way",
+    evidence="https://www.rfc-editor.org/rfc/rfc8259#section-4",
+)
+def repeated_key(folder: Folder) -> Iterator[Fault]:
+    for file, keys in sorted(folder.repeated.items()):
+        yield Fault(file=file, key=keys[0], found=f"{len(keys)} repeated", expected="every key once")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "byte-order mark",
+    effect="json.load refuses it: Unexpected UTF-8 BOM",
+    evidence="https://docs.python.org/3/library/json.html#json.loads",
+    mend="the mark removed",
+)
+def byte_order_mark(folder: Folder) -> Iterator[Fault]:
+    for file in sorted(folder.marked & set(JSON_LIMITS)):
+        yield Fault(file=file, found="a byte-order mark", expected="none", remedies=(Unmark(file=file),))
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "value of the wrong type",
+    effect="the library that reads it fails, or takes it for something else",
+    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
+)
+def wrong_type(folder: Folder) -> Iterator[Fault]:
+    for file, path, types in _TYPES:
+        value = folder.get(file, *path)
+        if value is ABSENT or (value is None and file != WEIGHTS_INDEX):
+            continue
+        is_right = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
+        if not is_right:
+            wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
+            yield Fault(file=file, key=".".join(path), found=value, expected=wanted)
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "index that names what is not a file here",
+    effect="a name that is no plain file name would be read from elsewhere on your disk; nothing was read",
+    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/utils/hub.py",
+)
+def index_leaves_folder(folder: Folder) -> Iterator[Fault]:
+    strange = [name for name in _shard_names(folder) if not isinstance(name, str) or not is_plain(name)]
+    if strange:
+        yield Fault(
+            file=WEIGHTS_INDEX, key="weight_map", found=strange[0], expected="plain names of files in this folder"
+        )
+
+
+def _shard_names(folder: Folder) -> list[Any]:
+    """Each name once, then what is no name at all."""
+    weight_map = folder.get(WEIGHTS_INDEX, "weight_map")
+    values = weight_map.values() if isinstance(weight_map, dict) else ()
+    names = sorted({value for value in values if isinstance(value, str)})
+    return [*names, *(value for value in values if not isinstance(value, str))]
+
+
+@lru_cache(maxsize=4)  # several rules ask
+def _indexed(folder: Folder) -> dict[str, str]:
+    """The index as far as it is sound: tensor to shard."""
+    weight_map = folder.get(WEIGHTS_INDEX, "weight_map")
+    known = weight_map.items() if isinstance(weight_map, dict) else ()
+    return {name: shard for name, shard in known if isinstance(shard, str)}
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "shard missing",
+    effect="the index names a file that is not here: loading stops, or leaves layers random",
+    evidence="https://github.com/Neph0s/CoSER/issues/3",
+)
+def shard_missing(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.ADAPTER or folder.has(WEIGHTS):
+        return
+    shards = plain_shards(_indexed(folder))
+    missing = [name for name in shards if not folder.has(name)]
+    if missing:
+        yield Fault(
+            file=WEIGHTS_INDEX,
+            key="weight_map",
+            found=f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else missing[0],
+            expected=f"all {len(shards)} shards in the folder",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "index and shards disagree",
+    effect="tensors are looked for where they are not, or are loaded from the wrong shard",
+    evidence="https://github.com/vllm-project/vllm/pull/54230",
+)
+def index_disagrees(folder: Folder) -> Iterator[Fault]:
+    index = _indexed(folder)
+    if folder.has(WEIGHTS) or not index or folder.kind is Kind.ADAPTER:
+        return
+    lost = [name for name, shard in index.items() if shard in folder.shards and name not in folder.shards[shard]]
+    unnamed = [name for shard, held in folder.shards.items() for name in held if index.get(name) != shard]
+    if lost or unnamed:
+        yield Fault(
+            file=WEIGHTS_INDEX,
+            key=(sorted(lost) or sorted(unnamed))[0],
+            found=f"{len(lost)} tensors not in the shard that is named, {len(unnamed)} stored and not named so",
+            expected="the index to name every stored tensor, and no other",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "a single file and an index",
+    effect="transformers loads model.safetensors, others the shards of the index: one folder, two models",
+    evidence="https://github.com/vllm-project/vllm/pull/54230",
+)
+def two_sets_of_weights(folder: Folder) -> Iterator[Fault]:
+    others = [name for name in plain_shards(_indexed(folder)) if name != WEIGHTS and folder.has(name)]
+    if folder.kind is Kind.MODEL and folder.has(WEIGHTS) and others:
+        yield Fault(file=WEIGHTS_INDEX, found=f"{WEIGHTS} and {len(others)} shards", expected="one of the two")
+
+
+@rule(
+    Severity.WASTEFUL,
+    "index left over",
+    effect="the index names shards that are gone; the single file is loaded, but tools that begin with the index fail",
+    evidence="https://github.com/Blaizzy/mlx-vlm/pull/1464",
+    mend="the index removed",
+)
+def index_left_over(folder: Folder) -> Iterator[Fault]:
+    shards = [name for name in plain_shards(_indexed(folder)) if name != WEIGHTS]
+    is_whole = WEIGHTS in folder.shards and not folder.entries[WEIGHTS].leaves
+    if folder.kind is Kind.MODEL and is_whole and shards and not any(folder.has(name) for name in shards):
+        remedies = (WholeFile(file=WEIGHTS_INDEX, content=ABSENT),)
+        yield Fault(file=WEIGHTS_INDEX, found=f"{len(shards)} shards", expected="absent", remedies=remedies)
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no weights",
+    effect="there is a config and nothing to load",
+    evidence="https://github.com/huggingface/transformers/issues/30491",
+)
+def weights_missing(folder: Folder) -> Iterator[Fault]:
+    has_index = folder.has(WEIGHTS_INDEX)
+    others = any(name.endswith((".safetensors", ".gguf", ".h5", ".msgpack")) for name in folder.entries)
+    if (
+        folder.kind is Kind.MODEL
+        and not folder.has(WEIGHTS)
+        and not has_index
+        and not folder.has_pickles
+        and not others
+    ):
+        yield Fault(file=WEIGHTS, expected="weights")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "FSDP shards only",
+    effect="SHARDED_STATE_DICT saves no model: no config, no safetensors; nothing but the trainer can load it",
+    evidence="https://github.com/huggingface/transformers/issues/30491",
+)
+def fsdp_shards_only(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.FSDP:
+        name = min((n for n in folder.entries if n.startswith("pytorch_model_fsdp")), default=".")
+        expected = f"run: accelerate merge-weights {name} OUT, then add the base's config and tokenizer"
+        yield Fault(file=name, found="distributed shards", expected=expected)
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "ZeRO shards only",
+    effect="ZeRO-3 without 16-bit gathering saves no weights beside the config",
+    evidence="https://github.com/huggingface/transformers/issues/20082",
+)
+def zero_shards_only(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.DEEPSPEED:
+        name = min((n for n in folder.entries if n.startswith("global_step")), default="zero_to_fp32.py")
+        expected = (
+            "run the folder's zero_to_fp32.py if you trust it, and stage3_gather_16bit_weights_on_model_save next time"
+        )
+        yield Fault(file=name, found="DeepSpeed shards", expected=expected)
+
+
+@rule(
+    Severity.NOTE,
+    "pickled weights",
+    effect="a pickle can run code when it is opened, so it was not; nothing is known about these weights",
+    evidence="https://huggingface.co/docs/hub/security-pickle",
+)
+def pickled_weights(folder: Folder) -> Iterator[Fault]:
+    pickles = sorted(name for name in folder.entries if name.startswith("pytorch_model") and name.endswith(".bin"))
+    if folder.kind is Kind.MODEL and pickles and not folder.shards:
+        yield Fault(file=pickles[0], found=f"{len(pickles)} pickles", expected="safetensors")
+
+
+@rule(
+    Severity.NOTE,
+    "resume with care",
+    effect="this checkpoint has the published names and the live model has others: a resume that starts from the base "
+    "silently goes on from the base's weights, unless ResumeGuardCallback or model=<checkpoint> is used",
+    evidence="https://github.com/QwenLM/Qwen3-VL/issues/1763",
+)
+def resume_starts_from_base(folder: Folder) -> Iterator[Fault]:
+    family = folder.family
+    if (
+        folder.kind is Kind.MODEL
+        and folder.is_trainer_checkpoint
+        and family is not None
+        and family.is_flat
+        and folder.tensors
+    ):
+        yield Fault(file="trainer_state.json", expected="ResumeGuardCallback, or model= this folder")

@@ -1,0 +1,248 @@
+"""Tokenizer, processor and chat template: missing, changed, or saying two things."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
+from grpo_toolkit.doctor.folder import (
+    PREPROCESSOR,
+    PROCESSOR,
+    TEMPLATE_JINJA,
+    TEMPLATE_JSON,
+    TOKENIZER_CONFIG,
+    VIDEO_PREPROCESSOR,
+    Kind,
+)
+from grpo_toolkit.reading import ABSENT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.folder import Folder
+
+_PROCESSOR_FILES = (PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR)
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no tokenizer",
+    effect="AutoTokenizer and AutoProcessor find nothing to load, and servers do not start",
+    evidence="https://github.com/hiyouga/EasyR1/issues/265",
+    mend="the base's tokenizer files",
+)
+def tokenizer_missing(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.MODEL and folder.is_generative and not folder.has_tokenizer:
+        yield Fault(
+            file="tokenizer.json",
+            expected="a tokenizer; pass --base to take the base's" if folder.base is None else "the base's tokenizer",
+            remedies=_copies(folder, of_processor=False),
+        )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no image processor",
+    effect="AutoProcessor fails: no file named preprocessor_config.json, no image can be asked about",
+    evidence="https://github.com/2U1/Qwen-VL-Series-Finetune/issues/34",
+    mend="the base's processor files",
+)
+def processor_missing(folder: Folder) -> Iterator[Fault]:
+    has_any = any(folder.has(name) for name in _PROCESSOR_FILES)
+    if folder.kind is Kind.MODEL and folder.is_generative and folder.is_multimodal and not has_any:
+        yield Fault(
+            file=PREPROCESSOR,
+            expected="a processor; pass --base to take the base's" if folder.base is None else "the base's processor",
+            remedies=_copies(folder, of_processor=True),
+        )
+
+
+def _copies(folder: Folder, *, of_processor: bool) -> tuple[WholeFile, ...]:
+    """Copies of the base's processor files, or of its other files that an export carries, where we have none."""
+    if folder.base is None:
+        return ()
+    from grpo_toolkit.portable import is_carried
+
+    template = {TEMPLATE_JSON, TEMPLATE_JINJA}
+    wanted = [
+        name
+        for name in sorted(folder.base.entries)
+        if is_carried(name)
+        and folder.base.has(name)
+        and not folder.has(name)
+        and (name in _PROCESSOR_FILES or name in template if of_processor else name not in _PROCESSOR_FILES)
+    ]
+    return tuple(WholeFile(file=name, content=None) for name in wanted)
+
+
+def pixel_limits(settings: Any) -> tuple[Any, Any]:
+    """The smallest and largest number of pixels that an image processor's settings say, under either spelling."""
+    size = settings.get("size") if isinstance(settings, dict) else None
+    size = size if isinstance(size, dict) else {}
+    if not isinstance(settings, dict):
+        return ABSENT, ABSENT
+    low = settings.get("min_pixels", size.get("shortest_edge", size.get("min_pixels", ABSENT)))
+    high = settings.get("max_pixels", size.get("longest_edge", size.get("max_pixels", ABSENT)))
+    return low, high
+
+
+def _image_settings(folder: Folder) -> tuple[str, Any]:
+    if PREPROCESSOR in folder.objects:
+        return PREPROCESSOR, folder.objects[PREPROCESSOR]
+    return PROCESSOR, folder.get(PROCESSOR, "image_processor")
+
+
+@rule(
+    Severity.NOTE,
+    "pixel limits differ from the base",
+    effect="an image becomes another number of tokens: latency and accuracy change. Right only if training used them",
+    evidence="https://github.com/QwenLM/Qwen3-VL/issues/959",
+    needs_base=True,
+)
+def pixel_limits_differ(folder: Folder) -> Iterator[Fault]:
+    if folder.base is None:
+        return
+    file, settings = _image_settings(folder)
+    ours, base = pixel_limits(settings), pixel_limits(_image_settings(folder.base)[1])
+    if isinstance(settings, dict) and ABSENT not in base and ours != base:
+        yield Fault(
+            file=file, key="size", found=list(map(str, ours)), expected=f"{base[0]} to {base[1]}, as in the base"
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "pixel limits that contradict each other",
+    effect="one library version makes another number of image tokens from the same picture than the next",
+    evidence="https://github.com/unslothai/unsloth/issues/1747",
+)
+def pixel_limits_disagree(folder: Folder) -> Iterator[Fault]:
+    for file, path in ((PREPROCESSOR, ()), (PROCESSOR, ("image_processor",))):
+        for short, long in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            one, other = folder.get(file, *path, short), folder.get(file, *path, "size", long)
+            if ABSENT not in (one, other) and None not in (one, other) and one != other:
+                yield Fault(
+                    file=file, key=".".join((*path, short)), found=one, expected=f"{other!r}, as size.{long} says"
+                )
+    alone, nested = folder.objects.get(PREPROCESSOR), folder.get(PROCESSOR, "image_processor")
+    limits = pixel_limits(alone), pixel_limits(nested)
+    if (
+        isinstance(nested, dict)
+        and alone is not None
+        and limits[0] != limits[1]
+        and ABSENT not in limits[0] + limits[1]
+    ):
+        yield Fault(
+            file=PROCESSOR,
+            key="image_processor.size",
+            found=str(limits[1]),
+            expected=f"{limits[0]}, as {PREPROCESSOR}",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "chat template lost",
+    effect="prompts are built without the turns and image placeholders that the model was trained with, or not at all",
+    evidence="https://huggingface.co/docs/transformers/chat_templating",
+    mend="the base's template file",
+    needs_base=True,
+)
+def chat_template_lost(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    if (
+        base is None
+        or folder.templates
+        or not base.templates
+        or folder.kind is not Kind.MODEL
+        or not folder.has_tokenizer
+    ):
+        return
+    whole = [name for name in (TEMPLATE_JINJA, TEMPLATE_JSON) if name in base.templates]
+    remedies: list[WholeFile | Edit] = [WholeFile(file=name, content=None) for name in whole]
+    inside = base.templates.get(TOKENIZER_CONFIG)
+    if inside is not None and TOKENIZER_CONFIG in folder.objects:
+        remedies.append(Edit(file=TOKENIZER_CONFIG, path=("chat_template",), value=inside))
+    yield Fault(
+        file=TEMPLATE_JSON,
+        expected=f"a template, as in the base's {', '.join(base.templates)}",
+        remedies=tuple(remedies),
+    )
+
+
+@rule(
+    Severity.NOTE,
+    "no chat template",
+    effect="a vision-language model has no way to place an image in a prompt but by hand",
+    evidence="https://huggingface.co/docs/transformers/chat_templating_multimodal",
+)
+def chat_template_missing(folder: Folder) -> Iterator[Fault]:
+    is_whole = folder.kind is Kind.MODEL and folder.is_multimodal and folder.has_tokenizer
+    if is_whole and folder.base is None and not folder.templates and "additional_chat_templates" not in folder.entries:
+        yield Fault(file=TEMPLATE_JINJA, expected=f"a template here, in {TEMPLATE_JSON} or in {TOKENIZER_CONFIG}")
+
+
+@rule(
+    Severity.WRONG,
+    "copies of the chat template differ",
+    effect="which prompt the model sees depends on the library version that reads the folder",
+    evidence="https://github.com/huggingface/transformers/pull/33957",
+    mend="the base's template in every copy, where one of them has it",
+    needs_base=True,
+)
+def chat_templates_differ(folder: Folder) -> Iterator[Fault]:
+    if folder.base is None or not _has_two_templates(folder):
+        return
+    copies, published = _stripped(folder), _stripped(folder.base)
+    if all(published.get(file) == text for file, text in copies.items()):
+        return  # published that way
+    good = set(published.values())
+    other = [file for file, text in copies.items() if text not in good]
+    remedies: tuple[Edit, ...] = ()
+    if len(good) == 1 and good & set(copies.values()) and TEMPLATE_JINJA not in other:
+        text = next(iter(folder.base.templates.values()))
+        remedies = tuple(Edit(file=file, path=("chat_template",), value=text) for file in other)
+    yield Fault(
+        file=(other or sorted(copies))[0],
+        key="chat_template",
+        found=f"{len(set(copies.values()))} different texts in {', '.join(copies)}",
+        expected="one text",
+        remedies=remedies,
+    )
+
+
+@rule(
+    Severity.NOTE,
+    "copies of the chat template differ, perhaps on purpose",
+    effect="which prompt the model sees depends on the library version that reads it; some makers publish it so",
+    evidence="https://github.com/huggingface/transformers/pull/33957",
+)
+def chat_templates_unequal(folder: Folder) -> Iterator[Fault]:
+    if folder.base is None and _has_two_templates(folder):
+        files = ", ".join(folder.templates)
+        yield Fault(file=next(iter(folder.templates)), key="chat_template", found=files, expected="one text")
+
+
+@rule(
+    Severity.NOTE,
+    "another chat template than the base's",
+    effect="prompts are built otherwise than for the base. Right only if training used this template",
+    evidence="https://huggingface.co/docs/transformers/chat_templating",
+    needs_base=True,
+)
+def chat_template_changed(folder: Folder) -> Iterator[Fault]:
+    if folder.base is None or folder.kind is not Kind.MODEL or _has_two_templates(folder):
+        return
+    ours, published = set(_stripped(folder).values()), set(_stripped(folder.base).values())
+    if ours and published and not ours <= published:
+        file = next(iter(folder.templates))
+        found = f"{len(folder.templates[file])} characters"
+        yield Fault(file=file, key="chat_template", found=found, expected="the base's text")
+
+
+def _stripped(folder: Folder) -> dict[str, str]:
+    return {file: text.rstrip("\n") for file, text in folder.templates.items()}
+
+
+def _has_two_templates(folder: Folder) -> bool:
+    return len(set(_stripped(folder).values())) > 1

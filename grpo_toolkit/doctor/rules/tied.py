@@ -1,0 +1,112 @@
+"""Tied embeddings: the head missing, stored twice, or stored alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grpo_toolkit.checkpoint import CONFIG
+from grpo_toolkit.doctor import names
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.tensors import EMBEDDING, HEAD, base_tensors, ends, has_lora, lone_head, tie_flags, weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.folder import Folder
+
+
+@rule(
+    Severity.WRONG,
+    "no output head, and not tied",
+    effect="the head is missing and the config does not tie it to the embedding where the reader looks: a random "
+    "head, with a warning only",
+    evidence="https://github.com/huggingface/transformers/pull/43429",
+    mend="tie_word_embeddings true",
+)
+def head_missing(folder: Folder) -> Iterator[Fault]:
+    if not folder.is_generative or ends(folder)[1] is None or ends(folder)[0]:
+        return
+    if has_lora(folder):
+        return
+    flags = tie_flags(folder)
+    untied = [place for place, value in flags.items() if value is not True]
+    if not flags and folder.family is not None and not folder.family.is_tied:
+        untied = [()]
+    if untied:
+        key = (*untied[0], "tie_word_embeddings")
+        yield Fault(
+            file=CONFIG,
+            key=".".join(key),
+            found=folder.get(CONFIG, *key),
+            expected="true, since no lm_head is stored",
+            remedies=tuple(Edit(file=CONFIG, path=(*place, "tie_word_embeddings"), value=True) for place in untied),
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "a tied matrix stored under the head's name",
+    effect="the embedding is missing: libraries that look for it there start from random weights",
+    evidence="https://huggingface.co/docs/safetensors/torch_shared_tensors",
+    mend="renamed to the embedding (--rewrite-weights)",
+    needs_base=True,
+)
+def embedding_under_head(folder: Folder) -> Iterator[Fault]:
+    head, base = lone_head(folder), base_tensors(folder)
+    embedding = names.find_suffix(base, EMBEDDING)
+    if head and embedding and names.find_suffix(base, HEAD) is None and names.without_wrappers(head) == head:
+        yield Fault(
+            file=folder.tensors[head].file,
+            key=head,
+            found="the only copy of the embedding",
+            expected=embedding,
+            remedies=(Weights(renames={head: embedding}, dtypes={}),),
+        )
+
+
+@rule(
+    Severity.WASTEFUL,
+    "a tied head stored a second time",
+    effect="the embedding lies in the folder twice; if the copies ever differ, 4.57 ignores the head and 5.x uses it",
+    evidence="https://github.com/vllm-project/vllm/pull/6758",
+    mend="the copy dropped, if it is one (--rewrite-weights)",
+)
+def head_doubled(folder: Folder) -> Iterator[Fault]:
+    ours = weights(folder)
+    head, embedding = ends(folder)
+    flags = tie_flags(folder)
+    if not head or not embedding or not flags or not all(value is True for value in flags.values()):
+        return
+    base = base_tensors(folder)
+    if base and names.find_suffix(base, HEAD):
+        return  # published that way
+    if folder.digests is not None and folder.digests.heads_differ:
+        return  # `head_differs`
+    same = ours[head].shape == ours[embedding].shape and ours[head].dtype == ours[embedding].dtype
+    yield Fault(
+        file=ours[head].file,
+        key=head,
+        found=f"{ours[head].nbytes / 1e6:,.1f} MB beside {embedding}",
+        expected="absent, since tie_word_embeddings is true",
+        remedies=(Weights(renames={head: None}, dtypes={}),) if same else (),
+    )
+
+
+@rule(
+    Severity.WRONG,
+    "a tied head that differs from its embedding",
+    effect="4.57 ignores the stored head and 5.x uses it: the same folder says two things (found with --deep)",
+    evidence="https://github.com/vllm-project/vllm/pull/51665",
+)
+def head_differs(folder: Folder) -> Iterator[Fault]:
+    ours, flags = weights(folder), tie_flags(folder)
+    head, embedding = ends(folder)
+    if not head or not embedding or not flags or not all(value is True for value in flags.values()):
+        return
+    if folder.digests is not None and folder.digests.heads_differ:
+        yield Fault(
+            file=ours[head].file,
+            key=head,
+            found=f"other bytes than {embedding}",
+            expected="the same, or tie_word_embeddings false; only you know which of the two was trained",
+        )

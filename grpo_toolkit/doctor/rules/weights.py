@@ -1,0 +1,216 @@
+"""What safetensors headers say beside the base's: names, shapes, what is missing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grpo_toolkit.checkpoint import CONFIG
+from grpo_toolkit.doctor import names
+from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.tensors import (
+    EMBEDDING,
+    HEAD,
+    base_tensors,
+    ends,
+    has_lora,
+    lone_head,
+    new_names,
+    settled,
+    weights,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.folder import Folder
+
+
+@rule(
+    Severity.WRONG,
+    "names of a wrapper in the weights",
+    effect="no name fits the model: it loads without an exception, into random weights",
+    evidence="https://github.com/pytorch/pytorch/issues/101107",
+    mend="prefixes of PEFT, DDP, FSDP, torch.compile stripped (--rewrite-weights)",
+)
+def wrapped_names(folder: Folder) -> Iterator[Fault]:
+    renames = {old: new for old, new in new_names(folder).items() if names.without_wrappers(old) != old}
+    if not renames or has_lora(folder):
+        return  # `unmerged_lora` says what to do about the latter
+    yield _naming(folder, renames)
+
+
+@rule(
+    Severity.WRONG,
+    "other tensor names than the published ones",
+    effect="libraries and servers that know the published names load random weights or refuse the folder",
+    evidence="https://github.com/vllm-project/vllm/issues/18983",
+    mend="the published names (--rewrite-weights)",
+)
+def unpublished_names(folder: Folder) -> Iterator[Fault]:
+    renames = {old: new for old, new in new_names(folder).items() if names.without_wrappers(old) == old}
+    if renames and not has_lora(folder):
+        yield _naming(folder, renames)
+
+
+def _naming(folder: Folder, renames: dict[str, str]) -> Fault:
+    old = min(renames)
+    stays = set(folder.tensors) - set(renames)
+    is_clear = len(set(renames.values()) | stays) == len(folder.tensors)  # no two tensors end under one name
+    return Fault(
+        file=folder.tensors[old].file,
+        key=old,
+        found=f"{len(renames)} of {len(folder.tensors)} tensors",
+        expected=renames[old],
+        remedies=(Weights(renames=renames, dtypes={}),) if is_clear else (),
+    )
+
+
+@rule(
+    Severity.WRONG,
+    "an adapter's factors among the weights",
+    effect="the adapter was never merged: its factors are passed over and the base's answers come out, or random ones",
+    evidence="https://github.com/huggingface/peft/issues/2368",
+)
+def unmerged_lora(folder: Folder) -> Iterator[Fault]:
+    factors = sorted(name for name in weights(folder) if names.is_lora(name)) if has_lora(folder) else []
+    if factors:
+        yield Fault(
+            file=folder.tensors[factors[0]].file,
+            key=factors[0],
+            found=f"{len(factors)} factors",
+            expected="merged weights: save the adapter with PEFT and run `grpo-toolkit export` on it",
+        )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "empty tensors",
+    effect="ZeRO-3 saved its placeholders instead of the weights: size mismatch, shape [0]",
+    evidence="https://github.com/huggingface/transformers/issues/20082",
+)
+def empty_tensors(folder: Folder) -> Iterator[Fault]:
+    empty = sorted(name for name, info in folder.tensors.items() if 0 in info.shape)
+    if empty:
+        yield Fault(
+            file=folder.tensors[empty[0]].file,
+            key=empty[0],
+            found=f"{len(empty)} of {len(folder.tensors)} tensors have no element",
+            expected="weights: zero_to_fp32.py in a DeepSpeed checkpoint writes them",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "tensors of the base are missing",
+    effect="what is missing starts from random weights, with a warning only",
+    evidence="https://github.com/illuin-tech/colpali/issues/424",
+    needs_base=True,
+)
+def tensors_missing(folder: Folder) -> Iterator[Fault]:
+    ours, base = settled(folder), base_tensors(folder)
+    if not ours or not base or has_lora(folder):
+        return
+    missing = sorted(set(base) - set(ours))
+    if lone_head(folder):
+        missing = [name for name in missing if not name.endswith(EMBEDDING)]
+    if missing and not _is_tied_away(folder, missing):
+        yield Fault(
+            file=next(iter(folder.shards)),
+            key=missing[0],
+            found=f"{len(missing)} of the base's {len(base)} tensors are not here",
+            expected="every tensor of the base",
+        )
+
+
+def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
+    return all(name.endswith(HEAD) for name in missing) and folder.text_value("tie_word_embeddings") is True
+
+
+@rule(
+    Severity.WRONG,
+    "tensors that the base does not have",
+    effect="they are passed over with a warning, or the server refuses the folder",
+    evidence="https://github.com/vllm-project/vllm/pull/6758",
+    needs_base=True,
+)
+def tensors_extra(folder: Folder) -> Iterator[Fault]:
+    ours, base = settled(folder), base_tensors(folder)
+    extra = sorted(name for name in set(ours) - set(base) if not names.is_lora(name) and not name.endswith(HEAD))
+    if base and extra:
+        yield Fault(
+            file=ours[extra[0]].file,
+            key=extra[0],
+            found=f"{len(extra)} tensors",
+            expected="the base's tensors only",
+        )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "shapes differ from the base",
+    effect="size mismatch at loading, unless the config was changed with them",
+    evidence="https://github.com/huggingface/peft/issues/2415",
+    needs_base=True,
+)
+def shapes_differ(folder: Folder) -> Iterator[Fault]:
+    ours, base = settled(folder), base_tensors(folder)
+    other = sorted(
+        name for name, info in ours.items() if name in base and info.shape != base[name].shape and 0 not in info.shape
+    )
+    if other and folder.text_value("vocab_size") == (folder.base.text_value("vocab_size") if folder.base else None):
+        name = other[0]
+        yield Fault(
+            file=ours[name].file,
+            key=name,
+            found=list(ours[name].shape),
+            expected=f"{list(base[name].shape)}, as in the base",
+        )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "embedding does not fit the vocabulary",
+    effect="size mismatch at loading: the embedding has another number of rows than vocab_size says",
+    evidence="https://github.com/huggingface/peft/issues/2415",
+)
+def vocabulary_mismatch(folder: Folder) -> Iterator[Fault]:
+    name, size = ends(folder)[1], folder.text_value("vocab_size")
+    shape = folder.tensors[name].shape if name else ()
+    if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size):
+        yield Fault(file=CONFIG, key="vocab_size", found=size, expected=f"{shape[0]}, the rows of {name}")
+
+
+@rule(
+    Severity.WRONG,
+    "layers missing",
+    effect="whole layers start from random weights, with a warning only",
+    evidence="https://github.com/Neph0s/CoSER/issues/3",
+)
+def layers_missing(folder: Folder) -> Iterator[Fault]:
+    stored, wanted = names.stored_layers(weights(folder)), folder.text_value("num_hidden_layers")
+    if not stored:
+        return
+    count = max(stored) + 1
+    if type(wanted) is int and wanted <= 10_000:
+        count = max(count, wanted)
+    holes = sorted(set(range(count)) - stored)
+    if holes:
+        yield Fault(
+            file=CONFIG, key="num_hidden_layers", found=f"layers {holes[:5]} have no weights", expected="every layer"
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "weights identical to the base",
+    effect="the merge or the training did nothing: these are the base's bytes (found with --deep)",
+    evidence="https://github.com/huggingface/peft/issues/918",
+    needs_base=True,
+)
+def identical_to_base(folder: Folder) -> Iterator[Fault]:
+    if folder.digests is not None and folder.digests.is_the_base and weights(folder):
+        yield Fault(
+            file=next(iter(folder.shards)),
+            found=f"all {folder.digests.compared} tensors equal the base's",
+            expected="at least one trained tensor",
+        )
