@@ -23,6 +23,7 @@ FINDINGS = {
     "visual_rft_449": ["generation-cache-off", "config-cache-off-latent", "resume-starts-from-base"],
     "easyr1_merger_451": [
         "tokenizer-missing", "processor-missing", "eos-differs", "generation-cache-off", "config-cache-off-latent",
+        "generation-defaults-lost",
     ],
     "config_flag_455": ["nested-text-config", "config-cache-off-latent", "resume-starts-from-base"],
     "open_r1_457": ["nested-text-config", "tokenizer-missing", "processor-missing", "generation-cache-off"],
@@ -38,7 +39,7 @@ FINDINGS = {
 }  # fmt: skip
 # Not judged without the base, or judged otherwise.
 WITHOUT_BASE = {
-    "easyr1_merger_451": {"eos-differs"},
+    "easyr1_merger_451": {"eos-differs", "generation-defaults-lost"},
     "trl_grpo_457": {"wider-than-base"},
     "trl_grpo_523": {"wider-than-base"},
 }

@@ -67,7 +67,7 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "  generation_config.json: use_cache: false, expected true",
     ]
     assert lines[-2] == f"2 of these can be mended: grpo-toolkit repair {folder}"
-    assert lines[-1].startswith("not judged without a base (13 rules")
+    assert lines[-1].startswith("not judged without a base (14 rules")
 
 
 def test_clean_is_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from faulty import fill, unpack
 from grpo_toolkit import diagnose_checkpoint, repair_checkpoint, undo_repair
 from grpo_toolkit.checkpoint import open_checkpoint
+from grpo_toolkit.doctor.plan import FileChange
 from grpo_toolkit.doctor.repair import UNDO
 from grpo_toolkit.errors import CheckpointError, InputError
 
@@ -44,6 +45,13 @@ def test_only_the_poisoned_lines_change(tmp_path: Path) -> None:
         '+  "use_cache": true',
     ]
     assert [finding.code for finding in plan.mended] == ["generation-cache-off", "config-cache-off-latent"]
+
+
+def test_a_diff_is_short_and_plain() -> None:
+    added = FileChange(file="tokenizer.json", before=None, after=b"x" * 100_000)
+    assert list(added.diff()) == ["--- /dev/null", "+++ b/tokenizer.json", "@@ 100,000 bytes @@"]
+    rung = FileChange(file="a.jinja", before=None, after=b"\x1b[2Jbell\x07\n")
+    assert list(rung.diff())[-1] == r"+\x1b[2Jbell\x07"
 
 
 def test_beside_the_base_the_key_is_deleted(base: Path, tmp_path: Path) -> None:

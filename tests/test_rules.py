@@ -133,6 +133,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                                 "config.json", "a.b.use_cache"),
     "generation-config-lost": (model(generation_config__json=None), BASE, None, "generation_config.json", ""),
     "generation-config-missing": (model(generation_config__json=None), None, None, "generation_config.json", ""),
+    "generation-defaults-lost": (model(), model(generation_config__json={**GENERATION, "repetition_penalty": 1.05}),
+                                 None, "generation_config.json", "repetition_penalty"),
     "sampling-without-do-sample": (model(generation_config__json={**GENERATION, "temperature": 0.6}), None, None,
                                    "generation_config.json", "do_sample"),
     "eos-token-lost": (model(generation_config__json={"eos_token_id": [5]}), None, None,

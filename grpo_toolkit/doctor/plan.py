@@ -7,6 +7,7 @@ as it would then be is examined again. So remedies cannot contradict each other,
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _MOST_STEPS = 400
 _MAX_COPIED = 128 * 2**20
+_MOST_SHOWN = 64 * 1024
+_UNPRINTABLE = re.compile(r"[^\t\x20-\x7e\xa0-\U0010ffff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,17 @@ class FileChange:
             (f"a/{self.file}" if self.before is not None else "/dev/null"),
             (f"b/{self.file}" if self.after is not None else "/dev/null"),
         )
+        whole = self.after if self.before is None else self.before if self.after is None else b""
+        if whole is not None and len(whole) > _MOST_SHOWN:  # a vocabulary, say
+            yield from (f"--- {names[0]}", f"+++ {names[1]}", f"@@ {len(whole):,} bytes @@")
+            return
         before, after = (_lines(content) for content in (self.before, self.after))
         yield from difflib.unified_diff(before, after, *names, lineterm="", n=2)
 
 
 def _lines(content: bytes | None) -> list[str]:
-    return [] if content is None else content.decode("utf-8", errors="replace").splitlines()
+    text = "" if content is None else content.decode("utf-8", errors="replace")
+    return [_UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], line) for line in text.splitlines()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,8 @@ def _cast(chunk: bytes, dtype: str, other: str) -> bytes:
     else:
         raise UnsupportedError(f"no cast from {dtype}; only floating-point weights are cast")
     if other in forms:
-        return numbers.astype(forms[other]).tobytes()
+        with np.errstate(over="ignore"):  # what is too large becomes an infinity, as in torch
+            return numbers.astype(forms[other]).tobytes()
     if other != "BF16":
         raise UnsupportedError(f"no cast to {other}; only floating-point weights are cast")
     bits = numbers.astype("<f4").view("<u4").astype("<u8")

@@ -127,6 +127,32 @@ def generation_config_missing(folder: Folder) -> Iterator[Fault]:
 
 @rule(
     Severity.WRONG,
+    "generation defaults lost",
+    effect="whoever generates with the folder's defaults gets other text than from the base: how to sample, or the "
+    "penalty on repetition, is no longer said",
+    evidence="https://github.com/hiyouga/EasyR1/issues/265",
+    mend="the base's values",
+    needs_base=True,
+)
+def generation_defaults_lost(folder: Folder) -> Iterator[Fault]:
+    ours, base = folder.objects.get(GENERATION_CONFIG), folder.base
+    published = {} if base is None else base.objects.get(GENERATION_CONFIG, {})
+    if folder.kind is not Kind.MODEL or ours is None:
+        return
+    neutral: dict[str, tuple[Any, ...]] = {**NEUTRAL, "do_sample": (None, False), "repetition_penalty": (None, 1, 1.0)}
+    lost = [key for key, values in neutral.items() if key not in ours and published.get(key) not in values]
+    if lost:
+        yield Fault(
+            file=GENERATION_CONFIG,
+            key=lost[0],
+            found=f"{', '.join(lost)} absent",
+            expected=f"{published[lost[0]]}, as in the base",
+            remedies=tuple(Edit(file=GENERATION_CONFIG, path=(key,), value=published[key]) for key in lost),
+        )
+
+
+@rule(
+    Severity.WRONG,
     "sampling settings without do_sample",
     effect="transformers decodes greedily, servers sample, and the next save_pretrained raises "
     "(GenerationConfig is invalid)",
