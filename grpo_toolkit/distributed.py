@@ -65,6 +65,24 @@ def _unsharded(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
+@contextmanager
+def gathered_root(model: torch.nn.Module) -> Iterator[None]:
+    """What FSDP2 has sharded of no layer (embeddings, the patch embedding) is whole inside; collective.
+
+    FSDP2 gathers it in the model's own forward, and transformers 5 looks at the images before that: `generate` then
+    stops with `got mixed torch.Tensor and DTensor`.
+    """
+    root: Any = model
+    if not hasattr(root, "unshard"):
+        yield
+        return
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.reshard()
+
+
 def rank() -> int:
     """This process's rank; 0 where there is one process."""
     return int(_distributed().get_rank()) if world_size() > 1 else 0

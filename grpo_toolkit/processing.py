@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from grpo_toolkit.checkpoint import JsonObject, dump_json, read_json
 from grpo_toolkit.inference import has_processor, load_processor
 from grpo_toolkit.portable import carried_files, copy_files, differing_files
+
+PREPROCESSOR: Final = "preprocessor_config.json"
+_PIXEL_LIMITS: Final = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # and as keys of `size`
 
 
 def processor_of(folder: Path) -> Any:
@@ -29,6 +33,11 @@ def write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
             original.save_pretrained(left)
             trained.save_pretrained(right)
             changed = differing_files(left, right)
+            limits = _pixel_limits(left, right, changed) if (base / PREPROCESSOR).is_file() else {}
+            if limits:  # the base's own file says it in a form that every version reads
+                copy_files(carried_files(base), base, staging)
+                _write_pixel_limits(staging / PREPROCESSOR, limits)
+                return [PREPROCESSOR]
             if changed:
                 copy_files(sorted(path for path in right.rglob("*") if path.is_file()), right, staging)
                 return changed
@@ -37,6 +46,46 @@ def write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
         return ["(tokenizer and processor)"]
     copy_files(carried_files(base), base, staging)
     return []
+
+
+def _pixel_limits(left: Path, right: Path, changed: list[str]) -> dict[str, int]:
+    """The image processor's limits in the right folder, if they are all in which the two differ; else {}.
+
+    Both were saved by the same library: nested in `processor_config.json` by transformers 5, before that flat in
+    `preprocessor_config.json`; as `size`, or as `min_pixels` and `max_pixels`.
+    """
+    limits: dict[str, int] = {}
+    for name in changed:
+        if name not in (PREPROCESSOR, "processor_config.json"):
+            return {}
+        ours, theirs = (_split_limits(read_json(folder / name)) for folder in (left, right))
+        if ours[0] != theirs[0]:
+            return {}
+        limits |= theirs[1]
+    return limits
+
+
+def _split_limits(content: JsonObject) -> tuple[JsonObject, dict[str, int]]:
+    """A saved processor's settings without its pixel limits, and these."""
+    inner = dict(content.get("image_processor", content))
+    size = inner.pop("size", None) or {}
+    found = {key: inner.pop(key, None) or size.get(also) for key, also in _PIXEL_LIMITS.items()}
+    others = {key: value for key, value in size.items() if key not in _PIXEL_LIMITS.values()}
+    rest = {**content, "image_processor": inner} if "image_processor" in content else inner
+    return {**rest, "size": others}, {key: int(value) for key, value in found.items() if value is not None}
+
+
+def _write_pixel_limits(path: Path, limits: dict[str, int]) -> None:
+    """Set the limits in the base's own file, under the keys that it has."""
+    content = read_json(path)
+    size = content.get("size", {})
+    for key, value in limits.items():
+        also = _PIXEL_LIMITS[key]
+        if also in size:
+            size[also] = value
+        if key in content or also not in size:
+            content[key] = value
+    path.write_text(dump_json(content), encoding="utf-8")
 
 
 def _without_rollout_settings(processor: Any, original: Any) -> Any:

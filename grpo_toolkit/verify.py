@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, TensorInfo, open_checkpoint
 from grpo_toolkit.defaults import capture_defaults
-from grpo_toolkit.distributed import is_sharded
+from grpo_toolkit.distributed import gathered_root, is_sharded
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.inference import Record, Request, generate
 from grpo_toolkit.worker import Worker
@@ -191,7 +191,7 @@ def policy_records(
     of its mixed precision, and its engine holds on to parameters of its own.
     """
     rounded = (None, None) if is_sharded(model) else (dtype, computed_in or dtype)
-    with inference_ready(model), _without_autocast(model), _parameters_as(model, *rounded):
+    with inference_ready(model), _without_autocast(model), gathered_root(model), _parameters_as(model, *rounded):
         return [generate(model, processor, request) for request in requests]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from grpo_toolkit.checkpoint import open_checkpoint
@@ -392,3 +393,31 @@ def test_fsdp1_is_refused_with_the_way_out(qwen: Path, tmp_path: Path) -> None:
     model.wrapped = FullyShardedDataParallel()
     with pytest.raises(UnsupportedError, match="export that folder"):
         export_model(model, tmp_path / "export")
+
+
+@pytest.mark.parametrize("as_size", [False, True])
+def test_trained_pixel_limits_are_kept_in_the_bases_own_form(as_size: bool, qwen: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(qwen, base)
+    own = json.loads((base / "preprocessor_config.json").read_text())
+    if as_size:  # as Qwen2.5-VL's makers write it now
+        limits = {"shortest_edge": own.pop("min_pixels"), "longest_edge": own.pop("max_pixels")}
+        (base / "preprocessor_config.json").write_text(json.dumps({**own, "size": limits}))
+    _, processor, _ = load_model(base)
+    processor.image_processor.max_pixels = 28 * 28 * 16
+    if "longest_edge" in (getattr(processor.image_processor, "size", None) or {}):
+        processor.image_processor.size["longest_edge"] = 28 * 28 * 16
+    result = export_model(load_model(base)[0], tmp_path / "export", base=base, processing_class=processor)
+    assert result is not None
+    assert [change.file for change in result.changes] == ["preprocessor_config.json"]
+
+    before, after = (json.loads((folder / "preprocessor_config.json").read_text()) for folder in (base, result.path))
+    (before["size"] if as_size else before)["longest_edge" if as_size else "max_pixels"] = 28 * 28 * 16
+    assert after == before
+    assert not (result.path / "processor_config.json").exists()
+    large = Image.new("RGB", (560, 560))
+    again = load_model(result.path)[1]
+    assert (
+        again.image_processor(large)["image_grid_thw"].tolist()
+        == processor.image_processor(large)["image_grid_thw"].tolist()
+    )
