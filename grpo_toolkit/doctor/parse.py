@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.doctor.files import Entry, Files
 
-_CONTAINERS: Final = 200_000
+_CONTAINERS: Final = 50_000
 _TOKENIZER_HEAD: Final = 4 * MIB
 _README_HEAD: Final = 16 * 1024
 _MAX_SHARDS: Final = 2_000
