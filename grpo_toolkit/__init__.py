@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.measure import LatencyRow, measure_latency
-    from grpo_toolkit.merge import MergeResult, merge_adapter
+    from grpo_toolkit.merge.merge import MergeResult, merge_adapter
     from grpo_toolkit.verify import VerificationResult, verify_export
     from grpo_toolkit.whole import last_whole_checkpoint
 
@@ -48,7 +48,7 @@ _MODULES = {
     "KVCacheCallback": "callbacks",
     "LatencyCallback": "callbacks",
     "LatencyRow": "latency.measure",
-    "MergeResult": "merge",
+    "MergeResult": "merge.merge",
     "OutputExistsError": "errors",
     "PeerError": "errors",
     "RepairResult": "doctor.repair",
@@ -64,7 +64,7 @@ _MODULES = {
     "inference_ready": "cache",
     "last_whole_checkpoint": "whole",
     "measure_latency": "latency.measure",
-    "merge_adapter": "merge",
+    "merge_adapter": "merge.merge",
     "repair_checkpoint": "doctor.repair",
     "undo_repair": "doctor.repair",
     "verify_export": "verify",

@@ -143,7 +143,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from grpo_toolkit.merge import merge_adapter
+    from grpo_toolkit.merge.merge import merge_adapter
     from grpo_toolkit.tracking.console import byte_progress
 
     is_talking = not (arguments.quiet or arguments.json)

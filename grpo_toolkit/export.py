@@ -21,7 +21,7 @@ from grpo_toolkit.distributed import is_fsdp1, is_sharded, rank
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.manifest import write_manifest
-from grpo_toolkit.merge_live import refuse_unmergeable
+from grpo_toolkit.merge.live import refuse_unmergeable
 from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.saving import base_folder, capture_model_defaults

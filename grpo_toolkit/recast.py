@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint import WEIGHTS_INDEX, Checkpoint
 from grpo_toolkit.errors import VerificationError
-from grpo_toolkit.lora import is_finite_in
-from grpo_toolkit.merge_base import FLOATS, Base
-from grpo_toolkit.merge_worker import TORCH_NAMES, Buffer, raw_bytes, single_threaded, worker_count
+from grpo_toolkit.merge.base import FLOATS, Base
+from grpo_toolkit.merge.lora import is_finite_in
+from grpo_toolkit.merge.worker import TORCH_NAMES, Buffer, raw_bytes, single_threaded, worker_count
 from grpo_toolkit.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.shards import plan_shards, refuse_full_disk
 from grpo_toolkit.stream import Shard, Span, copy_span, equal_bytes, read_at, write_at, write_shards

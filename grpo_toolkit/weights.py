@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.adapter import find_adapter, open_adapter
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.checkpoint import (
     ADAPTER_CONFIG,
@@ -20,10 +19,11 @@ from grpo_toolkit.checkpoint import (
 from grpo_toolkit.distributed import gather, is_sharded
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.inference import auto_class
-from grpo_toolkit.merge import merge_weights
-from grpo_toolkit.merge_base import open_base
-from grpo_toolkit.merge_live import adapter_state, is_adapted, refuse_resized, saved_adapter
-from grpo_toolkit.merge_plan import plan_updates
+from grpo_toolkit.merge.adapter import find_adapter, open_adapter
+from grpo_toolkit.merge.base import open_base
+from grpo_toolkit.merge.live import adapter_state, is_adapted, refuse_resized, saved_adapter
+from grpo_toolkit.merge.merge import merge_weights
+from grpo_toolkit.merge.plan import plan_updates
 from grpo_toolkit.recast import copy_weights, plan_copy
 from grpo_toolkit.saving import generation_config_of, inference_defaults, published_names, saved_state
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import strategies as st
 
 from grpo_toolkit.doctor.files import Entry
-from memory import MemoryFiles, put_header
+from memory_files import MemoryFiles, put_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable

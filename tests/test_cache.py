@@ -25,7 +25,7 @@ from grpo_toolkit.callbacks import KVCacheCallback
 from grpo_toolkit.distributed import is_sharded
 from grpo_toolkit.inference import generate, load_model, prepare_inputs
 from grpo_toolkit.probe import CacheProbe, Decoding, RolloutWatch, vision_tower
-from training import grpo_trainer, v5_only
+from training import forgets_in_training, grpo_trainer, v5_only
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +64,7 @@ def test_without_a_cache_every_step_recomputes_the_prompt(model: Any, processor:
     assert record.tokens == cached.tokens
 
 
+@forgets_in_training
 def test_in_train_mode_with_checkpointing_the_text_is_wrong_and_inference_ready_cures_it(
     model: Any, processor: Any, image_request: Request
 ) -> None:
@@ -223,6 +224,10 @@ def watched_generation(model: Any, processor: Any, request: Request, **settings:
 def test_a_watch_tells_how_a_rollout_decodes(model: Any, processor: Any, image_request: Request) -> None:
     assert watched_generation(model, processor, image_request) is Decoding.CACHED
     assert watched_generation(model, processor, image_request, use_cache=False) is Decoding.RECOMPUTED
+
+
+@forgets_in_training
+def test_a_watch_sees_a_cache_that_holds_nothing(model: Any, processor: Any, image_request: Request) -> None:
     model.train()
     model.gradient_checkpointing_enable()
     assert watched_generation(model, processor, image_request) is Decoding.FORGETFUL

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from grpo_toolkit.checkpoint import open_checkpoint
-from grpo_toolkit.merge import merge_adapter
+from grpo_toolkit.merge.merge import merge_adapter
 from launch import launch
 from test_merge import stored
 

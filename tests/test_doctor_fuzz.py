@@ -22,7 +22,7 @@ from grpo_toolkit.doctor.files import PlannedFiles
 from grpo_toolkit.doctor.plan import make_plan
 from grpo_toolkit.doctor.text import diagnosis_lines
 from grpo_toolkit.errors import CheckpointError
-from memory import MemoryFiles, copied, load_seed
+from memory_files import MemoryFiles, copied, load_seed
 from mutations import SEEDS, Mutation, mutate, mutations
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from grpo_toolkit.export import export_model
 from grpo_toolkit.inference import generate, load_model
 from grpo_toolkit.latency.workload import requests_from_rows
 from grpo_toolkit.manifest import manifest_of
-from grpo_toolkit.merge import merge_adapter
+from grpo_toolkit.merge.merge import merge_adapter
 from grpo_toolkit.verify import verify_export
 from training import grpo_trainer, rows, v5_only
 

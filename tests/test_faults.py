@@ -6,6 +6,7 @@ one child after the other kills itself (SIGKILL) before its first, second, third
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import os
@@ -15,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from grpo_toolkit import exchange as exchange_module
 from grpo_toolkit.cli import main
-from grpo_toolkit.merge import merge_adapter
+from grpo_toolkit.merge.merge import merge_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ def die_at(step: int) -> Callable[[], int]:
         if hasattr(os, name):
             setattr(os, name, counted(getattr(os, name)))
     io.open = counted(io.open)  # type: ignore[assignment]
-    exchange_module.ctypes.CDLL = _counted_library(exchange_module.ctypes.CDLL, counted)  # type: ignore[misc]
+    ctypes.CDLL = _counted_library(ctypes.CDLL, counted)  # type: ignore[misc]
     return lambda: made
 
 

@@ -23,7 +23,7 @@ from grpo_toolkit.errors import (
     VerificationError,
 )
 from grpo_toolkit.inference import auto_class, dtype_argument
-from grpo_toolkit.merge import merge_adapter
+from grpo_toolkit.merge.merge import merge_adapter
 from models import MERGE_BUILDERS
 from training import v5_only
 
@@ -324,7 +324,7 @@ def test_what_is_not_merged_is_refused_by_name(option: str, adapter: Path, tmp_p
 def test_every_option_of_the_installed_peft_is_decided() -> None:
     from peft import LoraConfig
 
-    from grpo_toolkit import adapter
+    from grpo_toolkit.merge import adapter
 
     undecided = LoraConfig().to_dict().keys() - adapter._COMPUTED - adapter._HARMLESS - adapter._REFUSED.keys()
     assert undecided == set()

@@ -13,7 +13,7 @@ from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.export import export_model
 from grpo_toolkit.inference import auto_class
-from grpo_toolkit.merge import merge_adapter
+from grpo_toolkit.merge.merge import merge_adapter
 from grpo_toolkit.names import FAMILIES, family_of, live_name, names_by_live
 from models import MERGE_BUILDERS
 from training import v5_only

@@ -14,7 +14,7 @@ from grpo_toolkit.doctor.files import Entry
 from grpo_toolkit.doctor.names import plan_renames
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.rules.cache import NEUTRAL
-from memory import MemoryFiles, folder_of, put_tensors
+from memory_files import MemoryFiles, folder_of, put_tensors
 
 if TYPE_CHECKING:
     from grpo_toolkit.doctor.findings import Finding

@@ -13,6 +13,10 @@ from packaging.version import Version
 v5_only = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.0"), reason="about what transformers 5 does"
 )
+forgets_in_training = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("4.50"),
+    reason="4.49's checkpointed layers keep their cache in training",
+)
 
 
 def rows(count: int = 8, *, with_images: bool = True) -> Any:

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.adapter import find_adapter, refuse_options
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.errors import UnsupportedError
+from grpo_toolkit.merge.adapter import find_adapter, refuse_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
 
-    from grpo_toolkit.merge_base import Base
+    from grpo_toolkit.merge.base import Base
 
 
 def is_adapted(model: torch.nn.Module) -> bool:

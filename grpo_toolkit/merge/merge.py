@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.adapter import Adapter, find_adapter, open_adapter
 from grpo_toolkit.checkpoint import check_output, find_base, open_checkpoint, staged
 from grpo_toolkit.errors import CheckpointError, InputError, VerificationError
-from grpo_toolkit.lora import LowRank, Update
 from grpo_toolkit.manifest import write_manifest
-from grpo_toolkit.merge_base import Base, open_base
-from grpo_toolkit.merge_plan import plan_updates
-from grpo_toolkit.merge_worker import TensorFile, TensorMerger, single_threaded, worker_count
+from grpo_toolkit.merge.adapter import Adapter, find_adapter, open_adapter
+from grpo_toolkit.merge.base import Base, open_base
+from grpo_toolkit.merge.lora import LowRank, Update
+from grpo_toolkit.merge.plan import plan_updates
+from grpo_toolkit.merge.worker import TensorFile, TensorMerger, single_threaded, worker_count
 from grpo_toolkit.portable import carried_files, copy_files, write_configs
 from grpo_toolkit.shards import plan_shards, refuse_full_disk
 from grpo_toolkit.stream import write_shards

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import VerificationError
-from grpo_toolkit.lora import LowRank, Run, Update, add_rows, give_length, is_finite_in, matrix_shape, runs
+from grpo_toolkit.merge.lora import LowRank, Run, Update, add_rows, give_length, is_finite_in, matrix_shape, runs
 from grpo_toolkit.stream import read_at, write_at
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from grpo_toolkit.adapter import Adapter
     from grpo_toolkit.checkpoint import TensorInfo
-    from grpo_toolkit.merge_base import Base
+    from grpo_toolkit.merge.adapter import Adapter
+    from grpo_toolkit.merge.base import Base
     from grpo_toolkit.stream import Entry
 
 # Values in one block: in float32 (4 MiB) it stays in a core's cache from reading to rounding.

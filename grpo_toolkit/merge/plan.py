@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint import CONFIG
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
-from grpo_toolkit.lora import Bias, LowRank, Update
-from grpo_toolkit.merge_base import FLOATS
-from grpo_toolkit.merge_experts import containers_without_factors, parameter_updates, scale_of
+from grpo_toolkit.merge.base import FLOATS
+from grpo_toolkit.merge.experts import containers_without_factors, parameter_updates, scale_of
+from grpo_toolkit.merge.lora import Bias, LowRank, Update
 from grpo_toolkit.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, live_name
 from grpo_toolkit.stream import equal_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from grpo_toolkit.adapter import Adapter, Module
-    from grpo_toolkit.merge_base import Base
+    from grpo_toolkit.merge.adapter import Adapter, Module
+    from grpo_toolkit.merge.base import Base
 
 
 def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:
