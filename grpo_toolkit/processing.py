@@ -76,15 +76,13 @@ def _split_limits(content: JsonObject) -> tuple[JsonObject, dict[str, int]]:
 
 
 def _write_pixel_limits(path: Path, limits: dict[str, int]) -> None:
-    """Set the limits in the base's own file, under the keys that it has."""
+    """Set the limits in the base's own file: under the keys that 4.49 reads, and in `size` if it has them there."""
     content = read_json(path)
     size = content.get("size", {})
     for key, value in limits.items():
-        also = _PIXEL_LIMITS[key]
-        if also in size:
-            size[also] = value
-        if key in content or also not in size:
-            content[key] = value
+        content[key] = value
+        if _PIXEL_LIMITS[key] in size:
+            size[_PIXEL_LIMITS[key]] = value
     path.write_text(dump_json(content), encoding="utf-8")
 
 

@@ -59,10 +59,10 @@ def what_this_runs_on(trainer: Any) -> dict[str, Any]:
 def train(folder: Path, callbacks: list[Any], *, model: str, lora: bool = False, **options: Any) -> Any:
     from peft import LoraConfig
 
-    from training import grpo_trainer
+    from training import LANGUAGE_QV, grpo_trainer
 
     resume_from = options.pop("resume_from", None)
-    config = LoraConfig(r=4, target_modules=r".*language_model.*(q|v)_proj") if lora else None
+    config = LoraConfig(r=4, target_modules=LANGUAGE_QV) if lora else None
     # Adam with its usual epsilon makes a whole step of a gradient's rounding error; kinds could not be compared.
     options = {"adam_epsilon": 1e-2, "save_strategy": "steps", "save_steps": 2} | options
     trainer = grpo_trainer(Path(model), folder, callbacks, peft_config=config, **options)

@@ -11,7 +11,7 @@ from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback
 from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.errors import OutputExistsError, VerificationError
 from grpo_toolkit.latency.store import read_rows
-from training import grpo_trainer
+from training import LANGUAGE_Q, LANGUAGE_QV, grpo_trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ def test_training_is_bit_identical_with_and_without_callbacks(qwen: Path, tmp_pa
     logs, weights = {}, {}
     # TRL 1.0's first PEFT training in a process differs from its second, with or without us: so one to warm up.
     for name in ("first", "with", "without"):
-        config = LoraConfig(r=4, lora_dropout=0.1, target_modules=r".*language_model.*(q|v)_proj") if peft else None
+        config = LoraConfig(r=4, lora_dropout=0.1, target_modules=LANGUAGE_QV) if peft else None
         callbacks = all_callbacks(tmp_path) if name == "with" else []
         trainer = grpo_trainer(qwen, tmp_path / name, callbacks, peft_config=config, **options)
         trainer.train()
@@ -66,7 +66,7 @@ def test_a_plain_checkpoint_of_lora_is_timed_as_it_is_an_unmerged_adapter(qwen: 
     from peft import LoraConfig
 
     latency = LatencyCallback(arms=["checkpoint"], rounds=1, new_tokens=4, strict=True)
-    config = LoraConfig(r=4, target_modules=r".*language_model.*q_proj")
+    config = LoraConfig(r=4, target_modules=LANGUAGE_Q)
     trainer = grpo_trainer(qwen, tmp_path, [latency], peft_config=config)
     trainer.train()
     assert [row.arm for row in latency.rows] == ["checkpoint"]

@@ -13,7 +13,7 @@ from grpo_toolkit.errors import ResumeError
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.resume import ensure_checkpoint_weights
 from grpo_toolkit.whole import last_whole_checkpoint, why_not_whole
-from training import grpo_trainer, v5_only
+from training import LANGUAGE_QV, grpo_trainer, v5_only
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ SAVING: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps"
 def lora() -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=4, target_modules=r".*language_model.*(q|v)_proj")
+    return LoraConfig(r=4, target_modules=LANGUAGE_QV)
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:

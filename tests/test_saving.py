@@ -20,7 +20,7 @@ from grpo_toolkit.saving import (
     remove_save_hook,
     save_as_plain_trainer,
 )
-from training import grpo_trainer, v5_only
+from training import grpo_trainer, nested_config_only, v5_only
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -175,6 +175,7 @@ def test_training_state_is_back_after_a_save(qwen: Path, tmp_path: Path) -> None
     assert flags(read(tmp_path / "saved", "config.json")) == {"text_config": True}
 
 
+@nested_config_only
 def test_a_deep_copy_has_a_hook_of_its_own(qwen: Path, tmp_path: Path) -> None:
     model = load_model(qwen)[0]
     install_save_hook(model, capture_model_defaults(model))
@@ -207,6 +208,7 @@ def test_removing_the_hook_leaves_the_class_method(qwen: Path) -> None:
     assert "save_pretrained" not in vars(model)
 
 
+@nested_config_only
 def test_without_a_base_folder_a_snapshot_serves(qwen: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 

@@ -17,7 +17,7 @@ from packaging.version import Version
 from grpo_toolkit import ExportCallback, KVCacheCallback
 from grpo_toolkit.inference import Request, generate, load_model
 from models import build_llama
-from training import grpo_trainer, v5_only
+from training import LANGUAGE_Q, grpo_trainer, v5_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -169,8 +169,9 @@ def test_a_push_to_the_hub_uploads_files_that_are_right_already(
     uploaded: list[dict[str, Any]] = []
 
     def note_files(*_: object, folder_path: str, **options: Any) -> Any:
-        read = {name: json.loads(Path(folder_path, name).read_text()) for name in CONFIGS}
-        uploaded.append(read)
+        # The first upload of 4.49 is of the output folder, into which it copies config and weights alone.
+        found = [name for name in CONFIGS if Path(folder_path, name).is_file()]
+        uploaded.append({name: json.loads(Path(folder_path, name).read_text()) for name in found})
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -190,8 +191,9 @@ def test_a_push_to_the_hub_uploads_files_that_are_right_already(
     assert len(uploaded) >= 2
     for files in uploaded:
         assert files["config.json"]["use_cache"] is True
-        assert files["generation_config.json"].get("use_cache", True) is True
-        assert files["generation_config.json"]["temperature"] == 0.6
+    generation = [files["generation_config.json"] for files in uploaded if "generation_config.json" in files]
+    assert generation
+    assert all(config.get("use_cache", True) is True and config["temperature"] == 0.6 for config in generation)
 
 
 CONFIGS = ("config.json", "generation_config.json")
@@ -214,7 +216,7 @@ def test_an_adapter_checkpoint_has_the_files_of_a_plain_trainers(qwen: Path, tmp
 
     names = {}
     for name, callbacks in (("plain", []), ("ours", [KVCacheCallback(strict=True)])):
-        config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+        config = LoraConfig(r=2, target_modules=LANGUAGE_Q)
         saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
         grpo_trainer(qwen, tmp_path / name, callbacks, peft_config=config, **saving).train()
         names[name] = sorted(path.name for path in (tmp_path / name / "checkpoint-1").rglob("*"))

@@ -10,8 +10,16 @@ import pytest
 import transformers
 from packaging.version import Version
 
+# Layers of the language model by either spelling of the names: `model.language_model.layers` since 4.52, before that
+# `model.layers`. The tiny models' vision towers have none under `layers` that are called so, or say `vision`.
+LANGUAGE_Q = r"(?!.*(vision|visual)).*q_proj"
+LANGUAGE_QV = r"(?!.*(vision|visual)).*(q|v)_proj"
+
 v5_only = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.0"), reason="about what transformers 5 does"
+)
+nested_config_only = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("4.52"), reason="Qwen2.5-VL's config is flat in 4.49"
 )
 forgets_in_training = pytest.mark.skipif(
     Version(transformers.__version__) < Version("4.50"),
