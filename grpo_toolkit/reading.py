@@ -4,9 +4,10 @@ Standard library only, and nothing here reads a weight: a safetensors file begin
 JSON header, which says every tensor's name, dtype, shape and place
 (https://github.com/huggingface/safetensors#format).
 
-What a reader refuses it refuses with one `CheckpointError` that names the file: a pipe, a device or a link that leads
-out of the folder; JSON that is too large, nested too deeply or says one key twice; a header that is longer than its
-file, has tensors that overlap, leave holes or end after the file, or an unknown dtype. No pickle is ever opened.
+What a reader refuses it refuses with one `CheckpointError` that names the file: a pipe or a device; JSON that is too
+large, nested too deeply or says one key twice; a header that is longer than its file, has tensors that overlap, leave
+holes or end after the file, or an unknown dtype; and with `inside`, for folders from strangers, a link that leads out
+of the folder (a user's own base may well be made of links). No pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -88,14 +89,18 @@ def leaves_folder(path: Path) -> bool:
     return not (folder == "blobs" and repository.startswith("models--"))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, inside: bool = False) -> BinaryIO:
     """Open a file for reading if it is a regular one in its folder: never waits for a pipe, never touches a device.
 
+    Args:
+        path: the file.
+        inside: refuse a link that leaves the folder.
+
     Raises:
-        CheckpointError: missing, not permitted, not a regular file, or a link that leaves the folder.
+        CheckpointError: missing, not permitted, or not a regular file.
     """
     try:
-        if leaves_folder(path):
+        if inside and leaves_folder(path):
             raise CheckpointError(f"{path}: is a link that leaves its folder; put the file itself there")
         # Asked before opening, because opening a device can have effects, and after, because names can change hands.
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
@@ -120,13 +125,13 @@ def read_json(path: Path) -> JsonObject:
     return parse_json(read_bytes(path, limit=MAX_JSON_BYTES), str(path))
 
 
-def read_bytes(path: Path, *, limit: int) -> bytes:
+def read_bytes(path: Path, *, limit: int, inside: bool = False) -> bytes:
     """The bytes of a small file.
 
     Raises:
         CheckpointError: as `open_regular`, or larger than `limit` bytes.
     """
-    with open_regular(path) as file:
+    with open_regular(path, inside=inside) as file:
         try:
             raw = file.read(limit + 1)
         except OSError as error:
@@ -196,13 +201,13 @@ def _is_deeper(data: JsonObject, limit: int) -> bool:
     return True
 
 
-def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
+def read_safetensors_header(path: Path, *, inside: bool = False) -> dict[str, TensorInfo]:
     """The tensors that a safetensors file says it holds.
 
     Raises:
         CheckpointError: truncated, a header over 16 MiB or longer than the file, or not in the format.
     """
-    with open_regular(path) as file:
+    with open_regular(path, inside=inside) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:

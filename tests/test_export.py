@@ -300,7 +300,7 @@ def lora_checkpoint(base: Path, output_dir: Path, name: str = "default", **optio
 def test_an_adapter_whose_keys_fit_nowhere_is_refused(qwen: Path, tmp_path: Path) -> None:
     adapter = lora_checkpoint(qwen, tmp_path / "adapter")
     stored = load_file(adapter / "adapter_model.safetensors")
-    renamed = {name.replace("language_model.layers", "layers"): tensor for name, tensor in stored.items()}
+    renamed = {name.replace("self_attn", "attention"): tensor for name, tensor in stored.items()}
     save_file(renamed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="its weights do not fit its config"):
         export_model(adapter, tmp_path / "export")
@@ -427,3 +427,15 @@ def test_trained_pixel_limits_are_kept_in_the_bases_own_form(as_size: bool, qwen
         again.image_processor(large)["image_grid_thw"].tolist()
         == processor.image_processor(large)["image_grid_thw"].tolist()
     )
+
+
+def test_a_base_made_of_links_is_a_base(qwen: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in qwen.iterdir():
+        (base / path.name).symlink_to(path)
+    model, processor, _ = load_model(base)
+    result = export_model(model, tmp_path / "export", processing_class=processor)
+    assert result is not None
+    assert result.base == base
+    assert not any(path.is_symlink() for path in result.path.iterdir())

@@ -89,7 +89,7 @@ def equal_tensors(ours: Path, one: TensorInfo, theirs: Path, other: TensorInfo) 
 
 def _chunks(folder: Path, info: TensorInfo, *, size: int = _CHUNK) -> Iterator[bytes]:
     begin, end = info.span
-    with open_regular(folder / info.file) as file:
+    with open_regular(folder / info.file, inside=True) as file:
         file.seek(begin)
         while begin < end:
             chunk = file.read(min(size, end - begin))

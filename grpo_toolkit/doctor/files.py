@@ -67,16 +67,16 @@ class DiskFiles:
         return {entry.name: _entry(entry, self.path) for entry in found}
 
     def read(self, name: str, *, limit: int) -> bytes:
-        return read_bytes(self.path / name, limit=limit)
+        return read_bytes(self.path / name, limit=limit, inside=True)
 
     def head(self, name: str, *, limit: int) -> bytes:
         from grpo_toolkit.reading import open_regular
 
-        with open_regular(self.path / name) as file:
+        with open_regular(self.path / name, inside=True) as file:
             return file.read(limit)
 
     def tensors(self, name: str) -> dict[str, TensorInfo]:
-        return read_safetensors_header(self.path / name)
+        return read_safetensors_header(self.path / name, inside=True)
 
 
 def _entry(entry: os.DirEntry[str], folder: Path) -> Entry:

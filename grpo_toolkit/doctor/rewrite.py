@@ -27,11 +27,11 @@ def rewrite_shard(source: Path, target: Path, weights: Rewritten) -> int:
         UnsupportedError: a cast between other than floating-point dtypes.
     """
     kept: dict[str, tuple[TensorInfo, str]] = {}
-    for name, info in sorted(read_safetensors_header(source).items(), key=lambda item: item[1].span):
+    for name, info in sorted(read_safetensors_header(source, inside=True).items(), key=lambda item: item[1].span):
         new = weights.renames.get(name, name)
         if new is not None:
             kept[new] = info, weights.dtypes.get(name, info.dtype)
-    with open_regular(source) as reader, target.open("xb") as writer:
+    with open_regular(source, inside=True) as reader, target.open("xb") as writer:
         writer.write(_header(kept, _metadata(reader)))
         for info, dtype in kept.values():
             _copy_tensor(reader, writer, info, dtype)
