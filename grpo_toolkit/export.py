@@ -120,12 +120,12 @@ def export_model(
         dtype = _export_dtype(model, stored)
         if rank() != 0 and not is_sharded(model):
             return None
-        answers = ask_policy(model, processor, requests, dtype=dtype) if verify else None
+        defaults = capture_model_defaults(model, base=origin, overrides=generation_overrides)
+        answers = ask_policy(model, processor, requests, dtype=dtype, defaults=defaults) if verify else None
         weights = gather_weights(model, dtype=dtype, stored=stored) if folder is None else None
         if rank() != 0:
             return None
         with staged(target, overwrite=overwrite) as staging:
-            defaults = capture_model_defaults(model, base=origin, overrides=generation_overrides)
             write_weights(
                 model,
                 weights,

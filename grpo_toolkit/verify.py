@@ -6,7 +6,7 @@ policy was. Each check is a line with its figure; one that fails keeps the expor
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +16,7 @@ from grpo_toolkit.defaults import capture_defaults
 from grpo_toolkit.distributed import gathered_root, is_sharded
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.inference import Record, Request, generate
+from grpo_toolkit.saving import inference_defaults
 from grpo_toolkit.worker import Worker
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import torch
+
+    from grpo_toolkit.defaults import InferenceDefaults
 
 TIE_MARGINS: Final = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 """Logit gap under which rounding may pick either of two tokens, by dtype.
@@ -127,7 +130,12 @@ class PolicyAnswers:
 
 
 def ask_policy(
-    model: torch.nn.Module, processor: Any, requests: Sequence[Request], *, dtype: torch.dtype | None = None
+    model: torch.nn.Module,
+    processor: Any,
+    requests: Sequence[Request],
+    *,
+    dtype: torch.dtype | None = None,
+    defaults: InferenceDefaults | None = None,
 ) -> PolicyAnswers:
     """Ask a live policy everything twice; collective where it is sharded.
 
@@ -136,19 +144,21 @@ def ask_policy(
         processor: its processor or tokenizer; without one it cannot be asked anything.
         requests: what to ask; a text-only request is made up where there are none.
         dtype: what its export will be stored in.
+        defaults: the generation defaults of the export. Trainers give the live model other end-of-sequence ids for
+            their rollouts, and a policy that stops elsewhere cannot be compared.
     """
     if processor is None:
         return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
     asked = tuple(replace(request, with_rivals=True) for request in requests or [plain_request()])
-    with _seen_dtype(model) as computed_in:
+    generating = nullcontext() if defaults is None else inference_defaults(base_model(model), defaults)
+    with generating, _seen_dtype(model) as computed_in:
         records = policy_records(model, processor, asked, dtype=dtype)
-    again = _records_again(model, processor, asked, dtype=dtype)
+        rounding = [TIE_MARGINS.get(name, 0.0) for name in computed_in]
+        again = _records_again(model, processor, asked, dtype=dtype)
     # FSDP2 and ZeRO compute in bfloat16 also where the export of a float32 base does not: the export's own margin is
-    # too narrow for what the policy rounds. A sharded adapter cannot be asked in float32, and rounds once more a layer
-    # than its merged form.
-    rounding = [TIE_MARGINS.get(name, 0.0) for name in computed_in]
-    allowed = [margin if is_sharded(model) and hasattr(model, "peft_config") else margin / 2 for margin in rounding]
-    return PolicyAnswers(requests=asked, records=tuple(records), noise=max(policy_noise(records, again), *allowed))
+    # too narrow for what the policy rounds.
+    noise = max([policy_noise(records, again), *(margin / 2 for margin in rounding)])
+    return PolicyAnswers(requests=asked, records=tuple(records), noise=noise)
 
 
 def _records_again(
@@ -159,7 +169,7 @@ def _records_again(
     import torch
 
     if not is_sharded(model):
-        with suppress(torch.OutOfMemoryError):
+        with suppress(torch.cuda.OutOfMemoryError):
             return policy_records(model, processor, asked, dtype=dtype, computed_in=torch.float32)
         torch.cuda.empty_cache()
     return policy_records(model, processor, asked, dtype=dtype)
@@ -314,7 +324,10 @@ def _check_tokens(name: str, expected: Sequence[Record], found: Sequence[Record]
         elif _is_tie(want, got, where, tie_margin):
             ties += 1
         else:
-            broken.append(f"request {index} differs from token {where} on")
+            stops = where == min(len(want.tokens), len(got.tokens))
+            broken.append(
+                f"request {index} " + (f"stops after {where}" if stops else f"differs from token {where} on")
+            )
     detail = f"{equal} of {len(expected)} requests, {sum(len(want.tokens) for want in expected)} tokens in all"
     if ties:
         detail += f"; {ties} more differ from a tie on (logit gap <= {tie_margin:g})"

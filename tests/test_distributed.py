@@ -114,6 +114,12 @@ def test_saves_keep_the_cache_on(kind: str, runs: Any) -> None:
         assert json.loads((folder / "generation_config.json").read_text()).get("use_cache", True) is True
 
 
+def test_an_adapters_resume_on_two_processes_is_bit_identical(qwen: Path, tmp_path: Path) -> None:
+    report, _ = launch("ddp", "resumes", tmp_path, model=str(qwen), lora=True)
+    assert report["base"] == report["plain"] == report["straight"]
+    assert report["base_restored"] == 0
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2_full", "fsdp2_sharded", "zero3"])
 def test_a_resume_on_two_processes_is_bit_identical(kind: str, qwen: Path, tmp_path: Path) -> None:
     report, _ = launch(kind, "resumes", tmp_path, model=str(qwen))

@@ -439,3 +439,18 @@ def test_a_base_made_of_links_is_a_base(qwen: Path, tmp_path: Path) -> None:
     assert result is not None
     assert result.base == base
     assert not any(path.is_symlink() for path in result.path.iterdir())
+
+
+def test_a_live_model_that_stops_elsewhere_is_asked_as_its_export_is(
+    qwen: Path, tmp_path: Path, image_request: Request
+) -> None:
+    model, processor, _ = load_model(qwen)
+    said = generate(model, processor, image_request).tokens
+    model.generation_config.eos_token_id = [said[3]]  # as trainers align it with a tokenizer for their rollouts
+    assert len(generate(model, processor, image_request).tokens) == 4
+    result = export_model(model, tmp_path / "export", processing_class=processor, requests=[image_request])
+    assert result is not None
+    assert result.verification is not None
+    details = {check.name: check.detail for check in result.verification.checks}
+    assert details["same greedy tokens as the trained policy"] == "1 of 1 requests, 8 tokens in all"
+    assert model.generation_config.eos_token_id == [said[3]]
