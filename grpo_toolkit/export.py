@@ -101,6 +101,8 @@ def export_model(
         UnsupportedError: the model is wrapped by FSDP1, or its adapter cannot be merged; the message says what to do.
         VerificationError: a check failed; nothing was published.
     """
+    if rank() != 0 and not _takes_all_ranks(source):
+        return None
     started = time.monotonic()
     target = Path(output_dir)
     check_output(target, overwrite=overwrite)
@@ -118,8 +120,6 @@ def export_model(
         processor = processor if processor is not None or origin is None else processor_of(origin)
         stored = {} if origin is None else stored_dtypes(origin)
         dtype = _export_dtype(model, stored)
-        if rank() != 0 and not is_sharded(model):
-            return None
         defaults = capture_model_defaults(model, base=origin, overrides=generation_overrides)
         answers = ask_policy(model, processor, requests, dtype=dtype, defaults=defaults) if verify else None
         weights = gather_weights(model, dtype=dtype, stored=stored) if folder is None else None
@@ -163,6 +163,11 @@ def refuse_unsupported(model: torch.nn.Module) -> None:
             "config, or save a full checkpoint with trainer.save_model() and export that folder"
         )
     refuse_unmergeable(model)
+
+
+def _takes_all_ranks(source: Any) -> bool:
+    model = getattr(source, "model", source) if hasattr(source, "processing_class") else source
+    return hasattr(model, "parameters") and is_sharded(model)
 
 
 def _open_unloaded(folder: Path, processing_class: Any, base: Path | None) -> tuple[torch.nn.Module, Any]:

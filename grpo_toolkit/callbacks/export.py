@@ -85,6 +85,9 @@ class ExportCallback(GuardedCallback):
         if self._agree():
             with self._guarded("the export"):
                 self._export(kwargs["model"], kwargs.get("processing_class"), requests)
+        with self._guarded("showing the export"):
+            if self.result is not None:
+                say(export_table(self.result))
         self._agree()  # a barrier: the other ranks would wait for rank 0 in a collective that gives up
         self._raise_if_strict()
 
@@ -100,4 +103,3 @@ class ExportCallback(GuardedCallback):
         )
         if self.result is not None:
             published[base_model(model)] = self.result
-            say(export_table(self.result))
