@@ -174,8 +174,12 @@ def test_an_empty_or_doubled_answer_block_is_never_paid(thought: str, filler: st
         assert accuracy_reward([text], [filler]) == iou_reward([text], ["[1, 2, 3, 4]"]) == [0.0]
 
 
-coordinates = st.floats(min_value=0, max_value=99_999, allow_nan=False).map(lambda value: round(value, 3))
-boxes = st.tuples(coordinates, coordinates, coordinates, coordinates).filter(lambda b: b[0] < b[2] and b[1] < b[3])
+thousandths = st.integers(min_value=0, max_value=99_000_000)
+sizes = st.integers(min_value=1, max_value=999_000)
+boxes = st.builds(
+    lambda x, y, width, height: tuple(value / 1000 for value in (x, y, x + width, y + height)),
+    *(thousandths, thousandths, sizes, sizes),
+)
 
 
 @settings(deadline=None)
