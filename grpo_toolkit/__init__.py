@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     )
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.measure import LatencyRow, measure_latency
+    from grpo_toolkit.latency.measure import measure_latency
+    from grpo_toolkit.latency.row import LatencyRow
     from grpo_toolkit.merge.merge import MergeResult, merge_adapter
     from grpo_toolkit.verify import VerificationResult, verify_export
     from grpo_toolkit.whole import last_whole_checkpoint
@@ -47,7 +48,7 @@ _MODULES = {
     "InputError": "errors",
     "KVCacheCallback": "callbacks",
     "LatencyCallback": "callbacks",
-    "LatencyRow": "latency.measure",
+    "LatencyRow": "latency.row",
     "MergeResult": "merge.merge",
     "OutputExistsError": "errors",
     "PeerError": "errors",

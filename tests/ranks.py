@@ -85,7 +85,7 @@ def all_callbacks(folder: Path, **options: Any) -> tuple[dict[str, Any], Any]:
         "exported": export.result is not None,
         "checks": {check.name: check.detail for check in export.result.verification.checks} if export.result else {},
         "failures": [*export.failures, *latency.failures],
-        "arms": {row.arm: row.is_cached for row in latency.rows},
+        "arms": {row.arm: row.proof.is_cached for row in latency.rows},
     }, trainer
 
 

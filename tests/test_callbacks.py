@@ -10,7 +10,7 @@ import torch
 from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback
 from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.errors import OutputExistsError, VerificationError
-from grpo_toolkit.latency.store import read_rows
+from grpo_toolkit.latency.store import read_measurements
 from training import LANGUAGE_Q, LANGUAGE_QV, grpo_trainer
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ def test_three_callbacks_leave_a_verified_export_and_its_latency(any_base: Path,
     result = callbacks[1].result
     assert result.verification.passed
     assert open_checkpoint(tmp_path / "export").tensors()
-    rows = read_rows(tmp_path / "out" / "latency" / "latency.jsonl")
-    assert [row["arm"] for row in rows] == ["base", "checkpoint", "export", "export_no_cache"]
-    assert [row["is_cached"] for row in rows] == [True, True, True, False]
-    assert {row["step"] for row in rows} == {2}
-    assert {row["schema_version"] for row in rows} == {1}
+    rows = read_measurements(tmp_path / "out" / "latency" / "latency.jsonl")
+    assert [row.arm for row in rows] == ["base", "checkpoint", "export", "export_no_cache"]
+    assert [row.proof.is_cached for row in rows] == [True, True, True, False]
+    assert {row.step for row in rows} == {2}
+    assert {row.schema_version for row in rows} == {2}
     assert (tmp_path / "out" / "latency" / "latency.png").is_file()
     assert sorted(path.name for path in (tmp_path / "out" / "latency").iterdir()) == ["latency.jsonl", "latency.png"]
 
@@ -70,7 +70,7 @@ def test_a_plain_checkpoint_of_lora_is_timed_as_it_is_an_unmerged_adapter(qwen: 
     trainer = grpo_trainer(qwen, tmp_path, [latency], peft_config=config)
     trainer.train()
     assert [row.arm for row in latency.rows] == ["checkpoint"]
-    assert latency.rows[0].is_cached
+    assert latency.rows[0].proof.is_cached
 
 
 def test_a_failing_export_is_said_once_and_training_goes_on(

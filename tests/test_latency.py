@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import re
+from itertools import pairwise as pairs
 from typing import TYPE_CHECKING
 
 import pytest
 
 from grpo_toolkit.errors import InputError, WorkerError
 from grpo_toolkit.inference import Record, Request, image_messages
-from grpo_toolkit.latency.measure import Arm, Spread, measure_latency, spread
-from grpo_toolkit.latency.store import append_rows, read_rows
+from grpo_toolkit.latency.measure import Arm, measure_latency, summary
+from grpo_toolkit.latency.row import LatencyRow, Summary
+from grpo_toolkit.latency.store import append_rows, read_measurements, read_rows, row_of
 from grpo_toolkit.latency.workload import fixed_length, requests_from_rows
 from grpo_toolkit.tracking.plots import latency_chart
 from grpo_toolkit.worker import Worker, worker_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from grpo_toolkit.latency.measure import LatencyRow
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +40,18 @@ def measured(qwen: Path, turns: list[tuple[str, int]]) -> list[LatencyRow]:
 def test_every_arm_generates_exactly_what_was_asked(measured: list[LatencyRow]) -> None:
     assert [row.arm for row in measured] == ["export", "export_no_cache"]
     for row in measured:
-        assert row.new_tokens == 12
+        assert row.workload.max_new_tokens == 12
         assert row.rounds == 3
-        assert [len(timeline) for timeline in row.timelines_s] == [12] * 3
-        assert all(early < late for t in row.timelines_s for early, late in zip(t, t[1:], strict=False))
-        assert row.peak_memory_bytes > 0
+        assert [len(timeline.token_times_s) for timeline in row.timelines] == [12] * 3
+        assert all(early < late for t in row.timelines for early, late in pairs(t.token_times_s))
+        assert row.memory.peak_bytes > 0
 
 
 def test_the_proof_without_a_clock_is_in_the_row(measured: list[LatencyRow]) -> None:
     cached, uncached = measured
-    assert (cached.is_cached, uncached.is_cached) == (True, False)
-    assert cached.step_lengths[1:] == [1] * 11
-    assert uncached.step_lengths == [uncached.prompt_tokens + step for step in range(12)]
+    assert (cached.proof.is_cached, uncached.proof.is_cached) == (True, False)
+    assert cached.proof.step_lengths[1:] == [1] * 11
+    assert uncached.proof.step_lengths == [uncached.workload.prompt_tokens + step for step in range(12)]
 
 
 def test_arms_take_turns_in_alternating_order(measured: list[LatencyRow], turns: list[tuple[str, int]]) -> None:
@@ -63,15 +63,31 @@ def test_rows_survive_on_disk(measured: list[LatencyRow], tmp_path: Path) -> Non
     path = tmp_path / "latency" / "latency.jsonl"
     append_rows(path, measured[:1])
     append_rows(path, measured[1:])
-    assert read_rows(path) == [json.loads(json.dumps(row.to_json())) for row in measured]
+    assert read_rows(path) == measured
     with path.open("a") as file:
         file.write('{"arm": "cut o')  # a crash in the middle of a row
     assert len(read_rows(path)) == 2
     append_rows(path, measured[:1])
-    assert [row["arm"] for row in read_rows(path)] == ["export", "export_no_cache", "export"]
+    assert [row.arm for row in read_measurements(path)] == ["export", "export_no_cache", "export"]
     path.write_text("nonsense\n" + path.read_text())
     with pytest.raises(InputError, match="line 1 is not JSON"):
         read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 1}, "row: schema_version is 1, this version of grpo_toolkit reads 2"),
+        ({"kind": "other"}, "row: kind is 'other', expected one of ['explanation', 'measurement']"),
+        ({"rounds": "many"}, "row: rounds: Input should be a valid integer"),
+        ({"tpot_s": {"n": 1}}, "row: tpot_s.median: Field required"),
+    ],
+)
+def test_what_is_not_a_row_is_refused_with_its_key(
+    measured: list[LatencyRow], change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        row_of(measured[0].to_json() | change)
 
 
 def test_the_chart_is_a_picture(measured: list[LatencyRow], tmp_path: Path) -> None:
@@ -81,9 +97,9 @@ def test_the_chart_is_a_picture(measured: list[LatencyRow], tmp_path: Path) -> N
         assert picture.size[0] > 1000
 
 
-def test_spread_is_median_and_quartiles() -> None:
-    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(median=3.0, q1=2.0, q3=4.0)
-    assert spread([2.0]) == Spread(median=2.0, q1=2.0, q3=2.0)
+def test_a_summary_is_median_and_quartiles() -> None:
+    assert summary([4.0, 1.0, 3.0, 2.0, 5.0]) == Summary(n=5, median=3.0, q1=2.0, q3=4.0)
+    assert summary([2.0]) == Summary(n=1, median=2.0, q1=2.0, q3=2.0)
 
 
 def record(times: list[float]) -> Record:

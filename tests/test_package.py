@@ -36,6 +36,7 @@ FLOORS = [
     {"merge.merge", "merge.live", "recast"},
     {"weights"},
     {"resume", "worker", "processing"},
+    {"latency.row"},
     {"verify", "latency.workload", "latency.measure", "latency.store"},
     {"export"},
     {"tracking.wandb", "tracking.console", "tracking.plots", "tracking.doctor"},

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from grpo_toolkit.latency.store import read_rows
+from grpo_toolkit.latency.store import read_measurements
 from grpo_toolkit.tracking.wandb import TABLE_COLUMNS, log_latency, prepare_environment, run_folder
 
 TESTS = Path(__file__).parent
@@ -87,11 +87,11 @@ def test_scalars_are_one_row_at_the_last_step(run_output: tuple[Path, str], reco
     rows = [h["item"] for h in of_kind(records, "history") if "latency/export/tpot_ms_p50" in h["item"]]
     assert len(rows) == 1
     assert rows[0]["train/global_step"] == 2
-    on_disk = read_rows(run_output[0] / "latency" / "latency.jsonl")
-    assert [row["arm"] for row in on_disk] == list(ARMS)
+    on_disk = read_measurements(run_output[0] / "latency" / "latency.jsonl")
+    assert [row.arm for row in on_disk] == list(ARMS)
     for row in on_disk:
-        assert rows[0][f"latency/{row['arm']}/tpot_ms_p50"] == pytest.approx(row["tpot_s"]["median"] * 1e3)
-        assert rows[0][f"latency/{row['arm']}/peak_memory_mb"] == pytest.approx(row["peak_memory_bytes"] / 1e6)
+        assert rows[0][f"latency/{row.arm}/tpot_ms_p50"] == pytest.approx(row.tpot_s.median * 1e3)
+        assert rows[0][f"latency/{row.arm}/peak_memory_mb"] == pytest.approx(row.memory.peak_bytes / 1e6)
 
 
 def test_the_trainers_own_rows_are_there_too(records: list[dict[str, Any]]) -> None:

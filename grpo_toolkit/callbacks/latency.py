@@ -13,7 +13,7 @@ from grpo_toolkit.callbacks.export import published
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.prompts import find_requests
 from grpo_toolkit.distributed import gather, is_sharded
-from grpo_toolkit.latency.measure import Arm, LatencyRow, measure_latency
+from grpo_toolkit.latency.measure import Arm, measure_latency
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
 from grpo_toolkit.tracking.console import latency_table, say, wandb_hint
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from grpo_toolkit.latency.row import LatencyRow
 
 logger = logging.getLogger(__name__)
 

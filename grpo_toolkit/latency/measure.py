@@ -2,11 +2,7 @@
 
 Each model is loaded in a process of its own, all are warmed up, and then they take turns: one request on every arm,
 the order reversed from round to round, so that a machine that drifts or is shared slows all arms alike. Medians and
-quartiles are over rounds; the raw times of every token are kept.
-
-    TTFT = the first token's time, from the start of preprocessing
-    TPOT = (t_last - t_first) / (n - 1), null where n < 2
-    E2E  = the last token's time;  output tokens/s = n / E2E
+quartiles are over rounds; the raw times of every token are kept (see `row`).
 """
 
 from __future__ import annotations
@@ -14,14 +10,25 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.row import (
+    LatencyRow,
+    Memory,
+    Proof,
+    Settings,
+    Summary,
+    Timeline,
+    Tokens,
+    Workload,
+)
 from grpo_toolkit.latency.workload import fixed_length
 from grpo_toolkit.worker import Worker
 
@@ -29,8 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from grpo_toolkit.inference import Record, Request
-
-SCHEMA_VERSION: Final = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,49 +45,6 @@ class Arm:
     name: str
     path: Path
     use_cache: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Median and quartiles of one figure over the rounds."""
-
-    median: float
-    q1: float
-    q3: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatencyRow:
-    """One arm's measurement; one line of `latency.jsonl`. Times in seconds, memory in bytes.
-
-    `is_cached`, `step_lengths` and `vision_calls` are the proof that needs no clock (see `cache.CacheProbe`).
-    """
-
-    arm: str
-    path: str
-    use_cache: bool | None
-    new_tokens: int
-    prompt_tokens: int
-    rounds: int
-    ttft_s: Spread
-    tpot_s: Spread | None
-    e2e_s: Spread
-    output_tokens_per_s: Spread
-    peak_memory_bytes: int
-    is_cached: bool
-    step_lengths: list[int]
-    vision_calls: int
-    dtype: str
-    parameters: int
-    device: str
-    environment: Mapping[str, str]
-    timelines_s: list[list[float]]
-    measured_at: str
-    step: int | None = None
-    schema_version: int = SCHEMA_VERSION
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_latency(
@@ -136,41 +98,67 @@ def measure_latency(
                 if progress is not None:
                     progress(arm.name, turn, rounds)
         environment = environment_of(device)
-        return [_row(arm, workers[arm.path], records[arm.name], device, environment) for arm in arms]
+        session = uuid.uuid4().hex
+        return [
+            _row(arm, workers[arm.path], records[arm.name], asked[0], device, session, environment) for arm in arms
+        ]
 
 
-def _row(arm: Arm, worker: Worker, records: list[Record], device: str, environment: Mapping[str, str]) -> LatencyRow:
+def _row(
+    arm: Arm,
+    worker: Worker,
+    records: list[Record],
+    asked: Request,
+    device: str,
+    session: str,
+    environment: dict[str, str],
+) -> LatencyRow:
     tpots = [record.tpot_s for record in records if record.tpot_s is not None]
+    on_gpu = device.startswith("cuda")
+    peak = max(record.peak_memory_bytes for record in records)
     return LatencyRow(
         arm=arm.name,
         path=str(arm.path),
-        use_cache=arm.use_cache,
-        new_tokens=len(records[0].tokens),
-        prompt_tokens=int(statistics.median(record.prompt_tokens for record in records)),
+        settings=Settings(device=device, dtype=worker.report.dtype, use_cache=arm.use_cache),
+        workload=Workload(
+            name="fixed",
+            requests=len(records),
+            prompt_tokens=int(statistics.median(record.prompt_tokens for record in records)),
+            max_new_tokens=asked.max_new_tokens,
+        ),
         rounds=len(records),
-        ttft_s=spread([record.ttft_s for record in records]),
-        tpot_s=spread(tpots) if tpots else None,
-        e2e_s=spread([record.e2e_s for record in records]),
-        output_tokens_per_s=spread([len(record.tokens) / record.e2e_s for record in records]),
-        peak_memory_bytes=max(record.peak_memory_bytes for record in records),
-        is_cached=all(record.is_cached for record in records),
-        step_lengths=records[0].step_lengths,
-        vision_calls=max(record.vision_calls for record in records),
-        dtype=worker.report.dtype,
+        ttft_s=summary([record.ttft_s for record in records]),
+        tpot_s=summary(tpots) if tpots else None,
+        e2e_s=summary([record.e2e_s for record in records]),
+        output_tokens_per_s=summary([len(record.tokens) / record.e2e_s for record in records]),
+        tokens=Tokens(output=summary([len(record.tokens) for record in records])),
+        memory=Memory(peak_allocated_bytes=peak) if on_gpu else Memory(peak_resident_bytes=peak),
+        proof=Proof(
+            is_cached=all(record.is_cached for record in records),
+            step_lengths=records[0].step_lengths,
+            vision_calls=max(record.vision_calls for record in records),
+        ),
         parameters=worker.report.parameters,
-        device=device,
         environment=environment,
-        timelines_s=[record.token_times_s for record in records],
+        timelines=[
+            Timeline(
+                token_times_s=record.token_times_s,
+                prompt_tokens=record.prompt_tokens,
+                output_tokens=len(record.tokens),
+            )
+            for record in records
+        ],
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        session=session,
     )
 
 
-def spread(values: Sequence[float]) -> Spread:
+def summary(values: Sequence[float]) -> Summary:
     """Median and quartiles (inclusive method: the values are all there is, not a sample of more)."""
     if len(values) == 1:
-        return Spread(median=values[0], q1=values[0], q3=values[0])
+        return Summary(n=1, median=values[0], q1=values[0], q3=values[0])
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median=median, q1=q1, q3=q3)
+    return Summary(n=len(values), median=median, q1=q1, q3=q3)
 
 
 def environment_of(device: str) -> dict[str, str]:

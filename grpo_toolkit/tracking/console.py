@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from grpo_toolkit.export import ExportResult
-    from grpo_toolkit.latency.measure import LatencyRow, Spread
+    from grpo_toolkit.latency.row import LatencyRow, Summary
 
 
 def latency_table(rows: Sequence[LatencyRow]) -> Table:
@@ -21,28 +21,36 @@ def latency_table(rows: Sequence[LatencyRow]) -> Table:
 
     first = rows[0]
     table = Table(
-        title=f"Latency: {first.new_tokens} new tokens after {first.prompt_tokens}, batch 1; medians over "
-        f"{first.rounds} rounds, quartiles in brackets; {first.environment['hardware']}",
+        title=f"Latency: {first.workload.max_new_tokens} new tokens after {first.workload.prompt_tokens}, batch "
+        f"{first.workload.batch_size}; medians over {first.rounds} rounds, quartiles in brackets; "
+        f"{first.environment['hardware']}",
         title_justify="left",
     )
     table.add_column("arm", no_wrap=True)
     for name in ("TTFT ms", "TPOT ms", "E2E ms", "tokens/s", "peak MB", "KV cache", "vision runs"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
+        if row.error is not None:
+            table.add_row(row.arm, row.error)
+            continue
         table.add_row(
             row.arm,
-            f"{row.ttft_s.median * 1e3:.1f}",
+            _milliseconds(row.ttft_s, 1),
             "-" if row.tpot_s is None else _with_quartiles(row.tpot_s),
-            f"{row.e2e_s.median * 1e3:.0f}",
-            f"{row.output_tokens_per_s.median:.0f}",
-            f"{row.peak_memory_bytes / 1e6:.0f}",
-            "in use" if row.is_cached else "off",
-            str(row.vision_calls),
+            _milliseconds(row.e2e_s, 0),
+            "-" if row.output_tokens_per_s is None else f"{row.output_tokens_per_s.median:.0f}",
+            "-" if row.memory.peak_bytes is None else f"{row.memory.peak_bytes / 1e6:.0f}",
+            {None: "-", True: "in use", False: "off"}[row.proof.is_cached],
+            "-" if row.proof.vision_calls is None else str(row.proof.vision_calls),
         )
     return table
 
 
-def _with_quartiles(spread: Spread) -> str:
+def _milliseconds(summary: Summary | None, digits: int) -> str:
+    return "-" if summary is None else f"{summary.median * 1e3:.{digits}f}"
+
+
+def _with_quartiles(spread: Summary) -> str:
     return f"{spread.median * 1e3:.2f} ({spread.q1 * 1e3:.2f} - {spread.q3 * 1e3:.2f})"
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from grpo_toolkit.latency.measure import LatencyRow
+    from grpo_toolkit.latency.row import LatencyRow
 
 _COLOURS: Final = {"export": "#2a7f62", "base": "#5b7b9a", "checkpoint": "#b08a3c", "export_no_cache": "#b5523b"}
 _LABELS: Final = {
@@ -34,8 +34,8 @@ def latency_chart(rows: Sequence[LatencyRow], path: Path) -> Path:
     _draw_curves(curves, rows)
     first = rows[0]
     figure.suptitle(
-        f"{first.parameters / 1e6:.1f} M parameters, {first.new_tokens} new tokens after {first.prompt_tokens}, "
-        f"batch 1, {first.environment['hardware']}",
+        f"{(first.parameters or 0) / 1e6:.1f} M parameters, {first.workload.max_new_tokens} new tokens after "
+        f"{first.workload.prompt_tokens}, batch {first.workload.batch_size}, {first.environment['hardware']}",
         fontsize=9,
         color="#555555",
     )
@@ -66,7 +66,10 @@ def _draw_bars(axes: Any, rows: Sequence[LatencyRow]) -> None:
 def _draw_curves(axes: Any, rows: Sequence[LatencyRow]) -> None:
 
     for row in rows:
-        gaps = [[late - early for early, late in zip(t, t[1:], strict=False)] for t in row.timelines_s]
+        gaps = [
+            [late - early for early, late in zip(t.token_times_s, t.token_times_s[1:], strict=False)]
+            for t in row.timelines
+        ]
         middle = [median(column) * 1e3 for column in zip(*gaps, strict=False)]
         label = _LABELS.get(row.arm, row.arm).replace("\n", " ")
         axes.plot(

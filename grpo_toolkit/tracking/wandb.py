@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from grpo_toolkit.latency.measure import LatencyRow
+    from grpo_toolkit.latency.row import LatencyRow, Summary
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +75,23 @@ def active_run() -> Any | None:
 
 def scalars(rows: Sequence[LatencyRow]) -> dict[str, float]:
     """`latency/<arm>/<metric>` for every arm; milliseconds and megabytes, as charts want them."""
-    values: dict[str, float] = {}
+    values: dict[str, float | None] = {}
     for row in rows:
         prefix = f"latency/{row.arm}"
-        values[f"{prefix}/ttft_ms_p50"] = row.ttft_s.median * 1e3
-        if row.tpot_s is not None:
-            values[f"{prefix}/tpot_ms_p50"] = row.tpot_s.median * 1e3
-        values[f"{prefix}/e2e_ms_p50"] = row.e2e_s.median * 1e3
-        values[f"{prefix}/output_tokens_per_s_p50"] = row.output_tokens_per_s.median
-        values[f"{prefix}/peak_memory_mb"] = row.peak_memory_bytes / 1e6
-    return values
+        values[f"{prefix}/ttft_ms_p50"] = _median(row.ttft_s, 1e3)
+        values[f"{prefix}/tpot_ms_p50"] = _median(row.tpot_s, 1e3)
+        values[f"{prefix}/e2e_ms_p50"] = _median(row.e2e_s, 1e3)
+        values[f"{prefix}/output_tokens_per_s_p50"] = _median(row.output_tokens_per_s)
+        values[f"{prefix}/peak_memory_mb"] = _megabytes(row.memory.peak_bytes)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _median(summary: Summary | None, factor: float = 1.0) -> float | None:
+    return None if summary is None else summary.median * factor
+
+
+def _megabytes(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
 
 
 def table_rows(rows: Sequence[LatencyRow], step: int) -> list[list[Any]]:
@@ -93,19 +100,19 @@ def table_rows(rows: Sequence[LatencyRow], step: int) -> list[list[Any]]:
         [
             step,
             row.arm,
-            "as in the files" if row.use_cache is None else str(row.use_cache).lower(),
-            row.prompt_tokens,
-            row.new_tokens,
+            "as in the files" if row.settings.use_cache is None else str(row.settings.use_cache).lower(),
+            row.workload.prompt_tokens,
+            row.workload.max_new_tokens,
             row.rounds,
-            row.ttft_s.median * 1e3,
-            None if row.tpot_s is None else row.tpot_s.median * 1e3,
-            row.e2e_s.median * 1e3,
-            row.output_tokens_per_s.median,
-            row.peak_memory_bytes / 1e6,
-            row.is_cached,
-            row.vision_calls,
-            row.dtype,
-            row.device,
+            _median(row.ttft_s, 1e3),
+            _median(row.tpot_s, 1e3),
+            _median(row.e2e_s, 1e3),
+            _median(row.output_tokens_per_s),
+            _megabytes(row.memory.peak_bytes),
+            row.proof.is_cached,
+            row.proof.vision_calls,
+            row.settings.dtype,
+            row.settings.device,
         ]
         for row in rows
     ]

@@ -1,0 +1,251 @@
+"""What a line of `latency.jsonl` is: one arm, measured on one workload, with its raw timelines (schema version 2).
+
+Times in seconds, memory in bytes, throughput in tokens per second. None is "was not measured" everywhere: an engine
+behind an endpoint shows no phases and no memory, a run out of memory has an `error` and no times.
+
+    TTFT = the first token's time, from the start of preprocessing
+    TPOT = (t_last - t_first) / (n - 1), None where n < 2
+    E2E  = the last token's time;  output tokens/s = output tokens of the batch / E2E
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal
+
+SCHEMA_VERSION: Final = 2
+
+Verdict = Literal["faster", "slower", "same", "cannot tell"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One figure over the measured requests; percentiles only where the sample carries them (see `statistics`)."""
+
+    n: int
+    median: float
+    q1: float
+    q3: float
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the arm ran. `use_cache` None: as its files say."""
+
+    engine: Literal["transformers", "openai"] = "transformers"
+    device: str
+    dtype: str
+    use_cache: bool | None = None
+    cache_implementation: str | None = None
+    attn_implementation: str | None = None
+    sdpa_backend: str | None = None
+    compiled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What was asked. `fixed`: exactly `max_new_tokens` each; `natural`: until the model's own end of sequence.
+
+    Prompt and image tokens are medians over the requests. `thinking` None: the prompts do not say.
+    """
+
+    name: str
+    kind: Literal["fixed", "natural"] = "fixed"
+    batch_size: int = 1
+    requests: int
+    prompt_tokens: int
+    image_tokens: int | None = None
+    max_new_tokens: int
+    thinking: bool | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phases:
+    """Where a request's time went, in seconds. They add up to E2E: `prefill_s` ends with the first token."""
+
+    tokenize_s: Summary | None = None
+    image_s: Summary | None = None
+    transfer_s: Summary | None = None
+    vision_s: Summary | None = None
+    prefill_s: Summary | None = None
+    decode_s: Summary | None = None
+    detokenize_s: Summary | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Output tokens of a request, and how many requests ended at the cap instead of an end of sequence."""
+
+    output: Summary
+    think: Summary | None = None
+    answer: Summary | None = None
+    capped: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes. `kv_theory_bytes`: 2 x layers x KV heads x head dim x bytes x tokens x batch, at the longest request."""
+
+    weights_bytes: int | None = None
+    kv_theory_bytes: int | None = None
+    kv_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_resident_bytes: int | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The GPU allocator's peak where there is one, otherwise the process's resident peak."""
+        return self.peak_resident_bytes if self.peak_allocated_bytes is None else self.peak_allocated_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What needs no clock: see `probe.CacheProbe`. `step_lengths` are those of the first request."""
+
+    is_cached: bool | None = None
+    step_lengths: list[int] = field(default_factory=list)
+    vision_calls: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """What physics allows. MBU = floor_tpot_s / tpot_s; MFU = FLOPs of the prefill / (time x peak FLOP/s)."""
+
+    bytes_per_step: int
+    bandwidth_bytes_per_s: float
+    datasheet_bytes_per_s: float | None = None
+    floor_tpot_s: float
+    mbu: float | None = None
+    prefill_flops: float | None = None
+    vision_flops: float | None = None
+    peak_flops_per_s: float | None = None
+    mfu: float | None = None
+    gap_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """This arm's time over another's, paired by round: the median and its 95% bootstrap interval."""
+
+    against: str
+    metric: str = "tpot_s"
+    median: float
+    low: float
+    high: float
+    pairs: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """One measured request, raw. `token_times_s` run from the start of preprocessing, one per step of the batch."""
+
+    token_times_s: list[float]
+    prompt_tokens: int
+    output_tokens: int
+    image_tokens: int | None = None
+    think_tokens: int | None = None
+    answer_tokens: int | None = None
+    first_answer_s: float | None = None
+    is_capped: bool | None = None
+    phases_s: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyRow:
+    """One arm's measurement; one line of `latency.jsonl`.
+
+    Rows of one session took turns with each other and may be compared; `id` is what a replay knows a row by.
+    `arm` is the name on charts (`base`, `checkpoint`, `export`, ...). `ratios` holds this arm against others of its
+    session.
+    """
+
+    arm: str
+    path: str
+    step: int | None = None
+    settings: Settings
+    workload: Workload
+    rounds: int
+    ttft_s: Summary | None = None
+    tpot_s: Summary | None = None
+    e2e_s: Summary | None = None
+    first_answer_s: Summary | None = None
+    output_tokens_per_s: Summary | None = None
+    phases: Phases = field(default_factory=Phases)
+    tokens: Tokens | None = None
+    memory: Memory = field(default_factory=Memory)
+    proof: Proof = field(default_factory=Proof)
+    roofline: Roofline | None = None
+    ratios: list[Ratio] = field(default_factory=list)
+    warmup_s: float | None = None
+    parameters: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    timelines: list[Timeline] = field(default_factory=list)
+    error: str | None = None
+    measured_at: str
+    session: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    kind: Literal["measurement"] = "measurement"
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """One bar of a waterfall: what one cause adds to the time of the metric, in seconds.
+
+    Attributes:
+        layer: "exact" (a split that sums up), "toggled" (measured by switching this cause alone) or "unexplained".
+        cause: a name of `explain.CAUSES`, or the name of a phase.
+        effect_s, low_s, high_s: the effect and its 95% interval.
+        predicted_s: what bandwidth and FLOPs predict, None where they say nothing.
+        evidence: what was seen without a clock.
+        cure, command: what to do about it.
+    """
+
+    layer: Literal["exact", "toggled", "unexplained"]
+    cause: str
+    effect_s: float
+    low_s: float | None = None
+    high_s: float | None = None
+    predicted_s: float | None = None
+    evidence: str = ""
+    cure: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplanationRow:
+    """Why `trained` takes another time than `base`: one line of `latency.jsonl`.
+
+    `audit` is what was found without a clock, also where it cost no time here. `split` are the exact effects: they
+    sum to `trained_s - base_s`. `effects` are toggled causes, largest first, and end with what is left unexplained:
+    they too sum to the difference.
+    """
+
+    base: str
+    trained: str
+    metric: str
+    base_s: float
+    trained_s: float
+    audit: list[Effect] = field(default_factory=list)
+    split: list[Effect] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+    step: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    measured_at: str
+    session: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    kind: Literal["explanation"] = "explanation"
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
