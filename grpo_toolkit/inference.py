@@ -223,22 +223,25 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
         output = cast("Any", model).generate(**inputs, **options, streamer=stopwatch)
         peak = stopwatch.peak_memory_bytes()
     prompt_tokens = int(inputs["input_ids"].shape[1])
+    tokens = output.sequences[0, prompt_tokens:].tolist()
     return Record(
         prompt_tokens=prompt_tokens,
-        tokens=output.sequences[0, prompt_tokens:].tolist(),
+        tokens=tokens,
         token_times_s=stopwatch.times_s,
         step_lengths=probe.step_lengths,
         is_cached=probe.is_cached,
         vision_calls=probe.vision_calls,
         peak_memory_bytes=peak,
-        rivals=[_rivals(logits[0]) for logits in output.logits or ()],
+        rivals=[_rivals(logits[0], token) for logits, token in zip(output.logits or (), tokens, strict=False)],
     )
 
 
-def _rivals(logits: torch.Tensor, count: int = 4) -> dict[int, float]:
+def _rivals(logits: torch.Tensor, chosen: int, count: int = 4) -> dict[int, float]:
+    # In bfloat16 two logits are often equal, and topk need not put the one first that argmax chose.
     best = logits.float().topk(count + 1)
     gaps = (best.values[0] - best.values).tolist()
-    return dict(zip(best.indices.tolist()[1:], gaps[1:], strict=True))
+    rivals = [(token, gap) for token, gap in zip(best.indices.tolist(), gaps, strict=True) if token != chosen]
+    return dict(rivals[:count])
 
 
 def prepare_inputs(processor: Any, request: Request) -> Any:

@@ -321,13 +321,14 @@ def _check_tokens(name: str, expected: Sequence[Record], found: Sequence[Record]
         where = _first_difference(want.tokens, got.tokens)
         if where is None:
             equal += 1
-        elif _is_tie(want, got, where, tie_margin):
+        elif _gap(want, got, where) <= tie_margin:
             ties += 1
         else:
             stops = where == min(len(want.tokens), len(got.tokens))
-            broken.append(
-                f"request {index} " + (f"stops after {where}" if stops else f"differs from token {where} on")
-            )
+            gap = _gap(want, got, where)
+            how = f"logit gap {gap:.3g}, ties are <= {tie_margin:.3g}" if gap < float("inf") else "no near rival"
+            what = f"stops after {where}" if stops else f"differs from token {where} on ({how})"
+            broken.append(f"request {index} {what}")
     detail = f"{equal} of {len(expected)} requests, {sum(len(want.tokens) for want in expected)} tokens in all"
     if ties:
         detail += f"; {ties} more differ from a tie on (logit gap <= {tie_margin:g})"
@@ -336,11 +337,11 @@ def _check_tokens(name: str, expected: Sequence[Record], found: Sequence[Record]
     return Check(name=name, passed=not broken, detail=detail)
 
 
-def _is_tie(want: Record, got: Record, where: int, tie_margin: float) -> bool:
-    """Whether rounding may have decided: the export took a token that was that close to the policy's."""
+def _gap(want: Record, got: Record, where: int) -> float:
+    """How far the token that the export took was below the policy's own; infinite where it was not among the next."""
     if where >= min(len(want.rivals), len(got.tokens)):
-        return False
-    return want.rivals[where].get(got.tokens[where], float("inf")) <= tie_margin
+        return float("inf")
+    return want.rivals[where].get(got.tokens[where], float("inf"))
 
 
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from grpo_toolkit.checkpoint import TensorInfo
-from grpo_toolkit.inference import Record
+from grpo_toolkit.inference import Record, _rivals
 from grpo_toolkit.verify import _check_cache, _check_tokens, _same, policy_noise
 
 
@@ -71,3 +71,12 @@ def test_noise_is_how_far_a_policy_is_from_itself() -> None:
     assert policy_noise([one], [record([1, 2], [{5: 1.25, 6: 2.0}, {7: 0.5}])]) == 0.25
     # From the first difference on, nothing compares but the gap that was overcome.
     assert policy_noise([one], [record([1, 7], [{5: 1.0, 6: 2.0}, {9: 9.0}])]) == 0.5
+
+
+def test_a_token_is_no_rival_of_itself_when_two_logits_are_equal() -> None:
+    """In bfloat16 they often are, and argmax and topk need not agree on which comes first."""
+    import torch
+
+    logits = torch.tensor([0.5, 2.0, 2.0, 1.0, -1.0, 0.0], dtype=torch.bfloat16)
+    assert _rivals(logits, 1) == {2: 0.0, 3: 1.0, 0: 1.5, 5: 2.0}
+    assert _rivals(logits, 2) == {1: 0.0, 3: 1.0, 0: 1.5, 5: 2.0}
