@@ -18,6 +18,7 @@ from typing import Any
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from arguments import RecipeArguments, parse
+from cost import CostCallback
 from data import Splits, load_splits, named_layout
 from grpo_toolkit import (
     ExportCallback,
@@ -67,8 +68,9 @@ def main(argv: list[str]) -> None:
     timing = LatencyCallback(
         prompts=splits.held_out, new_tokens=recipe.latency_new_tokens, rounds=max(recipe.latency_rounds, 1)
     )
-    callbacks = [KVCacheCallback(), ResumeGuardCallback(), exporting, *([timing] if recipe.latency_rounds else [])]
-    callbacks += [HealthCallback(), ShardedRolloutsCallback()]
+    cost = CostCallback(plan.memory.allocated)
+    callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
+    callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
 
     trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
     if trainer.is_world_process_zero():
@@ -87,6 +89,7 @@ def main(argv: list[str]) -> None:
             exporting.result,
             timing.rows,
             direct_accuracy=baselines.direct_accuracy,
+            cost=cost.figures(),
         )
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print_summary(summary)

@@ -26,6 +26,7 @@ def summarise(
     export: ExportResult | None,
     rows: Sequence[LatencyRow],
     *,
+    cost: dict[str, float | None],
     direct_accuracy: float | None = None,
 ) -> dict[str, Any]:
     """The figures of a run, [before, after] where there are two; written to `summary.json` and printed."""
@@ -35,6 +36,7 @@ def summarise(
         "accuracy_reward": reward_change(log_history, "accuracy_reward"),
         "iou_reward": reward_change(log_history, "iou_reward"),
         "format_reward": reward_change(log_history, "format_reward"),
+        **cost,
         "tpot_ms": {row.arm: row.tpot_s.median * 1e3 for row in rows if row.tpot_s is not None},
         "export": None if export is None else str(export.path),
         "verified": export is not None and export.verification is not None and export.verification.passed,
@@ -57,6 +59,11 @@ def print_summary(summary: dict[str, Any]) -> None:
     for reward in ("accuracy_reward", "iou_reward", "format_reward"):
         if summary[reward] is not None:
             table.add_row(f"{reward}, mean in rollouts", *(f"{value:.2f}" for value in summary[reward]))
+    if summary["step_s"] is not None:
+        table.add_row("time per step, rollouts included", "", f"{summary['step_s']:.2f} s")
+    if summary["peak_gib"] is not None:
+        estimated, peak = f"{summary['estimated_gib']:.1f} GiB estimated", f"{summary['peak_gib']:.1f} GiB"
+        table.add_row("GPU memory at the peak of training", estimated, peak)
     tpot = summary["tpot_ms"]
     if {"base", "export"} <= tpot.keys():
         table.add_row("time per output token", f"{tpot['base']:.2f} ms", f"{tpot['export']:.2f} ms")

@@ -7,6 +7,9 @@ Each block runs every arm once, each in a process of its own, forwards in one bl
 that neither the machine's drift nor what a process has learnt (cuDNN's plans) favours one. All arms see the same
 prompts, of fresh lengths at every step, and generate exactly `--new-tokens` tokens. The first step of a process warms
 up and is left out. The last line on standard output is one JSON object.
+
+`--alternate` is for differences of a percent on a shared machine: the arms of a block are trainers in one process that
+take turns, a step each, so that both steps of a pair meet the same machine.
 """
 
 from __future__ import annotations
@@ -19,10 +22,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -56,18 +63,20 @@ RATIOS = (
 def main() -> None:
     options = parse()
     if options.child:
-        print(json.dumps(train(ARMS[options.child], options)))
+        print(json.dumps(in_turns(options.child.split(","), options)))
         return
     with tempfile.TemporaryDirectory(prefix="bench-training-") as scratch:
         base = Path(options.base) if options.base else tiny_base(Path(scratch, "base"))
         poisoned = poison(base, Path(scratch, "poisoned"))
         steps: dict[str, list[list[float]]] = {name: [] for name in options.arms}
         for block in range(options.blocks):
-            for name in options.arms if block % 2 == 0 else reversed(options.arms):
-                folder = poisoned if ARMS[name].is_poisoned else base
-                found = in_a_process_of_its_own(name, folder, options)
-                steps[name].append(found["steps_s"])
-                print(f"block {block} {name:>20}: {show(found['steps_s'])}  peak {found['peak_gib']} GiB", flush=True)
+            order = options.arms if block % 2 == 0 else list(reversed(options.arms))
+            for names in [order] if options.alternate else [[name] for name in order]:
+                found = in_a_process_of_its_own(names, (base, poisoned), options)
+                for name in names:
+                    steps[name].append(found[name]["steps_s"])
+                    peak = found[name]["peak_gib"]
+                    print(f"block {block} {name:>20}: {show(steps[name][-1])}  peak {peak} GiB", flush=True)
     report(steps)
 
 
@@ -82,7 +91,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--longest-prompt", type=int, default=60, help="prompts have up to so many words")
     parser.add_argument("--image-size", type=int, default=56, help="pixels; 896 are 1,024 tokens of Qwen2.5-VL")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--alternate", action="store_true", help="the arms take turns in one process, step by step")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--poisoned", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -103,18 +114,44 @@ def poison(base: Path, folder: Path) -> Path:
     return folder
 
 
-def in_a_process_of_its_own(name: str, base: Path, options: argparse.Namespace) -> dict[str, Any]:
+def in_a_process_of_its_own(
+    names: list[str], bases: tuple[Path, Path], options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
     flags = ("steps", "generations", "new_tokens", "longest_prompt", "image_size", "device")
     given = [part for flag in flags for part in (f"--{flag.replace('_', '-')}", str(getattr(options, flag)))]
-    command = [sys.executable, str(Path(__file__)), "--child", name, "--base", str(base), *given]
+    given += ["--base", str(bases[0]), "--poisoned", str(bases[1])]
+    command = [sys.executable, str(Path(__file__)), "--child", ",".join(names), *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{name}: {done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        sys.exit(f"{names}: {done.stderr[-3000:]}")
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def train(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
+def in_turns(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Train every arm in a thread; only the one that holds the baton runs, and it hands it on after each step."""
+    batons = [threading.Semaphore(0) for _ in names]
+    found: dict[str, dict[str, Any]] = {}
+
+    def run(index: int) -> None:
+        batons[index].acquire()
+        found[names[index]] = train(ARMS[names[index]], options, lambda: hand_on(index))
+        batons[(index + 1) % len(names)].release()  # its turns are over; the others' go on
+
+    def hand_on(index: int) -> None:
+        batons[(index + 1) % len(names)].release()
+        batons[index].acquire()
+
+    threads = [threading.Thread(target=run, args=[index]) for index in range(len(names))]
+    for thread in threads:
+        thread.start()
+    batons[0].release()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def train(arm: Arm, options: argparse.Namespace, hand_on: Callable[[], None]) -> dict[str, Any]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from trl import GRPOConfig, GRPOTrainer
@@ -123,7 +160,7 @@ def train(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
 
     on_gpu = options.device == "cuda"
     with tempfile.TemporaryDirectory(prefix="bench-training-") as scratch:
-        timer = step_timer()
+        timer = step_timer(hand_on)
         callbacks: list[Any] = [timer]
         if arm.callbacks:
             callbacks += [KVCacheCallback(cudnn_decoding=arm.cudnn_decoding, strict=True), ResumeGuardCallback()]
@@ -148,7 +185,7 @@ def train(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
             disable_tqdm=True,
         )
         trainer = GRPOTrainer(
-            model=options.base,
+            model=options.poisoned if arm.is_poisoned else options.base,
             args=settings,
             reward_funcs=distinct_letters,
             train_dataset=prompts(options),
@@ -175,7 +212,7 @@ def distinct_letters(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(set(str(completion)))) for completion in completions]
 
 
-def step_timer() -> Any:
+def step_timer(hand_on: Callable[[], None]) -> Any:
     import torch
     from transformers import TrainerCallback
 
@@ -191,6 +228,7 @@ def step_timer() -> Any:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds.append(self._now() - self._began)
+            hand_on()
 
         def _now(self) -> float:
             if torch.cuda.is_available():

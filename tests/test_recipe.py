@@ -179,6 +179,9 @@ def test_a_local_model_and_dataset_run_from_start_to_end(qwen: Path, dataset: Pa
     assert (out / "export" / "grpo_toolkit.json").is_file(), done.stderr[-3000:]
     assert "held-out accuracy" in done.stdout
     assert "verified" in done.stdout
+    summary = json.loads((out / "summary.json").read_text())
+    assert f"1 steps of {summary['step_s']:.2f} s\n" in done.stderr
+    assert (summary["peak_gib"], summary["estimated_gib"]) == (None, None)  # there is no GPU
     assert json.loads((out / "grpo_recipe.json").read_text())["model"]["use_peft"] is True
 
 

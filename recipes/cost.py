@@ -1,0 +1,84 @@
+"""What a run costs: the time of a step, and the GPU memory at its peak beside the preflight's estimate of it."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from memory import GIB
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class CostCallback(TrainerCallback):
+    """Times every step, its rollouts included, and notes the most that was allocated up to the end of the last one.
+
+    The first step of a process also plans kernels and makes Adam's states: the median leaves it out where there are
+    more. `estimated_bytes` is the preflight's (`memory.Estimate.allocated`). Waiting for the GPU at both ends of a
+    step costs nothing: its loss is read there anyway.
+    """
+
+    def __init__(self, estimated_bytes: float) -> None:
+        self.estimated_bytes = estimated_bytes
+        self.steps_s: list[float] = []
+        self.peak_bytes = 0
+        self._device: torch.device | None = None
+        self._began = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._device = args.device
+        if args.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(args.device)  # the baselines before it are not training
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = self._now()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.steps_s.append(self._now() - self._began)
+        if args.device.type == "cuda":
+            import torch
+
+            self.peak_bytes = torch.cuda.max_memory_allocated(args.device)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the export, which takes a while."""
+        figures = self.figures()
+        if not state.is_world_process_zero or figures["step_s"] is None:
+            return
+        line = f"{len(self.steps_s)} steps of {figures['step_s']:.2f} s"
+        if figures["peak_gib"] is not None:
+            line += f", GPU memory {figures['peak_gib']:.1f} GiB at the peak, {figures['estimated_gib']:.1f} estimated"
+        print(line, file=sys.stderr, flush=True)
+
+    def _now(self) -> float:
+        if self._device is not None and self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def figures(self) -> dict[str, float | None]:
+        """For `summary.json`: seconds and GiB, of this process; None without a GPU."""
+        timed = self.steps_s[1:] or self.steps_s
+        on_gpu = self.peak_bytes > 0
+        return {
+            "step_s": statistics.median(timed) if timed else None,
+            "peak_gib": self.peak_bytes / GIB if on_gpu else None,
+            "estimated_gib": self.estimated_bytes / GIB if on_gpu else None,
+        }
