@@ -8,6 +8,10 @@
 | `referring`   | VLM-R1's JSONL files, a COCO folder     | `image` (a path), and `conversations` or        |
 |               |                                         | `problem` and `solution`                        |
 
+The columns are those that published trainers read: TRL's examples/scripts/grpo_vlm.py (`open_r1`), R1-V's
+open_r1/grpo.py (`clevr_count`), verl's examples/data_preprocess/geo3k.py (`geometry3k`), VLM-R1's grpo_jsonl.py
+(`referring`).
+
 A local folder of the same layout is read the same way: `--dataset_name FOLDER --dataset_layout clevr_count`. A new
 dataset is a row of `LAYOUTS`, a function, and a test; or, where plain columns do, no code at all (`data.py`).
 """
