@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cache import base_model, random_state_kept
-from grpo_toolkit.checkpoint import check_output, find_base, open_checkpoint, staged
+from grpo_toolkit.checkpoint import Kind, check_output, named_base, open_checkpoint, staged
 from grpo_toolkit.defaults import Repair, with_cache_defaults
 from grpo_toolkit.distributed import is_fsdp1, is_sharded, rank
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
@@ -26,10 +27,10 @@ from grpo_toolkit.portable import Change, config_changes, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.saving import base_folder, capture_model_defaults
 from grpo_toolkit.verify import PolicyAnswers, VerificationResult, ask_policy, verify_export
-from grpo_toolkit.weights import gather_weights, needs_loading, stored_dtypes, unloaded_model, write_weights
+from grpo_toolkit.weights import copied_shards, gather_weights, stored_dtypes, unloaded_model, write_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel, Trainer
@@ -106,17 +107,16 @@ def export_model(
     started = time.monotonic()
     target = Path(output_dir)
     check_output(target, overwrite=overwrite)
-    named_base = None if base is None else find_base(os.fspath(base))
-    if base is not None and named_base is None:
-        raise InputError(f"base {os.fspath(base)}: neither a model folder nor in the local Hub cache")
+    named = None if base is None else named_base(base)
     with random_state_kept():
         folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
-        if folder is not None and not verify and not needs_loading(folder, named_base or folder):
-            model, processor = _open_unloaded(folder, processing_class, named_base)
+        copied = () if folder is None else copied_shards(folder, named or folder, max_shard_size=max_shard_size)
+        if folder is not None and not verify and (copied or open_checkpoint(folder).kind is Kind.ADAPTER):
+            model, processor = _open_unloaded(folder, processing_class, named)
         else:
-            model, processor = _open_source(source, processing_class, device, named_base)
+            model, processor = _open_source(source, processing_class, device, named)
         refuse_unsupported(model)
-        origin = named_base or base_folder(model)
+        origin = named or base_folder(model)
         processor = processor if processor is not None or origin is None else processor_of(origin)
         stored = {} if origin is None else stored_dtypes(origin)
         dtype = _export_dtype(model, stored)
@@ -132,6 +132,8 @@ def export_model(
                 staging,
                 origin,
                 folder=folder,
+                copied=copied,
+                stored=stored,
                 dtype=dtype,
                 defaults=defaults,
                 link=link,
@@ -172,11 +174,8 @@ def _takes_all_ranks(source: Any) -> bool:
 
 def _open_unloaded(folder: Path, processing_class: Any, base: Path | None) -> tuple[torch.nn.Module, Any]:
     """A folder's model without its weights: what is not verified is copied or merged from file to file."""
-    try:
+    with _named_if_unloadable(folder):
         model = unloaded_model(folder, base=base)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
     return model, processing_class if processing_class is not None else processor_of(folder)
 
 
@@ -184,11 +183,8 @@ def _open_source(source: Any, processing_class: Any, device: str, base: Path | N
     if isinstance(source, (str, os.PathLike)):
         folder = Path(source)
         open_checkpoint(folder).tensors()  # a header that is damaged or cut off is named before anything is loaded
-        try:
+        with _named_if_unloadable(folder):
             model, processor, report = load_model(folder, device=device, base=base)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
         if not report.is_clean:
             raise InputError(
                 f"{folder}: its weights do not fit its config (missing {report.missing[:2]}, "
@@ -198,6 +194,16 @@ def _open_source(source: Any, processing_class: Any, device: str, base: Path | N
     if hasattr(source, "model") and hasattr(source, "processing_class"):
         return source.model, processing_class if processing_class is not None else source.processing_class
     return source, processing_class
+
+
+@contextmanager
+def _named_if_unloadable(folder: Path) -> Iterator[None]:
+    """What the libraries raise about a folder becomes one error that names it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def _export_dtype(model: torch.nn.Module, stored: Mapping[str, str]) -> torch.dtype:

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint import WEIGHTS_INDEX, Checkpoint
 from grpo_toolkit.errors import VerificationError
-from grpo_toolkit.merge.base import FLOATS, Base
 from grpo_toolkit.merge.lora import is_finite_in
-from grpo_toolkit.merge.worker import TORCH_NAMES, Buffer, raw_bytes, single_threaded, worker_count
+from grpo_toolkit.merge.worker import Buffer, raw_bytes, single_threaded, worker_count
 from grpo_toolkit.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
+from grpo_toolkit.reading import FLOAT_NAMES
 from grpo_toolkit.shards import plan_shards, refuse_full_disk
-from grpo_toolkit.stream import Shard, Span, copy_span, equal_bytes, read_at, write_at, write_shards
+from grpo_toolkit.stream import Shard, Span, copy_span, read_at, same_tensor, write_at, write_shards
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from grpo_toolkit.merge.base import Base
     from grpo_toolkit.stream import Entry, Progress
 
 _CAST: Final = "cast"
@@ -48,7 +49,7 @@ def plan_copy(
     kept = {found[live]: base.stored[live] for live in base.stored}
     dtypes: dict[str, str] = {}
     for ours, theirs in kept.items():
-        is_float = base.tensors[theirs].dtype in FLOATS and tensors[ours].dtype in FLOATS
+        is_float = base.tensors[theirs].dtype in FLOAT_NAMES and tensors[ours].dtype in FLOAT_NAMES
         dtypes[ours] = dtype if dtype is not None and is_float else base.tensors[theirs].dtype
         if tensors[ours].shape != base.tensors[theirs].shape or (dtypes[ours] != tensors[ours].dtype and not is_float):
             return None
@@ -68,10 +69,7 @@ def _repeats_embeddings(source: Checkpoint, found: dict[str, str], live: str, ba
     if not (base.is_tied and is_embedding(live, OUTPUT_EMBEDDINGS) and len(inputs) == 1):
         return False
     tensors = source.tensors()
-    one, other = tensors[found[live]], tensors[inputs[0]]
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return equal_bytes((source.path / one.file, one.span), (source.path / other.file, other.span))
+    return same_tensor(source.path, tensors[found[live]], tensors[inputs[0]])
 
 
 def copy_weights(
@@ -132,8 +130,8 @@ def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
     """Write a tensor in another dtype, rounded once."""
     import torch
 
-    stored_dtype: Any = getattr(torch, TORCH_NAMES[entry.source.dtype])
-    dtype: Any = getattr(torch, TORCH_NAMES[entry.dtype])
+    stored_dtype: Any = getattr(torch, FLOAT_NAMES[entry.source.dtype])
+    dtype: Any = getattr(torch, FLOAT_NAMES[entry.dtype])
     count = (entry.source.end - entry.source.begin) // stored_dtype.itemsize
     buffer, rounded = Buffer(), Buffer()
     source = os.open(entry.source.path, os.O_RDONLY | os.O_CLOEXEC)

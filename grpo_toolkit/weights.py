@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.checkpoint import (
-    ADAPTER_CONFIG,
     GENERATION_CONFIG,
     WEIGHTS_INDEX,
     Kind,
+    base_of_adapter,
     dump_json,
-    find_base,
     open_checkpoint,
     read_json,
 )
 from grpo_toolkit.distributed import gather, is_sharded
-from grpo_toolkit.errors import CheckpointError, UnsupportedError
+from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.inference import auto_class
 from grpo_toolkit.merge.adapter import find_adapter, open_adapter
 from grpo_toolkit.merge.base import open_base
 from grpo_toolkit.merge.live import adapter_state, is_adapted, refuse_resized, saved_adapter
 from grpo_toolkit.merge.merge import merge_weights
 from grpo_toolkit.merge.plan import plan_updates
+from grpo_toolkit.reading import FLOAT_NAMES
 from grpo_toolkit.recast import copy_weights, plan_copy
 from grpo_toolkit.saving import generation_config_of, inference_defaults, published_names, saved_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -37,13 +37,11 @@ if TYPE_CHECKING:
     from grpo_toolkit.defaults import InferenceDefaults
     from grpo_toolkit.stream import Shard
 
-_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-
 
 def stored_dtypes(folder: Path) -> dict[str, str]:
     """torch's name for the dtype of every floating-point tensor in a folder."""
     tensors = open_checkpoint(folder).tensors()
-    return {name: _DTYPES[info.dtype] for name, info in tensors.items() if info.dtype in _DTYPES}
+    return {name: FLOAT_NAMES[info.dtype] for name, info in tensors.items() if info.dtype in FLOAT_NAMES}
 
 
 def unloaded_model(folder: Path, *, base: Path | None = None) -> PreTrainedModel:
@@ -56,14 +54,7 @@ def unloaded_model(folder: Path, *, base: Path | None = None) -> PreTrainedModel
     from transformers import AutoConfig, GenerationConfig
 
     if open_checkpoint(folder).kind is Kind.ADAPTER:
-        settings = read_json(folder / ADAPTER_CONFIG)
-        name = settings.get("base_model_name_or_path")
-        found = base or find_base(name, revision=settings.get("revision"))
-        if found is None:
-            raise CheckpointError(
-                f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {name!r}, which is not on this machine"
-            )
-        folder = found
+        folder = base or base_of_adapter(folder)
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(folder).from_config(AutoConfig.from_pretrained(folder))
     if (folder / GENERATION_CONFIG).is_file():
@@ -78,6 +69,8 @@ def write_weights(
     base: Path | None,
     *,
     folder: Path | None,
+    copied: Sequence[Shard],
+    stored: Mapping[str, str],
     dtype: torch.dtype,
     defaults: InferenceDefaults,
     link: bool = False,
@@ -91,6 +84,8 @@ def write_weights(
         staging: an existing folder.
         base: the base's folder: its names and dtypes are the export's.
         folder: where `model` came from, if it was a folder.
+        copied: how to take that folder's own files (`copied_shards`); empty where that cannot be.
+        stored: dtypes of the base's tensors (`stored_dtypes`).
         dtype: for a model that is saved: what its floating-point weights are stored as.
         defaults: what the generation config says, where the base has none to carry.
         link: see `export_model`.
@@ -98,11 +93,11 @@ def write_weights(
     """
     if is_adapted(model) or (folder is not None and open_checkpoint(folder).kind is Kind.ADAPTER):
         _write_merged(model, weights, staging, base, folder=folder, max_shard_size=max_shard_size)
-    elif folder is not None and base is not None and (shards := _plan_copy(folder, base, max_shard_size)):
-        copy_weights(open_checkpoint(folder), shards, staging, link=link)
+    elif folder is not None and copied:
+        copy_weights(open_checkpoint(folder), copied, staging, link=link)
     else:
         _write_saved(
-            base_model(model), weights, staging, base, dtype=dtype, defaults=defaults, max_shard_size=max_shard_size
+            base_model(model), weights, staging, stored, dtype=dtype, defaults=defaults, max_shard_size=max_shard_size
         )
         return
     generation_config = generation_config_of(defaults)
@@ -136,15 +131,14 @@ def _write_merged(
         merge_weights(adapter, origin, staging, updates=updates, allow_unchanged=True, max_shard_size=max_shard_size)
 
 
-def needs_loading(folder: Path, base: Path) -> bool:
-    """Whether a folder's weights can only be exported by loading them: others than the base's, or no safetensors."""
-    return open_checkpoint(folder).kind is Kind.MODEL and not _plan_copy(folder, base, None)
+def copied_shards(folder: Path, base: Path, *, max_shard_size: str | int | None = None) -> list[Shard]:
+    """How to take a folder's own files for an export.
 
-
-def _plan_copy(folder: Path, base: Path, max_shard_size: str | int | None) -> list[Shard]:
-    """How to take a folder's own files; empty where they hold something else than the base's tensors."""
+    Empty for an adapter, and where the weights can only be exported by loading them: others than the base's, or none
+    in safetensors.
+    """
     source, origin = open_checkpoint(folder), open_checkpoint(base)
-    if not (source.tensors() and origin.tensors()):
+    if source.kind is Kind.ADAPTER or not (source.tensors() and origin.tensors()):
         return []
     return plan_copy(source, open_base(origin), max_shard_size=max_shard_size) or []
 
@@ -166,14 +160,13 @@ def _write_saved(
     plain: PreTrainedModel,
     weights: dict[str, torch.Tensor] | None,
     staging: Path,
-    base: Path | None,
+    stored: Mapping[str, str],
     *,
     dtype: torch.dtype,
     defaults: InferenceDefaults,
     max_shard_size: str | int | None,
 ) -> None:
     """Let the library save a model under published names, then give every tensor the base's dtype."""
-    stored = {} if base is None else stored_dtypes(base)
     weights = weights if weights is not None else gather_weights(plain, dtype=dtype, stored=stored)
     sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with inference_defaults(plain, defaults), published_names(plain):

@@ -121,13 +121,13 @@ def test_names_dtypes_and_a_head_stored_twice_are_put_right_on_the_way(
 
 
 def test_a_head_of_its_own_is_not_dropped(qwen: Path, trained: Path, tmp_path: Path) -> None:
-    from grpo_toolkit.weights import needs_loading
+    from grpo_toolkit.weights import copied_shards
 
     weights = load_file(trained / WEIGHTS)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, trained / WEIGHTS, metadata={"format": "pt"})
-    assert needs_loading(trained, qwen)
-    assert not needs_loading(qwen, qwen)
+    assert copied_shards(trained, qwen) == []
+    assert len(copied_shards(qwen, qwen)) == 1
 
 
 def test_values_that_the_dtype_cannot_hold_are_refused(qwen: Path, trained: Path, tmp_path: Path) -> None:

@@ -9,14 +9,13 @@ change it: a merge that did nothing, or half of it, fails and says where.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint import check_output, find_base, open_checkpoint, staged
-from grpo_toolkit.errors import CheckpointError, InputError, VerificationError
+from grpo_toolkit.checkpoint import base_of_adapter, check_output, named_base, open_checkpoint, staged
+from grpo_toolkit.errors import VerificationError
 from grpo_toolkit.manifest import write_manifest
 from grpo_toolkit.merge.adapter import Adapter, find_adapter, open_adapter
 from grpo_toolkit.merge.base import Base, open_base
@@ -28,6 +27,7 @@ from grpo_toolkit.shards import plan_shards, refuse_full_disk
 from grpo_toolkit.stream import write_shards
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from grpo_toolkit.stream import Progress
@@ -98,7 +98,7 @@ def merge_adapter(
     target = Path(output_dir)
     check_output(target, overwrite=overwrite)
     found = open_adapter(find_adapter(adapter, adapter_name))
-    origin = open_base(open_checkpoint(_base_of(found, base)))
+    origin = open_base(open_checkpoint(base_of_adapter(found.path) if base is None else named_base(base)))
     updates = plan_updates(found, origin)
     if not allow_unchanged:
         _refuse_untrained(found, updates)
@@ -135,21 +135,6 @@ def merge_adapter(
         bytes=merged.bytes,
         seconds=time.monotonic() - started,
     )
-
-
-def _base_of(adapter: Adapter, base: str | os.PathLike[str] | None) -> Path:
-    name = adapter.config.get("base_model_name_or_path")
-    if base is not None:
-        folder = find_base(os.fspath(base))
-        if folder is None:
-            raise InputError(f"base {os.fspath(base)}: neither a model folder nor in the local Hub cache")
-        return folder
-    folder = find_base(name, revision=adapter.config.get("revision"))
-    if folder is None:
-        raise CheckpointError(
-            f"{adapter.path}: its config names the base {name!r}, which is not on this machine; pass base= (--base)"
-        )
-    return folder
 
 
 @dataclass(frozen=True, kw_only=True)

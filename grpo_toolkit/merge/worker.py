@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import VerificationError
 from grpo_toolkit.merge.lora import LowRank, Run, Update, add_rows, give_length, is_finite_in, matrix_shape, runs
+from grpo_toolkit.reading import FLOAT_NAMES
 from grpo_toolkit.stream import read_at, write_at
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 # Values in one block: in float32 (4 MiB) it stays in a core's cache from reading to rounding.
 _BLOCK: Final = 2**20
-TORCH_NAMES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def worker_count() -> int:
@@ -74,7 +74,7 @@ class TensorFile:
         import torch
 
         info = self.tensors[name]
-        rows = buffer.take(count, columns, getattr(torch, TORCH_NAMES[info.dtype]))
+        rows = buffer.take(count, columns, getattr(torch, FLOAT_NAMES[info.dtype]))
         begin = info.span[0] + first * columns * rows.itemsize
         read_at(self._descriptor, raw_bytes(rows), begin, self.path)
         return rows
@@ -147,7 +147,7 @@ class TensorMerger:
 
         update: Update = entry.work
         columns = _matrix(entry, update)[1]
-        dtype = getattr(torch, TORCH_NAMES[entry.dtype])
+        dtype = getattr(torch, FLOAT_NAMES[entry.dtype])
         precise = _precision(entry)
         magnitude = self._adapter.read(update.magnitude, precise).flatten() if update.magnitude else None
         lengths = self._column_lengths(entry, update) if update.lengths_by_column else None
