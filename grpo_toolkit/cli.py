@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 EXIT_FINDINGS = 1
 EXIT_INPUT = 2
 
+COMPAT_HELP = "who can read it: all (also transformers 4 and servers, whatever wrote the base), v5 (the base's forms)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
@@ -57,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.add_argument("--link", action="store_true", help="hard links to the source's weight files where they fit")
     export.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
+    export.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor, such as float16")
+    export.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
     export.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
     export.set_defaults(run=_export)
 
@@ -68,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB (default: the base's)"
     )
+    merge.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor (default: the base's)")
+    merge.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
     merge.add_argument("--allow-unchanged", action="store_true", help="publish even if some of it changes nothing")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge or export")
     merge.add_argument("--quiet", action="store_true", help="say nothing but the folder")
@@ -130,6 +136,8 @@ def _export(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         link=arguments.link,
         max_shard_size=arguments.max_shard_size,
+        dtype=arguments.dtype,
+        compat=arguments.compat,
     )
     assert result is not None, "one process is rank 0"
     if arguments.json:
@@ -156,6 +164,8 @@ def _merge(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             allow_unchanged=arguments.allow_unchanged,
             max_shard_size=arguments.max_shard_size,
+            dtype=arguments.dtype,
+            compat=arguments.compat,
             progress=progress,
         )
     if arguments.json:

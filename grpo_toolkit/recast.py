@@ -20,7 +20,7 @@ from grpo_toolkit.shards import plan_shards, refuse_full_disk
 from grpo_toolkit.stream import Shard, Span, copy_span, read_at, same_tensor, write_at, write_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from grpo_toolkit.merge.base import Base
@@ -31,13 +31,19 @@ _VALUES: Final = 2**20
 
 
 def plan_copy(
-    source: Checkpoint, base: Base, *, dtype: str | None = None, max_shard_size: str | int | None = None
+    source: Checkpoint,
+    base: Base,
+    *,
+    names: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
 ) -> list[Shard] | None:
     """How a full model's files become an export's, or None where they hold something else than the base's tensors.
 
     Args:
         source: a folder with a full model.
         base: its base, which may be the same folder: names and dtypes are the base's.
+        names: what tensors of the base are called in the output, where that is something else.
         dtype: safetensors' name of a dtype for every floating-point tensor instead ("BF16").
         max_shard_size: see `plan_shards`.
     """
@@ -57,7 +63,7 @@ def plan_copy(
         source.path,
         {name: tensors[name] for name in kept},
         work={name: _CAST for name, wanted in dtypes.items() if wanted != tensors[name].dtype},
-        names=kept,
+        names={ours: (names or {}).get(theirs, theirs) for ours, theirs in kept.items()},
         dtypes=dtypes,
         max_shard_size=max_shard_size,
     )

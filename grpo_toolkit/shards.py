@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import CheckpointError, InputError
-from grpo_toolkit.reading import read_safetensors_metadata
+from grpo_toolkit.reading import FLOAT_NAMES, read_safetensors_metadata
 from grpo_toolkit.stream import Entry, Shard, Span
 
 if TYPE_CHECKING:
@@ -58,6 +58,18 @@ def plan_shards(
         Shard(file=file, entries=tuple(held), metadata={"format": "pt", **metadata.get(file, {})})
         for file, held in by_file.items()
     ]
+
+
+def named_dtype(name: str) -> str:
+    """safetensors' name of a floating-point dtype that is named as torch does ("bfloat16", "torch.bfloat16").
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    known = {torch_name: dtype for dtype, torch_name in FLOAT_NAMES.items()}
+    if name.removeprefix("torch.") not in known:
+        raise InputError(f"dtype {name}: not one of {', '.join(known)}")
+    return known[name.removeprefix("torch.")]
 
 
 def _entry(folder: Path, name: str, info: TensorInfo) -> Entry:

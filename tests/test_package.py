@@ -26,6 +26,7 @@ FLOORS = [
     {"doctor.rules.files", "doctor.rules.processing", "doctor.rules.tied", "doctor.rules.weights"},
     {"doctor.diagnose"},
     {"doctor.catalogue", "doctor.plan", "doctor.repair", "doctor.text"},
+    {"dialect"},
     {"cache", "distributed"},
     {"probe", "attention"},
     {"saving", "inference"},
