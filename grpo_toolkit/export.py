@@ -23,7 +23,7 @@ from grpo_toolkit.distributed import is_fsdp1, is_sharded, rank
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.manifest import write_manifest
-from grpo_toolkit.merge.live import refuse_unmergeable
+from grpo_toolkit.merge.live import is_adapted, refuse_unmergeable
 from grpo_toolkit.portable import Change, config_changes, declare_dtype, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.reading import FLOAT_NAMES
@@ -53,6 +53,8 @@ class ExportResult:
         repairs: values that were wrong in the base and are right in the export.
         changes: values that training changed and the export therefore carries.
         made_portable: what was changed in files that transformers 5 wrote, so that 4.x and servers can read them too.
+        sources: what went in, by name: the source, and the base or adapter that it names.
+        bytes: of all the files.
         verification: every check with its figure, or None where verification was switched off.
         seconds: how long it all took.
     """
@@ -62,6 +64,8 @@ class ExportResult:
     repairs: tuple[Repair, ...]
     changes: tuple[Change, ...]
     made_portable: tuple[str, ...]
+    sources: Mapping[str, str]
+    bytes: int
     verification: VerificationResult | None
     seconds: float
 
@@ -171,6 +175,8 @@ def export_model(
                 repairs=repairs,
                 changes=changes,
                 made_portable=made_portable,
+                sources=_sources(source, model, origin),
+                bytes=sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
                 verification=verification,
                 seconds=time.monotonic() - started,
             )
@@ -279,6 +285,17 @@ def _verify(
         failed = "; ".join(f"{check.name}: {check.detail}" for check in result.failures)
         raise VerificationError(f"not published, because the export failed verification: {failed}")
     return result
+
+
+def _sources(source: Any, model: torch.nn.Module, base: Path | None) -> dict[str, str]:
+    """What an export is made of, for its table."""
+    if isinstance(source, (str, os.PathLike)):
+        kind = "adapter" if open_checkpoint(source).kind is Kind.ADAPTER else "model"
+        named = f"{kind} {os.fspath(source)}"
+    else:
+        kind = "adapter" if is_adapted(model) else "model"
+        named = f"live {kind} ({type(base_model(model)).__name__}, {str(base_model(model).dtype)[6:]})"
+    return {"source": named, "base": "none on disk" if base is None else str(base)}
 
 
 def _write_manifest(staging: Path, result: ExportResult) -> None:

@@ -17,10 +17,10 @@ from grpo_toolkit.merge.worker import Buffer, raw_bytes, single_threaded, worker
 from grpo_toolkit.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.reading import FLOAT_NAMES
 from grpo_toolkit.shards import plan_shards, refuse_full_disk
-from grpo_toolkit.stream import Shard, Span, copy_span, read_at, same_tensor, write_at, write_shards
+from grpo_toolkit.stream import COPY_BYTES, Shard, Span, copy_span, read_at, same_tensor, write_at, write_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from grpo_toolkit.merge.base import Base
@@ -96,12 +96,17 @@ def copy_weights(
     """
     files = {path.name: path for path in source.weight_files()}
     if _are_whole_files(shards, source):
+        total, done = sum(path.stat().st_size for path in files.values()), 0
         for name, path in files.items():
             if not (link and _hard_link(path, folder / name)):
                 refuse_full_disk(folder, [shard for shard in shards if shard.file == name])
-                _copy_file(path, folder / name)
+                for copied in _copy_file(path, folder / name):
+                    if progress is not None:
+                        progress(done + copied, total)
+            done += path.stat().st_size
         if (source.path / WEIGHTS_INDEX).is_file() and len(files) > 1:
-            _copy_file(source.path / WEIGHTS_INDEX, folder / WEIGHTS_INDEX)
+            for _ in _copy_file(source.path / WEIGHTS_INDEX, folder / WEIGHTS_INDEX):
+                pass
         return
     refuse_full_disk(folder, shards)
     with single_threaded() as setup:
@@ -124,10 +129,15 @@ def _hard_link(source: Path, target: Path) -> bool:
     return True
 
 
-def _copy_file(source: Path, target: Path) -> None:
+def _copy_file(source: Path, target: Path) -> Iterator[int]:
+    """Copy a file whole, a piece at a time; yields the bytes done."""
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        copy_span(Span(path=source, begin=0, end=source.stat().st_size, dtype="U8"), descriptor, 0)
+        size = source.stat().st_size
+        for begin in range(0, size, COPY_BYTES):
+            end = min(begin + COPY_BYTES, size)
+            copy_span(Span(path=source, begin=begin, end=end, dtype="U8"), descriptor, begin)
+            yield end
     finally:
         os.close(descriptor)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]
 
 # One request of a copy: long enough to be cheap, short enough that workers share a large file and progress is seen.
-_COPY_BYTES: Final = 32 * 2**20
+COPY_BYTES: Final = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +195,8 @@ def _copies(entries: list[Entry], offset: int) -> Iterator[tuple[Callable[[int, 
     if not entries:
         return
     path, begin, end = entries[0].source.path, entries[0].source.begin, entries[-1].source.end
-    for start in range(begin, end, _COPY_BYTES):
-        size = min(_COPY_BYTES, end - start)
+    for start in range(begin, end, COPY_BYTES):
+        size = min(COPY_BYTES, end - start)
         span = Span(path=path, begin=start, end=start + size, dtype="U8")
         yield partial(copy_span, span), offset + start - begin, size
 

@@ -41,11 +41,12 @@ GPU a model need not even agree with itself: `policy_noise` measures by how much
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was verified: what, whether it held, and the figure that shows it."""
+    """One thing that was verified: what, whether it held, and the figure that shows it; or why it was skipped."""
 
     name: str
     passed: bool
     detail: str
+    skipped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ FLOORS = [
     {"merge.merge", "merge.live", "recast"},
     {"weights"},
     {"resume", "worker", "processing"},
-    {"verify", "latency.workload", "latency.measure", "latency.store"},
+    {"hub", "verify", "latency.workload", "latency.measure", "latency.store"},
     {"export"},
     {"tracking.wandb", "tracking.console", "tracking.plots", "tracking.doctor"},
     {"doctor.commands"},
