@@ -36,9 +36,11 @@ __all__ = [
     "JsonObject",
     "Kind",
     "TensorInfo",
+    "base_of_adapter",
     "check_output",
     "dump_json",
     "find_base",
+    "named_base",
     "open_checkpoint",
     "read_json",
     "read_safetensors_header",
@@ -148,6 +150,35 @@ def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path 
         return None
     snapshot = cached / "snapshots" / commit
     return snapshot if (snapshot / CONFIG).is_file() else None
+
+
+def named_base(name: str | os.PathLike[str]) -> Path:
+    """The folder of a base that the caller named.
+
+    Raises:
+        InputError: it is not here.
+    """
+    folder = find_base(os.fspath(name))
+    if folder is None:
+        raise InputError(f"base {os.fspath(name)}: neither a model folder nor in the local Hub cache")
+    return folder
+
+
+def base_of_adapter(adapter: Path) -> Path:
+    """The folder of the base that an adapter's config names.
+
+    Raises:
+        CheckpointError: it is not here.
+    """
+    config = read_json(adapter / ADAPTER_CONFIG)
+    name = config.get("base_model_name_or_path")
+    folder = find_base(name if isinstance(name, str) else None, revision=config.get("revision"))
+    if folder is None:
+        raise CheckpointError(
+            f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path is {name!r}, which is not on this machine; pass "
+            "base= (--base)"
+        )
+    return folder
 
 
 _HUB_NAME: Final = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)

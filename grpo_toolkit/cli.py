@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 EXIT_FINDINGS = 1
 EXIT_INPUT = 2
 
+COMPAT_HELP = "who can read it: all (also transformers 4 and servers, whatever wrote the base), v5 (the base's forms)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
@@ -57,6 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.add_argument("--link", action="store_true", help="hard links to the source's weight files where they fit")
     export.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
+    export.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor, such as float16")
+    export.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
+    export.add_argument("--push-to-hub", metavar="REPO", help="upload the verified folder (a new repo is private)")
+    export.add_argument("--quiet", action="store_true", help="say nothing but the folder")
     export.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
     export.set_defaults(run=_export)
 
@@ -68,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB (default: the base's)"
     )
+    merge.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor (default: the base's)")
+    merge.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
     merge.add_argument("--allow-unchanged", action="store_true", help="publish even if some of it changes nothing")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge or export")
     merge.add_argument("--quiet", action="store_true", help="say nothing but the folder")
@@ -117,29 +125,47 @@ def _export(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint import check_output, open_checkpoint
     from grpo_toolkit.export import export_model
     from grpo_toolkit.manifest import manifest_of
+    from grpo_toolkit.tracking.console import byte_progress, export_table, say
 
+    if arguments.push_to_hub and arguments.no_verify:
+        raise InputError("--push-to-hub sends what was verified: leave out --no-verify")
     check_output(arguments.output, overwrite=arguments.overwrite)
     open_checkpoint(arguments.source)
     _quiet_libraries()
-    result = export_model(
-        arguments.source,
-        arguments.output,
-        base=arguments.base,
-        overwrite=arguments.overwrite,
-        verify=not arguments.no_verify,
-        device=arguments.device,
-        link=arguments.link,
-        max_shard_size=arguments.max_shard_size,
-    )
+    is_talking = not (arguments.quiet or arguments.json)
+    with byte_progress("writing", is_shown=is_talking and sys.stderr.isatty()) as progress:
+        result = export_model(
+            arguments.source,
+            arguments.output,
+            base=arguments.base,
+            overwrite=arguments.overwrite,
+            verify=not arguments.no_verify,
+            device=arguments.device,
+            link=arguments.link,
+            max_shard_size=arguments.max_shard_size,
+            dtype=arguments.dtype,
+            compat=arguments.compat,
+            progress=progress,
+        )
     assert result is not None, "one process is rank 0"
-    if arguments.json:
-        print(json.dumps({"path": str(result.path), "seconds": result.seconds, **manifest_of(result.path)}))
-    else:
-        from grpo_toolkit.tracking.console import export_table, say
-
+    if is_talking:
         say(export_table(result))
+    url = _pushed(arguments.push_to_hub, result.path) if arguments.push_to_hub else None
+    if arguments.json:
+        facts = {"path": str(result.path), "seconds": result.seconds, "hub": url}
+        print(json.dumps({**facts, **manifest_of(result.path)}))
+    else:
         print(result.path)
     return 0
+
+
+def _pushed(repository: str, path: Path) -> str:
+    from grpo_toolkit.hub import push_export
+    from grpo_toolkit.tracking.console import say
+
+    url = push_export(path, repository)
+    say(f"uploaded to {url}")
+    return url
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -156,6 +182,8 @@ def _merge(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             allow_unchanged=arguments.allow_unchanged,
             max_shard_size=arguments.max_shard_size,
+            dtype=arguments.dtype,
+            compat=arguments.compat,
             progress=progress,
         )
     if arguments.json:

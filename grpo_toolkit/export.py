@@ -10,32 +10,37 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cache import base_model, random_state_kept
-from grpo_toolkit.checkpoint import check_output, find_base, open_checkpoint, staged
+from grpo_toolkit.checkpoint import Kind, check_output, named_base, open_checkpoint, staged
 from grpo_toolkit.defaults import Repair, with_cache_defaults
+from grpo_toolkit.dialect import check_compat, write_older_forms
 from grpo_toolkit.distributed import is_fsdp1, is_sharded, rank
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.manifest import write_manifest
-from grpo_toolkit.merge.live import refuse_unmergeable
-from grpo_toolkit.portable import Change, config_changes, write_configs
+from grpo_toolkit.merge.live import is_adapted, refuse_unmergeable
+from grpo_toolkit.portable import Change, config_changes, declare_dtype, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
+from grpo_toolkit.reading import FLOAT_NAMES
 from grpo_toolkit.saving import base_folder, capture_model_defaults
+from grpo_toolkit.shards import named_dtype
 from grpo_toolkit.verify import PolicyAnswers, VerificationResult, ask_policy, verify_export
-from grpo_toolkit.weights import gather_weights, needs_loading, stored_dtypes, unloaded_model, write_weights
+from grpo_toolkit.weights import Storage, copied_shards, gather_weights, stored_dtypes, unloaded_model, write_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel, Trainer
 
     from grpo_toolkit.defaults import InferenceDefaults
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.stream import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,9 @@ class ExportResult:
         base: the folder of the base model whose files were carried, or None.
         repairs: values that were wrong in the base and are right in the export.
         changes: values that training changed and the export therefore carries.
+        made_portable: what was changed in files that transformers 5 wrote, so that 4.x and servers can read them too.
+        sources: what went in, by name: the source, and the base or adapter that it names.
+        bytes: of all the files.
         verification: every check with its figure, or None where verification was switched off.
         seconds: how long it all took.
     """
@@ -55,6 +63,9 @@ class ExportResult:
     base: Path | None
     repairs: tuple[Repair, ...]
     changes: tuple[Change, ...]
+    made_portable: tuple[str, ...]
+    sources: Mapping[str, str]
+    bytes: int
     verification: VerificationResult | None
     seconds: float
 
@@ -72,6 +83,9 @@ def export_model(
     device: str = "cpu",
     link: bool = False,
     max_shard_size: str | int | None = None,
+    dtype: str | None = None,
+    compat: str = "all",
+    progress: Progress | None = None,
 ) -> ExportResult | None:
     """Export a trained model for inference.
 
@@ -91,6 +105,11 @@ def export_model(
         link: for a folder whose weight files are as its base's: hard links in place of copies, where the file system
             has them. What edits one of the two in place then edits both.
         max_shard_size: largest weight file, such as "5GB"; by default a folder's (or the base's) own files.
+        dtype: of every floating-point tensor ("float16"); by default the base's.
+        compat: "all": an export loads wherever its model type does, also where its base does not, because only
+            transformers 5 can read the base's files; "v5": in the base's forms alone.
+        progress: called with the bytes of weights that are written and the bytes in all; not for a live model that is
+            saved whole.
 
     Returns:
         What was published; None on ranks other than 0.
@@ -106,23 +125,30 @@ def export_model(
     started = time.monotonic()
     target = Path(output_dir)
     check_output(target, overwrite=overwrite)
-    named_base = None if base is None else find_base(os.fspath(base))
-    if base is not None and named_base is None:
-        raise InputError(f"base {os.fspath(base)}: neither a model folder nor in the local Hub cache")
+    check_compat(compat)
+    storage = Storage(
+        dtype=None if dtype is None else named_dtype(dtype),
+        compat=compat,
+        max_shard_size=max_shard_size,
+        link=link,
+        progress=progress,
+    )
+    named = None if base is None else named_base(base)
     with random_state_kept():
         folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
-        if folder is not None and not verify and not needs_loading(folder, named_base or folder):
-            model, processor = _open_unloaded(folder, processing_class, named_base)
+        copied = () if folder is None else copied_shards(folder, named or folder, storage)
+        if folder is not None and not verify and (copied or open_checkpoint(folder).kind is Kind.ADAPTER):
+            model, processor = _open_unloaded(folder, processing_class, named)
         else:
-            model, processor = _open_source(source, processing_class, device, named_base)
+            model, processor = _open_source(source, processing_class, device, named)
         refuse_unsupported(model)
-        origin = named_base or base_folder(model)
+        origin = named or base_folder(model)
         processor = processor if processor is not None or origin is None else processor_of(origin)
-        stored = {} if origin is None else stored_dtypes(origin)
-        dtype = _export_dtype(model, stored)
+        stored = {} if origin is None else stored_dtypes(origin, storage)
+        stored_as = _export_dtype(model, stored, storage)
         defaults = capture_model_defaults(model, base=origin, overrides=generation_overrides)
-        answers = ask_policy(model, processor, requests, dtype=dtype, defaults=defaults) if verify else None
-        weights = gather_weights(model, dtype=dtype, stored=stored) if folder is None else None
+        answers = ask_policy(model, processor, requests, dtype=stored_as, defaults=defaults) if verify else None
+        weights = gather_weights(model, dtype=stored_as, stored=stored) if folder is None else None
         if rank() != 0:
             return None
         with staged(target, overwrite=overwrite) as staging:
@@ -132,18 +158,25 @@ def export_model(
                 staging,
                 origin,
                 folder=folder,
-                dtype=dtype,
+                copied=copied,
+                stored=stored,
+                dtype=stored_as,
                 defaults=defaults,
-                link=link,
-                max_shard_size=max_shard_size,
+                storage=storage,
             )
             repairs, changes = _write_files(base_model(model), processor, staging, origin, defaults)
-            verification = None if answers is None else _verify(model, staging, origin, answers)
+            if storage.dtype is not None:
+                declare_dtype(staging, FLOAT_NAMES[storage.dtype])
+            made_portable = write_older_forms(staging) if compat == "all" else ()
+            verification = None if answers is None else _verify(model, staging, origin, answers, storage)
             result = ExportResult(
                 path=target,
                 base=origin,
                 repairs=repairs,
                 changes=changes,
+                made_portable=made_portable,
+                sources=_sources(source, model, origin),
+                bytes=sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
                 verification=verification,
                 seconds=time.monotonic() - started,
             )
@@ -172,11 +205,8 @@ def _takes_all_ranks(source: Any) -> bool:
 
 def _open_unloaded(folder: Path, processing_class: Any, base: Path | None) -> tuple[torch.nn.Module, Any]:
     """A folder's model without its weights: what is not verified is copied or merged from file to file."""
-    try:
+    with _named_if_unloadable(folder):
         model = unloaded_model(folder, base=base)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
     return model, processing_class if processing_class is not None else processor_of(folder)
 
 
@@ -184,11 +214,8 @@ def _open_source(source: Any, processing_class: Any, device: str, base: Path | N
     if isinstance(source, (str, os.PathLike)):
         folder = Path(source)
         open_checkpoint(folder).tensors()  # a header that is damaged or cut off is named before anything is loaded
-        try:
+        with _named_if_unloadable(folder):
             model, processor, report = load_model(folder, device=device, base=base)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
         if not report.is_clean:
             raise InputError(
                 f"{folder}: its weights do not fit its config (missing {report.missing[:2]}, "
@@ -200,14 +227,24 @@ def _open_source(source: Any, processing_class: Any, device: str, base: Path | N
     return source, processing_class
 
 
-def _export_dtype(model: torch.nn.Module, stored: Mapping[str, str]) -> torch.dtype:
-    """The dtype that most of the base's tensors are `stored` in; the model's own where there is no base.
+@contextmanager
+def _named_if_unloadable(folder: Path) -> Iterator[None]:
+    """What the libraries raise about a folder becomes one error that names it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def _export_dtype(model: torch.nn.Module, stored: Mapping[str, str], storage: Storage) -> torch.dtype:
+    """The dtype that was asked for, else the one that most tensors are `stored` in, else (no base) the model's own.
 
     TRL loads a model given by name in float32 unless told otherwise: a bfloat16 base would come out twice its size.
     """
     import torch
 
-    dtypes = list(stored.values())
+    dtypes = list(stored.values()) if storage.dtype is None else [FLOAT_NAMES[storage.dtype]]
     dtype: torch.dtype = base_model(model).dtype
     return getattr(torch, max(set(dtypes), key=dtypes.count)) if dtypes else dtype
 
@@ -230,7 +267,9 @@ def _write_files(
     return written.repairs, changes
 
 
-def _verify(model: torch.nn.Module, staging: Path, base: Path | None, answers: PolicyAnswers) -> VerificationResult:
+def _verify(
+    model: torch.nn.Module, staging: Path, base: Path | None, answers: PolicyAnswers, storage: Storage
+) -> VerificationResult:
     inner = base_model(model)
     result = verify_export(
         staging,
@@ -238,6 +277,7 @@ def _verify(model: torch.nn.Module, staging: Path, base: Path | None, answers: P
         expected=answers.records,
         noise=answers.noise,
         base=base,
+        dtype=None if storage.dtype is None else FLOAT_NAMES[storage.dtype],
         device=str(inner.device),
         attn_implementation=getattr(inner.config, "_attn_implementation", None),
     )
@@ -247,6 +287,17 @@ def _verify(model: torch.nn.Module, staging: Path, base: Path | None, answers: P
     return result
 
 
+def _sources(source: Any, model: torch.nn.Module, base: Path | None) -> dict[str, str]:
+    """What an export is made of, for its table."""
+    if isinstance(source, (str, os.PathLike)):
+        kind = "adapter" if open_checkpoint(source).kind is Kind.ADAPTER else "model"
+        named = f"{kind} {os.fspath(source)}"
+    else:
+        kind = "adapter" if is_adapted(model) else "model"
+        named = f"live {kind} ({type(base_model(model)).__name__}, {str(base_model(model).dtype)[6:]})"
+    return {"source": named, "base": "none on disk" if base is None else str(base)}
+
+
 def _write_manifest(staging: Path, result: ExportResult) -> None:
     write_manifest(
         staging,
@@ -254,6 +305,7 @@ def _write_manifest(staging: Path, result: ExportResult) -> None:
             "base": None if result.base is None else result.base.name,  # the name alone: exports are uploaded
             "put_right": [asdict(repair) for repair in result.repairs],
             "changed_in_training": [str(change) for change in result.changes],
+            "made_portable": list(result.made_portable),
             "verification": None if result.verification is None else result.verification.to_json(),
         },
         sums=result.verification is not None,

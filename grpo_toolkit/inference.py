@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from grpo_toolkit.cache import base_model
-from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, Kind, find_base, open_checkpoint, read_json
+from grpo_toolkit.checkpoint import CONFIG, Kind, base_of_adapter, open_checkpoint, read_json
 from grpo_toolkit.distributed import is_sharded
-from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.probe import CacheProbe
 
 if TYPE_CHECKING:
@@ -138,11 +137,7 @@ def _load_adapter(
 ) -> tuple[PreTrainedModel, Any, LoadReport]:
     from peft import PeftModel, get_peft_model_state_dict
 
-    name = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-    base = base or find_base(name)
-    if base is None:
-        where = path / ADAPTER_CONFIG
-        raise CheckpointError(f"{where}: base_model_name_or_path is {name!r}, which is not on this machine")
+    base = base or base_of_adapter(path)
     model, processor, report = load_model(base, device=device, attn_implementation=attn_implementation)
     adapted = PeftModel.from_pretrained(model, path).to(device).eval()
     # PEFT only warns about keys that fit nowhere, and leaves fresh random weights in their place.

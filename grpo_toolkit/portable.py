@@ -47,6 +47,7 @@ _NOISE: Final = frozenset(
         "quantization_config",
     }
 )
+_DTYPE_KEYS: Final = frozenset({"dtype", "torch_dtype"})
 # Trainer and TRL align these with the tokenizer. They are a change of the model only if its vocabulary changed.
 _TOKEN_IDS: Final = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
 
@@ -131,6 +132,22 @@ def write_configs(
     if generation is not ABSENT and defaults.generation is not ABSENT:
         _write_json(base / GENERATION_CONFIG, output_dir / GENERATION_CONFIG, generation, defaults.generation)
     return defaults
+
+
+def declare_dtype(folder: Path, dtype: str) -> None:
+    """Let the config of a folder of our own say, at every level that says any, that its weights are in `dtype`."""
+    config = read_json(folder / CONFIG)
+    written = _with_dtype(config, dtype)
+    if not _DTYPE_KEYS & written.keys():
+        written["torch_dtype"] = dtype  # the name that every version reads
+    (folder / CONFIG).write_text(dump_json(written), encoding="utf-8")
+
+
+def _with_dtype(node: JsonObject, dtype: str) -> JsonObject:
+    return {
+        key: dtype if key in _DTYPE_KEYS else _with_dtype(value, dtype) if isinstance(value, dict) else value
+        for key, value in node.items()
+    }
 
 
 def _write_json(source: Path, target: Path, found: JsonObject, wanted: JsonObject) -> None:

@@ -43,6 +43,9 @@ DTYPE_BITS: Final = {
 }  # fmt: skip
 """Bits per element of every dtype in the format."""
 
+FLOAT_NAMES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""torch's names of the floating-point dtypes that weights are trained and served in."""
+
 
 class Absent(enum.Enum):
     """The type of `ABSENT`: a key that is not there, which is neither null nor false."""
@@ -217,6 +220,14 @@ def read_safetensors_header(path: Path, *, inside: bool = False) -> dict[str, Te
             raise CheckpointError(f"{path}: header of {length} bytes does not fit in a file of {size} bytes")
         raw = file.read(length)
     return parse_safetensors_header(raw, size=size, where=str(path), file=path.name)
+
+
+def read_safetensors_metadata(path: Path, *, inside: bool = False) -> dict[str, str] | None:
+    """The `__metadata__` of a file that `read_safetensors_header` has accepted; None where it has none."""
+    with open_regular(path, inside=inside) as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata: dict[str, str] | None = json.loads(file.read(length)).get("__metadata__")
+    return metadata
 
 
 def parse_safetensors_header(raw: bytes, *, size: int, where: str, file: str) -> dict[str, TensorInfo]:

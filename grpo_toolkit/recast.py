@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint import WEIGHTS_INDEX, Checkpoint
 from grpo_toolkit.errors import VerificationError
-from grpo_toolkit.merge.base import FLOATS, Base
 from grpo_toolkit.merge.lora import is_finite_in
-from grpo_toolkit.merge.worker import TORCH_NAMES, Buffer, raw_bytes, single_threaded, worker_count
+from grpo_toolkit.merge.worker import Buffer, raw_bytes, single_threaded, worker_count
 from grpo_toolkit.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
+from grpo_toolkit.reading import FLOAT_NAMES
 from grpo_toolkit.shards import plan_shards, refuse_full_disk
-from grpo_toolkit.stream import Shard, Span, copy_span, equal_bytes, read_at, write_at, write_shards
+from grpo_toolkit.stream import COPY_BYTES, Shard, Span, copy_span, read_at, same_tensor, write_at, write_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from grpo_toolkit.merge.base import Base
     from grpo_toolkit.stream import Entry, Progress
 
 _CAST: Final = "cast"
@@ -30,13 +31,19 @@ _VALUES: Final = 2**20
 
 
 def plan_copy(
-    source: Checkpoint, base: Base, *, dtype: str | None = None, max_shard_size: str | int | None = None
+    source: Checkpoint,
+    base: Base,
+    *,
+    names: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
 ) -> list[Shard] | None:
     """How a full model's files become an export's, or None where they hold something else than the base's tensors.
 
     Args:
         source: a folder with a full model.
         base: its base, which may be the same folder: names and dtypes are the base's.
+        names: what tensors of the base are called in the output, where that is something else.
         dtype: safetensors' name of a dtype for every floating-point tensor instead ("BF16").
         max_shard_size: see `plan_shards`.
     """
@@ -48,7 +55,7 @@ def plan_copy(
     kept = {found[live]: base.stored[live] for live in base.stored}
     dtypes: dict[str, str] = {}
     for ours, theirs in kept.items():
-        is_float = base.tensors[theirs].dtype in FLOATS and tensors[ours].dtype in FLOATS
+        is_float = base.tensors[theirs].dtype in FLOAT_NAMES and tensors[ours].dtype in FLOAT_NAMES
         dtypes[ours] = dtype if dtype is not None and is_float else base.tensors[theirs].dtype
         if tensors[ours].shape != base.tensors[theirs].shape or (dtypes[ours] != tensors[ours].dtype and not is_float):
             return None
@@ -56,7 +63,7 @@ def plan_copy(
         source.path,
         {name: tensors[name] for name in kept},
         work={name: _CAST for name, wanted in dtypes.items() if wanted != tensors[name].dtype},
-        names=kept,
+        names={ours: (names or {}).get(theirs, theirs) for ours, theirs in kept.items()},
         dtypes=dtypes,
         max_shard_size=max_shard_size,
     )
@@ -68,10 +75,7 @@ def _repeats_embeddings(source: Checkpoint, found: dict[str, str], live: str, ba
     if not (base.is_tied and is_embedding(live, OUTPUT_EMBEDDINGS) and len(inputs) == 1):
         return False
     tensors = source.tensors()
-    one, other = tensors[found[live]], tensors[inputs[0]]
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return equal_bytes((source.path / one.file, one.span), (source.path / other.file, other.span))
+    return same_tensor(source.path, tensors[found[live]], tensors[inputs[0]])
 
 
 def copy_weights(
@@ -92,12 +96,17 @@ def copy_weights(
     """
     files = {path.name: path for path in source.weight_files()}
     if _are_whole_files(shards, source):
+        total, done = sum(path.stat().st_size for path in files.values()), 0
         for name, path in files.items():
             if not (link and _hard_link(path, folder / name)):
                 refuse_full_disk(folder, [shard for shard in shards if shard.file == name])
-                _copy_file(path, folder / name)
+                for copied in _copy_file(path, folder / name):
+                    if progress is not None:
+                        progress(done + copied, total)
+            done += path.stat().st_size
         if (source.path / WEIGHTS_INDEX).is_file() and len(files) > 1:
-            _copy_file(source.path / WEIGHTS_INDEX, folder / WEIGHTS_INDEX)
+            for _ in _copy_file(source.path / WEIGHTS_INDEX, folder / WEIGHTS_INDEX):
+                pass
         return
     refuse_full_disk(folder, shards)
     with single_threaded() as setup:
@@ -120,10 +129,15 @@ def _hard_link(source: Path, target: Path) -> bool:
     return True
 
 
-def _copy_file(source: Path, target: Path) -> None:
+def _copy_file(source: Path, target: Path) -> Iterator[int]:
+    """Copy a file whole, a piece at a time; yields the bytes done."""
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        copy_span(Span(path=source, begin=0, end=source.stat().st_size, dtype="U8"), descriptor, 0)
+        size = source.stat().st_size
+        for begin in range(0, size, COPY_BYTES):
+            end = min(begin + COPY_BYTES, size)
+            copy_span(Span(path=source, begin=begin, end=end, dtype="U8"), descriptor, begin)
+            yield end
     finally:
         os.close(descriptor)
 
@@ -132,8 +146,8 @@ def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
     """Write a tensor in another dtype, rounded once."""
     import torch
 
-    stored_dtype: Any = getattr(torch, TORCH_NAMES[entry.source.dtype])
-    dtype: Any = getattr(torch, TORCH_NAMES[entry.dtype])
+    stored_dtype: Any = getattr(torch, FLOAT_NAMES[entry.source.dtype])
+    dtype: Any = getattr(torch, FLOAT_NAMES[entry.dtype])
     count = (entry.source.end - entry.source.begin) // stored_dtype.itemsize
     buffer, rounded = Buffer(), Buffer()
     source = os.open(entry.source.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -161,9 +161,8 @@ def tied_again(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -
     checkpoint a second time, untied.
     """
     owner: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner.setdefault(id(parameter), name)
-    first = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+    named = model.named_parameters(remove_duplicate=False)
+    first = {name: owner.setdefault(id(parameter), name) for name, parameter in named}
     return {name: state_dict.get(first.get(name, name), tensor) for name, tensor in state_dict.items()}
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.reading import FLOAT_NAMES, read_safetensors_metadata
 from grpo_toolkit.stream import Entry, Shard, Span
 
 if TYPE_CHECKING:
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.checkpoint import TensorInfo
 
+# In the format, but no dtype of torch's that a model could be loaded into.
+_UNKNOWN: Final = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2FNUZ", "F8_E4M3FNUZ"})
 # What else an export writes: configs, tokenizer, index.
 _SPARE_BYTES: Final = 64 * 2**20
 
@@ -50,7 +51,7 @@ def plan_shards(
         dtype = (dtypes or {}).get(name, info.dtype)
         entry = replace(entry, name=(names or {}).get(name, name), dtype=dtype, work=work.get(name))
         by_file.setdefault(info.file, []).append(entry)
-    metadata = {file: _metadata(folder / file) for file in by_file}
+    metadata = {file: read_safetensors_metadata(folder / file) or {} for file in by_file}
     if max_shard_size is not None:
         by_file, metadata = _split([entry for held in by_file.values() for entry in held], max_shard_size), {}
     return [
@@ -59,17 +60,27 @@ def plan_shards(
     ]
 
 
+def named_dtype(name: str) -> str:
+    """safetensors' name of a floating-point dtype that is named as torch does ("bfloat16", "torch.bfloat16").
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    known = {torch_name: dtype for dtype, torch_name in FLOAT_NAMES.items()}
+    if name.removeprefix("torch.") not in known:
+        raise InputError(f"dtype {name}: not one of {', '.join(known)}")
+    return known[name.removeprefix("torch.")]
+
+
 def _entry(folder: Path, name: str, info: TensorInfo) -> Entry:
     source = Span(path=folder / info.file, begin=info.span[0], end=info.span[1], dtype=info.dtype)
     entry = Entry(name=name, dtype=info.dtype, shape=info.shape, source=source)
-    try:
-        size = entry.nbytes
-    except KeyError as error:
-        raise CheckpointError(f"{source.path}: {name} has the dtype {info.dtype}, which is not known here") from error
-    if size != source.end - source.begin:
-        stored = source.end - source.begin
+    if info.dtype in _UNKNOWN:
+        raise CheckpointError(f"{source.path}: {name} has the dtype {info.dtype}, which is not known here")
+    if entry.nbytes != info.nbytes:
         raise CheckpointError(
-            f"{source.path}: {name} takes {size} bytes as {info.dtype} of {info.shape}, but {stored} are stored"
+            f"{source.path}: {name} takes {entry.nbytes} bytes as {info.dtype} of {info.shape}, but {info.nbytes} are "
+            "stored"
         )
     return entry
 
@@ -89,14 +100,6 @@ def _split(entries: Sequence[Entry], max_shard_size: str | int) -> dict[str, lis
     except ValueError as error:
         raise InputError(f"--max-shard-size {max_shard_size}: not a size such as 5GB ({error})") from error
     return {file: [by_name[name] for name in held] for file, held in split.filename_to_tensors.items()}
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file whose header `read_safetensors_header` has accepted."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        metadata = json.loads(file.read(length)).get("__metadata__")
-    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def refuse_full_disk(folder: Path, shards: Sequence[Shard]) -> None:

@@ -20,20 +20,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint import WEIGHTS, WEIGHTS_INDEX, dump_json
 from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.reading import DTYPE_BITS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from grpo_toolkit.reading import TensorInfo
 
     Fill = Callable[["Entry", int, int], None]
     Progress = Callable[[int, int], None]
 
 # One request of a copy: long enough to be cheap, short enough that workers share a large file and progress is seen.
-_COPY_BYTES: Final = 32 * 2**20
-_BITS: Final = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
+COPY_BYTES: Final = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class Entry:
         elements = 1
         for size in self.shape:
             elements *= size
-        return elements * _BITS[self.dtype] // 8
+        return elements * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +85,24 @@ class Shard:
 
     def header(self) -> bytes:
         """Length and JSON, padded so that the data is aligned."""
-        described: dict[str, Any] = {"__metadata__": self.metadata}
-        end = 0
-        for entry in self.entries:
-            begin, end = end, end + entry.nbytes
-            described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
-        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+        return encode_header(((e.name, e.dtype, e.shape, e.nbytes) for e in self.entries), self.metadata)
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """How a safetensors file begins: length and JSON, padded so that the data is aligned.
+
+    Args:
+        tensors: name, dtype, shape and bytes of each, in the order of their data.
+        metadata: what stands under `__metadata__`.
+    """
+    described: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape, nbytes in tensors:
+        begin, end = end, end + nbytes
+        described[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def write_shards(
@@ -186,8 +195,8 @@ def _copies(entries: list[Entry], offset: int) -> Iterator[tuple[Callable[[int, 
     if not entries:
         return
     path, begin, end = entries[0].source.path, entries[0].source.begin, entries[-1].source.end
-    for start in range(begin, end, _COPY_BYTES):
-        size = min(_COPY_BYTES, end - start)
+    for start in range(begin, end, COPY_BYTES):
+        size = min(COPY_BYTES, end - start)
         span = Span(path=path, begin=start, end=start + size, dtype="U8")
         yield partial(copy_span, span), offset + start - begin, size
 
@@ -244,16 +253,15 @@ def _cut_off(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: ended while it was read; it is cut off, or something else is writing it")
 
 
-def equal_bytes(one: tuple[Path, tuple[int, int]], other: tuple[Path, tuple[int, int]]) -> bool:
-    """Whether two runs of bytes, each a file and where in it, are the same."""
-    (left_path, (begin, end)), (right_path, (other_begin, other_end)) = one, other
-    if end - begin != other_end - other_begin:
+def same_tensor(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two stored tensors of a folder have the same dtype, shape and bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with left_path.open("rb") as left, right_path.open("rb") as right:
-        left.seek(begin)
-        right.seek(other_begin)
-        for done in range(0, end - begin, 2**22):
-            size = min(2**22, end - begin - done)
+    with (folder / one.file).open("rb") as left, (folder / other.file).open("rb") as right:
+        left.seek(one.span[0])
+        right.seek(other.span[0])
+        for done in range(0, one.nbytes, 2**22):
+            size = min(2**22, one.nbytes - done)
             if left.read(size) != right.read(size):
                 return False
     return True

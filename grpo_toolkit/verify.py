@@ -11,17 +11,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.cache import base_model, inference_ready
-from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, TensorInfo, open_checkpoint
+from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, TensorInfo, open_checkpoint, read_json
 from grpo_toolkit.defaults import capture_defaults
+from grpo_toolkit.dialect import published_renames
 from grpo_toolkit.distributed import gathered_root, is_sharded
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.inference import Record, Request, generate
+from grpo_toolkit.reading import FLOAT_NAMES
 from grpo_toolkit.saving import inference_defaults
+from grpo_toolkit.shards import named_dtype
 from grpo_toolkit.worker import Worker
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
@@ -38,11 +41,12 @@ GPU a model need not even agree with itself: `policy_noise` measures by how much
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was verified: what, whether it held, and the figure that shows it."""
+    """One thing that was verified: what, whether it held, and the figure that shows it; or why it was skipped."""
 
     name: str
     passed: bool
     detail: str
+    skipped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,7 @@ def verify_export(
     expected: Sequence[Record] = (),
     noise: float = 0.0,
     base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
     device: str = "cpu",
     attn_implementation: str | None = None,
 ) -> VerificationResult:
@@ -81,7 +86,8 @@ def verify_export(
         expected: the records of the trained policy on the same requests (`policy_records`); without them the tokens
             are compared between cached and uncached decoding alone.
         noise: by how much logits of the policy differ between two runs of the same requests (`policy_noise`).
-        base: the base's folder, to compare tensor names, shapes and dtypes with.
+        base: the base's folder, to compare tensor names (as published), shapes and dtypes with.
+        dtype: what every floating-point tensor is to be stored in ("float16"), where that is not the base's.
         device: where the fresh process puts the model.
         attn_implementation: the attention that the policy used, so that like is compared with like.
 
@@ -92,7 +98,7 @@ def verify_export(
     checkpoint = open_checkpoint(export)
     checks = [_check_files(checkpoint)]
     if base is not None:
-        checks.append(_check_tensors(checkpoint, open_checkpoint(base)))
+        checks.append(_check_tensors(checkpoint, open_checkpoint(base), dtype))
     requests = requests or [plain_request()]
     with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
         report = worker.report
@@ -286,8 +292,8 @@ def _check_files(checkpoint: Checkpoint) -> Check:
     )
 
 
-def _check_tensors(export: Checkpoint, base: Checkpoint) -> Check:
-    found, wanted = export.tensors(), base.tensors()
+def _check_tensors(export: Checkpoint, base: Checkpoint, dtype: str | None) -> Check:
+    found, wanted = export.tensors(), _expected_tensors(base, export.tensors(), dtype)
     if not wanted:
         return Check(name="tensors as in the base", passed=True, detail=f"skipped: no safetensors in {base.path}")
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
@@ -299,6 +305,17 @@ def _check_tensors(export: Checkpoint, base: Checkpoint) -> Check:
         parts = {"missing": missing, "not in the base": extra, "of another shape or dtype": other}
         detail = "; ".join(f"{len(names)} {what} ({names[0]}, ...)" for what, names in parts.items() if names)
     return Check(name="tensors as in the base", passed=passed, detail=detail)
+
+
+def _expected_tensors(base: Checkpoint, found: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, TensorInfo]:
+    """The base's tensors in another dtype, and under published names where the export has those."""
+    tensors = base.tensors()
+    if dtype is not None:
+        stored_as = named_dtype(dtype)
+        floats = {name: info for name, info in tensors.items() if info.dtype in FLOAT_NAMES}
+        tensors |= {name: replace(info, dtype=stored_as) for name, info in floats.items()}
+    renames = published_renames(tensors, read_json(base.path / CONFIG).get("model_type"), compat="all")
+    return {name if name in found else renames.get(name, name): info for name, info in tensors.items()}
 
 
 def _same(one: TensorInfo, other: TensorInfo, vocabularies: tuple[int, int]) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from launch import KINDS, launch  # noqa: E402
+from launch import KINDS, launch, stored_weights  # noqa: E402
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
                 learning_rate=1e-4,
                 save_strategy="no",
             )
-            found = tensors(folder / "export")
+            found = stored_weights(folder / "export")
             reference = reference or found
             print(
                 f"{kind:>24}: {main_report['runs_on']}; exported {main_report['exported']}, "
@@ -58,15 +58,6 @@ def tiny_base(folder: Path) -> Path:
     from models import build_qwen2_5_vl
 
     return build_qwen2_5_vl(folder, dtype="bfloat16")
-
-
-def tensors(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    found: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
 
 
 def compared(found: dict[str, Any], reference: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
     python scripts/make_faulty_checkpoints.py base --base /tmp/base
     python scripts/make_faulty_checkpoints.py vlm_r1_449 --base /tmp/base --out tests/data
+    python scripts/make_faulty_checkpoints.py exports --base /tmp/base
 
 Each route is run in the environment of its day (its name ends with the transformers version, which is checked), on the
 tiny Qwen2.5-VL of the tests in published form. What lands under `tests/data/<route>` is the folder as that stack wrote
@@ -286,6 +287,24 @@ def copy_processor(base: Path, folder: Path) -> None:
     AutoProcessor.from_pretrained(base).save_pretrained(folder)
 
 
+def make_exports(work: Path) -> dict[str, Path]:
+    """This package's exports under transformers 5: of a published base, and of one that transformers 5 wrote."""
+    from grpo_toolkit import export_model
+    from grpo_toolkit.inference import load_model
+    from models import build_qwen2_5_vl
+
+    published = build_qwen2_5_vl(work / "published")
+    model, processor, _ = load_model(published)
+    model.save_pretrained(work / "saved")
+    processor.save_pretrained(work / "saved")
+    exports = {}
+    for name, base in (("of_published_base", published), ("of_v5_base", work / "saved")):
+        folder = export_model(base, work / name, verify=False).path
+        (folder / "grpo_toolkit.json").unlink()
+        exports[name] = folder
+    return exports
+
+
 def cut(folder: Path, target: Path, base: Path) -> None:
     """Keep a checkpoint's JSON, headers and file names; drop its weights and vocabularies."""
     shutil.rmtree(target, ignore_errors=True)
@@ -322,7 +341,7 @@ def header_of(path: Path) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("route", choices=["base", *ROUTES])
+    parser.add_argument("route", choices=["base", "exports", *ROUTES])
     parser.add_argument("--base", type=Path, required=True, help="where the tiny base is (`base`: where to build it)")
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "data")
     arguments = parser.parse_args()
@@ -332,6 +351,11 @@ def main() -> None:
         if not arguments.base.exists():
             build_qwen2_5_vl(arguments.base, dtype="bfloat16")
         cut(arguments.base, arguments.out / "base", arguments.base)
+        return
+    if arguments.route == "exports":
+        with tempfile.TemporaryDirectory() as work:
+            for name, folder in make_exports(Path(work)).items():
+                cut(folder, arguments.out / "exports" / name, folder)
         return
     import transformers
 

@@ -28,12 +28,10 @@ def unpack(name: str, target: Path) -> Path:
     return target
 
 
-def fill_at_random(folder: Path) -> Path:
-    """Give an unpacked folder weights that depend on nothing but its names, and the byte tokenizer its vocabulary."""
+def randomize(folder: Path) -> Path:
+    """Give a folder weights that depend on nothing but its names."""
     import torch
     from safetensors.torch import save_file
-
-    from models import byte_tokenizer
 
     path = folder / "model.safetensors"
     filled = {}
@@ -41,6 +39,14 @@ def fill_at_random(folder: Path) -> Path:
         torch.manual_seed(number)
         filled[name] = torch.randn(info.shape) * 0.3 if name.endswith("weight") else torch.zeros(info.shape)
     save_file(filled, path, metadata={"format": "pt"})
+    return folder
+
+
+def fill_at_random(folder: Path) -> Path:
+    """Give an unpacked folder weights that depend on nothing but its names, and the byte tokenizer its vocabulary."""
+    from models import byte_tokenizer
+
+    randomize(folder)
     model = json.loads(byte_tokenizer().backend_tokenizer.to_str())["model"]
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"] |= {"vocab": model["vocab"], "merges": []}

@@ -55,6 +55,16 @@ def launch(
     return found
 
 
+def stored_weights(folder: Path) -> dict[str, Any]:
+    """Every tensor in a folder's safetensors files, by name."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
 def _run(command: list[str], env: dict[str, str], timeout_s: int) -> subprocess.CompletedProcess[str]:
     started = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -12,7 +12,7 @@ import pytest
 from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.inference import generate, load_model
 from grpo_toolkit.whole import why_not_whole
-from launch import KINDS, launch
+from launch import KINDS, launch, stored_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.inference import Request
 
 Report = dict[str, Any]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    found: dict[str, torch.Tensor] = {}
-    for path in open_checkpoint(folder).weight_files():
-        found |= load_file(path)
-    return found
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ def test_every_kind_of_training_ends_in_the_same_export(
     assert other["arms"] == {}
 
     base, reference, found = (
-        weights(folder) for folder in (qwen, runs("ddp").folder / "export", run.folder / "export")
+        stored_weights(folder) for folder in (qwen, runs("ddp").folder / "export", run.folder / "export")
     )
     assert max(distance(base, reference)) > 1e-4  # it was trained
     assert found.keys() == reference.keys() == base.keys()  # tied: no lm_head

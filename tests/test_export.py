@@ -47,7 +47,9 @@ def test_a_full_fine_tune_keeps_every_file_of_its_base(any_base: Path, tmp_path:
     trainer = grpo_trainer(any_base, tmp_path / "out", with_images="llama" not in any_base.name)
     trainer.train()
     requests = requests_from_rows(rows(3, with_images="llama" not in any_base.name), limit=3, max_new_tokens=12)
-    result = export_model(trainer, tmp_path / "export", requests=requests)
+    # The other two were built by the library of the day: transformers 5 writes what 4.x cannot read.
+    compat = "all" if "qwen" in any_base.name else "v5"
+    result = export_model(trainer, tmp_path / "export", requests=requests, compat=compat)
     for name in carried(any_base):
         assert (tmp_path / "export" / name).read_bytes() == (any_base / name).read_bytes(), name
     assert result.repairs == ()
@@ -106,6 +108,7 @@ def test_lora_is_merged_and_the_live_adapter_is_left_alone(family: str, tmp_path
         trainer,
         tmp_path / "export",
         requests=requests_from_rows(rows(2, with_images=family != "llama"), limit=2, max_new_tokens=12),
+        compat="v5",  # as above
     )
     assert result.verification is not None
     assert result.verification.passed

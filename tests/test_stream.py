@@ -158,3 +158,11 @@ def test_a_killed_merge_leaves_nothing_that_looks_like_one_and_the_next_cleans_u
     again = subprocess.run([sys.executable, "-c", MERGE, str(adapter), str(output), "-"], check=False)
     assert again.returncode == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
+
+
+def test_a_dtype_that_no_model_is_loaded_in_is_refused(tmp_path: Path) -> None:
+    header = b'{"w":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}  '
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\1\2")
+    tensors = read_safetensors_header(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="w has the dtype F4, which is not known here"):
+        plan_shards(tmp_path, tensors, work={})

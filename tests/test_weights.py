@@ -121,13 +121,13 @@ def test_names_dtypes_and_a_head_stored_twice_are_put_right_on_the_way(
 
 
 def test_a_head_of_its_own_is_not_dropped(qwen: Path, trained: Path, tmp_path: Path) -> None:
-    from grpo_toolkit.weights import needs_loading
+    from grpo_toolkit.weights import copied_shards
 
     weights = load_file(trained / WEIGHTS)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, trained / WEIGHTS, metadata={"format": "pt"})
-    assert needs_loading(trained, qwen)
-    assert not needs_loading(qwen, qwen)
+    assert copied_shards(trained, qwen) == []
+    assert len(copied_shards(qwen, qwen)) == 1
 
 
 def test_values_that_the_dtype_cannot_hold_are_refused(qwen: Path, trained: Path, tmp_path: Path) -> None:
@@ -168,3 +168,54 @@ def test_a_vocabulary_that_was_resized_is_still_exported(qwen: Path, tmp_path: P
 def test_a_wrong_size_is_wrong_use(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--max-shard-size 5 apples"):
         export_model(qwen, tmp_path / "export", max_shard_size="5 apples", verify=False)
+
+
+@pytest.mark.parametrize("way", ["live", "folder", "adapter", "merge"])
+def test_a_dtype_of_ones_own(way: str, qwen: Path, tmp_path: Path) -> None:
+    from test_merge import make_adapter
+
+    base = tmp_path / "base"
+    shutil.copytree(qwen, base)
+    mixed = {n: t if "norm" in n else t.bfloat16() for n, t in load_file(qwen / WEIGHTS).items()}
+    mixed["visual.merger.counts"] = torch.arange(4)
+    save_file(mixed, base / WEIGHTS, metadata={"format": "pt"})
+    adapter = make_adapter(qwen, tmp_path / "adapter", target_modules=["q_proj"])
+    output = tmp_path / "export"
+    if way == "merge":
+        assert main(["merge", str(adapter), str(output), "--base", str(base), "--dtype", "float16"]) == 0
+    elif way == "live":
+        del mixed["visual.merger.counts"]
+        save_file(mixed, base / WEIGHTS, metadata={"format": "pt"})
+        model, processor, _ = load_model(base)
+        result = export_model(model, output, processing_class=processor, dtype="float16")
+        assert result.verification is not None
+        assert result.verification.passed
+        detail = next(check.detail for check in result.verification.checks if check.name == "loads whole")
+        assert "in float16" in detail
+    else:
+        export_model({"folder": base, "adapter": adapter}[way], output, base=base, dtype="torch.float16", verify=False)
+    found = load_file(output / WEIGHTS)
+    assert found.keys() == mixed.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == (torch.float16 if mixed[name].is_floating_point() else torch.int64)
+        if "q_proj.weight" not in name or way in ("live", "folder"):
+            assert tensor.equal(mixed[name].to(tensor.dtype)), name
+        else:
+            assert not tensor.equal(mixed[name].half()), name
+    assert json.loads((output / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_a_dtype_that_is_none(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(qwen), str(tmp_path / "export"), "--dtype", "int8"]) == 2
+    assert capsys.readouterr().err == ("grpo-toolkit: dtype int8: not one of float64, float32, float16, bfloat16\n")
+    assert not (tmp_path / "export").exists()
+
+
+def test_what_the_asked_dtype_cannot_hold_is_refused(qwen: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(qwen, base)
+    weights = load_file(qwen / WEIGHTS)
+    weights["model.norm.weight"][3] = 1e6
+    save_file(weights, base / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=r"model.norm.weight has values that are not finite in torch.float16"):
+        export_model(base, tmp_path / "export", dtype="float16", verify=False)

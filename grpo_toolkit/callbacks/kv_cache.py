@@ -90,8 +90,8 @@ class KVCacheCallback(GuardedCallback):
         if not args.torch_compile:
             with self._guarded("watching the rollouts"):
                 self._watch = RolloutWatch(model)
-                may_use = self.cudnn_decoding
-                if not (not plans_per_length(base_model(model).device) if may_use is None else may_use):
+                wanted = self.cudnn_decoding
+                if plans_per_length(base_model(model).device) if wanted is None else not wanted:
                     self._without_cudnn = DecodeWithoutCudnn(model)
 
     def on_step_end(

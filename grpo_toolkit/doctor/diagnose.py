@@ -26,6 +26,9 @@ ALL_RULES: Final = tuple(
 )
 """Every rule, in the order of the table in the README."""
 
+DIALECT_CODES: Final = frozenset(rule.code for rule in ALL_RULES if rule.check.__module__ == dialect.__name__)
+"""The rules about forms that one library version writes and another cannot read."""
+
 _CHECKPOINT: Final = re.compile(r"checkpoint-([0-9]{1,12})")
 
 

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint import WEIGHTS_INDEX
 from grpo_toolkit.doctor import jsontext
-from grpo_toolkit.doctor.diagnose import diagnose_folder, parse_folder
+from grpo_toolkit.doctor.diagnose import DIALECT_CODES, diagnose_folder, parse_folder
 from grpo_toolkit.doctor.digests import compare_heads
 from grpo_toolkit.doctor.files import NOT_REWRITTEN, DiskFiles, Files, PlannedFiles, Rewritten
 from grpo_toolkit.doctor.findings import Edit, Finding, Remedy, Severity, Unmark, Weights, WholeFile
 from grpo_toolkit.doctor.folder import JSON_LIMITS
+from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.reading import ABSENT, parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from grpo_toolkit.doctor.folder import Folder
 
 _MOST_STEPS = 400
 _MAX_COPIED = 128 * 2**20
@@ -112,24 +115,45 @@ def make_plan(source: Files, *, base: Path | None = None, rewrite_weights: bool 
     Raises:
         CheckpointError: nothing in the folder that could be examined.
     """
-    planned = PlannedFiles(under=source, changed={})
     folder = parse_folder(source, base=base)
     base = None if folder.base is None else folder.base.path
     bases = {} if folder.base is None else {folder.base.path: folder.base}
     digests = compare_heads(folder) if rewrite_weights else None
+    return _mend(
+        source,
+        replace(folder, digests=digests),
+        parse=lambda files: replace(parse_folder(files, base=base, bases=bases), digests=digests),
+        may_mend=lambda found: rewrite_weights or not found.needs_rewriting,
+    )
+
+
+def plan_older_forms(source: Files) -> RepairPlan:
+    """Plan what lets older versions read a folder: the rules of dialect.py alone, whatever its base has of the same.
+
+    Raises:
+        CheckpointError: nothing in the folder that could be examined.
+    """
+    return _mend(source, read_folder(source), parse=read_folder, may_mend=lambda found: found.code in DIALECT_CODES)
+
+
+def _mend(
+    source: Files, folder: Folder, *, parse: Callable[[Files], Folder], may_mend: Callable[[Finding], bool]
+) -> RepairPlan:
+    planned = PlannedFiles(under=source, changed={})
+    base = None if folder.base is None else folder.base.path
     mended: list[Finding] = []
     tried: set[tuple[str, str, str]] = set()
     for _ in range(_MOST_STEPS):
-        findings = diagnose_folder(replace(folder, digests=digests)).findings
-        finding = next((found for found in findings if _is_due(found, tried, rewrite_weights)), None)
+        findings = diagnose_folder(folder).findings
+        finding = next((found for found in findings if may_mend(found) and _is_due(found, tried)), None)
         if finding is None:
             break
         tried.add((finding.code, finding.file, finding.key))
         mended.append(finding)
         for remedy in finding.remedies:
             planned = _apply(remedy, planned, base)
-        folder = parse_folder(planned, base=base, bases=bases)
-    left = diagnose_folder(replace(folder, digests=digests)).findings
+        folder = parse(planned)
+    left = diagnose_folder(folder).findings
     gone = {(finding.code, finding.file, finding.key) for finding in left}
     return RepairPlan(
         path=source.path,
@@ -142,11 +166,10 @@ def make_plan(source: Files, *, base: Path | None = None, rewrite_weights: bool 
     )
 
 
-def _is_due(finding: Finding, tried: set[tuple[str, str, str]], rewrite_weights: bool) -> bool:
+def _is_due(finding: Finding, tried: set[tuple[str, str, str]]) -> bool:
     return (
         finding.repairable
         and finding.severity is not Severity.NOTE
-        and (rewrite_weights or not finding.needs_rewriting)
         and (finding.code, finding.file, finding.key) not in tried
     )
 

@@ -2,9 +2,10 @@
 
 Each file is written beside its place, flushed and renamed, so that at every moment the folder holds the old or the new
 file, whole. What was there lies under `.grpo_toolkit/undo` (as a hard link where the file system has them, so keeping
-weights costs nothing until they are rewritten), with a manifest that is written first. The folder's own times are put
-back, because trainers rotate checkpoints by them. A link is replaced, never written through: the Hub cache's blobs
-stay as they are.
+weights costs nothing until they are rewritten), with a manifest that is written first. That manifest is the journal,
+too: a repair that was killed between two renames is finished by the next one, since a folder that is half mended may
+not show what it still lacks. The folder's own times are put back, because trainers rotate checkpoints by them. A link
+is replaced, never written through: the Hub cache's blobs stay as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 UNDO: Final = Path(".grpo_toolkit", "undo")
 _MANIFEST: Final = "undo.json"
+_STAGING: Final = ".staging-"
 _HASHED: Final = 64 * 2**20
 
 
@@ -72,20 +75,21 @@ def repair_checkpoint(
     if not os.path.isdir(folder):  # noqa: PTH112
         raise CheckpointError(f"{folder}: not a folder")
     named = None if base is None else base_named(str(base))
-    plan = make_plan(DiskFiles(folder), base=named, rewrite_weights=rewrite_weights)
-    if dry_run or plan.is_empty:
-        return RepairResult(plan=plan, applied=False)
-    _check_writable(folder, plan)
-    with _times_kept(folder):
-        try:
+    try:
+        finished = not dry_run and _finish(folder)
+        plan = make_plan(DiskFiles(folder), base=named, rewrite_weights=rewrite_weights)
+        if dry_run or plan.is_empty:
+            return RepairResult(plan=plan, applied=finished)
+        _check_writable(folder, plan)
+        with _times_kept(folder):
             _carry_out(folder, plan)
-        except OSError as error:
-            if (folder / UNDO / _MANIFEST).is_file():
-                what = "files that were replaced already are put back by --undo"
-            else:
-                what = "nothing was changed"
-                shutil.rmtree(folder / UNDO.parts[0], ignore_errors=True)
-            raise InputError(f"{folder}: cannot be mended ({error.strerror}); {what}") from error
+    except OSError as error:
+        if (folder / UNDO / _MANIFEST).is_file():
+            what = "run it again to go on, or put back with --undo what was replaced already"
+        else:
+            what = "nothing was changed"
+            shutil.rmtree(folder / UNDO.parts[0], ignore_errors=True)
+        raise InputError(f"{folder}: cannot be mended ({error.strerror}); {what}") from error
     return RepairResult(plan=plan, applied=True)
 
 
@@ -99,6 +103,7 @@ def undo_repair(path: str | os.PathLike[str]) -> tuple[str, ...]:
     undo = folder / UNDO
     if undo.is_symlink() or not (undo / _MANIFEST).is_file():
         raise InputError(f"{folder}: no repair to undo (no {UNDO / _MANIFEST} in it)")
+    _finish(folder)
     kept = _read_manifest(undo)
     for name, entry in kept.items():
         now = _fingerprint(folder / name)
@@ -155,7 +160,7 @@ def _carry_out(folder: Path, plan: RepairPlan) -> None:
     undo = folder / UNDO
     undo.mkdir(parents=True, exist_ok=True)
     kept = _read_manifest(undo) if (undo / _MANIFEST).is_file() else {}
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=undo))
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=undo))
     try:
         for change in plan.changes:
             if change.after is not None:
@@ -169,16 +174,62 @@ def _carry_out(folder: Path, plan: RepairPlan) -> None:
                 kept[name] = _keep(folder / name, undo / name)
             _like(folder / name, staging / name)
             kept[name]["after"] = _fingerprint(staging / name)
+        _sync(staging)
         _sync(undo)
-        _write_manifest(undo, kept)
-        for name in names:
-            if (staging / name).exists():
-                (staging / name).replace(folder / name)
-            else:
+        status = folder.stat()
+        times = [status.st_atime_ns, status.st_mtime_ns]
+        _write_manifest(undo, kept, unfinished={"staging": staging.name, "files": names, "times": times})
+    except BaseException:
+        if (_unfinished(undo) or {}).get("staging") != staging.name:  # else the next repair goes on from here
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _finish(folder)
+
+
+def _finish(folder: Path) -> bool:
+    """Give the files that a repair has staged their names, and remove what one left that never came so far.
+
+    Returns:
+        Whether there was anything to finish.
+    """
+    undo = folder / UNDO
+    if not undo.is_dir() or undo.is_symlink() or undo.parent.is_symlink():
+        return False
+    unfinished = _unfinished(undo)
+    if unfinished is not None:
+        staging = undo / unfinished["staging"]
+        kept = _read_manifest(undo)
+        for name in unfinished["files"]:
+            if kept[name]["after"] is None:
                 (folder / name).unlink(missing_ok=True)
+            elif (staging / name).exists():  # else it has its name already
+                (staging / name).replace(folder / name)
         _sync(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _write_manifest(undo, kept)
+        os.utime(folder, ns=tuple(unfinished["times"]))
+    for leftover in undo.glob(f"{_STAGING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return unfinished is not None
+
+
+def _unfinished(undo: Path) -> dict[str, Any] | None:
+    if not (undo / _MANIFEST).is_file():
+        return None
+    unfinished = read_json(undo / _MANIFEST).get("unfinished")
+    if unfinished is None:
+        return None
+    kept = _read_manifest(undo)
+    is_sound = (
+        isinstance(unfinished, dict)
+        and re.fullmatch(rf"{re.escape(_STAGING)}\w+", str(unfinished.get("staging"))) is not None
+        and isinstance(unfinished.get("files"), list)
+        and set(map(str, unfinished["files"])) <= kept.keys()
+        and isinstance(unfinished.get("times"), list)
+        and [type(time) for time in unfinished["times"]] == [int, int]
+    )
+    if not is_sound:
+        raise InputError(f"{undo / _MANIFEST}: damaged; nothing was changed")
+    return dict(unfinished)
 
 
 def _keep(path: Path, kept: Path) -> dict[str, Any]:
@@ -202,10 +253,10 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _write_manifest(undo: Path, kept: dict[str, dict[str, Any]]) -> None:
+def _write_manifest(undo: Path, kept: dict[str, dict[str, Any]], *, unfinished: dict[str, Any] | None = None) -> None:
     temporary = undo / f".{_MANIFEST}"
     temporary.unlink(missing_ok=True)
-    _write(temporary, dump_json({"files": kept}).encode())
+    _write(temporary, dump_json({"files": kept} | ({"unfinished": unfinished} if unfinished else {})).encode())
     temporary.replace(undo / _MANIFEST)
     _sync(undo)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from grpo_toolkit.errors import UnsupportedError
-from grpo_toolkit.reading import DTYPE_BITS, TensorInfo, open_regular, read_safetensors_header
+from grpo_toolkit.reading import (
+    DTYPE_BITS,
+    TensorInfo,
+    open_regular,
+    read_safetensors_header,
+    read_safetensors_metadata,
+)
+from grpo_toolkit.stream import encode_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from grpo_toolkit.doctor.files import Rewritten
@@ -31,31 +35,17 @@ def rewrite_shard(source: Path, target: Path, weights: Rewritten) -> int:
         new = weights.renames.get(name, name)
         if new is not None:
             kept[new] = info, weights.dtypes.get(name, info.dtype)
+    metadata = read_safetensors_metadata(source, inside=True)
+    sizes = {new: info.nbytes * DTYPE_BITS[dtype] // DTYPE_BITS[info.dtype] for new, (info, dtype) in kept.items()}
+    described = ((new, dtype, info.shape, sizes[new]) for new, (info, dtype) in kept.items())
+    header = encode_header(described, {"format": "pt"} if metadata is None else metadata)
     with open_regular(source, inside=True) as reader, target.open("xb") as writer:
-        writer.write(_header(kept, _metadata(reader)))
+        writer.write(header)
         for info, dtype in kept.values():
             _copy_tensor(reader, writer, info, dtype)
         writer.flush()
         os.fsync(writer.fileno())
     return len(kept)
-
-
-def _metadata(reader: BinaryIO) -> dict[str, str]:
-    (length,) = struct.unpack("<Q", reader.read(8))
-    metadata: dict[str, str] = json.loads(reader.read(length)).get("__metadata__", {"format": "pt"})
-    return metadata
-
-
-def _header(kept: Mapping[str, tuple[TensorInfo, str]], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": metadata}
-    begin = 0
-    for name, (info, dtype) in kept.items():
-        end = begin + info.nbytes * DTYPE_BITS[dtype] // DTYPE_BITS[info.dtype]
-        header[name] = {"dtype": dtype, "shape": info.shape, "data_offsets": [begin, end]}
-        begin = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)  # data begin at a multiple of eight, as the library writes them
-    return struct.pack("<Q", len(raw)) + raw
 
 
 def _copy_tensor(reader: BinaryIO, writer: BinaryIO, info: TensorInfo, dtype: str) -> None:

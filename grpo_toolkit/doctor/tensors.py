@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint import CONFIG
 from grpo_toolkit.doctor import names
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.doctor.folder import Folder
     from grpo_toolkit.reading import TensorInfo
-
-DTYPE_NAMES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-"""torch's names of the floating-point dtypes that weights are trained and served in."""
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 

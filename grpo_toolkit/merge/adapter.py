@@ -21,6 +21,7 @@ from grpo_toolkit.checkpoint import (
     read_safetensors_header,
 )
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError
+from grpo_toolkit.reading import FLOAT_NAMES
 
 if TYPE_CHECKING:
     import os
@@ -58,7 +59,6 @@ _REFUSED: Final = {
 # These move a part of the base's weights into the factors when the adapter is made, and again whenever it is loaded.
 _INIT_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-_FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _NUMBERS: Final = ("r", "lora_alpha")
 _PATTERNS: Final = ("rank_pattern", "alpha_pattern")
 _LISTS: Final = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
@@ -164,7 +164,7 @@ def open_adapter(folder: Path) -> Adapter:
         what = f"only {pickled.name}, a pickle, which is not opened" if pickled.is_file() else "no weights"
         raise CheckpointError(f"{folder}: {what}; expected {ADAPTER_WEIGHTS} (PEFT's save_pretrained writes it)")
     tensors = read_safetensors_header(weights)
-    strange = [name for name, info in tensors.items() if info.dtype not in _FLOATS]
+    strange = [name for name, info in tensors.items() if info.dtype not in FLOAT_NAMES]
     if strange:
         raise CheckpointError(
             f"{weights}: {strange[0]} is {tensors[strange[0]].dtype}, expected a floating-point dtype"

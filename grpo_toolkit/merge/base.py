@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint import CONFIG, Checkpoint, JsonObject, Kind, TensorInfo, read_json
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
@@ -12,8 +12,6 @@ from grpo_toolkit.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Family, fami
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,25 +9,27 @@ change it: a merge that did nothing, or half of it, fails and says where.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint import check_output, find_base, open_checkpoint, staged
-from grpo_toolkit.errors import CheckpointError, InputError, VerificationError
+from grpo_toolkit.checkpoint import base_of_adapter, check_output, named_base, open_checkpoint, staged
+from grpo_toolkit.dialect import check_compat, published_renames, write_older_forms
+from grpo_toolkit.errors import VerificationError
 from grpo_toolkit.manifest import write_manifest
 from grpo_toolkit.merge.adapter import Adapter, find_adapter, open_adapter
 from grpo_toolkit.merge.base import Base, open_base
 from grpo_toolkit.merge.lora import LowRank, Update
 from grpo_toolkit.merge.plan import plan_updates
 from grpo_toolkit.merge.worker import TensorFile, TensorMerger, single_threaded, worker_count
-from grpo_toolkit.portable import carried_files, copy_files, write_configs
-from grpo_toolkit.shards import plan_shards, refuse_full_disk
+from grpo_toolkit.portable import carried_files, copy_files, declare_dtype, write_configs
+from grpo_toolkit.reading import FLOAT_NAMES
+from grpo_toolkit.shards import named_dtype, plan_shards, refuse_full_disk
 from grpo_toolkit.stream import write_shards
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from grpo_toolkit.stream import Progress
@@ -69,6 +71,8 @@ def merge_adapter(
     overwrite: bool = False,
     allow_unchanged: bool = False,
     max_shard_size: str | int | None = None,
+    dtype: str | None = None,
+    compat: str = "all",
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge a LoRA adapter into its base and publish the result as a model folder with the base's own files.
@@ -86,6 +90,8 @@ def merge_adapter(
         allow_unchanged: publish although some of the adapter changes nothing (an untrained one, or changes that the
             base's dtype rounds away).
         max_shard_size: largest weight file, such as "5GB"; by default the files are the base's.
+        dtype: of every floating-point tensor ("float16"); by default the base's.
+        compat: "all": forms that transformers 4 and servers read too, where the base has none; "v5": the base's alone.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
@@ -97,8 +103,10 @@ def merge_adapter(
     started = time.monotonic()
     target = Path(output_dir)
     check_output(target, overwrite=overwrite)
+    check_compat(compat)
+    stored_dtype = None if dtype is None else named_dtype(dtype)
     found = open_adapter(find_adapter(adapter, adapter_name))
-    origin = open_base(open_checkpoint(_base_of(found, base)))
+    origin = open_base(open_checkpoint(base_of_adapter(found.path) if base is None else named_base(base)))
     updates = plan_updates(found, origin)
     if not allow_unchanged:
         _refuse_untrained(found, updates)
@@ -109,11 +117,16 @@ def merge_adapter(
             staging,
             updates=updates,
             allow_unchanged=allow_unchanged,
+            names=published_renames(origin.tensors, origin.config.get("model_type"), compat=compat),
+            dtype=stored_dtype,
             max_shard_size=max_shard_size,
             progress=progress,
         )
         write_configs(origin.path, staging)
         copy_files(carried_files(origin.path), origin.path, staging)
+        if stored_dtype is not None:
+            declare_dtype(staging, FLOAT_NAMES[stored_dtype])
+        made_portable = write_older_forms(staging) if compat == "all" else ()
         write_manifest(
             staging,
             {
@@ -121,6 +134,7 @@ def merge_adapter(
                 "adapter": found.path.name,
                 "changed_tensors": len(merged.changed),
                 "unchanged_tensors": list(merged.unchanged),
+                "made_portable": list(made_portable),
                 "verification": None,
             },
             sums=False,
@@ -135,21 +149,6 @@ def merge_adapter(
         bytes=merged.bytes,
         seconds=time.monotonic() - started,
     )
-
-
-def _base_of(adapter: Adapter, base: str | os.PathLike[str] | None) -> Path:
-    name = adapter.config.get("base_model_name_or_path")
-    if base is not None:
-        folder = find_base(os.fspath(base))
-        if folder is None:
-            raise InputError(f"base {os.fspath(base)}: neither a model folder nor in the local Hub cache")
-        return folder
-    folder = find_base(name, revision=adapter.config.get("revision"))
-    if folder is None:
-        raise CheckpointError(
-            f"{adapter.path}: its config names the base {name!r}, which is not on this machine; pass base= (--base)"
-        )
-    return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +168,39 @@ def merge_weights(
     *,
     updates: Mapping[str, Update],
     allow_unchanged: bool = False,
+    names: Mapping[str, str] | None = None,
+    dtype: str | None = None,
     max_shard_size: str | int | None = None,
     progress: Progress | None = None,
 ) -> MergedWeights:
-    """Write the base's weights with the adapter merged into them, as `plan_updates` planned; see `merge_adapter`."""
-    shards = plan_shards(base.path, base.tensors, work=updates, max_shard_size=max_shard_size)
+    """Write the base's weights with the adapter merged into them.
+
+    Args:
+        adapter: what is merged.
+        base: what it is merged into.
+        folder: where to; an existing folder.
+        updates: as `plan_updates` gives them.
+        allow_unchanged: see `merge_adapter`.
+        names: what tensors of the base are called in the output, where that is something else.
+        dtype: safetensors' name of a dtype for every floating-point tensor instead of the base's ("BF16").
+        max_shard_size: see `merge_adapter`.
+        progress: see `merge_adapter`.
+
+    Raises:
+        VerificationError, InputError: see `merge_adapter`.
+    """
+    floats = [] if dtype is None else [name for name, info in base.tensors.items() if info.dtype in FLOAT_NAMES]
+    cast = {name: Update() for name in floats if base.tensors[name].dtype != dtype}  # as it is, but for its dtype
+    shards = plan_shards(
+        base.path,
+        base.tensors,
+        work={**cast, **updates},
+        names=names,
+        dtypes=dict.fromkeys(floats, dtype or ""),
+        max_shard_size=max_shard_size,
+    )
     refuse_full_disk(folder, shards)
-    with TensorMerger(adapter, base) as merger, single_threaded() as setup:
+    with TensorMerger(adapter, base, names) as merger, single_threaded() as setup:
         write_shards(shards, folder, fill=merger.fill, workers=worker_count(), setup=setup, progress=progress)
     unchanged = tuple(name for name in updates if name not in merger.changed)
     if unchanged and not allow_unchanged:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint import CONFIG
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
-from grpo_toolkit.merge.base import FLOATS
 from grpo_toolkit.merge.experts import containers_without_factors, parameter_updates, scale_of
 from grpo_toolkit.merge.lora import Bias, LowRank, Update
 from grpo_toolkit.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, live_name
-from grpo_toolkit.stream import equal_bytes
+from grpo_toolkit.reading import FLOAT_NAMES
+from grpo_toolkit.stream import same_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -65,7 +65,7 @@ def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:
     _refuse_untying(adapter, base, updates)
     _refuse_gaps(adapter, base)
     for stored in updates:
-        if base.tensors[stored].dtype not in FLOATS:
+        if base.tensors[stored].dtype not in FLOAT_NAMES:
             raise UnsupportedError(f"{base.path}: {stored} is {base.tensors[stored].dtype}, which is not merged into")
     return updates
 
@@ -148,9 +148,7 @@ def _without_tied_heads(adapter: Adapter, base: Base, homeless: list[str]) -> li
 
 
 def _is_same(adapter: Adapter, one: str, other: str) -> bool:
-    left, right = adapter.tensors[one], adapter.tensors[other]
-    spans = (adapter.weights, left.span), (adapter.weights, right.span)
-    return (left.dtype, left.shape) == (right.dtype, right.shape) and equal_bytes(*spans)
+    return same_tensor(adapter.path, adapter.tensors[one], adapter.tensors[other])
 
 
 def _refuse_untying(adapter: Adapter, base: Base, updates: Mapping[str, Update]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import VerificationError
 from grpo_toolkit.merge.lora import LowRank, Run, Update, add_rows, give_length, is_finite_in, matrix_shape, runs
+from grpo_toolkit.reading import FLOAT_NAMES
 from grpo_toolkit.stream import read_at, write_at
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 # Values in one block: in float32 (4 MiB) it stays in a core's cache from reading to rounding.
 _BLOCK: Final = 2**20
-TORCH_NAMES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def worker_count() -> int:
@@ -74,7 +74,7 @@ class TensorFile:
         import torch
 
         info = self.tensors[name]
-        rows = buffer.take(count, columns, getattr(torch, TORCH_NAMES[info.dtype]))
+        rows = buffer.take(count, columns, getattr(torch, FLOAT_NAMES[info.dtype]))
         begin = info.span[0] + first * columns * rows.itemsize
         read_at(self._descriptor, raw_bytes(rows), begin, self.path)
         return rows
@@ -112,14 +112,20 @@ class _Buffers(threading.local):
 
 
 class TensorMerger:
-    """Makes the tensors that an adapter changes; `fill` may run in several threads at once.
+    """Makes the tensors that an adapter changes, or that get another dtype; `fill` may run in several threads at once.
+
+    Args:
+        adapter: what is merged.
+        base: what it is merged into.
+        names: what tensors of the base are called in the output, where that is something else.
 
     Attributes:
-        changed: names of the tensors whose values in the output are not the base's.
+        changed: the base's names of the tensors whose values in the output are not the base's.
     """
 
-    def __init__(self, adapter: Adapter, base: Base) -> None:
+    def __init__(self, adapter: Adapter, base: Base, names: Mapping[str, str] | None = None) -> None:
         self.changed: set[str] = set()
+        self._stored = {new: name for name, new in (names or {}).items()}
         self._adapter = TensorFile(adapter.weights, adapter.tensors)
         self._base = {
             file: TensorFile(base.path / file, {name: i for name, i in base.tensors.items() if i.file == file})
@@ -147,7 +153,7 @@ class TensorMerger:
 
         update: Update = entry.work
         columns = _matrix(entry, update)[1]
-        dtype = getattr(torch, TORCH_NAMES[entry.dtype])
+        dtype = getattr(torch, FLOAT_NAMES[entry.dtype])
         precise = _precision(entry)
         magnitude = self._adapter.read(update.magnitude, precise).flatten() if update.magnitude else None
         lengths = self._column_lengths(entry, update) if update.lengths_by_column else None
@@ -161,23 +167,29 @@ class TensorMerger:
                     "or its training diverged"
                 )
             rounded = self._buffers.rounded.take(len(block), columns, dtype).copy_(block)
-            if entry.name not in self.changed:
+            name = self._stored_name(entry)
+            if name not in self.changed:
                 original = stored
                 if update.replaced_by is not None:
                     file = self._base_file(entry)
-                    original = file.rows(entry.name, first, len(block), columns, self._buffers.original)
+                    original = file.rows(name, first, len(block), columns, self._buffers.original)
                 if not torch.equal(rounded, original.to(dtype)):
-                    self.changed.add(entry.name)
+                    self.changed.add(name)
             write_at(descriptor, raw_bytes(rounded), offset + first * columns * dtype.itemsize)
 
+    def _stored_name(self, entry: Entry) -> str:
+        return self._stored.get(entry.name, entry.name)
+
     def _base_file(self, entry: Entry) -> TensorFile:
-        return self._base[self._file_of[entry.name]]
+        return self._base[self._file_of[self._stored_name(entry)]]
 
     def _sums(self, entry: Entry, update: Update) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Row blocks of `W + scale * left @ right`: first row, the rows as stored, the sum; good until the next."""
         rows, columns = _matrix(entry, update)
         source, name = (
-            (self._adapter, update.replaced_by) if update.replaced_by else (self._base_file(entry), entry.name)
+            (self._adapter, update.replaced_by)
+            if update.replaced_by
+            else (self._base_file(entry), self._stored_name(entry))
         )
         read = partial(self._adapter.read, dtype=_precision(entry))
         parts: Iterator[Run | None] = iter((None,)) if update.added is None else runs(update.added, read)

@@ -55,17 +55,25 @@ def _with_quartiles(spread: Summary) -> str:
 
 
 def export_table(result: ExportResult) -> Table:
-    """What an export put right and what was proven about it."""
+    """What went into an export, what was put right, what was proven about it, and where it is."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(f"Export {result.path}"), title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("figure")
+    for name, value in result.sources.items():
+        table.add_row(name, Text(str(value)))
     table.add_row("put right", Text("\n".join(map(str, result.repairs)) or "nothing: the base was clean"))
+    if result.made_portable:
+        table.add_row("for older versions", Text("\n".join(result.made_portable)))
     table.add_row("changed in training", Text("\n".join(map(str, result.changes)) or "weights alone"))
+    if result.verification is None:
+        table.add_row("proven", Text("nothing: verification was switched off"))
     for check in result.verification.checks if result.verification else ():
-        table.add_row(check.name, Text(("ok: " if check.passed else "FAILED: ") + check.detail))
+        verdict = "skipped: " if check.skipped else "ok: " if check.passed else "FAILED: "
+        table.add_row(check.name, Text(verdict + check.detail))
+    table.add_row("published", Text(f"{result.path}, {result.bytes / 1e9:.2f} GB in {result.seconds:.1f} s"))
     return table
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint import CONFIG
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
-from grpo_toolkit.doctor.tensors import DTYPE_NAMES, HEAD, base_tensors, new_names, settled, weights
-from grpo_toolkit.reading import ABSENT, DTYPE_BITS
+from grpo_toolkit.doctor.tensors import HEAD, base_tensors, new_names, settled, weights
+from grpo_toolkit.reading import ABSENT, DTYPE_BITS, FLOAT_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,7 @@ def wider_than_base(folder: Folder) -> Iterator[Fault]:
         back.get(name, name): base[name].dtype
         for name, info in ours.items()
         if name in base
-        and {info.dtype, base[name].dtype} <= set(DTYPE_NAMES)
+        and {info.dtype, base[name].dtype} <= set(FLOAT_NAMES)
         and _is_wider(info.dtype, base[name].dtype)
     }
     if not casts:
@@ -59,7 +59,7 @@ def _declare(folder: Folder, dtype: str | None) -> tuple[Edit, ...]:
     """Edits that make every dtype said in the config the one stored."""
     if dtype is None:
         return ()
-    wanted = DTYPE_NAMES[dtype]
+    wanted = FLOAT_NAMES[dtype]
     return tuple(
         Edit(file=CONFIG, path=(*level, key), value=wanted)
         for level, node in folder.levels()
@@ -78,13 +78,13 @@ def _declare(folder: Folder, dtype: str | None) -> tuple[Edit, ...]:
 def dtype_disagrees(folder: Folder) -> Iterator[Fault]:
     stored = folder.stored_dtype if weights(folder) else None
     said = [(key, folder.get(CONFIG, key)) for key in ("dtype", "torch_dtype")]
-    known = [(key, value) for key, value in said if value in DTYPE_NAMES.values()]
+    known = [(key, value) for key, value in said if value in FLOAT_NAMES.values()]
     if stored is None or not known or folder.get(CONFIG, "quantization_config") is not ABSENT:
         return
-    wrong = [(key, value) for key, value in known if value != DTYPE_NAMES[stored]]
+    wrong = [(key, value) for key, value in known if value != FLOAT_NAMES[stored]]
     if wrong and not _is_published_so(folder, stored):
         key, value = wrong[0]
-        yield Fault(file=CONFIG, key=key, found=value, expected=DTYPE_NAMES[stored], remedies=_declare(folder, stored))
+        yield Fault(file=CONFIG, key=key, found=value, expected=FLOAT_NAMES[stored], remedies=_declare(folder, stored))
 
 
 def _is_published_so(folder: Folder, stored: str) -> bool:
@@ -106,7 +106,7 @@ def _is_published_so(folder: Folder, stored: str) -> bool:
 def mixed_dtypes(folder: Folder) -> Iterator[Fault]:
     counts: dict[str, int] = {}
     for info in weights(folder).values():
-        if info.dtype in DTYPE_NAMES:
+        if info.dtype in FLOAT_NAMES:
             counts[info.dtype] = counts.get(info.dtype, 0) + 1
     if len(counts) > 1 and not (folder.base and len({i.dtype for i in base_tensors(folder).values()}) > 1):
         yield Fault(file=next(iter(folder.shards)), found=counts, expected="one floating-point dtype")
@@ -125,7 +125,7 @@ def quantization_left_over(folder: Folder) -> Iterator[Fault]:
         return
     if folder.base is not None and folder.base.get(CONFIG, "quantization_config") not in (ABSENT, None):
         return
-    if all(info.dtype in DTYPE_NAMES for info in folder.tensors.values()):
+    if all(info.dtype in FLOAT_NAMES for info in folder.tensors.values()):
         yield Fault(
             file=CONFIG,
             key="quantization_config",
