@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     )
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.explain import explain_latency
     from grpo_toolkit.latency.measure import measure_latency
-    from grpo_toolkit.latency.row import LatencyRow
+    from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
     from grpo_toolkit.merge.merge import MergeResult, merge_adapter
     from grpo_toolkit.verify import VerificationResult, verify_export
     from grpo_toolkit.whole import last_whole_checkpoint
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CheckpointError": "errors",
     "Diagnosis": "doctor.findings",
+    "ExplanationRow": "latency.row",
     "ExportCallback": "callbacks",
     "ExportResult": "export",
     "Finding": "doctor.findings",
@@ -61,6 +63,7 @@ _MODULES = {
     "VerificationResult": "verify",
     "WorkerError": "errors",
     "diagnose_checkpoint": "doctor.diagnose",
+    "explain_latency": "latency.explain",
     "export_model": "export",
     "inference_ready": "cache",
     "last_whole_checkpoint": "whole",
@@ -74,6 +77,7 @@ _MODULES = {
 __all__ = [
     "CheckpointError",
     "Diagnosis",
+    "ExplanationRow",
     "ExportCallback",
     "ExportResult",
     "Finding",
@@ -94,6 +98,7 @@ __all__ = [
     "VerificationResult",
     "WorkerError",
     "diagnose_checkpoint",
+    "explain_latency",
     "export_model",
     "inference_ready",
     "last_whole_checkpoint",

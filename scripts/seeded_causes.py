@@ -19,8 +19,8 @@ from grpo_toolkit.latency.engines.protocol import Options
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NEVER = 0
-"""A token id that ends an answer in no practice: an exclamation mark, which random weights do not say twice."""
+NEVER = 3
+"""A token id that random weights hardly say: what should not end by itself ends there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +63,28 @@ LIVE = ("device-map", "training-state", "longer-answers")
 ALL = (*FILES, *OPTIONS, *LIVE, "unmerged-adapter")
 
 
-def seed_causes(
-    base: Path, folder: Path, causes: tuple[str, ...], *, device: str = "cpu", ends_at: int | None = None
-) -> Seeded:
+ABOUT_LENGTHS = frozenset({"eos", "longer-answers"})
+"""Causes that need a base whose answers end before the cap."""
+
+
+def bases(base: Path, folder: Path, *, ends_at: int) -> tuple[Path, Path]:
+    """Two copies of a base: one whose answers go on to the cap, one whose answers end at a token that it says early."""
+    endless, ending = (_copied(base, folder / name) for name in ("endless", "ending"))
+    _edit(endless, "generation_config.json", eos_token_id=[NEVER])
+    _edit(ending, "generation_config.json", eos_token_id=[ends_at])
+    return endless, ending
+
+
+def seed_causes(base: Path, folder: Path, causes: tuple[str, ...], *, device: str = "cpu") -> Seeded:
     """A copy of `base` in `folder` with these causes, beside the base that it is compared with.
 
     Args:
-        base: a Qwen2.5-VL folder.
+        base: a Qwen2.5-VL folder, one of `bases`.
         folder: for what is written; weights are hard links.
         causes: of `ALL`.
         device: where live models go.
-        ends_at: for causes that are about lengths, a token that the base says early: its answers end there.
     """
-    origin = base
-    if ends_at is not None:
-        origin = _copied(base, folder / "base")
-        _edit(origin, "generation_config.json", eos_token_id=[ends_at])
-    trained = _copied(origin, folder / "trained")
+    trained = _copied(base, folder / "trained")
     options = Options(device=device)
     for cause in causes:
         if cause in FILES:
@@ -87,12 +92,12 @@ def seed_causes(
         if cause in OPTIONS:
             options = OPTIONS[cause](options)
     if "unmerged-adapter" in causes:
-        trained = _adapter(trained, folder / "adapter")
+        trained = _adapter(trained, folder / "adapter", device=device)
     live = [cause for cause in causes if cause in LIVE]
     if not live:
-        return Seeded(causes=causes, base=origin, trained=trained, options=options)
+        return Seeded(causes=causes, base=base, trained=trained, options=options)
     model, processor = _live(trained, live, folder, device)
-    return Seeded(causes=causes, base=origin, trained=model, processor=processor, options=options)
+    return Seeded(causes=causes, base=base, trained=model, processor=processor, options=options)
 
 
 def _copied(source: Path, target: Path) -> Path:
@@ -100,14 +105,14 @@ def _copied(source: Path, target: Path) -> Path:
     return target
 
 
-def _adapter(base: Path, folder: Path) -> Path:
+def _adapter(base: Path, folder: Path, *, device: str) -> Path:
     """A LoRA adapter on all seven projections, with factors that are not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     from grpo_toolkit.inference import load_model
 
-    model, _, _ = load_model(base)
+    model, _, _ = load_model(base, device=device)
     torch.manual_seed(0)
     targets = "model.language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets, init_lora_weights=False))

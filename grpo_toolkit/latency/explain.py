@@ -10,8 +10,10 @@ with every cause cured; what that one still differs from the base by is printed 
 from __future__ import annotations
 
 import statistics
+import time
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,6 +44,7 @@ LONGER: Final = "longer-answers"
 _CHANGE_TEXT: Final = ("eos", "training-state")
 """Causes that change where an answer ends, and not by training."""
 _PROOF_TOKENS: Final = 6
+_LEAST_ROUNDS: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,7 @@ def explain_latency(
     trained_options: Options | None = None,
     isolated: bool = True,
     pool: Pool | None = None,
+    budget_s: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ExplanationRow:
     """Explain why `trained` takes another time for an answer than `base`.
@@ -83,6 +87,7 @@ def explain_latency(
         trained_options: the same for the trained model; `options` by default.
         isolated: folders are loaded in processes of their own; else in this one.
         pool: models that are open already; what is opened in it stays open.
+        budget_s: begin no further round after this many seconds of timing; three rounds are always made.
         progress: called with the arm's name, the round and the number of rounds.
 
     Returns:
@@ -97,13 +102,14 @@ def explain_latency(
         raise InputError("explain_latency needs at least one round and two new tokens")
     sources = source_of(base, processor), source_of(trained, processor)
     usual = replace(options or Options(), device=device)
-    with pool or Pool(isolated=isolated) as opened:
+    with nullcontext(pool) if pool is not None else Pool(isolated=isolated) as opened:
         lab = _Lab(pool=opened, requests=_natural(requests, sources, max_new_tokens), progress=progress)
         ours = _as_it_stands(sources[1], replace(trained_options or usual, device=device))
         known, seen = lab.look(sources[0], usual, sources[0].path), lab.look(sources[1], ours, sources[0].path)
         found = {cause.name: what for cause in CAUSES if (what := cause.seen(known, seen)) is not None}
         plan = lab.plan(sources, known, seen, found)
-        times = lab.time(plan.arms, rounds=rounds, is_static=known.is_static or seen.is_static)
+        is_static = known.is_static or seen.is_static
+        times = lab.time(plan.arms, rounds=rounds, is_static=is_static, budget_s=budget_s)
         hardware = opened.engine(sources[0], usual).probe_hardware()
         environment = opened.engine(sources[0], usual).facts().environment
     return _row(plan, times, hardware, environment)
@@ -220,7 +226,7 @@ class _Lab:
         )
 
     def time(
-        self, arms: Mapping[Arm | str, _Arm], *, rounds: int, is_static: bool
+        self, arms: Mapping[Arm | str, _Arm], *, rounds: int, is_static: bool, budget_s: float | None
     ) -> dict[Arm | str, list[list[Timeline]]]:
         """Time all arms in turns, after one answer each that is not counted.
 
@@ -229,8 +235,10 @@ class _Lab:
         """
         names = {arm.name: key for key, arm in arms.items()}
         times: dict[Arm | str, list[list[Timeline]]] = {key: [[] for _ in self.requests] for key in arms}
-        met = 0
+        met, started = 0, time.monotonic()
         for round_ in range(-1, rounds):
+            if budget_s is not None and round_ >= _LEAST_ROUNDS and time.monotonic() - started > budget_s:
+                break
             for name in turns(list(names), max(round_, 0)):
                 arm = arms[names[name]]
                 engine = self.pool.engine(arm.source, arm.options)

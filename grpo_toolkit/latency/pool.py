@@ -89,6 +89,14 @@ class Pool:
             self._engines[key] = self._open(source, options)
         return self._engines[key]
 
+    def release(self, source: Source) -> None:
+        """Forget the models of a source; those of this process are freed."""
+        place = id(source.model) if source.model is not None else source.path
+        merged = self._merged.pop(source.path, None) if source.path is not None else None
+        for held in (self._engines, self._models):
+            for key in [key for key in held if key[0] in (place, source.path, merged)]:
+                held.pop(key)  # type: ignore[attr-defined]
+
     def merged(self, source: Source) -> Source:
         """The source with its adapter merged: a folder in a temporary place, or a copy of a live model."""
         if source.model is not None:
