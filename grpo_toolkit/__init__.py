@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         CheckpointError,
         GrpoToolkitError,
         InputError,
+        OutOfMemoryError,
         OutputExistsError,
         PeerError,
         ResumeError,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     )
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.arms import Arm
+    from grpo_toolkit.latency.compare import Comparison, compare_latency
+    from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.explain import explain_latency
     from grpo_toolkit.latency.measure import measure_latency
     from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
@@ -40,7 +44,9 @@ if TYPE_CHECKING:
     from grpo_toolkit.whole import last_whole_checkpoint
 
 _MODULES = {
+    "Arm": "latency.arms",
     "CheckpointError": "errors",
+    "Comparison": "latency.compare",
     "Diagnosis": "doctor.findings",
     "ExplanationRow": "latency.row",
     "ExportCallback": "callbacks",
@@ -52,6 +58,8 @@ _MODULES = {
     "LatencyCallback": "callbacks",
     "LatencyRow": "latency.row",
     "MergeResult": "merge.merge",
+    "Options": "latency.engines.protocol",
+    "OutOfMemoryError": "errors",
     "OutputExistsError": "errors",
     "PeerError": "errors",
     "RepairResult": "doctor.repair",
@@ -62,6 +70,7 @@ _MODULES = {
     "VerificationError": "errors",
     "VerificationResult": "verify",
     "WorkerError": "errors",
+    "compare_latency": "latency.compare",
     "diagnose_checkpoint": "doctor.diagnose",
     "explain_latency": "latency.explain",
     "export_model": "export",
@@ -75,7 +84,9 @@ _MODULES = {
 }
 
 __all__ = [
+    "Arm",
     "CheckpointError",
+    "Comparison",
     "Diagnosis",
     "ExplanationRow",
     "ExportCallback",
@@ -87,6 +98,8 @@ __all__ = [
     "LatencyCallback",
     "LatencyRow",
     "MergeResult",
+    "Options",
+    "OutOfMemoryError",
     "OutputExistsError",
     "PeerError",
     "RepairResult",
@@ -97,6 +110,7 @@ __all__ = [
     "VerificationError",
     "VerificationResult",
     "WorkerError",
+    "compare_latency",
     "diagnose_checkpoint",
     "explain_latency",
     "export_model",

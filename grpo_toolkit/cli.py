@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,21 +230,22 @@ def _verify_manifest(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint import open_checkpoint
     from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.measure import Arm, measure_latency
+    from grpo_toolkit.latency.arms import Arm
+    from grpo_toolkit.latency.engines.protocol import Options
+    from grpo_toolkit.latency.measure import measure_latency
 
     arms = []
+    options = Options(device=arguments.device)
     for item in arguments.models:
         name, path = _named_folder(item)
         open_checkpoint(path)
-        arms.append(Arm(name=name, path=path))
+        arms.append(Arm(name=name, path=path, options=options))
         if arguments.no_cache:
-            arms.append(Arm(name=f"{name}_no_cache", path=path, use_cache=False))
+            arms.append(Arm(name=f"{name}_no_cache", path=path, options=replace(options, use_cache=False)))
     if len({arm.name for arm in arms}) < len(arms):
         raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
     request = Request(messages=[{"role": "user", "content": arguments.prompt}], images=_read_images(arguments.image))
-    rows = measure_latency(
-        arms, [request], new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=arguments.device
-    )
+    rows = measure_latency(arms, [request], new_tokens=arguments.new_tokens, rounds=arguments.rounds)
     if arguments.json:
         print(json.dumps({"rows": [row.to_json() for row in rows]}))
     else:
@@ -306,7 +308,7 @@ def _read_images(path: Path | None) -> list[Any]:
 def _env(arguments: argparse.Namespace) -> int:
     import torch
 
-    from grpo_toolkit.latency.measure import environment_of
+    from grpo_toolkit.latency.environment import environment_of
 
     facts = environment_of("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.json:

@@ -70,8 +70,11 @@ ABOUT_LENGTHS = frozenset({"eos", "longer-answers"})
 def bases(base: Path, folder: Path, *, ends_at: int) -> tuple[Path, Path]:
     """Two copies of a base: one whose answers go on to the cap, one whose answers end at a token that it says early."""
     endless, ending = (_copied(base, folder / name) for name in ("endless", "ending"))
-    _edit(endless, "generation_config.json", eos_token_id=[NEVER])
-    _edit(ending, "generation_config.json", eos_token_id=[ends_at])
+    config = json.loads((base / "config.json").read_text())
+    # Random weights may say a placeholder; computing the answer again would then miss an image for it.
+    silent = [config[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id")]
+    for copied, end in ((endless, NEVER), (ending, ends_at)):
+        _edit(copied, "generation_config.json", eos_token_id=[end], suppress_tokens=silent)
     return endless, ending
 
 
