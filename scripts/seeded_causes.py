@@ -10,14 +10,17 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.inference import Request
 from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.pool import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
+
+    from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.pool import Pool
 
 NEVER = 3
 """A token id that random weights hardly say: what should not end by itself ends there."""
@@ -67,14 +70,15 @@ ABOUT_LENGTHS = frozenset({"eos", "longer-answers"})
 """Causes that need a base whose answers end before the cap."""
 
 
-def bases(base: Path, folder: Path, *, ends_at: int) -> tuple[Path, Path]:
-    """Two copies of a base: one whose answers go on to the cap, one whose answers end at a token that it says early."""
+def bases(base: Path, folder: Path, request: Request, pool: Pool, *, device: str = "cpu") -> tuple[Path, Path]:
+    """Two copies of a base: one whose answers go on to the cap, and one that ends its answer to `request` early."""
     endless, ending = (_copied(base, folder / name) for name in ("endless", "ending"))
     config = json.loads((base / "config.json").read_text())
     # Random weights may say a placeholder; computing the answer again would then miss an image for it.
     silent = [config[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id")]
-    for copied, end in ((endless, NEVER), (ending, ends_at)):
-        _edit(copied, "generation_config.json", eos_token_id=[end], suppress_tokens=silent)
+    _edit(endless, "generation_config.json", eos_token_id=[NEVER], suppress_tokens=silent)
+    end = early_token(endless, request, pool, device=device)
+    _edit(ending, "generation_config.json", eos_token_id=[end], suppress_tokens=silent)
     return endless, ending
 
 
@@ -128,8 +132,6 @@ def _adapter(base: Path, folder: Path, *, device: str) -> Path:
 
 
 def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[Any, Any]:
-    import torch
-
     from grpo_toolkit.inference import auto_class, dtype_argument, load_model, load_processor
 
     if "device-map" in causes:
@@ -137,26 +139,30 @@ def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[
         layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
         placed = {"model.visual": device, "model.language_model.embed_tokens": device, "lm_head": device}
         placed |= {"model.language_model.norm": device, "model.language_model.rotary_emb": device}
-        placed |= {f"model.language_model.layers.{number}": away for number in range(layers)}
+        few = max(layers // 9, 2)  # of a large model: each of them is copied for every token
+        placed |= {
+            f"model.language_model.layers.{number}": away if number < few else device for number in range(layers)
+        }
         model = auto_class(folder).from_pretrained(
             folder, device_map=placed, offload_folder=scratch / "offloaded", **{dtype_argument(): "auto"}
         )
         processor = load_processor(folder)
     else:
         model, processor, _ = load_model(folder, device=device)
-    if "longer-answers" in causes:  # weights of its own, as after a training
-        norm = model.get_submodule("model.language_model.norm").weight
-        norm.data += torch.randn(norm.shape, generator=torch.Generator().manual_seed(1)).to(norm) * 0.5
+    if "longer-answers" in causes:  # other weights: what the base said is now what it says last
+        model.get_submodule("model.language_model.norm").weight.data.neg_()
     if "training-state" in causes:
         model.gradient_checkpointing_enable()
         model.train()
     return model, processor
 
 
-def early_token(base: Path, request: Request, *, device: str = "cpu", least: int = 12) -> int:
-    """A token that the base says for the first time as late as `least`, so that its answer could end there."""
-    from grpo_toolkit.inference import generate, load_model
-
-    model, processor, _ = load_model(base, device=device)
-    tokens = generate(model, processor, replace(request, max_new_tokens=4 * least, exact=True)).tokens
-    return next(token for index, token in enumerate(tokens) if index >= least and token not in tokens[:index])
+def early_token(base: Path, request: Request, pool: Pool, *, device: str) -> int:
+    """The last of the new tokens that the base says, so that its answer could end there; random weights soon repeat."""
+    options = Options(device=device)
+    evidence = pool.engine(Source(path=base), options).prove(
+        [replace(request, max_new_tokens=24, exact=True)], options
+    )
+    assert evidence is not None
+    tokens = evidence.tokens[0]
+    return max(dict.fromkeys(tokens), key=tokens.index)

@@ -20,7 +20,7 @@ from grpo_toolkit.latency.sizes import ModelSizes
 from grpo_toolkit.latency.split import split_exactly
 from grpo_toolkit.latency.store import append_rows, read_rows
 from models import build_qwen2_5_vl
-from seeded_causes import ABOUT_LENGTHS, ALL, bases, early_token, seed_causes
+from seeded_causes import ABOUT_LENGTHS, ALL, bases, seed_causes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,19 +49,19 @@ def asked() -> Request:
 
 
 @pytest.fixture(scope="module")
-def two_bases(tmp_path_factory: pytest.TempPathFactory, asked: Request) -> tuple[Path, Path]:
-    base = build_qwen2_5_vl(tmp_path_factory.mktemp("explained") / "base", dtype="bfloat16")
-    return bases(base, base.parent, ends_at=early_token(base, asked))
-
-
-@pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     with Pool(isolated=False) as opened:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def two_bases(tmp_path_factory: pytest.TempPathFactory, asked: Request, pool: Pool) -> tuple[Path, Path]:
+    base = build_qwen2_5_vl(tmp_path_factory.mktemp("explained") / "base", dtype="bfloat16")
+    return bases(base, base.parent, asked, pool)
+
+
 def explained(
-    two_bases: tuple[Path, Path], folder: Path, causes: tuple[str, ...], asked: Request, pool: Pool, rounds: int = 6
+    two_bases: tuple[Path, Path], folder: Path, causes: tuple[str, ...], asked: Request, pool: Pool, rounds: int = 4
 ) -> ExplanationRow:
     seeded = seed_causes(two_bases[bool(ABOUT_LENGTHS & set(causes))], folder, causes)
     row = explain_latency(
@@ -82,14 +82,15 @@ def explained(
 def test_a_cause_alone_is_the_top_cause_and_all_that_is_found(
     cause: str, two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
 ) -> None:
-    row = explained(two_bases, tmp_path, (cause,), asked, pool)
+    rounds = 6 if cause in STRONG else 4
+    row = explained(two_bases, tmp_path, (cause,), asked, pool, rounds)
     assert [effect.cause for effect in row.audit] == [cause]
     assert top_cause(row) == cause
     assert [effect.cause for effect in row.effects] == [cause, "unexplained"]
     assert_sums_up(row)
     assert all(effect.evidence and effect.cure and effect.command for effect in row.audit)
     if cause in STRONG:
-        again = (explained(two_bases, tmp_path / str(turn), (cause,), asked, pool) for turn in range(3))
+        again = (explained(two_bases, tmp_path / str(turn), (cause,), asked, pool, rounds) for turn in range(3))
         assert unexplained_share(row) <= 0.1 or any(unexplained_share(other) <= 0.1 for other in again)
 
 

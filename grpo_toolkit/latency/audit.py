@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.cache import base_model, is_checkpointing
@@ -22,6 +21,7 @@ from grpo_toolkit.doctor.rules.processing import pixel_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -248,5 +248,3 @@ def facts_of(
 def mean(values: Iterable[int]) -> float:
     """The mean of token counts; 0 where there are none."""
     return statistics.fmean(list(values) or [0])
-
-

@@ -1,17 +1,19 @@
 """From arms with some of the causes on to the effect of each.
 
-With causes that act on each other (no cache costs more where answers are longer) an effect depends on what was switched
-before it. Up to three causes every combination is measured and an effect is the mean over all orders (Shapley 1953);
+With causes that act on each other (no cache costs more where answers are longer) an effect depends on what was on
+before. Up to three causes every combination is measured and an effect is the mean over all orders (Shapley 1953);
 beyond that, over one order and its reverse. Either way the effects sum to all minus none, exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from itertools import permutations
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
-import numpy as np
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
 
 Arm = frozenset[str]
 """The causes that are on."""
@@ -20,7 +22,7 @@ MOST_EXACT: Final = 3
 """Causes up to which all combinations (eight arms) are measured."""
 
 _RESAMPLES: Final = 2000
-_Value = TypeVar("_Value", float, np.ndarray)
+_Value = TypeVar("_Value", float, "np.ndarray")
 
 
 def orders_of(causes: Sequence[str]) -> list[tuple[str, ...]]:
@@ -57,6 +59,8 @@ def resampled_medians(times: np.ndarray, seed: int = 0) -> np.ndarray:
     Returns:
         Shape (arms, resamples).
     """
+    import numpy as np
+
     rounds = times.shape[1]
     drawn = np.random.default_rng(seed).integers(0, rounds, size=(_RESAMPLES, rounds))
     return np.stack([np.median(arm[drawn], axis=1).mean(axis=1) for arm in times])
@@ -64,5 +68,7 @@ def resampled_medians(times: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def interval_of(samples: np.ndarray) -> tuple[float, float]:
     """The middle 95% of bootstrap values."""
+    import numpy as np
+
     low, high = np.percentile(samples, (2.5, 97.5))
     return float(low), float(high)

@@ -12,11 +12,9 @@ from __future__ import annotations
 import statistics
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
@@ -30,7 +28,8 @@ from grpo_toolkit.latency.statistics import SAME_WITHIN, turns
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -41,8 +40,9 @@ if TYPE_CHECKING:
 BASE: Final = "base"
 UNEXPLAINED: Final = "unexplained"
 LONGER: Final = "longer-answers"
-_CHANGE_TEXT: Final = ("eos", "training-state")
-"""Causes that change where an answer ends, and not by training."""
+UNMERGED: Final = "unmerged-adapter"
+_MOVE_ENDS: Final = ("eos", "training-state")
+"""Causes that decide where an answer ends; they are cured before those that only round otherwise."""
 _PROOF_TOKENS: Final = 6
 _LEAST_ROUNDS: Final = 3
 
@@ -101,10 +101,10 @@ def explain_latency(
     if rounds < 1 or max_new_tokens < 2:
         raise InputError("explain_latency needs at least one round and two new tokens")
     sources = source_of(base, processor), source_of(trained, processor)
-    usual = replace(options or Options(), device=device)
+    usual = _as_it_stands(sources[0], replace(options or Options(), device=device))
     with nullcontext(pool) if pool is not None else Pool(isolated=isolated) as opened:
         lab = _Lab(pool=opened, requests=_natural(requests, sources, max_new_tokens), progress=progress)
-        ours = _as_it_stands(sources[1], replace(trained_options or usual, device=device))
+        ours = _as_it_stands(sources[1], replace(trained_options or options or Options(), device=device))
         known, seen = lab.look(sources[0], usual, sources[0].path), lab.look(sources[1], ours, sources[0].path)
         found = {cause.name: what for cause in CAUSES if (what := cause.seen(known, seen)) is not None}
         plan = lab.plan(sources, known, seen, found)
@@ -170,9 +170,7 @@ class _Lab:
         answers = [engine.ask([request], options) for request in self.requests]
         return facts_of(source.name, options, source.declared(base), engine.facts(), evidence, answers)
 
-    def plan(
-        self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]
-    ) -> _Plan:
+    def plan(self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]) -> _Plan:
         """Which arms are timed: every combination of causes on the trained model, and the base."""
         from grpo_toolkit.latency.effects import arms_of
 
@@ -190,22 +188,33 @@ class _Lab:
         return _Plan(sources=sources, known=known, seen=seen, found=found, toggled=toggled, arms=arms)
 
     def _lengths(self, trained: Source, known: Facts, seen: Facts, found: Mapping[str, str]) -> _Lengths:
-        """How long answers are, and what each cause adds to that: asked with it cured, one after the other."""
-        options, lengths, added = seen.options, seen.output_tokens, {}
-        for name in _CHANGE_TEXT:
-            cure = BY_NAME[name].options
-            if name in found and cure is not None:
-                options = cure(options, known)
-                engine = self.pool.engine(trained, options)
-                answers = [engine.ask([request], options) for request in self.requests]
-                cured = tuple(answer.timeline.output_tokens for answer in answers)
-                added[name] = _minus(lengths, cured)
-                lengths = cured
+        """How long answers are, and what each cause adds to that: asked with it cured too, one after the other.
+
+        Some causes move the end of an answer (another end of sequence, wrong text), others change its words by their
+        rounding. What is left when all are cured is what training changed.
+        """
+        source, options, lengths, added = trained, seen.options, seen.output_tokens, {}
+        for name in sorted(found, key=lambda name: name not in _MOVE_ENDS):
+            if not self._can_toggle(trained, BY_NAME[name]) or name == LONGER:
+                continue
+            source, options = self._cured(name, source, options, known)
+            engine = self.pool.engine(source, options)
+            answers = [engine.ask([request], options) for request in self.requests]
+            cured = tuple(answer.timeline.output_tokens for answer in answers)
+            added[name] = _minus(lengths, cured)
+            lengths = cured
         added[LONGER] = _minus(lengths, known.output_tokens)
         return _Lengths(base=known.output_tokens, added=added)
 
+    def _cured(self, name: str, source: Source, options: Options, known: Facts) -> tuple[Source, Options]:
+        """Without that cause."""
+        cure = BY_NAME[name].options
+        if name == UNMERGED:
+            source = self.pool.merged(source)
+        return source, options if cure is None else cure(options, known)
+
     def _can_toggle(self, trained: Source, cause: Cause) -> bool:
-        if cause.name == "unmerged-adapter":
+        if cause.name == UNMERGED:
             return trained.model is None or hasattr(trained.model, "merge_and_unload")
         if cause.name == "device-map":
             return trained.path is not None
@@ -216,14 +225,9 @@ class _Lab:
     ) -> _Arm:
         options = seen.options
         for name in toggled:
-            cure = BY_NAME[name].options
-            if name not in arm and cure is not None:
-                options = cure(options, known)
-        if "unmerged-adapter" in toggled and "unmerged-adapter" not in arm:
-            source = self.pool.merged(source)
-        return _Arm(
-            name=" + ".join(sorted(arm)) or "cured", source=source, options=options, tokens=lengths.of(arm)
-        )
+            if name not in arm:
+                source, options = self._cured(name, source, options, known)
+        return _Arm(name=" + ".join(sorted(arm)) or "cured", source=source, options=options, tokens=lengths.of(arm))
 
     def time(
         self, arms: Mapping[Arm | str, _Arm], *, rounds: int, is_static: bool, budget_s: float | None
@@ -275,11 +279,13 @@ def _minus(lengths: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _as_it_stands(source: Source, options: Options) -> Options:
-    """Options that leave a live model in the state that it is in."""
+    """Options that say what the files, or the state of a live model, say: only what is said can be toggled."""
+    declared = source.declared(None)
+    if options.cache_implementation is None and declared.cache_implementation is not None:
+        options = replace(options, cache_implementation=declared.cache_implementation)
     if source.model is None:
         return options
-    declared = source.declared(None)
-    if declared.device_map and options.device_map is None:
+    if source.is_dispatched and options.device_map is None:
         options = replace(options, device_map="as dispatched")
     return replace(options, training=options.training or declared.is_training)
 

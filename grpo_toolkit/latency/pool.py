@@ -95,12 +95,13 @@ class Pool:
         merged = self._merged.pop(source.path, None) if source.path is not None else None
         for held in (self._engines, self._models):
             for key in [key for key in held if key[0] in (place, source.path, merged)]:
-                held.pop(key)  # type: ignore[attr-defined]
+                held.pop(key)
 
     def merged(self, source: Source) -> Source:
         """The source with its adapter merged: a folder in a temporary place, or a copy of a live model."""
         if source.model is not None:
-            merged = copy.deepcopy(source.model).merge_and_unload()  # type: ignore[operator]
+            copied: Any = copy.deepcopy(source.model)
+            merged = copied.merge_and_unload()
             return replace(source, model=merged)
         assert source.path is not None
         if source.path not in self._merged:

@@ -1,4 +1,4 @@
-"""An explanation for a terminal: what was found without a clock, where the time went, what each cause costs, the cure."""
+"""An explanation for a terminal: what was seen without a clock, what each cause costs, where the time went, cures."""
 
 from __future__ import annotations
 
