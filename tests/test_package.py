@@ -46,6 +46,7 @@ FLOORS = [
     {"latency.rows"},
     {"latency.measure"},
     {"verify", "latency.compare"},
+    {"latency.sweep"},
     {"export"},
     {"tracking.wandb", "tracking.console", "tracking.plots", "tracking.doctor"},
     {"doctor.commands"},

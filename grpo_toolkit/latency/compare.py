@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.arms import Engines
     from grpo_toolkit.latency.measure import Progress
     from grpo_toolkit.latency.row import LatencyRow, Ratio
     from grpo_toolkit.latency.workload import Traffic
@@ -69,6 +70,7 @@ def compare_latency(
     roofline: bool = False,
     budget_s: float | None = None,
     progress: Progress | None = None,
+    engines: Engines | None = None,
 ) -> Comparison:
     """Time the arms in turns and say, arm by arm, whether it is slower or faster than the first.
 
@@ -84,6 +86,7 @@ def compare_latency(
         roofline: as for `measure_latency`.
         budget_s: as for `measure_latency`.
         progress: as for `measure_latency`.
+        engines: as for `measure_latency`.
 
     Raises:
         InputError, CheckpointError, WorkerError: as `measure_latency`.
@@ -103,6 +106,7 @@ def compare_latency(
         roofline=roofline,
         budget_s=budget_s,
         progress=progress,
+        engines=engines,
     )
     return compare_rows(rows[: len(arms)], control=rows[-1] if control else None)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
-from grpo_toolkit.latency.arms import Arm, Measured, open_engine
+from grpo_toolkit.latency.arms import Arm, Engines, Measured
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows import new_session, row_of_arm
 from grpo_toolkit.latency.statistics import MIN_PAIRS, is_steady, turns
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.engines.protocol import Engine
     from grpo_toolkit.latency.row import LatencyRow
 
     Progress = Callable[[str, int, int], None]
@@ -46,6 +45,7 @@ def measure_latency(
     roofline: bool = False,
     budget_s: float | None = None,
     progress: Progress | None = None,
+    engines: Engines | None = None,
 ) -> list[LatencyRow]:
     """Time the arms on the same requests, in turns.
 
@@ -60,6 +60,7 @@ def measure_latency(
         roofline: measure the bandwidth of each arm's device, and what physics would allow.
         budget_s: stop measuring after so many seconds, but not before six rounds.
         progress: called with the arm's name, the round (below zero: warm-up) and the number of rounds.
+        engines: loaded models of an earlier measurement, used again and left open.
 
     Returns:
         One row per arm, in the order given. An arm that ran out of memory has a row with an `error` and no times.
@@ -76,7 +77,7 @@ def measure_latency(
         raise InputError("two arms have the same name; give them names of their own")
     traffic = requests if isinstance(requests, Traffic) else traffic_of(requests, max_new_tokens=new_tokens)
     with ExitStack() as stack:
-        measuring = _Measuring(stack, arms, traffic, progress=progress)
+        measuring = _Measuring(engines or stack.enter_context(Engines()), arms, traffic, progress=progress)
         measuring.warm_up(warmup)
         measuring.run(rounds, budget_s)
         measuring.prove()
@@ -89,17 +90,12 @@ def measure_latency(
 class _Measuring:
     """The engines of one session, and what they have answered."""
 
-    def __init__(self, stack: ExitStack, arms: Sequence[Arm], traffic: Traffic, *, progress: Progress | None) -> None:
+    def __init__(self, engines: Engines, arms: Sequence[Arm], traffic: Traffic, *, progress: Progress | None) -> None:
         self.arms = {arm.name: arm for arm in arms}
         self.traffic = traffic
         self.progress = progress
         self.found = {arm.name: Measured() for arm in arms}
-        engines: dict[tuple[object, ...], Engine] = {}
-        for arm in arms:  # all begin to load before any is waited for
-            if arm.engine_key not in engines:
-                engines[arm.engine_key] = open_engine(arm)
-                stack.callback(engines[arm.engine_key].close)
-        self.engines = {arm.name: engines[arm.engine_key] for arm in arms}
+        self.engines = {arm.name: engines.open(arm) for arm in arms}  # all begin to load before any is waited for
         for arm in arms:
             try:
                 self.found[arm.name].facts = self.engines[arm.name].facts()

@@ -313,8 +313,8 @@ def _memory_errors(what: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        message = str(error).splitlines()[0]
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message = (str(error) or type(error).__name__).splitlines()[0]
     except RuntimeError as error:
         # The CPU's allocator raises no class of its own.
         if "can't allocate memory" not in str(error):
