@@ -27,7 +27,7 @@ FLOORS = [
     {"doctor.diagnose"},
     {"doctor.catalogue", "doctor.plan", "doctor.repair", "doctor.text"},
     {"cache", "distributed"},
-    {"probe", "attention"},
+    {"probe", "attention", "parking"},
     {"saving", "inference"},
     {"shards", "merge.adapter", "merge.base"},
     {"merge.experts"},

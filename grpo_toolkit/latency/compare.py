@@ -68,6 +68,7 @@ def compare_latency(
     options: Options | None = None,
     control: bool = True,
     roofline: bool = False,
+    precision: float | None = None,
     budget_s: float | None = None,
     progress: Progress | None = None,
     engines: Engines | None = None,
@@ -84,6 +85,7 @@ def compare_latency(
         control: time the first arm a second time, in a process of its own; a difference that is no larger than
             between those two is "cannot tell".
         roofline: as for `measure_latency`.
+        precision: as for `measure_latency`.
         budget_s: as for `measure_latency`.
         progress: as for `measure_latency`.
         engines: as for `measure_latency`.
@@ -104,6 +106,7 @@ def compare_latency(
         rounds=rounds,
         warmup=warmup,
         roofline=roofline,
+        precision=precision,
         budget_s=budget_s,
         progress=progress,
         engines=engines,
