@@ -61,6 +61,30 @@ class Measured:
     error: str | None = None
 
 
+class Engines:
+    """The engines of a session: arms that load alike share one. A context manager that closes them all."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[object, ...], Engine] = {}
+
+    def open(self, arm: Arm) -> Engine:
+        """The engine of an arm, started if there is none yet."""
+        if arm.engine_key not in self._open:
+            self._open[arm.engine_key] = open_engine(arm)
+        return self._open[arm.engine_key]
+
+    def close(self) -> None:
+        """End every process that was started."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def open_engine(arm: Arm) -> Engine:
     """Start what an arm names.
 

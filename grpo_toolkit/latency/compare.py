@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.arms import Engines
     from grpo_toolkit.latency.measure import Progress
     from grpo_toolkit.latency.row import LatencyRow, Ratio
     from grpo_toolkit.latency.workload import Traffic
@@ -67,8 +68,10 @@ def compare_latency(
     options: Options | None = None,
     control: bool = True,
     roofline: bool = False,
+    precision: float | None = None,
     budget_s: float | None = None,
     progress: Progress | None = None,
+    engines: Engines | None = None,
 ) -> Comparison:
     """Time the arms in turns and say, arm by arm, whether it is slower or faster than the first.
 
@@ -82,8 +85,10 @@ def compare_latency(
         control: time the first arm a second time, in a process of its own; a difference that is no larger than
             between those two is "cannot tell".
         roofline: as for `measure_latency`.
+        precision: as for `measure_latency`.
         budget_s: as for `measure_latency`.
         progress: as for `measure_latency`.
+        engines: as for `measure_latency`.
 
     Raises:
         InputError, CheckpointError, WorkerError: as `measure_latency`.
@@ -101,8 +106,10 @@ def compare_latency(
         rounds=rounds,
         warmup=warmup,
         roofline=roofline,
+        precision=precision,
         budget_s=budget_s,
         progress=progress,
+        engines=engines,
     )
     return compare_rows(rows[: len(arms)], control=rows[-1] if control else None)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
-from grpo_toolkit.latency.arms import Arm, Measured, open_engine
+from grpo_toolkit.latency.arms import Arm, Engines, Measured
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows import new_session, row_of_arm
-from grpo_toolkit.latency.statistics import MIN_PAIRS, is_steady, turns
+from grpo_toolkit.latency.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
 from grpo_toolkit.latency.workload import Traffic, traffic_of
 
 if TYPE_CHECKING:
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.engines.protocol import Engine
     from grpo_toolkit.latency.row import LatencyRow
 
     Progress = Callable[[str, int, int], None]
 
 MAX_WARMUP: Final = 10
 """Requests per arm after which warm-up ends even if its times never agree."""
+
+MOST_TIMES: Final = 20
+"""So many times the rounds asked for, and no more, are measured for the sake of precision."""
 
 
 def measure_latency(
@@ -44,8 +46,10 @@ def measure_latency(
     warmup: int | None = None,
     options: Options | None = None,
     roofline: bool = False,
+    precision: float | None = None,
     budget_s: float | None = None,
     progress: Progress | None = None,
+    engines: Engines | None = None,
 ) -> list[LatencyRow]:
     """Time the arms on the same requests, in turns.
 
@@ -58,8 +62,12 @@ def measure_latency(
         warmup: unmeasured requests per arm before; None goes on until their times agree, ten at most.
         options: how the folders of a mapping are loaded and run; arms have their own.
         roofline: measure the bandwidth of each arm's device, and what physics would allow.
+        precision: go on after `rounds` until the interval of every arm's TPOT over the first arm's reaches no further
+            than this to either side (0.02: two percent), or the ratio is clear by far; at most twenty times `rounds`. Stopping
+            by width does not favour a verdict (Chow and Robbins 1965, doi:10.1214/aoms/1177700156).
         budget_s: stop measuring after so many seconds, but not before six rounds.
         progress: called with the arm's name, the round (below zero: warm-up) and the number of rounds.
+        engines: loaded models of an earlier measurement, used again and left open.
 
     Returns:
         One row per arm, in the order given. An arm that ran out of memory has a row with an `error` and no times.
@@ -76,9 +84,9 @@ def measure_latency(
         raise InputError("two arms have the same name; give them names of their own")
     traffic = requests if isinstance(requests, Traffic) else traffic_of(requests, max_new_tokens=new_tokens)
     with ExitStack() as stack:
-        measuring = _Measuring(stack, arms, traffic, progress=progress)
+        measuring = _Measuring(engines or stack.enter_context(Engines()), arms, traffic, progress=progress)
         measuring.warm_up(warmup)
-        measuring.run(rounds, budget_s)
+        measuring.run(rounds, budget_s=budget_s, precision=precision)
         measuring.prove()
         if roofline:
             measuring.probe_hardware()
@@ -89,17 +97,12 @@ def measure_latency(
 class _Measuring:
     """The engines of one session, and what they have answered."""
 
-    def __init__(self, stack: ExitStack, arms: Sequence[Arm], traffic: Traffic, *, progress: Progress | None) -> None:
+    def __init__(self, engines: Engines, arms: Sequence[Arm], traffic: Traffic, *, progress: Progress | None) -> None:
         self.arms = {arm.name: arm for arm in arms}
         self.traffic = traffic
         self.progress = progress
         self.found = {arm.name: Measured() for arm in arms}
-        engines: dict[tuple[object, ...], Engine] = {}
-        for arm in arms:  # all begin to load before any is waited for
-            if arm.engine_key not in engines:
-                engines[arm.engine_key] = open_engine(arm)
-                stack.callback(engines[arm.engine_key].close)
-        self.engines = {arm.name: engines[arm.engine_key] for arm in arms}
+        self.engines = {arm.name: engines.open(arm) for arm in arms}  # all begin to load before any is waited for
         for arm in arms:
             try:
                 self.found[arm.name].facts = self.engines[arm.name].facts()
@@ -142,15 +145,37 @@ class _Measuring:
                 if spent is not None:
                     seconds[name].append(spent)
 
-    def run(self, rounds: int, budget_s: float | None) -> None:
+    def run(self, rounds: int, *, budget_s: float | None, precision: float | None) -> None:
         start = time.perf_counter()
-        for turn in range(rounds):
-            is_over = budget_s is not None and time.perf_counter() - start > budget_s
+        most = rounds if precision is None else MOST_TIMES * rounds
+        look = rounds
+        for turn in range(most):
             # Whole blocks only: an odd round is what balances the even one before it.
-            if is_over and turn >= MIN_PAIRS and turn % 2 == 0:
-                return
+            if turn >= MIN_PAIRS and turn % 2 == 0:
+                if budget_s is not None and time.perf_counter() - start > budget_s:
+                    return
+                if precision is not None and turn >= look:
+                    if self._is_precise(precision):
+                        return
+                    look = turn * 5 // 4
             for name in self._alive(turns(list(self.arms), turn)):
                 self._ask(name, turn, rounds)
+
+    def _is_precise(self, precision: float) -> bool:
+        first, *others = (self._tpots(name) for name in self._alive(list(self.arms)))
+        return all(
+            is_settled(paired_ratio(tpots, first, name="first"), precision=precision)
+            for tpots in others
+            if tpots and first
+        )
+
+    def _tpots(self, name: str) -> list[float]:
+        """Its times per output token; of one-token answers, end to end."""
+        timelines = [answer.timeline for answer in self.found[name].answers]
+        tpots = [timeline.tpot_s for timeline in timelines]
+        if any(tpot is None for tpot in tpots):
+            return [timeline.e2e_s for timeline in timelines]
+        return [tpot for tpot in tpots if tpot is not None]
 
     def prove(self) -> None:
         for name in self._alive(list(self.arms)):

@@ -124,6 +124,17 @@ def verdict(pairs: int, *, median: float, low: float, high: float) -> Verdict:
     return "cannot tell"
 
 
+def is_settled(ratio: Ratio, *, precision: float) -> bool:
+    """Whether more rounds would tell nothing new: the interval is narrow, or the ratio is far from 1 beside its width.
+
+    Args:
+        ratio: so far.
+        precision: how far the interval may reach from its median, as a part of it.
+    """
+    wide = max(math.log(ratio.high / ratio.median), math.log(ratio.median / ratio.low))
+    return wide <= math.log1p(precision) or abs(math.log(ratio.median)) > max(4 * wide, math.log(1.1))
+
+
 def allow_for(ratio: Ratio, control: Ratio | None) -> Ratio:
     """The ratio with its verdict taken back where an arm against itself (A/A) differs by as much.
 

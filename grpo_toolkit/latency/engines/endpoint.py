@@ -41,6 +41,7 @@ class _Stream:
     is_reasoning: list[bool] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
     finish_reason: str | None = None
+    ended_s: float = 0.0
 
 
 class EndpointEngine:
@@ -141,7 +142,7 @@ class EndpointEngine:
             # It knows no ignore_eos, but takes a whole generation config.
             cap = request.max_new_tokens
             config = {"max_new_tokens": cap, "min_new_tokens": cap, "do_sample": False}
-            return {"generation_config": json.dumps(config | self._dialect["ids"])}
+            return {"generation_config": json.dumps(config)}
         return {"ignore_eos": True}
 
     def _find_dialect(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +157,7 @@ class EndpointEngine:
                     f"{self.url}/chat/completions", json=body | always | extra | {"max_tokens": 1, "stream": False}
                 )
             if answer.status_code == 200:
-                return {"name": name, "always": always, "ids": {}}
+                return {"name": name, "always": always}
         raise WorkerError(f"{self.url}: refused a request (status {answer.status_code}): {answer.text[:300]}")
 
     def _stream(self, body: dict[str, Any], start: float) -> _Stream:
@@ -168,13 +169,14 @@ class EndpointEngine:
                 if not line.startswith("data:") or line.endswith("[DONE]"):
                     continue
                 self._take(found, json.loads(line[len("data:") :]), time.perf_counter() - start)
-        if not found.pieces:
-            raise WorkerError(f"{self.url}: an answer without a single piece of text")
+        if not found.pieces:  # an end of sequence at once: that it is over is all that arrived
+            found.pieces, found.times_s, found.is_reasoning = [""], [found.ended_s], [False]
         return found
 
     def _take(self, found: _Stream, chunk: dict[str, Any], moment: float) -> None:
         if "error" in chunk:
             raise WorkerError(f"{self.url}: {chunk['error']}")
+        found.ended_s = moment
         found.usage = chunk.get("usage") or found.usage
         for choice in chunk.get("choices") or []:
             delta = choice.get("delta") or {}

@@ -158,6 +158,9 @@ class LocalEngine:
             changes["eos_token_id"] = list(options.eos_token_ids)
         if options.cache_implementation == "dynamic":
             changes["cache_implementation"] = None
+        if self._decodes_without_cache(options):
+            # A model of random weights may say an image token, which the next full forward looks for an image for.
+            changes["suppress_tokens"] = self._image_ids() or None
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_generation_config(base_model(self.model), changes))
@@ -192,6 +195,15 @@ class LocalEngine:
         with timed_images(self.processor) as spent:
             inputs = self.processor(text=texts, images=images or None, return_tensors="pt", **padding)
         return inputs, sum(spent)
+
+    def _decodes_without_cache(self, options: Options) -> bool:
+        said = options.use_cache
+        return (base_model(self.model).generation_config.use_cache if said is None else said) is False
+
+    def _image_ids(self) -> list[int]:
+        config = base_model(self.model).config
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        return sorted({found for name in names if isinstance(found := getattr(config, name, None), int)})
 
     def _image_tokens(self, tokens: torch.Tensor) -> int | None:
         config = base_model(self.model).config
@@ -241,10 +253,12 @@ def _settings(cap: int, options: Options, *, compiled: bool | None = None) -> di
         wanted = options.is_compiled if compiled is None else compiled
         if not wanted:
             chosen["disable_compile"] = True
-        elif options.device == "cpu":  # generate compiles on accelerators alone, unless it is told
+        elif options.device == "cpu" or options.compile_mode is not None:
             from transformers.generation.configuration_utils import CompileConfig
 
-            chosen["compile_config"] = CompileConfig()
+            mode = {} if options.compile_mode is None else {"mode": options.compile_mode}
+            chosen["compile_config"] = CompileConfig(**mode)
+            # generate compiles on accelerators alone, unless it is told
             chosen["compile_config"]._compile_all_devices = True
     return chosen
 
@@ -313,8 +327,8 @@ def _memory_errors(what: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        message = str(error).splitlines()[0]
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message = (str(error) or type(error).__name__).splitlines()[0]
     except RuntimeError as error:
         # The CPU's allocator raises no class of its own.
         if "can't allocate memory" not in str(error):

@@ -29,6 +29,7 @@ class Options:
         use_cache: overrules `generation_config.use_cache`.
         cache_implementation: "dynamic", "static", ...
         compiled: with a static cache, whether decoding is compiled; the library does it on GPUs and not on CPUs.
+        compile_mode: torch.compile's, of a compiled step; None is transformers' own ("reduce-overhead").
         sdpa_backend: which kernel SDPA may use; "no_cudnn" allows all but that one.
         eos_token_ids: end a natural answer at these.
         training: train mode with gradient checkpointing on, as a trainer leaves its model.
@@ -45,6 +46,7 @@ class Options:
     use_cache: bool | None = None
     cache_implementation: str | None = None
     compiled: bool | None = None
+    compile_mode: str | None = None
     sdpa_backend: SdpaBackend | None = None
     eos_token_ids: tuple[int, ...] | None = None
     training: bool = False
