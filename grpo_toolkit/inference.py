@@ -245,11 +245,12 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
         is_cached=probe.is_cached,
         vision_calls=probe.vision_calls,
         peak_memory_bytes=peak,
-        rivals=[_rivals(logits[0]) for logits in output.logits or ()],
+        rivals=[rivals(logits[0]) for logits in output.logits or ()],
     )
 
 
-def _rivals(logits: torch.Tensor, count: int = 4) -> dict[int, float]:
+def rivals(logits: torch.Tensor, count: int = 4) -> dict[int, float]:
+    """The tokens that came next after the best one, and how far their logits were below its own."""
     best = logits.float().topk(count + 1)
     gaps = (best.values[0] - best.values).tolist()
     return dict(zip(best.indices.tolist()[1:], gaps[1:], strict=True))

@@ -158,7 +158,7 @@ def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[
 
 
 def early_token(base: Path, request: Request, pool: Pool, *, device: str) -> int:
-    """The last of the new tokens that the base says, so that its answer could end there; random weights soon repeat."""
+    """The last of the new tokens that the base says, where its answer could end; random weights soon repeat."""
     options = Options(device=device)
     evidence = pool.engine(Source(path=base), options).prove(
         [replace(request, max_new_tokens=24, exact=True)], options

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.errors import InputError, OutOfMemoryError
-from grpo_toolkit.inference import image_messages, render_chat, resident_peak
+from grpo_toolkit.inference import image_messages, render_chat, resident_peak, rivals
 from grpo_toolkit.latency.engines.markers import split_answer
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
@@ -119,7 +119,7 @@ class LocalEngine:
         cap, exact = requests[0].max_new_tokens, requests[0].exact
         with self._ready(requests, options), CacheProbe(self.model) as probe:
             inputs = _moved(self._prepare(requests)[0], base_model(self.model))
-            settings = _settings(cap, options, compiled=False)
+            settings = _settings(cap, options, compiled=False) | {"output_logits": requests[0].with_rivals}
             output = cast("Any", self.model).generate(**inputs, **settings, return_dict_in_generate=True)
             prompt = int(inputs["input_ids"].shape[1])
             grid = inputs.get("image_grid_thw")
@@ -130,6 +130,7 @@ class LocalEngine:
                 kv_bytes=cache_bytes(getattr(output, "past_key_values", None)),
                 tokens=self._cut(output.sequences[:, prompt:].tolist(), exact=exact, options=options),
                 patches=0 if grid is None else int(grid.prod(dim=-1).sum()),
+                rivals=[rivals(logits[0]) for logits in output.logits or ()],
             )
 
     def probe_hardware(self) -> dict[str, float]:

@@ -49,7 +49,9 @@ class ProcessEngine(ModelProcess):
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence:
         """Answer a batch under observation (see `Engine.prove`)."""
         evidence = self._call("prove", requests, options)
-        return Evidence(proof=Proof(**evidence.pop("proof")), **evidence)
+        # JSON has text for keys.
+        rivals = [{int(token): gap for token, gap in step.items()} for step in evidence.pop("rivals")]
+        return Evidence(proof=Proof(**evidence.pop("proof")), rivals=rivals, **evidence)
 
     def probe_hardware(self) -> dict[str, float]:
         """Bandwidth and matrix throughput, measured in the process (see `Engine.probe_hardware`)."""

@@ -118,12 +118,15 @@ class Evidence:
         kv_bytes: what the KV cache held at the end.
         tokens: the output tokens of each sequence.
         patches: image patches that the vision tower was given.
+        rivals: of the first sequence, per token the next best tokens and how far their logits were below its own; only
+            where the request asks for them.
     """
 
     proof: Proof
     kv_bytes: int | None = None
     tokens: list[list[int]] = field(default_factory=list)
     patches: int = 0
+    rivals: list[dict[int, float]] = field(default_factory=list)
 
 
 class Engine(Protocol):
