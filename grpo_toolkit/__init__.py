@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         CheckpointError,
         GrpoToolkitError,
         InputError,
+        OutOfMemoryError,
         OutputExistsError,
         PeerError,
         ResumeError,
@@ -32,15 +33,22 @@ if TYPE_CHECKING:
     )
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.arms import Arm
+    from grpo_toolkit.latency.compare import Comparison, compare_latency
+    from grpo_toolkit.latency.engines.protocol import Options
+    from grpo_toolkit.latency.explain import explain_latency
     from grpo_toolkit.latency.measure import measure_latency
-    from grpo_toolkit.latency.row import LatencyRow
+    from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
     from grpo_toolkit.merge.merge import MergeResult, merge_adapter
     from grpo_toolkit.verify import VerificationResult, verify_export
     from grpo_toolkit.whole import last_whole_checkpoint
 
 _MODULES = {
+    "Arm": "latency.arms",
     "CheckpointError": "errors",
+    "Comparison": "latency.compare",
     "Diagnosis": "doctor.findings",
+    "ExplanationRow": "latency.row",
     "ExportCallback": "callbacks",
     "ExportResult": "export",
     "Finding": "doctor.findings",
@@ -50,6 +58,8 @@ _MODULES = {
     "LatencyCallback": "callbacks",
     "LatencyRow": "latency.row",
     "MergeResult": "merge.merge",
+    "Options": "latency.engines.protocol",
+    "OutOfMemoryError": "errors",
     "OutputExistsError": "errors",
     "PeerError": "errors",
     "RepairResult": "doctor.repair",
@@ -60,7 +70,9 @@ _MODULES = {
     "VerificationError": "errors",
     "VerificationResult": "verify",
     "WorkerError": "errors",
+    "compare_latency": "latency.compare",
     "diagnose_checkpoint": "doctor.diagnose",
+    "explain_latency": "latency.explain",
     "export_model": "export",
     "inference_ready": "cache",
     "last_whole_checkpoint": "whole",
@@ -72,8 +84,11 @@ _MODULES = {
 }
 
 __all__ = [
+    "Arm",
     "CheckpointError",
+    "Comparison",
     "Diagnosis",
+    "ExplanationRow",
     "ExportCallback",
     "ExportResult",
     "Finding",
@@ -83,6 +98,8 @@ __all__ = [
     "LatencyCallback",
     "LatencyRow",
     "MergeResult",
+    "Options",
+    "OutOfMemoryError",
     "OutputExistsError",
     "PeerError",
     "RepairResult",
@@ -93,7 +110,9 @@ __all__ = [
     "VerificationError",
     "VerificationResult",
     "WorkerError",
+    "compare_latency",
     "diagnose_checkpoint",
+    "explain_latency",
     "export_model",
     "inference_ready",
     "last_whole_checkpoint",

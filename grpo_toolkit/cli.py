@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,24 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--no-cache", action="store_true", help="also time every model with its KV cache off")
     bench.set_defaults(run=_bench)
 
+    explain = commands.add_parser("explain", help="say why a trained model is slower than its base")
+    explain.add_argument("base", type=Path, help="the base model's folder")
+    explain.add_argument("trained", type=Path, help="the trained model's or adapter's folder")
+    explain.add_argument(
+        "--with",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="how the trained model is run, such as dtype=float32 or sdpa_backend=math",
+    )
+    explain.add_argument("--prompt", help="what to ask (default: made up)")
+    explain.add_argument("--image", type=Path, help="an image to ask about")
+    explain.add_argument("--max-new-tokens", type=int, default=128, help="cap of an answer (default 128)")
+    explain.add_argument("--rounds", type=int, default=6, help="measured rounds (default 6)")
+    explain.add_argument("--output", type=Path, metavar="FILE", help="append the explanation to this latency.jsonl")
+    explain.set_defaults(run=_explain)
+
     doctor = commands.add_parser("doctor", help="say what is wrong with a model folder, or with a run's checkpoints")
     doctor.add_argument("path", type=Path, help="a model, an adapter, a checkpoint, or a run folder with many")
     doctor.add_argument("--base", help="folder or Hub name (in the local cache) of the model it was trained from")
@@ -114,9 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="versions and hardware, for a bug report")
     env.set_defaults(run=_env)
 
-    for command in (export, verify, bench, doctor, repair, env):
+    for command in (export, verify, bench, explain, doctor, repair, env):
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
-        if command in (export, verify, bench):
+        if command in (export, verify, bench, explain):
             command.add_argument("--device", default="cpu", help='"cpu", "cuda", "cuda:1", ... (default cpu)')
     return parser
 
@@ -239,21 +258,22 @@ def _verify_manifest(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint import open_checkpoint
     from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.measure import Arm, measure_latency
+    from grpo_toolkit.latency.arms import Arm
+    from grpo_toolkit.latency.engines.protocol import Options
+    from grpo_toolkit.latency.measure import measure_latency
 
     arms = []
+    options = Options(device=arguments.device)
     for item in arguments.models:
         name, path = _named_folder(item)
         open_checkpoint(path)
-        arms.append(Arm(name=name, path=path))
+        arms.append(Arm(name=name, path=path, options=options))
         if arguments.no_cache:
-            arms.append(Arm(name=f"{name}_no_cache", path=path, use_cache=False))
+            arms.append(Arm(name=f"{name}_no_cache", path=path, options=replace(options, use_cache=False)))
     if len({arm.name for arm in arms}) < len(arms):
         raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
     request = Request(messages=[{"role": "user", "content": arguments.prompt}], images=_read_images(arguments.image))
-    rows = measure_latency(
-        arms, [request], new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=arguments.device
-    )
+    rows = measure_latency(arms, [request], new_tokens=arguments.new_tokens, rounds=arguments.rounds)
     if arguments.json:
         print(json.dumps({"rows": [row.to_json() for row in rows]}))
     else:
@@ -263,6 +283,12 @@ def _bench(arguments: argparse.Namespace) -> int:
 
         Console(width=None if sys.stdout.isatty() else 120).print(latency_table(rows))
     return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.latency.explain_command import explain
+
+    return explain(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -310,7 +336,7 @@ def _read_images(path: Path | None) -> list[Any]:
 def _env(arguments: argparse.Namespace) -> int:
     import torch
 
-    from grpo_toolkit.latency.measure import environment_of
+    from grpo_toolkit.latency.environment import environment_of
 
     facts = environment_of("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from grpo_toolkit.checkpoint import TensorInfo
-from grpo_toolkit.inference import Record, _rivals
+from grpo_toolkit.inference import Record, rivals
 from grpo_toolkit.verify import _check_cache, _check_tokens, _same, policy_noise
 
 
@@ -78,5 +78,5 @@ def test_a_token_is_no_rival_of_itself_when_two_logits_are_equal() -> None:
     import torch
 
     logits = torch.tensor([0.5, 2.0, 2.0, 1.0, -1.0, 0.0], dtype=torch.bfloat16)
-    assert _rivals(logits, 1) == {2: 0.0, 3: 1.0, 0: 1.5, 5: 2.0}
-    assert _rivals(logits, 2) == {1: 0.0, 3: 1.0, 0: 1.5, 5: 2.0}
+    assert rivals(logits, 1) == {2: 0.0, 3: 1.0, 0: 1.5, 5: 2.0}
+    assert rivals(logits, 2) == {1: 0.0, 3: 1.0, 0: 1.5, 5: 2.0}

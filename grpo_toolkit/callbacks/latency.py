@@ -13,7 +13,9 @@ from grpo_toolkit.callbacks.export import published
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.prompts import find_requests
 from grpo_toolkit.distributed import gather, is_sharded
-from grpo_toolkit.latency.measure import Arm, measure_latency
+from grpo_toolkit.latency.arms import Arm
+from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
 from grpo_toolkit.tracking.console import latency_table, say, wandb_hint
@@ -118,14 +120,15 @@ class LatencyCallback(GuardedCallback):
         with tempfile.TemporaryDirectory(prefix=".plain-checkpoint-", dir=folder) as plain:
             if "checkpoint" in self.arms:
                 save_as_plain_trainer(model, Path(plain), kwargs.get("processing_class"), weights=weights)
-            arms = self._find_arms(model, Path(plain))
+            attention = getattr(inner.config, "_attn_implementation", None)
+            arms = self._find_arms(
+                model, Path(plain), Options(device=str(inner.device), attn_implementation=attention)
+            )
             rows = measure_latency(
                 arms,
                 requests or [plain_request()],
                 new_tokens=self.new_tokens,
                 rounds=self.rounds,
-                device=str(inner.device),
-                attn_implementation=getattr(inner.config, "_attn_implementation", None),
             )
         self.rows = [replace(row, step=state.global_step) for row in rows]
         append_rows(folder / FILE_NAME, self.rows)
@@ -135,7 +138,7 @@ class LatencyCallback(GuardedCallback):
         if log_latency(self.rows, step=state.global_step):
             say(wandb_hint(*run_folder()))
 
-    def _find_arms(self, model: torch.nn.Module, plain: Path) -> list[Arm]:
+    def _find_arms(self, model: torch.nn.Module, plain: Path, options: Options) -> list[Arm]:
         export = published.get(base_model(model))
         base = export.base if export is not None else base_folder(model)
         folders = {
@@ -148,7 +151,7 @@ class LatencyCallback(GuardedCallback):
         if missing:
             logger.warning("grpo_toolkit: nothing to measure for %s (no such folder in this run)", ", ".join(missing))
         return [
-            Arm(name=arm, path=path, use_cache=False if arm == "export_no_cache" else None)
+            Arm(name=arm, path=path, options=replace(options, use_cache=False if arm == "export_no_cache" else None))
             for arm in self.arms
             if (path := folders[arm]) is not None
         ]
