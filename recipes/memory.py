@@ -46,7 +46,9 @@ class PerToken:
 
 FORWARD, BACKWARD = PerToken(intermediate=6, hidden=8), PerToken(intermediate=10, hidden=40)
 LORA_FORWARD, LORA_BACKWARD = PerToken(intermediate=8, hidden=8), PerToken(intermediate=14, hidden=32)
-"""PEFT casts each adapted layer's input to the adapter's float32, hence more than without."""
+LORA_ROLLOUT = PerToken(intermediate=12, hidden=8)
+"""PEFT casts each adapted layer's input to the adapter's float32, hence more than without; and its `generate` goes
+around the forward that autocast wraps, so in rollouts the adapter's own results are float32 too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,14 +273,15 @@ def _training(size: ModelSize, load: Load, *, casts: float, residual: float) -> 
 
 
 def _rollouts(size: ModelSize, load: Load, *, casts: float) -> float:
-    per_token = LORA_FORWARD if size.is_adapter else FORWARD
+    per_token = LORA_ROLLOUT if size.is_adapter else FORWARD
     prompts = load.rollout_batch * load.prompt_tokens
     patches = load.rollout_batch * load.image_patches
     kv = 2.0 * size.kv_values_per_token
     seeing = patches * _bytes(FORWARD, size.vision_intermediate_size, size.vision_hidden_size)
     prefill = prompts * (kv + _bytes(per_token, size.intermediate_size, size.hidden_size))
     decoding = load.rollout_batch * (load.prompt_tokens + load.completion_tokens) * kv
-    return _pixels(load) + casts + max(seeing, prefill, decoding)
+    # The trainer lets go of the last step's rollouts when it has the next ones.
+    return 2 * _pixels(load) + casts + max(seeing, prefill, decoding)
 
 
 def _bytes(per_token: PerToken, intermediate: int, hidden: int) -> float:
