@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import WorkerError
+from grpo_toolkit.evidence import read_evidence, write_evidence
 from grpo_toolkit.inference import LoadReport, Record, Request
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Worker:
             self._images += 1
             image.save(file)
             images.append(str(file))
+        evidence = self._scratch / "evidence" if request.with_evidence else None
         self._send(
             {
                 "messages": [dict(message) for message in request.messages],
@@ -100,12 +102,14 @@ class Worker:
                 "exact": request.exact,
                 "use_cache": request.use_cache,
                 "with_rivals": request.with_rivals,
+                "forced": list(request.forced),
+                "evidence": None if evidence is None else str(evidence),
             }
         )
         answer = self._receive()
         # JSON has text for keys.
         rivals = [{int(token): gap for token, gap in step.items()} for step in answer.pop("rivals")]
-        return Record(**answer, rivals=rivals)
+        return Record(**answer, rivals=rivals, evidence=None if evidence is None else read_evidence(evidence))
 
     def close(self) -> None:
         """End the process (at once, if it does not end by itself) and remove what was left for it."""
@@ -202,7 +206,12 @@ def serve() -> None:
         for line in sys.stdin:
             message = json.loads(line)
             images = [Image.open(file).convert("RGB") for file in message.pop("images")]
-            answer(generate(model, processor, Request(images=images, **message)).to_json())
+            evidence = message.pop("evidence")
+            request = Request(images=images, with_evidence=evidence is not None, **message)
+            record = generate(model, processor, request)
+            if record.evidence is not None:
+                write_evidence(record.evidence, Path(evidence))
+            answer(record.to_json())
     except Exception as error:
         answer({"error": " ".join(f"{type(error).__name__}: {error}".split())})
         raise
