@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cache import base_model, random_state_kept
-from grpo_toolkit.checkpoint import Kind, check_output, named_base, open_checkpoint, staged
+from grpo_toolkit.checkpoint import Kind, base_of_adapter, check_output, named_base, open_checkpoint, staged
 from grpo_toolkit.defaults import Repair, with_cache_defaults
 from grpo_toolkit.dialect import check_compat, write_older_forms
 from grpo_toolkit.distributed import is_fsdp1, is_sharded, rank
@@ -24,16 +24,19 @@ from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, V
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.manifest import write_manifest
 from grpo_toolkit.merge.live import is_adapted, refuse_unmergeable
+from grpo_toolkit.policy import PolicyAnswers, ask_policy
 from grpo_toolkit.portable import Change, config_changes, declare_dtype, write_configs
 from grpo_toolkit.processing import processor_of, write_processor
 from grpo_toolkit.reading import FLOAT_NAMES
+from grpo_toolkit.replay import format_reward_of, logged_requests, scored_by
+from grpo_toolkit.room import why_too_large
 from grpo_toolkit.saving import base_folder, capture_model_defaults
 from grpo_toolkit.shards import named_dtype
-from grpo_toolkit.verify import PolicyAnswers, VerificationResult, ask_policy, verify_export
+from grpo_toolkit.verify import VerificationResult, verify_export
 from grpo_toolkit.weights import Storage, copied_shards, gather_weights, stored_dtypes, unloaded_model, write_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel, Trainer
@@ -77,6 +80,7 @@ def export_model(
     base: str | os.PathLike[str] | None = None,
     processing_class: Any = None,
     requests: Sequence[Request] = (),
+    format_reward: Callable[..., list[float]] | None = None,
     generation_overrides: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -97,7 +101,10 @@ def export_model(
         output_dir: the folder to publish; its parent must be writable.
         base: folder or Hub name of the base model; by default the one that the model or adapter names.
         processing_class: the processor or tokenizer used in training; by default the trainer's or the folder's.
-        requests: prompts on which export and policy must give the same greedy tokens.
+        requests: prompts on which export and policy must give the same greedy tokens; of a trainer, a handful of the
+            prompts that it has logged are replayed too.
+        format_reward: a reward function, as trainers call it, which has to value the export's answers as the policy's;
+            by default a trainer's own whose name has "format" in it.
         generation_overrides: keys for `generation_config.json` that win over the base's.
         overwrite: replace an earlier export in `output_dir`.
         verify: reload the result in a fresh process and check it before publishing.
@@ -137,7 +144,9 @@ def export_model(
     with random_state_kept():
         folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
         copied = () if folder is None else copied_shards(folder, named or folder, storage)
-        if folder is not None and not verify and (copied or open_checkpoint(folder).kind is Kind.ADAPTER):
+        is_streamed = folder is not None and (bool(copied) or open_checkpoint(folder).kind is Kind.ADAPTER)
+        is_loaded = not is_streamed or (verify and not _is_too_large(folder, named, device))
+        if folder is not None and not is_loaded:
             model, processor = _open_unloaded(folder, processing_class, named)
         else:
             model, processor = _open_source(source, processing_class, device, named)
@@ -147,7 +156,12 @@ def export_model(
         stored = {} if origin is None else stored_dtypes(origin, storage)
         stored_as = _export_dtype(model, stored, storage)
         defaults = capture_model_defaults(model, base=origin, overrides=generation_overrides)
-        answers = ask_policy(model, processor, requests, dtype=stored_as, defaults=defaults) if verify else None
+        answers = PolicyAnswers(requests=tuple(requests), records=(), noise=0.0) if verify else None
+        if verify and is_loaded:
+            asked = [*requests, *logged_requests(source)]
+            answers = ask_policy(model, processor, asked, dtype=stored_as, defaults=defaults)
+        reward = format_reward or format_reward_of(source)
+        scores = {} if reward is None or processor is None else {"format reward": scored_by(reward, processor)}
         weights = gather_weights(model, dtype=stored_as, stored=stored) if folder is None else None
         if rank() != 0:
             return None
@@ -168,7 +182,19 @@ def export_model(
             if storage.dtype is not None:
                 declare_dtype(staging, FLOAT_NAMES[storage.dtype])
             made_portable = write_older_forms(staging) if compat == "all" else ()
-            verification = None if answers is None else _verify(model, staging, origin, answers, storage)
+            verification = (
+                None
+                if answers is None
+                else _verify(
+                    staging,
+                    answers,
+                    scores=scores,
+                    base=origin,
+                    dtype=None if storage.dtype is None else FLOAT_NAMES[storage.dtype],
+                    device=device if folder is not None else str(base_model(model).device),
+                    attn_implementation=getattr(base_model(model).config, "_attn_implementation", None),
+                )
+            )
             result = ExportResult(
                 path=target,
                 base=origin,
@@ -201,6 +227,15 @@ def refuse_unsupported(model: torch.nn.Module) -> None:
 def _takes_all_ranks(source: Any) -> bool:
     model = getattr(source, "model", source) if hasattr(source, "processing_class") else source
     return hasattr(model, "parameters") and is_sharded(model)
+
+
+def _is_too_large(folder: Path | None, base: Path | None, device: str) -> bool:
+    """Whether there is no memory to load a folder's model, or an adapter's base: it is then exported unasked."""
+    if folder is None:
+        return False
+    if open_checkpoint(folder).kind is Kind.ADAPTER:
+        folder = base or base_of_adapter(folder)
+    return why_too_large(open_checkpoint(folder), device) is not None
 
 
 def _open_unloaded(folder: Path, processing_class: Any, base: Path | None) -> tuple[torch.nn.Module, Any]:
@@ -267,19 +302,14 @@ def _write_files(
     return written.repairs, changes
 
 
-def _verify(
-    model: torch.nn.Module, staging: Path, base: Path | None, answers: PolicyAnswers, storage: Storage
-) -> VerificationResult:
-    inner = base_model(model)
+def _verify(staging: Path, answers: PolicyAnswers, **options: Any) -> VerificationResult:
     result = verify_export(
         staging,
         requests=answers.requests,
         expected=answers.records,
         noise=answers.noise,
-        base=base,
-        dtype=None if storage.dtype is None else FLOAT_NAMES[storage.dtype],
-        device=str(inner.device),
-        attn_implementation=getattr(inner.config, "_attn_implementation", None),
+        logit_noise=answers.logit_noise,
+        **options,
     )
     if not result.passed:
         failed = "; ".join(f"{check.name}: {check.detail}" for check in result.failures)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.checkpoint import CONFIG, Kind, base_of_adapter, open_checkpoint, read_json
 from grpo_toolkit.distributed import is_sharded
+from grpo_toolkit.evidence import Evidence, collect
 from grpo_toolkit.probe import CacheProbe
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Request:
         exact: generate exactly `max_new_tokens`, ignoring the end-of-sequence token.
         use_cache: None leaves it to the model's own files, which is what a user gets.
         with_rivals: also record by how much each token won, and over which (costs keeping the logits).
+        with_evidence: also keep what the processor gave and the first logits, to compare another model with.
+        forced: tokens to say whatever the logits are: two models can be compared where they would part.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -45,6 +48,8 @@ class Request:
     exact: bool = False
     use_cache: bool | None = None
     with_rivals: bool = False
+    with_evidence: bool = False
+    forced: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,7 @@ class Record:
     vision_calls: int
     peak_memory_bytes: int
     rivals: list[dict[int, float]] = field(default_factory=list)
+    evidence: Evidence | None = field(default=None, repr=False, compare=False)
 
     @property
     def ttft_s(self) -> float:
@@ -80,18 +86,25 @@ class Record:
         return (self.token_times_s[-1] - self.token_times_s[0]) / (count - 1) if count > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything but the evidence, which is tensors."""
+        found = asdict(replace(self, evidence=None))
+        del found["evidence"]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What loading a folder said: keys that the model missed, did not expect, or that had another shape."""
+    """What loading a folder said: keys that the model missed, did not expect, or that had another shape.
+
+    `tied` says whether the output embeddings are the input embeddings; None where the model does not have both.
+    """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     dtype: str = ""
     parameters: int = 0
+    tied: bool | None = None
 
     @property
     def is_clean(self) -> bool:
@@ -140,8 +153,14 @@ def load_model(
         mismatched=sorted(str(key) for key in info["mismatched_keys"]),
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=model.num_parameters(),
+        tied=_is_tied(model),
     )
     return (model if device_map else model.to(device)).eval(), load_processor(path), report
+
+
+def _is_tied(model: PreTrainedModel) -> bool | None:
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    return None if inputs is None or outputs is None else getattr(outputs, "weight", None) is inputs.weight
 
 
 def _load_adapter(
@@ -207,7 +226,9 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
     device = base_model(model).device
     stopwatch = Stopwatch(device)
     with torch.no_grad(), CacheProbe(model) as probe:
-        inputs = prepare_inputs(processor, request).to(device)
+        prepared = prepare_inputs(processor, request)
+        given = dict(prepared) if request.with_evidence else {}
+        inputs = prepared.to(device)
         # Processors make float32 pixels; only some vision towers cast them (Qwen2.5-VL does, LLaVA does not).
         for name, value in inputs.items():
             if torch.is_floating_point(value):
@@ -221,8 +242,11 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
             "repetition_penalty": 1.0,
             "max_new_tokens": request.max_new_tokens,
             "return_dict_in_generate": True,
-            "output_logits": request.with_rivals,
+            "output_logits": request.with_rivals or request.with_evidence,
         }
+        if request.forced:
+            begin, forced = int(inputs["input_ids"].shape[1]), list(request.forced)
+            options["prefix_allowed_tokens_fn"] = lambda _, said: [forced[min(len(said) - begin, len(forced) - 1)]]
         if request.exact:
             options["min_new_tokens"] = request.max_new_tokens
         if request.use_cache is not None:
@@ -241,8 +265,13 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
         is_cached=probe.is_cached,
         vision_calls=probe.vision_calls,
         peak_memory_bytes=peak,
-        rivals=[rivals(logits[0], token) for logits, token in zip(output.logits or (), tokens, strict=False)],
+        rivals=_rivals_of(output, tokens) if request.with_rivals else [],
+        evidence=collect(given, output.logits) if request.with_evidence else None,
     )
+
+
+def _rivals_of(output: Any, tokens: list[int]) -> list[dict[int, float]]:
+    return [rivals(logits[0], token) for logits, token in zip(output.logits, tokens, strict=False)]
 
 
 def rivals(logits: torch.Tensor, chosen: int, count: int = 4) -> dict[int, float]:

@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import WorkerError
+from grpo_toolkit.evidence import read_evidence, write_evidence
 from grpo_toolkit.inference import LoadReport, Record, Request
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class ModelProcess:
             "exact": request.exact,
             "use_cache": request.use_cache,
             "with_rivals": request.with_rivals,
+            "forced": list(request.forced),
         }
 
     def close(self) -> None:
@@ -183,11 +185,12 @@ class Worker(ModelProcess):
     def generate(self, request: Request) -> Record:
         """Answer one request in the worker."""
         _ = self.report
-        self._send(self._write_request(request))
+        evidence = self._scratch / "evidence" if request.with_evidence else None
+        self._send(self._write_request(request) | {"evidence": None if evidence is None else str(evidence)})
         answer = self._receive()
         # JSON has text for keys.
         rivals = [{int(token): gap for token, gap in step.items()} for step in answer.pop("rivals")]
-        return Record(**answer, rivals=rivals)
+        return Record(**answer, rivals=rivals, evidence=None if evidence is None else read_evidence(evidence))
 
 
 def worker_environment() -> dict[str, str]:
@@ -241,4 +244,10 @@ def serve() -> None:
         )
         answer(asdict(report))
         for line in sys.stdin:
-            answer(generate(model, processor, read_request(json.loads(line))).to_json())
+            message = json.loads(line)
+            evidence = message.pop("evidence")
+            request = replace(read_request(message), with_evidence=evidence is not None)
+            record = generate(model, processor, request)
+            if record.evidence is not None:
+                write_evidence(record.evidence, Path(evidence))
+            answer(record.to_json())

@@ -61,7 +61,11 @@ def test_a_full_fine_tune_keeps_every_file_of_its_base(any_base: Path, tmp_path:
     assert [check.name for check in result.verification.checks] == [
         "cache not switched off in the files",
         "tensors as in the base",
+        "every stored value is finite",
         "loads whole",
+        "embeddings tied as in the base",
+        "same token ids and pixel values from the processor",
+        "same logits as the trained policy",
         "same greedy tokens as the trained policy",
         "KV cache in use",
         "same tokens with and without the cache",

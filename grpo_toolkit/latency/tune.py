@@ -15,13 +15,13 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checks import TIE_MARGINS
 from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.pool import Pool, Source, source_of
 from grpo_toolkit.latency.statistics import paired_ratio, turns
 from grpo_toolkit.latency.tuned import Trial, Tuning
 from grpo_toolkit.latency.workload import made_up
-from grpo_toolkit.verify import TIE_MARGINS
 
 if TYPE_CHECKING:
     import os
