@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="reload an export in a fresh process and check it")
     verify.add_argument("export", type=Path, help="the exported folder")
     verify.add_argument("--manifest", action="store_true", help="only compare its files with the sums in its manifest")
+    verify.add_argument("--base", help="folder or Hub name of the base: names, shapes, dtypes and ties are its own")
     verify.add_argument("--reference", type=Path, help="a model folder that must give the same greedy tokens")
     verify.set_defaults(run=_verify)
 
@@ -221,7 +222,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from grpo_toolkit.checkpoint import open_checkpoint
+    from grpo_toolkit.checkpoint import named_base, open_checkpoint
     from grpo_toolkit.verify import reference_records, verify_export
 
     if arguments.manifest:
@@ -232,12 +233,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     expected: list[Any] = []
     if arguments.reference is not None:
         requests, expected = reference_records(arguments.reference, device=arguments.device)
-    result = verify_export(arguments.export, requests=requests, expected=expected, device=arguments.device)
+    base = None if arguments.base is None else named_base(arguments.base)
+    result = verify_export(arguments.export, requests=requests, expected=expected, base=base, device=arguments.device)
     if arguments.json:
         print(json.dumps({"path": str(arguments.export), **result.to_json()}))
     else:
         for check in result.checks:
-            print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
+            verdict = "skip" if check.skipped else "ok  " if check.passed else "FAIL"
+            print(f"{verdict}  {check.name}: {check.detail}")
     return 0 if result.passed else EXIT_FINDINGS
 
 

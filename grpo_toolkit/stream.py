@@ -13,7 +13,9 @@ import errno
 import json
 import os
 import struct
+import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint import WEIGHTS, WEIGHTS_INDEX, dump_json
 from grpo_toolkit.errors import CheckpointError, InputError
 from grpo_toolkit.reading import DTYPE_BITS
+from grpo_toolkit.writeback import start_writeback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -121,7 +124,7 @@ def write_shards(
         folder: an existing folder.
         fill: makes an entry that is not a plain copy: the entry, the open file, the offset to write at.
         workers: threads that copy and fill.
-        setup: run once in each of them.
+        setup: run once in each of them, before its first `fill`.
         progress: told the bytes done and the bytes in all.
 
     Raises:
@@ -129,48 +132,80 @@ def write_shards(
         CheckpointError: a source ends early.
     """
     total, done = sum(shard.nbytes for shard in shards), 0
-    with ThreadPoolExecutor(workers, initializer=setup) as pool:
-        try:
-            for shard in shards:
-                for written in _write_shard(shard, folder, pool, fill):
-                    done += written
-                    if progress is not None:
-                        progress(done, total)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            hint = "; make room and run it again" if error.errno == errno.ENOSPC else ""
-            raise InputError(f"{error.filename or folder}: cannot be written ({reason}){hint}") from error
+    try:
+        with ExitStack() as opened, ThreadPoolExecutor(workers) as pool:
+            planned = [task for shard in shards for task in _open_shard(shard, folder, opened, _prepared(fill, setup))]
+            for written in _carry_out(planned, pool):
+                done += written
+                if progress is not None:
+                    progress(done, total)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = "; make room and run it again" if error.errno == errno.ENOSPC else ""
+        raise InputError(f"{error.filename or folder}: cannot be written ({reason}){hint}") from error
     if len(shards) > 1 or (shards and shards[0].file != WEIGHTS):
         weight_map = {entry.name: shard.file for shard in shards for entry in shard.entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / WEIGHTS_INDEX).write_text(dump_json(index), encoding="utf-8")
 
 
-def _write_shard(shard: Shard, folder: Path, pool: ThreadPoolExecutor, fill: Fill) -> Iterator[int]:
+@dataclass(frozen=True)
+class _Task:
+    """A part of a file: what writes it, and where."""
+
+    write: Callable[[int, int], None]
+    descriptor: int
+    offset: int
+    size: int
+    is_copy: bool
+
+
+def _prepared(fill: Fill, setup: Callable[[], None] | None) -> Fill:
+    """`fill`, with `setup` run before the first time in each thread."""
+    ready = threading.local()
+
+    def prepared(entry: Entry, descriptor: int, offset: int) -> None:
+        if setup is not None and not hasattr(ready, "is_set"):
+            setup()
+            ready.is_set = True
+        fill(entry, descriptor, offset)
+
+    return prepared
+
+
+def _open_shard(shard: Shard, folder: Path, opened: ExitStack, fill: Fill) -> list[_Task]:
+    """Make a file of its full length with its header; what is then to be written into it."""
     header = shard.header()
     descriptor = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    opened.callback(os.close, descriptor)
+    os.ftruncate(descriptor, len(header) + shard.nbytes)
+    write_at(descriptor, header, 0)
+    return [
+        _Task(write, descriptor, offset, size, is_copy)
+        for write, offset, size, is_copy in _tasks(shard, len(header), fill)
+    ]
+
+
+def _carry_out(tasks: Sequence[_Task], pool: ThreadPoolExecutor) -> Iterator[int]:
+    """Do all of them, copies first: they need no library, which is loaded meanwhile. Yields the bytes of each."""
+    ordered = sorted(tasks, key=lambda task: not task.is_copy)
+    pending = {pool.submit(task.write, task.descriptor, task.offset): task for task in ordered}
     try:
-        os.ftruncate(descriptor, len(header) + shard.nbytes)
-        write_at(descriptor, header, 0)
-        pending = {
-            pool.submit(task, descriptor, offset): size for task, offset, size in _tasks(shard, len(header), fill)
-        }
-        try:
-            waiting = set(pending)
-            while waiting:
-                finished, waiting = wait(waiting, return_when=FIRST_EXCEPTION, timeout=0.2)
-                for future in finished:
-                    future.result()
-                    yield pending[future]
-        finally:
-            for future in pending:
-                future.cancel()
-            wait(pending)
+        waiting = set(pending)
+        while waiting:
+            finished, waiting = wait(waiting, return_when=FIRST_EXCEPTION, timeout=0.1)
+            for future in finished:
+                future.result()
+                task = pending[future]
+                start_writeback(task.descriptor, task.offset, task.size)
+                yield task.size
     finally:
-        os.close(descriptor)
+        for future in pending:
+            future.cancel()
+        wait(pending)
 
 
-def _tasks(shard: Shard, offset: int, fill: Fill) -> Iterator[tuple[Callable[[int, int], None], int, int]]:
+def _tasks(shard: Shard, offset: int, fill: Fill) -> Iterator[tuple[Callable[[int, int], None], int, int, bool]]:
     """What to do, where in the file, and how many bytes that is; neighbours that are copied are copied together."""
     copied: list[Entry] = []
     begin = offset
@@ -181,7 +216,7 @@ def _tasks(shard: Shard, offset: int, fill: Fill) -> Iterator[tuple[Callable[[in
             yield from _copies(copied, begin)
             copied, begin = ([entry], offset) if entry.work is None else ([], offset)
             if entry.work is not None:
-                yield partial(fill, entry), offset, entry.nbytes
+                yield partial(fill, entry), offset, entry.nbytes, False
                 begin = offset + entry.nbytes
         offset += entry.nbytes
     yield from _copies(copied, begin)
@@ -191,14 +226,14 @@ def _follows(one: Entry, other: Entry) -> bool:
     return one.source.path == other.source.path and one.source.end == other.source.begin
 
 
-def _copies(entries: list[Entry], offset: int) -> Iterator[tuple[Callable[[int, int], None], int, int]]:
+def _copies(entries: list[Entry], offset: int) -> Iterator[tuple[Callable[[int, int], None], int, int, bool]]:
     if not entries:
         return
     path, begin, end = entries[0].source.path, entries[0].source.begin, entries[-1].source.end
     for start in range(begin, end, COPY_BYTES):
         size = min(COPY_BYTES, end - start)
         span = Span(path=path, begin=start, end=start + size, dtype="U8")
-        yield partial(copy_span, span), offset + start - begin, size
+        yield partial(copy_span, span), offset + start - begin, size, True
 
 
 def copy_span(span: Span, descriptor: int, offset: int) -> None:

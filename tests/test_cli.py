@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import os
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -90,3 +93,76 @@ def test_no_command_prints_help_and_exits_2(capsys: pytest.CaptureFixture[str]) 
 def test_env_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--json"]) == 0
     assert {"hardware", "torch", "transformers", "python"} <= set(json.loads(capsys.readouterr().out))
+
+
+def test_an_export_ends_with_one_table_of_what_went_in_was_put_right_was_proven_and_lies_where(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, output = tmp_path / "poisoned", tmp_path / "out"
+    shutil.copytree(qwen, base)
+    data = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(data | {"use_cache": False}))
+    assert main(["export", str(base), str(output)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{output}\n"
+    rows = [line.split("│")[1].strip() for line in said.err.splitlines() if line.startswith("│")]
+    assert [row for row in rows if row] == [
+        "source", "base", "put right", "changed in training", "cache not switched off in the files",
+        "tensors as in the base", "every stored value is finite", "loads whole", "embeddings tied as in the base",
+        "same token ids and pixel values from the processor", "same logits as the trained policy",
+        "same greedy tokens as the trained policy", "KV cache in use", "same tokens with and without the cache",
+        "published",
+    ]  # fmt: skip
+    assert "generation_config.json: use_cache was false, now true" in said.err
+    assert main(["export", str(base), str(output), "--overwrite", "--no-verify", "--quiet"]) == 0
+    assert capsys.readouterr() == (f"{output}\n", "")
+
+
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_a_bar_shows_the_bytes_on_a_terminal(
+    command: str, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte of the weights is told once, in order, up to the whole."""
+    from contextlib import contextmanager
+
+    from grpo_toolkit.tracking import console
+    from test_merge import make_adapter
+
+    told: list[tuple[int, int]] = []
+    shown: list[bool] = []
+
+    @contextmanager
+    def recorded(title: str, *, is_shown: bool) -> Any:
+        shown.append(is_shown)
+        yield lambda done, total: told.append((done, total))
+
+    monkeypatch.setattr(console, "byte_progress", recorded)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    source = qwen if command == "export" else make_adapter(qwen, tmp_path / "adapter", target_modules=["q_proj"])
+    options = ["--no-verify"] if command == "export" else []
+    assert main([command, str(source), str(tmp_path / "out"), *options]) == 0
+    assert shown == [True]
+    totals = {total for _, total in told}
+    assert len(totals) == 1
+    assert told[-1][0] == totals.pop()
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert main([command, str(source), str(tmp_path / "out"), *options, "--overwrite", "--quiet"]) == 0
+    assert shown == [True, False]
+
+
+@pytest.mark.parametrize(("umask", "files", "folders"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_what_is_published_has_the_modes_of_the_umask(
+    command: str, umask: int, files: int, folders: int, qwen: Path, tmp_path: Path
+) -> None:
+    from test_merge import make_adapter
+
+    source = qwen if command == "export" else make_adapter(qwen, tmp_path / "adapter", target_modules=["q_proj"])
+    before = os.umask(umask)
+    try:
+        options = ["--no-verify"] if command == "export" else []
+        assert main([command, str(source), str(tmp_path / "out"), "--quiet", *options]) == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == folders
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {files}

@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "peft", "wandb", "trl", "numpy", "rich", "matp
 
 # From the ground up: a module may import from its own floor and from those below it.
 FLOORS = [
-    {"errors", "exchange"},
+    {"errors", "exchange", "writeback"},
     {"reading", "names"},
     {"checkpoint"},
     {"defaults", "portable", "whole", "manifest", "stream", "merge.lora"},
@@ -63,6 +63,7 @@ FLOORS = [
 STANDARD_LIBRARY_ONLY = {
     "errors",
     "exchange",
+    "writeback",
     "reading",
     "checkpoint",
     "names",

@@ -15,7 +15,7 @@ from grpo_toolkit.tracking.console import export_table, say
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -36,6 +36,8 @@ class ExportCallback(GuardedCallback):
             tokens; by default the first rows of the evaluation dataset where an evaluation ran, or of the training
             dataset.
         num_prompts: how many of them.
+        format_reward: a reward function, as trainers call it, that has to value the export's answers to them as the
+            policy's.
         generation_overrides: keys for `generation_config.json` that win over the base's.
         overwrite: replace an earlier export in `output_dir`.
         strict: raise at the end of training if the export failed, on every rank.
@@ -51,6 +53,7 @@ class ExportCallback(GuardedCallback):
         base: str | os.PathLike[str] | None = None,
         prompts: Iterable[Mapping[str, Any]] | None = None,
         num_prompts: int = 4,
+        format_reward: Callable[..., list[float]] | None = None,
         generation_overrides: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         strict: bool = False,
@@ -60,6 +63,7 @@ class ExportCallback(GuardedCallback):
         self.base = base
         self.prompts = prompts
         self.num_prompts = num_prompts
+        self.format_reward = format_reward
         self.generation_overrides = generation_overrides
         self.overwrite = overwrite
         self.result: ExportResult | None = None
@@ -98,6 +102,7 @@ class ExportCallback(GuardedCallback):
             base=self.base,
             processing_class=processing_class,
             requests=requests,
+            format_reward=self.format_reward,
             generation_overrides=self.generation_overrides,
             overwrite=self.overwrite,
         )

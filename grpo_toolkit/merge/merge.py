@@ -22,9 +22,9 @@ from grpo_toolkit.merge.adapter import Adapter, find_adapter, open_adapter
 from grpo_toolkit.merge.base import Base, open_base
 from grpo_toolkit.merge.lora import LowRank, Update
 from grpo_toolkit.merge.plan import plan_updates
-from grpo_toolkit.merge.worker import TensorFile, TensorMerger, single_threaded, worker_count
+from grpo_toolkit.merge.worker import TensorMerger, single_threaded, worker_count
 from grpo_toolkit.portable import carried_files, copy_files, declare_dtype, write_configs
-from grpo_toolkit.reading import FLOAT_NAMES
+from grpo_toolkit.reading import DTYPE_BITS, FLOAT_NAMES
 from grpo_toolkit.shards import named_dtype, plan_shards, refuse_full_disk
 from grpo_toolkit.stream import write_shards
 
@@ -219,14 +219,23 @@ def merge_weights(
 
 def _refuse_untrained(adapter: Adapter, updates: Mapping[str, Update]) -> None:
     """Find out before the work what training leaves of an adapter that never learnt: one factor of each pair zero."""
-    import torch
+    with adapter.weights.open("rb") as file:
 
-    with TensorFile(adapter.weights, adapter.tensors) as file:
+        def is_zero(name: str) -> bool:
+            info = adapter.tensors[name]
+            file.seek(info.span[0])
+            raw, width = file.read(info.nbytes), DTYPE_BITS[info.dtype] // 8
+            # Little-endian: the last byte of a number has its sign, which zeros may have too.
+            return not any(any(raw[byte::width]) for byte in range(width - 1)) and set(raw[width - 1 :: width]) <= {
+                0,
+                128,
+            }
+
         for update in updates.values():
             added = update.added
             if update.replaced_by or update.magnitude or not isinstance(added, LowRank):
                 return
-            if file.read(added.b, torch.float32).any() and file.read(added.a, torch.float32).any():
+            if not (is_zero(added.b) or is_zero(added.a)):
                 return
     raise VerificationError(
         f"{adapter.path}: untrained: a factor of each of its {len(updates)} pairs is zero, so the merge would be the "

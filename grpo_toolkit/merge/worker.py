@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from contextlib import contextmanager
@@ -37,14 +38,29 @@ def worker_count() -> int:
 
 @contextmanager
 def single_threaded() -> Iterator[Callable[[], None]]:
-    """What a worker calls first, so that its arithmetic stays on one core; torch's own setting is put back on exit."""
-    import torch
+    """What a worker calls first, so that its arithmetic stays on one core; torch's own setting is put back on exit.
 
-    threads = torch.get_num_threads()
+    torch takes seconds to load: that begins here, beside whatever needs none of it.
+    """
+    loading = threading.Thread(target=importlib.import_module, args=("torch",), daemon=True)
+    loading.start()
+    lock, before = threading.Lock(), []
+
+    def setup() -> None:
+        import torch
+
+        with lock:
+            before.append(torch.get_num_threads())
+            torch.set_num_threads(1)
+
     try:
-        yield partial(torch.set_num_threads, 1)
+        yield setup
     finally:
-        torch.set_num_threads(threads)
+        loading.join()
+        if before:
+            import torch
+
+            torch.set_num_threads(before[0])
 
 
 class TensorFile:
