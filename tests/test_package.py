@@ -50,6 +50,7 @@ FLOORS = [
     {"export"},
     {"tracking.wandb", "tracking.console", "tracking.plots", "tracking.doctor"},
     {"doctor.commands"},
+    {"latency.commands"},
     {"callbacks.guard", "callbacks.prompts"},
     {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
     {"callbacks.latency", "cli"},
