@@ -72,6 +72,7 @@ def export_model(
     device: str = "cpu",
     link: bool = False,
     max_shard_size: str | int | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> ExportResult | None:
     """Export a trained model for inference.
 
@@ -91,6 +92,7 @@ def export_model(
         link: for a folder whose weight files are as its base's: hard links in place of copies, where the file system
             has them. What edits one of the two in place then edits both.
         max_shard_size: largest weight file, such as "5GB"; by default a folder's (or the base's) own files.
+        notes: further facts for the manifest.
 
     Returns:
         What was published; None on ranks other than 0.
@@ -147,7 +149,7 @@ def export_model(
                 verification=verification,
                 seconds=time.monotonic() - started,
             )
-            _write_manifest(staging, result)
+            _write_manifest(staging, result, notes or {})
     return result
 
 
@@ -247,7 +249,7 @@ def _verify(model: torch.nn.Module, staging: Path, base: Path | None, answers: P
     return result
 
 
-def _write_manifest(staging: Path, result: ExportResult) -> None:
+def _write_manifest(staging: Path, result: ExportResult, notes: Mapping[str, Any]) -> None:
     write_manifest(
         staging,
         {
@@ -255,6 +257,7 @@ def _write_manifest(staging: Path, result: ExportResult) -> None:
             "put_right": [asdict(repair) for repair in result.repairs],
             "changed_in_training": [str(change) for change in result.changes],
             "verification": None if result.verification is None else result.verification.to_json(),
+            **notes,
         },
         sums=result.verification is not None,
     )

@@ -228,6 +228,8 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
             "return_dict_in_generate": True,
             "output_logits": request.with_rivals,
         }
+        if getattr(base_model(model).generation_config, "cache_implementation", None) is not None:
+            options["disable_compile"] = True  # the probe's hooks would be compiled anew at every step
         if request.exact:
             options["min_new_tokens"] = request.max_new_tokens
         if request.use_cache is not None:

@@ -279,7 +279,8 @@ class Bench:
                 verdicts.append(ratio.verdict)
                 spans.append((round(ratio.low, 4), round(ratio.median, 4), round(ratio.high, 4)))
                 self.say(
-                    f"  A/A run {run}: {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) {ratio.verdict}, {ratio.pairs} rounds"
+                    f"  A/A run {run}: {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) {ratio.verdict}, "
+                    f"{ratio.pairs} rounds"
                 )
         same = verdicts.count("same")
         self.note(

@@ -63,8 +63,8 @@ def measure_latency(
         options: how the folders of a mapping are loaded and run; arms have their own.
         roofline: measure the bandwidth of each arm's device, and what physics would allow.
         precision: go on after `rounds` until the interval of every arm's TPOT over the first arm's reaches no further
-            than this to either side (0.02: two percent), or the ratio is clear by far; at most twenty times `rounds`. Stopping
-            by width does not favour a verdict (Chow and Robbins 1965, doi:10.1214/aoms/1177700156).
+            than this to either side (0.02: two percent), or the ratio is clear by far; at most twenty times `rounds`.
+            Stopping by width favours no verdict (Chow and Robbins 1965, doi:10.1214/aoms/1177700156).
         budget_s: stop measuring after so many seconds, but not before six rounds.
         progress: called with the arm's name, the round (below zero: warm-up) and the number of rounds.
         engines: loaded models of an earlier measurement, used again and left open.

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.engines.protocol import Answer, SdpaBackend
 
-COMPILE_MODES: Final = (None, "max-autotune")
-"""Modes of a compiled step; None is transformers' own."""
+COMPILE_MODES: Final[dict[bool, tuple[str | None, ...]]] = {False: (None,), True: (None, "max-autotune")}
+"""Modes of a compiled step that are tried, without and with a GPU; None is transformers' own."""
 
 _ROUNDS: Final = 3
 _WORTH: Final = 1.05
@@ -52,7 +52,7 @@ def tune_latency(
     rounds: int = 6,
     max_tpot_s: float | None = None,
     max_memory_bytes: int | None = None,
-    compile_modes: Sequence[str | None] = COMPILE_MODES,
+    compile_modes: Sequence[str | None] | None = None,
     isolated: bool = True,
     progress: Callable[[Trial], None] | None = None,
 ) -> Tuning:
@@ -66,7 +66,7 @@ def tune_latency(
         rounds: turns of the best with the default.
         max_tpot_s, max_memory_bytes: with either, the batch is doubled as long as a sequence's time per token and the
             peak of memory stay within them, and the largest throughput wins.
-        compile_modes: of torch.compile; () compiles nothing.
+        compile_modes: of torch.compile; None is transformers' own, and on a GPU "max-autotune"; () compiles nothing.
         isolated: in processes of their own.
         progress: called with every trial when it is done.
 
@@ -85,6 +85,8 @@ def tune_latency(
             progress=progress,
         )
         usual = Options(device=device)
+        if compile_modes is None:
+            compile_modes = COMPILE_MODES[device.startswith("cuda")]
         bench.learn(usual)
         for candidates in (_caches(usual, compile_modes), _attentions, _kernels):
             best = bench.best.options

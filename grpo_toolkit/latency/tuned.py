@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.row import Ratio
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from grpo_toolkit.latency.engines.protocol import Options
+    from grpo_toolkit.latency.row import Ratio
 
 STATIC_SINCE: Final = {
     "qwen2_vl": "4.57",
@@ -20,9 +20,9 @@ STATIC_SINCE: Final = {
     ),
     **dict.fromkeys(("phi3", "granite", "olmo2", "mllama", "paligemma"), "4.49"),
 }
-"""Since which transformers `generate` takes cache_implementation="static" for a model type (it raises before: 4.49's
-`_supports_static_cache` is False for Qwen2.5-VL). 4.49 is the oldest that this package serves, 4.57 the oldest that all
-types were tried on; a type that is not here is taken for a late one."""
+"""Since which transformers `generate` takes cache_implementation="static" for a model type; it raises before (in 4.49
+`_supports_static_cache` is False for Qwen2.5-VL, True for Llama; 4.57 has no such switch any more). A type that is not
+here is taken for a late one."""
 
 OLDEST: Final = "4.49"
 _LATE: Final = "4.57"
