@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
+from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.arms import Arm, Engines, Measured
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows import new_session, row_of_arm
@@ -70,7 +70,8 @@ def measure_latency(
         engines: loaded models of an earlier measurement, used again and left open.
 
     Returns:
-        One row per arm, in the order given. An arm that ran out of memory has a row with an `error` and no times.
+        One row per arm, in the order given. An arm that ran out of memory, or that no kernel can run as it was told
+        to, has a row with an `error` and no times.
 
     Raises:
         InputError: no arms, no requests, fewer than one round, or two arms of one name.
@@ -115,12 +116,12 @@ class _Measuring:
         return [name for name in names if self.found[name].error is None]
 
     def _ask(self, name: str, turn: int, rounds: int) -> float | None:
-        """Seconds of one turn of one arm; None where it ran out of memory."""
+        """What warm-up watches of one turn of one arm; None where it failed in a way that is a result."""
         found, batch = self.found[name], self.traffic.batch(turn)
         start = time.perf_counter()
         try:
             answer = self.engines[name].ask(batch, self.arms[name].options)
-        except OutOfMemoryError as error:
+        except (OutOfMemoryError, UnsupportedError) as error:
             found.error = str(error)
             return None
         spent = time.perf_counter() - start
@@ -130,7 +131,9 @@ class _Measuring:
             found.warmup_s += spent
         if self.progress is not None:
             self.progress(name, turn, rounds)
-        return answer.timeline.e2e_s
+        # Natural answers are of different lengths: only their pace can agree.
+        pace = answer.timeline.tpot_s if self.traffic.kind == "natural" else None
+        return answer.timeline.e2e_s if pace is None else pace
 
     def warm_up(self, count: int | None) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in self.arms}

@@ -12,8 +12,8 @@ import gc
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from grpo_toolkit.cache import base_model
-from grpo_toolkit.errors import InputError, OutOfMemoryError
+from grpo_toolkit.cache import base_model, is_checkpointing
+from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError
 from grpo_toolkit.inference import image_messages, render_chat, resident_peak
 from grpo_toolkit.latency.engines.markers import split_answer
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
@@ -170,7 +170,7 @@ class LocalEngine:
                 stack.enter_context(_left_in_training(self.model))
             if options.sample:
                 torch.manual_seed(0)
-            with _memory_errors(f"a batch of {len(requests)}"):
+            with _expected_errors(f"a batch of {len(requests)}"):
                 yield
 
     def _prepare(self, requests: Sequence[Request]) -> tuple[Any, float]:
@@ -306,21 +306,26 @@ def _left_in_training(model: torch.nn.Module) -> Iterator[None]:
     """Train mode with gradient checkpointing, as `train()` leaves its model; put back on exit."""
     inner = base_model(model)
     modes = [(module, module.training) for module in model.modules()]
-    flags = [module for module in model.modules() if "gradient_checkpointing" in vars(module)]
-    before = [module.gradient_checkpointing for module in flags]
+    before = [(vars(module), vars(module).get("gradient_checkpointing")) for module in model.modules()]
+    was_checkpointing = is_checkpointing(model)
     try:
         model.train()
         inner.gradient_checkpointing_enable()
         yield
     finally:
-        for module, was_on in zip(flags, before, strict=True):
-            module.gradient_checkpointing = was_on
+        if not was_checkpointing:
+            inner.gradient_checkpointing_disable()  # PEFT's models have a hook beside the flags
+        for attributes, was_on in before:
+            if was_on is None:  # a class's default, which enabling hides
+                attributes.pop("gradient_checkpointing", None)
+            else:
+                attributes["gradient_checkpointing"] = was_on
         for module, was_training in modes:
             module.training = was_training
 
 
 @contextmanager
-def _memory_errors(what: str) -> Iterator[None]:
+def _expected_errors(what: str) -> Iterator[None]:
     import torch
 
     try:
@@ -328,6 +333,8 @@ def _memory_errors(what: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         message = (str(error) or type(error).__name__).splitlines()[0]
     except RuntimeError as error:
+        if any(words in str(error) for words in ("No available kernel", "No viable backend")):
+            raise UnsupportedError(f"no SDPA kernel of those allowed can do this: {error}") from error
         # The CPU's allocator raises no class of its own.
         if "can't allocate memory" not in str(error):
             raise

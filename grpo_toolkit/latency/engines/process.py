@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.errors import OutOfMemoryError, WorkerError
+from grpo_toolkit.errors import OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.row import Proof, Timeline
 from grpo_toolkit.latency.sizes import ModelSizes
@@ -68,6 +69,8 @@ class ProcessEngine(ModelProcess):
             raise
         if "out_of_memory" in answer:
             raise OutOfMemoryError(answer["out_of_memory"])
+        if "unsupported" in answer:
+            raise UnsupportedError(answer["unsupported"])
         return answer
 
 
@@ -76,6 +79,9 @@ def serve() -> None:
     with answering() as answer:
         setup = json.loads(sys.stdin.readline())
         engine = _load(Path(setup["path"]), _options(setup["options"]))
+        # What loading made is never garbage; a collection that walks it would fall into some request.
+        gc.collect()
+        gc.freeze()
         answer(asdict(engine.facts()))
         for line in sys.stdin:
             message = json.loads(line)
@@ -87,6 +93,8 @@ def serve() -> None:
                     answer(asdict(getattr(engine, message["do"])(requests, _options(message["options"]))))
             except OutOfMemoryError as error:
                 answer({"out_of_memory": str(error)})
+            except UnsupportedError as error:
+                answer({"unsupported": " ".join(str(error).split())})
 
 
 def _load(path: Path, options: Options) -> Any:

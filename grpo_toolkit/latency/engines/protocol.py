@@ -135,6 +135,7 @@ class Engine(Protocol):
 
         Raises:
             OutOfMemoryError: the batch did not fit; the engine can be asked again.
+            UnsupportedError: no kernel of the SDPA backend can do it.
         """
 
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
