@@ -87,17 +87,22 @@ def test_natural_answers_end_at_the_models_own_end(engine: LocalEngine) -> None:
     assert exact.timeline.output_lengths == [12]
 
 
+def hook_counts(model: Any) -> list[tuple[int, int]]:
+    return [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
+
+
 def test_measuring_leaves_the_model_as_it_was(engine: LocalEngine) -> None:
     generation_config = engine.model.generation_config
     before, modes = dict(vars(generation_config)), [module.training for module in engine.model.modules()]
     images = engine.processor.image_processor
+    hooks = hook_counts(engine.model)
     options = Options(training=True, use_cache=False, eos_token_ids=(5,), cache_implementation="dynamic")
     engine.ask(batch(engine), options)
     assert dict(vars(generation_config)) == before
     assert [module.training for module in engine.model.modules()] == modes
     assert not any(getattr(module, "gradient_checkpointing", False) for module in engine.model.modules())
     assert engine.processor.image_processor is images
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in engine.model.modules())
+    assert hook_counts(engine.model) == hooks
 
 
 def test_left_in_training_is_seen_without_a_clock(engine: LocalEngine) -> None:

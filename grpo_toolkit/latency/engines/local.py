@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import gc
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from grpo_toolkit.cache import base_model, is_checkpointing
+from grpo_toolkit.cache import base_model
 from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError
 from grpo_toolkit.inference import image_messages, render_chat, resident_peak
 from grpo_toolkit.latency.engines.markers import split_answer
@@ -303,25 +304,30 @@ def _sdpa(backend: str) -> Iterator[None]:
 
 @contextmanager
 def _left_in_training(model: torch.nn.Module) -> Iterator[None]:
-    """Train mode with gradient checkpointing, as `train()` leaves its model; put back on exit."""
-    inner = base_model(model)
-    modes = [(module, module.training) for module in model.modules()]
-    before = [(vars(module), vars(module).get("gradient_checkpointing")) for module in model.modules()]
-    was_checkpointing = is_checkpointing(model)
+    """Train mode with gradient checkpointing, as `train()` leaves its model; put back on exit.
+
+    Flag by flag: `gradient_checkpointing_enable` would leave hooks on the embeddings.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [
+        (module, module.training, {name: vars(module).get(name) for name in names}) for module in model.modules()
+    ]
     try:
         model.train()
-        inner.gradient_checkpointing_enable()
+        for module, _, _ in before:
+            if hasattr(module, "gradient_checkpointing"):
+                vars(module).update({names[0]: True, names[1]: partial(checkpoint, use_reentrant=False)})
         yield
     finally:
-        if not was_checkpointing:
-            inner.gradient_checkpointing_disable()  # PEFT's models have a hook beside the flags
-        for attributes, was_on in before:
-            if was_on is None:  # a class's default, which enabling hides
-                attributes.pop("gradient_checkpointing", None)
-            else:
-                attributes["gradient_checkpointing"] = was_on
-        for module, was_training in modes:
+        for module, was_training, had in before:
             module.training = was_training
+            for name, value in had.items():
+                if value is None:  # a class's default, which the flag hid
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = value
 
 
 @contextmanager
