@@ -38,7 +38,7 @@ FLOORS = [
     {"resume", "worker", "processing"},
     {"latency.row", "latency.sizes", "latency.gpus"},
     {"latency.statistics", "latency.store", "latency.workload", "latency.environment", "latency.engines.markers"},
-    {"latency.engines.protocol", "latency.engines.timers"},
+    {"latency.engines.protocol", "latency.engines.timers", "latency.engines.toggles"},
     {"latency.engines.local"},
     {"latency.engines.process", "latency.engines.endpoint"},
     {"latency.arms"},

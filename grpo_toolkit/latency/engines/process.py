@@ -101,7 +101,8 @@ def _load(path: Path, options: Options) -> Any:
     import torch
 
     from grpo_toolkit.inference import load_model
-    from grpo_toolkit.latency.engines.local import LocalEngine, with_pixels
+    from grpo_toolkit.latency.engines.local import LocalEngine
+    from grpo_toolkit.latency.engines.toggles import with_pixels
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
