@@ -63,7 +63,7 @@ class LocalEngine:
             attn_implementation=getattr(inner.config, "_attn_implementation", None),
             is_adapter=hasattr(inner, "peft_config") or inner is not self.model,
             sizes=live_sizes(self.model),
-            environment=environment_of(str(inner.device)),
+            environment=self.environment(),
         )
 
     def ask(self, requests: Sequence[Request], options: Options) -> Answer:
@@ -136,6 +136,10 @@ class LocalEngine:
                 tokens=self._cut(output.sequences[:, prompt:].tolist(), exact=exact, options=options),
                 patches=0 if grid is None else int(grid.prod(dim=-1).sum()),
             )
+
+    def environment(self) -> dict[str, str]:
+        """The environment of this process, now."""
+        return environment_of(str(base_model(self.model).device))
 
     def probe_hardware(self) -> dict[str, float]:
         """Bandwidth and matrix throughput of the model's device, measured now."""

@@ -89,6 +89,11 @@ def expected_errors(what: str) -> Iterator[None]:
         if "can't allocate memory" not in str(error):
             raise
         message = str(error).splitlines()[0]
+    except ValueError as error:
+        # Qwen2.5-VL has no static cache in transformers 4.49 (huggingface/transformers#28981).
+        if "does not support `cache_implementation" not in str(error):
+            raise
+        raise UnsupportedError(str(error)) from error
     else:
         return
     gc.collect()
