@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from grpo_toolkit import LatencyCallback
 from grpo_toolkit.cli import main
-from grpo_toolkit.errors import InputError
+from grpo_toolkit.errors import GateError, InputError
 from grpo_toolkit.export import export_model
 from grpo_toolkit.inference import Request
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.gate import Gate, gate_of, missed_by
 from grpo_toolkit.latency.pool import Pool, Source
 from grpo_toolkit.latency.row import LatencyRow, Proof, Ratio, Settings, Workload
+from grpo_toolkit.latency.store import read_rows
 from grpo_toolkit.latency.tune import _Bench, _Limits, tune_latency
 from grpo_toolkit.latency.tuned import Trial, Tuning, keys_for_files
 from models import build_llama
 from seeded_causes import FILES
+from training import grpo_trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -229,3 +232,27 @@ def test_bench_with_a_gate_exits_with_1_and_the_explanation(
     assert said["missed"][0]["reason"].startswith("its KV cache is off (tokens fed a step: 64, 65, 66, 67, ...)")
     assert [effect["cause"] for effect in said["explanations"][0]["audit"]] == ["cache-off"]
     assert main([*command, "--gate", "max-slowdown=no"]) == 2
+
+
+def test_the_callbacks_gate_is_missed_by_a_checkpoint_without_its_cache(qwen: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Poison(TrainerCallback):  # type: ignore[misc]
+        def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+            kwargs["model"].generation_config.use_cache = False
+
+    latency = LatencyCallback(
+        arms=["base", "checkpoint"], rounds=1, new_tokens=4, max_new_tokens=None, gate="max-slowdown=1.05", strict=True
+    )
+    trainer = grpo_trainer(qwen, tmp_path, [Poison(), latency])
+    with pytest.raises(GateError, match=r"checkpoint misses the gate \(fixed\): its KV cache is off"):
+        trainer.train()
+    (why,) = latency.explanations
+    assert "cache-off" in [effect.cause for effect in why.audit]
+    assert [row.kind for row in read_rows(tmp_path / "latency" / "latency.jsonl")] == [
+        "measurement",
+        "measurement",
+        "explanation",
+    ]
+    with pytest.raises(InputError, match="expected max-slowdown=RATIO"):
+        LatencyCallback(gate="speed=1")

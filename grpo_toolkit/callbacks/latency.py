@@ -14,16 +14,18 @@ from grpo_toolkit.callbacks.export import published
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.prompts import find_requests
 from grpo_toolkit.distributed import gather, is_sharded
-from grpo_toolkit.errors import InputError
+from grpo_toolkit.errors import GateError, InputError
 from grpo_toolkit.latency.arms import Arm, Engines
 from grpo_toolkit.latency.compare import compare_latency
 from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.gate import explain_missed, gate_of, missed_by
 from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
 from grpo_toolkit.latency.workload import traffic_of
 from grpo_toolkit.parking import parked
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
 from grpo_toolkit.tracking.console import latency_table, ratio_lines, say, wandb_hint
+from grpo_toolkit.tracking.explain import explanation
 from grpo_toolkit.tracking.plots import latency_chart
 from grpo_toolkit.tracking.wandb import log_latency, prepare_environment, run_folder
 from grpo_toolkit.verify import plain_request
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.row import LatencyRow
+    from grpo_toolkit.latency.gate import Missed
+    from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,9 @@ class LatencyCallback(GuardedCallback):
         prompts: dataset rows to ask; by default the first of the evaluation or training dataset.
         num_prompts: how many of them.
         output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
-        strict: raise at the end of training if the measurement failed.
+        gate: such as "max-slowdown=1.05": how much slower than the first arm the export may be (without an export,
+            the other arms). One that misses it is explained: on the terminal, and by a row in `latency.jsonl`.
+        strict: raise at the end of training if the measurement failed or the gate was missed.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class LatencyCallback(GuardedCallback):
         prompts: Iterable[Mapping[str, Any]] | None = None,
         num_prompts: int = 4,
         output_dir: str | os.PathLike[str] | None = None,
+        gate: str | None = None,
         strict: bool = False,
     ) -> None:
         super().__init__(strict=strict)
@@ -105,6 +111,8 @@ class LatencyCallback(GuardedCallback):
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.output_dir = output_dir
+        self.gate = None if gate is None else gate_of(gate)
+        self.explanations: list[ExplanationRow] = []
         self.rows: list[LatencyRow] = []
         self.live_rows: list[LatencyRow] = []
         self._began = time.perf_counter()
@@ -121,7 +129,7 @@ class LatencyCallback(GuardedCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.rows, self.live_rows = [], []
+        self.rows, self.live_rows, self.explanations = [], [], []
         self._began = time.perf_counter()
 
     def on_step_end(
@@ -196,21 +204,53 @@ class LatencyCallback(GuardedCallback):
             if not arms:
                 return
             needed = sum(_process_bytes(inner) for _ in {arm.engine_key for arm in arms})
-            with parked(model, kwargs.get("optimizer")), Engines() as engines:
+            missed: list[Missed] = []
+            with parked(model, kwargs.get("optimizer")):
                 _check_room(inner.device, needed)
-                for traffic in workloads:
-                    compared = compare_latency(
-                        arms, traffic, rounds=self.rounds, control=False, budget_s=budget_s, engines=engines
-                    )
-                    rows = [replace(row, step=state.global_step) for row in compared.rows]
-                    append_rows(folder / FILE_NAME, rows)
-                    say(latency_table(rows), *ratio_lines(rows))
-                    self.rows += rows
+                with Engines() as engines:
+                    for traffic in workloads:
+                        compared = compare_latency(
+                            arms, traffic, rounds=self.rounds, control=False, budget_s=budget_s, engines=engines
+                        )
+                        rows = [replace(row, step=state.global_step) for row in compared.rows]
+                        append_rows(folder / FILE_NAME, rows)
+                        say(latency_table(rows), *ratio_lines(rows))
+                        self.rows += rows
+                        missed += self._missed(rows)
+                self._explain(missed, arms[0], requests, state, folder, budget_s)
         charted = [row for row in self.rows if row.workload.kind == "fixed"]
         chart = latency_chart(charted, folder / "latency.png")
         say(f"rows: {folder / FILE_NAME}   chart: {chart}")
         if log_latency(charted, step=state.global_step):
             say(wandb_hint(*run_folder()))
+        if missed:
+            raise GateError("; ".join(dict.fromkeys(map(str, missed))))
+
+    def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
+        """What misses the gate: the export, or where none was measured any arm but the first."""
+        if self.gate is None:
+            return []
+        missed = missed_by(self.gate, rows)
+        has_export = any(row.arm == "export" for row in rows[1:])
+        return [miss for miss in missed if miss.arm == "export" or not has_export]
+
+    def _explain(
+        self,
+        missed: Sequence[Missed],
+        first: Arm,
+        requests: Sequence[Request],
+        state: TrainerState,
+        folder: Path,
+        budget_s: float,
+    ) -> None:
+        device = first.options.device
+        rows = explain_missed(
+            first.place, missed, device=device, requests=requests, max_new_tokens=self.new_tokens, budget_s=budget_s
+        )
+        self.explanations = [replace(row, step=state.global_step) for row in rows]
+        append_rows(folder / FILE_NAME, self.explanations)
+        for row in self.explanations:
+            say(explanation(row))
 
     def _find_arms(self, model: torch.nn.Module, plain: Path, options: Options) -> list[Arm]:
         export = published.get(base_model(model))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import InputError
@@ -12,6 +11,7 @@ from grpo_toolkit.errors import InputError
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+    from pathlib import Path
 
     from grpo_toolkit.latency.gate import Missed
     from grpo_toolkit.latency.row import ExplanationRow
@@ -84,24 +84,13 @@ def tuned_overrides(source: Path, base: str | None, *, device: str) -> tuple[dic
     return keys, note
 
 
-def explain_missed(
-    base: Path, missed: Sequence[Missed], *, device: str, requests: Sequence[Any] = (), max_new_tokens: int = 64
-) -> list[ExplanationRow]:
-    """Why each folder missed its gate; one explanation a folder."""
-    from grpo_toolkit.latency.explain import explain_latency
-
-    folders = dict.fromkeys(miss.path for miss in missed if Path(miss.path).is_dir())
-    return [
-        explain_latency(base, folder, requests=requests, max_new_tokens=max_new_tokens, device=device)
-        for folder in folders
-    ]
-
-
 def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Missed]) -> list[ExplanationRow]:
     """Explain what missed a gate, and print it unless JSON is wanted."""
     if not missed:
         return []
-    rows = [] if not Path(base).is_dir() else explain_missed(Path(base), missed, device=arguments.device)
+    from grpo_toolkit.latency.gate import explain_missed
+
+    rows = explain_missed(base, missed, device=arguments.device)
     if not arguments.json:
         from rich.console import Console
 
