@@ -98,7 +98,7 @@ def test_a_cause_alone_is_the_top_cause_and_all_that_is_found(
 def test_of_two_causes_both_are_found_and_one_of_them_is_the_top_cause(
     causes: tuple[str, str], two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
 ) -> None:
-    row = explained(two_bases, tmp_path, causes, asked, pool)
+    row = explained(two_bases, tmp_path, causes, asked, pool, rounds=3)
     assert {effect.cause for effect in row.audit} == set(causes)
     assert top_cause(row) in causes
     assert_sums_up(row)

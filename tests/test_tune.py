@@ -28,7 +28,9 @@ from training import grpo_trainer
 if TYPE_CHECKING:
     from pathlib import Path
 
-STATIC = Options(cache_implementation="static", compiled=True, compile_mode="max-autotune", sdpa_backend="no_cudnn")
+STATIC = Options(
+    device="cuda", cache_implementation="static", compiled=True, compile_mode="max-autotune", sdpa_backend="no_cudnn"
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def tuning(llama: Path) -> Tuning:
 
 def test_every_setting_of_a_cpu_is_tried_and_says_the_same(tuning: Tuning) -> None:
     names = [trial.name for trial in tuning.trials]
-    assert names[:4] == ["as it is", "static cache", "attention eager", "SDPA math"]
+    assert names[:3] == ["as it is", "static cache", "attention eager"]
+    assert ("SDPA math" in names) is ("SDPA math" == names[3])  # not where eager attention is the best
     assert {trial.equal_tokens for trial in tuning.trials} == {16}
     assert all(trial.is_eligible for trial in tuning.trials)
     assert tuning.best == max(tuning.trials, key=lambda trial: trial.tokens_per_s or 0.0)
@@ -80,7 +83,7 @@ def tuned(options: Options, **changes: Any) -> Tuning:
 
 
 def test_a_setting_as_code_as_keys_and_as_serving_commands() -> None:
-    found = tuned(replace(STATIC, device="cuda"))
+    found = tuned(STATIC)
     assert found.speedup == 8
     assert found.generation_keys() == {"cache_implementation": "static"}
     assert found.code().splitlines() == [
@@ -89,13 +92,23 @@ def test_a_setting_as_code_as_keys_and_as_serving_commands() -> None:
         "from transformers import CompileConfig",
         "",
         'model = AutoModelForImageTextToText.from_pretrained("out/export", dtype="bfloat16", device_map="cuda")',
+        'compile_config = CompileConfig(mode="max-autotune")',
         "with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):",
-        '    model.generate(**inputs, do_sample=False, cache_implementation="static", '
-        'compile_config=CompileConfig(mode="max-autotune"))',
+        '    model.generate(**inputs, do_sample=False, cache_implementation="static", compile_config=compile_config)',
     ]
     assert found.serving_commands() == [
         "transformers serve out/export --dtype bfloat16 --compile",
         "vllm serve out/export --dtype bfloat16 --max-num-seqs 8",
+    ]
+
+
+def test_a_compiled_step_on_a_cpu_is_for_code_alone() -> None:
+    found = tuned(replace(STATIC, device="cpu", compile_mode=None, sdpa_backend=None))
+    assert found.generation_keys() == {}
+    assert found.code().splitlines()[-3:] == [
+        "compile_config = CompileConfig()",
+        "compile_config._compile_all_devices = True  # generate compiles on accelerators alone",
+        'model.generate(**inputs, do_sample=False, cache_implementation="static", compile_config=compile_config)',
     ]
 
 
