@@ -48,7 +48,7 @@ def tuning(llama: Path) -> Tuning:
 def test_every_setting_of_a_cpu_is_tried_and_says_the_same(tuning: Tuning) -> None:
     names = [trial.name for trial in tuning.trials]
     assert names[:3] == ["as it is", "static cache", "attention eager"]
-    assert ("SDPA math" in names) is ("SDPA math" == names[3])  # not where eager attention is the best
+    assert names[3:4] != ["SDPA math"] or "SDPA math" not in names[4:]  # not tried where eager attention is the best
     assert {trial.equal_tokens for trial in tuning.trials} == {16}
     assert all(trial.is_eligible for trial in tuning.trials)
     assert tuning.best == max(tuning.trials, key=lambda trial: trial.tokens_per_s or 0.0)
