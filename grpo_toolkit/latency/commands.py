@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.arms import Arm, Engines
     from grpo_toolkit.latency.compare import Comparison
+    from grpo_toolkit.latency.gate import Gate
     from grpo_toolkit.latency.row import LatencyRow
     from grpo_toolkit.latency.sweep import Setting
     from grpo_toolkit.latency.workload import Traffic
@@ -30,7 +31,12 @@ DEFAULT_IMAGE_TOKENS = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `bench`; several values, with commas between, are measured one after the other."""
     add = parser.add_argument
-    add("models", nargs="+", metavar="[NAME=]MODEL", help="folders, or endpoints: http://host:8000/v1[#MODEL]")
+    add(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL",
+        help="folders, endpoints (http://host:8000/v1[#MODEL]), or rows measured before",
+    )
     add("--workload", choices=["fixed", "natural", "both"], default="both", help="exact lengths, live ends, or both")
     add("--new-tokens", type=_counts, default=[64], metavar="N,...", help="of each fixed answer (default 64)")
     add("--max-new-tokens", type=_count, default=256, metavar="N", help="the cap of natural answers (default 256)")
@@ -74,15 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def bench(arguments: argparse.Namespace) -> int:
     """Time models side by side; 0, or an `InputError`."""
     from grpo_toolkit.latency.arms import Engines, processor_of
-    from grpo_toolkit.latency.gate import gate_of, missed_by
+    from grpo_toolkit.latency.gate import gate_of
     from grpo_toolkit.latency.store import FILE_NAME, append_rows
-    from grpo_toolkit.latency.tune_command import report_missed
 
     if arguments.tune:
         from grpo_toolkit.latency.tune_command import tune
 
         return tune(arguments)
     gate = None if arguments.gate is None else gate_of(arguments.gate)
+    if any(item.endswith(".jsonl") for item in arguments.models):
+        return _finish(arguments, gate, _replayed(arguments), base="")  # explaining would measure anew
     arms = _arms(arguments)
     if len({arm.name for arm in arms}) < len(arms):
         raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
@@ -100,15 +107,46 @@ def bench(arguments: argparse.Namespace) -> int:
                     append_rows(arguments.output / FILE_NAME, rows)
                 if not arguments.json:
                     _show(rows)
+    return _finish(arguments, gate, found, base=arms[0].place)
+
+
+def _finish(arguments: argparse.Namespace, gate: Gate | None, found: Sequence[Comparison], *, base: str) -> int:
+    """Hold what was measured against the gate, and explain what missed it; print JSON if that is wanted."""
+    from grpo_toolkit.latency.gate import missed_by
+    from grpo_toolkit.latency.tune_command import report_missed
+
     missed = [] if gate is None else [miss for comparison in found for miss in missed_by(gate, comparison.rows)]
-    explained = report_missed(arguments, arms[0].place, missed)
+    explained = report_missed(arguments, base, missed)
     if arguments.json:
-        measured = [row.to_json() for comparison in found for row in comparison.rows]
+        rows = [row.to_json() for comparison in found for row in comparison.rows]
         controls = [comparison.control.to_json() for comparison in found if comparison.control is not None]
         reasons = [miss.to_json() for miss in missed]
         why = [row.to_json() for row in explained]
-        print(json.dumps({"rows": measured, "controls": controls, "missed": reasons, "explanations": why}))
+        print(json.dumps({"rows": rows, "controls": controls, "missed": reasons, "explanations": why}))
     return 1 if missed else 0
+
+
+def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
+    """Rows of earlier measurements, compared again: those of one session and workload with each other."""
+    from grpo_toolkit.latency.compare import CONTROL, compare_rows
+    from grpo_toolkit.latency.store import read_measurements
+
+    groups: dict[tuple[str, str], list[LatencyRow]] = {}
+    for item in arguments.models:
+        if not item.endswith(".jsonl"):
+            raise InputError(f"{item}: rows of earlier measurements and models to measure cannot be mixed")
+        for row in read_measurements(Path(item)):
+            groups.setdefault((row.session, row.workload.name), []).append(row)
+    if not groups:
+        raise InputError(f"{', '.join(arguments.models)}: holds no measurements")
+    compared = []
+    for rows in groups.values():
+        control = next((row for row in rows if row.arm == CONTROL), None)
+        found = compare_rows([row for row in rows if row is not control], control=control)
+        compared.append(found)
+        if not arguments.json:
+            _show([*found.rows, *([] if found.control is None else [found.control])])
+    return compared
 
 
 def _measured(

@@ -106,13 +106,13 @@ def explain_missed(
     """Why each folder missed its gate: one explanation a folder, none for what is no folder (an endpoint).
 
     Args:
-        base: the first arm's folder.
+        base: the first arm's folder; "" explains nothing.
         missed: what missed the gate.
         device, requests, max_new_tokens, budget_s: as for `explain_latency`.
     """
     from grpo_toolkit.latency.explain import explain_latency
 
-    if not Path(base).is_dir():
+    if not base or not Path(base).is_dir():
         return []
     folders = dict.fromkeys(miss.path for miss in missed if Path(miss.path).is_dir())
     return [
