@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--image", type=Path, help="an image to ask about")
     explain.add_argument("--max-new-tokens", type=int, default=128, help="cap of an answer (default 128)")
     explain.add_argument("--rounds", type=int, default=6, help="measured rounds (default 6)")
+    explain.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long, but not before 3 rounds")
     explain.add_argument("--output", type=Path, metavar="FILE", help="append the explanation to this latency.jsonl")
     explain.set_defaults(run=_explain)
 

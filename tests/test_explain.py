@@ -124,6 +124,33 @@ def test_a_model_beside_itself_has_no_cause(
     assert read_rows(path) == [row]
 
 
+def test_a_base_without_a_cache_is_said_although_it_is_no_difference(
+    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+) -> None:
+    slow = seed_causes(two_bases[0], tmp_path, ("cache-off",)).trained
+    row = explain_latency(slow, slow, requests=[asked], max_new_tokens=4, rounds=1, pool=pool)
+    pool.release(source_of(slow))
+    assert [effect.cause for effect in row.audit] == ["cache-off"]
+    assert row.audit[0].evidence.endswith("the base decodes without a cache too, so both are slow")
+    assert [effect.layer for effect in row.effects] == ["unexplained"]
+    assert top_cause(row) == "cache-off"
+
+
+def test_another_chat_template_is_seen_by_the_tokens_that_it_makes(
+    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+) -> None:
+    folder = seed_causes(two_bases[0], tmp_path, ()).trained
+    template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    (folder / "chat_template.json").unlink()  # a hard link to the base's
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "Think, then answer. " * 4 + template}))
+    row = explain_latency(two_bases[0], folder, requests=[asked], max_new_tokens=4, rounds=1, pool=pool)
+    pool.release(source_of(folder))
+    (found,) = row.audit
+    assert found.cause == "prompt"
+    assert found.evidence.startswith("the same messages become ")
+    assert (found.low_s, found.command) == (None, f"grpo-toolkit doctor {folder} --base {two_bases[0]}")
+
+
 def timeline(times: list[float], **phases: float) -> Timeline:
     return Timeline(
         token_times_s=times,

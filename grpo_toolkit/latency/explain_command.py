@@ -38,6 +38,7 @@ def explain(arguments: argparse.Namespace) -> int:
         requests=_requests(arguments),
         max_new_tokens=arguments.max_new_tokens,
         rounds=arguments.rounds,
+        budget_s=arguments.budget,
         device=arguments.device,
         options=usual,
         trained_options=with_settings(usual, arguments.settings),

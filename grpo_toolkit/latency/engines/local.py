@@ -64,6 +64,7 @@ class LocalEngine:
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             attn_implementation=getattr(inner.config, "_attn_implementation", None),
             is_adapter=hasattr(self.model, "peft_config"),
+            places=sorted({str(place) for place in (getattr(inner, "hf_device_map", None) or {}).values()}),
             sizes=live_sizes(self.model),
             environment=self.environment(),
         )

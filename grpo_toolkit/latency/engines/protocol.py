@@ -78,6 +78,7 @@ class EngineFacts:
         parameters: how many.
         attn_implementation: what the library chose.
         is_adapter: whether an unmerged adapter runs beside its base.
+        places: where accelerate put its modules ("cuda:0", "cpu", "disk"); empty where all went to one device.
         sizes: what the roofline needs.
         environment: versions and hardware of the process that runs the model.
     """
@@ -87,6 +88,7 @@ class EngineFacts:
     parameters: int | None = None
     attn_implementation: str | None = None
     is_adapter: bool = False
+    places: list[str] = field(default_factory=list)
     sizes: ModelSizes | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
