@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.doctor.repair import RepairResult, repair_checkpoint, undo_repair
     from grpo_toolkit.errors import (
         CheckpointError,
+        GateError,
         GrpoToolkitError,
         InputError,
         OutOfMemoryError,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.explain import explain_latency
     from grpo_toolkit.latency.measure import measure_latency
     from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.latency.tune import tune_latency
+    from grpo_toolkit.latency.tuned import Tuning
     from grpo_toolkit.merge.merge import MergeResult, merge_adapter
     from grpo_toolkit.verify import VerificationResult, verify_export
     from grpo_toolkit.whole import last_whole_checkpoint
@@ -52,6 +55,7 @@ _MODULES = {
     "ExportCallback": "callbacks",
     "ExportResult": "export",
     "Finding": "doctor.findings",
+    "GateError": "errors",
     "GrpoToolkitError": "errors",
     "InputError": "errors",
     "KVCacheCallback": "callbacks",
@@ -66,6 +70,7 @@ _MODULES = {
     "Request": "inference",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
+    "Tuning": "latency.tuned",
     "UnsupportedError": "errors",
     "VerificationError": "errors",
     "VerificationResult": "verify",
@@ -79,6 +84,7 @@ _MODULES = {
     "measure_latency": "latency.measure",
     "merge_adapter": "merge.merge",
     "repair_checkpoint": "doctor.repair",
+    "tune_latency": "latency.tune",
     "undo_repair": "doctor.repair",
     "verify_export": "verify",
 }
@@ -92,6 +98,7 @@ __all__ = [
     "ExportCallback",
     "ExportResult",
     "Finding",
+    "GateError",
     "GrpoToolkitError",
     "InputError",
     "KVCacheCallback",
@@ -106,6 +113,7 @@ __all__ = [
     "Request",
     "ResumeError",
     "ResumeGuardCallback",
+    "Tuning",
     "UnsupportedError",
     "VerificationError",
     "VerificationResult",
@@ -119,6 +127,7 @@ __all__ = [
     "measure_latency",
     "merge_adapter",
     "repair_checkpoint",
+    "tune_latency",
     "undo_repair",
     "verify_export",
 ]

@@ -11,11 +11,11 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import GrpoToolkitError, InputError, VerificationError
+from grpo_toolkit.latency.commands import add_arguments as add_bench_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
     export.add_argument("--push-to-hub", metavar="REPO", help="upload the verified folder (a new repo is private)")
     export.add_argument("--quiet", action="store_true", help="say nothing but the folder")
+    export.add_argument("--tuned", action="store_true", help="find the fastest setting, and write what files can hold")
     export.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
     export.set_defaults(run=_export)
 
@@ -91,12 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     bench = commands.add_parser("bench", help="time models side by side, taking turns")
-    bench.add_argument("models", nargs="+", metavar="[NAME=]FOLDER", help="model or adapter folders")
-    bench.add_argument("--new-tokens", type=int, default=64, help="tokens per request (default 64)")
-    bench.add_argument("--rounds", type=int, default=6, help="measured requests per model (default 6)")
-    bench.add_argument("--image", type=Path, help="an image to ask about")
-    bench.add_argument("--prompt", default="Describe what you see, step by step.", help="what to ask")
-    bench.add_argument("--no-cache", action="store_true", help="also time every model with its KV cache off")
+    add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
 
     explain = commands.add_parser("explain", help="say why a trained model is slower than its base")
@@ -114,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--image", type=Path, help="an image to ask about")
     explain.add_argument("--max-new-tokens", type=int, default=128, help="cap of an answer (default 128)")
     explain.add_argument("--rounds", type=int, default=6, help="measured rounds (default 6)")
+    explain.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long, but not before 3 rounds")
     explain.add_argument("--output", type=Path, metavar="FILE", help="append the explanation to this latency.jsonl")
     explain.set_defaults(run=_explain)
 
@@ -152,6 +149,12 @@ def _export(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, overwrite=arguments.overwrite)
     open_checkpoint(arguments.source)
     _quiet_libraries()
+    overrides: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
+    if arguments.tuned:
+        from grpo_toolkit.latency.tune_command import tuned_overrides
+
+        overrides, notes["tuned"] = tuned_overrides(arguments.source, arguments.base, device=arguments.device)
     is_talking = not (arguments.quiet or arguments.json)
     with byte_progress("writing", is_shown=is_talking and sys.stderr.isatty()) as progress:
         result = export_model(
@@ -166,6 +169,8 @@ def _export(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             compat=arguments.compat,
             progress=progress,
+            generation_overrides=overrides,
+            notes=notes,
         )
     assert result is not None, "one process is rank 0"
     if is_talking:
@@ -259,33 +264,10 @@ def _verify_manifest(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from grpo_toolkit.checkpoint import open_checkpoint
-    from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.arms import Arm
-    from grpo_toolkit.latency.engines.protocol import Options
-    from grpo_toolkit.latency.measure import measure_latency
+    from grpo_toolkit.latency.commands import bench
 
-    arms = []
-    options = Options(device=arguments.device)
-    for item in arguments.models:
-        name, path = _named_folder(item)
-        open_checkpoint(path)
-        arms.append(Arm(name=name, path=path, options=options))
-        if arguments.no_cache:
-            arms.append(Arm(name=f"{name}_no_cache", path=path, options=replace(options, use_cache=False)))
-    if len({arm.name for arm in arms}) < len(arms):
-        raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
-    request = Request(messages=[{"role": "user", "content": arguments.prompt}], images=_read_images(arguments.image))
-    rows = measure_latency(arms, [request], new_tokens=arguments.new_tokens, rounds=arguments.rounds)
-    if arguments.json:
-        print(json.dumps({"rows": [row.to_json() for row in rows]}))
-    else:
-        from rich.console import Console
-
-        from grpo_toolkit.tracking.console import latency_table
-
-        Console(width=None if sys.stdout.isatty() else 120).print(latency_table(rows))
-    return 0
+    _quiet_libraries()
+    return bench(arguments)
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -315,25 +297,6 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: not here ({str(error).splitlines()[0]})") from error
-
-
-def _named_folder(item: str) -> tuple[str, Path]:
-    name, equals, folder = item.partition("=")
-    if not equals or os.sep in name:
-        path = Path(item)
-        return path.resolve().name, path
-    return name, Path(folder)
-
-
-def _read_images(path: Path | None) -> list[Any]:
-    if path is None:
-        return []
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return [Image.open(path).convert("RGB")]
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"--image {path}: cannot be read as an image ({error})") from error
 
 
 def _env(arguments: argparse.Namespace) -> int:

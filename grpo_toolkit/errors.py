@@ -1,6 +1,7 @@
 """What can go wrong, as a tree.
 
     GrpoToolkitError
+    ├── GateError                   a measured model is slower than its gate allows
     ├── InputError                  wrong use or unreadable input: one line, exit code 2
     │   ├── CheckpointError         a folder that is not the checkpoint it should be
     │   └── OutputExistsError       an output folder that is there already and is not ours to replace
@@ -19,6 +20,10 @@ from __future__ import annotations
 
 class GrpoToolkitError(Exception):
     """Base class of every error that this package raises on purpose."""
+
+
+class GateError(GrpoToolkitError):
+    """A measured model is slower than its gate allows; the explanation was printed and is in `latency.jsonl`."""
 
 
 class InputError(GrpoToolkitError):

@@ -90,6 +90,7 @@ def export_model(
     dtype: str | None = None,
     compat: str = "all",
     progress: Progress | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> ExportResult | None:
     """Export a trained model for inference.
 
@@ -117,6 +118,7 @@ def export_model(
             transformers 5 can read the base's files; "v5": in the base's forms alone.
         progress: called with the bytes of weights that are written and the bytes in all; not for a live model that is
             saved whole.
+        notes: further facts for the manifest.
 
     Returns:
         What was published; None on ranks other than 0.
@@ -206,7 +208,7 @@ def export_model(
                 verification=verification,
                 seconds=time.monotonic() - started,
             )
-            _write_manifest(staging, result)
+            _write_manifest(staging, result, notes or {})
     return result
 
 
@@ -328,7 +330,7 @@ def _sources(source: Any, model: torch.nn.Module, base: Path | None) -> dict[str
     return {"source": named, "base": "none on disk" if base is None else str(base)}
 
 
-def _write_manifest(staging: Path, result: ExportResult) -> None:
+def _write_manifest(staging: Path, result: ExportResult, notes: Mapping[str, Any]) -> None:
     write_manifest(
         staging,
         {
@@ -337,6 +339,7 @@ def _write_manifest(staging: Path, result: ExportResult) -> None:
             "changed_in_training": [str(change) for change in result.changes],
             "made_portable": list(result.made_portable),
             "verification": None if result.verification is None else result.verification.to_json(),
+            **notes,
         },
         sums=result.verification is not None,
     )

@@ -247,6 +247,8 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
         if request.forced:
             begin, forced = int(inputs["input_ids"].shape[1]), list(request.forced)
             options["prefix_allowed_tokens_fn"] = lambda _, said: [forced[min(len(said) - begin, len(forced) - 1)]]
+        if getattr(base_model(model).generation_config, "cache_implementation", None) is not None:
+            options["disable_compile"] = True  # the probe's hooks would be compiled anew at every step
         if request.exact:
             options["min_new_tokens"] = request.max_new_tokens
         if request.use_cache is not None:

@@ -158,11 +158,15 @@ def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[
 
 
 def early_token(base: Path, request: Request, pool: Pool, *, device: str) -> int:
-    """The last of the new tokens that the base says, where its answer could end; random weights soon repeat."""
+    """A token that the base says first in its fourth place or soon after, where its answer could end.
+
+    Random weights soon repeat themselves; then it is the last token that is new.
+    """
     options = Options(device=device)
     evidence = pool.engine(Source(path=base), options).prove(
         [replace(request, max_new_tokens=24, exact=True)], options
     )
     assert evidence is not None
     tokens = evidence.tokens[0]
-    return max(dict.fromkeys(tokens), key=tokens.index)
+    new = [index for index, token in enumerate(tokens) if tokens.index(token) == index]
+    return tokens[next((index for index in new if index >= 3), new[-1])]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError
@@ -19,6 +21,7 @@ from grpo_toolkit.latency.row import Effect, ExplanationRow, Timeline
 from grpo_toolkit.latency.sizes import ModelSizes
 from grpo_toolkit.latency.split import split_exactly
 from grpo_toolkit.latency.store import append_rows, read_rows
+from grpo_toolkit.tracking.explain import explanation
 from models import build_qwen2_5_vl
 from seeded_causes import ABOUT_LENGTHS, ALL, bases, seed_causes
 
@@ -30,10 +33,10 @@ STRONG = ("cache-off", "pixel-limits", "device-map", "eos", "longer-answers")
 """Causes that cost so much on the tiny model that a busy machine cannot hide a tenth of it."""
 
 PAIRS = (
-    ("cache-off", "pixel-limits"),
+    ("pixel-limits", "unmerged-adapter"),
     ("cache-off", "longer-answers"),
-    ("cache-off", "unmerged-adapter"),
-    ("float32", "attention"),
+    ("cache-off", "attention"),
+    ("float32", "unmerged-adapter"),
     ("sdpa-backend", "eos"),
     ("device-map", "static-cache"),
     ("training-state", "attention"),
@@ -98,7 +101,7 @@ def test_a_cause_alone_is_the_top_cause_and_all_that_is_found(
 def test_of_two_causes_both_are_found_and_one_of_them_is_the_top_cause(
     causes: tuple[str, str], two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
 ) -> None:
-    row = explained(two_bases, tmp_path, causes, asked, pool)
+    row = explained(two_bases, tmp_path, causes, asked, pool, rounds=3)
     assert {effect.cause for effect in row.audit} == set(causes)
     assert top_cause(row) in causes
     assert_sums_up(row)
@@ -119,6 +122,33 @@ def test_a_model_beside_itself_has_no_cause(
     path = tmp_path / "latency.jsonl"
     append_rows(path, [row])
     assert read_rows(path) == [row]
+
+
+def test_a_base_without_a_cache_is_said_although_it_is_no_difference(
+    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+) -> None:
+    slow = seed_causes(two_bases[0], tmp_path, ("cache-off",)).trained
+    row = explain_latency(slow, slow, requests=[asked], max_new_tokens=4, rounds=1, pool=pool)
+    pool.release(source_of(slow))
+    assert [effect.cause for effect in row.audit] == ["cache-off"]
+    assert row.audit[0].evidence.endswith("the base decodes without a cache too, so both are slow")
+    assert [effect.layer for effect in row.effects] == ["unexplained"]
+    assert top_cause(row) == "cache-off"
+
+
+def test_another_chat_template_is_seen_by_the_tokens_that_it_makes(
+    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+) -> None:
+    folder = seed_causes(two_bases[0], tmp_path, ()).trained
+    template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    (folder / "chat_template.json").unlink()  # a hard link to the base's
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "Think, then answer. " * 4 + template}))
+    row = explain_latency(two_bases[0], folder, requests=[asked], max_new_tokens=4, rounds=1, pool=pool)
+    pool.release(source_of(folder))
+    (found,) = row.audit
+    assert found.cause == "prompt"
+    assert found.evidence.startswith("the same messages become ")
+    assert (found.low_s, found.command) == (None, f"grpo-toolkit doctor {folder} --base {two_bases[0]}")
 
 
 def timeline(times: list[float], **phases: float) -> Timeline:
@@ -188,9 +218,14 @@ def test_the_command_says_why_and_finds_something(
     said = json.loads(capsys.readouterr().out)
     assert said["top_cause"] == "cache-off"
     assert said["audit"][0]["command"] == f"grpo-toolkit repair {seeded.trained} --base {seeded.base}"
-    assert [row.kind for row in read_rows(out)] == ["explanation"]
-    assert main([*command, "--prompt", "What?"]) == 1
-    assert "mend first: KV cache off" in capsys.readouterr().out
+    (row,) = read_rows(out)
+    assert isinstance(row, ExplanationRow)
+    console = Console(width=100, file=io.StringIO())
+    console.print(explanation(row))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "mend first: KV cache off" in shown
+    assert f"grpo-toolkit repair {seeded.trained}" in "".join(shown.split("\n"))
+    assert "% explained" in shown
 
 
 @pytest.mark.parametrize("setting", ["dtype=int3", "colour=red", "use_cache"])

@@ -26,7 +26,7 @@ TRAIN = textwrap.dedent(
 
     base, out = map(Path, sys.argv[1:])
     callbacks = [KVCacheCallback(strict=True), ExportCallback(out / "export", strict=True),
-                 LatencyCallback(rounds=2, new_tokens=4, strict=True)]
+                 LatencyCallback(rounds=2, new_tokens=4, max_new_tokens=None, strict=True)]
     grpo_trainer(base, out, callbacks, report_to="wandb", run_name="t").train()
     """
 )

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.cache import base_model
+from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.callbacks.export import published
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.prompts import find_requests
 from grpo_toolkit.distributed import gather, is_sharded
-from grpo_toolkit.latency.arms import Arm
+from grpo_toolkit.errors import GateError, InputError
+from grpo_toolkit.latency.arms import Arm, Engines
+from grpo_toolkit.latency.compare import compare_latency
 from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.gate import explain_missed, gate_of, missed_by
 from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
+from grpo_toolkit.latency.workload import traffic_of
+from grpo_toolkit.parking import parked
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
-from grpo_toolkit.tracking.console import latency_table, say, wandb_hint
+from grpo_toolkit.tracking.console import latency_table, ratio_lines, say, wandb_hint
+from grpo_toolkit.tracking.explain import explanation
 from grpo_toolkit.tracking.plots import latency_chart
 from grpo_toolkit.tracking.wandb import log_latency, prepare_environment, run_folder
 from grpo_toolkit.verify import plain_request
@@ -30,11 +37,22 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from grpo_toolkit.latency.row import LatencyRow
+    from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.gate import Missed
+    from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
 
 logger = logging.getLogger(__name__)
 
 ARMS: Final = ("base", "checkpoint", "export", "export_no_cache")
+LIVE: Final = "live"
+"""The arm's name of the policy itself, measured between two steps."""
+
+COST: Final = 0.01
+"""How much of the training's own time the timed rounds may take."""
+
+LEAST_BUDGET_S: Final = 60.0
+_CONTEXT_BYTES: Final = 1_500_000_000
+"""What a process takes on a GPU beside the weights: its context, kernels, and the cache of a few requests."""
 
 
 class LatencyCallback(GuardedCallback):
@@ -43,16 +61,26 @@ class LatencyCallback(GuardedCallback):
     The arms: `base` as it was loaded; `checkpoint` as a plain trainer would have saved it (for LoRA: the adapter,
     unmerged, on its base); `export`; and `export_no_cache`, the export with its KV cache switched off, which shows
     what the cache is worth. Rows go to `<output_dir>/latency/latency.jsonl`, then into the W&B run that the trainer
-    opened.
+    opened. Two workloads: answers of exactly `new_tokens`, which are charted, and natural ones, whose rows are in the
+    file alone.
+
+    Nothing runs between steps, unless `every_steps` asks for it. At the end the timed rounds of a workload stop after
+    one percent of the training's own time, or a minute, whichever is longer, but not before six rounds. Model and
+    optimizer wait on the CPU meanwhile, where they can be moved (not sharded, not quantised), because every arm's
+    process needs room for a model.
 
     Args:
-        arms: which of them, in this order.
+        arms: which of them, in this order; the others are compared with the first.
         new_tokens: tokens generated per request.
         rounds: measured requests per arm; all arms take turns.
+        max_new_tokens: the cap of natural answers; None leaves that workload out.
+        every_steps: also time the policy itself, between steps, every so many; training waits for it.
         prompts: dataset rows to ask; by default the first of the evaluation or training dataset.
         num_prompts: how many of them.
         output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
-        strict: raise at the end of training if the measurement failed.
+        gate: such as "max-slowdown=1.05": how much slower than the first arm the export may be (without an export,
+            the other arms). One that misses it is explained: on the terminal, and by a row in `latency.jsonl`.
+        strict: raise at the end of training if the measurement failed or the gate was missed.
     """
 
     def __init__(
@@ -60,23 +88,34 @@ class LatencyCallback(GuardedCallback):
         *,
         arms: Sequence[str] = ARMS,
         new_tokens: int = 64,
-        rounds: int = 6,
+        rounds: int = 8,
+        max_new_tokens: int | None = 256,
+        every_steps: int | None = None,
         prompts: Iterable[Mapping[str, Any]] | None = None,
         num_prompts: int = 4,
         output_dir: str | os.PathLike[str] | None = None,
+        gate: str | None = None,
         strict: bool = False,
     ) -> None:
         super().__init__(strict=strict)
         unknown = [arm for arm in arms if arm not in ARMS]
         if unknown:
             raise ValueError(f"unknown arms {unknown}; choose from {list(ARMS)}")
+        if every_steps is not None and every_steps < 1:
+            raise ValueError(f"every_steps is {every_steps}; it counts steps, from 1 on")
         self.arms = tuple(arms)
         self.new_tokens = new_tokens
         self.rounds = rounds
+        self.max_new_tokens = max_new_tokens
+        self.every_steps = every_steps
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.output_dir = output_dir
+        self.gate = None if gate is None else gate_of(gate)
+        self.explanations: list[ExplanationRow] = []
         self.rows: list[LatencyRow] = []
+        self.live_rows: list[LatencyRow] = []
+        self._began = time.perf_counter()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,7 +129,21 @@ class LatencyCallback(GuardedCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.rows = []
+        self.rows, self.live_rows, self.explanations = [], [], []
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Only when asked: the policy itself, on rank 0, while the others wait."""
+        if self.every_steps is None or state.global_step % self.every_steps:
+            return
+        with self._guarded("timing the policy between steps"):
+            if is_sharded(kwargs["model"]):  # it cannot generate on one rank
+                raise InputError("every_steps needs a model that is whole on every rank; this one is sharded")
+            if state.is_world_process_zero:
+                self._measure_live(args, state, kwargs)
+        self._agree()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,6 +158,28 @@ class LatencyCallback(GuardedCallback):
         self._agree()  # a barrier: the other ranks would wait for rank 0 in a collective that gives up
         self._raise_if_strict()
 
+    def _folder(self, args: TrainingArguments) -> Path:
+        folder = Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, "latency")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _requests(self, kwargs: Mapping[str, Any]) -> list[Request]:
+        return find_requests(self.prompts, kwargs, limit=self.num_prompts) or [plain_request()]
+
+    def _measure_live(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
+        model = kwargs["model"]
+        arm = Arm(
+            name=LIVE,
+            live=(model, kwargs["processing_class"]),
+            options=Options(device=str(base_model(model).device)),
+        )
+        with inference_ready(model):
+            rows = measure_latency([arm], self._requests(kwargs), new_tokens=self.new_tokens, rounds=2, warmup=1)
+        rows = [replace(row, step=state.global_step) for row in rows]
+        self.live_rows += rows
+        append_rows(self._folder(args) / FILE_NAME, rows)
+        log_latency(rows, step=state.global_step)
+
     def _measure(
         self,
         args: TrainingArguments,
@@ -113,30 +188,69 @@ class LatencyCallback(GuardedCallback):
         weights: dict[str, torch.Tensor] | None,
     ) -> None:
         model = kwargs["model"]
-        folder = Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, "latency")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._folder(args)
         inner = base_model(model)
-        requests = find_requests(self.prompts, kwargs, limit=self.num_prompts)
+        budget_s = max(LEAST_BUDGET_S, COST * (time.perf_counter() - self._began))
+        requests = self._requests(kwargs)
+        workloads = [traffic_of(requests, max_new_tokens=self.new_tokens)]
+        if self.max_new_tokens is not None:
+            workloads.append(traffic_of(requests, kind="natural", max_new_tokens=self.max_new_tokens))
         with tempfile.TemporaryDirectory(prefix=".plain-checkpoint-", dir=folder) as plain:
             if "checkpoint" in self.arms:
                 save_as_plain_trainer(model, Path(plain), kwargs.get("processing_class"), weights=weights)
             attention = getattr(inner.config, "_attn_implementation", None)
-            arms = self._find_arms(
-                model, Path(plain), Options(device=str(inner.device), attn_implementation=attention)
-            )
-            rows = measure_latency(
-                arms,
-                requests or [plain_request()],
-                new_tokens=self.new_tokens,
-                rounds=self.rounds,
-            )
-        self.rows = [replace(row, step=state.global_step) for row in rows]
-        append_rows(folder / FILE_NAME, self.rows)
-        chart = latency_chart(self.rows, folder / "latency.png")
-        say(latency_table(self.rows))
+            options = Options(device=str(inner.device), attn_implementation=attention)
+            arms = self._find_arms(model, Path(plain), options)
+            if not arms:
+                return
+            needed = sum(_process_bytes(inner) for _ in {arm.engine_key for arm in arms})
+            missed: list[Missed] = []
+            with parked(model, kwargs.get("optimizer")):
+                _check_room(inner.device, needed)
+                with Engines() as engines:
+                    for traffic in workloads:
+                        compared = compare_latency(
+                            arms, traffic, rounds=self.rounds, control=False, budget_s=budget_s, engines=engines
+                        )
+                        rows = [replace(row, step=state.global_step) for row in compared.rows]
+                        append_rows(folder / FILE_NAME, rows)
+                        say(latency_table(rows), *ratio_lines(rows))
+                        self.rows += rows
+                        missed += self._missed(rows)
+                self._explain(missed, arms[0], requests, state, folder, budget_s)
+        charted = [row for row in self.rows if row.workload.kind == "fixed"]
+        chart = latency_chart(charted, folder / "latency.png")
         say(f"rows: {folder / FILE_NAME}   chart: {chart}")
-        if log_latency(self.rows, step=state.global_step):
+        if log_latency(charted, step=state.global_step):
             say(wandb_hint(*run_folder()))
+        if missed:
+            raise GateError("; ".join(dict.fromkeys(map(str, missed))))
+
+    def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
+        """What misses the gate: the export, or where none was measured any arm but the first."""
+        if self.gate is None:
+            return []
+        missed = missed_by(self.gate, rows)
+        has_export = any(row.arm == "export" for row in rows[1:])
+        return [miss for miss in missed if miss.arm == "export" or not has_export]
+
+    def _explain(
+        self,
+        missed: Sequence[Missed],
+        first: Arm,
+        requests: Sequence[Request],
+        state: TrainerState,
+        folder: Path,
+        budget_s: float,
+    ) -> None:
+        device = first.options.device
+        rows = explain_missed(
+            first.place, missed, device=device, requests=requests, max_new_tokens=self.new_tokens, budget_s=budget_s
+        )
+        self.explanations = [replace(row, step=state.global_step) for row in rows]
+        append_rows(folder / FILE_NAME, self.explanations)
+        for row in self.explanations:
+            say(explanation(row))
 
     def _find_arms(self, model: torch.nn.Module, plain: Path, options: Options) -> list[Arm]:
         export = published.get(base_model(model))
@@ -155,3 +269,25 @@ class LatencyCallback(GuardedCallback):
             for arm in self.arms
             if (path := folders[arm]) is not None
         ]
+
+
+def _process_bytes(model: torch.nn.Module) -> int:
+    return _CONTEXT_BYTES + sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _check_room(device: torch.device, needed: int) -> None:
+    """Say what is missing before a process runs into it.
+
+    Raises:
+        InputError: the GPU has no room for the arms.
+    """
+    if device.type != "cuda":
+        return
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < needed:
+        raise InputError(
+            f"the arms need about {needed / 1e9:.1f} GB on {device} at once, and {free / 1e9:.1f} GB are free there; "
+            "ask for fewer (arms=), or after the training: grpo-toolkit bench base=BASE export=EXPORT --device cuda"
+        )

@@ -9,6 +9,7 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import EngineFacts, Options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence
@@ -83,6 +84,29 @@ class Engines:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def processor_of(arms: Sequence[Arm]) -> Any:
+    """The processor (or tokenizer) of the first arm that has one here, to count tokens with; None for endpoints alone.
+
+    Raises:
+        CheckpointError: a folder that is no checkpoint.
+    """
+    from grpo_toolkit.checkpoint import ADAPTER_CONFIG, find_base, open_checkpoint, read_json
+    from grpo_toolkit.inference import has_processor, load_processor
+
+    for arm in arms:
+        if arm.live is not None:
+            return arm.live[1]
+        if arm.url is not None or arm.path is None:
+            continue
+        path: Path | None = open_checkpoint(arm.path).path
+        if not has_processor(arm.path):
+            adapter = arm.path / ADAPTER_CONFIG
+            path = find_base(read_json(adapter).get("base_model_name_or_path")) if adapter.is_file() else None
+        if path is not None:
+            return load_processor(path)
+    return None
 
 
 def open_engine(arm: Arm) -> Engine:

@@ -43,7 +43,6 @@ class Declared:
         pixel_limits: smallest and largest number of pixels of an image, None where the processor has no such limits.
         cache_implementation: of the generation defaults.
         is_training: train mode, or gradient checkpointing in train mode.
-        device_map: where modules lie, of a live model that accelerate dispatched.
         findings: what the doctor says.
     """
 
@@ -52,7 +51,6 @@ class Declared:
     pixel_limits: tuple[int, int] | None = None
     cache_implementation: str | None = None
     is_training: bool = False
-    device_map: dict[str, Any] | None = None
     findings: tuple[Finding, ...] = ()
 
 
@@ -64,7 +62,7 @@ class Facts:
         path: its folder; empty for a live model without one.
         options: how it is run.
         declared: what its files say.
-        dtype, attn_implementation: of the loaded model.
+        dtype, attn_implementation: of the loaded model; `places` where accelerate put its modules.
         proof: input lengths, cache and runs of the vision tower of one short answer.
         prompt_tokens, image_tokens: of each request.
         output_tokens: of each answer, with the model's own end of sequence.
@@ -79,6 +77,7 @@ class Facts:
     declared: Declared
     dtype: str
     attn_implementation: str | None
+    places: tuple[str, ...]
     proof: Proof
     prompt_tokens: tuple[int, ...]
     image_tokens: tuple[int, ...]
@@ -125,11 +124,7 @@ class Facts:
     @property
     def off_device(self) -> tuple[str, ...]:
         """Where else than on the device weights lie: "cpu", "disk"."""
-        if self.options.device_map not in (None, "auto") and not self.declared.device_map:
-            return (str(self.options.device_map),)
-        places = {str(place) for place in (self.declared.device_map or {}).values()}
-        away = sorted(places & set(_OFF_DEVICE))
-        return tuple(place for place in away if not (place == "cpu" and self.options.device == "cpu"))
+        return tuple(place for place in self.places if place in _OFF_DEVICE and place != self.options.device)
 
     @property
     def is_training(self) -> bool:
@@ -194,7 +189,6 @@ def declared_by_model(model: torch.nn.Module, processor: Any) -> Declared:
         pixel_limits=limits,
         cache_implementation=getattr(config, "cache_implementation", None),
         is_training=model.training or (is_checkpointing(model) and any(m.training for m in model.modules())),
-        device_map=getattr(inner, "hf_device_map", None),
     )
 
 
@@ -234,6 +228,7 @@ def facts_of(
         declared=declared,
         dtype=engine.dtype,
         attn_implementation=engine.attn_implementation,
+        places=tuple(engine.places),
         proof=Proof() if evidence is None else evidence.proof,
         prompt_tokens=tuple(line.prompt_tokens for line in lines),
         image_tokens=tuple(line.image_tokens or 0 for line in lines),

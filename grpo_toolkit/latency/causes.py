@@ -28,7 +28,7 @@ class Cause:
         name: stable, in kebab-case; `Effect.cause` holds it.
         title: in a few words.
         seen: tells from the facts of base and trained whether it is there, and what shows it.
-        options: toggles it; None where it is toggled by the length of the answers or by merging.
+        options: toggles it; None where it is toggled by the length of the answers or by merging, or not at all.
         cure: what to do.
         command: the command or the code for it, with {base}, {trained} and names of `blanks` in it.
         is_wrong: the text is wrong too, not only late; such a cause stands first whatever it costs.
@@ -56,14 +56,15 @@ def _training_state(base: Facts, trained: Facts) -> str | None:
 
 
 def _cache_off(base: Facts, trained: Facts) -> str | None:
-    if not trained.recomputes or base.recomputes:
+    if not trained.recomputes:
         return None
     steps = trained.proof.step_lengths
     seen = f"tokens fed a step: {', '.join(map(str, steps[:4]))}, ..."
     if (trained.proof.vision_calls or 0) > (base.proof.vision_calls or 0):
         seen += f"; the vision tower ran {trained.proof.vision_calls} times for {len(steps)} tokens"
     finding = trained.finding("generation-cache-off", "config-cache-off")
-    return seen + (f"; {finding.file}: {finding.key} is not true" if finding else "")
+    seen += f"; {finding.file}: {finding.key} is not true" if finding else ""
+    return seen + ("; the base decodes without a cache too, so both are slow" if base.recomputes else "")
 
 
 def _offloaded(base: Facts, trained: Facts) -> str | None:
@@ -120,6 +121,16 @@ def _static(base: Facts, trained: Facts) -> str | None:
         return None
     compiled = "compiled for one size of it" if trained.options.is_compiled else "made anew and whole for every answer"
     return f"cache_implementation is {trained.cache_implementation}: decoding is {compiled}"
+
+
+def _prompt(base: Facts, trained: Facts) -> str | None:
+    ours, theirs = (
+        [prompt - image for prompt, image in zip(facts.prompt_tokens, facts.image_tokens, strict=True)]
+        for facts in (trained, base)
+    )
+    if ours == theirs:
+        return None
+    return f"the same messages become {mean(ours):.0f} tokens of text, in the base {mean(theirs):.0f}"
 
 
 def _eos(base: Facts, trained: Facts) -> str | None:
@@ -218,6 +229,13 @@ CAUSES: Final = (
         ),
         cure="a static cache pays where lengths repeat: give all requests one max_cache_len, or use the dynamic cache",
         command='model.generate(..., cache_implementation="dynamic")',
+    ),
+    Cause(
+        name="prompt",
+        title="another chat template or tokenizer",
+        seen=_prompt,
+        cure="use the template of the training, if it was the base's; its effect is not toggled, see the prefill",
+        command="grpo-toolkit doctor {trained} --base {base}",
     ),
     Cause(
         name="eos",

@@ -179,7 +179,7 @@ class _Lab:
         if lengths.changed(LONGER) and LONGER not in told:
             told[LONGER] = "answers would have another length but for what else is wrong"
         found = told
-        toggled = tuple(name for name in found if self._can_toggle(sources[1], BY_NAME[name]))
+        toggled = tuple(name for name in found if self._can_toggle(sources[1], BY_NAME[name], known))
         arms: dict[Arm | str, _Arm] = {
             BASE: _Arm(name=BASE, source=sources[0], options=known.options, tokens=lengths.base)
         }
@@ -195,7 +195,7 @@ class _Lab:
         """
         source, options, lengths, added = trained, seen.options, seen.output_tokens, {}
         for name in sorted(found, key=lambda name: name not in _MOVE_ENDS):
-            if not self._can_toggle(trained, BY_NAME[name]) or name == LONGER:
+            if not self._can_toggle(trained, BY_NAME[name], known) or name == LONGER:
                 continue
             source, options = self._cured(name, source, options, known)
             engine = self.pool.engine(source, options)
@@ -213,7 +213,9 @@ class _Lab:
             source = self.pool.merged(source)
         return source, options if cure is None else cure(options, known)
 
-    def _can_toggle(self, trained: Source, cause: Cause) -> bool:
+    def _can_toggle(self, trained: Source, cause: Cause, known: Facts) -> bool:
+        if cause.name == "cache-off" and known.recomputes:
+            return False  # it is no difference
         if cause.name == UNMERGED:
             return trained.model is None or hasattr(trained.model, "merge_and_unload")
         if cause.name == "device-map":

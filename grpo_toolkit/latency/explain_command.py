@@ -38,6 +38,7 @@ def explain(arguments: argparse.Namespace) -> int:
         requests=_requests(arguments),
         max_new_tokens=arguments.max_new_tokens,
         rounds=arguments.rounds,
+        budget_s=arguments.budget,
         device=arguments.device,
         options=usual,
         trained_options=with_settings(usual, arguments.settings),
@@ -76,19 +77,13 @@ def with_settings(options: Options, settings: list[str]) -> Options:
 
 def _requests(arguments: argparse.Namespace) -> list[Any]:
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.commands import read_image
 
     if arguments.prompt is None:
         if arguments.image is not None:
             raise InputError("--image: say what to ask about it with --prompt")
         return []
-    images = []
-    if arguments.image is not None:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            images = [Image.open(arguments.image).convert("RGB")]
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"--image {arguments.image}: cannot be read as an image ({error})") from error
+    images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
     return [Request(messages=[{"role": "user", "content": arguments.prompt}], images=images)]
 
 

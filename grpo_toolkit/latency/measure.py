@@ -11,10 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
+from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.arms import Arm, Engines, Measured
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows import new_session, row_of_arm
@@ -63,14 +64,15 @@ def measure_latency(
         options: how the folders of a mapping are loaded and run; arms have their own.
         roofline: measure the bandwidth of each arm's device, and what physics would allow.
         precision: go on after `rounds` until the interval of every arm's TPOT over the first arm's reaches no further
-            than this to either side (0.02: two percent), or the ratio is clear by far; at most twenty times `rounds`. Stopping
-            by width does not favour a verdict (Chow and Robbins 1965, doi:10.1214/aoms/1177700156).
+            than this to either side (0.02: two percent), or the ratio is clear by far; at most twenty times `rounds`.
+            Stopping by width favours no verdict (Chow and Robbins 1965, doi:10.1214/aoms/1177700156).
         budget_s: stop measuring after so many seconds, but not before six rounds.
         progress: called with the arm's name, the round (below zero: warm-up) and the number of rounds.
         engines: loaded models of an earlier measurement, used again and left open.
 
     Returns:
-        One row per arm, in the order given. An arm that ran out of memory has a row with an `error` and no times.
+        One row per arm, in the order given. An arm that ran out of memory, or that no kernel can run as it was told
+        to, has a row with an `error` and no times.
 
     Raises:
         InputError: no arms, no requests, fewer than one round, or two arms of one name.
@@ -87,6 +89,7 @@ def measure_latency(
         measuring = _Measuring(engines or stack.enter_context(Engines()), arms, traffic, progress=progress)
         measuring.warm_up(warmup)
         measuring.run(rounds, budget_s=budget_s, precision=precision)
+        measuring.look_around()
         measuring.prove()
         if roofline:
             measuring.probe_hardware()
@@ -115,12 +118,12 @@ class _Measuring:
         return [name for name in names if self.found[name].error is None]
 
     def _ask(self, name: str, turn: int, rounds: int) -> float | None:
-        """Seconds of one turn of one arm; None where it ran out of memory."""
+        """What warm-up watches of one turn of one arm; None where it failed in a way that is a result."""
         found, batch = self.found[name], self.traffic.batch(turn)
         start = time.perf_counter()
         try:
             answer = self.engines[name].ask(batch, self.arms[name].options)
-        except OutOfMemoryError as error:
+        except (OutOfMemoryError, UnsupportedError) as error:
             found.error = str(error)
             return None
         spent = time.perf_counter() - start
@@ -130,7 +133,9 @@ class _Measuring:
             found.warmup_s += spent
         if self.progress is not None:
             self.progress(name, turn, rounds)
-        return answer.timeline.e2e_s
+        # Natural answers are of different lengths: only their pace can agree.
+        pace = answer.timeline.tpot_s if self.traffic.kind == "natural" else None
+        return answer.timeline.e2e_s if pace is None else pace
 
     def warm_up(self, count: int | None) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in self.arms}
@@ -176,6 +181,15 @@ class _Measuring:
         if any(tpot is None for tpot in tpots):
             return [timeline.e2e_s for timeline in timelines]
         return [tpot for tpot in tpots if tpot is not None]
+
+    def look_around(self) -> None:
+        """Clocks and throttling as they are while the rounds still warm the device."""
+        known: dict[int, dict[str, str]] = {}
+        for name in self._alive(list(self.arms)):
+            engine = self.engines[name]
+            if id(engine) not in known:
+                known[id(engine)] = engine.environment()
+            self.found[name].facts = replace(self.found[name].facts, environment=known[id(engine)])
 
     def prove(self) -> None:
         for name in self._alive(list(self.arms)):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.audit import Declared, declared_by_files, declared_by_model
-from grpo_toolkit.latency.engines.local import LocalEngine, with_pixels
+from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.process import ProcessEngine
+from grpo_toolkit.latency.engines.toggles import with_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -69,7 +69,7 @@ def sweep_workload(
     left = list(arms)
     pool = engines or Engines()
     try:
-        for value in _doubling() if values is None else values:
+        for value in doubling() if values is None else values:
             name = "max_new_tokens" if dimension == "new_tokens" else dimension
             traffic = make_traffic(**{name: value})
             found = measure_latency(
@@ -93,7 +93,8 @@ def sweep_workload(
     return rows
 
 
-def _doubling() -> Iterator[int]:
+def doubling() -> Iterator[int]:
+    """Batch sizes 1, 2, 4, ..., to be left when nothing fits any more."""
     size = 1
     while size <= LARGEST_BATCH:
         yield size

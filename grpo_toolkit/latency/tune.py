@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.engines.protocol import Answer, SdpaBackend
 
-COMPILE_MODES: Final = (None, "max-autotune")
-"""Modes of a compiled step; None is transformers' own."""
+COMPILE_MODES: Final[dict[bool, tuple[str | None, ...]]] = {False: (None,), True: (None, "max-autotune")}
+"""Modes of a compiled step that are tried, without and with a GPU; None is transformers' own."""
 
 _ROUNDS: Final = 3
 _WORTH: Final = 1.05
@@ -52,7 +52,7 @@ def tune_latency(
     rounds: int = 6,
     max_tpot_s: float | None = None,
     max_memory_bytes: int | None = None,
-    compile_modes: Sequence[str | None] = COMPILE_MODES,
+    compile_modes: Sequence[str | None] | None = None,
     isolated: bool = True,
     progress: Callable[[Trial], None] | None = None,
 ) -> Tuning:
@@ -66,7 +66,7 @@ def tune_latency(
         rounds: turns of the best with the default.
         max_tpot_s, max_memory_bytes: with either, the batch is doubled as long as a sequence's time per token and the
             peak of memory stay within them, and the largest throughput wins.
-        compile_modes: of torch.compile; () compiles nothing.
+        compile_modes: of torch.compile; None is transformers' own, and on a GPU "max-autotune"; () compiles nothing.
         isolated: in processes of their own.
         progress: called with every trial when it is done.
 
@@ -85,6 +85,8 @@ def tune_latency(
             progress=progress,
         )
         usual = Options(device=device)
+        if compile_modes is None:
+            compile_modes = COMPILE_MODES[device.startswith("cuda")]
         bench.learn(usual)
         for candidates in (_caches(usual, compile_modes), _attentions, _kernels):
             best = bench.best.options
@@ -105,6 +107,8 @@ def tune_latency(
 
 def _caches(usual: Options, modes: Sequence[str | None]) -> list[tuple[str, Options]]:
     found = [("static cache", replace(usual, cache_implementation="static", compiled=False))]
+    if usual.device.startswith("cuda") and modes:
+        found = []  # nobody runs it: on a GPU generate compiles it by itself
     for mode in modes:
         compiled = replace(usual, cache_implementation="static", compiled=True, compile_mode=mode)
         found.append((f"static cache, compiled{'' if mode is None else f' ({mode})'}", compiled))
@@ -119,12 +123,12 @@ def _attentions(best: Options) -> list[tuple[str, Options]]:
 
 
 def _kernels(best: Options) -> list[tuple[str, Options]]:
-    """SDPA's kernels. A static cache is masked, which flash and cuDNN's decoding do not take."""
+    """SDPA's kernels. Of a compiled step only the one that matters on Hopper, since each is compiled anew."""
     if best.attn_implementation not in (None, "sdpa"):
         return []
     if not best.device.startswith("cuda"):
         return [("SDPA math", replace(best, sdpa_backend="math"))] if not best.is_compiled else []
-    names: tuple[SdpaBackend, ...] = ("no_cudnn", "efficient", "math")
+    names: tuple[SdpaBackend, ...] = ("no_cudnn",)
     if not best.is_compiled:
         names = ("no_cudnn", "flash", "efficient", "math")
     return [(f"SDPA {name}", replace(best, sdpa_backend=name)) for name in names]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.row import Ratio
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from grpo_toolkit.latency.engines.protocol import Options
+    from grpo_toolkit.latency.row import Ratio
 
 STATIC_SINCE: Final = {
     "qwen2_vl": "4.57",
@@ -20,9 +20,9 @@ STATIC_SINCE: Final = {
     ),
     **dict.fromkeys(("phi3", "granite", "olmo2", "mllama", "paligemma"), "4.49"),
 }
-"""Since which transformers `generate` takes cache_implementation="static" for a model type (it raises before: 4.49's
-`_supports_static_cache` is False for Qwen2.5-VL). 4.49 is the oldest that this package serves, 4.57 the oldest that all
-types were tried on; a type that is not here is taken for a late one."""
+"""Since which transformers `generate` takes cache_implementation="static" for a model type; it raises before (in 4.49
+`_supports_static_cache` is False for Qwen2.5-VL, True for Llama; 4.57 has no such switch any more). A type that is not
+here is taken for a late one."""
 
 OLDEST: Final = "4.49"
 _LATE: Final = "4.57"
@@ -88,9 +88,17 @@ class Tuning:
         return 1.0 if self.ratio is None else 1 / self.ratio.median
 
     def generation_keys(self) -> dict[str, Any]:
-        """Keys of a generation config that make `generate` run so by itself."""
-        implementation = self.best.options.cache_implementation
-        return {} if implementation in (None, "dynamic") else {"cache_implementation": implementation}
+        """Keys of a generation config that make `generate` run so by itself.
+
+        None where decoding is compiled on a CPU: `generate` does that only when it is told, and the static cache alone
+        would be no faster.
+        """
+        options = self.best.options
+        return {} if options.is_compiled and not self._compiles_by_itself else _cache_keys(options)
+
+    @property
+    def _compiles_by_itself(self) -> bool:
+        return self.best.options.device.startswith("cuda")
 
     def code(self) -> str:
         """Python that loads and runs the model so."""
@@ -99,13 +107,17 @@ class Tuning:
         if options.attn_implementation is not None:
             loading.append(f'attn_implementation="{options.attn_implementation}"')
         running = ["**inputs", "do_sample=False"]
-        running += [f'{key}="{value}"' for key, value in self.generation_keys().items()]
+        running += [f'{key}="{value}"' for key, value in _cache_keys(options).items()]
         imports = [f"from transformers import {self._auto_class}"]
+        lines = [f'model = {self._auto_class}.from_pretrained("{self.path}", {", ".join(loading)})']
         if options.is_compiled:
             config = "" if options.compile_mode is None else f'mode="{options.compile_mode}"'
             imports.append("from transformers import CompileConfig")
-            running.append(f"compile_config=CompileConfig({config})")
-        lines = [*imports, "", f'model = {self._auto_class}.from_pretrained("{self.path}", {", ".join(loading)})']
+            running.append("compile_config=compile_config")
+            lines.append(f"compile_config = CompileConfig({config})")
+            if not self._compiles_by_itself:
+                lines.append("compile_config._compile_all_devices = True  # generate compiles on accelerators alone")
+        lines = [*imports, "", *lines]
         call = f"model.generate({', '.join(running)})"
         if options.sdpa_backend is None:
             return "\n".join([*lines, call])
@@ -139,6 +151,11 @@ class Tuning:
             "generation_config": self.generation_keys(),
             "serving": self.serving_commands(),
         }
+
+
+def _cache_keys(options: Options) -> dict[str, Any]:
+    implementation = options.cache_implementation
+    return {} if implementation in (None, "dynamic") else {"cache_implementation": implementation}
 
 
 _KERNELS: Final = {

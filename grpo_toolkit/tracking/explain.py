@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from grpo_toolkit.latency.row import Effect, ExplanationRow
+    from grpo_toolkit.latency.tuned import Tuning
 
 
 def explanation(row: ExplanationRow) -> RenderableType:
@@ -93,3 +95,31 @@ def _split(row: ExplanationRow) -> Table:
 
 def _title(cause: str) -> str:
     return BY_NAME[cause].title if cause in BY_NAME else cause
+
+
+def tuned(tuning: Tuning) -> RenderableType:
+    """What was tried, and the best of it as code, as keys and as serving commands."""
+    table = Table(title=Text(f"Settings of {tuning.path}"), title_justify="left", box=None, header_style="dim")
+    table.add_column("setting")
+    for name in ("TPOT ms", "tokens/s", "peak GB", "first s", "same tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for trial in tuning.trials:
+        style = "bold green" if trial == tuning.best else "" if trial.is_eligible else "dim"
+        table.add_row(
+            Text(trial.name, style),
+            "-" if trial.tpot_s is None else f"{trial.tpot_s * 1e3:.2f}",
+            "-" if trial.tokens_per_s is None else f"{trial.tokens_per_s:.0f}",
+            "-" if trial.peak_bytes is None else f"{trial.peak_bytes / 1e9:.2f}",
+            "-" if trial.first_s is None else f"{trial.first_s:.1f}",
+            "-" if trial.equal_tokens is None else f"{trial.equal_tokens} of {tuning.new_tokens}",
+            Text(trial.note, "dim"),
+        )
+    ratio = tuning.ratio
+    verdict = "the default is the best" if ratio is None else f"{tuning.speedup:.2f} times as fast as the default"
+    if ratio is not None:
+        verdict += f" ({1 / ratio.high:.2f} to {1 / ratio.low:.2f}, {ratio.pairs} pairs)"
+    lines = [Text(f"{tuning.best.name}: {verdict}", "bold"), Text(), Text(tuning.code()), Text()]
+    keys = tuning.generation_keys()
+    lines.append(Text(f"generation_config.json: {json.dumps(keys)}" if keys else "generation_config.json: nothing"))
+    return Group(table, Text(), *lines, *(Text(command) for command in tuning.serving_commands()))

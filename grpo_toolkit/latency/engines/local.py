@@ -8,16 +8,22 @@ by a hook of its own, with CUDA events on a GPU, read when the answer is done. W
 
 from __future__ import annotations
 
-import gc
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from grpo_toolkit.cache import base_model
-from grpo_toolkit.errors import InputError, OutOfMemoryError
+from grpo_toolkit.errors import InputError
 from grpo_toolkit.inference import image_messages, render_chat, resident_peak, rivals
 from grpo_toolkit.latency.engines.markers import split_answer
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
+from grpo_toolkit.latency.engines.toggles import (
+    expected_errors,
+    generation_config_changed,
+    left_in_training,
+    sdpa_limited_to,
+)
 from grpo_toolkit.latency.environment import environment_of, probe_hardware
 from grpo_toolkit.latency.row import Proof, Timeline
 from grpo_toolkit.latency.sizes import ModelSizes, sizes_of
@@ -54,11 +60,13 @@ class LocalEngine:
         inner = base_model(self.model)
         return EngineFacts(
             dtype=str(inner.dtype).removeprefix("torch."),
+            device=str(inner.device),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             attn_implementation=getattr(inner.config, "_attn_implementation", None),
-            is_adapter=hasattr(inner, "peft_config") or inner is not self.model,
+            is_adapter=hasattr(self.model, "peft_config"),
+            places=sorted({str(place) for place in (getattr(inner, "hf_device_map", None) or {}).values()}),
             sizes=live_sizes(self.model),
-            environment=environment_of(str(inner.device)),
+            environment=self.environment(),
         )
 
     def ask(self, requests: Sequence[Request], options: Options) -> Answer:
@@ -67,6 +75,7 @@ class LocalEngine:
 
         cap, exact = requests[0].max_new_tokens, requests[0].exact
         device = base_model(self.model).device
+        options = replace(options, device=str(device))  # of a live model, the caller need not have said
         with self._ready(requests, options), VisionTimer(self.model, device) as vision:
             clock = TokenClock(device)
             inputs, image_s = self._prepare(requests)
@@ -117,6 +126,7 @@ class LocalEngine:
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence:
         """Answer a batch under observation: lengths of every forward, the cache, the vision tower. Not compiled."""
         cap, exact = requests[0].max_new_tokens, requests[0].exact
+        options = replace(options, device=str(base_model(self.model).device))
         with self._ready(requests, options), CacheProbe(self.model) as probe:
             inputs = _moved(self._prepare(requests)[0], base_model(self.model))
             settings = _settings(cap, options, compiled=False) | {"output_logits": requests[0].with_rivals}
@@ -133,6 +143,10 @@ class LocalEngine:
                 patches=0 if grid is None else int(grid.prod(dim=-1).sum()),
                 rivals=[rivals(logits[0], token) for logits, token in zip(output.logits or (), said, strict=False)],
             )
+
+    def environment(self) -> dict[str, str]:
+        """The environment of this process, now."""
+        return environment_of(str(base_model(self.model).device))
 
     def probe_hardware(self) -> dict[str, float]:
         """Bandwidth and matrix throughput of the model's device, measured now."""
@@ -165,14 +179,14 @@ class LocalEngine:
             changes["suppress_tokens"] = self._image_ids() or None
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_generation_config(base_model(self.model), changes))
+            stack.enter_context(generation_config_changed(base_model(self.model), changes))
             if options.sdpa_backend is not None:
-                stack.enter_context(_sdpa(options.sdpa_backend))
+                stack.enter_context(sdpa_limited_to(options.sdpa_backend))
             if options.training:
-                stack.enter_context(_left_in_training(self.model))
+                stack.enter_context(left_in_training(self.model))
             if options.sample:
                 torch.manual_seed(0)
-            with _memory_errors(f"a batch of {len(requests)}"):
+            with expected_errors(f"a batch of {len(requests)}"):
                 yield
 
     def _prepare(self, requests: Sequence[Request]) -> tuple[Any, float]:
@@ -274,87 +288,3 @@ def _moved(inputs: Any, model: Any) -> Any:
         if torch.is_floating_point(value):
             inputs[name] = value.to(model.dtype)
     return inputs
-
-
-@contextmanager
-def _generation_config(model: Any, changes: dict[str, Any]) -> Iterator[None]:
-    """Change the model's own generation config for a while: `generate` fills what a caller leaves out from there."""
-    generation_config = model.generation_config
-    before = {name: getattr(generation_config, name, None) for name in changes}
-    try:
-        for name, value in changes.items():
-            setattr(generation_config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(generation_config, name, value)
-
-
-@contextmanager
-def _sdpa(backend: str) -> Iterator[None]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    known = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-    }
-    allowed = [known[name] for name in known if name != "cudnn"] if backend == "no_cudnn" else [known[backend]]
-    with sdpa_kernel(allowed):
-        yield
-
-
-@contextmanager
-def _left_in_training(model: torch.nn.Module) -> Iterator[None]:
-    """Train mode with gradient checkpointing, as `train()` leaves its model; put back on exit."""
-    inner = base_model(model)
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [module for module in model.modules() if "gradient_checkpointing" in vars(module)]
-    before = [module.gradient_checkpointing for module in flags]
-    try:
-        model.train()
-        inner.gradient_checkpointing_enable()
-        yield
-    finally:
-        for module, was_on in zip(flags, before, strict=True):
-            module.gradient_checkpointing = was_on
-        for module, was_training in modes:
-            module.training = was_training
-
-
-@contextmanager
-def _memory_errors(what: str) -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        message = (str(error) or type(error).__name__).splitlines()[0]
-    except RuntimeError as error:
-        # The CPU's allocator raises no class of its own.
-        if "can't allocate memory" not in str(error):
-            raise
-        message = str(error).splitlines()[0]
-    else:
-        return
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    raise OutOfMemoryError(f"out of memory with {what}: {message}")
-
-
-def with_pixels(processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> Any:
-    """Overrule the pixel limits of a processor, in both forms in which releases keep them."""
-    images: Any = getattr(processor, "image_processor", None)
-    size: dict[str, int] = {}
-    for name, edge, value in (("min_pixels", "shortest_edge", min_pixels), ("max_pixels", "longest_edge", max_pixels)):
-        if value is not None and images is not None:
-            setattr(images, name, value)
-            size[edge] = value
-    if size and isinstance(getattr(images, "size", None), dict):
-        images.size = {**images.size, **size}
-    elif size and hasattr(images, "size"):
-        for edge, value in size.items():
-            setattr(images.size, edge, value)
-    return processor

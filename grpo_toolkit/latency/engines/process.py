@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.errors import OutOfMemoryError, WorkerError
+from grpo_toolkit.errors import OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.row import Proof, Timeline
 from grpo_toolkit.latency.sizes import ModelSizes
@@ -53,6 +54,10 @@ class ProcessEngine(ModelProcess):
         rivals = [{int(token): gap for token, gap in step.items()} for step in evidence.pop("rivals")]
         return Evidence(proof=Proof(**evidence.pop("proof")), rivals=rivals, **evidence)
 
+    def environment(self) -> dict[str, str]:
+        """The environment of the process, now (see `Engine.environment`)."""
+        return self._call("environment", (), Options())
+
     def probe_hardware(self) -> dict[str, float]:
         """Bandwidth and matrix throughput, measured in the process (see `Engine.probe_hardware`)."""
         return self._call("probe_hardware", (), Options())
@@ -70,6 +75,8 @@ class ProcessEngine(ModelProcess):
             raise
         if "out_of_memory" in answer:
             raise OutOfMemoryError(answer["out_of_memory"])
+        if "unsupported" in answer:
+            raise UnsupportedError(answer["unsupported"])
         return answer
 
 
@@ -78,24 +85,30 @@ def serve() -> None:
     with answering() as answer:
         setup = json.loads(sys.stdin.readline())
         engine = _load(Path(setup["path"]), _options(setup["options"]))
+        # What loading made is never garbage; a collection that walks it would fall into some request.
+        gc.collect()
+        gc.freeze()
         answer(asdict(engine.facts()))
         for line in sys.stdin:
             message = json.loads(line)
             requests = [read_request(request) for request in message["requests"]]
             try:
-                if message["do"] == "probe_hardware":
-                    answer(engine.probe_hardware())
+                if message["do"] in ("environment", "probe_hardware"):
+                    answer(getattr(engine, message["do"])())
                 else:
                     answer(asdict(getattr(engine, message["do"])(requests, _options(message["options"]))))
             except OutOfMemoryError as error:
                 answer({"out_of_memory": str(error)})
+            except UnsupportedError as error:
+                answer({"unsupported": " ".join(str(error).split())})
 
 
 def _load(path: Path, options: Options) -> Any:
     import torch
 
     from grpo_toolkit.inference import load_model
-    from grpo_toolkit.latency.engines.local import LocalEngine, with_pixels
+    from grpo_toolkit.latency.engines.local import LocalEngine
+    from grpo_toolkit.latency.engines.toggles import with_pixels
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -74,17 +74,21 @@ class EngineFacts:
 
     Attributes:
         dtype: of the weights, "" behind an endpoint.
+        device: where the model is, "" behind an endpoint.
         parameters: how many.
         attn_implementation: what the library chose.
         is_adapter: whether an unmerged adapter runs beside its base.
+        places: where accelerate put its modules ("cuda:0", "cpu", "disk"); empty where all went to one device.
         sizes: what the roofline needs.
         environment: versions and hardware of the process that runs the model.
     """
 
     dtype: str = ""
+    device: str = ""
     parameters: int | None = None
     attn_implementation: str | None = None
     is_adapter: bool = False
+    places: list[str] = field(default_factory=list)
     sizes: ModelSizes | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -140,10 +144,14 @@ class Engine(Protocol):
 
         Raises:
             OutOfMemoryError: the batch did not fit; the engine can be asked again.
+            UnsupportedError: no kernel of the SDPA backend can do it.
         """
 
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
         """Answer a batch under observation, untimed; None where nothing can be observed."""
+
+    def environment(self) -> dict[str, str]:
+        """Versions and hardware as in `facts`, with clocks, throttling and load as they are now."""
 
     def probe_hardware(self) -> dict[str, float]:
         """Bandwidth (bytes/s) and matrix throughput (FLOP/s) of the device, measured now; {} if out of reach."""
