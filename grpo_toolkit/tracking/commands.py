@@ -1,0 +1,40 @@
+"""`grpo-toolkit report`: a run's page and pictures, two runs side by side, and rows logged again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.review import load_review
+from grpo_toolkit.tracking.charts.gallery import write_pictures
+from grpo_toolkit.tracking.report import write_comparison, write_report
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """The command; prints the page's path, or with `--json` all that was written."""
+    if (arguments.path is None) == (arguments.compare is None):
+        raise InputError("give one run's folder, or two with --compare RUN RUN")
+    if arguments.compare is not None:
+        if arguments.replay is not None:
+            raise InputError("--replay logs one run's rows; it does not go with --compare")
+        one, other = map(load_review, arguments.compare)
+        page = write_comparison(one, other, arguments.output or other.path / "compare.html")
+        print(json.dumps({"report": str(page)}) if arguments.json else page)
+        return 0
+    review = load_review(arguments.path)
+    page = write_report(review, arguments.output)
+    pictures = write_pictures(review, page.parent / "pictures")
+    facts: dict[str, Any] = {"report": str(page), "pictures": {name: str(file) for name, file in pictures.items()}}
+    if arguments.replay is not None:
+        from grpo_toolkit.tracking.replay import replay
+
+        result = replay(review, arguments.replay)
+        facts["replayed"] = result.to_json()
+        print(result, file=sys.stderr)
+    print(json.dumps(facts) if arguments.json else page)
+    return 0
