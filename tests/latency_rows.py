@@ -37,7 +37,9 @@ def timeline(tpot_s: float, index: int, *, tokens: int = 48, ttft_s: float = 0.1
     return Timeline(token_times_s=times, prompt_tokens=256, output_tokens=tokens, image_tokens=64)
 
 
-def row(arm: str, *, session: str = "first", step: int | None = 100, batch_size: int = 1, **changes: Any) -> LatencyRow:
+def row(
+    arm: str, *, session: str = "first", step: int | None = 100, batch_size: int = 1, **changes: Any
+) -> LatencyRow:
     tpot = TPOT_S.get(arm, 0.02) * (1 + 0.04 * (batch_size - 1))
     timelines = [timeline(tpot, index, grows=arm == "export_no_cache") for index in range(12)]
     tpots = [(t.token_times_s[-1] - t.token_times_s[0]) / 47 for t in timelines]
@@ -68,7 +70,9 @@ def row(arm: str, *, session: str = "first", step: int | None = 100, batch_size:
         fields["ratios"] = [
             Ratio(against="base", metric="tpot_s", median=0.98, low=0.96, high=1.01, pairs=12, verdict="same"),
             Ratio(against="base", metric="ttft_s", median=1.0, low=0.97, high=1.02, pairs=12, verdict="same"),
-            Ratio(against="checkpoint", metric="tpot_s", median=0.544, low=0.53, high=0.56, pairs=12, verdict="faster"),
+            Ratio(
+                against="checkpoint", metric="tpot_s", median=0.544, low=0.53, high=0.56, pairs=12, verdict="faster"
+            ),
         ]
     return LatencyRow(**(fields | changes))
 
@@ -101,11 +105,15 @@ def image_sweep() -> list[LatencyRow]:
         for arm in ("base", "export"):
             found.append(
                 row(
-                    arm, session="images", tag=f"image-{count}", timelines=[],
+                    arm,
+                    session="images",
+                    tag=f"image-{count}",
+                    timelines=[],
                     ttft_s=summary([sum(phases.values()) * (1.0 if arm == "export" else 1.05)]),
                     phases=Phases(**{name: summary([value]) for name, value in phases.items()}),
-                    workload=Workload(name="images", requests=4, prompt_tokens=count + 30, image_tokens=count,
-                                      max_new_tokens=8),
+                    workload=Workload(
+                        name="images", requests=4, prompt_tokens=count + 30, image_tokens=count, max_new_tokens=8
+                    ),
                 )  # fmt: skip
             )
     return found

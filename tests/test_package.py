@@ -38,9 +38,14 @@ FLOORS = [
     {"resume", "worker", "processing"},
     {"latency.row"},
     {"verify", "latency.workload", "latency.measure", "latency.store"},
-    {"export"},
-    {"tracking.wandb", "tracking.console", "tracking.plots", "tracking.doctor"},
-    {"doctor.commands"},
+    {"export", "latency.review"},
+    {"tracking.console", "tracking.doctor", "tracking.breaker", "tracking.trackers", "tracking.wandb_environment"},
+    {"tracking.charts.style", "tracking.metrics", "tracking.findings"},
+    {"tracking.charts.arms", "tracking.charts.causes", "tracking.charts.sweeps", "tracking.headline"},
+    {"tracking.charts.gallery", "tracking.wandb_plots", "tracking.tensorboard"},
+    {"tracking.report", "tracking.wandb", "tracking.trackio"},
+    {"tracking.mirror", "tracking.replay"},
+    {"doctor.commands", "tracking.commands"},
     {"callbacks.guard", "callbacks.prompts"},
     {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
     {"callbacks.latency", "cli"},
@@ -126,7 +131,7 @@ def test_recipes_use_the_public_names_alone() -> None:
 
 def test_only_tracking_names_wandb() -> None:
     importers = {name for name, path in MODULES.items() if "wandb" in _imports(path)}
-    assert importers == {"tracking.wandb"}
+    assert importers == {"tracking.wandb", "tracking.wandb_plots", "tracking.replay"}
 
 
 def _imports(path: Path) -> set[str]:

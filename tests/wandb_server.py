@@ -6,7 +6,6 @@ It keeps what it was sent, and can be told to fail: `behave("500")`, `"403"`, `"
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
 import re
@@ -25,6 +24,10 @@ API_KEY = "0" * 40
 ENTITY = "someone"
 
 
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
 class WandbServer:
     """State of the server: runs with their history, summary, config; uploaded files; artifacts with manifests."""
 
@@ -41,8 +44,7 @@ class WandbServer:
 
     def _start(self, port: int) -> None:
         handler = type("Handler", (_Handler,), {"server_state": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        self._http.daemon_threads = True
+        self._http = _QuietServer(("127.0.0.1", port), handler)
         self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
@@ -80,11 +82,11 @@ class WandbServer:
         name = (re.search(r"(?:query|mutation)\s+(\w+)", query) or ["", "unnamed"])[1]
         self.calls[name] += 1
         self.queries.append(query)
-        answer = getattr(self, f"_on_{name}", None)
+        answer = getattr(self, f"_on_{snake_case(name)}", None)
         if answer is not None:
             return {"data": answer(variables)}
         if "createArtifact(" in query:
-            return {"data": self._on_CreateArtifact(variables)}
+            return {"data": self._on_create_artifact(variables)}
         return {"data": {}}
 
     def _bucket(self, name: str) -> dict[str, Any]:
@@ -93,12 +95,15 @@ class WandbServer:
         return {"id": f"id-{name}", "name": name, "displayName": run["display"], "config": "{}", "project": project,
                 "sweepName": None, "historyLineCount": len(run["history"])}  # fmt: skip
 
-    def _on_Viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _on_viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
         viewer = {"id": "v", "entity": ENTITY, "username": ENTITY, "email": "", "admin": False, "flags": "{}",
                   "teams": {"edges": []}, "apiKeys": {"edges": []}, "__typename": "User"}  # fmt: skip
         return {"viewer": viewer}
 
-    def _on_UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _on_artifact_type(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": None}}
+
+    def _on_upsert_bucket(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables.get("name") or variables["id"].removeprefix("id-")
         with self._lock:
             is_new = name not in self.runs
@@ -108,7 +113,7 @@ class WandbServer:
         run["config"] |= json.loads(variables.get("config") or "{}")
         return {"upsertBucket": {"bucket": self._bucket(name), "inserted": is_new}}
 
-    def _on_RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _on_run_resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["name"]
         with self._lock:
             known = name in self.runs
@@ -125,14 +130,12 @@ class WandbServer:
         return {"model": {"id": "p", "name": run.get("project"), "entity": {"id": "e", "name": ENTITY},
                           "bucket": bucket}}  # fmt: skip
 
-    def _on_CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _on_create_run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["run"]
-        files = [
-            {"name": file, "uploadUrl": f"{self.url}/upload/{name}/{file}"} for file in variables["files"]
-        ]
+        files = [{"name": file, "uploadUrl": f"{self.url}/upload/{name}/{file}"} for file in variables["files"]]
         return {"createRunFiles": {"runID": f"id-{name}", "uploadHeaders": [], "files": files}}
 
-    def _on_CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _on_create_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
         given = variables.get("input") or variables
         identity = f"artifact-{len(self.artifacts)}"
         self.artifacts.append({"id": identity, **given})
@@ -140,32 +143,32 @@ class WandbServer:
                     "artifactSequence": {"id": "s", "latestArtifact": None}}  # fmt: skip
         return {"createArtifact": {"artifact": artifact}}
 
-    def _on_CreateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _on_create_artifact_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
         given = variables.get("input") or variables
         identity = given.get("artifactID")
         file = {"id": "f", "name": "wandb_manifest.json", "displayName": "wandb_manifest.json",
                 "uploadUrl": f"{self.url}/upload/artifacts/{identity}/manifest.json", "uploadHeaders": []}  # fmt: skip
         return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
 
-    def _on_UpdateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:
-        return self._on_CreateArtifactManifest({"artifactID": "again"}) | {
+    def _on_update_artifact_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return self._on_create_artifact_manifest({"artifactID": "again"}) | {
             "updateArtifactManifest": {"artifactManifest": {"id": "m", "file": {
                 "id": "f", "name": "wandb_manifest.json", "displayName": "wandb_manifest.json",
                 "uploadUrl": f"{self.url}/upload/artifacts/again/manifest.json", "uploadHeaders": []}}}
         }  # fmt: skip
 
-    def _on_CreateArtifactFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
-        given = variables.get("artifactFiles") or variables.get("storageLayout") or []
+    def _on_create_artifact_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        given = (variables.get("input") or variables).get("artifactFiles") or []
         edges = [
             {"node": {"id": str(index), "name": one["name"], "displayName": one["name"],
                       "uploadUrl": f"{self.url}/upload/artifacts/{one['artifactID']}/{one['name']}",
                       "uploadHeaders": [], "storagePath": one["name"], "uploadMultipartUrls": None,
                       "artifact": {"id": one["artifactID"]}}}
-            for index, one in enumerate(given if isinstance(given, list) else [])
+            for index, one in enumerate(given)
         ]  # fmt: skip
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
-    def _on_CommitArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _on_commit_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
         given = variables.get("input") or variables
         return {"commitArtifact": {"artifact": {"id": given.get("artifactID"), "digest": ""}}}
 
@@ -185,6 +188,13 @@ class WandbServer:
         return {"exitcode": None, "limits": {}}
 
 
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no error here."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_state: WandbServer
@@ -197,7 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._handle(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
-    do_PUT = do_POST
+    def do_PUT(self) -> None:
+        self.do_POST()
 
     def _handle(self, body: bytes) -> None:
         state = self.server_state
@@ -240,10 +251,6 @@ def media(server: WandbServer, run: str) -> dict[str, bytes]:
     """The files that were uploaded for a run, by name."""
     prefix = f"{run}/"
     return {name.removeprefix(prefix): body for name, body in server.uploads.items() if name.startswith(prefix)}
-
-
-def basic_auth(key: str) -> str:
-    return "Basic " + base64.b64encode(f"api:{key}".encode()).decode()
 
 
 @contextmanager

@@ -13,12 +13,17 @@ from grpo_toolkit.callbacks.export import published
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.prompts import find_requests
 from grpo_toolkit.distributed import gather, is_sharded
+from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.measure import Arm, measure_latency
+from grpo_toolkit.latency.review import FOLDER_NAME, Review, load_review
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
-from grpo_toolkit.tracking.console import latency_table, say, wandb_hint
-from grpo_toolkit.tracking.plots import latency_chart
-from grpo_toolkit.tracking.wandb import log_latency, prepare_environment, run_folder
+from grpo_toolkit.tracking.charts.gallery import write_pictures
+from grpo_toolkit.tracking.console import latency_table, say
+from grpo_toolkit.tracking.findings import diagnose_arms, write_findings
+from grpo_toolkit.tracking.mirror import Mirror
+from grpo_toolkit.tracking.report import write_report
+from grpo_toolkit.tracking.wandb import Pages
 from grpo_toolkit.verify import plain_request
 
 if TYPE_CHECKING:
@@ -50,6 +55,7 @@ class LatencyCallback(GuardedCallback):
         prompts: dataset rows to ask; by default the first of the evaluation or training dataset.
         num_prompts: how many of them.
         output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
+        log_artifact: also record the export as an artifact in W&B, by reference: no weights are copied or uploaded.
         strict: raise at the end of training if the measurement failed.
     """
 
@@ -62,6 +68,7 @@ class LatencyCallback(GuardedCallback):
         prompts: Iterable[Mapping[str, Any]] | None = None,
         num_prompts: int = 4,
         output_dir: str | os.PathLike[str] | None = None,
+        log_artifact: bool = False,
         strict: bool = False,
     ) -> None:
         super().__init__(strict=strict)
@@ -74,6 +81,7 @@ class LatencyCallback(GuardedCallback):
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.output_dir = output_dir
+        self.mirror = Mirror(artifact=log_artifact)
         self.rows: list[LatencyRow] = []
 
     def on_init_end(
@@ -81,14 +89,16 @@ class LatencyCallback(GuardedCallback):
     ) -> None:
         """Before W&B starts: its files into `output_dir`, offline without a key; a user's `WANDB_*` wins."""
         with self._guarded("preparing W&B"):
-            if "wandb" in args.report_to and args.should_log:
-                prepare_environment(args.output_dir)
+            self.mirror.prepare(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.rows = []
+        with self._guarded("finding the open trackers"):
+            if state.is_world_process_zero:
+                self.mirror.begin(self._folder(args))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -111,7 +121,7 @@ class LatencyCallback(GuardedCallback):
         weights: dict[str, torch.Tensor] | None,
     ) -> None:
         model = kwargs["model"]
-        folder = Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, "latency")
+        folder = self._folder(args)
         folder.mkdir(parents=True, exist_ok=True)
         inner = base_model(model)
         requests = find_requests(self.prompts, kwargs, limit=self.num_prompts)
@@ -119,6 +129,7 @@ class LatencyCallback(GuardedCallback):
             if "checkpoint" in self.arms:
                 save_as_plain_trainer(model, Path(plain), kwargs.get("processing_class"), weights=weights)
             arms = self._find_arms(model, Path(plain))
+            findings = diagnose_arms({arm.name: arm.path for arm in arms if arm.use_cache is None})
             rows = measure_latency(
                 arms,
                 requests or [plain_request()],
@@ -129,11 +140,25 @@ class LatencyCallback(GuardedCallback):
             )
         self.rows = [replace(row, step=state.global_step) for row in rows]
         append_rows(folder / FILE_NAME, self.rows)
-        chart = latency_chart(self.rows, folder / "latency.png")
+        write_findings(folder, findings)
         say(latency_table(self.rows))
-        say(f"rows: {folder / FILE_NAME}   chart: {chart}")
-        if log_latency(self.rows, step=state.global_step):
-            say(wandb_hint(*run_folder()))
+        with self._guarded("the latency report"):
+            self._show(args, folder)
+
+    def _show(self, args: TrainingArguments, folder: Path) -> None:
+        """The report and the pictures, then the trackers: from what is on disk."""
+        try:
+            review = load_review(folder)
+        except InputError as error:  # rows of an older version in the same file: show at least this training's
+            logger.warning("grpo_toolkit: %s; the report shows this training alone", error)
+            review = Review(path=folder, rows=self.rows)
+        pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
+        say(f"rows: {folder / FILE_NAME}   report: {pages.report}")
+        for line in self.mirror.log(review, pages, args):
+            say(line)
+
+    def _folder(self, args: TrainingArguments) -> Path:
+        return Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, FOLDER_NAME)
 
     def _find_arms(self, model: torch.nn.Module, plain: Path) -> list[Arm]:
         export = published.get(base_model(model))

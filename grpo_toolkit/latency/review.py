@@ -112,8 +112,8 @@ def comparisons(rows: Iterable[LatencyRow]) -> list[list[LatencyRow]]:
             continue
         work, settings = row.workload, row.settings
         group = sessions.setdefault((row.session, row.step), {})
-        key = (work.name, work.kind, work.batch_size, work.thinking, work.max_new_tokens, settings.engine)
-        key += (0 if work.image_tokens is None else work.prompt_tokens,)
+        images = 0 if work.image_tokens is None else work.prompt_tokens
+        key = (work.name, work.kind, work.batch_size, work.thinking, work.max_new_tokens, settings.engine, images)
         group.setdefault(key, {}).setdefault(row.arm, row)
     return [
         sorted(max(groups.values(), key=len).values(), key=lambda row: arm_order(row.arm))
@@ -157,7 +157,26 @@ def _sweep(
     for row in rows:
         if wanted(row):
             swept.setdefault((row.session, row.workload.name, row.arm), set()).add(point(row))
-    chosen = [
-        row for row in rows if wanted(row) and len(swept[row.session, row.workload.name, row.arm]) > 1
-    ]
-    return sorted(_newest(chosen, lambda row: (row.arm, point(row))), key=lambda row: (arm_order(row.arm), point(row) or 0))
+    chosen = [row for row in rows if wanted(row) and len(swept[row.session, row.workload.name, row.arm]) > 1]
+    return sorted(
+        _newest(chosen, lambda row: (row.arm, point(row))), key=lambda row: (arm_order(row.arm), point(row) or 0)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """What one export's measurement left: its main comparison, and the ids of all rows of that session and step."""
+
+    step: int
+    arms: Sequence[LatencyRow]
+    ids: Sequence[str]
+
+
+def visits_of(review: Review) -> list[Visit]:
+    """One per session and step that was measured to its end, oldest first."""
+    found = []
+    for arms in review.exports:
+        first = arms[0]
+        ids = [row.id for row in review.rows if (row.session, row.step) == (first.session, first.step)]
+        found.append(Visit(step=first.step or 0, arms=arms, ids=ids))
+    return found

@@ -66,7 +66,9 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
         if row.arm in common
     ]
     newest = [
-        replace(row, arm=f"{row.arm} ({name})", session="compared", ratios=[], step=None, workload=one.arms[0].workload)
+        replace(
+            row, arm=f"{row.arm} ({name})", session="compared", ratios=[], step=None, workload=one.arms[0].workload
+        )
         for name, review in zip(names, (one, other), strict=True)
         for row in review.arms
         if row.arm in common
@@ -186,7 +188,13 @@ def _render(content: dict[str, Any], path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    defaults = {"compared": None, "diagnoses": [], "put_right": [], "checks": [], "has_manifest": False}
+    defaults: dict[str, Any] = {
+        "compared": None,
+        "diagnoses": [],
+        "put_right": [],
+        "checks": [],
+        "has_manifest": False,
+    }
     text = templates.get_template("report.html.jinja").render(defaults | {"is_same_hardware": True} | content)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

@@ -169,7 +169,9 @@ def draw_lengths(review: Review) -> Figure | None:
                 continue
             shares = [100 * (1 - index / len(lengths)) for index in range(len(lengths))]
             label = f"{label_of(row.arm)}{_thinking(row)}" if kind == "output" else None
-            axes.step([0, *lengths], [100, *shares], where="post", color=colours[row.arm], linestyle=style, label=label)
+            axes.step(
+                [0, *lengths], [100, *shares], where="post", color=colours[row.arm], linestyle=style, label=label
+            )
     axes.set_xlabel("output tokens (solid: all, dashed: think, dotted: answer)")
     axes.set_ylabel("answers at least this long (%)")
     axes.set_xlim(left=0)

@@ -133,9 +133,9 @@ def draw_waterfall(review: Review) -> Figure | None:
     slant = len(bars) > 8
     axes.set_xticks(range(len(bars)), labels, rotation=35 if slant else 0, ha="right" if slant else "center")
     axes.tick_params(axis="x", labelcolor=LIGHT["ink"], labelsize=8)
-    axes.set_ylabel({"e2e_s": "end to end", "tpot_s": "per output token", "ttft_s": "to first token"}.get(
-        metric, metric
-    ) + " (ms)")
+    axes.set_ylabel(
+        {"e2e_s": "end to end", "tpot_s": "per output token", "ttft_s": "to first token"}.get(metric, metric) + " (ms)"
+    )
     low, high = axes.dataLim.y0, axes.dataLim.y1
     axes.set_ylim(min(0.0, low) * 1.1, high * 1.12)
     horizontal_only(axes)
@@ -163,7 +163,7 @@ def _draw_bar(axes: Axes, place: int, bar: Bar, start: float, end: float, colour
 
 
 def draw_roofline(review: Review) -> Figure | None:
-    """Left: FLOP/s that bandwidth and processor allow, with decode and prefill as measured. Right: TPOT over its floor."""
+    """Left: FLOP/s that the hardware allows, with decode and prefill as measured. Right: TPOT over its floor."""
     rows = [row for row in review.arms if row.roofline is not None and row.tpot_s is not None]
     if not rows:
         return None
@@ -218,7 +218,12 @@ def _draw_floors(axes: Axes, rows: Sequence[LatencyRow], colours: dict[str, str]
         axes.barh(place, min(floor, measured), color=colours[row.arm], height=0.6)
         share = row.roofline.mbu if row.roofline.mbu is not None else floor / measured
         axes.annotate(
-            f"{share * 100:.0f}%", (measured, place), xytext=(4, 0), textcoords="offset points", va="center", weight="bold"
+            f"{share * 100:.0f}%",
+            (measured, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            weight="bold",
         )
     axes.set_yticks(range(len(rows)), [label_of(row.arm) for row in rows])
     axes.tick_params(axis="y", labelcolor=LIGHT["ink"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from grpo_toolkit.tracking.charts.style import (
     LIGHT,
@@ -51,11 +51,13 @@ def draw_batches(review: Review) -> Figure | None:
         axes.plot(x, y, "o-", color=colours[arm], markersize=4.5, label=label_of(arm) + _out_of_memory(rows, arm))
         above = arm != rows[0].arm  # the first arm's labels below its points, so that two close lines stay readable
         for row, x_at, y_at in zip(points, x, y, strict=True):
-            place = {"xytext": (-5, 3), "ha": "right"} if above else {"xytext": (5, -9), "ha": "left"}
-            text = str(row.workload.batch_size)
-            axes.annotate(text, (x_at, y_at), textcoords="offset points", fontsize=8, **place)
+            text, offset = str(row.workload.batch_size), (-5, 3) if above else (5, -9)
+            side: Literal["left", "right"] = "right" if above else "left"
+            axes.annotate(text, (x_at, y_at), xytext=offset, textcoords="offset points", ha=side, fontsize=8)
         if memory is not None:
-            found = [(at, row.memory.peak_bytes / 1e9) for at, row in zip(x, points, strict=True) if row.memory.peak_bytes]
+            found = [
+                (at, row.memory.peak_bytes / 1e9) for at, row in zip(x, points, strict=True) if row.memory.peak_bytes
+            ]
             memory.plot(*zip(*found, strict=True), "--", color=colours[arm], linewidth=1, alpha=0.8)
     axes.set_xlabel("time per output token (ms); labels: batch size")
     axes.set_ylabel("output tokens/s (solid)")
