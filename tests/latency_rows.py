@@ -114,7 +114,7 @@ def image_sweep() -> list[LatencyRow]:
                     workload=Workload(
                         name="images", requests=4, prompt_tokens=count + 30, image_tokens=count, max_new_tokens=8
                     ),
-                )  # fmt: skip
+                )
             )
     return found
 

@@ -7,7 +7,6 @@ doctor's findings beside it and the export's manifest alone, so it can be made a
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
@@ -19,6 +18,7 @@ from grpo_toolkit.tracking.headline import headline_of, interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from grpo_toolkit.latency.row import LatencyRow
 
