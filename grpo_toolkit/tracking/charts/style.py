@@ -48,6 +48,7 @@ _LABELS: Final = {
     "export_no_cache": "export, cache off",
 }
 _WIDTH: Final = 5.1
+_LEGEND_LETTERS: Final = 80
 _SETTINGS: Final = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
@@ -128,8 +129,11 @@ def horizontal_only(axes: Axes) -> None:
 
 def legend_below(figure: Figure, handles: Any = None, labels: Any = None, *, columns: int = 4) -> None:
     """One legend under all axes of a figure."""
-    given = {} if handles is None else {"handles": handles, "labels": labels}
-    figure.legend(loc="outside lower center", ncols=columns, handlelength=1.2, columnspacing=1.4, **given)
+    if handles is None or labels is None:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+    longest = max(map(len, labels), default=1)
+    fitting = max(1, min(columns, _LEGEND_LETTERS // (longest + 4)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=fitting, handlelength=1.2, columnspacing=1.4)
 
 
 def as_svg(figure: Figure, *, name: str, title: str) -> str:
