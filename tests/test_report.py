@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,6 +21,9 @@ from grpo_toolkit.tracking.findings import write_findings
 from grpo_toolkit.tracking.headline import headline_of
 from grpo_toolkit.tracking.report import write_comparison, write_report
 from latency_rows import arms, batch_sweep, everything, image_sweep, natural, row
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NAMES = ["tpot", "waterfall", "positions", "distributions", "batches", "images", "lengths", "roofline", "trend"]
 

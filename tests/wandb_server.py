@@ -222,6 +222,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         answer: dict[str, Any] = {}
+        if self.path.startswith("/behave/"):
+            self._send(200, answer)
+            threading.Thread(target=state.behave, args=(self.path.removeprefix("/behave/"),)).start()
+            return
         if self.path.startswith("/upload/"):
             with state._lock:
                 state.uploads[self.path.removeprefix("/upload/")] = body
