@@ -43,7 +43,7 @@ FLOORS = [
     {"tracking.charts.style", "tracking.metrics", "tracking.findings"},
     {"tracking.charts.arms", "tracking.charts.causes", "tracking.charts.sweeps", "tracking.headline"},
     {"tracking.charts.gallery", "tracking.wandb_plots", "tracking.tensorboard"},
-    {"tracking.report", "tracking.wandb", "tracking.trackio"},
+    {"tracking.report", "tracking.wandb", "tracking.trackio", "tracking.model_card", "tracking.workspace"},
     {"tracking.mirror", "tracking.replay"},
     {"doctor.commands", "tracking.commands"},
     {"callbacks.guard", "callbacks.prompts"},

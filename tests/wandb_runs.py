@@ -34,6 +34,10 @@ SCRIPT = textwrap.dedent(
     options = json.loads(sys.argv[3])
 
     class Disturb(TrainerCallback):
+        def on_init_end(self, args, state, control, **kwargs):
+            if options["wandb_by_hand"]:
+                import wandb
+                wandb.init(project="huggingface", dir=out.parent, mode="offline")
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 1 and options["on_step"]:
                 urllib.request.urlopen(options["url"] + "/behave/" + options["on_step"], b"", timeout=10).read()
@@ -85,13 +89,15 @@ def train(
     on_step: str = "",
     kill: bool = False,
     finish_early: bool = False,
+    wandb_by_hand: bool = False,
     report_to: str = "wandb",
     timeout_s: float = 240,
 ) -> Trained:
     """Two steps of GRPO; `on_step` is what the server does from the first step on."""
     out.parent.mkdir(parents=True, exist_ok=True)
     options = {"arms": list(arms), "artifact": artifact, "on_step": on_step, "kill": kill, "report_to": report_to,
-               "finish_early": finish_early, "url": "" if server is None else server.url}  # fmt: skip
+               "finish_early": finish_early, "wandb_by_hand": wandb_by_hand,
+               "url": "" if server is None else server.url}  # fmt: skip
     # To files: what is left of a process must not hold a pipe open.
     with Path(f"{out}.stdout").open("w+") as stdout, Path(f"{out}.stderr").open("w+") as stderr:
         started = time.monotonic()

@@ -37,6 +37,7 @@ class WandbServer:
         self.runs: dict[str, dict[str, Any]] = {}
         self.uploads: dict[str, bytes] = {}
         self.artifacts: list[dict[str, Any]] = []
+        self.views: dict[str, dict[str, Any]] = {}
         self.calls: Counter[str] = Counter()
         self.queries: list[str] = []
         self._lock = threading.Lock()
@@ -102,6 +103,16 @@ class WandbServer:
 
     def _on_artifact_type(self, variables: dict[str, Any]) -> dict[str, Any]:
         return {"project": {"artifact": None}}
+
+    def _on_view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        found = [view for name, view in self.views.items() if name == variables["viewName"]]
+        return {"project": {"allViews": {"edges": [{"node": view} for view in found]}}}
+
+    def _on_upsert_view2(self, variables: dict[str, Any]) -> dict[str, Any]:
+        is_new = variables["name"] not in self.views
+        view = {"id": f"view-{variables['name']}", "displayName": variables["displayName"], "spec": variables["spec"]}
+        self.views[variables["name"]] = view
+        return {"upsertView": {"view": {"id": view["id"], "name": variables["name"]}, "inserted": is_new}}
 
     def _on_upsert_bucket(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables.get("name") or variables["id"].removeprefix("id-")

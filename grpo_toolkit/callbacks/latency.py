@@ -22,6 +22,7 @@ from grpo_toolkit.tracking.charts.gallery import write_pictures
 from grpo_toolkit.tracking.console import latency_table, say
 from grpo_toolkit.tracking.findings import diagnose_arms, write_findings
 from grpo_toolkit.tracking.mirror import Mirror
+from grpo_toolkit.tracking.model_card import CARD, Training, write_model_card
 from grpo_toolkit.tracking.report import write_report
 from grpo_toolkit.tracking.wandb import Pages
 from grpo_toolkit.verify import plain_request
@@ -83,6 +84,7 @@ class LatencyCallback(GuardedCallback):
         self.output_dir = output_dir
         self.mirror = Mirror(artifact=log_artifact)
         self.rows: list[LatencyRow] = []
+        self._training: Training | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,6 +143,7 @@ class LatencyCallback(GuardedCallback):
         self.rows = [replace(row, step=state.global_step) for row in rows]
         append_rows(folder / FILE_NAME, self.rows)
         write_findings(folder, findings)
+        self._training = Training.of(state.global_step, state.log_history)
         say(latency_table(self.rows))
         with self._guarded("the latency report"):
             self._show(args, folder)
@@ -152,10 +155,22 @@ class LatencyCallback(GuardedCallback):
         except InputError as error:  # rows of an older version in the same file: show at least this training's
             logger.warning("grpo_toolkit: %s; the report shows this training alone", error)
             review = Review(path=folder, rows=self.rows)
+        self._write_card(args, review)
         pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
         say(f"rows: {folder / FILE_NAME}   report: {pages.report}")
         for line in self.mirror.log(review, pages, args):
             say(line)
+
+    def _write_card(self, args: TrainingArguments, review: Review) -> None:
+        """The section in the export's README.md: before the artifact, which records the manifest's sum."""
+        export = next((row for row in self.rows if row.arm == "export"), None)
+        if export is None or self._training is None:
+            return
+        base = next((row.path for row in self.rows if row.arm == "base"), None)
+        with self._guarded("the model card"):
+            write_model_card(
+                export.path, review, training=self._training, base=base, around=Path(args.output_dir, CARD)
+            )
 
     def _folder(self, args: TrainingArguments) -> Path:
         return Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, FOLDER_NAME)

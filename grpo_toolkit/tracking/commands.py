@@ -1,4 +1,4 @@
-"""`grpo-toolkit report`: a run's page and pictures, two runs side by side, and rows logged again."""
+"""`grpo-toolkit report` and `workspace`: a run's page and pictures, two runs side by side, rows logged again."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def report(arguments: argparse.Namespace) -> int:
     page = write_report(review, arguments.output)
     pictures = write_pictures(review, page.parent / "pictures")
     facts: dict[str, Any] = {"report": str(page), "pictures": {name: str(file) for name, file in pictures.items()}}
+    if arguments.card:
+        from grpo_toolkit.tracking.model_card import write_model_card
+
+        by_arm = {row.arm: row.path for row in review.arms}
+        if "export" not in by_arm:
+            raise InputError(f"{review.path}: no arm named export was measured, so there is no card to write")
+        facts["card"] = str(write_model_card(by_arm["export"], review, base=by_arm.get("base")))
     if arguments.replay is not None:
         from grpo_toolkit.tracking.replay import replay
 
@@ -37,4 +44,18 @@ def report(arguments: argparse.Namespace) -> int:
         facts["replayed"] = result.to_json()
         print(result, file=sys.stderr)
     print(json.dumps(facts) if arguments.json else page)
+    return 0
+
+
+def workspace(arguments: argparse.Namespace) -> int:
+    """The command; prints the workspace's address, or its JSON with `--dry-run`."""
+    from grpo_toolkit.tracking.workspace import build_workspace, save_workspace, workspace_json
+
+    built = build_workspace(arguments.entity, arguments.project)
+    if arguments.dry_run:
+        print(json.dumps(workspace_json(built), indent=None if arguments.json else 2))
+        return 0
+    saved = save_workspace(built)
+    print(f"{'updated' if saved.was_there else 'created'}: {built.name}", file=sys.stderr)
+    print(json.dumps({"url": saved.url, "was_there": saved.was_there}) if arguments.json else saved.url)
     return 0
