@@ -63,6 +63,7 @@ def test_the_section_says_what_was_verified_measured_and_how_to_load_it(exported
     assert "from a model that was trained from `qwen2_5_vl`" in text
     assert "| loads whole | ok | 102,176 parameters in float32" in text
     assert "Export 19.6 ms per token, base 20.0 ms. 95% interval 0.96 to 1.01 over 12 rounds" in text
+    assert str(exported.parent) not in text
     assert "| base | 119.7 | 20.00 |" in text
     assert "48 new tokens after 256, batch 1, medians of 12 rounds in turns, a processor" in text
     assert "](latency.png)" in text

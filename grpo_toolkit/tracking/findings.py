@@ -51,7 +51,12 @@ def findings_of(review: Review) -> dict[str, dict[str, Any]]:
         except ValueError:  # cut off by a crash: what is still here can be asked again
             read = {}
         kept = {arm: found for arm, found in read.items() if isinstance(found, dict)}
-    folders = {row.arm: row.path for row in review.arms if row.arm not in kept and Path(row.path).is_dir()}
+    known = {row.path for row in review.arms if row.arm in kept}
+    folders = {
+        row.arm: row.path
+        for row in review.arms
+        if row.arm not in kept and row.path not in known and Path(row.path).is_dir()
+    }
     first = {path: arm for arm, path in reversed(folders.items())}
     return kept | diagnose_arms({arm: path for path, arm in first.items()})
 

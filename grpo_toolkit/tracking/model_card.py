@@ -86,7 +86,7 @@ def write_model_card(
     before = _text_before(folder / CARD, None if around is None else Path(around))
     section = _section(folder, manifest, review if is_measured else None, training, has_picture=PICTURE in written)
     try:
-        card = ModelCard(_with_section(before, section), ignore_metadata_errors=False)
+        card = ModelCard(_with_metadata(_with_section(before, section)), ignore_metadata_errors=False)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{folder / CARD}: its metadata cannot be read ({str(error).splitlines()[0]})") from error
     for key, value in _metadata(folder, hub_name(base)).items():
@@ -113,6 +113,11 @@ def _text_before(card: Path, around: Path | None) -> str:
         if path is not None and path.is_file():
             return path.read_text(encoding="utf-8")
     return f"# {card.parent.resolve().name}\n"
+
+
+def _with_metadata(text: str) -> str:
+    """The text with a block of metadata, which may be empty, so that reading it says nothing."""
+    return text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n\n{text}"
 
 
 def _with_section(text: str, section: str) -> str:
@@ -163,7 +168,9 @@ def _section(
 
 def _cell(value: object) -> str:
     """A value inside a table of Markdown: one line, no pipe, no HTML."""
-    text = " ".join(str(value).split())
+    text = re.sub(
+        r"(?<![\w.])/(?:[^\s/]+/)+", "", " ".join(str(value).split())
+    )  # a card is public: folders' names alone
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
