@@ -95,6 +95,17 @@ def test_a_run_that_was_finished_early_is_left_alone(qwen: Path, tmp_path: Path,
     assert (said["logged"], said["there"]) == (1, 0)
 
 
+def test_two_processes_log_once(qwen: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trained = train(qwen, out, processes=2)
+    assert trained.facts["processes"] == 2
+    (row,) = read_measurements(out / "latency" / "latency.jsonl")
+    (folder,) = (out / "wandb").glob("offline-run-*")
+    items = [r["history"]["item"] for r in offline_records(folder) if r["type"] == "history"]
+    assert [item["latency/row_ids"] for item in items if "latency/row_ids" in item] == [row.id]
+    assert trained.printed.count("upload: wandb sync") == 1
+
+
 def test_without_a_tracker_it_is_files_only_and_said_once(qwen: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     trained = train(qwen, out, report_to="none")

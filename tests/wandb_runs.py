@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -66,7 +67,8 @@ SCRIPT = textwrap.dedent(
     problems = {name: breaker.problems for name, breaker in latency.mirror.breakers.items()}
     facts = {"weights": digest.hexdigest(), "train_s": time.monotonic() - started, "waited_s": waited,
              "problems": problems, "failures": latency.failures}
-    (out / "facts.json").write_text(json.dumps(facts))
+    if trainer.args.process_index == 0:
+        (out / "facts.json").write_text(json.dumps({**facts, "processes": trainer.accelerator.num_processes}))
     """
 )
 
@@ -91,6 +93,7 @@ def train(
     finish_early: bool = False,
     wandb_by_hand: bool = False,
     report_to: str = "wandb",
+    processes: int = 1,
     timeout_s: float = 240,
 ) -> Trained:
     """Two steps of GRPO; `on_step` is what the server does from the first step on."""
@@ -102,7 +105,7 @@ def train(
     with Path(f"{out}.stdout").open("w+") as stdout, Path(f"{out}.stderr").open("w+") as stderr:
         started = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(base), str(out), json.dumps(options)],
+            [*_launcher(Path(f"{out}.py"), processes), str(base), str(out), json.dumps(options)],
             env=environment(out.parent, server), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
             timeout=timeout_s, check=False,
         )  # fmt: skip
@@ -113,6 +116,17 @@ def train(
     assert done.returncode == (-9 if kill else 0), printed[-3000:]
     facts = json.loads((out / "facts.json").read_text()) if (out / "facts.json").exists() else {}
     return Trained(returncode=done.returncode, printed=printed, facts=facts, seconds=seconds)
+
+
+def _launcher(script: Path, processes: int) -> list[str]:
+    script.write_text(SCRIPT)
+    if processes == 1:
+        return [sys.executable, str(script)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    count = ["--nproc_per_node", str(processes), "--master_port", port]
+    return [sys.executable, "-m", "torch.distributed.run", *count, str(script)]
 
 
 def environment(home: Path, server: WandbServer | None) -> dict[str, str]:
