@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         CheckpointError,
         GrpoToolkitError,
         InputError,
+        OutOfMemoryError,
         OutputExistsError,
         PeerError,
         ResumeError,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     )
     from grpo_toolkit.export import ExportResult, export_model
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.arms import Arm
+    from grpo_toolkit.latency.compare import Comparison, compare_latency
+    from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.measure import measure_latency
     from grpo_toolkit.latency.row import LatencyRow
     from grpo_toolkit.merge.merge import MergeResult, merge_adapter
@@ -39,7 +43,9 @@ if TYPE_CHECKING:
     from grpo_toolkit.whole import last_whole_checkpoint
 
 _MODULES = {
+    "Arm": "latency.arms",
     "CheckpointError": "errors",
+    "Comparison": "latency.compare",
     "Diagnosis": "doctor.findings",
     "ExportCallback": "callbacks",
     "ExportResult": "export",
@@ -50,6 +56,8 @@ _MODULES = {
     "LatencyCallback": "callbacks",
     "LatencyRow": "latency.row",
     "MergeResult": "merge.merge",
+    "Options": "latency.engines.protocol",
+    "OutOfMemoryError": "errors",
     "OutputExistsError": "errors",
     "PeerError": "errors",
     "RepairResult": "doctor.repair",
@@ -60,6 +68,7 @@ _MODULES = {
     "VerificationError": "errors",
     "VerificationResult": "verify",
     "WorkerError": "errors",
+    "compare_latency": "latency.compare",
     "diagnose_checkpoint": "doctor.diagnose",
     "export_model": "export",
     "inference_ready": "cache",
@@ -72,7 +81,9 @@ _MODULES = {
 }
 
 __all__ = [
+    "Arm",
     "CheckpointError",
+    "Comparison",
     "Diagnosis",
     "ExportCallback",
     "ExportResult",
@@ -83,6 +94,8 @@ __all__ = [
     "LatencyCallback",
     "LatencyRow",
     "MergeResult",
+    "Options",
+    "OutOfMemoryError",
     "OutputExistsError",
     "PeerError",
     "RepairResult",
@@ -93,6 +106,7 @@ __all__ = [
     "VerificationError",
     "VerificationResult",
     "WorkerError",
+    "compare_latency",
     "diagnose_checkpoint",
     "export_model",
     "inference_ready",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import GrpoToolkitError, InputError, VerificationError
+from grpo_toolkit.latency.commands import add_arguments as add_bench_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,12 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     bench = commands.add_parser("bench", help="time models side by side, taking turns")
-    bench.add_argument("models", nargs="+", metavar="[NAME=]FOLDER", help="model or adapter folders")
-    bench.add_argument("--new-tokens", type=int, default=64, help="tokens per request (default 64)")
-    bench.add_argument("--rounds", type=int, default=6, help="measured requests per model (default 6)")
-    bench.add_argument("--image", type=Path, help="an image to ask about")
-    bench.add_argument("--prompt", default="Describe what you see, step by step.", help="what to ask")
-    bench.add_argument("--no-cache", action="store_true", help="also time every model with its KV cache off")
+    add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
 
     doctor = commands.add_parser("doctor", help="say what is wrong with a model folder, or with a run's checkpoints")
@@ -223,32 +219,10 @@ def _verify_manifest(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from grpo_toolkit.checkpoint import open_checkpoint
-    from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.measure import Arm, measure_latency
+    from grpo_toolkit.latency.commands import bench
 
-    arms = []
-    for item in arguments.models:
-        name, path = _named_folder(item)
-        open_checkpoint(path)
-        arms.append(Arm(name=name, path=path))
-        if arguments.no_cache:
-            arms.append(Arm(name=f"{name}_no_cache", path=path, use_cache=False))
-    if len({arm.name for arm in arms}) < len(arms):
-        raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
-    request = Request(messages=[{"role": "user", "content": arguments.prompt}], images=_read_images(arguments.image))
-    rows = measure_latency(
-        arms, [request], new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=arguments.device
-    )
-    if arguments.json:
-        print(json.dumps({"rows": [row.to_json() for row in rows]}))
-    else:
-        from rich.console import Console
-
-        from grpo_toolkit.tracking.console import latency_table
-
-        Console(width=None if sys.stdout.isatty() else 120).print(latency_table(rows))
-    return 0
+    _quiet_libraries()
+    return bench(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -286,29 +260,10 @@ def _check_device(device: str) -> None:
         raise InputError(f"--device {device}: not here ({str(error).splitlines()[0]})") from error
 
 
-def _named_folder(item: str) -> tuple[str, Path]:
-    name, equals, folder = item.partition("=")
-    if not equals or os.sep in name:
-        path = Path(item)
-        return path.resolve().name, path
-    return name, Path(folder)
-
-
-def _read_images(path: Path | None) -> list[Any]:
-    if path is None:
-        return []
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return [Image.open(path).convert("RGB")]
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"--image {path}: cannot be read as an image ({error})") from error
-
-
 def _env(arguments: argparse.Namespace) -> int:
     import torch
 
-    from grpo_toolkit.latency.measure import environment_of
+    from grpo_toolkit.latency.environment import environment_of
 
     facts = environment_of("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.json:

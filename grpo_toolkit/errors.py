@@ -4,6 +4,7 @@
     ├── InputError                  wrong use or unreadable input: one line, exit code 2
     │   ├── CheckpointError         a folder that is not the checkpoint it should be
     │   └── OutputExistsError       an output folder that is there already and is not ours to replace
+    ├── OutOfMemoryError            a measured batch did not fit; the model can be asked again, or has ended
     ├── PeerError                   another rank failed; carries what it said
     ├── ResumeError                 a resume that would train from other weights than the checkpoint's
     ├── TrackerError                W&B or Trackio did not take what was replayed into it
@@ -31,6 +32,10 @@ class CheckpointError(InputError):
 
 class OutputExistsError(InputError):
     """The output folder exists and replacing it was not asked for, or it is not an export of ours."""
+
+
+class OutOfMemoryError(GrpoToolkitError):
+    """A batch did not fit into the memory of its device; a sweep ends there, and says so."""
 
 
 class PeerError(GrpoToolkitError):

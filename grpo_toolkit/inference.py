@@ -100,15 +100,23 @@ class LoadReport:
 
 
 def load_model(
-    path: Path, *, device: str = "cpu", attn_implementation: str | None = None, base: Path | None = None
+    path: Path,
+    *,
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+    base: Path | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, Any, LoadReport]:
-    """Load a model folder (or an adapter on its base, unmerged) with its processor, in the dtype of its files.
+    """Load a model folder (or an adapter on its base, unmerged) with its processor.
 
     Args:
         path: a folder with a full model, or with an adapter.
         device: where to put it.
         attn_implementation: None leaves it to the library.
         base: for an adapter, the base's folder; by default the one that the adapter names.
+        dtype: "auto" is that of its files.
+        device_map: accelerate's, such as "auto"; it then decides where the model goes.
 
     Returns:
         The model in eval mode on `device`, its processor (or tokenizer, for a text model), and what loading said.
@@ -118,10 +126,14 @@ def load_model(
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.kind is Kind.ADAPTER:
-        return _load_adapter(path, device=device, attn_implementation=attn_implementation, base=base)
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        settings = {"attn_implementation": attn_implementation, "dtype": dtype, "device_map": device_map}
+        return _load_adapter(path, device=device, base=base, settings=settings)
+    extra = {"attn_implementation": attn_implementation, "device_map": device_map}
     model, info = auto_class(path).from_pretrained(
-        path, output_loading_info=True, **{dtype_argument(): "auto"}, **extra
+        path,
+        output_loading_info=True,
+        **{dtype_argument(): dtype},
+        **{name: value for name, value in extra.items() if value is not None},
     )
     report = LoadReport(
         missing=sorted(info["missing_keys"]),
@@ -130,11 +142,11 @@ def load_model(
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=model.num_parameters(),
     )
-    return model.to(device).eval(), load_processor(path), report
+    return (model if device_map else model.to(device)).eval(), load_processor(path), report
 
 
 def _load_adapter(
-    path: Path, *, device: str, attn_implementation: str | None, base: Path | None
+    path: Path, *, device: str, base: Path | None, settings: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, Any, LoadReport]:
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -143,8 +155,10 @@ def _load_adapter(
     if base is None:
         where = path / ADAPTER_CONFIG
         raise CheckpointError(f"{where}: base_model_name_or_path is {name!r}, which is not on this machine")
-    model, processor, report = load_model(base, device=device, attn_implementation=attn_implementation)
-    adapted = PeftModel.from_pretrained(model, path).to(device).eval()
+    model, processor, report = load_model(base, device=device, **settings)
+    adapted = PeftModel.from_pretrained(model, path).eval()
+    if not settings["device_map"]:
+        adapted = adapted.to(device)
     # PEFT only warns about keys that fit nowhere, and leaves fresh random weights in their place.
     stored, wanted = set(open_checkpoint(path).tensors()), set(get_peft_model_state_dict(adapted))
     report = replace(
@@ -297,7 +311,7 @@ class Stopwatch:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            _reset_resident_peak()
+            reset_resident_peak()
         self._start = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
@@ -314,10 +328,11 @@ class Stopwatch:
             import torch
 
             return int(torch.cuda.max_memory_allocated(self.device))
-        return _resident_peak()
+        return resident_peak()
 
 
-def _reset_resident_peak() -> None:
+def reset_resident_peak() -> None:
+    """Begin a new resident peak, where the kernel allows it."""
     try:
         with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 (a kernel switch, not a path to read)
             file.write("5")
@@ -325,7 +340,8 @@ def _reset_resident_peak() -> None:
         return
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
+    """The process's resident peak in bytes since the last reset."""
     import resource
     import sys
     from pathlib import Path

@@ -1,5 +1,7 @@
 """A fresh process that loads one folder and answers requests: nothing of the training can leak into it.
 
+`Worker` answers for verification; the latency lab has a child of its own kind (`latency/engines/process.py`).
+
 The parent speaks JSON lines over pipes; images travel as PNG files in a folder that both can read. The child
 is started without the variables of a distributed launch, so that it is a plain single process also under
 `accelerate launch`, and it ends by itself when the parent's end of the pipe closes.
@@ -24,41 +26,37 @@ from grpo_toolkit.errors import WorkerError
 from grpo_toolkit.inference import LoadReport, Record, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
+    from typing_extensions import Self
+
 _LAUNCH_VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
-_CHILD: Final = "import sys; sys.path[:] = filter(None, sys.path); from grpo_toolkit.worker import serve; serve()"
+_CHILD: Final = "import sys; sys.path[:] = filter(None, sys.path); from {} import serve; serve()"
 _LAUNCH_PREFIXES: Final = ("MASTER_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "CCL_", "DEEPSPEED_")
 
 
-class Worker:
-    """A folder, loaded in a process of its own. Use as a context manager.
+class ModelProcess:
+    """A process that runs the `serve` of a module of ours and speaks JSON lines with it. Use as a context manager.
 
     Args:
         path: the model or adapter folder.
-        device: "cpu", "cuda", "cuda:1", ...
-        attn_implementation: None leaves it to the library.
+        setup: the first line that it is sent.
+        module: whose `serve` it runs.
         timeout_s: how long one answer may take.
 
     Raises:
         WorkerError: the process failed or went silent; the message ends with the last lines of its log.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        device: str = "cpu",
-        attn_implementation: str | None = None,
-        timeout_s: float = 1800.0,
-    ) -> None:
+    def __init__(self, path: Path, setup: dict[str, Any], *, module: str, timeout_s: float = 1800.0) -> None:
         self.path = path
         self.timeout_s = timeout_s
         self._scratch = Path(tempfile.mkdtemp(prefix="grpo-toolkit-worker-"))
         self._log = (self._scratch / "log").open("w+b")
         self._process = subprocess.Popen(
             # Not `-m`: that puts the user's current folder first on the path, where any queue.py would be imported.
-            [sys.executable, "-c", _CHILD],
+            [sys.executable, "-c", _CHILD.format(module)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -69,43 +67,28 @@ class Worker:
         self._reader = threading.Thread(target=self._read_answers, daemon=True)
         self._reader.start()
         self._images = 0
-        self._report: LoadReport | None = None
         try:
-            self._send({"path": str(path), "device": device, "attn_implementation": attn_implementation})
+            self._send({"path": str(path), **setup})
         except WorkerError:
             self.close()
             raise
 
-    @property
-    def report(self) -> LoadReport:
-        """What loading said; waits for it the first time, so several workers can load side by side."""
-        if self._report is None:
-            self._report = LoadReport(**self._receive())
-        return self._report
-
-    def generate(self, request: Request) -> Record:
-        """Answer one request in the worker."""
-        _ = self.report
+    def _write_request(self, request: Request) -> dict[str, Any]:
+        """The request as JSON; its images go into files that both sides can read."""
         images = []
         for image in request.images:
             file = self._scratch / f"{self._images}.png"
             self._images += 1
             image.save(file)
             images.append(str(file))
-        self._send(
-            {
-                "messages": [dict(message) for message in request.messages],
-                "images": images,
-                "max_new_tokens": request.max_new_tokens,
-                "exact": request.exact,
-                "use_cache": request.use_cache,
-                "with_rivals": request.with_rivals,
-            }
-        )
-        answer = self._receive()
-        # JSON has text for keys.
-        rivals = [{int(token): gap for token, gap in step.items()} for step in answer.pop("rivals")]
-        return Record(**answer, rivals=rivals)
+        return {
+            "messages": [dict(message) for message in request.messages],
+            "images": images,
+            "max_new_tokens": request.max_new_tokens,
+            "exact": request.exact,
+            "use_cache": request.use_cache,
+            "with_rivals": request.with_rivals,
+        }
 
     def close(self) -> None:
         """End the process (at once, if it does not end by itself) and remove what was left for it."""
@@ -123,7 +106,7 @@ class Worker:
         self._log.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -165,6 +148,48 @@ class Worker:
         return WorkerError(f"{self.path}: the process that loads it {what} (exit code {code}): " + " | ".join(tail))
 
 
+class Worker(ModelProcess):
+    """A folder, loaded in a process of its own, that answers one request at a time.
+
+    Args:
+        path: the model or adapter folder.
+        device: "cpu", "cuda", "cuda:1", ...
+        attn_implementation: None leaves it to the library.
+        timeout_s: how long one answer may take.
+
+    Raises:
+        WorkerError: the process failed or went silent; the message ends with the last lines of its log.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        attn_implementation: str | None = None,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        self._report: LoadReport | None = None
+        setup = {"device": device, "attn_implementation": attn_implementation}
+        super().__init__(path, setup, module=__name__, timeout_s=timeout_s)
+
+    @property
+    def report(self) -> LoadReport:
+        """What loading said; waits for it the first time, so several workers can load side by side."""
+        if self._report is None:
+            self._report = LoadReport(**self._receive())
+        return self._report
+
+    def generate(self, request: Request) -> Record:
+        """Answer one request in the worker."""
+        _ = self.report
+        self._send(self._write_request(request))
+        answer = self._receive()
+        # JSON has text for keys.
+        rivals = [{int(token): gap for token, gap in step.items()} for step in answer.pop("rivals")]
+        return Record(**answer, rivals=rivals)
+
+
 def worker_environment() -> dict[str, str]:
     """This process's environment without what a distributed launcher put there."""
     kept = {
@@ -179,8 +204,9 @@ def worker_environment() -> dict[str, str]:
     return kept
 
 
-def serve() -> None:
-    """The worker's side: load what the first line of standard input names, then answer a request a line."""
+@contextlib.contextmanager
+def answering() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A child's side: how to answer. What goes wrong is answered, too, before it is raised."""
     # Libraries print to stdout; answers go to a private copy of it, and everything else to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -189,20 +215,30 @@ def serve() -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
+    try:
+        yield answer
+    except Exception as error:
+        answer({"error": " ".join(f"{type(error).__name__}: {error}".split())})
+        raise
+
+
+def read_request(message: dict[str, Any]) -> Request:
+    """A request as `ModelProcess` wrote it."""
     from PIL import Image
 
-    from grpo_toolkit.inference import generate, load_model
+    images = [Image.open(file).convert("RGB") for file in message.pop("images")]
+    return Request(images=images, **message)
 
-    setup = json.loads(sys.stdin.readline())
-    try:
+
+def serve() -> None:
+    """The worker's side: load what the first line of standard input names, then answer a request a line."""
+    with answering() as answer:
+        from grpo_toolkit.inference import generate, load_model
+
+        setup = json.loads(sys.stdin.readline())
         model, processor, report = load_model(
             Path(setup["path"]), device=setup["device"], attn_implementation=setup["attn_implementation"]
         )
         answer(asdict(report))
         for line in sys.stdin:
-            message = json.loads(line)
-            images = [Image.open(file).convert("RGB") for file in message.pop("images")]
-            answer(generate(model, processor, Request(images=images, **message)).to_json())
-    except Exception as error:
-        answer({"error": " ".join(f"{type(error).__name__}: {error}".split())})
-        raise
+            answer(generate(model, processor, read_request(json.loads(line))).to_json())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_toolkit.latency.measure import summary
 from grpo_toolkit.latency.row import (
     Effect,
     ExplanationRow,
@@ -19,6 +18,7 @@ from grpo_toolkit.latency.row import (
     Tokens,
     Workload,
 )
+from grpo_toolkit.latency.statistics import summary
 
 TPOT_S = {"base": 0.020, "checkpoint": 0.036, "export": 0.0196, "export_no_cache": 0.070}
 ENVIRONMENT = {"hardware": "a processor", "threads": "1", "torch": "2.15", "transformers": "5.23"}

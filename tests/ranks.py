@@ -76,7 +76,9 @@ def all_callbacks(folder: Path, **options: Any) -> tuple[dict[str, Any], Any]:
 
     strict = options.pop("strict", True)
     export = ExportCallback(folder / "export", num_prompts=2, strict=strict)
-    latency = LatencyCallback(arms=["checkpoint", "export"], rounds=1, new_tokens=4, strict=strict)
+    latency = LatencyCallback(
+        arms=["checkpoint", "export"], rounds=1, new_tokens=4, max_new_tokens=None, strict=strict
+    )
     callbacks = [KVCacheCallback(strict=True), ResumeGuardCallback(), export, latency]
     trainer = train(folder / "out", callbacks, **options)
     trainer.save_model(str(folder / "saved"))

@@ -21,7 +21,7 @@ def all_callbacks(folder: Path) -> list[Any]:
     return [
         KVCacheCallback(strict=True),
         ExportCallback(folder / "export", num_prompts=2, strict=True),
-        LatencyCallback(rounds=1, new_tokens=4, strict=True),
+        LatencyCallback(rounds=1, new_tokens=4, max_new_tokens=6, strict=True),
     ]
 
 
@@ -54,18 +54,21 @@ def test_three_callbacks_leave_a_verified_export_and_its_latency(any_base: Path,
     assert result.verification.passed
     assert open_checkpoint(tmp_path / "export").tensors()
     rows = read_measurements(tmp_path / "out" / "latency" / "latency.jsonl")
-    assert [row.arm for row in rows] == ["base", "checkpoint", "export", "export_no_cache"]
-    assert [row.proof.is_cached for row in rows] == [True, True, True, False]
+    assert [row.arm for row in rows] == ["base", "checkpoint", "export", "export_no_cache"] * 2
+    assert [row.proof.is_cached for row in rows[:4]] == [True, True, True, False]
+    assert [row.workload.kind for row in rows] == ["fixed"] * 4 + ["natural"] * 4
+    assert all(timeline.output_tokens <= 6 for row in rows[4:] for timeline in row.timelines)
     assert {row.step for row in rows} == {2}
     assert {row.schema_version for row in rows} == {2}
-    assert (tmp_path / "out" / "latency" / "latency.png").is_file()
-    assert sorted(path.name for path in (tmp_path / "out" / "latency").iterdir()) == ["latency.jsonl", "latency.png"]
+    assert sorted(path.name for path in (tmp_path / "out" / "latency").iterdir()) == [
+        "findings.json", "latency.jsonl", "pictures", "report.html",
+    ]  # fmt: skip
 
 
 def test_a_plain_checkpoint_of_lora_is_timed_as_it_is_an_unmerged_adapter(qwen: Path, tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    latency = LatencyCallback(arms=["checkpoint"], rounds=1, new_tokens=4, strict=True)
+    latency = LatencyCallback(arms=["checkpoint"], rounds=1, new_tokens=4, max_new_tokens=None, strict=True)
     config = LoraConfig(r=4, target_modules=LANGUAGE_Q)
     trainer = grpo_trainer(qwen, tmp_path, [latency], peft_config=config)
     trainer.train()
@@ -108,6 +111,28 @@ def test_a_wrong_output_folder_is_refused_when_the_callback_is_made(tmp_path: Pa
         ExportCallback(tmp_path)
 
 
+def test_the_policy_between_steps_changes_no_bit_of_the_training(qwen: Path, tmp_path: Path) -> None:
+    weights = {}
+    for name in ("with", "without"):
+        latency = LatencyCallback(arms=[], every_steps=1, new_tokens=4, strict=True)
+        trainer = grpo_trainer(qwen, tmp_path / name, [latency] if name == "with" else [])
+        trainer.train()
+        weights[name] = trainer.model.state_dict()
+        if name == "with":
+            assert [(row.arm, row.step, row.rounds, row.path) for row in latency.live_rows] == [
+                ("live", 1, 2, "live"),
+                ("live", 2, 2, "live"),
+            ]
+            assert all(row.proof.is_cached for row in latency.live_rows)
+            assert trainer.model.training
+    assert all(torch.equal(weights["with"][key], weights["without"][key]) for key in weights["without"])
+
+
+def test_a_step_count_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="every_steps is 0"):
+        LatencyCallback(every_steps=0)
+
+
 def test_unknown_arms_are_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown arms \['exports'\]"):
         LatencyCallback(arms=["exports"])
@@ -116,14 +141,15 @@ def test_unknown_arms_are_refused() -> None:
 def test_latency_without_an_export_measures_what_there_is(
     qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    latency = LatencyCallback(rounds=1, new_tokens=2, strict=True)
+    latency = LatencyCallback(rounds=1, new_tokens=2, max_new_tokens=None, strict=True)
     grpo_trainer(qwen, tmp_path, [latency]).train()
     assert [row.arm for row in latency.rows] == ["base", "checkpoint"]
     assert any("nothing to measure for export, export_no_cache" in record.getMessage() for record in caplog.records)
 
 
 def test_a_second_training_does_not_time_the_first_ones_export(qwen: Path, tmp_path: Path) -> None:
-    exporting, timing = ExportCallback(tmp_path / "export"), LatencyCallback(rounds=1, new_tokens=2)
+    exporting = ExportCallback(tmp_path / "export")
+    timing = LatencyCallback(rounds=1, new_tokens=2, max_new_tokens=None)
     trainer = grpo_trainer(qwen, tmp_path / "out", [exporting, timing], max_steps=1)
     trainer.train()
     assert [row.arm for row in timing.rows][-1] == "export_no_cache"

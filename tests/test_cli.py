@@ -26,10 +26,11 @@ def test_export_then_verify_then_bench(qwen: Path, tmp_path: Path, capsys: pytes
     assert any("same greedy tokens" in line for line in lines)
 
     arguments = ["bench", f"a={qwen}", str(export), "--new-tokens", "3", "--rounds", "1", "--no-cache", "--json"]
+    arguments += ["--workload", "fixed", "--prompt-tokens", "256", "--image-tokens", "16", "--no-control"]
     assert main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["arm"] for row in rows] == ["a", "a_no_cache", "export", "export_no_cache"]
-    assert [row["is_cached"] for row in rows] == [True, False, True, False]
+    assert [row["proof"]["is_cached"] for row in rows] == [True, False, True, False]
 
 
 def test_verify_exits_1_on_a_poisoned_folder(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

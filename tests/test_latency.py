@@ -10,10 +10,13 @@ import pytest
 
 from grpo_toolkit.errors import InputError, WorkerError
 from grpo_toolkit.inference import Record, Request, image_messages
-from grpo_toolkit.latency.measure import Arm, measure_latency, summary
+from grpo_toolkit.latency.arms import Arm
+from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.row import LatencyRow, Summary
+from grpo_toolkit.latency.statistics import summary
 from grpo_toolkit.latency.store import append_rows, read_measurements, read_rows, row_of
-from grpo_toolkit.latency.workload import fixed_length, requests_from_rows
+from grpo_toolkit.latency.workload import requests_from_rows, traffic_of
 from grpo_toolkit.worker import Worker, worker_environment
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ def measured(qwen: Path, turns: list[tuple[str, int]]) -> list[LatencyRow]:
     from PIL import Image
 
     request = Request(messages=[{"role": "user", "content": "What?"}], images=[Image.new("RGB", (56, 56))])
-    arms = [Arm(name="export", path=qwen), Arm(name="export_no_cache", path=qwen, use_cache=False)]
+    arms = [Arm(name="export", path=qwen), Arm(name="export_no_cache", path=qwen, options=Options(use_cache=False))]
     return measure_latency(
         arms, [request], new_tokens=12, rounds=3, warmup=1, progress=lambda arm, turn, _: turns.append((arm, turn))
     )
@@ -55,7 +58,7 @@ def test_the_proof_without_a_clock_is_in_the_row(measured: list[LatencyRow]) -> 
 
 def test_arms_take_turns_in_alternating_order(measured: list[LatencyRow], turns: list[tuple[str, int]]) -> None:
     a, b = "export", "export_no_cache"
-    assert turns == [(b, -1), (a, -1), (a, 0), (b, 0), (b, 1), (a, 1), (a, 2), (b, 2)]
+    assert turns == [(a, -1), (b, -1), (a, 0), (b, 0), (b, 1), (a, 1), (b, 2), (a, 2)]
 
 
 def test_rows_survive_on_disk(measured: list[LatencyRow], tmp_path: Path) -> None:
@@ -165,7 +168,8 @@ def test_requests_from_rows_as_trl_takes_them() -> None:
         [{"role": "user", "content": "q"}],
     ]
     assert [list(request.images) for request in requests] == [[], ["picture"], ["one", "two"]]
-    assert {request.exact for request in fixed_length(requests, 5)} == {True}
+    asked = traffic_of(requests, max_new_tokens=5).batch(0)
+    assert [(request.exact, request.max_new_tokens) for request in asked] == [(True, 5)]
 
 
 def test_images_go_in_front_of_the_first_user_text_unless_they_are_placed() -> None:

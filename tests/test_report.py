@@ -155,10 +155,10 @@ def test_only_rows_that_took_turns_are_compared() -> None:
     found = comparisons(rows)
     assert [[r.arm for r in group] for group in found] == [
         ["base", "checkpoint", "export", "export_no_cache"],
-        ["base", "export"],
+        *[["base", "export"]] * 5,
         ["base", "checkpoint"],
     ]
-    assert [r.workload.batch_size for r in found[1]] == [1, 1]
+    assert [{r.workload.batch_size for r in group} for group in found[1:6]] == [{1}, {2}, {4}, {8}, {16}]
 
 
 def test_sweeps_take_the_newest_row_of_each_point(tmp_path: Path) -> None:
@@ -181,7 +181,12 @@ def test_sweeps_take_the_newest_row_of_each_point(tmp_path: Path) -> None:
 
 def test_a_visit_is_a_session_at_a_step_with_all_its_rows(tmp_path: Path) -> None:
     found = visits_of(written(tmp_path, everything()))
-    assert [(visit.step, len(visit.ids)) for visit in found] == [(100, 4), (100, 11), (100, 8), (100, 2), (200, 4)]
+    assert [(visit.step, len(visit.ids)) for visit in found] == [(100, 25), (200, 4)]
+    assert [[r.arm for r in visit.main] for visit in found] == [
+        ["base", "checkpoint", "export", "export_no_cache"]
+    ] * 2
+    assert [{r.session for r in visit.main} for visit in found] == [{"early"}, {"late"}]
+    assert [r.arm for r in found[0].natural] == ["base", "export"]
 
 
 def test_a_row_that_was_written_twice_counts_once(tmp_path: Path) -> None:

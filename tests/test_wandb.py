@@ -34,16 +34,18 @@ METRICS = (
     "output_tokens_p50",
     "peak_memory_mb",
     "kv_cache_in_use",
+    "natural_e2e_ms_p50",
+    "natural_output_tokens_p50",
 )
 NAMES = {f"latency/{arm}/{metric}" for arm in ARMS for metric in METRICS}
-CHARTS = ("tpot", "waterfall", "positions", "distributions")
+CHARTS = ("tpot", "waterfall", "positions", "distributions", "lengths")
 
 
 @pytest.fixture(scope="module")
 def run_output(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A training in a process of its own, so that the run is finished at its exit, as for a user."""
     out = tmp_path_factory.mktemp("wandb-run") / "out"
-    done = train(qwen, out, arms=ARMS, artifact=True)
+    done = train(qwen, out, arms=ARMS, artifact=True, natural=6)
     return out, done.printed
 
 
@@ -85,8 +87,13 @@ def test_scalars_are_one_row_at_the_last_step(run_output: tuple[Path, str], reco
     assert {name for name in rows[0] if name.startswith("latency/")} == NAMES | {"latency/row_ids"}
     on_disk = read_measurements(run_output[0] / "latency" / "latency.jsonl")
     assert rows[0]["latency/row_ids"].split() == sorted(row.id for row in on_disk)
-    assert [row.arm for row in on_disk] == list(ARMS)
-    for row in on_disk:
+    assert [(row.arm, row.workload.kind) for row in on_disk] == [
+        (arm, kind) for kind in ("fixed", "natural") for arm in ARMS
+    ]
+    for row in on_disk[4:]:
+        assert row.e2e_s is not None
+        assert rows[0][f"latency/{row.arm}/natural_e2e_ms_p50"] == pytest.approx(row.e2e_s.median * 1e3)
+    for row in on_disk[:4]:
         assert row.tpot_s is not None
         assert rows[0][f"latency/{row.arm}/tpot_ms_p50"] == pytest.approx(row.tpot_s.median * 1e3)
         assert rows[0][f"latency/{row.arm}/peak_memory_mb"] == pytest.approx(row.memory.peak_bytes / 1e6)
@@ -122,9 +129,11 @@ def test_the_table_is_in_the_run_folder_one_row_per_arm(run_output: tuple[Path, 
     table = json.loads(tables[0].read_text())
     assert table["columns"] == list(TABLE_COLUMNS)
     found = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    assert [(row["step"], row["arm"], row["batch_size"]) for row in found] == [(2, arm, 1) for arm in ARMS]
-    assert [row["use_cache"] for row in found] == ["as in the files"] * 3 + ["false"]
-    assert [row["kv_cache_in_use"] for row in found] == [True, True, True, False]
+    assert [(row["step"], row["arm"], row["workload"], row["batch_size"]) for row in found] == [
+        (2, arm, workload, 1) for workload in ("fixed", "natural") for arm in ARMS
+    ]
+    assert [row["use_cache"] for row in found] == (["as in the files"] * 3 + ["false"]) * 2
+    assert [row["kv_cache_in_use"] for row in found[:4]] == [True, True, True, False]
 
 
 def test_the_artifact_refers_to_the_export_without_a_copy(

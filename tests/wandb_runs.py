@@ -51,6 +51,7 @@ SCRIPT = textwrap.dedent(
 
     callbacks = [KVCacheCallback(strict=True)]
     latency = LatencyCallback(arms=options["arms"], rounds=2, new_tokens=4, strict=True,
+                              max_new_tokens=options["natural"], every_steps=options["every_steps"],
                               log_artifact=options["artifact"])
     if "export" in options["arms"]:
         callbacks.append(ExportCallback(out / "export", strict=True))
@@ -94,12 +95,15 @@ def train(
     wandb_by_hand: bool = False,
     report_to: str = "wandb",
     processes: int = 1,
+    natural: int | None = None,
+    every_steps: int | None = None,
     timeout_s: float = 240,
 ) -> Trained:
     """Two steps of GRPO; `on_step` is what the server does from the first step on."""
     out.parent.mkdir(parents=True, exist_ok=True)
     options = {"arms": list(arms), "artifact": artifact, "on_step": on_step, "kill": kill, "report_to": report_to,
                "finish_early": finish_early, "wandb_by_hand": wandb_by_hand,
+               "natural": natural, "every_steps": every_steps,
                "url": "" if server is None else server.url}  # fmt: skip
     # To files: what is left of a process must not hold a pipe open.
     with Path(f"{out}.stdout").open("w+") as stdout, Path(f"{out}.stderr").open("w+") as stderr:

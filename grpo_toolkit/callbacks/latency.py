@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.cache import base_model
+from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.callbacks.export import published
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.prompts import find_requests
 from grpo_toolkit.distributed import gather, is_sharded
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.measure import Arm, measure_latency
+from grpo_toolkit.latency.arms import Arm, Engines
+from grpo_toolkit.latency.compare import compare_latency
+from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.review import FOLDER_NAME, Review, load_review
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
+from grpo_toolkit.latency.workload import traffic_of
+from grpo_toolkit.parking import parked
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
 from grpo_toolkit.tracking.charts.gallery import write_pictures
-from grpo_toolkit.tracking.console import latency_table, say
+from grpo_toolkit.tracking.console import latency_table, ratio_lines, say
 from grpo_toolkit.tracking.findings import diagnose_arms, write_findings
 from grpo_toolkit.tracking.mirror import Mirror
 from grpo_toolkit.tracking.model_card import CARD, Training, write_model_card
@@ -34,11 +40,21 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.row import LatencyRow
 
 logger = logging.getLogger(__name__)
 
 ARMS: Final = ("base", "checkpoint", "export", "export_no_cache")
+LIVE: Final = "live"
+"""The arm's name of the policy itself, measured between two steps."""
+
+COST: Final = 0.01
+"""How much of the training's own time the timed rounds may take."""
+
+LEAST_BUDGET_S: Final = 60.0
+_CONTEXT_BYTES: Final = 1_500_000_000
+"""What a process takes on a GPU beside the weights: its context, kernels, and the cache of a few requests."""
 
 
 class LatencyCallback(GuardedCallback):
@@ -47,12 +63,20 @@ class LatencyCallback(GuardedCallback):
     The arms: `base` as it was loaded; `checkpoint` as a plain trainer would have saved it (for LoRA: the adapter,
     unmerged, on its base); `export`; and `export_no_cache`, the export with its KV cache switched off, which shows
     what the cache is worth. Rows go to `<output_dir>/latency/latency.jsonl`, then into the W&B run that the trainer
-    opened.
+    opened. Two workloads: answers of exactly `new_tokens`, which are charted, and natural ones, whose rows are in the
+    file alone.
+
+    Nothing runs between steps, unless `every_steps` asks for it. At the end the timed rounds of a workload stop after
+    one percent of the training's own time, or a minute, whichever is longer, but not before six rounds. Model and
+    optimizer wait on the CPU meanwhile, where they can be moved (not sharded, not quantised), because every arm's
+    process needs room for a model.
 
     Args:
-        arms: which of them, in this order.
+        arms: which of them, in this order; the others are compared with the first.
         new_tokens: tokens generated per request.
         rounds: measured requests per arm; all arms take turns.
+        max_new_tokens: the cap of natural answers; None leaves that workload out.
+        every_steps: also time the policy itself, between steps, every so many; training waits for it.
         prompts: dataset rows to ask; by default the first of the evaluation or training dataset.
         num_prompts: how many of them.
         output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
@@ -65,7 +89,9 @@ class LatencyCallback(GuardedCallback):
         *,
         arms: Sequence[str] = ARMS,
         new_tokens: int = 64,
-        rounds: int = 6,
+        rounds: int = 8,
+        max_new_tokens: int | None = 256,
+        every_steps: int | None = None,
         prompts: Iterable[Mapping[str, Any]] | None = None,
         num_prompts: int = 4,
         output_dir: str | os.PathLike[str] | None = None,
@@ -76,15 +102,21 @@ class LatencyCallback(GuardedCallback):
         unknown = [arm for arm in arms if arm not in ARMS]
         if unknown:
             raise ValueError(f"unknown arms {unknown}; choose from {list(ARMS)}")
+        if every_steps is not None and every_steps < 1:
+            raise ValueError(f"every_steps is {every_steps}; it counts steps, from 1 on")
         self.arms = tuple(arms)
         self.new_tokens = new_tokens
         self.rounds = rounds
+        self.max_new_tokens = max_new_tokens
+        self.every_steps = every_steps
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.output_dir = output_dir
         self.mirror = Mirror(artifact=log_artifact)
         self.rows: list[LatencyRow] = []
         self._training: Training | None = None
+        self.live_rows: list[LatencyRow] = []
+        self._began = time.perf_counter()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,10 +129,24 @@ class LatencyCallback(GuardedCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.rows = []
+        self.rows, self.live_rows = [], []
+        self._began = time.perf_counter()
         with self._guarded("finding the open trackers"):
             if state.is_world_process_zero:
                 self.mirror.begin(self._folder(args))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Only when asked: the policy itself, on rank 0, while the others wait."""
+        if self.every_steps is None or state.global_step % self.every_steps:
+            return
+        with self._guarded("timing the policy between steps"):
+            if is_sharded(kwargs["model"]):  # it cannot generate on one rank
+                raise InputError("every_steps needs a model that is whole on every rank; this one is sharded")
+            if state.is_world_process_zero:
+                self._measure_live(args, state, kwargs)
+        self._agree()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,6 +161,28 @@ class LatencyCallback(GuardedCallback):
         self._agree()  # a barrier: the other ranks would wait for rank 0 in a collective that gives up
         self._raise_if_strict()
 
+    def _folder(self, args: TrainingArguments) -> Path:
+        folder = Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, FOLDER_NAME)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _requests(self, kwargs: Mapping[str, Any]) -> list[Request]:
+        return find_requests(self.prompts, kwargs, limit=self.num_prompts) or [plain_request()]
+
+    def _measure_live(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
+        model = kwargs["model"]
+        arm = Arm(
+            name=LIVE,
+            live=(model, kwargs["processing_class"]),
+            options=Options(device=str(base_model(model).device)),
+        )
+        with inference_ready(model):
+            rows = measure_latency([arm], self._requests(kwargs), new_tokens=self.new_tokens, rounds=2, warmup=1)
+        rows = [replace(row, step=state.global_step) for row in rows]
+        self.live_rows += rows
+        append_rows(self._folder(args) / FILE_NAME, rows)
+        self.mirror.log_scalars(self._review(self._folder(args), self.live_rows))
+
     def _measure(
         self,
         args: TrainingArguments,
@@ -124,42 +192,52 @@ class LatencyCallback(GuardedCallback):
     ) -> None:
         model = kwargs["model"]
         folder = self._folder(args)
-        folder.mkdir(parents=True, exist_ok=True)
         inner = base_model(model)
-        requests = find_requests(self.prompts, kwargs, limit=self.num_prompts)
+        budget_s = max(LEAST_BUDGET_S, COST * (time.perf_counter() - self._began))
+        requests = self._requests(kwargs)
+        workloads = [traffic_of(requests, max_new_tokens=self.new_tokens)]
+        if self.max_new_tokens is not None:
+            workloads.append(traffic_of(requests, kind="natural", max_new_tokens=self.max_new_tokens))
         with tempfile.TemporaryDirectory(prefix=".plain-checkpoint-", dir=folder) as plain:
             if "checkpoint" in self.arms:
                 save_as_plain_trainer(model, Path(plain), kwargs.get("processing_class"), weights=weights)
-            arms = self._find_arms(model, Path(plain))
-            findings = diagnose_arms({arm.name: arm.path for arm in arms if arm.use_cache is None})
-            rows = measure_latency(
-                arms,
-                requests or [plain_request()],
-                new_tokens=self.new_tokens,
-                rounds=self.rounds,
-                device=str(inner.device),
-                attn_implementation=getattr(inner.config, "_attn_implementation", None),
-            )
-        self.rows = [replace(row, step=state.global_step) for row in rows]
-        append_rows(folder / FILE_NAME, self.rows)
-        write_findings(folder, findings)
+            attention = getattr(inner.config, "_attn_implementation", None)
+            options = Options(device=str(inner.device), attn_implementation=attention)
+            arms = self._find_arms(model, Path(plain), options)
+            if not arms:
+                return
+            as_saved = {arm.name: arm.place for arm in arms if arm.options.use_cache is None}
+            write_findings(folder, diagnose_arms(as_saved))
+            needed = sum(_process_bytes(inner) for _ in {arm.engine_key for arm in arms})
+            with parked(model, kwargs.get("optimizer")), Engines() as engines:
+                _check_room(inner.device, needed)
+                for traffic in workloads:
+                    compared = compare_latency(
+                        arms, traffic, rounds=self.rounds, control=False, budget_s=budget_s, engines=engines
+                    )
+                    rows = [replace(row, step=state.global_step) for row in compared.rows]
+                    append_rows(folder / FILE_NAME, rows)
+                    say(latency_table(rows), *ratio_lines(rows))
+                    self.rows += rows
         self._training = Training.of(state.global_step, state.log_history)
-        say(latency_table(self.rows))
         with self._guarded("the latency report"):
             self._show(args, folder)
 
     def _show(self, args: TrainingArguments, folder: Path) -> None:
         """The report and the pictures, then the trackers: from what is on disk."""
-        try:
-            review = load_review(folder)
-        except InputError as error:  # rows of an older version in the same file: show at least this training's
-            logger.warning("grpo_toolkit: %s; the report shows this training alone", error)
-            review = Review(path=folder, rows=self.rows)
+        review = self._review(folder, [*self.live_rows, *self.rows])
         self._write_card(args, review)
         pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
         say(f"rows: {folder / FILE_NAME}   report: {pages.report}")
         for line in self.mirror.log(review, pages, args):
             say(line)
+
+    def _review(self, folder: Path, rows: list[LatencyRow]) -> Review:
+        try:
+            return load_review(folder)
+        except InputError as error:  # rows of an older version in the same file: show at least this training's
+            logger.warning("grpo_toolkit: %s; this training's rows are shown alone", error)
+            return Review(path=folder, rows=rows)
 
     def _write_card(self, args: TrainingArguments, review: Review) -> None:
         """The section in the export's README.md: before the artifact, which records the manifest's sum."""
@@ -172,10 +250,7 @@ class LatencyCallback(GuardedCallback):
                 export.path, review, training=self._training, base=base, around=Path(args.output_dir, CARD)
             )
 
-    def _folder(self, args: TrainingArguments) -> Path:
-        return Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, FOLDER_NAME)
-
-    def _find_arms(self, model: torch.nn.Module, plain: Path) -> list[Arm]:
+    def _find_arms(self, model: torch.nn.Module, plain: Path, options: Options) -> list[Arm]:
         export = published.get(base_model(model))
         base = export.base if export is not None else base_folder(model)
         folders = {
@@ -188,7 +263,29 @@ class LatencyCallback(GuardedCallback):
         if missing:
             logger.warning("grpo_toolkit: nothing to measure for %s (no such folder in this run)", ", ".join(missing))
         return [
-            Arm(name=arm, path=path, use_cache=False if arm == "export_no_cache" else None)
+            Arm(name=arm, path=path, options=replace(options, use_cache=False if arm == "export_no_cache" else None))
             for arm in self.arms
             if (path := folders[arm]) is not None
         ]
+
+
+def _process_bytes(model: torch.nn.Module) -> int:
+    return _CONTEXT_BYTES + sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _check_room(device: torch.device, needed: int) -> None:
+    """Say what is missing before a process runs into it.
+
+    Raises:
+        InputError: the GPU has no room for the arms.
+    """
+    if device.type != "cuda":
+        return
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < needed:
+        raise InputError(
+            f"the arms need about {needed / 1e9:.1f} GB on {device} at once, and {free / 1e9:.1f} GB are free there; "
+            "ask for fewer (arms=), or after the training: grpo-toolkit bench base=BASE export=EXPORT --device cuda"
+        )

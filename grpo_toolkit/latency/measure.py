@@ -1,185 +1,196 @@
 """Time the same requests on several models, fairly.
 
-Each model is loaded in a process of its own, all are warmed up, and then they take turns: one request on every arm,
-the order reversed from round to round, so that a machine that drifts or is shared slows all arms alike. Medians and
-quartiles are over rounds; the raw times of every token are kept (see `row`).
+Each model is loaded in a process of its own, all are warmed up until their times agree, and then they take turns in
+counterbalanced blocks (`statistics.turns`), so that a machine that drifts or is shared slows all arms alike. Medians
+and quartiles are over rounds; the raw times of every token are kept (see `row`). What needs no clock (cache, lengths)
+is asked once more after the timed rounds, because the hooks for it would slow them.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-import uuid
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.row import (
-    LatencyRow,
-    Memory,
-    Proof,
-    Settings,
-    Summary,
-    Timeline,
-    Tokens,
-    Workload,
-)
-from grpo_toolkit.latency.workload import fixed_length
-from grpo_toolkit.worker import Worker
+from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
+from grpo_toolkit.latency.arms import Arm, Engines, Measured
+from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.rows import new_session, row_of_arm
+from grpo_toolkit.latency.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
+from grpo_toolkit.latency.workload import Traffic, traffic_of
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
 
-    from grpo_toolkit.inference import Record, Request
+    from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.row import LatencyRow
 
+    Progress = Callable[[str, int, int], None]
 
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One thing to time: a folder, and whether to overrule its cache setting (None leaves it to the files)."""
+MAX_WARMUP: Final = 10
+"""Requests per arm after which warm-up ends even if its times never agree."""
 
-    name: str
-    path: Path
-    use_cache: bool | None = None
+MOST_TIMES: Final = 20
+"""So many times the rounds asked for, and no more, are measured for the sake of precision."""
 
 
 def measure_latency(
     arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]],
-    requests: Sequence[Request],
+    requests: Sequence[Request] | Traffic,
     *,
     new_tokens: int = 64,
-    rounds: int = 6,
-    warmup: int = 2,
-    device: str = "cpu",
-    attn_implementation: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    rounds: int = 10,
+    warmup: int | None = None,
+    options: Options | None = None,
+    roofline: bool = False,
+    precision: float | None = None,
+    budget_s: float | None = None,
+    progress: Progress | None = None,
+    engines: Engines | None = None,
 ) -> list[LatencyRow]:
     """Time the arms on the same requests, in turns.
 
     Args:
         arms: what to time, or simply {name: folder}.
-        requests: asked one a round, from the first on; each is given exactly `new_tokens` tokens.
+        requests: asked one a round, from the first on, each for exactly `new_tokens` tokens; or a workload of its own
+            (`workload.made_up`, `workload.traffic_of`).
         new_tokens: tokens to generate per request.
         rounds: measured requests per arm.
-        warmup: unmeasured requests per arm before.
-        device: where each arm's process puts its model.
-        attn_implementation: None leaves it to the library.
-        progress: called with the arm's name, the round and the number of rounds.
+        warmup: unmeasured requests per arm before; None goes on until their times agree, ten at most.
+        options: how the folders of a mapping are loaded and run; arms have their own.
+        roofline: measure the bandwidth of each arm's device, and what physics would allow.
+        precision: go on after `rounds` until the interval of every arm's TPOT over the first arm's reaches no further
+            than this to either side (0.02: two percent), or the ratio is clear by far; at most twenty times `rounds`.
+            Stopping by width favours no verdict (Chow and Robbins 1965, doi:10.1214/aoms/1177700156).
+        budget_s: stop measuring after so many seconds, but not before six rounds.
+        progress: called with the arm's name, the round (below zero: warm-up) and the number of rounds.
+        engines: loaded models of an earlier measurement, used again and left open.
 
     Returns:
-        One row per arm, in the order given.
+        One row per arm, in the order given. An arm that ran out of memory, or that no kernel can run as it was told
+        to, has a row with an `error` and no times.
 
     Raises:
-        InputError: no arms, no requests, or fewer than one round.
-        CheckpointError, WorkerError: an arm's folder cannot be read or loaded.
+        InputError: no arms, no requests, fewer than one round, or two arms of one name.
+        CheckpointError, WorkerError: an arm's folder cannot be read or loaded, or its endpoint does not answer.
     """
     if isinstance(arms, Mapping):
-        arms = [Arm(name=name, path=Path(path)) for name, path in arms.items()]
+        arms = [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
     if not arms or not requests or rounds < 1 or new_tokens < 1:
         raise InputError("measure_latency needs at least one arm, one request, one round and one new token")
-    asked = fixed_length(requests, new_tokens)
-    records: dict[str, list[Record]] = {arm.name: [] for arm in arms}
+    if len({arm.name for arm in arms}) < len(arms):
+        raise InputError("two arms have the same name; give them names of their own")
+    traffic = requests if isinstance(requests, Traffic) else traffic_of(requests, max_new_tokens=new_tokens)
     with ExitStack() as stack:
-        workers: dict[Path, Worker] = {}
+        measuring = _Measuring(engines or stack.enter_context(Engines()), arms, traffic, progress=progress)
+        measuring.warm_up(warmup)
+        measuring.run(rounds, budget_s=budget_s, precision=precision)
+        measuring.prove()
+        if roofline:
+            measuring.probe_hardware()
+        session = new_session()
+        return [row_of_arm(arm, measuring.found[arm.name], traffic, session) for arm in arms]
+
+
+class _Measuring:
+    """The engines of one session, and what they have answered."""
+
+    def __init__(self, engines: Engines, arms: Sequence[Arm], traffic: Traffic, *, progress: Progress | None) -> None:
+        self.arms = {arm.name: arm for arm in arms}
+        self.traffic = traffic
+        self.progress = progress
+        self.found = {arm.name: Measured() for arm in arms}
+        self.engines = {arm.name: engines.open(arm) for arm in arms}  # all begin to load before any is waited for
         for arm in arms:
-            if arm.path not in workers:
-                worker = Worker(arm.path, device=device, attn_implementation=attn_implementation)
-                workers[arm.path] = stack.enter_context(worker)
-        for turn in range(-warmup, rounds):
-            request = asked[turn % len(asked)]
-            for arm in arms if turn % 2 == 0 else reversed(arms):
-                record = workers[arm.path].generate(replace(request, use_cache=arm.use_cache))
-                if turn >= 0:
-                    records[arm.name].append(record)
-                if progress is not None:
-                    progress(arm.name, turn, rounds)
-        environment = environment_of(device)
-        session = uuid.uuid4().hex
-        return [
-            _row(arm, workers[arm.path], records[arm.name], asked[0], device, session, environment) for arm in arms
-        ]
+            try:
+                self.found[arm.name].facts = self.engines[arm.name].facts()
+            except WorkerError as error:
+                if "OutOfMemoryError" not in str(error):
+                    raise
+                self.found[arm.name].error = f"out of memory while loading: {error}"
 
+    def _alive(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if self.found[name].error is None]
 
-def _row(
-    arm: Arm,
-    worker: Worker,
-    records: list[Record],
-    asked: Request,
-    device: str,
-    session: str,
-    environment: dict[str, str],
-) -> LatencyRow:
-    tpots = [record.tpot_s for record in records if record.tpot_s is not None]
-    on_gpu = device.startswith("cuda")
-    peak = max(record.peak_memory_bytes for record in records)
-    return LatencyRow(
-        arm=arm.name,
-        path=str(arm.path),
-        settings=Settings(device=device, dtype=worker.report.dtype, use_cache=arm.use_cache),
-        workload=Workload(
-            name="fixed",
-            requests=len(records),
-            prompt_tokens=int(statistics.median(record.prompt_tokens for record in records)),
-            max_new_tokens=asked.max_new_tokens,
-        ),
-        rounds=len(records),
-        ttft_s=summary([record.ttft_s for record in records]),
-        tpot_s=summary(tpots) if tpots else None,
-        e2e_s=summary([record.e2e_s for record in records]),
-        output_tokens_per_s=summary([len(record.tokens) / record.e2e_s for record in records]),
-        tokens=Tokens(output=summary([len(record.tokens) for record in records])),
-        memory=Memory(peak_allocated_bytes=peak) if on_gpu else Memory(peak_resident_bytes=peak),
-        proof=Proof(
-            is_cached=all(record.is_cached for record in records),
-            step_lengths=records[0].step_lengths,
-            vision_calls=max(record.vision_calls for record in records),
-        ),
-        parameters=worker.report.parameters,
-        environment=environment,
-        timelines=[
-            Timeline(
-                token_times_s=record.token_times_s,
-                prompt_tokens=record.prompt_tokens,
-                output_tokens=len(record.tokens),
-            )
-            for record in records
-        ],
-        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        session=session,
-    )
+    def _ask(self, name: str, turn: int, rounds: int) -> float | None:
+        """What warm-up watches of one turn of one arm; None where it failed in a way that is a result."""
+        found, batch = self.found[name], self.traffic.batch(turn)
+        start = time.perf_counter()
+        try:
+            answer = self.engines[name].ask(batch, self.arms[name].options)
+        except (OutOfMemoryError, UnsupportedError) as error:
+            found.error = str(error)
+            return None
+        spent = time.perf_counter() - start
+        if turn >= 0:
+            found.answers.append(answer)
+        else:
+            found.warmup_s += spent
+        if self.progress is not None:
+            self.progress(name, turn, rounds)
+        # Natural answers are of different lengths: only their pace can agree.
+        pace = answer.timeline.tpot_s if self.traffic.kind == "natural" else None
+        return answer.timeline.e2e_s if pace is None else pace
 
+    def warm_up(self, count: int | None) -> None:
+        seconds: dict[str, list[float]] = {name: [] for name in self.arms}
+        most = MAX_WARMUP if count is None else count
+        for index in range(most):
+            names = turns(list(self.arms), index)
+            waiting = [name for name in self._alive(names) if count is not None or not is_steady(seconds[name])]
+            if not waiting:
+                return
+            for name in waiting:
+                spent = self._ask(name, index - most, most)
+                if spent is not None:
+                    seconds[name].append(spent)
 
-def summary(values: Sequence[float]) -> Summary:
-    """Median and quartiles (inclusive method: the values are all there is, not a sample of more)."""
-    if len(values) == 1:
-        return Summary(n=1, median=values[0], q1=values[0], q3=values[0])
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return Summary(n=len(values), median=median, q1=q1, q3=q3)
+    def run(self, rounds: int, *, budget_s: float | None, precision: float | None) -> None:
+        start = time.perf_counter()
+        most = rounds if precision is None else MOST_TIMES * rounds
+        look = rounds
+        for turn in range(most):
+            # Whole blocks only: an odd round is what balances the even one before it.
+            if turn >= MIN_PAIRS and turn % 2 == 0:
+                if budget_s is not None and time.perf_counter() - start > budget_s:
+                    return
+                if precision is not None and turn >= look:
+                    if self._is_precise(precision):
+                        return
+                    look = turn * 5 // 4
+            for name in self._alive(turns(list(self.arms), turn)):
+                self._ask(name, turn, rounds)
 
+    def _is_precise(self, precision: float) -> bool:
+        first, *others = (self._tpots(name) for name in self._alive(list(self.arms)))
+        return all(
+            is_settled(paired_ratio(tpots, first, name="first"), precision=precision)
+            for tpots in others
+            if tpots and first
+        )
 
-def environment_of(device: str) -> dict[str, str]:
-    """What the figures depend on: hardware, threads, versions."""
-    import torch
-    import transformers
+    def _tpots(self, name: str) -> list[float]:
+        """Its times per output token; of one-token answers, end to end."""
+        timelines = [answer.timeline for answer in self.found[name].answers]
+        tpots = [timeline.tpot_s for timeline in timelines]
+        if any(tpot is None for tpot in tpots):
+            return [timeline.e2e_s for timeline in timelines]
+        return [tpot for tpot in tpots if tpot is not None]
 
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor_name()
-    return {
-        "hardware": name,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    def prove(self) -> None:
+        for name in self._alive(list(self.arms)):
+            try:
+                self.found[name].evidence = self.engines[name].prove(self.traffic.batch(0), self.arms[name].options)
+            except OutOfMemoryError:  # the timed rounds fitted; the same without compilation does not
+                continue
 
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    def probe_hardware(self) -> None:
+        known: dict[int, dict[str, float]] = {}
+        for name in self._alive(list(self.arms)):
+            engine = self.engines[name]
+            if id(engine) not in known:
+                known[id(engine)] = engine.probe_hardware()
+            self.found[name].hardware = known[id(engine)]

@@ -7,6 +7,7 @@ each point.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Hashable, Iterable, Sequence
 
-    from grpo_toolkit.latency.row import Ratio, Summary, Timeline
+    from grpo_toolkit.latency.row import Ratio, Summary
 
 FOLDER_NAME: Final = "latency"
+CONTROL: Final = "control"
+"""The arm of an A/A control: the first arm against itself, which says how far to trust the rest, and is no model."""
+
 _ORDER: Final = ("base", "checkpoint", "export")
+_SWEPT: Final = re.compile(r"_(batch_size|new_tokens|prompt_tokens|image_tokens|lengths)_\w+$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +44,10 @@ class Review:
 
     @property
     def arms(self) -> list[LatencyRow]:
-        """The newest comparison: rows of one session and one workload, base first."""
-        groups = comparisons(self.rows)
-        return groups[-1] if groups else []
-
-    @property
-    def exports(self) -> list[list[LatencyRow]]:
-        """The main comparison of every session, oldest first: one a measured export."""
-        return comparisons(self.rows)
+        """The newest comparison: rows of one session and one workload, base first; several arms before one alone."""
+        groups = [visit.main for visit in visits_of(self)]
+        several = [group for group in groups if len(group) > 1]
+        return (several or groups or [[]])[-1]
 
     @property
     def ratios(self) -> list[tuple[LatencyRow, Ratio]]:
@@ -60,17 +61,14 @@ class Review:
 
     @property
     def batches(self) -> list[LatencyRow]:
-        """The newest row of every arm and batch size, where an arm has several sizes."""
-        return _sweep(self.rows, lambda row: row.workload.batch_size, lambda row: row.workload.name != "natural")
+        """The newest row of every arm and batch size of the workload that was measured at most sizes."""
+        return _sweep(self.rows, lambda row: row.workload.batch_size, _prompt)
 
     @property
     def images(self) -> list[LatencyRow]:
-        """The newest row of every arm and number of image tokens with its phases, where an arm has several."""
-        return _sweep(
-            self.rows,
-            lambda row: row.workload.image_tokens,
-            lambda row: row.workload.image_tokens is not None and row.workload.batch_size == 1,
-        )
+        """The newest row of every arm and number of image tokens of the workload with most numbers."""
+        rows = [row for row in self.rows if row.workload.image_tokens is not None]
+        return _sweep(rows, lambda row: row.workload.image_tokens or 0, lambda row: row.workload.batch_size)
 
     @property
     def natural(self) -> list[LatencyRow]:
@@ -105,20 +103,25 @@ def load_review(path: str | os.PathLike[str]) -> Review:
 
 
 def comparisons(rows: Iterable[LatencyRow]) -> list[list[LatencyRow]]:
-    """Per session and step the workload on which most arms were timed, the first one where several tie."""
-    sessions: dict[Hashable, dict[Hashable, dict[str, LatencyRow]]] = {}
+    """Rows that took turns (one session, one workload) and ended well, base first; in the order of measuring."""
+    groups: dict[Hashable, dict[str, LatencyRow]] = {}
     for row in rows:
-        if row.error is not None or row.e2e_s is None:
-            continue
-        work, settings = row.workload, row.settings
-        group = sessions.setdefault((row.session, row.step), {})
-        images = 0 if work.image_tokens is None else work.prompt_tokens
-        key = (work.name, work.kind, work.batch_size, work.thinking, work.max_new_tokens, settings.engine, images)
-        group.setdefault(key, {}).setdefault(row.arm, row)
-    return [
-        sorted(max(groups.values(), key=len).values(), key=lambda row: arm_order(row.arm))
-        for groups in sessions.values()
-    ]
+        if row.error is None and row.e2e_s is not None and row.arm != CONTROL:
+            groups.setdefault((row.session, row.step, *_workload_key(row)), {}).setdefault(row.arm, row)
+    return [sorted(group.values(), key=lambda row: arm_order(row.arm)) for group in groups.values()]
+
+
+def _workload_key(row: LatencyRow) -> tuple[Hashable, ...]:
+    """What makes two rows answers to the same question; live ends come with images of any size."""
+    work = row.workload
+    image = None if work.kind == "natural" else work.image_tokens
+    return work.name, work.kind, work.batch_size, work.thinking, work.max_new_tokens, work.lengths, image
+
+
+def _rank(group: Sequence[LatencyRow]) -> tuple[bool, bool, int, bool]:
+    """How fit a comparison is to stand for its visit: exact lengths, no point of a sweep, many arms, one sequence."""
+    work = group[0].workload
+    return work.kind == "fixed", _SWEPT.search(work.name) is None, len(group), work.batch_size == 1
 
 
 def arm_order(arm: str) -> tuple[int, str]:
@@ -134,12 +137,6 @@ def key_part(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_\-]+", "_", name).strip("_") or "unnamed"
 
 
-def tpot_of(timeline: Timeline) -> float | None:
-    """Seconds per output token of one request; None where it has fewer than two."""
-    times = timeline.token_times_s
-    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
-
-
 def median_of(summary: Summary | None, factor: float = 1.0) -> float | None:
     """A figure's median in another unit, None where it was not measured."""
     return None if summary is None else summary.median * factor
@@ -149,34 +146,73 @@ def _newest(rows: Iterable[LatencyRow], key: Callable[[LatencyRow], Hashable]) -
     return sorted({key(row): row for row in rows}.values(), key=lambda row: arm_order(row.arm))
 
 
+def _prompt(row: LatencyRow) -> tuple[int, int | None]:
+    return row.workload.prompt_tokens, row.workload.image_tokens
+
+
 def _sweep(
-    rows: Sequence[LatencyRow], point: Callable[[LatencyRow], int | None], wanted: Callable[[LatencyRow], bool]
+    rows: Iterable[LatencyRow], point: Callable[[LatencyRow], int], other: Callable[[LatencyRow], Hashable]
 ) -> list[LatencyRow]:
-    """The rows of those sessions' workloads in which an arm has more than one point."""
-    swept: dict[Hashable, set[int | None]] = {}
+    """Of the workloads that differ in `point` alone, the one with most points, and the newest of several such."""
+    series: dict[Hashable, list[LatencyRow]] = {}
     for row in rows:
-        if wanted(row):
-            swept.setdefault((row.session, row.workload.name, row.arm), set()).add(point(row))
-    chosen = [row for row in rows if wanted(row) and len(swept[row.session, row.workload.name, row.arm]) > 1]
-    return sorted(
-        _newest(chosen, lambda row: (row.arm, point(row))), key=lambda row: (arm_order(row.arm), point(row) or 0)
-    )
+        if row.workload.kind == "fixed" and row.arm != CONTROL:
+            work, settings = row.workload, row.settings
+            name = _SWEPT.sub("", work.name)
+            key = (name, work.max_new_tokens, work.thinking, work.lengths, settings.device, other(row))
+            series.setdefault(key, []).append(row)
+    counts = {key: len({point(row) for row in found}) for key, found in series.items()}
+    most = max(counts.values(), default=0)
+    if most < 2:
+        return []
+    chosen = [found for key, found in series.items() if counts[key] == most][-1]
+    newest = {(row.arm, point(row)): row for row in chosen}
+    points = Counter(arm for arm, _ in newest)
+    found = [row for row in newest.values() if points[row.arm] > 1]
+    return sorted(found, key=lambda row: (arm_order(row.arm), point(row)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
-    """What one export's measurement left: its main comparison, and the ids of all rows of that session and step."""
+    """What was measured at one step of a training, or in one session without a training.
+
+    Attributes:
+        step: of the training; 0 without one.
+        main: the comparison that stands for it: exact lengths, most arms.
+        arms: the same, with what was timed at that step besides (the policy itself, between two steps).
+        natural: the arms on the workload that ends where the model ends it.
+        ids: of all rows.
+    """
 
     step: int
-    arms: Sequence[LatencyRow]
-    ids: Sequence[str]
+    main: list[LatencyRow]
+    arms: list[LatencyRow]
+    natural: list[LatencyRow]
+    ids: list[str]
 
 
 def visits_of(review: Review) -> list[Visit]:
-    """One per session and step that was measured to its end, oldest first."""
-    found = []
-    for arms in review.exports:
-        first = arms[0]
-        ids = [row.id for row in review.rows if (row.session, row.step) == (first.session, first.step)]
-        found.append(Visit(step=first.step or 0, arms=arms, ids=ids))
-    return found
+    """One per step, or per session where there was no training; oldest first."""
+    found: dict[Hashable, list[LatencyRow]] = {}
+    for row in review.rows:
+        found.setdefault(row.session if row.step is None else row.step, []).append(row)
+    visits = (_visit(rows) for rows in found.values())
+    return [visit for visit in visits if visit is not None]
+
+
+def _visit(rows: Sequence[LatencyRow]) -> Visit | None:
+    groups = comparisons(rows)
+    if not groups:
+        return None
+    best = max(map(_rank, groups))
+    main = [group for group in groups if _rank(group) == best][-1]
+    alike = {row.arm: row for group in groups if _rank(group)[:2] == best[:2] for row in group}
+    arms = [*main, *(row for arm, row in alike.items() if arm not in {own.arm for own in main})]
+    natural = [group for group in groups if group[0].workload.kind == "natural"]
+    return Visit(
+        step=rows[0].step or 0,
+        main=main,
+        arms=sorted(arms, key=lambda row: arm_order(row.arm)),
+        natural=natural[-1] if natural else [],
+        ids=[row.id for row in rows],
+    )

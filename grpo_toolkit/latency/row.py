@@ -5,7 +5,7 @@ behind an endpoint shows no phases and no memory, a run out of memory has an `er
 
     TTFT = the first token's time, from the start of preprocessing
     TPOT = (t_last - t_first) / (n - 1), None where n < 2
-    E2E  = the last token's time;  output tokens/s = output tokens of the batch / E2E
+    E2E  = the last token's time, and detokenising;  output tokens/s = output tokens of the batch / E2E
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the arm ran. `use_cache` None: as its files say."""
+    """How the arm ran. None (of `use_cache`, `cache_implementation`, ...): as its files or the library say.
+
+    `eos_token_ids`, `min_pixels`, `max_pixels` overrule the folder's; `training`: train mode and gradient
+    checkpointing left on, as after `train()`; `sample`: as the generation config says, instead of greedily.
+    """
 
     engine: Literal["transformers", "openai"] = "transformers"
     device: str
@@ -44,13 +48,20 @@ class Settings:
     attn_implementation: str | None = None
     sdpa_backend: str | None = None
     compiled: bool = False
+    device_map: str | None = None
+    eos_token_ids: list[int] | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    training: bool = False
+    sample: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """What was asked. `fixed`: exactly `max_new_tokens` each; `natural`: until the model's own end of sequence.
 
-    Prompt and image tokens are medians over the requests. `thinking` None: the prompts do not say.
+    Prompt and image tokens are medians over the requests. `thinking` None: the prompts do not say. `lengths`: whether
+    every request has lengths of the KV cache that its process has not met before.
     """
 
     name: str
@@ -62,11 +73,16 @@ class Workload:
     max_new_tokens: int
     thinking: bool | None = None
     seed: int | None = None
+    lengths: Literal["repeated", "new"] = "repeated"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phases:
-    """Where a request's time went, in seconds. They add up to E2E: `prefill_s` ends with the first token."""
+    """Where a request's time went, in seconds. They add up to E2E: `prefill_s` ends with the first token.
+
+    `vision_s` is the vision tower's, all its runs together; what ran before the first token is taken out of
+    `prefill_s`, what ran after it (a lost cache) out of `decode_s`.
+    """
 
     tokenize_s: Summary | None = None
     image_s: Summary | None = None
@@ -144,17 +160,40 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """One measured request, raw. `token_times_s` run from the start of preprocessing, one per step of the batch."""
+    """One measured request (or batch), raw.
+
+    `token_times_s` run from the start of preprocessing, one per step of the batch; of an endpoint, one per piece of
+    text that arrived. `output_tokens` is of the whole batch, `output_lengths` of each of its sequences.
+    `prompt_tokens` is the longest prompt, `image_tokens` those of one sequence; `is_capped`: any sequence ended at the
+    cap.
+    """
 
     token_times_s: list[float]
     prompt_tokens: int
     output_tokens: int
+    output_lengths: list[int] = field(default_factory=list)
     image_tokens: int | None = None
     think_tokens: int | None = None
     answer_tokens: int | None = None
     first_answer_s: float | None = None
     is_capped: bool | None = None
     phases_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token, preprocessing included."""
+        return self.token_times_s[0]
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token of one sequence of the batch, its longest; None where it has fewer than two."""
+        longest = max(self.output_lengths, default=self.output_tokens)
+        return (self.token_times_s[-1] - self.token_times_s[0]) / (longest - 1) if longest > 1 else None
+
+    @property
+    def e2e_s(self) -> float:
+        """Time until the whole text is there."""
+        return self.token_times_s[-1] + self.phases_s.get("detokenize_s", 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,10 @@ def latency_table(rows: Sequence[LatencyRow]) -> Table:
 
     first = rows[0]
     table = Table(
-        title=f"Latency: {first.workload.max_new_tokens} new tokens after {first.workload.prompt_tokens}, batch "
+        title=f"{first.workload.name}: {'up to ' if first.workload.kind == 'natural' else ''}"
+        f"{first.workload.max_new_tokens} new tokens after {first.workload.prompt_tokens}, batch "
         f"{first.workload.batch_size}; medians over {first.rounds} rounds, quartiles in brackets; "
-        f"{first.environment['hardware']}",
+        f"{first.environment.get('hardware', '?')}",
         title_justify="left",
     )
     table.add_column("arm", no_wrap=True)
@@ -43,6 +44,17 @@ def latency_table(rows: Sequence[LatencyRow]) -> Table:
             "-" if row.proof.vision_calls is None else str(row.proof.vision_calls),
         )
     return table
+
+
+def ratio_lines(rows: Sequence[LatencyRow]) -> list[str]:
+    """What the ratios say, a line per arm and metric: TPOT, TTFT, E2E over the first arm's."""
+    names = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E"}
+    return [
+        f"{row.arm} / {ratio.against}, {names.get(ratio.metric, ratio.metric)}: {ratio.median:.3f} "
+        f"({ratio.low:.3f} to {ratio.high:.3f}, {ratio.pairs} rounds): {ratio.verdict}"
+        for row in rows
+        for ratio in row.ratios
+    ]
 
 
 def _milliseconds(summary: Summary | None, digits: int) -> str:

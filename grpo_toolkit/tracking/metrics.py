@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from grpo_toolkit.latency.review import key_part, median_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection
 
-    from grpo_toolkit.latency.review import Review
+    from grpo_toolkit.latency.review import Review, Visit
     from grpo_toolkit.latency.row import LatencyRow
 
 STEP_METRIC: Final = "train/global_step"
@@ -35,6 +35,8 @@ BEST: Final[dict[str, Literal["min", "max"]]] = {
     "tpot_vs_base": "min",
     "tpot_vs_base_low": "min",
     "tpot_vs_base_high": "min",
+    "natural_e2e_ms_p50": "min",
+    "natural_output_tokens_p50": "min",
 }
 """Every metric, and which value of it is the best in a summary (of `kv_cache_in_use`, 1 or 0, the worst)."""
 
@@ -64,12 +66,21 @@ TABLE_COLUMNS: Final = (
 )
 
 
-def scalars(rows: Sequence[LatencyRow]) -> dict[str, float]:
-    """The figures of one comparison, by key; what was not measured is left out."""
+def scalars(visit: Visit, known: Collection[str] = ()) -> dict[str, float]:
+    """The figures of one visit, by key, but of rows that are `known` (ids); what was not measured is left out.
+
+    `natural_*` are of the workload that ends where the model ends it, all others of exact lengths.
+    """
     values: dict[str, float | None] = {}
-    for row in rows:
-        prefix = f"latency/{key_part(row.arm)}"
-        values |= {f"{prefix}/{name}": value for name, value in _of_row(row).items()}
+    for row in visit.arms:
+        if row.id not in known:
+            prefix = f"latency/{key_part(row.arm)}"
+            values |= {f"{prefix}/{name}": value for name, value in _of_row(row).items()}
+    for row in visit.natural:
+        if row.id not in known and row.tokens is not None:
+            prefix = f"latency/{key_part(row.arm)}/natural"
+            values[f"{prefix}_e2e_ms_p50"] = median_of(row.e2e_s, 1e3)
+            values[f"{prefix}_output_tokens_p50"] = row.tokens.output.median
     return {name: value for name, value in values.items() if value is not None}
 
 

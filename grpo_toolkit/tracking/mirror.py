@@ -85,6 +85,17 @@ class Mirror:
             self._has_said_none = True
             yield "no W&B, Trackio or TensorBoard run is open here: the latency is in these files alone"
 
+    def log_scalars(self, review: Review) -> None:
+        """The figures alone, in the middle of a training; everything else waits for its end."""
+        run = wandb.active_run()
+        if run is None or "wandb" not in self.runs:
+            return
+        with random_state_kept():
+            wandb.log_scalars(run, self._own(review, "wandb"), self.breakers["W&B"], known=self._known)
+
+    def _own(self, review: Review, tracker: str) -> Review:
+        return trackers.rows_of(review, trackers.read(review.path).get(tracker, {}))
+
     def _log_wandb(self, review: Review, pages: Pages) -> Iterator[str]:
         facts = self.runs.get("wandb")
         run = wandb.active_run()
@@ -96,7 +107,7 @@ class Mirror:
             return
         wandb.log_review(
             run,
-            trackers.rows_of(review, trackers.read(review.path).get("wandb", {})),
+            self._own(review, "wandb"),
             pages,
             self.breakers["W&B"],
             known=self._known,
@@ -109,7 +120,7 @@ class Mirror:
         facts = self.runs.get("trackio")
         if facts is None:
             return
-        own = trackers.rows_of(review, trackers.read(review.path).get("trackio", {}))
+        own = self._own(review, "trackio")
         project, name = facts["project"], facts["name"]
         self.breakers["Trackio"].call("tables", lambda: trackio.log_review(own, pages, project=project, name=name))
         yield f"Trackio run: {name}\n  look: trackio show --project {project}"

@@ -101,7 +101,7 @@ def _to_wandb(review: Review, pages: Pages, facts: dict[str, Any]) -> Replayed:
     try:
         if not is_offline:
             known, in_table = logged_ids(run, IDS_KEY), logged_ids(run, TABLE_IDS_KEY)
-        there = sum(not known.isdisjoint(visit.ids) for visit in visits_of(review))
+        there = sum(set(visit.ids) <= known for visit in visits_of(review))
         logged = log_review(run, review, pages, breaker, known=known, known_in_table=in_table)
         hint = wandb_hint(run_facts(run))
     finally:

@@ -30,5 +30,5 @@ def log_visit(folder: Path, visit: Visit) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(log_dir=str(folder), filename_suffix=".latency") as writer:
-        for name, value in scalars(visit.arms).items():
+        for name, value in scalars(visit).items():
             writer.add_scalar(name, value, visit.step)

@@ -47,14 +47,15 @@ def log_review(review: Review, pages: Pages, *, project: str, name: str) -> int:
     import trackio
 
     known = logged_ids(project, name)
-    visits = [visit for visit in visits_of(review) if known.isdisjoint(visit.ids)]
+    visits = [visit for visit in visits_of(review) if not set(visit.ids) <= known]
     if not visits:
         return 0
     trackio.init(project=project, name=name, resume="allow", embed=False)
     try:
         for visit in visits:
+            values = scalars(visit, known)
             known |= set(visit.ids)
-            trackio.log({**scalars(visit.arms), IDS_KEY: joined(known), STEP_METRIC: visit.step})
+            trackio.log({**values, IDS_KEY: joined(known), STEP_METRIC: visit.step})
         media: dict[str, Any] = {
             f"latency/charts/{key}": trackio.Image(str(path)) for key, path in pages.pictures.items()
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,7 +32,7 @@ from grpo_toolkit.tracking.metrics import (
 from grpo_toolkit.tracking.wandb_plots import box_plots, tpot_bars, tpot_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from grpo_toolkit.latency.review import Review, Visit
     from grpo_toolkit.tracking.breaker import Breaker
@@ -81,23 +82,14 @@ def log_review(
     Returns:
         How many exports' scalars were sent.
     """
-    visits = [visit for visit in visits_of(review) if known.isdisjoint(visit.ids)]
-    sent = 0
-    for visit in visits:
-        have = known | set(visit.ids)
-        if breaker.call("scalars", lambda visit=visit, have=have: _log_scalars(run, visit, have)):  # type: ignore[misc]
-            known |= have
-            sent += 1
+    sent = log_scalars(run, review, breaker, known=known)
     every = {row.id for row in review.rows} | {row.id for row in review.explanations}
     if not every or every <= known_in_table:
         return sent
     step = max((visit.step for visit in visits_of(review)), default=0)
-    for values in _media(review, pages):
-        breaker.call("media", lambda values=values: run.log({**values(), STEP_METRIC: step}))  # type: ignore[misc]
-    is_whole = all(
-        breaker.call("tables", lambda values=values: run.log({**values(), STEP_METRIC: step}))  # type: ignore[misc]
-        for values in _tables(review, every)
-    )
+    for make in _media(review, pages):
+        breaker.call("media", partial(_log_made, run, make, step))
+    is_whole = all(breaker.call("tables", partial(_log_made, run, make, step)) for make in _tables(review, every))
     if is_whole:
         known_in_table |= every
     if artifact:
@@ -105,13 +97,29 @@ def log_review(
     return sent
 
 
-def _log_scalars(run: Any, visit: Visit, have: set[str]) -> None:
-    values = scalars(visit.arms)
+def _log_made(run: Any, make: Callable[[], dict[str, Any]], step: int) -> None:
+    run.log({**make(), STEP_METRIC: step})
+
+
+def log_scalars(run: Any, review: Review, breaker: Breaker, *, known: set[str]) -> int:
+    """One row per visit with what the run does not have yet; adds to `known`, returns how many rows were sent."""
+    sent = 0
+    for visit in visits_of(review):
+        if set(visit.ids) <= known:
+            continue
+        if breaker.call("scalars", partial(_log_scalars, run, visit, frozenset(known))):
+            known |= set(visit.ids)
+            sent += 1
+    return sent
+
+
+def _log_scalars(run: Any, visit: Visit, known: frozenset[str]) -> None:
+    values = scalars(visit, known)
     for name in values:
         best = BEST[name.rpartition("/")[2]]
         run.define_metric(name, step_metric=STEP_METRIC, summary=f"{best},last")
     run.define_metric(IDS_KEY, step_metric=STEP_METRIC, hidden=True)
-    run.log({**values, IDS_KEY: joined(have), STEP_METRIC: visit.step})
+    run.log({**values, IDS_KEY: joined(set(known) | set(visit.ids)), STEP_METRIC: visit.step})
 
 
 def _media(review: Review, pages: Pages) -> list[Any]:
@@ -159,7 +167,7 @@ def _log_artifact(run: Any, review: Review, step: int) -> None:
         "put_right": [] if manifest is None else manifest.get("put_right"),
         "findings": [finding["code"] for finding in findings_of(review).get("export", {}).get("findings", [])],
         "manifest_sha256": sha256(folder / MANIFEST) if (folder / MANIFEST).is_file() else None,
-        "latency": {name: value for name, value in scalars(review.arms).items() if name.startswith("latency/export/")},
+        "latency": {name: value for name, value in _newest_scalars(review).items() if "/export/" in name},
     }
     artifact = wandb.Artifact(f"export-{key_part(run.id)}", type="model", metadata=metadata)
     artifact.add_reference(folder.as_uri(), checksum=False)
@@ -167,10 +175,15 @@ def _log_artifact(run: Any, review: Review, step: int) -> None:
     run.log_artifact(artifact, aliases=aliases)
 
 
+def _newest_scalars(review: Review) -> dict[str, float]:
+    return next((scalars(visit) for visit in reversed(visits_of(review)) if visit.main == review.arms), {})
+
+
 def _is_best(review: Review) -> bool:
     """Whether no export that was measured before decodes faster than the newest."""
+    visits = visits_of(review)
     times = [
-        row.tpot_s.median for arms in review.exports for row in arms if row.arm == "export" and row.tpot_s is not None
+        row.tpot_s.median for visit in visits for row in visit.main if row.arm == "export" and row.tpot_s is not None
     ]
     return bool(times) and times[-1] <= min(times)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.latency.review import tpot_of
 from grpo_toolkit.tracking.charts.style import colours_of, is_variant, label_of
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def box_plots(review: Review) -> dict[str, Any]:
 
 
 def _values_ms(row: LatencyRow, name: str) -> list[float]:
-    timelines = [timeline for timeline in row.timelines if timeline.token_times_s]
+    times = [timeline for timeline in row.timelines if timeline.token_times_s]
     if name == "tpot_ms":
-        return [tpot * 1e3 for timeline in timelines if (tpot := tpot_of(timeline)) is not None]
-    return [timeline.token_times_s[0 if name == "ttft_ms" else -1] * 1e3 for timeline in timelines]
+        return [tpot * 1e3 for timeline in times if (tpot := timeline.tpot_s) is not None]
+    return [(timeline.ttft_s if name == "ttft_ms" else timeline.e2e_s) * 1e3 for timeline in times]

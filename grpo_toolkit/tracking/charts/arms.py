@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.latency.review import tpot_of
+from grpo_toolkit.latency.review import visits_of
 from grpo_toolkit.tracking.charts.style import (
     LIGHT,
     colours_of,
@@ -111,9 +111,9 @@ def draw_distributions(review: Review) -> Figure | None:
     if not rows:
         return None
     panels = {
-        "TTFT (ms)": [[t.token_times_s[0] for t in row.timelines if t.token_times_s] for row in rows],
-        "TPOT (ms)": [[tpot for t in row.timelines if (tpot := tpot_of(t)) is not None] for row in rows],
-        "E2E (ms)": [[_end(t.token_times_s, t.phases_s) for t in row.timelines if t.token_times_s] for row in rows],
+        "TTFT (ms)": [[t.ttft_s for t in row.timelines if t.token_times_s] for row in rows],
+        "TPOT (ms)": [[tpot for t in row.timelines if (tpot := t.tpot_s) is not None] for row in rows],
+        "E2E (ms)": [[t.e2e_s for t in row.timelines if t.token_times_s] for row in rows],
     }
     figure = new_figure(3.0)
     colours = colours_of([row.arm for row in rows])
@@ -123,10 +123,6 @@ def draw_distributions(review: Review) -> Figure | None:
     handles = [figure.axes[0].plot([], [], "s", color=colours[row.arm])[0] for row in rows]
     legend_below(figure, handles, [label_of(row.arm) for row in rows])
     return figure
-
-
-def _end(times: Sequence[float], phases: dict[str, float]) -> float:
-    return times[-1] + phases.get("detokenize_s", 0.0)
 
 
 def _draw_boxes(axes: Axes, rows: Sequence[LatencyRow], values: list[list[float]], colours: dict[str, str]) -> None:
@@ -182,6 +178,8 @@ def draw_lengths(review: Review) -> Figure | None:
 
 
 def _lengths(row: LatencyRow, kind: str) -> list[int]:
+    if kind == "output":
+        return [length for t in row.timelines for length in (t.output_lengths or [t.output_tokens])]
     found = [getattr(timeline, f"{kind}_tokens") for timeline in row.timelines]
     return [length for length in found if length is not None]
 
@@ -204,8 +202,8 @@ def _mark_cap(axes: Axes, rows: Sequence[LatencyRow]) -> None:
 def draw_trend(review: Review) -> Figure | None:
     """Time per output token of every arm at every measured step."""
     points: dict[str, dict[int, LatencyRow]] = {}
-    for rows in review.exports:
-        for row in rows:
+    for visit in visits_of(review):
+        for row in visit.arms:
             if row.step is not None and row.tpot_s is not None and not is_variant(row.arm):
                 points.setdefault(row.arm, {})[row.step] = row
     if len({step for steps in points.values() for step in steps}) < 2:

@@ -1,0 +1,133 @@
+"""One thing to time, the engine behind it, and what it has answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.engines.protocol import EngineFacts, Options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One thing to time, and how it runs.
+
+    Attributes:
+        name: on charts.
+        path: a model or adapter folder; it gets a process of its own.
+        url: or an OpenAI-compatible endpoint, such as `http://localhost:8000/v1`; `path`, if given too, names its
+            model there.
+        live: or a model in this process with its processor, measured as it stands.
+        options: how it is loaded and runs.
+        process: arms of the same folder share a process if this number and what they are loaded with are the same.
+    """
+
+    name: str
+    path: Path | None = None
+    url: str | None = None
+    live: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
+    options: Options = field(default_factory=Options)
+    process: int = 0
+
+    @property
+    def place(self) -> str:
+        """Where it is: a folder, an address, or "live"."""
+        if self.url is not None:
+            return self.url if self.path is None else f"{self.url} {self.path}"
+        return "live" if self.path is None else str(self.path)
+
+    @property
+    def engine_key(self) -> tuple[object, ...]:
+        """Arms with the same key share an engine."""
+        live = None if self.live is None else id(self.live[0])
+        return (self.path, self.url, live, self.process, self.options.load_key)
+
+
+@dataclass
+class Measured:
+    """What one arm has done so far."""
+
+    facts: EngineFacts = field(default_factory=EngineFacts)
+    answers: list[Answer] = field(default_factory=list)
+    evidence: Evidence | None = None
+    hardware: dict[str, float] = field(default_factory=dict)
+    warmup_s: float = 0.0
+    error: str | None = None
+
+
+class Engines:
+    """The engines of a session: arms that load alike share one. A context manager that closes them all."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[object, ...], Engine] = {}
+
+    def open(self, arm: Arm) -> Engine:
+        """The engine of an arm, started if there is none yet."""
+        if arm.engine_key not in self._open:
+            self._open[arm.engine_key] = open_engine(arm)
+        return self._open[arm.engine_key]
+
+    def close(self) -> None:
+        """End every process that was started."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def processor_of(arms: Sequence[Arm]) -> Any:
+    """The processor (or tokenizer) of the first arm that has one here, to count tokens with; None for endpoints alone.
+
+    Raises:
+        CheckpointError: a folder that is no checkpoint.
+    """
+    from grpo_toolkit.checkpoint import ADAPTER_CONFIG, find_base, open_checkpoint, read_json
+    from grpo_toolkit.inference import has_processor, load_processor
+
+    for arm in arms:
+        if arm.live is not None:
+            return arm.live[1]
+        if arm.url is not None or arm.path is None:
+            continue
+        path: Path | None = open_checkpoint(arm.path).path
+        if not has_processor(arm.path):
+            adapter = arm.path / ADAPTER_CONFIG
+            path = find_base(read_json(adapter).get("base_model_name_or_path")) if adapter.is_file() else None
+        if path is not None:
+            return load_processor(path)
+    return None
+
+
+def open_engine(arm: Arm) -> Engine:
+    """Start what an arm names.
+
+    Raises:
+        InputError: it names nothing, or several things.
+        CheckpointError: its folder is no checkpoint.
+    """
+    if sum(what is not None for what in (arm.url or arm.path, arm.live)) != 1:
+        raise InputError(f"arm {arm.name}: name one of a folder, an endpoint or a live model")
+    if arm.live is not None:
+        from grpo_toolkit.latency.engines.local import LocalEngine
+
+        return LocalEngine(*arm.live)
+    if arm.url is not None:
+        from grpo_toolkit.latency.engines.endpoint import EndpointEngine
+
+        return EndpointEngine(arm.url, model=None if arm.path is None else str(arm.path))
+    from grpo_toolkit.checkpoint import open_checkpoint
+    from grpo_toolkit.latency.engines.process import ProcessEngine
+
+    assert arm.path is not None
+    return ProcessEngine(open_checkpoint(arm.path).path, arm.options)

@@ -1,0 +1,363 @@
+"""A live model in this process, timed phase by phase.
+
+The timed path carries no hook on the language model, so that compiled and eager decoding run as they would anywhere
+else: a token's time is when `generate` hands it to a streamer, which needs it on the host. The vision tower is timed
+by a hook of its own, with CUDA events on a GPU, read when the answer is done. What needs hooks on the whole model
+(lengths, cache) is asked in a separate, untimed answer (`prove`).
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from grpo_toolkit.cache import base_model, is_checkpointing
+from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError
+from grpo_toolkit.inference import image_messages, render_chat, resident_peak
+from grpo_toolkit.latency.engines.markers import split_answer
+from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
+from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
+from grpo_toolkit.latency.environment import environment_of, probe_hardware
+from grpo_toolkit.latency.row import Proof, Timeline
+from grpo_toolkit.latency.sizes import ModelSizes, sizes_of
+from grpo_toolkit.probe import CacheProbe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+    from PIL.Image import Image
+
+    from grpo_toolkit.inference import Request
+
+_GREEDY: Final = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+}
+
+
+class LocalEngine:
+    """A model and its processor, where they are, as they stand (eval mode or not, cache on or not)."""
+
+    def __init__(self, model: torch.nn.Module, processor: Any) -> None:
+        self.model = model
+        self.processor = processor
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+
+    def facts(self) -> EngineFacts:
+        """Dtype, sizes, attention and the environment of this process."""
+        inner = base_model(self.model)
+        return EngineFacts(
+            dtype=str(inner.dtype).removeprefix("torch."),
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            attn_implementation=getattr(inner.config, "_attn_implementation", None),
+            is_adapter=hasattr(inner, "peft_config") or inner is not self.model,
+            sizes=live_sizes(self.model),
+            environment=environment_of(str(inner.device)),
+        )
+
+    def ask(self, requests: Sequence[Request], options: Options) -> Answer:
+        """Answer a batch, timed (see `Engine.ask`)."""
+        import torch
+
+        cap, exact = requests[0].max_new_tokens, requests[0].exact
+        device = base_model(self.model).device
+        with self._ready(requests, options), VisionTimer(self.model, device) as vision:
+            clock = TokenClock(device)
+            inputs, image_s = self._prepare(requests)
+            tokenized_s = clock.now()
+            inputs = _moved(inputs, base_model(self.model))
+            synchronize(device)
+            transferred_s = clock.now()
+            output = cast("Any", self.model).generate(**inputs, **_settings(cap, options), streamer=clock)
+            prompt = int(inputs["input_ids"].shape[1])
+            texts = self._tokenizer.batch_decode(output[:, prompt:], skip_special_tokens=True)
+            end_s = clock.now()
+            peaks = clock.peaks()
+            before_s, after_s = vision.seconds(first_token=clock.first_token)
+        times = clock.times_s
+        tokens = self._cut(output[:, prompt:].tolist(), exact=exact, options=options)
+        phases = {
+            "tokenize_s": tokenized_s - image_s,
+            "image_s": image_s,
+            "transfer_s": transferred_s - tokenized_s,
+            "vision_s": before_s + after_s,
+            "prefill_s": times[0] - transferred_s - before_s,
+            "decode_s": times[-1] - times[0] - after_s,
+            "detokenize_s": end_s - times[-1],
+        }
+        think = split_answer([self._tokenizer.decode([token]) for token in tokens[0]]) if len(tokens) == 1 else None
+        del output
+        torch_peak = torch.device(device).type == "cuda"
+        return Answer(
+            timeline=Timeline(
+                token_times_s=times,
+                prompt_tokens=prompt,
+                output_tokens=sum(map(len, tokens)),
+                output_lengths=[len(row) for row in tokens],
+                image_tokens=self._image_tokens(inputs["input_ids"]),
+                think_tokens=None if think is None else think.think,
+                answer_tokens=None if think is None else think.answer,
+                first_answer_s=None if think is None or think.first_answer is None else times[think.first_answer],
+                is_capped=not exact and any(len(row) == cap and not self._ends(row, options) for row in tokens),
+                phases_s=phases,
+            ),
+            tokens=tokens,
+            texts=texts,
+            peak_allocated_bytes=peaks[0] if torch_peak else None,
+            peak_reserved_bytes=peaks[1] if torch_peak else None,
+            peak_resident_bytes=resident_peak(),
+        )
+
+    def prove(self, requests: Sequence[Request], options: Options) -> Evidence:
+        """Answer a batch under observation: lengths of every forward, the cache, the vision tower. Not compiled."""
+        cap, exact = requests[0].max_new_tokens, requests[0].exact
+        with self._ready(requests, options), CacheProbe(self.model) as probe:
+            inputs = _moved(self._prepare(requests)[0], base_model(self.model))
+            settings = _settings(cap, options, compiled=False)
+            output = cast("Any", self.model).generate(**inputs, **settings, return_dict_in_generate=True)
+            prompt = int(inputs["input_ids"].shape[1])
+            grid = inputs.get("image_grid_thw")
+            return Evidence(
+                proof=Proof(
+                    is_cached=probe.is_cached, step_lengths=probe.step_lengths, vision_calls=probe.vision_calls
+                ),
+                kv_bytes=cache_bytes(getattr(output, "past_key_values", None)),
+                tokens=self._cut(output.sequences[:, prompt:].tolist(), exact=exact, options=options),
+                patches=0 if grid is None else int(grid.prod(dim=-1).sum()),
+            )
+
+    def probe_hardware(self) -> dict[str, float]:
+        """Bandwidth and matrix throughput of the model's device, measured now."""
+        return probe_hardware(base_model(self.model).device, base_model(self.model).dtype)
+
+    def close(self) -> None:
+        """Nothing: the model is its owner's."""
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _ready(self, requests: Sequence[Request], options: Options) -> Iterator[None]:
+        import torch
+
+        if len({(request.max_new_tokens, request.exact) for request in requests}) != 1:
+            raise InputError("requests of one batch must ask for as many new tokens, all exactly or none")
+        changes: dict[str, Any] = {}
+        if requests[0].exact:
+            changes["eos_token_id"] = None  # nothing ends the answer, and nothing is paid for barring its end
+        elif options.eos_token_ids is not None:
+            changes["eos_token_id"] = list(options.eos_token_ids)
+        if options.cache_implementation == "dynamic":
+            changes["cache_implementation"] = None
+        if self._decodes_without_cache(options):
+            # A model of random weights may say an image token, which the next full forward looks for an image for.
+            changes["suppress_tokens"] = self._image_ids() or None
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_generation_config(base_model(self.model), changes))
+            if options.sdpa_backend is not None:
+                stack.enter_context(_sdpa(options.sdpa_backend))
+            if options.training:
+                stack.enter_context(_left_in_training(self.model))
+            if options.sample:
+                torch.manual_seed(0)
+            with _expected_errors(f"a batch of {len(requests)}"):
+                yield
+
+    def _prepare(self, requests: Sequence[Request]) -> tuple[Any, float]:
+        """The processor's output for a batch, padded on the left, and the seconds of its image side."""
+        texts: list[str] = []
+        images: list[Image] = []
+        for request in requests:
+            messages = image_messages(request)
+            images += request.images
+            if hasattr(self.processor, "image_processor"):
+                text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            else:
+                text = render_chat(self.processor, messages)
+            texts.append(text)
+        padding: dict[str, Any] = {}
+        if len(texts) > 1:
+            padding = {"padding": True, "padding_side": "left"}
+            if self._tokenizer.pad_token is None:
+                self._tokenizer.pad_token = self._tokenizer.eos_token
+        if not hasattr(self.processor, "image_processor"):
+            return self.processor(texts, return_tensors="pt", add_special_tokens=False, **padding), 0.0
+        with timed_images(self.processor) as spent:
+            inputs = self.processor(text=texts, images=images or None, return_tensors="pt", **padding)
+        return inputs, sum(spent)
+
+    def _decodes_without_cache(self, options: Options) -> bool:
+        said = options.use_cache
+        return (base_model(self.model).generation_config.use_cache if said is None else said) is False
+
+    def _image_ids(self) -> list[int]:
+        config = base_model(self.model).config
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        return sorted({found for name in names if isinstance(found := getattr(config, name, None), int)})
+
+    def _image_tokens(self, tokens: torch.Tensor) -> int | None:
+        config = base_model(self.model).config
+        token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        return None if token is None else int((tokens[0] == token).sum())
+
+    def _cut(self, rows: list[list[int]], *, exact: bool, options: Options) -> list[list[int]]:
+        """Each sequence up to its own end: `generate` pads those that end before the longest."""
+        if exact:
+            return rows
+        ends = self._eos(options)
+        return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+    def _ends(self, row: list[int], options: Options) -> bool:
+        return bool(row) and row[-1] in self._eos(options)
+
+    def _eos(self, options: Options) -> set[int]:
+        generation_config = base_model(self.model).generation_config
+        found: Any = options.eos_token_ids or getattr(generation_config, "eos_token_id", None)
+        return set() if found is None else set(found if isinstance(found, list | tuple) else [found])
+
+
+def live_sizes(model: torch.nn.Module) -> ModelSizes | None:
+    """The sizes of a live model, adapters included."""
+    tensors = {name: (tuple(p.shape), p.numel() * p.element_size()) for name, p in model.named_parameters()}
+    return sizes_of(base_model(model).config.to_dict(), tensors)
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """What a KV cache holds: allocated keys and values of every layer."""
+    if cache is None:
+        return None
+    layers = getattr(cache, "layers", None)
+    if layers is not None:
+        pairs = [(layer.keys, layer.values) for layer in layers]
+    else:  # transformers before 4.54 (huggingface/transformers#39106)
+        pairs = list(zip(cache.key_cache, cache.value_cache, strict=True))
+    return sum(int(t.numel() * t.element_size()) for pair in pairs for t in pair if hasattr(t, "numel"))
+
+
+def _settings(cap: int, options: Options, *, compiled: bool | None = None) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"max_new_tokens": cap, **({} if options.sample else _GREEDY)}
+    if options.use_cache is not None:
+        chosen["use_cache"] = options.use_cache
+    if options.cache_implementation not in (None, "dynamic"):
+        chosen["cache_implementation"] = options.cache_implementation
+        wanted = options.is_compiled if compiled is None else compiled
+        if not wanted:
+            chosen["disable_compile"] = True
+        elif options.device == "cpu":  # generate compiles on accelerators alone, unless it is told
+            from transformers.generation.configuration_utils import CompileConfig
+
+            chosen["compile_config"] = CompileConfig()
+            chosen["compile_config"]._compile_all_devices = True
+    return chosen
+
+
+def _moved(inputs: Any, model: Any) -> Any:
+    import torch
+
+    inputs = inputs.to(model.device)
+    # Processors make float32 pixels; only some vision towers cast them (Qwen2.5-VL does, LLaVA does not).
+    for name, value in inputs.items():
+        if torch.is_floating_point(value):
+            inputs[name] = value.to(model.dtype)
+    return inputs
+
+
+@contextmanager
+def _generation_config(model: Any, changes: dict[str, Any]) -> Iterator[None]:
+    """Change the model's own generation config for a while: `generate` fills what a caller leaves out from there."""
+    generation_config = model.generation_config
+    before = {name: getattr(generation_config, name, None) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(generation_config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(generation_config, name, value)
+
+
+@contextmanager
+def _sdpa(backend: str) -> Iterator[None]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    known = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+    }
+    allowed = [known[name] for name in known if name != "cudnn"] if backend == "no_cudnn" else [known[backend]]
+    with sdpa_kernel(allowed):
+        yield
+
+
+@contextmanager
+def _left_in_training(model: torch.nn.Module) -> Iterator[None]:
+    """Train mode with gradient checkpointing, as `train()` leaves its model; put back on exit."""
+    inner = base_model(model)
+    modes = [(module, module.training) for module in model.modules()]
+    before = [(vars(module), vars(module).get("gradient_checkpointing")) for module in model.modules()]
+    was_checkpointing = is_checkpointing(model)
+    try:
+        model.train()
+        inner.gradient_checkpointing_enable()
+        yield
+    finally:
+        if not was_checkpointing:
+            inner.gradient_checkpointing_disable()  # PEFT's models have a hook beside the flags
+        for attributes, was_on in before:
+            if was_on is None:  # a class's default, which enabling hides
+                attributes.pop("gradient_checkpointing", None)
+            else:
+                attributes["gradient_checkpointing"] = was_on
+        for module, was_training in modes:
+            module.training = was_training
+
+
+@contextmanager
+def _expected_errors(what: str) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message = (str(error) or type(error).__name__).splitlines()[0]
+    except RuntimeError as error:
+        if any(words in str(error) for words in ("No available kernel", "No viable backend")):
+            raise UnsupportedError(f"no SDPA kernel of those allowed can do this: {error}") from error
+        # The CPU's allocator raises no class of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        message = str(error).splitlines()[0]
+    else:
+        return
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemoryError(f"out of memory with {what}: {message}")
+
+
+def with_pixels(processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> Any:
+    """Overrule the pixel limits of a processor, in both forms in which releases keep them."""
+    images: Any = getattr(processor, "image_processor", None)
+    size: dict[str, int] = {}
+    for name, edge, value in (("min_pixels", "shortest_edge", min_pixels), ("max_pixels", "longest_edge", max_pixels)):
+        if value is not None and images is not None:
+            setattr(images, name, value)
+            size[edge] = value
+    if size and isinstance(getattr(images, "size", None), dict):
+        images.size = {**images.size, **size}
+    elif size and hasattr(images, "size"):
+        for edge, value in size.items():
+            setattr(images.size, edge, value)
+    return processor

@@ -1,0 +1,148 @@
+"""One protocol for everything that is timed: requests in, one timeline of token times out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.row import Proof, Timeline
+    from grpo_toolkit.latency.sizes import ModelSizes
+
+SdpaBackend = Literal["flash", "efficient", "math", "cudnn", "no_cudnn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is loaded and runs. None leaves a setting to the model's files, or to the library.
+
+    Attributes:
+        device: "cpu", "cuda", "cuda:1", ...
+        device_map: accelerate's, such as "auto"; None puts the whole model on `device`.
+        dtype: "float32", "bfloat16", ...; None is that of the files.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...
+        min_pixels, max_pixels: of the image processor.
+        threads: of torch in the model's process.
+        use_cache: overrules `generation_config.use_cache`.
+        cache_implementation: "dynamic", "static", ...
+        compiled: with a static cache, whether decoding is compiled; the library does it on GPUs and not on CPUs.
+        sdpa_backend: which kernel SDPA may use; "no_cudnn" allows all but that one.
+        eos_token_ids: end a natural answer at these.
+        training: train mode with gradient checkpointing on, as a trainer leaves its model.
+        sample: decode as the generation config says (seeded), not greedily with every penalty off.
+    """
+
+    device: str = "cpu"
+    device_map: str | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    threads: int | None = None
+    use_cache: bool | None = None
+    cache_implementation: str | None = None
+    compiled: bool | None = None
+    sdpa_backend: SdpaBackend | None = None
+    eos_token_ids: tuple[int, ...] | None = None
+    training: bool = False
+    sample: bool = False
+
+    @property
+    def load_key(self) -> tuple[object, ...]:
+        """Arms that differ in these need a model of their own; in the others they can share one."""
+        pixels = (self.min_pixels, self.max_pixels)
+        return (self.device, self.device_map, self.dtype, self.attn_implementation, pixels, self.threads)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether decoding runs compiled: transformers does so by itself for a static cache on a GPU."""
+        wanted = self.device.startswith("cuda") if self.compiled is None else self.compiled
+        return wanted and self.cache_implementation in ("static", "hybrid", "sliding_window")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What an engine says of itself: None is "does not say".
+
+    Attributes:
+        dtype: of the weights, "" behind an endpoint.
+        parameters: how many.
+        attn_implementation: what the library chose.
+        is_adapter: whether an unmerged adapter runs beside its base.
+        sizes: what the roofline needs.
+        environment: versions and hardware of the process that runs the model.
+    """
+
+    dtype: str = ""
+    parameters: int | None = None
+    attn_implementation: str | None = None
+    is_adapter: bool = False
+    sizes: ModelSizes | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one batch of requests did: its timeline, and what was said.
+
+    Attributes:
+        timeline: all times.
+        tokens: the output tokens of each sequence, end of sequence included; empty behind an endpoint.
+        texts: the output text of each sequence.
+        peak_allocated_bytes, peak_reserved_bytes: of the GPU's allocator, None on a CPU.
+        peak_resident_bytes: of the process.
+    """
+
+    timeline: Timeline
+    tokens: list[list[int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_resident_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What was seen without a clock: one more answer to the same requests, with hooks on the model.
+
+    Attributes:
+        proof: lengths, cache, runs of the vision tower.
+        kv_bytes: what the KV cache held at the end.
+        tokens: the output tokens of each sequence.
+        patches: image patches that the vision tower was given.
+    """
+
+    proof: Proof
+    kv_bytes: int | None = None
+    tokens: list[list[int]] = field(default_factory=list)
+    patches: int = 0
+
+
+class Engine(Protocol):
+    """A model that can be asked. `close` frees what it holds; an engine is also a context manager."""
+
+    def facts(self) -> EngineFacts:
+        """What is running; waits until it is loaded."""
+
+    def ask(self, requests: Sequence[Request], options: Options) -> Answer:
+        """Answer a batch. Requests of one batch have the same `max_new_tokens` and `exact`.
+
+        Raises:
+            OutOfMemoryError: the batch did not fit; the engine can be asked again.
+            UnsupportedError: no kernel of the SDPA backend can do it.
+        """
+
+    def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
+        """Answer a batch under observation, untimed; None where nothing can be observed."""
+
+    def probe_hardware(self) -> dict[str, float]:
+        """Bandwidth (bytes/s) and matrix throughput (FLOP/s) of the device, measured now; {} if out of reach."""
+
+    def close(self) -> None:
+        """Free everything."""

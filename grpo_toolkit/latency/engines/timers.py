@@ -1,0 +1,130 @@
+"""What times an answer without slowing it: tokens by a streamer, the vision tower by events, images by a proxy."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.cache import base_model
+from grpo_toolkit.inference import reset_resident_peak
+from grpo_toolkit.probe import vision_tower
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+
+class TokenClock:
+    """A `generate` streamer that notes when each step's tokens reached the host; peaks of memory since its start."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.device = device
+        self.times_s: list[float] = []
+        self.first_token = float("inf")  # perf_counter's, for the vision tower's timer
+        self._saw_prompt = False
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        reset_resident_peak()
+        synchronize(device)
+        self._start = time.perf_counter()
+
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def put(self, value: torch.Tensor) -> None:
+        """`generate` hands over the prompt first, then each step's tokens."""
+        if not self._saw_prompt:
+            self._saw_prompt = True
+            return
+        moment = time.perf_counter()
+        self.times_s.append(moment - self._start)
+        self.first_token = min(self.first_token, moment)
+
+    def end(self) -> None:
+        """Nothing to do: the last token has been noted."""
+
+    def peaks(self) -> tuple[int, int]:
+        """Allocated and reserved bytes of the GPU; zeros on a CPU."""
+        import torch
+
+        if self.device.type != "cuda":
+            return 0, 0
+        return int(torch.cuda.max_memory_allocated(self.device)), int(torch.cuda.max_memory_reserved(self.device))
+
+
+class VisionTimer:
+    """Times the vision tower: on a GPU with events on its stream, which make nobody wait."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        self._tower = vision_tower(base_model(model))
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[float, Any]] = []
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> VisionTimer:
+        if self._tower is not None:
+            self._hooks.callback(self._tower.register_forward_pre_hook(self._mark).remove)
+            self._hooks.callback(self._tower.register_forward_hook(self._mark).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def _mark(self, *_: object) -> None:
+        event: Any = None
+        if self._on_gpu:
+            import torch
+
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+        self._marks.append((time.perf_counter(), event))
+
+    def seconds(self, *, first_token: float) -> tuple[float, float]:
+        """What the tower took before the first token, and after it."""
+        before = after = 0.0
+        for (begin, first), (end, last) in zip(self._marks[::2], self._marks[1::2], strict=True):
+            spent = first.elapsed_time(last) / 1e3 if self._on_gpu else end - begin
+            if begin < first_token:
+                before += spent
+            else:
+                after += spent
+        return before, after
+
+
+class _TimedCall:
+    def __init__(self, target: Any, spent: list[float]) -> None:
+        self._target, self._spent = target, spent
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = self._target(*args, **kwargs)
+        self._spent.append(time.perf_counter() - start)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+@contextmanager
+def timed_images(processor: Any) -> Iterator[list[float]]:
+    """Time the image processor inside a processor's call."""
+    spent: list[float] = []
+    inside = processor.image_processor
+    processor.image_processor = _TimedCall(inside, spent)
+    try:
+        yield spent
+    finally:
+        processor.image_processor = inside
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has done what it was told."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)

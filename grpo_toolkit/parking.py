@@ -1,0 +1,94 @@
+"""A trained model and its optimizer moved off the GPU for a while, so that fresh processes have room there.
+
+Only where it is plain to do: whole tensors of plain parameters that nobody else has views of. Sharded models (FSDP,
+ZeRO) and quantised ones stay where they are.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.distributed import is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    Place = tuple[torch.Tensor, Callable[[torch.Tensor], None]]
+
+
+@contextmanager
+def parked(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
+    """Hold parameters, gradients, buffers and optimizer state on the CPU; put back, bit for bit, on exit.
+
+    The parameters stay the same objects, so optimizers and wrappers that refer to them go on working.
+
+    Args:
+        model: the trained model.
+        optimizer: its torch optimizer, or accelerate's wrapper of one.
+
+    Yields:
+        Bytes that were freed; 0 where nothing is on a GPU, it is not safe to move, or the CPU has no room.
+    """
+    import torch
+
+    places = [(tensor, put) for tensor, put in _places(model, optimizer) if tensor.device.type == "cuda"]
+    count = sum(tensor.numel() * tensor.element_size() for tensor, _ in places)
+    if not places or not _is_safe(model, [tensor for tensor, _ in places]) or count > 0.8 * available_bytes():
+        yield 0
+        return
+    away: list[tuple[Callable[[torch.Tensor], None], torch.Tensor, torch.device]] = []
+    try:
+        while places:  # popped one by one: the list would hold on the GPU what is to be freed there
+            tensor, put = places.pop()
+            away.append((put, tensor.to("cpu"), tensor.device))
+            put(away[-1][1])
+            del tensor
+        torch.cuda.empty_cache()
+        yield count
+    finally:
+        for put, copy, device in away:
+            put(copy.to(device))
+
+
+def available_bytes() -> int:
+    """Memory of the machine that can be had now; without /proc/meminfo as much as anybody asks for."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def _places(model: torch.nn.Module, optimizer: Any) -> Iterator[Place]:
+    """Every tensor that a training holds, with how to put another one in its place."""
+    for parameter in model.parameters():
+        yield parameter.data, _data_setter(parameter)
+        if parameter.grad is not None:
+            yield parameter.grad.data, _data_setter(parameter.grad)
+    for buffer in model.buffers():
+        yield buffer.data, _data_setter(buffer)
+    for state in getattr(optimizer, "state", {}).values():
+        for value in state.values():
+            if hasattr(value, "element_size"):
+                yield value.data, _data_setter(value)
+
+
+def _data_setter(tensor: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def put(data: torch.Tensor) -> None:
+        tensor.data = data
+
+    return put
+
+
+def _is_safe(model: torch.nn.Module, tensors: list[torch.Tensor]) -> bool:
+    import torch
+
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    has_views = len(storages) < sum(tensor.numel() > 0 for tensor in tensors)
+    is_plain = all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
+    return is_plain and not has_views and not is_sharded(model)
