@@ -133,6 +133,8 @@ def legend_below(figure: Figure, handles: Any = None, labels: Any = None, *, col
         handles, labels = figure.axes[0].get_legend_handles_labels()
     longest = max(map(len, labels), default=1)
     fitting = max(1, min(columns, _LEGEND_LETTERS // (longest + 4)))
+    rows = -(-len(labels) // fitting)
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 1))
     figure.legend(handles, labels, loc="outside lower center", ncols=fitting, handlelength=1.2, columnspacing=1.4)
 
 
