@@ -127,7 +127,7 @@ def _rank(group: Sequence[LatencyRow]) -> tuple[bool, bool, int, bool]:
 def arm_order(arm: str) -> tuple[int, str]:
     """Base, checkpoint, export, each followed by its variants; then the others by name."""
     for place, name in enumerate(_ORDER):
-        if arm == name or arm.startswith(f"{name}_"):
+        if arm == name or arm.startswith((f"{name}_", f"{name} (")):
             return place, arm
     return len(_ORDER), arm
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.review import Review, arm_order, median_of
 from grpo_toolkit.tracking.charts.gallery import CHARTS
-from grpo_toolkit.tracking.charts.style import PALETTE, as_svg, label_of, styled
+from grpo_toolkit.tracking.charts.style import PALETTE, as_svg, is_variant, label_of, styled
 from grpo_toolkit.tracking.findings import export_manifest, findings_of
 from grpo_toolkit.tracking.headline import headline_of, interval
 
@@ -56,6 +56,7 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
             raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to compare")
     names = _two_names(one.path, other.path)
     common = [row.arm for row in one.arms if row.arm in {row.arm for row in other.arms}]
+    drawn = [arm for arm in common if not is_variant(arm)] or common
     if not common:
         found = ", ".join(row.arm for row in one.arms), ", ".join(row.arm for row in other.arms)
         raise InputError(f"{one.path} and {other.path} have no arm in common ({found[0]}; {found[1]})")
@@ -63,7 +64,7 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
         replace(row, arm=f"{row.arm} ({name})", session=f"compared {row.session}", ratios=[], step=None)
         for name, review in zip(names, (one, other), strict=True)
         for row in review.rows
-        if row.arm in common
+        if row.arm in drawn
     ]
     newest = [
         replace(
@@ -71,7 +72,7 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
         )
         for name, review in zip(names, (one, other), strict=True)
         for row in review.arms
-        if row.arm in common
+        if row.arm in drawn
     ]
     both = Review(path=other.path, rows=[*rows, *sorted(newest, key=lambda row: arm_order(row.arm))])
     pairs = [({r.arm: r for r in one.arms}[arm], {r.arm: r for r in other.arms}[arm]) for arm in common]

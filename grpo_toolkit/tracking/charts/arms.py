@@ -51,7 +51,7 @@ def draw_bars(review: Review) -> Figure | None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("time per output token (ms), median and quartiles")
+    axes.set_xlabel("time per output token (ms)")
     axes.set_xlim(0, max(row.tpot_s.q3 for row in rows if row.tpot_s is not None) * 1e3 * 1.18)
     return figure
 

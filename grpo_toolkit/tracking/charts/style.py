@@ -100,25 +100,25 @@ def new_figure(height: float = 3.1) -> Figure:
 
 def label_of(arm: str) -> str:
     """An arm's name as people read it."""
-    return _LABELS.get(arm, arm.replace("_", " "))
+    name, bracket, run = arm.partition(" (")
+    return _LABELS.get(name, name.replace("_", " ")) + bracket + run
 
 
 def is_variant(arm: str) -> bool:
     """Whether it is an arm made slow on purpose, which would squeeze the others where small differences count."""
-    return arm.endswith("_no_cache")
+    return arm.partition(" (")[0].endswith("_no_cache")
 
 
 def colours_of(arms: Sequence[str]) -> dict[str, str]:
-    """A colour per arm, the same in every chart of a report."""
+    """A colour per arm, the same in every chart of a report; the second run of a comparison takes the spare ones."""
     colours: dict[str, str] = {}
-    others = [LIGHT[name] for name in ("other1", "other2", "other3", "other4", "off")]
+    own = {"base": "base", "checkpoint": "checkpoint", "export": "export", "export_no_cache": "off"}
+    spare = [LIGHT[name] for name in ("other1", "other2", "other3", "other4", "off")]
     for arm in dict.fromkeys(arms):
-        if arm in ("base", "checkpoint", "export"):
-            colours[arm] = LIGHT[arm]
-        elif arm == "export_no_cache":
-            colours[arm] = LIGHT["off"]
-        else:
-            colours[arm] = others[sum(a not in LIGHT and a != "export_no_cache" for a in colours) % len(others)]
+        colour = LIGHT.get(own.get(arm.partition(" (")[0], ""), spare[0])
+        if colour in colours.values() or colour == spare[0]:
+            colour = spare[sum(taken in spare for taken in colours.values()) % len(spare)]
+        colours[arm] = colour
     return colours
 
 
