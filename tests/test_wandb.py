@@ -34,10 +34,13 @@ METRICS = (
     "output_tokens_p50",
     "peak_memory_mb",
     "kv_cache_in_use",
+    "first_answer_ms_p50",
     "natural_e2e_ms_p50",
     "natural_output_tokens_p50",
 )
+AGAINST_BASE = ("tpot_vs_base", "tpot_vs_base_low", "tpot_vs_base_high")
 NAMES = {f"latency/{arm}/{metric}" for arm in ARMS for metric in METRICS}
+NAMES |= {f"latency/{arm}/{metric}" for arm in ARMS[1:] for metric in AGAINST_BASE}
 CHARTS = ("tpot", "waterfall", "positions", "distributions", "lengths")
 
 
@@ -145,7 +148,7 @@ def test_the_artifact_refers_to_the_export_without_a_copy(
     metadata = json.loads(artifact["metadata"])
     assert metadata["manifest_sha256"] == sha256(export / "grpo_toolkit.json")
     assert (metadata["step"], metadata["base"], metadata["findings"]) == (2, "qwen2_5_vl", [])
-    assert metadata["latency"].keys() == {f"latency/export/{metric}" for metric in METRICS}
+    assert metadata["latency"].keys() == {f"latency/export/{metric}" for metric in METRICS + AGAINST_BASE}
     entries = artifact["manifest"]["contents"]
     assert {entry["path"]: entry["ref"] for entry in entries} == {
         path.name: path.resolve().as_uri() for path in export.iterdir()

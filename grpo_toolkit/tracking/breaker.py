@@ -17,27 +17,36 @@ if TYPE_CHECKING:
 
 Kind = Literal["scalars", "media", "tables", "artifacts"]
 
-LIMITS_S: Final[dict[Kind, float]] = {"scalars": 0.8, "media": 0.8, "tables": 1.5, "artifacts": 1.2}
-"""How long one call may hold the training up. They sum to less than five seconds: that is the most that a tracker
-which hangs in every class can cost over a whole training, because a class is not tried again."""
+BUDGET_S: Final = 4.5
+"""The most that all calls into one tracker may hold a training up, from its first step to its end."""
+
+CALL_S: Final = 2.5
+"""The most of it that one call may take."""
+
+_FREE_S: Final = 0.25
+"""A call that comes back well within this is no delay: putting a row into a queue, drawing a Plotly box."""
 
 
 class Breaker:
     """Bounded calls for one tracker in one training.
 
+    Args:
+        budget_s, call_s: limits for all calls together and for each; a replay, which someone waits for, has wide ones.
+
     Attributes:
         problems: what went wrong, by class of call; a class in it is not called again.
-        waited_s: how long all calls together took.
+        waited_s: how much of the budget is used.
     """
 
-    def __init__(self, *, limits_s: dict[Kind, float] | None = None) -> None:
-        self.limits_s = dict(LIMITS_S if limits_s is None else limits_s)
+    def __init__(self, *, budget_s: float = BUDGET_S, call_s: float = CALL_S) -> None:
+        self.budget_s = budget_s
+        self.call_s = call_s
         self.problems: dict[str, str] = {}
         self.waited_s = 0.0
         self._said = False
 
     def call(self, kind: Kind, function: Callable[[], object]) -> bool:
-        """Run `function` in a thread of its own, within the class's time; whether it came back and did not raise."""
+        """Run `function` in a thread of its own, within what is left of the time; whether it came back well."""
         if kind in self.problems:
             return False
         errors: list[BaseException] = []
@@ -48,14 +57,20 @@ class Breaker:
             except BaseException as error:  # whatever a tracker raises, SystemExit included, stays in here
                 errors.append(error)
 
+        limit_s = min(self.call_s, self.budget_s - self.waited_s)
+        if limit_s <= 0:
+            self.problems[kind] = f"the {self.budget_s:g} s for trackers are used up"
+            return False
         started = time.monotonic()
         # A copied context: trackers keep their current run in context variables, which threads do not inherit.
         thread = threading.Thread(target=contextvars.copy_context().run, args=(guarded,), daemon=True)
         thread.start()
-        thread.join(self.limits_s[kind])
-        self.waited_s += time.monotonic() - started
+        thread.join(limit_s)
+        took_s = time.monotonic() - started
+        is_fine = not thread.is_alive() and not errors
+        self.waited_s += max(0.0, took_s - _FREE_S) if is_fine else took_s
         if thread.is_alive():
-            self.problems[kind] = f"no answer within {self.limits_s[kind]:g} s"
+            self.problems[kind] = f"no answer within {limit_s:.1f} s"
         elif errors:
             text = str(errors[0]).strip().splitlines()
             self.problems[kind] = f"{type(errors[0]).__name__}: {text[0]}" if text else type(errors[0]).__name__

@@ -80,7 +80,7 @@ def _to_wandb(review: Review, pages: Pages, facts: dict[str, Any]) -> Replayed:
     problem = prepare_environment(folder)
     is_offline = os.environ.get("WANDB_MODE") == "offline"
     name = facts.get("id") or _fresh_name(review)
-    breaker = Breaker(limits_s={"scalars": _PATIENCE_S, "media": _PATIENCE_S, "tables": _PATIENCE_S, "artifacts": 0.0})
+    breaker = Breaker(budget_s=10 * _PATIENCE_S, call_s=_PATIENCE_S)
     place: dict[str, Any] = {"project": facts.get("project") or os.environ.get("WANDB_PROJECT", "huggingface")}
     if facts.get("entity"):
         place["entity"] = facts["entity"]

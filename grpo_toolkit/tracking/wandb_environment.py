@@ -91,6 +91,8 @@ def _ask(key: str, limit_s: float) -> str | None:
             said: Any = json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return f"it says {error.code}" if error.code in (401, 403) or error.code >= 500 else None
+    except TimeoutError:
+        return f"no answer within {limit_s:g} s"
     except urllib.error.URLError as error:
         # A certificate that Python cannot check may be fine for W&B, which brings its own list: let W&B try.
         return None if isinstance(error.reason, ssl.SSLError) else f"it cannot be reached ({error.reason})"
