@@ -101,7 +101,7 @@ def test_an_image_that_the_model_does_not_allow_is_refused(processor: Any, token
 
 def test_a_prompt_without_room_is_refused(processor: Any) -> None:
     with pytest.raises(InputError, match="a prompt of 20 tokens has no room for its template and image"):
-        made_up(processor, prompt_tokens=20, image_tokens=16, max_new_tokens=3).batch(0)
+        made_up(processor, prompt_tokens=20, image_tokens=16, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("change", [{"requests": []}, {"max_new_tokens": 0}, {"batch_size": 0}])

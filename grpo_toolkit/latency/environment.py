@@ -26,6 +26,7 @@ _QUERY: Final = {
     "power_w": "power.draw",
     "throttle_reasons": "clocks_throttle_reasons.active",
     "gpu_utilization_percent": "utilization.gpu",
+    "gpu_memory_used_mib": "memory.used",
 }
 """Our names and nvidia-smi's."""
 
@@ -65,23 +66,26 @@ def environment_of(device: str) -> dict[str, str]:
 
 
 def gpu_state(device: torch.device) -> dict[str, str]:
-    """Clocks, throttling, temperature and other processes of a GPU, now; {} without nvidia-smi."""
+    """Clocks, throttling, temperature, memory in use and processes of a GPU, now; {} without nvidia-smi.
+
+    Processes are all that compute there, the measured ones among them: inside a container their numbers are others.
+    """
     import torch
 
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
     # CUDA_VISIBLE_DEVICES renumbers; the UUID does not.
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    if not uuid:
+        return {}
     card = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
     state = _smi(program, card, f"--query-gpu={','.join(_QUERY.values())}")
     values = [part.strip() for part in state[0].split(",")] if state else []
     facts = dict(zip(_QUERY, values, strict=False))
     if "throttle_reasons" in facts:
         facts["throttle_reasons"] = throttle_reasons(facts["throttle_reasons"])
-    own = {os.getpid(), os.getppid()}
-    users = [line.split(",")[0].strip() for line in _smi(program, card, "--query-compute-apps=pid,used_memory")]
-    facts["other_gpu_processes"] = str(sum(pid.isdigit() and int(pid) not in own for pid in users))
+    facts["gpu_processes"] = str(len(_smi(program, card, "--query-compute-apps=pid")))
     return {
         name: value for name, value in facts.items() if value and "N/A" not in value and "Not Supported" not in value
     }

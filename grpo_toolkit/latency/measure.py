@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -88,6 +89,7 @@ def measure_latency(
         measuring = _Measuring(engines or stack.enter_context(Engines()), arms, traffic, progress=progress)
         measuring.warm_up(warmup)
         measuring.run(rounds, budget_s=budget_s, precision=precision)
+        measuring.look_around()
         measuring.prove()
         if roofline:
             measuring.probe_hardware()
@@ -179,6 +181,15 @@ class _Measuring:
         if any(tpot is None for tpot in tpots):
             return [timeline.e2e_s for timeline in timelines]
         return [tpot for tpot in tpots if tpot is not None]
+
+    def look_around(self) -> None:
+        """Clocks and throttling as they are while the rounds still warm the device."""
+        known: dict[int, dict[str, str]] = {}
+        for name in self._alive(list(self.arms)):
+            engine = self.engines[name]
+            if id(engine) not in known:
+                known[id(engine)] = engine.environment()
+            self.found[name].facts = replace(self.found[name].facts, environment=known[id(engine)])
 
     def prove(self) -> None:
         for name in self._alive(list(self.arms)):

@@ -155,6 +155,7 @@ def made_up(
         words = _words(seed, number, wanted + 8)
         return _fit(empty, words, wanted, processor, image_tokens)
 
+    make(0)  # what cannot be made is said before any model is loaded
     return Traffic(
         name=kind, kind=kind, make=make, max_new_tokens=max_new_tokens, batch_size=batch_size,
         thinking=bool(thinking), seed=seed, lengths=lengths,

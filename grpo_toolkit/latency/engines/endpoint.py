@@ -100,6 +100,10 @@ class EndpointEngine:
         """None: a server cannot be looked into."""
         return None
 
+    def environment(self) -> dict[str, str]:
+        """The same as in `facts`."""
+        return self.facts().environment
+
     def probe_hardware(self) -> dict[str, float]:
         """{}: its device is out of reach."""
         return {}

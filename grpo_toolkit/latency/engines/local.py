@@ -8,16 +8,21 @@ by a hook of its own, with CUDA events on a GPU, read when the answer is done. W
 
 from __future__ import annotations
 
-import gc
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from grpo_toolkit.cache import base_model, is_checkpointing
-from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError
+from grpo_toolkit.cache import base_model
+from grpo_toolkit.errors import InputError
 from grpo_toolkit.inference import image_messages, render_chat, resident_peak
 from grpo_toolkit.latency.engines.markers import split_answer
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
+from grpo_toolkit.latency.engines.toggles import (
+    expected_errors,
+    generation_config_changed,
+    left_in_training,
+    sdpa_limited_to,
+)
 from grpo_toolkit.latency.environment import environment_of, probe_hardware
 from grpo_toolkit.latency.row import Proof, Timeline
 from grpo_toolkit.latency.sizes import ModelSizes, sizes_of
@@ -58,7 +63,7 @@ class LocalEngine:
             attn_implementation=getattr(inner.config, "_attn_implementation", None),
             is_adapter=hasattr(inner, "peft_config") or inner is not self.model,
             sizes=live_sizes(self.model),
-            environment=environment_of(str(inner.device)),
+            environment=self.environment(),
         )
 
     def ask(self, requests: Sequence[Request], options: Options) -> Answer:
@@ -132,6 +137,10 @@ class LocalEngine:
                 patches=0 if grid is None else int(grid.prod(dim=-1).sum()),
             )
 
+    def environment(self) -> dict[str, str]:
+        """The environment of this process, now."""
+        return environment_of(str(base_model(self.model).device))
+
     def probe_hardware(self) -> dict[str, float]:
         """Bandwidth and matrix throughput of the model's device, measured now."""
         return probe_hardware(base_model(self.model).device, base_model(self.model).dtype)
@@ -163,14 +172,14 @@ class LocalEngine:
             changes["suppress_tokens"] = self._image_ids() or None
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_generation_config(base_model(self.model), changes))
+            stack.enter_context(generation_config_changed(base_model(self.model), changes))
             if options.sdpa_backend is not None:
-                stack.enter_context(_sdpa(options.sdpa_backend))
+                stack.enter_context(sdpa_limited_to(options.sdpa_backend))
             if options.training:
-                stack.enter_context(_left_in_training(self.model))
+                stack.enter_context(left_in_training(self.model))
             if options.sample:
                 torch.manual_seed(0)
-            with _expected_errors(f"a batch of {len(requests)}"):
+            with expected_errors(f"a batch of {len(requests)}"):
                 yield
 
     def _prepare(self, requests: Sequence[Request]) -> tuple[Any, float]:
@@ -270,94 +279,3 @@ def _moved(inputs: Any, model: Any) -> Any:
         if torch.is_floating_point(value):
             inputs[name] = value.to(model.dtype)
     return inputs
-
-
-@contextmanager
-def _generation_config(model: Any, changes: dict[str, Any]) -> Iterator[None]:
-    """Change the model's own generation config for a while: `generate` fills what a caller leaves out from there."""
-    generation_config = model.generation_config
-    before = {name: getattr(generation_config, name, None) for name in changes}
-    try:
-        for name, value in changes.items():
-            setattr(generation_config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(generation_config, name, value)
-
-
-@contextmanager
-def _sdpa(backend: str) -> Iterator[None]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    known = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-    }
-    allowed = [known[name] for name in known if name != "cudnn"] if backend == "no_cudnn" else [known[backend]]
-    with sdpa_kernel(allowed):
-        yield
-
-
-@contextmanager
-def _left_in_training(model: torch.nn.Module) -> Iterator[None]:
-    """Train mode with gradient checkpointing, as `train()` leaves its model; put back on exit."""
-    inner = base_model(model)
-    modes = [(module, module.training) for module in model.modules()]
-    before = [(vars(module), vars(module).get("gradient_checkpointing")) for module in model.modules()]
-    was_checkpointing = is_checkpointing(model)
-    try:
-        model.train()
-        inner.gradient_checkpointing_enable()
-        yield
-    finally:
-        if not was_checkpointing:
-            inner.gradient_checkpointing_disable()  # PEFT's models have a hook beside the flags
-        for attributes, was_on in before:
-            if was_on is None:  # a class's default, which enabling hides
-                attributes.pop("gradient_checkpointing", None)
-            else:
-                attributes["gradient_checkpointing"] = was_on
-        for module, was_training in modes:
-            module.training = was_training
-
-
-@contextmanager
-def _expected_errors(what: str) -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        message = (str(error) or type(error).__name__).splitlines()[0]
-    except RuntimeError as error:
-        if any(words in str(error) for words in ("No available kernel", "No viable backend")):
-            raise UnsupportedError(f"no SDPA kernel of those allowed can do this: {error}") from error
-        # The CPU's allocator raises no class of its own.
-        if "can't allocate memory" not in str(error):
-            raise
-        message = str(error).splitlines()[0]
-    else:
-        return
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    raise OutOfMemoryError(f"out of memory with {what}: {message}")
-
-
-def with_pixels(processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> Any:
-    """Overrule the pixel limits of a processor, in both forms in which releases keep them."""
-    images: Any = getattr(processor, "image_processor", None)
-    size: dict[str, int] = {}
-    for name, edge, value in (("min_pixels", "shortest_edge", min_pixels), ("max_pixels", "longest_edge", max_pixels)):
-        if value is not None and images is not None:
-            setattr(images, name, value)
-            size[edge] = value
-    if size and isinstance(getattr(images, "size", None), dict):
-        images.size = {**images.size, **size}
-    elif size and hasattr(images, "size"):
-        for edge, value in size.items():
-            setattr(images.size, edge, value)
-    return processor

@@ -52,6 +52,10 @@ class ProcessEngine(ModelProcess):
         evidence = self._call("prove", requests, options)
         return Evidence(proof=Proof(**evidence.pop("proof")), **evidence)
 
+    def environment(self) -> dict[str, str]:
+        """The environment of the process, now (see `Engine.environment`)."""
+        return self._call("environment", (), Options())
+
     def probe_hardware(self) -> dict[str, float]:
         """Bandwidth and matrix throughput, measured in the process (see `Engine.probe_hardware`)."""
         return self._call("probe_hardware", (), Options())
@@ -87,8 +91,8 @@ def serve() -> None:
             message = json.loads(line)
             requests = [read_request(request) for request in message["requests"]]
             try:
-                if message["do"] == "probe_hardware":
-                    answer(engine.probe_hardware())
+                if message["do"] in ("environment", "probe_hardware"):
+                    answer(getattr(engine, message["do"])())
                 else:
                     answer(asdict(getattr(engine, message["do"])(requests, _options(message["options"]))))
             except OutOfMemoryError as error:
@@ -101,7 +105,8 @@ def _load(path: Path, options: Options) -> Any:
     import torch
 
     from grpo_toolkit.inference import load_model
-    from grpo_toolkit.latency.engines.local import LocalEngine, with_pixels
+    from grpo_toolkit.latency.engines.local import LocalEngine
+    from grpo_toolkit.latency.engines.toggles import with_pixels
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

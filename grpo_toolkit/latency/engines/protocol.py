@@ -141,6 +141,9 @@ class Engine(Protocol):
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
         """Answer a batch under observation, untimed; None where nothing can be observed."""
 
+    def environment(self) -> dict[str, str]:
+        """Versions and hardware as in `facts`, with clocks, throttling and load as they are now."""
+
     def probe_hardware(self) -> dict[str, float]:
         """Bandwidth (bytes/s) and matrix throughput (FLOP/s) of the device, measured now; {} if out of reach."""
 

@@ -1,0 +1,118 @@
+"""Settings of a loaded model that are switched for one answer and put back, and what may then go wrong."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.errors import OutOfMemoryError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+
+@contextmanager
+def generation_config_changed(model: Any, changes: dict[str, Any]) -> Iterator[None]:
+    """Change the model's own generation config for a while: `generate` fills what a caller leaves out from there."""
+    generation_config = model.generation_config
+    before = {name: getattr(generation_config, name, None) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(generation_config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(generation_config, name, value)
+
+
+@contextmanager
+def sdpa_limited_to(backend: str) -> Iterator[None]:
+    """Allow SDPA one kernel alone, or ("no_cudnn") all but cuDNN's."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    known = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+    }
+    allowed = [known[name] for name in known if name != "cudnn"] if backend == "no_cudnn" else [known[backend]]
+    with sdpa_kernel(allowed):
+        yield
+
+
+@contextmanager
+def left_in_training(model: torch.nn.Module) -> Iterator[None]:
+    """Train mode with gradient checkpointing, as `train()` leaves its model; put back on exit.
+
+    Flag by flag: `gradient_checkpointing_enable` would leave hooks on the embeddings.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [
+        (module, module.training, {name: vars(module).get(name) for name in names}) for module in model.modules()
+    ]
+    try:
+        model.train()
+        for module, _, _ in before:
+            if hasattr(module, "gradient_checkpointing"):
+                vars(module).update({names[0]: True, names[1]: partial(checkpoint, use_reentrant=False)})
+        yield
+    finally:
+        for module, was_training, had in before:
+            module.training = was_training
+            for name, value in had.items():
+                if value is None:  # a class's default, which the flag hid
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = value
+
+
+@contextmanager
+def expected_errors(what: str) -> Iterator[None]:
+    """Turn what a measurement may run into, memory that is out and a kernel that is missing, into errors of ours."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message = (str(error) or type(error).__name__).splitlines()[0]
+    except RuntimeError as error:
+        if any(words in str(error) for words in ("No available kernel", "No viable backend")):
+            raise UnsupportedError(f"no SDPA kernel of those allowed can do this: {error}") from error
+        # The CPU's allocator raises no class of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        message = str(error).splitlines()[0]
+    except ValueError as error:
+        # Qwen2.5-VL has no static cache in transformers 4.49 (huggingface/transformers#28981).
+        if "does not support `cache_implementation" not in str(error):
+            raise
+        raise UnsupportedError(str(error)) from error
+    else:
+        return
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemoryError(f"out of memory with {what}: {message}")
+
+
+def with_pixels(processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> Any:
+    """Overrule the pixel limits of a processor, in both forms in which releases keep them."""
+    images: Any = getattr(processor, "image_processor", None)
+    size: dict[str, int] = {}
+    for name, edge, value in (("min_pixels", "shortest_edge", min_pixels), ("max_pixels", "longest_edge", max_pixels)):
+        if value is not None and images is not None:
+            setattr(images, name, value)
+            size[edge] = value
+    if size and isinstance(getattr(images, "size", None), dict):
+        images.size = {**images.size, **size}
+    elif size and hasattr(images, "size"):
+        for edge, value in size.items():
+            setattr(images.size, edge, value)
+    return processor

@@ -1,0 +1,167 @@
+"""The endpoint engine against a real `transformers serve`, and what it says when there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from grpo_toolkit.cli import main
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.inference import Request, load_processor
+from grpo_toolkit.latency.arms import Arm
+from grpo_toolkit.latency.engines.endpoint import EndpointEngine
+from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.measure import measure_latency
+from grpo_toolkit.latency.workload import made_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TRANSFORMERS = Path(sys.executable).with_name("transformers")
+needs_serve = pytest.mark.skipif(
+    not TRANSFORMERS.exists() or any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")),
+    reason="needs transformers serve",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of the tiny model."""
+    import httpx
+
+    port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
+    command = [str(TRANSFORMERS), "serve", str(qwen), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
+        try:
+            for _ in range(240):
+                time.sleep(0.5)
+                assert server.poll() is None, log.read_text()[-2000:]
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
+                except httpx.TransportError:
+                    continue
+                break
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def engine(served: str, qwen: Path) -> Iterator[EndpointEngine]:
+    with EndpointEngine(served, model=str(qwen)) as found:
+        yield found
+
+
+@needs_serve
+@pytest.mark.parametrize("image_tokens", [None, 16])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_fixed_request_has_exactly_as_many_tokens(
+    engine: EndpointEngine, qwen: Path, image_tokens: int | None, size: int
+) -> None:
+    traffic = made_up(
+        load_processor(qwen), prompt_tokens=240, image_tokens=image_tokens, max_new_tokens=9, batch_size=size
+    )
+    timeline = engine.ask(traffic.batch(0), Options()).timeline
+    # The server counts the prompt as we did, its image included.
+    assert timeline.prompt_tokens == 240
+    assert timeline.output_lengths == [9] * size
+    assert timeline.token_times_s == sorted(timeline.token_times_s)
+    assert 0 < timeline.ttft_s < timeline.e2e_s
+    assert timeline.tpot_s == pytest.approx((timeline.token_times_s[-1] - timeline.token_times_s[0]) / 8)
+
+
+@needs_serve
+def test_a_natural_request_says_what_the_folder_says(engine: EndpointEngine, qwen: Path) -> None:
+    request = Request(messages=[{"role": "user", "content": "What is this?"}], max_new_tokens=12)
+    answer = engine.ask([request], Options())
+    assert answer.timeline.output_tokens <= 12
+    assert answer.timeline.is_capped is (answer.timeline.output_tokens == 12)
+    assert engine.prove([request], Options()) is None
+    assert engine.probe_hardware() == {}
+
+
+@needs_serve
+def test_a_folder_and_its_server_take_turns(served: str, qwen: Path) -> None:
+    arms = [Arm(name="folder", path=qwen), Arm(name="server", url=served, path=qwen)]
+    request = Request(messages=[{"role": "user", "content": "What is this?"}])
+    folder, server = measure_latency(arms, [request], new_tokens=6, rounds=2, warmup=1, roofline=True)
+    assert (folder.settings.engine, server.settings.engine) == ("transformers", "openai")
+    assert folder.workload.prompt_tokens == server.workload.prompt_tokens
+    assert server.proof.is_cached is None
+    assert server.memory.peak_bytes is None
+    assert server.roofline is None
+    assert server.environment == {"hardware": f"endpoint {served}"}
+    assert folder.roofline is not None
+
+
+@needs_serve
+def test_bench_of_an_endpoint(served: str, qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--workload", "fixed", "--new-tokens", "3", "--rounds", "1", "--prompt-tokens", "200", "--json"]
+    assert main(["bench", f"server={served}#{qwen}", *flags]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["arm"], row["settings"]["engine"], row["tokens"]["output"]["median"]) == ("server", "openai", 3.0)
+
+
+@needs_serve
+def test_a_model_that_the_server_does_not_have_is_one_line(served: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--workload", "fixed", "--new-tokens", "3", "--rounds", "1"]
+    assert main(["bench", f"{served}#nobody/nothing", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "refused a request (status 400)" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("http://127.0.0.1:9/v1", "nothing answers there"), ("ftp://somewhere", "not the address of an endpoint")],
+)
+def test_an_address_where_nothing_is(address: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        EndpointEngine(address)
+
+
+def test_what_a_server_streams_becomes_a_timeline() -> None:
+    """The pieces of vLLM with a reasoning parser, and of one that sends the markers as text."""
+    from grpo_toolkit.latency.engines.endpoint import _answer, _Stream
+
+    def taken(deltas: list[dict[str, Any]], usage: dict[str, int]) -> Any:
+        engine = EndpointEngine("http://127.0.0.1:9/v1", model="m")
+        stream = _Stream()
+        for moment, delta in enumerate(deltas, start=1):
+            engine._take(stream, {"choices": [{"delta": delta}]}, moment / 10)
+        engine._take(stream, {"choices": [{"delta": {}, "finish_reason": "stop"}]}, 0.9)
+        engine._take(stream, {"choices": [], "usage": usage}, 1.0)
+        engine.close()
+        return _answer([stream]).timeline
+
+    usage = {"prompt_tokens": 7, "completion_tokens": 4}
+    role = {"role": "assistant", "content": ""}
+    parsed = taken(
+        [role, {"reasoning_content": "a"}, {"reasoning_content": "b"}, {"content": "4"}, {"content": "."}], usage
+    )
+    assert (parsed.think_tokens, parsed.answer_tokens, parsed.first_answer_s) == (2, 2, 0.4)
+    assert parsed.token_times_s == [0.2, 0.3, 0.4, 0.5]
+    assert (parsed.prompt_tokens, parsed.output_tokens, parsed.is_capped) == (7, 4, False)
+    marked = taken([{"content": piece} for piece in ("<think>", "</think>", "4", ".")], usage)
+    assert (marked.think_tokens, marked.answer_tokens, marked.first_answer_s) == (2, 2, 0.3)
+    # Fewer pieces than tokens: the time is known, the counts are not.
+    merged = taken([{"content": "<think></think>"}, {"content": "4."}], usage)
+    assert (merged.think_tokens, merged.answer_tokens, merged.first_answer_s) == (None, None, 0.2)
+    assert merged.tpot_s == pytest.approx(0.1 / 3)
