@@ -315,3 +315,17 @@ def test_a_key_for_ones_own_server_counts(
         prepare_environment(tmp_path)
         assert environment.get("WANDB_MODE") == (None if is_asked else "offline")
         assert server.calls["Viewer"] == int(is_asked)
+
+
+def test_what_is_timed_between_steps_is_a_row_at_its_step(qwen: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(qwen, out, arms=("base",), every_steps=1)
+    found = offline_records(next((out / "wandb").glob("offline-run-*")))
+    live = [(row["train/global_step"], "train/loss" in row) for row in history(found, "latency/live/tpot_ms_p50")]
+    assert live == [(1, False), (2, False)]
+    (base,) = history(found, "latency/base/tpot_ms_p50")
+    assert base["train/global_step"] == 2
+    assert "latency/live/tpot_ms_p50" not in base
+    on_disk = read_measurements(out / "latency" / "latency.jsonl")
+    assert [(row.step, row.arm) for row in on_disk] == [(1, "live"), (2, "live"), (2, "base")]
+    assert base["latency/row_ids"].split() == sorted(row.id for row in on_disk)

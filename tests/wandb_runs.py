@@ -155,5 +155,5 @@ def replay(out: Path, server: WandbServer | None, tracker: str = "wandb") -> dic
         said.seek(0)
         log.seek(0)
         assert done.returncode == 0, log.read()[-3000:]
-        found: dict[str, Any] = json.loads(said.read().splitlines()[-1])["replayed"]
-    return found
+        found: list[dict[str, Any]] = json.loads(said.read().splitlines()[-1])["replayed"]
+    return found[-1]

@@ -40,9 +40,9 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.replay is not None:
         from grpo_toolkit.tracking.replay import replay
 
-        result = replay(review, arguments.replay)
-        facts["replayed"] = result.to_json()
-        print(result, file=sys.stderr)
+        results = replay(review, arguments.replay)
+        facts["replayed"] = [result.to_json() for result in results]
+        print(*results, sep="\n", file=sys.stderr)
     print(json.dumps(facts) if arguments.json else page)
     return 0
 

@@ -59,6 +59,8 @@ class Mirror:
             before = load_review(folder)
         except InputError:
             before = None
+        if before is not None:  # a run that is gone on with has them, or a replay brings them
+            self._known = {row.id for row in before.rows}
         breaker = self.breakers["W&B"]
         run = wandb.active_run()
         if run is not None:
@@ -94,7 +96,7 @@ class Mirror:
             wandb.log_scalars(run, self._own(review, "wandb"), self.breakers["W&B"], known=self._known)
 
     def _own(self, review: Review, tracker: str) -> Review:
-        return trackers.rows_of(review, trackers.read(review.path).get(tracker, {}))
+        return trackers.runs_of(review, tracker)[-1][1]
 
     def _log_wandb(self, review: Review, pages: Pages) -> Iterator[str]:
         facts = self.runs.get("wandb")

@@ -48,8 +48,8 @@ class Replayed:
         return f"{self.tracker}: {self.logged} logged now, {self.there} were there\n{self.hint}"
 
 
-def replay(review: Review, tracker: str) -> Replayed:
-    """Log what the tracker's run does not have yet.
+def replay(review: Review, tracker: str) -> list[Replayed]:
+    """Log what the tracker's runs do not have yet, each its own rows.
 
     Args:
         review: all rows of the output folder.
@@ -58,14 +58,13 @@ def replay(review: Review, tracker: str) -> Replayed:
     Raises:
         TrackerError: the tracker is not installed, or did not take it.
     """
-    facts = trackers.read(review.path).get(tracker, {})
-    own = trackers.rows_of(review, facts)
     report = review.path / REPORT_FILE
     pages = Pages(
         report=report if report.is_file() else write_report(review),
         pictures=write_pictures(review, review.path / "pictures"),
     )
-    return _to_wandb(own, pages, facts) if tracker == "wandb" else _to_trackio(own, pages, facts)
+    log = _to_wandb if tracker == "wandb" else _to_trackio
+    return [log(own, pages, facts) for facts, own in trackers.runs_of(review, tracker) if own.rows]
 
 
 def _fresh_name(review: Review) -> str:
