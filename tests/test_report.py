@@ -144,7 +144,7 @@ def test_without_an_explanation_the_waterfall_splits_at_the_first_token(tmp_path
     metric, bars = waterfall_bars(written(tmp_path, arms()))
     assert metric == "e2e_s"
     assert [bar.label for bar in bars] == [
-        "base", "to first token", "after it", "plain checkpoint", "to first token", "after it", "export",
+        "base", "first token", "later tokens", "plain checkpoint", "first token", "later tokens", "export",
     ]  # fmt: skip
     assert sum(bar.value_s for bar in bars[:3]) == pytest.approx(bars[3].value_s)
     assert sum(bar.value_s for bar in bars[3:6]) == pytest.approx(bars[6].value_s)

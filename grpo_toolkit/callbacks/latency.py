@@ -62,9 +62,9 @@ class LatencyCallback(GuardedCallback):
 
     The arms: `base` as it was loaded; `checkpoint` as a plain trainer would have saved it (for LoRA: the adapter,
     unmerged, on its base); `export`; and `export_no_cache`, the export with its KV cache switched off, which shows
-    what the cache is worth. Rows go to `<output_dir>/latency/latency.jsonl`, then into the W&B run that the trainer
-    opened. Two workloads: answers of exactly `new_tokens`, which are charted, and natural ones, whose rows are in the
-    file alone.
+    what the cache is worth. Rows go to `<output_dir>/latency/latency.jsonl`; from there come `report.html` and
+    pictures beside it, a section in the export's README.md, and what the trainer's W&B, Trackio or TensorBoard gets.
+    Two workloads: answers of exactly `new_tokens`, and natural ones, which end where the model ends them.
 
     Nothing runs between steps, unless `every_steps` asks for it. At the end the timed rounds of a workload stop after
     one percent of the training's own time, or a minute, whichever is longer, but not before six rounds. Model and

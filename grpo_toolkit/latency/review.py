@@ -44,10 +44,13 @@ class Review:
 
     @property
     def arms(self) -> list[LatencyRow]:
-        """The newest comparison: rows of one session and one workload, base first; several arms before one alone."""
+        """The newest comparison: rows of one session and one workload, base first.
+
+        Several arms go before one alone, exact lengths before live ends, one sequence before a batch.
+        """
         groups = [visit.main for visit in visits_of(self)]
-        several = [group for group in groups if len(group) > 1]
-        return (several or groups or [[]])[-1]
+        fitness = [(len(group) > 1, *_rank(group)[:2], _rank(group)[3]) for group in groups]
+        return next((g for g, fit in reversed(list(zip(groups, fitness, strict=True))) if fit == max(fitness)), [])
 
     @property
     def ratios(self) -> list[tuple[LatencyRow, Ratio]]:
@@ -74,6 +77,7 @@ class Review:
     def natural(self) -> list[LatencyRow]:
         """The newest rows that ended where the model ended them, one per arm and thinking."""
         rows = [row for row in self.rows if row.workload.kind == "natural" and row.tokens is not None]
+        rows = [row for row in rows if row.arm != CONTROL]
         return _newest(rows, lambda row: (row.arm, row.workload.thinking))
 
 
@@ -153,7 +157,7 @@ def _prompt(row: LatencyRow) -> tuple[int, int | None]:
 def _sweep(
     rows: Iterable[LatencyRow], point: Callable[[LatencyRow], int], other: Callable[[LatencyRow], Hashable]
 ) -> list[LatencyRow]:
-    """Of the workloads that differ in `point` alone, the one with most points, and the newest of several such."""
+    """Of the workloads that differ in `point` alone, the first of those with most points."""
     series: dict[Hashable, list[LatencyRow]] = {}
     for row in rows:
         if row.workload.kind == "fixed" and row.arm != CONTROL:
@@ -165,7 +169,7 @@ def _sweep(
     most = max(counts.values(), default=0)
     if most < 2:
         return []
-    chosen = [found for key, found in series.items() if counts[key] == most][-1]
+    chosen = next(found for key, found in series.items() if counts[key] == most)
     newest = {(row.arm, point(row)): row for row in chosen}
     points = Counter(arm for arm, _ in newest)
     found = [row for row in newest.values() if points[row.arm] > 1]

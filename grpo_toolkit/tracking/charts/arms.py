@@ -34,7 +34,7 @@ def draw_bars(review: Review) -> Figure | None:
     rows = [row for row in review.arms if row.tpot_s is not None]
     if not rows:
         return None
-    figure = new_figure(0.75 + 0.42 * len(rows))
+    figure = new_figure(1.0 + 0.5 * len(rows))
     axes = figure.subplots()
     colours = colours_of([row.arm for row in rows])
     for place, row in enumerate(rows):
@@ -196,7 +196,9 @@ def _mark_cap(axes: Axes, rows: Sequence[LatencyRow]) -> None:
         (cap,) = caps
         axes.axvline(cap, color=LIGHT["soft"], linewidth=1, linestyle=(0, (2, 2)))
         text = f"cap: {capped} of {sum(len(row.timelines) for row in rows)} answers"
-        axes.annotate(text, (cap, 102), xytext=(-4, 0), textcoords="offset points", ha="right", va="top", fontsize=8.5)
+        axes.annotate(
+            text, (cap, 52), xytext=(-5, 0), textcoords="offset points", ha="right", va="bottom", fontsize=8.5
+        )
 
 
 def draw_trend(review: Review) -> Figure | None:

@@ -107,8 +107,8 @@ def _from_medians(arms: Sequence[LatencyRow]) -> list[Bar]:
             first = 0.0
             if row.ttft_s is not None and before.ttft_s is not None:
                 first = row.ttft_s.median - before.ttft_s.median
-                bars.append(Bar(label="to first token", kind="change", value_s=first))
-            bars.append(Bar(label="after it", kind="change", value_s=whole - first))
+                bars.append(Bar(label="first token", kind="change", value_s=first))
+            bars.append(Bar(label="later tokens", kind="change", value_s=whole - first))
         bars.append(Bar(label=label_of(row.arm), kind="level", value_s=row.e2e_s.median, arm=row.arm))
     return bars
 
