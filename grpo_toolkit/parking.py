@@ -28,7 +28,7 @@ def parked(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
 
     Args:
         model: the trained model.
-        optimizer: its torch optimizer, or accelerate's wrapper of one.
+        optimizer: its torch optimizer, or accelerate's wrapper of one; another kind stays where it is.
 
     Yields:
         Bytes that were freed; 0 where nothing is on a GPU, it is not safe to move, or the CPU has no room.
@@ -72,7 +72,10 @@ def _places(model: torch.nn.Module, optimizer: Any) -> Iterator[Place]:
             yield parameter.grad.data, _data_setter(parameter.grad)
     for buffer in model.buffers():
         yield buffer.data, _data_setter(buffer)
-    for state in getattr(optimizer, "state", {}).values():
+    inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
+    # Others page or quantise their state, and know it by more than its tensors.
+    is_plain = type(inner).__module__.startswith("torch.optim")
+    for state in inner.state.values() if is_plain else ():
         for value in state.values():
             if hasattr(value, "element_size"):
                 yield value.data, _data_setter(value)

@@ -65,7 +65,10 @@ def main(argv: list[str]) -> None:
     export_dir = Path(recipe.export_dir or Path(training.output_dir, "export"))
     exporting = ExportCallback(export_dir, prompts=splits.held_out, overwrite=recipe.export_dir is None)
     timing = LatencyCallback(
-        prompts=splits.held_out, new_tokens=recipe.latency_new_tokens, rounds=max(recipe.latency_rounds, 1)
+        prompts=splits.held_out,
+        new_tokens=recipe.latency_new_tokens,
+        rounds=max(recipe.latency_rounds, 1),
+        max_new_tokens=training.max_completion_length,
     )
     callbacks = [KVCacheCallback(), ResumeGuardCallback(), exporting, *([timing] if recipe.latency_rounds else [])]
     callbacks += [HealthCallback(), ShardedRolloutsCallback()]

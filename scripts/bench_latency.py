@@ -9,6 +9,7 @@ Builds a model of random weights at a published shape, and measures, at batch 1:
     events       the harness's TPOT against CUDA events recorded in the same run, default and static + compile
     comparison   base, a copy of it (as an export is) and static + compile taking turns, with roofline
     park         a trainer's model and optimizer moved off the GPU and back, bit for bit
+    lengths      new against repeated lengths of the KV cache, with cuDNN's attention and without
 
 A part that the time left does not allow is skipped, and says so. Rows go to RESULTS/latency.jsonl, everything said to
 RESULTS/bench_latency.log, the figures to RESULTS/bench_latency.json; a short table comes last.
@@ -24,6 +25,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ from grpo_toolkit.latency.engines.local import LocalEngine  # noqa: E402
 from grpo_toolkit.latency.engines.protocol import Options  # noqa: E402
 from grpo_toolkit.latency.environment import environment_of  # noqa: E402
 from grpo_toolkit.latency.store import FILE_NAME, append_rows  # noqa: E402
+from grpo_toolkit.latency.sweep import sweep_workload  # noqa: E402
 from grpo_toolkit.latency.workload import made_up  # noqa: E402
 from make_random_vlm import make_random_vlm  # noqa: E402
 
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 
 STATIC = {"cache_implementation": "static", "compiled": True}
 # What each part takes at the 3B shape on an H200, with room; the clock decides, not this table, where it is wrong.
-NEEDS_S = {"comparison": 200.0, "events": 130.0, "aa": 60.0, "park": 20.0}
+NEEDS_S = {"comparison": 200.0, "events": 140.0, "aa": 60.0, "park": 15.0, "lengths": 75.0}
 
 
 def main() -> int:
@@ -58,7 +61,7 @@ def main() -> int:
     bench = Bench(options)
     bench.say(f"environment: {environment_of(options.device)}")
     bench.build()
-    for name in ("comparison", "events", "aa", "park"):
+    for name in NEEDS_S:
         bench.part(name, getattr(bench, name))
     return bench.finish()
 
@@ -73,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--image-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=256, help="of the events part")
-    parser.add_argument("--compared-tokens", type=int, default=64, help="new tokens of the comparison")
+    parser.add_argument("--compared-tokens", type=int, default=48, help="new tokens of the comparison")
     parser.add_argument("--rounds", type=int, default=8, help="of the comparison")
     parser.add_argument("--aa-runs", type=int, default=20)
     parser.add_argument("--aa-rounds", type=int, default=30, help="at least; more for the sake of precision")
@@ -159,7 +162,7 @@ class Bench:
             rounds=self.options.rounds,
             control=False,  # the copy is one
             roofline=True,
-            budget_s=90.0,
+            budget_s=75.0,
             progress=lambda arm, turn, rounds: self.say(f"  {arm} {turn}/{rounds}"),
         )
         spent = time.perf_counter() - began
@@ -269,7 +272,7 @@ class Bench:
                     [a, again],
                     traffic,
                     rounds=self.options.aa_rounds,
-                    precision=0.02,
+                    precision=0.01,
                     budget_s=max(0.0, self.left() - 20) / (self.options.aa_runs - run),
                     control=False,
                     engines=engines,
@@ -321,6 +324,30 @@ class Bench:
             promise="< 5% left",
             kept=same and on_gpu and during < 0.05 * held,
         )
+
+    def lengths(self) -> None:
+        plain = Options(device=self.options.device)
+        arms = [
+            Arm(name="sdpa", path=self.base, options=plain),
+            Arm(name="sdpa_no_cudnn", path=self.base, options=replace(plain, sdpa_backend="no_cudnn"), process=1),
+        ]
+        make = partial(
+            made_up,
+            load_processor(self.base),
+            prompt_tokens=512,
+            image_tokens=64,
+            max_new_tokens=24,
+        )
+        rows = sweep_workload(arms, "lengths", ["repeated", "new"], make_traffic=make, rounds=6, warmup=3)
+        append_rows(self.options.output / FILE_NAME, rows)
+        for row in rows:
+            assert row.tpot_s is not None
+            tpot, low, high = (1e3 * value for value in (row.tpot_s.median, row.tpot_s.q1, row.tpot_s.q3))
+            self.note(
+                f"{row.arm}, {row.workload.lengths} lengths",
+                row.tpot_s.median,
+                f"{tpot:.2f} ms ({low:.2f} to {high:.2f})",
+            )
 
     def finish(self) -> int:
         total = time.perf_counter() - self.start

@@ -36,6 +36,12 @@ def test_both_workloads_and_every_batch_size_and_cache(
     assert [row for row in on_disk if row["arm"] != "control"] == rows
     assert [row for row in on_disk if row["arm"] == "control"] == said["controls"]
 
+    # What was measured can be compared again without a model.
+    assert main(["bench", str(tmp_path / "latency.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == said
+    assert main(["bench", str(tmp_path / "latency.jsonl"), str(qwen)]) == 2
+    assert "cannot be mixed" in capsys.readouterr().err
+
 
 def test_prompts_from_a_file_with_their_images(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image

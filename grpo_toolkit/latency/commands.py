@@ -30,7 +30,12 @@ DEFAULT_IMAGE_TOKENS = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `bench`; several values, with commas between, are measured one after the other."""
     add = parser.add_argument
-    add("models", nargs="+", metavar="[NAME=]MODEL", help="folders, or endpoints: http://host:8000/v1[#MODEL]")
+    add(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL",
+        help="folders, endpoints (http://host:8000/v1[#MODEL]), or rows measured before",
+    )
     add("--workload", choices=["fixed", "natural", "both"], default="both", help="exact lengths, live ends, or both")
     add("--new-tokens", type=_counts, default=[64], metavar="N,...", help="of each fixed answer (default 64)")
     add("--max-new-tokens", type=_count, default=256, metavar="N", help="the cap of natural answers (default 256)")
@@ -72,6 +77,8 @@ def bench(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.latency.arms import Engines, processor_of
     from grpo_toolkit.latency.store import FILE_NAME, append_rows
 
+    if any(item.endswith(".jsonl") for item in arguments.models):
+        return _replay(arguments)
     arms = _arms(arguments)
     if len({arm.name for arm in arms}) < len(arms):
         raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
@@ -90,10 +97,39 @@ def bench(arguments: argparse.Namespace) -> int:
                 if not arguments.json:
                     _show(rows)
     if arguments.json:
-        measured = [row.to_json() for comparison in found for row in comparison.rows]
-        controls = [comparison.control.to_json() for comparison in found if comparison.control is not None]
-        print(json.dumps({"rows": measured, "controls": controls}))
+        _print_json(found)
     return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    """Rows of earlier measurements, compared again: those of one session and workload with each other."""
+    from grpo_toolkit.latency.compare import CONTROL, compare_rows
+    from grpo_toolkit.latency.store import read_measurements
+
+    groups: dict[tuple[str, str], list[LatencyRow]] = {}
+    for item in arguments.models:
+        if not item.endswith(".jsonl"):
+            raise InputError(f"{item}: rows of earlier measurements and models to measure cannot be mixed")
+        for row in read_measurements(Path(item)):
+            groups.setdefault((row.session, row.workload.name), []).append(row)
+    if not groups:
+        raise InputError(f"{', '.join(arguments.models)}: holds no measurements")
+    compared = []
+    for rows in groups.values():
+        control = next((row for row in rows if row.arm == CONTROL), None)
+        found = compare_rows([row for row in rows if row is not control], control=control)
+        compared.append(found)
+        if not arguments.json:
+            _show([*found.rows, *([] if found.control is None else [found.control])])
+    if arguments.json:
+        _print_json(compared)
+    return 0
+
+
+def _print_json(found: Sequence[Comparison]) -> None:
+    rows = [row.to_json() for comparison in found for row in comparison.rows]
+    controls = [comparison.control.to_json() for comparison in found if comparison.control is not None]
+    print(json.dumps({"rows": rows, "controls": controls}))
 
 
 def _measured(

@@ -24,11 +24,13 @@ _QUERY: Final = {
     "clock_memory_mhz": "clocks.mem",
     "temperature_c": "temperature.gpu",
     "power_w": "power.draw",
-    "throttle_reasons": "clocks_throttle_reasons.active",
     "gpu_utilization_percent": "utilization.gpu",
     "gpu_memory_used_mib": "memory.used",
 }
 """Our names and nvidia-smi's."""
+
+_THROTTLING: Final = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+"""What newer and older drivers call it; a name that nvidia-smi does not know makes it answer nothing at all."""
 
 _IDLE: Final = 0x1
 _THROTTLE_REASONS: Final = {
@@ -83,8 +85,9 @@ def gpu_state(device: torch.device) -> dict[str, str]:
     state = _smi(program, card, f"--query-gpu={','.join(_QUERY.values())}")
     values = [part.strip() for part in state[0].split(",")] if state else []
     facts = dict(zip(_QUERY, values, strict=False))
-    if "throttle_reasons" in facts:
-        facts["throttle_reasons"] = throttle_reasons(facts["throttle_reasons"])
+    bits = next((found for name in _THROTTLING if (found := _smi(program, card, f"--query-gpu={name}"))), None)
+    if bits:
+        facts["throttle_reasons"] = throttle_reasons(bits[0].strip())
     facts["gpu_processes"] = str(len(_smi(program, card, "--query-compute-apps=pid")))
     return {
         name: value for name, value in facts.items() if value and "N/A" not in value and "Not Supported" not in value

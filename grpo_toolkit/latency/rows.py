@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import uuid
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ _PHASES = ("tokenize_s", "image_s", "transfer_s", "vision_s", "prefill_s", "deco
 
 
 def _settings(arm: Arm, facts: EngineFacts) -> Settings:
-    options = arm.options
+    options = replace(arm.options, device=facts.device or arm.options.device)
     if arm.url is not None:
         return Settings(engine="openai", device="", dtype="", sample=options.sample)
     return Settings(

@@ -9,6 +9,7 @@ by a hook of its own, with CUDA events on a GPU, read when the answer is done. W
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from grpo_toolkit.cache import base_model
@@ -59,9 +60,10 @@ class LocalEngine:
         inner = base_model(self.model)
         return EngineFacts(
             dtype=str(inner.dtype).removeprefix("torch."),
+            device=str(inner.device),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             attn_implementation=getattr(inner.config, "_attn_implementation", None),
-            is_adapter=hasattr(inner, "peft_config") or inner is not self.model,
+            is_adapter=hasattr(self.model, "peft_config"),
             sizes=live_sizes(self.model),
             environment=self.environment(),
         )
@@ -72,6 +74,7 @@ class LocalEngine:
 
         cap, exact = requests[0].max_new_tokens, requests[0].exact
         device = base_model(self.model).device
+        options = replace(options, device=str(device))  # of a live model, the caller need not have said
         with self._ready(requests, options), VisionTimer(self.model, device) as vision:
             clock = TokenClock(device)
             inputs, image_s = self._prepare(requests)
@@ -122,6 +125,7 @@ class LocalEngine:
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence:
         """Answer a batch under observation: lengths of every forward, the cache, the vision tower. Not compiled."""
         cap, exact = requests[0].max_new_tokens, requests[0].exact
+        options = replace(options, device=str(base_model(self.model).device))
         with self._ready(requests, options), CacheProbe(self.model) as probe:
             inputs = _moved(self._prepare(requests)[0], base_model(self.model))
             settings = _settings(cap, options, compiled=False)

@@ -72,6 +72,7 @@ class EngineFacts:
 
     Attributes:
         dtype: of the weights, "" behind an endpoint.
+        device: where the model is, "" behind an endpoint.
         parameters: how many.
         attn_implementation: what the library chose.
         is_adapter: whether an unmerged adapter runs beside its base.
@@ -80,6 +81,7 @@ class EngineFacts:
     """
 
     dtype: str = ""
+    device: str = ""
     parameters: int | None = None
     attn_implementation: str | None = None
     is_adapter: bool = False

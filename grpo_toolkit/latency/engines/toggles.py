@@ -80,7 +80,7 @@ def expected_errors(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         message = (str(error) or type(error).__name__).splitlines()[0]
     except RuntimeError as error:
         if any(words in str(error) for words in ("No available kernel", "No viable backend")):

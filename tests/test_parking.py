@@ -1,0 +1,71 @@
+"""A training parked on the CPU: everything it holds is found, and comes back bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from grpo_toolkit.inference import load_model
+from grpo_toolkit.parking import _is_safe, _places, available_bytes, parked
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def trained(folder: Path, device: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model, _, _ = load_model(folder, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_on_a_cpu_there_is_nothing_to_move(qwen: Path) -> None:
+    model, optimizer = trained(qwen, "cpu")
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    with parked(model, optimizer) as freed:
+        assert freed == 0
+        assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+
+
+def test_everything_that_a_training_holds_has_a_place(qwen: Path) -> None:
+    model, optimizer = trained(qwen, "cpu")
+    places = list(_places(model, optimizer))
+    count = sum(1 for _ in model.parameters())
+    # Values, gradients and AdamW's step and two moments; then the buffers.
+    assert len(places) == 5 * count + sum(1 for _ in model.buffers())
+    for tensor, put in places:
+        put(tensor.clone() + 1)
+    assert all(bool((parameter.grad == 2).all()) for parameter in model.parameters())
+    state = optimizer.state[next(model.parameters())]
+    assert float(state["step"]) == 2.0
+    assert len(list(_places(model, object()))) == 2 * count + sum(1 for _ in model.buffers())
+
+
+def test_tensors_that_are_views_of_one_another_stay(qwen: Path) -> None:
+    model, _ = trained(qwen, "cpu")
+    flat = torch.zeros(10)
+    assert _is_safe(model, [torch.zeros(5), torch.zeros(5)])
+    assert not _is_safe(model, [flat[:5], flat[5:]])
+
+
+def test_there_is_memory() -> None:
+    assert available_bytes() > 1e8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_empty_meanwhile_and_full_again(qwen: Path) -> None:
+    model, optimizer = trained(qwen, "cuda")
+    before = [tensor.clone().cpu() for tensor, _ in _places(model, optimizer)]
+    held = torch.cuda.memory_allocated()
+    with parked(model, optimizer) as freed:
+        assert freed > 0.9 * held
+        assert torch.cuda.memory_allocated() < 0.1 * held
+        assert not any(parameter.is_cuda for parameter in model.parameters())
+    after = [tensor for tensor, _ in _places(model, optimizer)]
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(before, after, strict=True))
+    optimizer.step()
