@@ -151,7 +151,14 @@ def explanations() -> list[ExplanationRow]:
     ]
     return [
         ExplanationRow(
-            base="base", trained="checkpoint", base_s=0.02, trained_s=0.036, effects=there, id="why-1", **common
+            base="base",
+            trained="checkpoint",
+            base_s=0.02,
+            trained_s=0.036,
+            effects=there,
+            id="why-1",
+            audit=[Effect(layer="toggled", cause="eager_attention", effect_s=0.0, evidence="eager, not sdpa")],
+            **common,
         ),
         ExplanationRow(
             base="checkpoint", trained="export", base_s=0.036, trained_s=0.0196, effects=back, id="why-2", **common

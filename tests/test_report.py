@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +25,8 @@ from latency_rows import arms, batch_sweep, everything, image_sweep, natural, ro
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from grpo_toolkit.latency.row import LatencyRow
 
 NAMES = ["tpot", "waterfall", "positions", "distributions", "batches", "images", "lengths", "roofline", "trend"]
 
@@ -47,6 +50,7 @@ def test_every_chart_is_in_the_page_of_a_run_that_measured_everything(tmp_path: 
     assert text.count("<svg ") == len(NAMES)
     assert "Not drawn" not in text
     assert "base, batch 32: out of memory" in text
+    assert "<b>eager attention</b> eager, not sdpa" in text
 
 
 def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
@@ -187,6 +191,21 @@ def test_a_visit_is_a_session_at_a_step_with_all_its_rows(tmp_path: Path) -> Non
     ] * 2
     assert [{r.session for r in visit.main} for visit in found] == [{"early"}, {"late"}]
     assert [r.arm for r in found[0].natural] == ["base", "export"]
+
+
+def test_without_a_training_every_session_is_a_visit_and_one_sequence_stands_first(tmp_path: Path) -> None:
+    def session(number: int, **changes: Any) -> list[LatencyRow]:
+        return [row(arm, session=str(number), step=None, **changes) for arm in ("base", "export", "control")]
+
+    live = replace(row("base").workload, name="natural", kind="natural", image_tokens=None)
+    rows = [*session(1), *session(2, batch_size=4), *session(3, workload=live)]
+    review = Review(path=tmp_path, rows=rows)
+    assert [(visit.step, [r.arm for r in visit.main]) for visit in visits_of(review)] == [(0, ["base", "export"])] * 3
+    assert {r.session for r in review.arms} == {"1"}
+    assert [(r.arm, r.workload.batch_size) for r in review.batches] == [
+        ("base", 1), ("base", 4), ("export", 1), ("export", 4),
+    ]  # fmt: skip
+    assert {r.arm for r in review.natural} == {"base", "export"}
 
 
 def test_a_row_that_was_written_twice_counts_once(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.row import LatencyRow
 
 REPORT_FILE: Final = "report.html"
+_NAME_LETTERS: Final = 24
+"""Of a run's name, from its end: more would leave a chart's labels no room for the chart."""
+
 COMPARED: Final = ("tpot", "positions", "distributions", "lengths", "batches")
 """Charts that show two runs side by side; the others are about one run."""
 
@@ -90,7 +93,8 @@ def _two_names(one: Path, other: Path) -> tuple[str, str]:
     mine, theirs = (path.resolve().parent if path.name == "latency" else path.resolve() for path in (one, other))
     while mine.name == theirs.name and mine.parent != mine:
         mine, theirs = mine.parent, theirs.parent
-    return mine.name or str(one), theirs.name or str(other)
+    first, second = mine.name[-_NAME_LETTERS:] or "first", theirs.name[-_NAME_LETTERS:] or "second"
+    return (first, second) if first != second else (f"{first} 1", f"{second} 2")
 
 
 def _hardware(review: Review) -> str | None:

@@ -129,7 +129,7 @@ def _media(review: Review, pages: Pages) -> list[Any]:
     found = []
     if pages.report is not None:
         report = pages.report
-        found.append(lambda: {REPORT_KEY: wandb.Html(report, inject=False)})
+        found.append(lambda: {REPORT_KEY: wandb.Html(report.read_text(encoding="utf-8"), inject=False)})
     if pages.pictures:
         pictures = dict(pages.pictures)
         found.append(lambda: {f"{CHART_KEY}/{name}": wandb.Image(str(path)) for name, path in pictures.items()})
