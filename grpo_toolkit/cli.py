@@ -128,10 +128,24 @@ def build_parser() -> argparse.ArgumentParser:
     repair.add_argument("--rewrite-weights", action="store_true", help="also mend what needs new safetensors files")
     repair.set_defaults(run=_repair)
 
+    report = commands.add_parser("report", help="make a run's report.html and pictures again, or log its rows again")
+    report.add_argument("path", type=Path, nargs="?", help="an output folder with latency/latency.jsonl, or that file")
+    report.add_argument("--compare", type=Path, nargs=2, metavar="RUN", help="two runs side by side, in one page")
+    report.add_argument("--replay", choices=("wandb", "trackio"), help="log what the tracker does not have yet")
+    report.add_argument("--card", action="store_true", help="also write the section into the export's README.md")
+    report.add_argument("--output", type=Path, metavar="FILE", help="where to write the page")
+    report.set_defaults(run=_report)
+
+    workspace = commands.add_parser("workspace", help="save a W&B workspace with the latency charts in their place")
+    workspace.add_argument("--entity", required=True, help="user or team")
+    workspace.add_argument("--project", required=True, help="the project of the runs")
+    workspace.add_argument("--dry-run", action="store_true", help="print its JSON and save nothing; needs no account")
+    workspace.set_defaults(run=_workspace)
+
     env = commands.add_parser("env", help="versions and hardware, for a bug report")
     env.set_defaults(run=_env)
 
-    for command in (export, verify, bench, explain, doctor, repair, env):
+    for command in (export, verify, bench, explain, doctor, repair, report, workspace, env):
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
         if command in (export, verify, bench, explain):
             command.add_argument("--device", default="cpu", help='"cpu", "cuda", "cuda:1", ... (default cpu)')
@@ -286,6 +300,18 @@ def _repair(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.doctor.commands import repair
 
     return repair(arguments)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.tracking.commands import report
+
+    return report(arguments)
+
+
+def _workspace(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.tracking.commands import workspace
+
+    return workspace(arguments)
 
 
 def _check_device(device: str) -> None:

@@ -8,6 +8,7 @@
     ├── OutOfMemoryError            a measured batch did not fit; the model can be asked again, or has ended
     ├── PeerError                   another rank failed; carries what it said
     ├── ResumeError                 a resume that would train from other weights than the checkpoint's
+    ├── TrackerError                W&B or Trackio did not take what was replayed into it
     ├── UnsupportedError            right use, but not something this version can do; says what to do instead
     ├── VerificationError           an export that does not say the same as the policy it came from
     └── WorkerError                 a process that we started to load a model failed or went silent
@@ -48,6 +49,10 @@ class PeerError(GrpoToolkitError):
 
 class ResumeError(GrpoToolkitError):
     """A resumed training would not continue from its checkpoint."""
+
+
+class TrackerError(GrpoToolkitError):
+    """A tracker that was asked for by name does not work; during training this is a warning instead."""
 
 
 class UnsupportedError(GrpoToolkitError):

@@ -60,8 +60,9 @@ def test_three_callbacks_leave_a_verified_export_and_its_latency(any_base: Path,
     assert all(timeline.output_tokens <= 6 for row in rows[4:] for timeline in row.timelines)
     assert {row.step for row in rows} == {2}
     assert {row.schema_version for row in rows} == {2}
-    assert (tmp_path / "out" / "latency" / "latency.png").is_file()
-    assert sorted(path.name for path in (tmp_path / "out" / "latency").iterdir()) == ["latency.jsonl", "latency.png"]
+    assert sorted(path.name for path in (tmp_path / "out" / "latency").iterdir()) == [
+        "findings.json", "latency.jsonl", "pictures", "report.html",
+    ]  # fmt: skip
 
 
 def test_a_plain_checkpoint_of_lora_is_timed_as_it_is_an_unmerged_adapter(qwen: Path, tmp_path: Path) -> None:

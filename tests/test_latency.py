@@ -17,7 +17,6 @@ from grpo_toolkit.latency.row import LatencyRow, Summary
 from grpo_toolkit.latency.statistics import summary
 from grpo_toolkit.latency.store import append_rows, read_measurements, read_rows, row_of
 from grpo_toolkit.latency.workload import requests_from_rows, traffic_of
-from grpo_toolkit.tracking.plots import latency_chart
 from grpo_toolkit.worker import Worker, worker_environment
 
 if TYPE_CHECKING:
@@ -91,13 +90,6 @@ def test_what_is_not_a_row_is_refused_with_its_key(
 ) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         row_of(measured[0].to_json() | change)
-
-
-def test_the_chart_is_a_picture(measured: list[LatencyRow], tmp_path: Path) -> None:
-    from PIL import Image
-
-    with Image.open(latency_chart(measured, tmp_path / "latency.png")) as picture:
-        assert picture.size[0] > 1000
 
 
 def test_a_summary_is_median_and_quartiles() -> None:

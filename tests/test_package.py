@@ -59,10 +59,15 @@ FLOORS = [
     {"latency.causes", "latency.predict", "latency.pool"},
     {"latency.explain", "latency.tuned", "latency.gate"},
     {"latency.tune"},
-    {"latency.sweep"},
+    {"latency.sweep", "latency.review"},
     {"export"},
-    {"tracking.wandb", "tracking.console", "tracking.plots", "tracking.doctor", "tracking.explain"},
-    {"doctor.commands"},
+    {"tracking.console", "tracking.doctor", "tracking.breaker", "tracking.trackers", "tracking.wandb_environment"},
+    {"tracking.charts.style", "tracking.metrics", "tracking.findings", "tracking.explain"},
+    {"tracking.charts.arms", "tracking.charts.causes", "tracking.charts.sweeps", "tracking.headline"},
+    {"tracking.charts.gallery", "tracking.wandb_plots", "tracking.tensorboard"},
+    {"tracking.report", "tracking.wandb", "tracking.trackio", "tracking.model_card", "tracking.workspace"},
+    {"tracking.mirror", "tracking.replay"},
+    {"doctor.commands", "tracking.commands"},
     {"latency.commands", "latency.explain_command", "latency.tune_command"},
     {"callbacks.guard", "callbacks.prompts"},
     {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
@@ -150,7 +155,7 @@ def test_recipes_use_the_public_names_alone() -> None:
 
 def test_only_tracking_names_wandb() -> None:
     importers = {name for name, path in MODULES.items() if "wandb" in _imports(path)}
-    assert importers == {"tracking.wandb"}
+    assert importers == {"tracking.wandb", "tracking.wandb_plots", "tracking.replay"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -1,74 +1,70 @@
-"""What W&B got, read back from the offline file of a real run."""
+"""What W&B got, read back from the offline file of a real run and from a server."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from grpo_toolkit.latency.store import read_measurements
-from grpo_toolkit.tracking.wandb import TABLE_COLUMNS, log_latency, prepare_environment, run_folder
+from grpo_toolkit.manifest import sha256
+from grpo_toolkit.tracking.metrics import BEST, TABLE_COLUMNS
+from grpo_toolkit.tracking.replay import offline_records
+from grpo_toolkit.tracking.wandb_environment import prepare_environment
+from wandb_runs import train
+from wandb_server import API_KEY, running
 
-TESTS = Path(__file__).parent
-TRAIN = textwrap.dedent(
-    """
-    import sys
+if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
-    import conftest  # offline, one thread
-    from training import grpo_trainer
-    from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback
 
-    base, out = map(Path, sys.argv[1:])
-    callbacks = [KVCacheCallback(strict=True), ExportCallback(out / "export", strict=True),
-                 LatencyCallback(rounds=2, new_tokens=4, max_new_tokens=None, strict=True)]
-    grpo_trainer(base, out, callbacks, report_to="wandb", run_name="t").train()
-    """
+    from wandb_server import WandbServer
+
+ARMS = ("base", "checkpoint", "export", "export_no_cache")
+METRICS = (
+    "ttft_ms_p50",
+    "tpot_ms_p50",
+    "e2e_ms_p50",
+    "output_tokens_per_s_p50",
+    "output_tokens_p50",
+    "peak_memory_mb",
+    "kv_cache_in_use",
+    "first_answer_ms_p50",
+    "natural_e2e_ms_p50",
+    "natural_output_tokens_p50",
 )
+AGAINST_BASE = ("tpot_vs_base", "tpot_vs_base_low", "tpot_vs_base_high")
+NAMES = {f"latency/{arm}/{metric}" for arm in ARMS for metric in METRICS}
+NAMES |= {f"latency/{arm}/{metric}" for arm in ARMS[1:] for metric in AGAINST_BASE}
+CHARTS = ("tpot", "waterfall", "positions", "distributions", "lengths")
 
 
 @pytest.fixture(scope="module")
 def run_output(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A training in a process of its own, so that the run is finished at its exit, as for a user."""
     out = tmp_path_factory.mktemp("wandb-run") / "out"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"PYTHONPATH": str(TESTS), "NETRC": str(out / "no-netrc"), "HOME": str(out.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN, str(qwen), str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out, done.stdout + done.stderr
+    done = train(qwen, out, arms=ARMS, artifact=True, natural=6)
+    return out, done.printed
 
 
 @pytest.fixture(scope="module")
 def records(run_output: tuple[Path, str]) -> list[dict[str, Any]]:
     folders = list((run_output[0] / "wandb").glob("offline-run-*"))
     assert len(folders) == 1
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(folders[0])],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-ARMS = ("base", "checkpoint", "export", "export_no_cache")
-METRICS = ("ttft_ms_p50", "tpot_ms_p50", "e2e_ms_p50", "output_tokens_per_s_p50", "peak_memory_mb")
-NAMES = [f"latency/{arm}/{metric}" for arm in ARMS for metric in METRICS]
+    return offline_records(folders[0])
 
 
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
+
+
+def history(records: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    return [h["item"] for h in of_kind(records, "history") if key in h["item"]]
 
 
 def test_the_run_is_finished_and_offline_inside_the_output_folder(records: list[dict[str, Any]]) -> None:
@@ -76,94 +72,260 @@ def test_the_run_is_finished_and_offline_inside_the_output_folder(records: list[
     assert of_kind(records, "run")[0]["display_name"] == "t"
 
 
-def test_every_metric_is_defined_by_name_on_the_trainers_axis(records: list[dict[str, Any]]) -> None:
-    axes = {
-        m["name"]: m["step_metric"] for m in of_kind(records, "metric") if m.get("name", "").startswith("latency/")
-    }
-    assert axes == dict.fromkeys(NAMES, "train/global_step")
+def test_every_metric_is_defined_by_name_on_the_trainers_axis_with_best_and_last(
+    records: list[dict[str, Any]],
+) -> None:
+    found = {m["name"]: m for m in of_kind(records, "metric") if m.get("name", "").startswith("latency/")}
+    assert found.keys() == NAMES | {"latency/row_ids"}
+    assert {metric["step_metric"] for metric in found.values()} == {"train/global_step"}
+    for name in NAMES:
+        assert found[name]["summary"] == {"last": True, BEST[name.rpartition("/")[2]]: True}
+    assert found["latency/row_ids"]["options"]["hidden"] is True
 
 
 def test_scalars_are_one_row_at_the_last_step(run_output: tuple[Path, str], records: list[dict[str, Any]]) -> None:
-    rows = [h["item"] for h in of_kind(records, "history") if "latency/export/tpot_ms_p50" in h["item"]]
+    rows = history(records, "latency/export/tpot_ms_p50")
     assert len(rows) == 1
     assert rows[0]["train/global_step"] == 2
+    assert {name for name in rows[0] if name.startswith("latency/")} == NAMES | {"latency/row_ids"}
     on_disk = read_measurements(run_output[0] / "latency" / "latency.jsonl")
-    assert [row.arm for row in on_disk] == list(ARMS)
-    for row in on_disk:
+    assert rows[0]["latency/row_ids"].split() == sorted(row.id for row in on_disk)
+    assert [(row.arm, row.workload.kind) for row in on_disk] == [
+        (arm, kind) for kind in ("fixed", "natural") for arm in ARMS
+    ]
+    for row in on_disk[4:]:
+        assert row.e2e_s is not None
+        assert rows[0][f"latency/{row.arm}/natural_e2e_ms_p50"] == pytest.approx(row.e2e_s.median * 1e3)
+    for row in on_disk[:4]:
+        assert row.tpot_s is not None
         assert rows[0][f"latency/{row.arm}/tpot_ms_p50"] == pytest.approx(row.tpot_s.median * 1e3)
         assert rows[0][f"latency/{row.arm}/peak_memory_mb"] == pytest.approx(row.memory.peak_bytes / 1e6)
+        assert rows[0][f"latency/{row.arm}/kv_cache_in_use"] == (row.arm != "export_no_cache")
 
 
 def test_the_trainers_own_rows_are_there_too(records: list[dict[str, Any]]) -> None:
-    steps = [h["item"]["train/global_step"] for h in of_kind(records, "history") if "train/grad_norm" in h["item"]]
-    assert steps == [1, 2]
+    assert [row["train/global_step"] for row in history(records, "train/grad_norm")] == [1, 2]
+
+
+def test_the_report_and_the_pictures_are_media_and_come_before_the_tables(records: list[dict[str, Any]]) -> None:
+    items = [h["item"] for h in of_kind(records, "history")]
+    order = [name.partition("._type")[0] for item in items for name in item if name.endswith("._type")]
+    media = ["latency/report", *(f"latency/charts/{name}" for name in sorted(CHARTS))]
+    media += [f"latency/box/{name}" for name in ("e2e_ms", "tpot_ms", "ttft_ms")]
+    assert order == [*media, "latency/tpot_bar_table", "latency/positions_table", "latency/table"]
+    types = {name.partition("._type")[0]: value for item in items for name, value in item.items() if "._type" in name}
+    assert types["latency/report"] == "html-file"
+    assert types["latency/charts/tpot"] == "image-file"
+    assert types["latency/box/tpot_ms"] == "plotly-file"
+
+
+def test_plots_are_presets_that_need_no_network(records: list[dict[str, Any]]) -> None:
+    said = json.dumps(of_kind(records, "config"))
+    for name, preset in {"latency/tpot_bar": "wandb/bar/v0", "latency/positions": "wandb/lineseries/v0"}.items():
+        assert name in said
+        assert preset in said
 
 
 def test_the_table_is_in_the_run_folder_one_row_per_arm(run_output: tuple[Path, str]) -> None:
-    tables = list((run_output[0] / "wandb").glob("offline-run-*/files/media/table/latency/*.table.json"))
+    tables = list((run_output[0] / "wandb").glob("offline-run-*/files/media/table/latency/table_*.table.json"))
     assert len(tables) == 1
     table = json.loads(tables[0].read_text())
     assert table["columns"] == list(TABLE_COLUMNS)
-    assert [row[:2] for row in table["data"]] == [[2, arm] for arm in ARMS]
-    cached = table["columns"].index("kv_cache_in_use")
-    assert [row[cached] for row in table["data"]] == [True, True, True, False]
+    found = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [(row["step"], row["arm"], row["workload"], row["batch_size"]) for row in found] == [
+        (2, arm, workload, 1) for workload in ("fixed", "natural") for arm in ARMS
+    ]
+    assert [row["use_cache"] for row in found] == (["as in the files"] * 3 + ["false"]) * 2
+    assert [row["kv_cache_in_use"] for row in found[:4]] == [True, True, True, False]
+
+
+def test_the_artifact_refers_to_the_export_without_a_copy(
+    run_output: tuple[Path, str], records: list[dict[str, Any]]
+) -> None:
+    export = run_output[0] / "export"
+    (artifact,) = [found for found in of_kind(records, "artifact") if found["type"] == "model"]
+    assert sorted(artifact["aliases"]) == ["best", "latest", "step-2"]
+    metadata = json.loads(artifact["metadata"])
+    assert metadata["manifest_sha256"] == sha256(export / "grpo_toolkit.json")
+    assert (metadata["step"], metadata["base"], metadata["findings"]) == (2, "qwen2_5_vl", [])
+    assert metadata["latency"].keys() == {f"latency/export/{metric}" for metric in METRICS + AGAINST_BASE}
+    entries = artifact["manifest"]["contents"]
+    assert {entry["path"]: entry["ref"] for entry in entries} == {
+        path.name: path.resolve().as_uri() for path in export.iterdir()
+    }
+    assert all("local_path" not in entry for entry in entries)
 
 
 def test_the_end_of_the_run_says_where_it_is_and_how_to_upload_it(run_output: tuple[Path, str]) -> None:
     out, printed = run_output
     run = next((out / "wandb").glob("offline-run-*"))
-    flat = printed.replace("\n", "")
-    assert f"upload: wandb sync {run}" in flat
-    assert f"look: wandb leet {run}" in flat
+    assert f"upload: wandb sync {run}" in printed.replace("\n", "")
+    assert f"look: wandb leet {run}" in printed.replace("\n", "")
+
+
+def test_a_copy_of_the_output_folder_uploads_its_tables_too(run_output: tuple[Path, str], tmp_path: Path) -> None:
+    copy = shutil.copytree(run_output[0], tmp_path / "copy")
+    away = run_output[0].rename(run_output[0].with_name("away"))
+    try:
+        with running() as server:
+            folder = next((copy / "wandb").glob("offline-run-*"))
+            sync(server, folder, tmp_path)
+            name = folder.name.rpartition("-")[2]
+            uploaded = [path for path in server.uploads if path.startswith(f"{name}/media/table/latency/")]
+            assert len(uploaded) == 3
+            assert len([row for row in server.rows(name) if "latency/export/tpot_ms_p50" in row]) == 1
+    finally:
+        away.rename(run_output[0])
+
+
+def sync(server: WandbServer, folder: Path, home: Path) -> None:
+    environment = {**os.environ, **server.environment(str(home))}
+    del environment["WANDB_MODE"]
+    command = [sys.executable, "-m", "wandb", "sync", str(folder)]
+    subprocess.run(command, env=environment, capture_output=True, timeout=120, check=True)
+
+
+@pytest.fixture(scope="module")
+def online(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WandbServer, Path, str]]:
+    out = tmp_path_factory.mktemp("wandb-online") / "out"
+    with running() as server:
+        train(qwen, out, server=server, arms=("base", "export"), artifact=True)
+        (name,) = server.runs
+        yield server, out, name
+
+
+def test_a_server_gets_one_row_per_export_its_table_and_its_media(online: tuple[WandbServer, Path, str]) -> None:
+    server, _, name = online
+    rows = [row for row in server.rows(name) if "latency/export/tpot_ms_p50" in row]
+    assert [row["train/global_step"] for row in rows] == [2]
+    summary = server.run(name)["summary"]["latency/export/tpot_ms_p50"]
+    assert summary == {"last": rows[0]["latency/export/tpot_ms_p50"], "min": rows[0]["latency/export/tpot_ms_p50"]}
+    (table,) = [body for path, body in server.uploads.items() if "/media/table/latency/table_" in path]
+    assert [row[:2] for row in json.loads(table)["data"]] == [[2, "base"], [2, "export"]]
+    assert any("/media/html/latency/report" in path for path in server.uploads)
+    assert sum("/media/images/latency/charts/" in path for path in server.uploads) == 4
+    assert sum("/media/plotly/latency/box/" in path for path in server.uploads) == 3
+
+
+def test_a_server_gets_the_artifact_and_no_weights(online: tuple[WandbServer, Path, str]) -> None:
+    server, out, name = online
+    (artifact,) = [found for found in server.artifacts if found["artifactTypeName"] == "model"]
+    assert artifact["artifactCollectionName"] == f"export-{name}"
+    assert {alias["alias"] for alias in artifact["aliases"]} == {"step-2", "best", "latest"}
+    assert json.loads(artifact["metadata"])["path"] == str((out / "export").resolve())
+    assert not any("safetensors" in path for path in server.uploads)
+
+
+def test_a_replay_of_what_is_there_logs_nothing(online: tuple[WandbServer, Path, str]) -> None:
+    from wandb_runs import replay
+
+    server, out, name = online
+    before = len(server.rows(name))
+    said = replay(out, server)
+    assert (said["run"], said["logged"], said["there"]) == (name, 0, 1)
+    assert len(server.rows(name)) == before
+
+
+def test_leet_shows_the_charts_in_a_terminal(run_output: tuple[Path, str]) -> None:
+    import pty
+    import select
+    import time
+
+    folder = next((run_output[0] / "wandb").glob("offline-run-*"))
+    process, terminal = pty.fork()
+    if process == 0:
+        environment = {**os.environ, "TERM": "xterm-256color", "LINES": "60", "COLUMNS": "200"}
+        os.execve(sys.executable, [sys.executable, "-m", "wandb", "leet", str(folder)], environment)
+    seen, until = b"", time.monotonic() + 30
+    try:
+        import fcntl
+        import struct
+        import termios
+
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 200, 0, 0))
+        while time.monotonic() < until and b"tpot_ms_p50" not in seen:
+            if select.select([terminal], [], [], 0.5)[0]:
+                seen += os.read(terminal, 65536)
+    finally:
+        os.kill(process, 9)
+        os.waitpid(process, 0)
+        os.close(terminal)
+    assert b"tpot_ms_p50" in seen
 
 
 def test_a_users_settings_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"NETRC": str(tmp_path / "none")}
     monkeypatch.setattr(os, "environ", environment)
-    prepare_environment(tmp_path / "out")
-    assert environment["WANDB_MODE"] == "offline"
-    assert environment["WANDB_DIR"] == str(tmp_path / "out")
-    environment |= {"WANDB_MODE": "online", "WANDB_DIR": "/elsewhere"}
+    assert prepare_environment(tmp_path / "out") is None
+    assert environment == {
+        "NETRC": str(tmp_path / "none"),
+        "WANDB_DIR": str(tmp_path / "out"),
+        "WANDB_DATA_DIR": str(tmp_path / "out" / "wandb" / "data"),
+        "WANDB_ALLOW_OFFLINE_ARTIFACTS": "false",
+        "WANDB_HTTP_TIMEOUT": "5",
+        "WANDB_INIT_TIMEOUT": "20",
+        "WANDB_FINISH_TIMEOUT": "30",
+        "WANDB_MODE": "offline",
+    }
+    mine = dict.fromkeys(environment, "mine")
+    environment |= mine
     prepare_environment(tmp_path / "other")
-    assert environment["WANDB_MODE"] == "online"
-    assert environment["WANDB_DIR"] == "/elsewhere"
+    assert environment == mine
 
 
-def test_with_a_key_it_stays_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {"WANDB_API_KEY": "0" * 40}
-    monkeypatch.setattr(os, "environ", environment)
-    prepare_environment(tmp_path)
-    assert "WANDB_MODE" not in environment
+def test_with_a_key_and_a_server_that_answers_it_stays_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as server:
+        environment = {"WANDB_API_KEY": API_KEY, "WANDB_BASE_URL": server.url}
+        monkeypatch.setattr(os, "environ", environment)
+        assert prepare_environment(tmp_path) is None
+        assert "WANDB_MODE" not in environment
+        assert server.calls["Viewer"] == 1
 
 
-@pytest.mark.parametrize(("machine", "mode"), [("wandb.example.com", None), ("api.wandb.ai", "offline")])
+@pytest.mark.parametrize(
+    ("mode", "problem"),
+    [
+        ("500", "it says 500"),
+        ("403", "it says 403"),
+        ("nothing", "no answer within 2 s"),
+        ("late", "no answer within 2 s"),
+        ("half", "its answer is cut off (IncompleteRead)"),
+        ("dead", "it cannot be reached ([Errno 111] Connection refused)"),
+    ],
+)
+def test_a_server_that_does_not_work_is_offline_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, problem: str
+) -> None:
+    with running() as server:
+        server.behave(mode)
+        environment = {"WANDB_API_KEY": API_KEY, "WANDB_BASE_URL": server.url}
+        monkeypatch.setattr(os, "environ", environment)
+        assert prepare_environment(tmp_path) == problem
+        assert environment["WANDB_MODE"] == "offline"
+
+
+@pytest.mark.parametrize(("machine", "is_asked"), [("127.0.0.1", True), ("api.wandb.ai", False)])
 def test_a_key_for_ones_own_server_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, mode: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, is_asked: bool
 ) -> None:
-    (tmp_path / "netrc").write_text(f"machine {machine}\n  login user\n  password {'0' * 40}\n")
-    environment = {"NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": "https://wandb.example.com"}
-    monkeypatch.setattr(os, "environ", environment)
-    prepare_environment(tmp_path)
-    assert environment.get("WANDB_MODE") == mode
+    (tmp_path / "netrc").write_text(f"machine {machine}\n  login user\n  password {API_KEY}\n")
+    with running() as server:
+        environment = {"NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": server.url}
+        monkeypatch.setattr(os, "environ", environment)
+        prepare_environment(tmp_path)
+        assert environment.get("WANDB_MODE") == (None if is_asked else "offline")
+        assert server.calls["Viewer"] == int(is_asked)
 
 
-def test_without_a_run_nothing_is_logged() -> None:
-    assert log_latency([], step=1) is False
-    with pytest.raises(LookupError, match="no W&B run is open"):
-        run_folder()
-
-
-def test_a_tracker_that_raises_is_said_and_survived(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken:
-        def define_metric(self, *args: object, **kwargs: object) -> None: ...
-
-        def log(self, *args: object, **kwargs: object) -> None:
-            raise ConnectionError("the server is gone")
-
-    import wandb
-
-    monkeypatch.setattr(wandb, "run", Broken())
-    assert log_latency([], step=1) is False
-    assert "W&B did not take the latency rows (ConnectionError: the server is gone)" in caplog.text
+def test_what_is_timed_between_steps_is_a_row_at_its_step(qwen: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(qwen, out, arms=("base",), every_steps=1)
+    found = offline_records(next((out / "wandb").glob("offline-run-*")))
+    live = [(row["train/global_step"], "train/loss" in row) for row in history(found, "latency/live/tpot_ms_p50")]
+    assert live == [(1, False), (2, False)]
+    (base,) = history(found, "latency/base/tpot_ms_p50")
+    assert base["train/global_step"] == 2
+    assert "latency/live/tpot_ms_p50" not in base
+    on_disk = read_measurements(out / "latency" / "latency.jsonl")
+    assert [(row.step, row.arm) for row in on_disk] == [(1, "live"), (2, "live"), (2, "base")]
+    assert base["latency/row_ids"].split() == sorted(row.id for row in on_disk)

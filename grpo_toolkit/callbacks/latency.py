@@ -20,14 +20,19 @@ from grpo_toolkit.latency.compare import compare_latency
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.gate import explain_missed, gate_of, missed_by
 from grpo_toolkit.latency.measure import measure_latency
+from grpo_toolkit.latency.review import FOLDER_NAME, Review, load_review
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
 from grpo_toolkit.latency.workload import traffic_of
 from grpo_toolkit.parking import parked
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
-from grpo_toolkit.tracking.console import latency_table, ratio_lines, say, wandb_hint
+from grpo_toolkit.tracking.charts.gallery import write_pictures
+from grpo_toolkit.tracking.console import latency_table, ratio_lines, say
 from grpo_toolkit.tracking.explain import explanation
-from grpo_toolkit.tracking.plots import latency_chart
-from grpo_toolkit.tracking.wandb import log_latency, prepare_environment, run_folder
+from grpo_toolkit.tracking.findings import diagnose_arms, write_findings
+from grpo_toolkit.tracking.mirror import Mirror
+from grpo_toolkit.tracking.model_card import CARD, Training, write_model_card
+from grpo_toolkit.tracking.report import write_report
+from grpo_toolkit.tracking.wandb import Pages
 from grpo_toolkit.verify import plain_request
 
 if TYPE_CHECKING:
@@ -60,9 +65,9 @@ class LatencyCallback(GuardedCallback):
 
     The arms: `base` as it was loaded; `checkpoint` as a plain trainer would have saved it (for LoRA: the adapter,
     unmerged, on its base); `export`; and `export_no_cache`, the export with its KV cache switched off, which shows
-    what the cache is worth. Rows go to `<output_dir>/latency/latency.jsonl`, then into the W&B run that the trainer
-    opened. Two workloads: answers of exactly `new_tokens`, which are charted, and natural ones, whose rows are in the
-    file alone.
+    what the cache is worth. Rows go to `<output_dir>/latency/latency.jsonl`; from there come `report.html` and
+    pictures beside it, a section in the export's README.md, and what the trainer's W&B, Trackio or TensorBoard gets.
+    Two workloads: answers of exactly `new_tokens`, and natural ones, which end where the model ends them.
 
     Nothing runs between steps, unless `every_steps` asks for it. At the end the timed rounds of a workload stop after
     one percent of the training's own time, or a minute, whichever is longer, but not before six rounds. Model and
@@ -80,6 +85,7 @@ class LatencyCallback(GuardedCallback):
         output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
         gate: such as "max-slowdown=1.05": how much slower than the first arm the export may be (without an export,
             the other arms). One that misses it is explained: on the terminal, and by a row in `latency.jsonl`.
+        log_artifact: also record the export as an artifact in W&B, by reference: no weights are copied or uploaded.
         strict: raise at the end of training if the measurement failed or the gate was missed.
     """
 
@@ -95,6 +101,7 @@ class LatencyCallback(GuardedCallback):
         num_prompts: int = 4,
         output_dir: str | os.PathLike[str] | None = None,
         gate: str | None = None,
+        log_artifact: bool = False,
         strict: bool = False,
     ) -> None:
         super().__init__(strict=strict)
@@ -113,7 +120,9 @@ class LatencyCallback(GuardedCallback):
         self.output_dir = output_dir
         self.gate = None if gate is None else gate_of(gate)
         self.explanations: list[ExplanationRow] = []
+        self.mirror = Mirror(artifact=log_artifact)
         self.rows: list[LatencyRow] = []
+        self._training: Training | None = None
         self.live_rows: list[LatencyRow] = []
         self._began = time.perf_counter()
 
@@ -122,8 +131,7 @@ class LatencyCallback(GuardedCallback):
     ) -> None:
         """Before W&B starts: its files into `output_dir`, offline without a key; a user's `WANDB_*` wins."""
         with self._guarded("preparing W&B"):
-            if "wandb" in args.report_to and args.should_log:
-                prepare_environment(args.output_dir)
+            self.mirror.prepare(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -131,6 +139,9 @@ class LatencyCallback(GuardedCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.rows, self.live_rows, self.explanations = [], [], []
         self._began = time.perf_counter()
+        with self._guarded("finding the open trackers"):
+            if state.is_world_process_zero:
+                self.mirror.begin(self._folder(args))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,7 +170,7 @@ class LatencyCallback(GuardedCallback):
         self._raise_if_strict()
 
     def _folder(self, args: TrainingArguments) -> Path:
-        folder = Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, "latency")
+        folder = Path(self.output_dir) if self.output_dir is not None else Path(args.output_dir, FOLDER_NAME)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -178,7 +189,7 @@ class LatencyCallback(GuardedCallback):
         rows = [replace(row, step=state.global_step) for row in rows]
         self.live_rows += rows
         append_rows(self._folder(args) / FILE_NAME, rows)
-        log_latency(rows, step=state.global_step)
+        self.mirror.log_scalars(self._review(self._folder(args), self.live_rows))
 
     def _measure(
         self,
@@ -203,6 +214,8 @@ class LatencyCallback(GuardedCallback):
             arms = self._find_arms(model, Path(plain), options)
             if not arms:
                 return
+            as_saved = {arm.name: arm.place for arm in arms if arm.options.use_cache is None}
+            write_findings(folder, diagnose_arms(as_saved))
             needed = sum(_process_bytes(inner) for _ in {arm.engine_key for arm in arms})
             missed: list[Missed] = []
             with parked(model, kwargs.get("optimizer")):
@@ -218,11 +231,9 @@ class LatencyCallback(GuardedCallback):
                         self.rows += rows
                         missed += self._missed(rows)
                 self._explain(missed, arms[0], requests, state, folder, budget_s)
-        charted = [row for row in self.rows if row.workload.kind == "fixed"]
-        chart = latency_chart(charted, folder / "latency.png")
-        say(f"rows: {folder / FILE_NAME}   chart: {chart}")
-        if log_latency(charted, step=state.global_step):
-            say(wandb_hint(*run_folder()))
+        self._training = Training.of(state.global_step, state.log_history)
+        with self._guarded("the latency report"):
+            self._show(args, folder)
         if missed:
             raise GateError("; ".join(dict.fromkeys(map(str, missed))))
 
@@ -251,6 +262,33 @@ class LatencyCallback(GuardedCallback):
         append_rows(folder / FILE_NAME, self.explanations)
         for row in self.explanations:
             say(explanation(row))
+
+    def _show(self, args: TrainingArguments, folder: Path) -> None:
+        """The report and the pictures, then the trackers: from what is on disk."""
+        review = self._review(folder, [*self.live_rows, *self.rows])
+        self._write_card(args, review)
+        pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
+        say(f"rows: {folder / FILE_NAME}   report: {pages.report}")
+        for line in self.mirror.log(review, pages, args):
+            say(line)
+
+    def _review(self, folder: Path, rows: list[LatencyRow]) -> Review:
+        try:
+            return load_review(folder)
+        except InputError as error:  # rows of an older version in the same file: show at least this training's
+            logger.warning("grpo_toolkit: %s; this training's rows are shown alone", error)
+            return Review(path=folder, rows=rows)
+
+    def _write_card(self, args: TrainingArguments, review: Review) -> None:
+        """The section in the export's README.md: before the artifact, which records the manifest's sum."""
+        export = next((row for row in self.rows if row.arm == "export"), None)
+        if export is None or self._training is None:
+            return
+        base = next((row.path for row in self.rows if row.arm == "base"), None)
+        with self._guarded("the model card"):
+            write_model_card(
+                export.path, review, training=self._training, base=base, around=Path(args.output_dir, CARD)
+            )
 
     def _find_arms(self, model: torch.nn.Module, plain: Path, options: Options) -> list[Arm]:
         export = published.get(base_model(model))

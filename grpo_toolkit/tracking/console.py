@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from rich.table import Table
 
@@ -104,11 +103,12 @@ def byte_progress(title: str, *, is_shown: bool) -> Iterator[Callable[[int, int]
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def wandb_hint(folder: Path, is_offline: bool) -> str:
-    """Where the W&B run lies and how to look at it."""
-    if is_offline:
+def wandb_hint(facts: Mapping[str, Any]) -> str:
+    """Where a W&B run lies and the commands to look at it and to upload it."""
+    folder = facts["folder"]
+    if facts["mode"] == "offline":
         return f"W&B run (offline): {folder}\n  look: wandb leet {folder}\n  upload: wandb sync {folder}"
-    return f"W&B run: {folder}"
+    return f"W&B run: {facts.get('url') or folder}\n  look: wandb leet {folder}"
 
 
 def say(*parts: object) -> None:

@@ -2,69 +2,50 @@
 
 What was learnt by trying (wandb 0.31): never pass `step=` (an older step is dropped with a warning), so every row
 carries `train/global_step`; define metrics by exact name, because overlapping globs are resolved at random; log
-scalars first and the table last, because only tables can block; a `Table` made offline is kept in a staging folder
-outside the run's folder unless `allow_offline_artifacts` is off.
+scalars first, media next and tables last, because only tables and artifacts wait for the server.
 """
 
 from __future__ import annotations
 
-import logging
-import netrc
-import os
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
+
+from grpo_toolkit.checkpoint import MANIFEST
+from grpo_toolkit.latency.review import key_part, visits_of
+from grpo_toolkit.manifest import sha256
+from grpo_toolkit.tracking.findings import export_manifest, findings_of
+from grpo_toolkit.tracking.metrics import (
+    BEST,
+    IDS_KEY,
+    REPORT_KEY,
+    STEP_METRIC,
+    TABLE_COLUMNS,
+    TABLE_IDS_KEY,
+    TABLE_KEY,
+    joined,
+    scalars,
+    table_rows,
+)
+from grpo_toolkit.tracking.wandb_plots import box_plots, tpot_bars, tpot_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping
 
-    from grpo_toolkit.latency.row import LatencyRow, Summary
+    from grpo_toolkit.latency.review import Review, Visit
+    from grpo_toolkit.tracking.breaker import Breaker
 
-logger = logging.getLogger(__name__)
-
-STEP_METRIC: Final = "train/global_step"
-TABLE_KEY: Final = "latency/table"
-TABLE_COLUMNS: Final = (
-    "step",
-    "arm",
-    "use_cache",
-    "prompt_tokens",
-    "new_tokens",
-    "rounds",
-    "ttft_ms_p50",
-    "tpot_ms_p50",
-    "e2e_ms_p50",
-    "output_tokens_per_s_p50",
-    "peak_memory_mb",
-    "kv_cache_in_use",
-    "vision_calls",
-    "dtype",
-    "device",
-)
+CHART_KEY: Final = "latency/charts"
 
 
-def prepare_environment(output_dir: str | os.PathLike[str]) -> None:
-    """Before W&B starts: files inside `output_dir`, offline where there is no key. A variable already set wins.
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """What was drawn for the review: the report's file and the pictures by chart."""
 
-    Without a key and a terminal, `wandb.init` would stop and ask, or fail.
-    """
-    folder = Path(output_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "data"))
-    if not _has_key():
-        os.environ.setdefault("WANDB_MODE", "offline")
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(server or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    report: Path | None
+    pictures: Mapping[str, Path]
 
 
 def active_run() -> Any | None:
@@ -73,78 +54,149 @@ def active_run() -> Any | None:
     return None if module is None else module.run
 
 
-def scalars(rows: Sequence[LatencyRow]) -> dict[str, float]:
-    """`latency/<arm>/<metric>` for every arm; milliseconds and megabytes, as charts want them."""
-    values: dict[str, float | None] = {}
-    for row in rows:
-        prefix = f"latency/{row.arm}"
-        values[f"{prefix}/ttft_ms_p50"] = _median(row.ttft_s, 1e3)
-        values[f"{prefix}/tpot_ms_p50"] = _median(row.tpot_s, 1e3)
-        values[f"{prefix}/e2e_ms_p50"] = _median(row.e2e_s, 1e3)
-        values[f"{prefix}/output_tokens_per_s_p50"] = _median(row.output_tokens_per_s)
-        values[f"{prefix}/peak_memory_mb"] = _megabytes(row.memory.peak_bytes)
-    return {name: value for name, value in values.items() if value is not None}
+def logged_ids(run: Any, key: str) -> set[str]:
+    """Which rows a run has: of this process, or of before where the run was resumed."""
+    return set(str(run.summary.get(key) or "").split())
 
 
-def _median(summary: Summary | None, factor: float = 1.0) -> float | None:
-    return None if summary is None else summary.median * factor
+def log_review(
+    run: Any,
+    review: Review,
+    pages: Pages,
+    breaker: Breaker,
+    *,
+    known: set[str],
+    known_in_table: set[str],
+    artifact: bool = False,
+) -> int:
+    """Mirror what a run does not have yet: scalars first, media next, tables and the artifact last.
+
+    Args:
+        run: an open W&B run.
+        review: all rows.
+        pages: the report and pictures to log with them.
+        breaker: bounds every call and remembers what failed.
+        known, known_in_table: ids that the run has already; what was sent is added.
+        artifact: also record the export as an artifact, by reference.
+
+    Returns:
+        How many exports' scalars were sent.
+    """
+    sent = log_scalars(run, review, breaker, known=known)
+    every = {row.id for row in review.rows} | {row.id for row in review.explanations}
+    if not every or every <= known_in_table:
+        return sent
+    step = max((visit.step for visit in visits_of(review)), default=0)
+    for make in _media(review, pages):
+        breaker.call("media", partial(_log_made, run, make, step))
+    is_whole = all(breaker.call("tables", partial(_log_made, run, make, step)) for make in _tables(review, every))
+    if is_whole:
+        known_in_table |= every
+    if artifact:
+        breaker.call("artifacts", lambda: _log_artifact(run, review, step))
+    return sent
 
 
-def _megabytes(count: int | None) -> float | None:
-    return None if count is None else count / 1e6
+def _log_made(run: Any, make: Callable[[], dict[str, Any]], step: int) -> None:
+    run.log({**make(), STEP_METRIC: step})
 
 
-def table_rows(rows: Sequence[LatencyRow], step: int) -> list[list[Any]]:
-    """One line per arm, in the order of `TABLE_COLUMNS`."""
+def log_scalars(run: Any, review: Review, breaker: Breaker, *, known: set[str]) -> int:
+    """One row per visit with what the run does not have yet; adds to `known`, returns how many rows were sent."""
+    sent = 0
+    for visit in visits_of(review):
+        if set(visit.ids) <= known:
+            continue
+        if breaker.call("scalars", partial(_log_scalars, run, visit, frozenset(known))):
+            known |= set(visit.ids)
+            sent += 1
+    return sent
+
+
+def _log_scalars(run: Any, visit: Visit, known: frozenset[str]) -> None:
+    values = scalars(visit, known)
+    for name in values:
+        best = BEST[name.rpartition("/")[2]]
+        run.define_metric(name, step_metric=STEP_METRIC, summary=f"{best},last")
+    run.define_metric(IDS_KEY, step_metric=STEP_METRIC, hidden=True)
+    run.log({**values, IDS_KEY: joined(set(known) | set(visit.ids)), STEP_METRIC: visit.step})
+
+
+def _media(review: Review, pages: Pages) -> list[Any]:
+    """What is put into W&B's queue without asking the server: made only when its turn comes."""
+    import wandb
+
+    found = []
+    if pages.report is not None:
+        report = pages.report
+        found.append(lambda: {REPORT_KEY: wandb.Html(report.read_text(encoding="utf-8"), inject=False)})
+    if pages.pictures:
+        pictures = dict(pages.pictures)
+        found.append(lambda: {f"{CHART_KEY}/{name}": wandb.Image(str(path)) for name, path in pictures.items()})
+    found.append(lambda: {f"latency/box/{name}": wandb.Plotly(plot) for name, plot in box_plots(review).items()})
+    return found
+
+
+def _tables(review: Review, every: set[str]) -> list[Any]:
+    import wandb
+
+    rows = table_rows(review)
     return [
-        [
-            step,
-            row.arm,
-            "as in the files" if row.settings.use_cache is None else str(row.settings.use_cache).lower(),
-            row.workload.prompt_tokens,
-            row.workload.max_new_tokens,
-            row.rounds,
-            _median(row.ttft_s, 1e3),
-            _median(row.tpot_s, 1e3),
-            _median(row.e2e_s, 1e3),
-            _median(row.output_tokens_per_s),
-            _megabytes(row.memory.peak_bytes),
-            row.proof.is_cached,
-            row.proof.vision_calls,
-            row.settings.dtype,
-            row.settings.device,
-        ]
-        for row in rows
+        lambda: tpot_bars(review),
+        lambda: tpot_lines(review),
+        lambda: {
+            TABLE_KEY: wandb.Table(columns=list(TABLE_COLUMNS), data=rows, allow_mixed_types=True),
+            TABLE_IDS_KEY: joined(every),
+        },
     ]
 
 
-def log_latency(rows: Sequence[LatencyRow], *, step: int) -> bool:
-    """Mirror rows into the open run; False where there is none or it failed (said once, training goes on)."""
-    run = active_run()
-    if run is None:
-        return False
+def _log_artifact(run: Any, review: Review, step: int) -> None:
+    """The newest export as a reference: nothing is copied, and no file is read but the manifest."""
     import wandb
 
-    try:
-        values = scalars(rows)
-        for name in values:
-            run.define_metric(name, step_metric=STEP_METRIC)
-        run.log({**values, STEP_METRIC: step})
-        table = wandb.Table(columns=list(TABLE_COLUMNS), data=table_rows(rows, step))
-        run.log({TABLE_KEY: table, STEP_METRIC: step})
-    except Exception as error:  # a tracker must never hurt a training run, whatever it raises
-        logger.warning("W&B did not take the latency rows (%s: %s); they are on disk", type(error).__name__, error)
-        return False
-    return True
+    export = next((row for row in review.arms if row.arm == "export"), None)
+    if export is None or not Path(export.path).is_dir():
+        return
+    folder = Path(export.path).resolve()
+    manifest = export_manifest(review)
+    metadata = {
+        "step": step,
+        "path": str(folder),
+        "base": None if manifest is None else manifest.get("base"),
+        "put_right": [] if manifest is None else manifest.get("put_right"),
+        "findings": [finding["code"] for finding in findings_of(review).get("export", {}).get("findings", [])],
+        "manifest_sha256": sha256(folder / MANIFEST) if (folder / MANIFEST).is_file() else None,
+        "latency": {name: value for name, value in _newest_scalars(review).items() if "/export/" in name},
+    }
+    artifact = wandb.Artifact(f"export-{key_part(run.id)}", type="model", metadata=metadata)
+    artifact.add_reference(folder.as_uri(), checksum=False)
+    aliases = [f"step-{step}"] + (["best"] if _is_best(review) else [])
+    run.log_artifact(artifact, aliases=aliases)
 
 
-def run_folder() -> tuple[Path, bool]:
-    """The open run's folder, and whether the run is offline and can be uploaded later.
+def _newest_scalars(review: Review) -> dict[str, float]:
+    return next((scalars(visit) for visit in reversed(visits_of(review)) if visit.main == review.arms), {})
 
-    Raises:
-        LookupError: no run is open.
-    """
-    run = active_run()
-    if run is None:
-        raise LookupError("no W&B run is open in this process")
-    return Path(run.dir).parent, bool(run.settings.mode == "offline")
+
+def _is_best(review: Review) -> bool:
+    """Whether no export that was measured before decodes faster than the newest."""
+    visits = visits_of(review)
+    times = [
+        row.tpot_s.median for visit in visits for row in visit.main if row.arm == "export" and row.tpot_s is not None
+    ]
+    return bool(times) and times[-1] <= min(times)
+
+
+def run_facts(run: Any) -> dict[str, Any]:
+    """What finds the run again: entity, project, id, mode, folder."""
+    settings = run.settings
+    return {
+        "entity": run.entity or None,
+        "project": run.project or None,
+        "id": run.id,
+        "name": run.name,
+        "mode": "offline" if settings.mode in ("offline", "dryrun") else str(settings.mode),
+        "folder": str(Path(run.dir).parent),
+        "url": run.url,
+    }
