@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint import WEIGHTS, WEIGHTS_INDEX, dump_json
 from grpo_toolkit.errors import CheckpointError, InputError
 from grpo_toolkit.reading import DTYPE_BITS
-from grpo_toolkit.writeback import start_writeback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -196,9 +195,7 @@ def _carry_out(tasks: Sequence[_Task], pool: ThreadPoolExecutor) -> Iterator[int
             finished, waiting = wait(waiting, return_when=FIRST_EXCEPTION, timeout=0.1)
             for future in finished:
                 future.result()
-                task = pending[future]
-                start_writeback(task.descriptor, task.offset, task.size)
-                yield task.size
+                yield pending[future].size
     finally:
         for future in pending:
             future.cancel()

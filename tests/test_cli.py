@@ -23,8 +23,10 @@ def test_export_then_verify_then_bench(qwen: Path, tmp_path: Path, capsys: pytes
     assert said["path"] == str(export)
     assert said["verification"]["passed"] is True
 
-    assert main(["verify", str(export), "--reference", str(qwen)]) == 0
+    assert main(["verify", str(export), "--reference", str(qwen), "--base", str(qwen)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert any("tensors as in the base" in line for line in lines)
+    assert any("same logits as the trained policy: 0 of their spread apart" in line for line in lines)
     assert [line[:4] for line in lines] == ["ok  "] * len(lines)
     assert any("same greedy tokens" in line for line in lines)
 

@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "peft", "wandb", "trl", "numpy", "rich", "matp
 
 # From the ground up: a module may import from its own floor and from those below it.
 FLOORS = [
-    {"errors", "exchange", "writeback"},
+    {"errors", "exchange"},
     {"reading", "names"},
     {"checkpoint"},
     {"defaults", "portable", "whole", "manifest", "stream", "merge.lora"},
@@ -76,7 +76,6 @@ FLOORS = [
 STANDARD_LIBRARY_ONLY = {
     "errors",
     "exchange",
-    "writeback",
     "reading",
     "checkpoint",
     "names",
