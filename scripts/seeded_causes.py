@@ -144,6 +144,7 @@ def _adapter(base: Path, folder: Path, *, device: str) -> Path:
 
 
 def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[Any, Any]:
+    from grpo_toolkit.cache import base_model
     from grpo_toolkit.inference import auto_class, dtype_argument, load_model, load_processor
 
     if "device-map" in causes:
@@ -160,7 +161,7 @@ def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[
     else:
         model, processor, _ = load_model(folder, device=device)
     if "longer-answers" in causes:  # other weights: what the base said is now what it says last
-        model.get_submodule(f"{LANGUAGE}.norm").weight.data.neg_()
+        base_model(model).get_submodule(f"{LANGUAGE}.norm").weight.data.neg_()
     if "training-state" in causes:
         model.gradient_checkpointing_enable()
         model.train()

@@ -41,7 +41,7 @@ PAIRS = (
     ("cache-off", "attention"),
     ("float32", "unmerged-adapter"),
     ("sdpa-backend", "eos"),
-    ("device-map", "static-cache"),
+    ("device-map", "float32"),
     ("training-state", "attention"),
 )
 
