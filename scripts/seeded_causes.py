@@ -12,6 +12,9 @@ import shutil
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import transformers
+from packaging.version import Version
+
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.pool import Source
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.pool import Pool
 
 NEVER = 3
-"""A token id that random weights hardly say: what should not end by itself ends there."""
+"""A token that is never said (it is suppressed): what should not end by itself ends there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,6 @@ def _wider_pixels(folder: Path) -> None:
 FILES: dict[str, Callable[[Path], None]] = {
     "cache-off": lambda folder: _edit(folder, "generation_config.json", use_cache=False),
     "float32": lambda folder: _edit(folder, "config.json", torch_dtype="float32"),
-    "attention": lambda folder: _edit(folder, "config.json", attn_implementation="eager"),
     "pixel-limits": _wider_pixels,
     "static-cache": lambda folder: _edit(folder, "generation_config.json", cache_implementation="static"),
     "eos": lambda folder: _edit(folder, "generation_config.json", eos_token_id=[NEVER]),
@@ -62,6 +64,16 @@ FILES: dict[str, Callable[[Path], None]] = {
 OPTIONS: dict[str, Callable[[Options], Options]] = {
     "sdpa-backend": lambda options: replace(options, sdpa_backend="math"),
 }
+# transformers 5 takes the attention from config.json; before, only the caller says it.
+if Version(transformers.__version__).major >= 5:
+    FILES["attention"] = lambda folder: _edit(folder, "config.json", attn_implementation="eager")
+else:
+    OPTIONS["attention"] = lambda options: replace(options, attn_implementation="eager")
+VISION, LANGUAGE = (
+    ("model.visual", "model.language_model")
+    if Version(transformers.__version__) >= Version("4.52")  # huggingface/transformers#37033 moved them
+    else ("visual", "model")
+)
 LIVE = ("device-map", "training-state", "longer-answers")
 ALL = (*FILES, *OPTIONS, *LIVE, "unmerged-adapter")
 
@@ -75,7 +87,7 @@ def bases(base: Path, folder: Path, request: Request, pool: Pool, *, device: str
     endless, ending = (_copied(base, folder / name) for name in ("endless", "ending"))
     config = json.loads((base / "config.json").read_text())
     # Random weights may say a placeholder; computing the answer again would then miss an image for it.
-    silent = [config[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id")]
+    silent = [NEVER, *(config[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id"))]
     _edit(endless, "generation_config.json", eos_token_id=[NEVER], suppress_tokens=silent)
     end = early_token(endless, request, pool, device=device)
     _edit(ending, "generation_config.json", eos_token_id=[end], suppress_tokens=silent)
@@ -121,7 +133,7 @@ def _adapter(base: Path, folder: Path, *, device: str) -> Path:
 
     model, _, _ = load_model(base, device=device)
     torch.manual_seed(0)
-    targets = "model.language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    targets = ".*layers.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets, init_lora_weights=False))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -132,17 +144,16 @@ def _adapter(base: Path, folder: Path, *, device: str) -> Path:
 
 
 def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[Any, Any]:
+    from grpo_toolkit.cache import base_model
     from grpo_toolkit.inference import auto_class, dtype_argument, load_model, load_processor
 
     if "device-map" in causes:
         away = "cpu" if device.startswith("cuda") else "disk"
         layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-        placed = {"model.visual": device, "model.language_model.embed_tokens": device, "lm_head": device}
-        placed |= {"model.language_model.norm": device, "model.language_model.rotary_emb": device}
+        placed = {VISION: device, f"{LANGUAGE}.embed_tokens": device, "lm_head": device}
+        placed |= {f"{LANGUAGE}.norm": device, f"{LANGUAGE}.rotary_emb": device}
         few = max(layers // 9, 2)  # of a large model: each of them is copied for every token
-        placed |= {
-            f"model.language_model.layers.{number}": away if number < few else device for number in range(layers)
-        }
+        placed |= {f"{LANGUAGE}.layers.{number}": away if number < few else device for number in range(layers)}
         model = auto_class(folder).from_pretrained(
             folder, device_map=placed, offload_folder=scratch / "offloaded", **{dtype_argument(): "auto"}
         )
@@ -150,7 +161,7 @@ def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[
     else:
         model, processor, _ = load_model(folder, device=device)
     if "longer-answers" in causes:  # other weights: what the base said is now what it says last
-        model.get_submodule("model.language_model.norm").weight.data.neg_()
+        base_model(model).get_submodule(f"{LANGUAGE}.norm").weight.data.neg_()
     if "training-state" in causes:
         model.gradient_checkpointing_enable()
         model.train()

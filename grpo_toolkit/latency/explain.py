@@ -218,8 +218,8 @@ class _Lab:
             return False  # it is no difference
         if cause.name == UNMERGED:
             return trained.model is None or hasattr(trained.model, "merge_and_unload")
-        if cause.name == "device-map":
-            return trained.path is not None
+        if trained.is_dispatched and cause.options is not None and trained.path is None:
+            return cause.name not in ("device-map", "float32", "attention")  # these load it once more
         return cause.options is not None or cause.name == LONGER
 
     def _arm(

@@ -114,7 +114,7 @@ class Pool:
 
     def _open(self, source: Source, options: Options) -> Engine:
         if source.model is not None:
-            return self._open_live(source.model, source.processor, options)
+            return self._open_live(source, source.model, options)
         assert source.path is not None
         if self.isolated:
             return self._stack.enter_context(ProcessEngine(source.path, options))
@@ -124,12 +124,15 @@ class Pool:
         model, processor = self._models[key]
         return LocalEngine(model, _limited(processor, options))
 
-    def _open_live(self, model: torch.nn.Module, processor: Any, options: Options) -> Engine:
+    def _open_live(self, source: Source, model: torch.nn.Module, options: Options) -> Engine:
         inner = base_model(model)
         dtype = str(inner.dtype).removeprefix("torch.")
         attention = getattr(inner.config, "_attn_implementation", None)
+        processor = _limited(source.processor, options)
         if options.dtype in (None, dtype) and options.attn_implementation in (None, attention):
-            return LiveEngine(model, _limited(processor, options))
+            return LiveEngine(model, processor)
+        if source.is_dispatched:  # accelerate lets nobody move or copy it
+            return LiveEngine(self._dispatched_again(source, inner, options), processor)
         import torch
 
         changed = copy.deepcopy(model)
@@ -137,7 +140,21 @@ class Pool:
             changed = changed.to(getattr(torch, options.dtype))
         if options.attn_implementation not in (None, attention):
             base_model(changed).set_attn_implementation(options.attn_implementation)
-        return LiveEngine(changed, _limited(processor, options))
+        return LiveEngine(changed, processor)
+
+    def _dispatched_again(self, source: Source, model: Any, options: Options) -> torch.nn.Module:
+        """A dispatched model once more from its folder, laid out alike, in another dtype or with other attention."""
+        from grpo_toolkit.inference import auto_class, dtype_argument
+
+        assert source.path is not None, "only a model with a folder is toggled"
+        settings: dict[str, Any] = {dtype_argument(): options.dtype or str(model.dtype).removeprefix("torch.")}
+        if options.attn_implementation is not None:
+            settings["attn_implementation"] = options.attn_implementation
+        offloaded = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-offloaded-"))
+        again: torch.nn.Module = auto_class(source.path).from_pretrained(
+            source.path, device_map=model.hf_device_map, offload_folder=offloaded, **settings
+        )
+        return again.eval()
 
 
 class LiveEngine(LocalEngine):
