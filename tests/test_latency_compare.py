@@ -137,6 +137,16 @@ def test_it_goes_on_until_it_is_precise_and_no_longer(live: Arm) -> None:
     assert [row.rounds for row in rows] == [6, 6]
 
 
+def test_arms_that_all_fail_are_rows_with_their_errors(live: Arm) -> None:
+    traffic = made_up(live.live[1], prompt_tokens=200, max_new_tokens=3)  # type: ignore[index]
+    arms = [replace(live, name=name, options=Options(sdpa_backend="cudnn")) for name in ("one", "two")]
+    found = compare_latency(arms, traffic, rounds=6, precision=0.01, roofline=True)
+    assert found.control is not None
+    for row in (*found.rows, found.control):
+        assert "no SDPA kernel of those allowed" in str(row.error)
+        assert (row.rounds, row.ratios, row.roofline) == (0, [], None)
+
+
 def test_a_budget_ends_after_whole_blocks_but_not_before_six_rounds(live: Arm) -> None:
     traffic = made_up(live.live[1], prompt_tokens=200, max_new_tokens=3)  # type: ignore[index]
     (row,) = measure_latency([live], traffic, rounds=500, warmup=1, budget_s=0.0)

@@ -163,16 +163,16 @@ class _Measuring:
                     if self._is_precise(precision):
                         return
                     look = turn * 5 // 4
-            for name in self._alive(turns(list(self.arms), turn)):
+            alive = self._alive(turns(list(self.arms), turn))
+            if not alive:
+                return
+            for name in alive:
                 self._ask(name, turn, rounds)
 
     def _is_precise(self, precision: float) -> bool:
-        first, *others = (self._tpots(name) for name in self._alive(list(self.arms)))
-        return all(
-            is_settled(paired_ratio(tpots, first, name="first"), precision=precision)
-            for tpots in others
-            if tpots and first
-        )
+        tpots = [self._tpots(name) for name in self._alive(list(self.arms))]
+        first, others = (tpots[0], tpots[1:]) if tpots else ([], [])
+        return all(is_settled(paired_ratio(times, first, name="first"), precision=precision) for times in others)
 
     def _tpots(self, name: str) -> list[float]:
         """Its times per output token; of one-token answers, end to end."""
