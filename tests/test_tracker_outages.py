@@ -34,7 +34,10 @@ def restored(server: WandbServer, out: Path, name: str) -> None:
     assert sum("/media/table/latency/table_" in path for path in server.uploads) == 1
 
 
-@pytest.mark.parametrize("mode", ["500", "403", "nothing", "half", "late", "dead"])
+@pytest.mark.parametrize(
+    "mode",
+    ["nothing", "dead", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("500", "403", "half", "late"))],
+)
 def test_a_server_that_fails_from_the_start(qwen: Path, tmp_path: Path, weights: str, mode: str) -> None:
     out = tmp_path / "out"
     with running() as server:
