@@ -14,6 +14,7 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.inference import Request
 from grpo_toolkit.latency.measure import Arm, measure_latency
 from grpo_toolkit.latency.review import Review, comparisons, key_part, load_review, visits_of
+from grpo_toolkit.latency.row import Effect, ExplanationRow
 from grpo_toolkit.latency.store import append_rows
 from grpo_toolkit.tracking.charts.causes import waterfall_bars
 from grpo_toolkit.tracking.charts.gallery import CHARTS, write_pictures
@@ -142,6 +143,18 @@ def test_the_waterfall_adds_up_from_arm_to_arm(tmp_path: Path) -> None:
             assert bar.value_s == pytest.approx(height)
         else:
             height += bar.value_s
+
+
+def test_an_explanation_of_two_folders_is_of_the_arms_that_were_in_them(tmp_path: Path) -> None:
+    common = {"metric": "e2e_s", "base_s": 1.0, "trained_s": 3.0, "measured_at": "now", "session": "why"}
+    cause = Effect(layer="toggled", cause="cache-off", effect_s=2.0)
+    ours = ExplanationRow(base="/models/base", trained="/models/export", effects=[cause], **common)
+    others = ExplanationRow(base="/a/x", trained="/b/y", effects=[cause], **common)
+    review = written(tmp_path, [*arms(), ours, others])
+    assert [bar.label for bar in waterfall_bars(review)[1]] == ["base", "cache off", "export"]
+    text = write_report(review).read_text()
+    assert "base → export: 1,000.00 → 3,000.00 ms" in text
+    assert "x → y: 1,000.00 → 3,000.00 ms" in text
 
 
 def test_without_an_explanation_the_waterfall_splits_at_the_first_token(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.review import Review, arm_order, median_of
+from grpo_toolkit.tracking.charts.causes import arm_named
 from grpo_toolkit.tracking.charts.gallery import CHARTS
 from grpo_toolkit.tracking.charts.style import PALETTE, as_svg, is_variant, label_of, styled
 from grpo_toolkit.tracking.findings import export_manifest, findings_of
@@ -131,7 +132,10 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
         "charts": charts,
         "missing": missing,
         "failed": [row for row in review.rows if row.error is not None],
-        "explanations": list(review.explanations[-2:]),
+        "explanations": [
+            (explanation, *(label_of(arm_named(review, end)) for end in (explanation.base, explanation.trained)))
+            for explanation in review.explanations[-2:]
+        ],
         "count": len(review.rows),
         "environment": first.environment,
         "folder": str(review.path),

@@ -41,45 +41,42 @@ class Bar:
 def waterfall_bars(review: Review) -> tuple[str, list[Bar]]:
     """From base to checkpoint to export: the metric's name, then levels with the changes between them.
 
-    Between two arms stand the causes of the newest explanation of just these two where there is one, otherwise the
-    change until the first token and the change after it, from the medians. The bars always add up.
+    Between two arms stand the causes of their newest explanation where there is one, otherwise the change until the
+    first token and the change after it, from the medians. The bars always add up.
     """
     arms = [row for row in review.arms if row.arm in ("base", "checkpoint", "export")]
-    found = {
-        (one.arm, other.arm): explanation
-        for one, other in zip(arms, arms[1:], strict=False)
-        if (explanation := _explanation(review, one, other)) is not None
-    }
-    if not found and len(arms) > 1:
+    steps = [_explanation(review, one.arm, other.arm) for one, other in zip(arms, arms[1:], strict=False)]
+    chain = [step for step in steps if step is not None]
+    names = {row.arm for row in arms}
+    ours = [e for e in review.explanations if {arm_named(review, e.base), arm_named(review, e.trained)} <= names]
+    if not chain or len(chain) < len(steps) or len({step.metric for step in chain}) > 1:
+        chain = ours[-1:]
+    if not chain and len(arms) > 1:
         return "e2e_s", _from_medians(arms)
-    if found and len(found) == len(arms) - 1 and len({e.metric for e in found.values()}) == 1:
-        explanations = list(found.values())
-    elif review.explanations:
-        explanations = [review.explanations[-1]]
-    else:
+    chain = chain or list(review.explanations[-1:])
+    if not chain:
         return "e2e_s", []
-    first = explanations[0]
-    bars = [Bar(label=_name(first.base), kind="level", value_s=first.base_s, arm=_arm(first.base))]
-    for explanation in explanations:
+    first = arm_named(review, chain[0].base)
+    bars = [Bar(label=label_of(first), kind="level", value_s=chain[0].base_s, arm=first)]
+    for explanation in chain:
         bars += _changes(explanation)
-        name = explanation.trained
-        bars.append(Bar(label=_name(name), kind="level", value_s=explanation.trained_s, arm=_arm(name)))
-    return first.metric, bars
+        arm = arm_named(review, explanation.trained)
+        bars.append(Bar(label=label_of(arm), kind="level", value_s=explanation.trained_s, arm=arm))
+    return chain[0].metric, bars
 
 
-def _explanation(review: Review, one: LatencyRow, other: LatencyRow) -> ExplanationRow | None:
-    for row in reversed(review.explanations):
-        if {one.arm, one.path} & {row.base} and {other.arm, other.path} & {row.trained}:
-            return row
-    return None
+def _explanation(review: Review, base: str, trained: str) -> ExplanationRow | None:
+    ends = base, trained
+    found = (
+        e for e in reversed(review.explanations) if (arm_named(review, e.base), arm_named(review, e.trained)) == ends
+    )
+    return next(found, None)
 
 
-def _arm(name: str) -> str:
-    return name if name in ("base", "checkpoint", "export") else Path(name).name
-
-
-def _name(name: str) -> str:
-    return label_of(_arm(name))
+def arm_named(review: Review, name: str) -> str:
+    """The arm that an explanation means, which may name its folder; the folder's name where no arm was in it."""
+    arms = {row.path: row.arm for row in reversed(review.arms)} | {row.arm: row.arm for row in review.arms}
+    return arms.get(name, Path(name).name)
 
 
 def _changes(explanation: ExplanationRow) -> list[Bar]:
