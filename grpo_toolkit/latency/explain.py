@@ -42,7 +42,7 @@ UNEXPLAINED: Final = "unexplained"
 LONGER: Final = "longer-answers"
 UNMERGED: Final = "unmerged-adapter"
 _MOVE_ENDS: Final = ("eos", "training-state")
-"""Causes that decide where an answer ends; they are cured before those that only round otherwise."""
+"""Causes that decide where an answer ends: cured last."""
 _PROOF_TOKENS: Final = 6
 _LEAST_ROUNDS: Final = 3
 
@@ -191,10 +191,11 @@ class _Lab:
         """How long answers are, and what each cause adds to that: asked with it cured too, one after the other.
 
         Some causes move the end of an answer (another end of sequence, wrong text), others change its words by their
-        rounding. What is left when all are cured is what training changed.
+        rounding: these are cured first, while nothing ends the answer elsewhere. What is left when all are cured is
+        what training changed.
         """
         source, options, lengths, added = trained, seen.options, seen.output_tokens, {}
-        for name in sorted(found, key=lambda name: name not in _MOVE_ENDS):
+        for name in sorted(found, key=lambda name: name in _MOVE_ENDS):
             if not self._can_toggle(trained, BY_NAME[name], known) or name == LONGER:
                 continue
             source, options = self._cured(name, source, options, known)
