@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.errors import InputError
+from grpo_toolkit.errors import InputError, UnsupportedError
 from grpo_toolkit.latency.audit import Facts, facts_of, mean
 from grpo_toolkit.latency.causes import BY_NAME, CAUSES, Cause, blanks
 from grpo_toolkit.latency.engines.protocol import Options
@@ -97,6 +97,7 @@ def explain_latency(
     Raises:
         InputError: fewer than one round or token, or a live model without its processor.
         CheckpointError, WorkerError: a folder cannot be read or loaded.
+        UnsupportedError: `generate` of a live model fails.
     """
     if rounds < 1 or max_new_tokens < 2:
         raise InputError("explain_latency needs at least one round and two new tokens")
@@ -166,8 +167,15 @@ class _Lab:
         """Everything that is known of an arm without a clock."""
         engine = self.pool.engine(source, options)
         short = replace(self.requests[0], max_new_tokens=_PROOF_TOKENS, exact=True)
-        evidence = engine.prove([short], options)
-        answers = [engine.ask([request], options) for request in self.requests]
+        try:
+            evidence = engine.prove([short], options)
+            answers = [engine.ask([request], options) for request in self.requests]
+        except RuntimeError as error:  # such as a static cache whose checkpointed layers drop it
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UnsupportedError(
+                f"{source.name}: generate fails as the model stands ({reason}), so there is nothing to time; "
+                "leave a live model's training state first: with grpo_toolkit.inference_ready(model)"
+            ) from error
         return facts_of(source.name, options, source.declared(base), engine.facts(), evidence, answers)
 
     def plan(self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]) -> _Plan:
