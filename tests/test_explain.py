@@ -13,7 +13,7 @@ from packaging.version import Version
 from rich.console import Console
 
 from grpo_toolkit.cli import main
-from grpo_toolkit.errors import InputError
+from grpo_toolkit.errors import InputError, UnsupportedError
 from grpo_toolkit.inference import Request
 from grpo_toolkit.latency.effects import arms_of, shares
 from grpo_toolkit.latency.explain import explain_latency, top_cause, unexplained_share
@@ -154,6 +154,17 @@ def test_another_chat_template_is_seen_by_the_tokens_that_it_makes(
     assert found.cause == "prompt"
     assert found.evidence.startswith("the same messages become ")
     assert (found.low_s, found.command) == (None, f"grpo-toolkit doctor {folder} --base {two_bases[0]}")
+
+
+def test_a_model_that_cannot_generate_is_one_clear_error(
+    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+) -> None:
+    if Version(transformers.__version__).major < 5:
+        pytest.skip("only transformers 5 drops a static cache from its layers and keeps its mask")
+    with pytest.raises(
+        UnsupportedError, match=r"generate fails as the model stands \(.+\), so there is nothing to time"
+    ):
+        explained(two_bases, tmp_path, ("static-cache", "training-state"), asked, pool, rounds=1)
 
 
 def timeline(times: list[float], **phases: float) -> Timeline:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.errors import InputError
+from grpo_toolkit.errors import InputError, UnsupportedError
 from grpo_toolkit.latency.audit import Facts, facts_of, mean
 from grpo_toolkit.latency.causes import BY_NAME, CAUSES, Cause, blanks
 from grpo_toolkit.latency.engines.protocol import Options
@@ -42,7 +42,7 @@ UNEXPLAINED: Final = "unexplained"
 LONGER: Final = "longer-answers"
 UNMERGED: Final = "unmerged-adapter"
 _MOVE_ENDS: Final = ("eos", "training-state")
-"""Causes that decide where an answer ends; they are cured before those that only round otherwise."""
+"""Causes that decide where an answer ends: cured last."""
 _PROOF_TOKENS: Final = 6
 _LEAST_ROUNDS: Final = 3
 
@@ -97,6 +97,7 @@ def explain_latency(
     Raises:
         InputError: fewer than one round or token, or a live model without its processor.
         CheckpointError, WorkerError: a folder cannot be read or loaded.
+        UnsupportedError: `generate` of a live model fails.
     """
     if rounds < 1 or max_new_tokens < 2:
         raise InputError("explain_latency needs at least one round and two new tokens")
@@ -166,8 +167,15 @@ class _Lab:
         """Everything that is known of an arm without a clock."""
         engine = self.pool.engine(source, options)
         short = replace(self.requests[0], max_new_tokens=_PROOF_TOKENS, exact=True)
-        evidence = engine.prove([short], options)
-        answers = [engine.ask([request], options) for request in self.requests]
+        try:
+            evidence = engine.prove([short], options)
+            answers = [engine.ask([request], options) for request in self.requests]
+        except RuntimeError as error:  # such as a static cache whose checkpointed layers drop it
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UnsupportedError(
+                f"{source.name}: generate fails as the model stands ({reason}), so there is nothing to time; "
+                "leave a live model's training state first: with grpo_toolkit.inference_ready(model)"
+            ) from error
         return facts_of(source.name, options, source.declared(base), engine.facts(), evidence, answers)
 
     def plan(self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]) -> _Plan:
@@ -191,10 +199,11 @@ class _Lab:
         """How long answers are, and what each cause adds to that: asked with it cured too, one after the other.
 
         Some causes move the end of an answer (another end of sequence, wrong text), others change its words by their
-        rounding. What is left when all are cured is what training changed.
+        rounding: these are cured first, while nothing ends the answer elsewhere. What is left when all are cured is
+        what training changed.
         """
         source, options, lengths, added = trained, seen.options, seen.output_tokens, {}
-        for name in sorted(found, key=lambda name: name not in _MOVE_ENDS):
+        for name in sorted(found, key=lambda name: name in _MOVE_ENDS):
             if not self._can_toggle(trained, BY_NAME[name], known) or name == LONGER:
                 continue
             source, options = self._cured(name, source, options, known)
