@@ -55,6 +55,7 @@ FLOORS = [
     {"verify", "latency.compare"},
     {"latency.audit", "latency.effects", "latency.split"},
     {"latency.causes", "latency.predict", "latency.pool"},
+    {"latency.lengths"},
     {"latency.explain", "latency.tuned", "latency.gate"},
     {"latency.tune"},
     {"latency.sweep"},
