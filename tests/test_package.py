@@ -57,6 +57,7 @@ FLOORS = [
     {"hub", "verify", "latency.compare"},
     {"latency.audit", "latency.effects", "latency.split"},
     {"latency.causes", "latency.predict", "latency.pool"},
+    {"latency.lengths"},
     {"latency.explain", "latency.tuned", "latency.gate"},
     {"latency.tune"},
     {"latency.sweep", "latency.review"},

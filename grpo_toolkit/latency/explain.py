@@ -21,6 +21,7 @@ from grpo_toolkit.errors import InputError, UnsupportedError
 from grpo_toolkit.latency.audit import Facts, facts_of, mean
 from grpo_toolkit.latency.causes import BY_NAME, CAUSES, Cause, blanks
 from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.lengths import Lengths, lengthened, minus, natural_requests
 from grpo_toolkit.latency.pool import Pool, Source, source_of
 from grpo_toolkit.latency.row import Effect, ExplanationRow
 from grpo_toolkit.latency.split import median_round, split_exactly
@@ -77,7 +78,8 @@ def explain_latency(
 
     Args:
         base: the folder of the base model, or a live model.
-        trained: the folder of the trained model or adapter, or a live model in whatever state it is.
+        trained: the folder of the trained model or adapter, or a live model in whatever state it is; one that
+            accelerate spread over devices is toggled by loading its folder again, so its weights must be as there.
         requests: what is asked, each in every round; made-up text (and for a model that sees, an image) by default.
         processor: of live models.
         max_new_tokens: the most tokens of an answer.
@@ -104,7 +106,7 @@ def explain_latency(
     sources = source_of(base, processor), source_of(trained, processor)
     usual = _as_it_stands(sources[0], replace(options or Options(), device=device))
     with nullcontext(pool) if pool is not None else Pool(isolated=isolated) as opened:
-        lab = _Lab(pool=opened, requests=_natural(requests, sources, max_new_tokens), progress=progress)
+        lab = _Lab(pool=opened, requests=natural_requests(requests, sources, max_new_tokens), progress=progress)
         ours = _as_it_stands(sources[1], replace(trained_options or options or Options(), device=device))
         known, seen = lab.look(sources[0], usual, sources[0].path), lab.look(sources[1], ours, sources[0].path)
         found = {cause.name: what for cause in CAUSES if (what := cause.seen(known, seen)) is not None}
@@ -195,7 +197,7 @@ class _Lab:
             arms[arm] = self._arm(arm, toggled, sources[1], known, seen, lengths)
         return _Plan(sources=sources, known=known, seen=seen, found=found, toggled=toggled, arms=arms)
 
-    def _lengths(self, trained: Source, known: Facts, seen: Facts, found: Mapping[str, str]) -> _Lengths:
+    def _lengths(self, trained: Source, known: Facts, seen: Facts, found: Mapping[str, str]) -> Lengths:
         """How long answers are, and what each cause adds to that: asked with it cured too, one after the other.
 
         Some causes move the end of an answer (another end of sequence, wrong text), others change its words by their
@@ -210,10 +212,10 @@ class _Lab:
             engine = self.pool.engine(source, options)
             answers = [engine.ask([request], options) for request in self.requests]
             cured = tuple(answer.timeline.output_tokens for answer in answers)
-            added[name] = _minus(lengths, cured)
+            added[name] = minus(lengths, cured)
             lengths = cured
-        added[LONGER] = _minus(lengths, known.output_tokens)
-        return _Lengths(base=known.output_tokens, added=added)
+        added[LONGER] = minus(lengths, known.output_tokens)
+        return Lengths(base=known.output_tokens, added=added)
 
     def _cured(self, name: str, source: Source, options: Options, known: Facts) -> tuple[Source, Options]:
         """Without that cause."""
@@ -232,7 +234,7 @@ class _Lab:
         return cause.options is not None or cause.name == LONGER
 
     def _arm(
-        self, arm: Arm, toggled: tuple[str, ...], source: Source, known: Facts, seen: Facts, lengths: _Lengths
+        self, arm: Arm, toggled: tuple[str, ...], source: Source, known: Facts, seen: Facts, lengths: Lengths
     ) -> _Arm:
         options = seen.options
         for name in toggled:
@@ -259,34 +261,13 @@ class _Lab:
                 engine = self.pool.engine(arm.source, arm.options)
                 for index, request in enumerate(self.requests):
                     met += is_static
-                    asked = replace(_lengthened(request, met), max_new_tokens=arm.tokens[index], exact=True)
+                    asked = replace(lengthened(request, met), max_new_tokens=arm.tokens[index], exact=True)
                     answer = engine.ask([asked], arm.options)
                     if round_ >= 0:
                         times[names[name]][index].append(answer.timeline)
                 if self.progress is not None:
                     self.progress(name, round_, rounds)
         return times
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Lengths:
-    """Output tokens of each of the base's answers, and what causes add to them."""
-
-    base: tuple[int, ...]
-    added: Mapping[str, tuple[int, ...]]
-
-    def changed(self, cause: str) -> bool:
-        """Whether the cause makes any answer longer or shorter."""
-        return any(self.added.get(cause, ()))
-
-    def of(self, arm: Arm) -> tuple[int, ...]:
-        """Of an arm in which these causes are on; at least two tokens, so that there is a time per token."""
-        more = [self.added[cause] for cause in self.added if cause in arm]
-        return tuple(max(2, sum(counts)) for counts in zip(self.base, *more, strict=True))
-
-
-def _minus(lengths: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(one - other for one, other in zip(lengths, others, strict=True))
 
 
 def _as_it_stands(source: Source, options: Options) -> Options:
@@ -299,40 +280,6 @@ def _as_it_stands(source: Source, options: Options) -> Options:
     if source.is_dispatched and options.device_map is None:
         options = replace(options, device_map="as dispatched")
     return replace(options, training=options.training or declared.is_training)
-
-
-def _natural(requests: Sequence[Request], sources: tuple[Source, Source], cap: int) -> list[Request]:
-    from grpo_toolkit.inference import Request
-
-    asked = list(requests)
-    if not asked:
-        words = "Look closely, think step by step, and say what you see. " * 12
-        asked = [Request(messages=[{"role": "user", "content": words}], images=_images(sources[0]))]
-    return [replace(request, max_new_tokens=cap, exact=False) for request in asked]
-
-
-def _images(source: Source) -> list[Any]:
-    from PIL import Image
-
-    from grpo_toolkit.latency.audit import live_pixel_limits
-
-    declared = source.declared(None)
-    sees = declared.pixel_limits or live_pixel_limits(source.processor)
-    return [Image.effect_noise((448, 448), 64).convert("RGB")] if sees else []
-
-
-def _lengthened(request: Request, words: int) -> Request:
-    """The request with that many more words in front of its last text."""
-    if not words:
-        return request
-    messages = [dict(message) for message in request.messages]
-    more = "word " * words
-    content = messages[-1]["content"]
-    if isinstance(content, str):
-        messages[-1]["content"] = more + content
-    else:
-        messages[-1]["content"] = [*content, {"type": "text", "text": more}]
-    return replace(request, messages=messages)
 
 
 def _row(
