@@ -237,10 +237,10 @@ def test_the_command_says_why_and_finds_something(
     (row,) = read_rows(out)
     assert isinstance(row, ExplanationRow)
     console = Console(width=100, file=io.StringIO())
-    console.print(explanation(row))
+    console.print(explanation(row), crop=False)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "mend first: KV cache off" in shown
-    assert f"grpo-toolkit repair {seeded.trained}" in "".join(shown.split("\n"))
+    assert f"→ grpo-toolkit repair {seeded.trained} --base {seeded.base}\n" in shown  # unbroken, for copying
     assert "% explained" in shown
 
 

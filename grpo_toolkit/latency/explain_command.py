@@ -53,7 +53,7 @@ def explain(arguments: argparse.Namespace) -> int:
 
         from grpo_toolkit.tracking.explain import explanation
 
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(explanation(row))
+        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(explanation(row), crop=False)
     return 0 if top_cause(row) is None else 1
 
 

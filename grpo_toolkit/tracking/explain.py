@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def explanation(row: ExplanationRow) -> RenderableType:
     """The whole explanation, the verdict first."""
-    parts: list[RenderableType] = [Padding(_verdict(row), (0, 0, 1, 0))]
+    parts: list[RenderableType] = [_verdict(row), Text()]
     if row.audit:
         parts.append(Text("Seen without a clock", "bold"))
         parts += [_card(effect) for effect in row.audit]
@@ -43,6 +43,8 @@ def _verdict(row: ExplanationRow) -> Text:
         (_title(top), "bold yellow"),
         ("\n→ ", "bold green"),
         cause.command or cause.cure,
+        no_wrap=True,  # a command that is broken in a path cannot be copied
+        overflow="ignore",
     )
 
 
