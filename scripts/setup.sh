@@ -11,7 +11,7 @@ fail() { say "$*"; exit 1; }
 #   oldest   transformers 4.49, TRL 0.15: the lower bounds of pyproject.toml, where VLM-R1 and its descendants live
 stack_requirements() {
     case $1 in
-        newest) echo "transformers[serving]" ;; # a real server to test endpoints against; 4.49 has no such extra
+        newest) ;;
         middle) echo "transformers==4.57.* trl==1.0.*" ;;
         oldest) echo "transformers==4.49.* trl==0.15.* peft==0.14.* accelerate==1.3.*" ;;
         *) fail "unknown stack '$1': newest, middle, oldest or all" ;;
