@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import threading
+from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -187,19 +188,50 @@ def _open_shard(shard: Shard, folder: Path, opened: ExitStack, fill: Fill) -> li
 
 def _carry_out(tasks: Sequence[_Task], pool: ThreadPoolExecutor) -> Iterator[int]:
     """Do all of them, copies first: they need no library, which is loaded meanwhile. Yields the bytes of each."""
-    ordered = sorted(tasks, key=lambda task: not task.is_copy)
-    pending = {pool.submit(task.write, task.descriptor, task.offset): task for task in ordered}
+    queue = _Queue(tasks)
+    pending = [pool.submit(queue.do_next) for _ in tasks]
     try:
         waiting = set(pending)
         while waiting:
             finished, waiting = wait(waiting, return_when=FIRST_EXCEPTION, timeout=0.1)
             for future in finished:
-                future.result()
-                yield pending[future].size
+                yield future.result()
     finally:
         for future in pending:
             future.cancel()
         wait(pending)
+
+
+class _Queue:
+    """Hands out tasks so that workers write into different files where they can.
+
+    The kernel lets one thread at a time write into a file, and the others spin: with two workers on one file that was
+    a tenth of a merge's processor time (ext4).
+    """
+
+    def __init__(self, tasks: Sequence[_Task]) -> None:
+        self._lock = threading.Lock()
+        self._copies: dict[int, list[_Task]] = {}
+        self._fills: dict[int, list[_Task]] = {}
+        for task in reversed(tasks):  # taken from the end
+            (self._copies if task.is_copy else self._fills).setdefault(task.descriptor, []).append(task)
+        self._writers = Counter[int]()
+
+    def do_next(self) -> int:
+        """Take a task and do it; returns its bytes."""
+        with self._lock:
+            left = self._copies or self._fills
+            file = min(left, key=lambda descriptor: self._writers[descriptor])
+            task = left[file].pop()
+            if not left[file]:
+                del left[file]
+            self._writers[file] += 1
+        try:
+            task.write(task.descriptor, task.offset)
+        finally:
+            with self._lock:
+                self._writers[file] -= 1
+        return task.size
 
 
 def _tasks(shard: Shard, offset: int, fill: Fill) -> Iterator[tuple[Callable[[int, int], None], int, int, bool]]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,6 +78,24 @@ def test_files_are_copied_where_the_kernel_cannot(
     monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
     copy(source, tmp_path / "output")
     assert all(t.equal(WEIGHTS[name]) for name, t in load_file(tmp_path / "output" / "model.safetensors").items())
+
+
+def test_workers_write_into_different_files(source: Path, tmp_path: Path) -> None:
+    together = threading.Barrier(2, timeout=30)
+    written: list[int] = []
+
+    def fill(entry: Entry, descriptor: int, offset: int) -> None:
+        written.append(descriptor)
+        if len(written) <= 2:
+            together.wait()
+        zero_fill(entry, descriptor, offset)
+
+    tensors = read_safetensors_header(source / "model.safetensors")
+    shards = plan_shards(source, tensors, work=dict.fromkeys(WEIGHTS, "zeros"), max_shard_size=2450)
+    assert len(shards) == 2
+    write_shards(shards, tmp_path, fill=fill, workers=2)
+    assert len(written) == 5
+    assert written[0] != written[1]
 
 
 def test_short_reads_and_writes_are_gone_on_with(
