@@ -16,6 +16,7 @@ from grpo_toolkit.latency.row import Ratio
 from grpo_toolkit.latency.statistics import (
     MIN_PAIRS,
     allow_for,
+    autocorrelation_time,
     is_settled,
     is_steady,
     paired_ratio,
@@ -111,6 +112,31 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         found = paired_ratio(one, other, name="base")
         covered += found.low <= 1.05 <= found.high
     assert covered >= 180
+
+
+def test_rounds_that_resemble_their_neighbours_count_for_fewer() -> None:
+    rng = random.Random(7)
+    assert autocorrelation_time([rng.gauss(0, 1) for _ in range(4000)]) == pytest.approx(1.0, abs=0.15)
+    # Of x[i] = 0.6 x[i-1] + noise it is (1 + 0.6) / (1 - 0.6) = 4.
+    assert autocorrelation_time(spells(rng, 4000)) == pytest.approx(4.0, abs=0.8)
+    assert autocorrelation_time([0.5] * 30) == 1.0
+
+
+def test_a_busy_host_that_slows_one_process_for_seconds_is_seldom_called_a_difference() -> None:
+    """Bootstrap intervals of independent rounds claim a difference between equal arms in 28 of 100 such cases."""
+    rng = random.Random(11)
+    ratios = [
+        paired_ratio([math.exp(0.02 * value) for value in spells(rng, 30)], [1.0] * 30, name="a") for _ in range(100)
+    ]
+    assert sum(ratio.verdict in ("slower", "faster") or not ratio.low <= 1 <= ratio.high for ratio in ratios) <= 15
+
+
+def spells(rng: random.Random, count: int) -> list[float]:
+    """Noise that lasts: each value keeps 0.6 of the one before."""
+    values = [rng.gauss(0, 1.25)]
+    while len(values) < count:
+        values.append(0.6 * values[-1] + rng.gauss(0, 1))
+    return values
 
 
 def test_an_arm_against_itself_is_the_same_where_there_are_enough_rounds() -> None:
