@@ -169,8 +169,8 @@ def check_logits(pairs: Sequence[tuple[Evidence, Evidence]], *, dtype: str, nois
     return Check(
         name=name,
         passed=relative <= tolerance,  # which NaN is not
-        detail=f"{relative:.2g} of their spread apart, at most {largest:.2g}; allowed {tolerance:.2g} in {dtype}; "
-        f"{tokens} tokens of {len(pairs)} requests",
+        detail=f"{relative:.2g} of their spread apart (allowed in {dtype}: {tolerance:.2g}), {largest:.2g} at "
+        f"the worst token; {tokens} tokens of {len(pairs)} requests",
     )
 
 

@@ -299,8 +299,7 @@ def _write_files(
     changes = config_changes(loaded, trained)
     written = write_configs(base, staging, changes=changes, overrides=defaults.overrides)
     changed = write_processor(processor, base, staging)
-    note = "the processor's own save, since training changed it"
-    changes += tuple(Change(file=name, key="*", before="the base's file", after=note) for name in changed)
+    changes += tuple(Change(file=name) for name in changed)
     return written.repairs, changes
 
 

@@ -67,14 +67,16 @@ _TOKENIZER_NOISE: Final = frozenset({"padding_side", "truncation_side", "is_loca
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A value that training changed: the file, the dotted key, before and after."""
+    """A value that training changed: the file, the dotted key, before and after; without a key the whole file."""
 
     file: str
-    key: str
-    before: Any
-    after: Any
+    key: str = ""
+    before: Any = None
+    after: Any = None
 
     def __str__(self) -> str:
+        if not self.key:
+            return f"{self.file}: as the training's processor writes it, whose settings are not the base's"
         return f"{self.file}: {self.key} changed in training from {self.before!r} to {self.after!r}"
 
 

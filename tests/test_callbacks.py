@@ -11,6 +11,7 @@ from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback
 from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.errors import OutputExistsError, VerificationError
 from grpo_toolkit.latency.store import read_measurements
+from grpo_toolkit.tracking.console import say
 from training import LANGUAGE_Q, LANGUAGE_QV, grpo_trainer
 
 if TYPE_CHECKING:
@@ -166,3 +167,12 @@ def test_a_resumed_run_still_saves_clean_files(qwen: Path, tmp_path: Path) -> No
     config = open_checkpoint(tmp_path / "checkpoint-2").json("config.json")
     assert isinstance(config, dict)
     assert "use_cache" not in config
+
+
+def test_what_is_said_is_said_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    say("export / base, TPOT: 1.000", "export / base, TTFT: 1.000", "/a/path/of[brackets]")
+    assert capsys.readouterr().err.splitlines() == [
+        "export / base, TPOT: 1.000",
+        "export / base, TTFT: 1.000",
+        "/a/path/of[brackets]",
+    ]

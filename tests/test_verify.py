@@ -112,7 +112,8 @@ def test_logits_are_held_against_a_tolerance_that_the_dtype_and_the_policy_give(
     check = check_logits([(want, want), (want, near)], dtype="bfloat16", noise=0.0)
     assert check.passed
     assert (
-        check.detail == "0.0032 of their spread apart, at most 0.01; allowed 0.05 in bfloat16; 4 tokens of 2 requests"
+        check.detail
+        == "0.0032 of their spread apart (allowed in bfloat16: 0.05), 0.01 at the worst token; 4 tokens of 2 requests"
     )
     assert not check_logits([(want, near)], dtype="float32", noise=0.0).passed
     assert check_logits([(want, near)], dtype="float32", noise=0.002).passed  # twice what the policy is from itself

@@ -112,7 +112,7 @@ def wandb_hint(facts: Mapping[str, Any]) -> str:
 
 
 def say(*parts: object) -> None:
-    """Print to standard error (standard output is for data), wide enough for a table when it is not a terminal."""
+    """Print each to standard error (standard output is for data), wide enough for a table if it is no terminal."""
     from rich.console import Console
     from rich.text import Text
 
@@ -120,4 +120,5 @@ def say(*parts: object) -> None:
     if not console.is_terminal:
         console = Console(stderr=True, width=120)
     # A path may hold brackets, which rich would take for markup.
-    console.print(*(Text(part) if isinstance(part, str) else part for part in parts), highlight=False, soft_wrap=True)
+    for part in parts:
+        console.print(Text(part) if isinstance(part, str) else part, highlight=False, soft_wrap=True)
