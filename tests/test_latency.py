@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from grpo_toolkit.errors import InputError, WorkerError
-from grpo_toolkit.inference import Record, Request, image_messages
+from grpo_toolkit.inference import Record, Request
+from grpo_toolkit.inputs import image_messages
 from grpo_toolkit.latency.arms import Arm
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.measure import measure_latency

@@ -24,6 +24,7 @@ from grpo_toolkit.latency.review import FOLDER_NAME, Review, load_review
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
 from grpo_toolkit.latency.workload import traffic_of
 from grpo_toolkit.parking import parked
+from grpo_toolkit.room import free_bytes
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
 from grpo_toolkit.tracking.charts.gallery import write_pictures
 from grpo_toolkit.tracking.console import latency_table, ratio_lines, say
@@ -319,12 +320,8 @@ def _check_room(device: torch.device, needed: int) -> None:
     Raises:
         InputError: the GPU has no room for the arms.
     """
-    if device.type != "cuda":
-        return
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(device)
-    if free < needed:
+    free = free_bytes(str(device)) if device.type == "cuda" else None
+    if free is not None and free < needed:
         raise InputError(
             f"the arms need about {needed / 1e9:.1f} GB on {device} at once, and {free / 1e9:.1f} GB are free there; "
             "ask for fewer (arms=), or after the training: grpo-toolkit bench base=BASE export=EXPORT --device cuda"

@@ -15,7 +15,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.inference import Request, image_messages, render_chat
+from grpo_toolkit.inference import Request
+from grpo_toolkit.inputs import image_messages, render_chat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
