@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import EngineFacts, Options
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
-    from pathlib import Path
 
     from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence
 
@@ -62,6 +64,15 @@ class Measured:
     error: str | None = None
 
 
+def named_arms(
+    arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]], options: Options | None = None
+) -> list[Arm]:
+    """Arms as they are, or made from {name: folder}, all loaded and run as the options say."""
+    if isinstance(arms, Mapping):
+        return [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
+    return list(arms)
+
+
 class Engines:
     """The engines of a session: arms that load alike share one. A context manager that closes them all."""
 
@@ -90,9 +101,9 @@ def processor_of(arms: Sequence[Arm]) -> Any:
     """The processor (or tokenizer) of the first arm that has one here, to count tokens with; None for endpoints alone.
 
     Raises:
-        CheckpointError: a folder that is no checkpoint.
+        CheckpointError: a folder that is no checkpoint, or an adapter whose base is not here.
     """
-    from grpo_toolkit.checkpoint import ADAPTER_CONFIG, find_base, open_checkpoint, read_json
+    from grpo_toolkit.checkpoint import Kind, base_of_adapter, open_checkpoint
     from grpo_toolkit.inference import has_processor, load_processor
 
     for arm in arms:
@@ -100,12 +111,11 @@ def processor_of(arms: Sequence[Arm]) -> Any:
             return arm.live[1]
         if arm.url is not None or arm.path is None:
             continue
-        path: Path | None = open_checkpoint(arm.path).path
-        if not has_processor(arm.path):
-            adapter = arm.path / ADAPTER_CONFIG
-            path = find_base(read_json(adapter).get("base_model_name_or_path")) if adapter.is_file() else None
-        if path is not None:
-            return load_processor(path)
+        checkpoint = open_checkpoint(arm.path)
+        if has_processor(arm.path):
+            return load_processor(arm.path)
+        if checkpoint.kind is Kind.ADAPTER:
+            return load_processor(base_of_adapter(arm.path))
     return None
 
 

@@ -9,27 +9,28 @@ is asked once more after the timed rounds, because the hooks for it would slow t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
-from grpo_toolkit.latency.arms import Arm, Engines, Measured
-from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.arms import Engines, Measured, named_arms
 from grpo_toolkit.latency.rows import new_session, row_of_arm
 from grpo_toolkit.latency.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
 from grpo_toolkit.latency.workload import Traffic, traffic_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.arms import Arm
+    from grpo_toolkit.latency.engines.protocol import Engine, Options
     from grpo_toolkit.latency.row import LatencyRow
 
     Progress = Callable[[str, int, int], None]
+
+_Found = TypeVar("_Found")
 
 MAX_WARMUP: Final = 10
 """Requests per arm after which warm-up ends even if its times never agree."""
@@ -78,8 +79,7 @@ def measure_latency(
         InputError: no arms, no requests, fewer than one round, or two arms of one name.
         CheckpointError, WorkerError: an arm's folder cannot be read or loaded, or its endpoint does not answer.
     """
-    if isinstance(arms, Mapping):
-        arms = [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
+    arms = named_arms(arms, options)
     if not arms or not requests or rounds < 1 or new_tokens < 1:
         raise InputError("measure_latency needs at least one arm, one request, one round and one new token")
     if len({arm.name for arm in arms}) < len(arms):
@@ -184,12 +184,8 @@ class _Measuring:
 
     def look_around(self) -> None:
         """Clocks and throttling as they are while the rounds still warm the device."""
-        known: dict[int, dict[str, str]] = {}
-        for name in self._alive(list(self.arms)):
-            engine = self.engines[name]
-            if id(engine) not in known:
-                known[id(engine)] = engine.environment()
-            self.found[name].facts = replace(self.found[name].facts, environment=known[id(engine)])
+        for found, environment in self._once_an_engine(lambda engine: engine.environment()):
+            found.facts = replace(found.facts, environment=environment)
 
     def prove(self) -> None:
         for name in self._alive(list(self.arms)):
@@ -199,9 +195,14 @@ class _Measuring:
                 continue
 
     def probe_hardware(self) -> None:
-        known: dict[int, dict[str, float]] = {}
+        for found, hardware in self._once_an_engine(lambda engine: engine.probe_hardware()):
+            found.hardware = hardware
+
+    def _once_an_engine(self, asked: Callable[[Engine], _Found]) -> Iterator[tuple[Measured, _Found]]:
+        """Every arm that is left with what its engine says; arms that share one hear the same."""
+        known: dict[int, _Found] = {}
         for name in self._alive(list(self.arms)):
             engine = self.engines[name]
             if id(engine) not in known:
-                known[id(engine)] = engine.probe_hardware()
-            self.found[name].hardware = known[id(engine)]
+                known[id(engine)] = asked(engine)
+            yield self.found[name], known[id(engine)]
