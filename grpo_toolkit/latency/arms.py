@@ -51,6 +51,11 @@ class Arm:
         live = None if self.live is None else id(self.live[0])
         return (self.path, self.url, live, self.process, self.options.load_key)
 
+    @property
+    def warm_key(self) -> tuple[object, ...]:
+        """Arms with the same key warm up together: they share an engine, and what is compiled for their options."""
+        return (self.engine_key, self.options if self.options.is_compiled else None)
+
 
 @dataclass
 class Measured:
@@ -74,10 +79,17 @@ def named_arms(
 
 
 class Engines:
-    """The engines of a session: arms that load alike share one. A context manager that closes them all."""
+    """The engines of a session: arms that load alike share one. A context manager that closes them all.
+
+    Attributes:
+        warm: the keys (`Arm.warm_key`) of what has answered before.
+        asked_s: seconds that measurements have taken so far, without the loading.
+    """
 
     def __init__(self) -> None:
         self._open: dict[tuple[object, ...], Engine] = {}
+        self.warm: set[tuple[object, ...]] = set()
+        self.asked_s = 0.0
 
     def open(self, arm: Arm) -> Engine:
         """The engine of an arm, started if there is none yet."""

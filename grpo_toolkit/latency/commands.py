@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, metavar="FILE", help="JSON lines with prompt and image (a path), to ask in turn")
     add("--rounds", type=int, default=12, help="measured requests per model (default 12; verdicts need 6)")
     add("--precision", type=float, metavar="PERCENT", help="go on until ratios are known to so many percent")
-    add("--budget", type=float, metavar="SECONDS", help="stop each workload after so long, but not before 6 rounds")
+    add("--budget", type=float, metavar="SECONDS", help="per workload, warm-up included; 6 rounds are made anyway")
     add("--no-control", action="store_true", help="leave out the first model against itself (A/A)")
     add("--no-cache", action="store_true", help="also time every model with its KV cache off")
     add("--cache", type=_words, metavar="KIND,...", help="dynamic, static, static+compile")
