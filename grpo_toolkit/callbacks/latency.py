@@ -255,7 +255,7 @@ class LatencyCallback(GuardedCallback):
     def _announcement(self, traffic: Traffic, arms: int, budget_s: float) -> str:
         tokens = f"{'up to ' if traffic.kind == 'natural' else ''}{traffic.max_new_tokens} tokens"
         rounds = f"{MIN_PAIRS} to {self.rounds}" if self.rounds > MIN_PAIRS else str(self.rounds)
-        return f"timing {arms} arms, {traffic.name} answers of {tokens}, for about {budget_s:.0f} s (rounds: {rounds})"
+        return f"timing {arms} arms, {traffic.name} answers of {tokens} (rounds: {rounds}; limit {budget_s:.0f} s)"
 
     def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
         """What misses the gate: the export, or where none was measured any arm but the first."""
