@@ -198,13 +198,13 @@ def check_tokens(name: str, expected: Sequence[Record], found: Sequence[Record],
     equal, ties, broken = 0, 0, []
     for index, (want, got) in enumerate(zip(expected, found, strict=True)):
         where = first_difference(want.tokens, got.tokens)
+        gap = 0.0 if where is None else rival_gap(want.rivals, got.tokens, where)
         if where is None:
             equal += 1
-        elif _gap(want, got, where) <= tie_margin:
+        elif gap <= tie_margin:
             ties += 1
         else:
             stops = where == min(len(want.tokens), len(got.tokens))
-            gap = _gap(want, got, where)
             how = f"logit gap {gap:.3g}, ties are <= {tie_margin:.3g}" if gap < float("inf") else "no near rival"
             what = f"stops after {where}" if stops else f"differs from token {where} on ({how})"
             broken.append(f"request {index} {what}")
@@ -216,14 +216,15 @@ def check_tokens(name: str, expected: Sequence[Record], found: Sequence[Record],
     return Check(name=name, passed=not broken, detail=detail)
 
 
-def _gap(want: Record, got: Record, where: int) -> float:
-    """How far the token that the export took was below the policy's own; infinite where it was not among the next."""
-    if where >= min(len(want.rivals), len(got.tokens)):
+def rival_gap(rivals: Sequence[Mapping[int, float]], tokens: Sequence[int], where: int) -> float:
+    """How far another model's token lay below the one chosen there; infinite where it was not among the next best."""
+    if where >= min(len(rivals), len(tokens)):
         return float("inf")
-    return want.rivals[where].get(got.tokens[where], float("inf"))
+    return rivals[where].get(tokens[where], float("inf"))
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Where two sequences part, the end of the shorter one included; None where they are equal."""
     if list(one) == list(other):
         return None
     pairs = zip(one, other, strict=False)

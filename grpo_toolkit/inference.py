@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.checkpoint import CONFIG, Kind, base_of_adapter, open_checkpoint, read_json
 from grpo_toolkit.distributed import is_sharded
 from grpo_toolkit.evidence import Evidence, collect
+from grpo_toolkit.inputs import inputs_for, prepare_inputs
 from grpo_toolkit.probe import CacheProbe
 
 if TYPE_CHECKING:
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from transformers import PreTrainedModel
+
+
+GREEDY: Final[dict[str, Any]] = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+}
+"""Greedy decoding for `generate`, with every sampling setting and penalty off: the same weights say the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,20 +238,11 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
     device = base_model(model).device
     stopwatch = Stopwatch(device)
     with torch.no_grad(), CacheProbe(model) as probe:
-        prepared = prepare_inputs(processor, request)
+        prepared = prepare_inputs(processor, [request])
         given = dict(prepared) if request.with_evidence else {}
-        inputs = prepared.to(device)
-        # Processors make float32 pixels; only some vision towers cast them (Qwen2.5-VL does, LLaVA does not).
-        for name, value in inputs.items():
-            if torch.is_floating_point(value):
-                inputs[name] = value.to(base_model(model).dtype)
+        inputs = inputs_for(model, prepared)
         options: dict[str, Any] = {
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-            "min_p": None,
-            "repetition_penalty": 1.0,
+            **GREEDY,
             "max_new_tokens": request.max_new_tokens,
             "return_dict_in_generate": True,
             "output_logits": request.with_rivals or request.with_evidence,
@@ -283,44 +286,6 @@ def rivals(logits: torch.Tensor, chosen: int, count: int = 4) -> dict[int, float
     gaps = (best.values[0] - best.values).tolist()
     others = [(token, gap) for token, gap in zip(best.indices.tolist(), gaps, strict=True) if token != chosen]
     return dict(others[:count])
-
-
-def prepare_inputs(processor: Any, request: Request) -> Any:
-    """Render the chat template and run the processor on one request: a batch of one, as tensors."""
-    messages = image_messages(request)
-    if not hasattr(processor, "image_processor"):
-        text = render_chat(processor, messages)
-        return processor(text, return_tensors="pt", add_special_tokens=False)
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    images = list(request.images) or None
-    return processor(text=[text], images=images, return_tensors="pt")
-
-
-def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """The prompt as text; without a chat template, the texts one after the other."""
-    flat = [{**message, "content": _text_of(message["content"])} for message in messages]
-    if getattr(tokenizer, "chat_template", None) is None:
-        return "\n".join(message["content"] for message in flat)
-    return str(tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=True))
-
-
-def _text_of(content: str | list[dict[str, Any]]) -> str:
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def image_messages(request: Request) -> list[dict[str, Any]]:
-    """The messages with every content as typed parts, and an image part for each image that has none yet."""
-    messages = [
-        {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else list(content)}
-        for message in request.messages
-        for content in [message["content"]]
-    ]
-    placed = sum(part.get("type") == "image" for message in messages for part in message["content"])
-    for message in messages:
-        if message["role"] == "user":
-            message["content"] = [{"type": "image"}] * (len(request.images) - placed) + message["content"]
-            break
-    return messages
 
 
 class Stopwatch:

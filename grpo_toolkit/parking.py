@@ -7,10 +7,10 @@ ZeRO) and quantised ones stay where they are.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.distributed import is_sharded
+from grpo_toolkit.room import free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +37,9 @@ def parked(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
 
     places = [(tensor, put) for tensor, put in _places(model, optimizer) if tensor.device.type == "cuda"]
     count = sum(tensor.numel() * tensor.element_size() for tensor, _ in places)
-    if not places or not _is_safe(model, [tensor for tensor, _ in places]) or count > 0.8 * available_bytes():
+    free = free_bytes("cpu")
+    has_room = free is None or count <= 0.8 * free
+    if not places or not has_room or not _is_safe(model, [tensor for tensor, _ in places]):
         yield 0
         return
     away: list[tuple[Callable[[torch.Tensor], None], torch.Tensor, torch.device]] = []
@@ -52,16 +54,6 @@ def parked(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
     finally:
         for put, copy, device in away:
             put(copy.to(device))
-
-
-def available_bytes() -> int:
-    """Memory of the machine that can be had now; without /proc/meminfo as much as anybody asks for."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
 
 
 def _places(model: torch.nn.Module, optimizer: Any) -> Iterator[Place]:

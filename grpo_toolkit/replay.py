@@ -1,4 +1,4 @@
-"""A handful of prompts from a training's own log, and the reward that says whether an answer has the trained form."""
+"""Prompts as a training has them, in its rows or its own log, and the reward that values the form of an answer."""
 
 from __future__ import annotations
 
@@ -21,24 +21,31 @@ def logged_requests(trainer: Any, *, limit: int = 4, max_new_tokens: int = 64) -
         return []
     prompts = list(logs["prompt"])
     images = list(logs.get("images") or [])
-    images = images if len(images) == len(prompts) else [None] * len(prompts)
+    images = images if len(images) == len(prompts) else [()] * len(prompts)
     found: dict[str, Request] = {}
     for prompt, beside in zip(reversed(prompts), reversed(images), strict=True):
-        request = _request(prompt, beside, max_new_tokens)
+        request = request_of(prompt, beside, max_new_tokens=max_new_tokens)
         found.setdefault(f"{request.messages} {[id(image) for image in request.images]}", request)
     return list(found.values())[:limit]
 
 
-def _request(prompt: Any, beside: Any, max_new_tokens: int) -> Request:
+def request_of(prompt: Any, beside: Any = (), *, max_new_tokens: int) -> Request:
+    """A request from a prompt as TRL's trainers take it.
+
+    Args:
+        prompt: a text, or chat messages, whose parts may hold their images.
+        beside: the image or images beside it, where there are none inside.
+        max_new_tokens: of the request.
+    """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     inside: list[Any] = []
     messages = []
     for turn in turns:
         content = turn["content"]
         if not isinstance(content, str):
-            inside += [part["image"] for part in content if part.get("type") == "image" and "image" in part]
+            inside += [part["image"] for part in content if part.get("image") is not None]
             content = [{key: value for key, value in part.items() if key in ("type", "text")} for part in content]
-        messages.append({"role": turn["role"], "content": content})
+        messages.append({**turn, "content": content})
     images = inside or (beside if isinstance(beside, (list, tuple)) else [beside] if beside is not None else [])
     return Request(messages=messages, images=images, max_new_tokens=max_new_tokens)
 

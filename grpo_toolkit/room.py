@@ -1,4 +1,4 @@
-"""Is there room to load a model? Asked before, so that one too large costs a line and not the machine."""
+"""Is there room for a model? Asked before, so that one too large costs a line and not the machine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def why_too_large(checkpoint: Checkpoint, device: str) -> str | None:
 
 
 def free_bytes(device: str) -> int | None:
-    """Memory that a new process could take on a device: what CUDA says, or Linux's MemAvailable."""
+    """Memory that a new process could take on a device: what CUDA says, or Linux's MemAvailable; None: not known."""
     if device.startswith("cuda"):
         import torch
 
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    status = Path("/proc/meminfo")
-    if device != "cpu" or not status.exists():
+    meminfo = Path("/proc/meminfo")
+    if device != "cpu" or not meminfo.exists():
         return None
-    available = [line for line in status.read_text().splitlines() if line.startswith("MemAvailable:")]
+    available = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
     return int(available[0].split()[1]) * 1024 if available else None

@@ -23,7 +23,8 @@ from grpo_toolkit.cache import (
 )
 from grpo_toolkit.callbacks import KVCacheCallback
 from grpo_toolkit.distributed import is_sharded
-from grpo_toolkit.inference import generate, load_model, prepare_inputs
+from grpo_toolkit.inference import generate, load_model
+from grpo_toolkit.inputs import prepare_inputs
 from grpo_toolkit.probe import CacheProbe, Decoding, RolloutWatch, vision_tower
 from training import forgets_in_training, grpo_trainer, v5_only
 
@@ -216,7 +217,7 @@ def test_after_training_a_plain_trainer_leaves_a_model_that_talks_nonsense_and_o
 def watched_generation(model: Any, processor: Any, request: Request, **settings: Any) -> Decoding | None:
     watch = RolloutWatch(model)
     with torch.no_grad():
-        model.generate(**prepare_inputs(processor, request), max_new_tokens=4, do_sample=False, **settings)
+        model.generate(**prepare_inputs(processor, [request]), max_new_tokens=4, do_sample=False, **settings)
     watch.close()
     return watch.seen
 

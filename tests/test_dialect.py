@@ -22,7 +22,8 @@ from grpo_toolkit import diagnose_checkpoint, export_model, merge_adapter
 from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.inference import generate, load_model, prepare_inputs
+from grpo_toolkit.inference import generate, load_model
+from grpo_toolkit.inputs import prepare_inputs
 from grpo_toolkit.verify import verify_export
 from models import build_qwen2_5_vl
 from served import VLLM_PARAMETERS, VLLM_PREFIXES, VLLM_PREFIXES_OF_OLD, VLLM_STACKED
@@ -65,7 +66,7 @@ def test_an_export_made_under_transformers_5_has_the_same_logits_everywhere(
     assert record.vision_calls == 1
     assert record.tokens == TOKENS
     with torch.no_grad():
-        logits = model(**prepare_inputs(processor, image_request)).logits[0, -1]
+        logits = model(**prepare_inputs(processor, [image_request])).logits[0, -1]
     assert logits[:6].tolist() == pytest.approx(LOGITS, abs=1e-4)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from grpo_toolkit.errors import InputError, WorkerError
-from grpo_toolkit.inference import Record, Request, image_messages
+from grpo_toolkit.inference import Record, Request
+from grpo_toolkit.inputs import image_messages
 from grpo_toolkit.latency.arms import Arm
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.measure import measure_latency
@@ -168,6 +169,11 @@ def test_requests_from_rows_as_trl_takes_them() -> None:
         [{"role": "user", "content": "q"}],
     ]
     assert [list(request.images) for request in requests] == [[], ["picture"], ["one", "two"]]
+    picture = {"type": "image", "image": "inside"}
+    inside = [{"role": "user", "content": [picture, {"type": "text", "text": "q", "image": None}]}]
+    (request,) = requests_from_rows([{"prompt": inside, "image": None}], limit=1)
+    assert list(request.messages) == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}]
+    assert list(request.images) == ["inside"]
     asked = traffic_of(requests, max_new_tokens=5).batch(0)
     assert [(request.exact, request.max_new_tokens) for request in asked] == [(True, 5)]
 

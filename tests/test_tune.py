@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from dataclasses import replace
@@ -15,12 +16,14 @@ from grpo_toolkit.errors import GateError, InputError
 from grpo_toolkit.export import export_model
 from grpo_toolkit.inference import Request
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.gate import Gate, gate_of, missed_by
+from grpo_toolkit.latency.gate import Gate, Missed, gate_of, missed_by
 from grpo_toolkit.latency.pool import Pool, Source
 from grpo_toolkit.latency.row import LatencyRow, Proof, Ratio, Settings, Workload
 from grpo_toolkit.latency.store import read_rows
 from grpo_toolkit.latency.tune import _Bench, _Limits, tune_latency
+from grpo_toolkit.latency.tune_command import report_missed
 from grpo_toolkit.latency.tuned import Trial, Tuning, keys_for_files
+from grpo_toolkit.tracking.console import say, show
 from models import build_llama
 from seeded_causes import FILES
 from training import grpo_trainer
@@ -245,6 +248,31 @@ def test_bench_with_a_gate_exits_with_1_and_the_explanation(
     assert said["missed"][0]["reason"].startswith("its KV cache is off (tokens fed a step: 64, 65, 66, 67, ...)")
     assert [effect["cause"] for effect in said["explanations"][0]["audit"]] == ["cache-off"]
     assert main([*command, "--gate", "max-slowdown=no"]) == 2
+
+
+def test_what_missed_a_gate_is_explained_with_a_command_that_is_not_cut(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    folder = tmp_path / ("a folder with a long name " * 5).strip()  # wider than what is printed where nobody looks
+    slow = shutil.copytree(llama, folder)
+    FILES["cache-off"](slow)
+    missed = Missed(arm="slow", path=str(slow), workload="fixed", reason="its KV cache is off")
+    (row,) = report_missed(argparse.Namespace(device="cpu", json=False), str(llama), [missed])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "slow misses the gate (fixed): its KV cache is off"
+    assert lines[1] == ""
+    commands = [effect.command for effect in row.audit if effect.cause == "cache-off"]
+    assert str(slow) in commands[0]
+    assert lines.count(f"→ {commands[0]}") == 1
+
+
+def test_what_is_said_stands_a_part_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    say("one [bold]line[/bold]", "and another")
+    show("a third")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("a third\n", "one [bold]line[/bold]\nand another\n")
 
 
 def test_the_callbacks_gate_is_missed_by_a_checkpoint_without_its_cache(qwen: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from grpo_toolkit import ExportCallback, KVCacheCallback, inference_ready
-from grpo_toolkit.inference import Request, generate, load_model, prepare_inputs
+from grpo_toolkit.inference import Request, generate, load_model
+from grpo_toolkit.inputs import prepare_inputs
 from grpo_toolkit.probe import CacheProbe
 from training import rows
 
@@ -65,7 +66,7 @@ class RolloutTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         [row] = inputs
         request = Request(messages=row["prompt"], images=[row["image"]])
-        batch = prepare_inputs(self.processing_class, request)
+        batch = prepare_inputs(self.processing_class, [request])
         prompt_length = batch["input_ids"].shape[1]
         model.eval()
         with torch.no_grad(), CacheProbe(model) as probe:

@@ -21,9 +21,11 @@ from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.gate import explain_missed, gate_of, missed_by
 from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.review import FOLDER_NAME, Review, load_review
+from grpo_toolkit.latency.statistics import MIN_PAIRS
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
 from grpo_toolkit.latency.workload import traffic_of
 from grpo_toolkit.parking import parked
+from grpo_toolkit.room import free_bytes
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
 from grpo_toolkit.tracking.charts.gallery import write_pictures
 from grpo_toolkit.tracking.console import latency_table, ratio_lines, say
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.gate import Missed
     from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.latency.workload import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +56,11 @@ LIVE: Final = "live"
 """The arm's name of the policy itself, measured between two steps."""
 
 COST: Final = 0.01
-"""How much of the training's own time the timed rounds may take."""
+"""How much of the training's own time warm-up and timed rounds may take, all workloads together."""
 
 LEAST_BUDGET_S: Final = 60.0
+"""What they may take after a training so short that this would be less."""
+
 _CONTEXT_BYTES: Final = 1_500_000_000
 """What a process takes on a GPU beside the weights: its context, kernels, and the cache of a few requests."""
 
@@ -69,17 +74,24 @@ class LatencyCallback(GuardedCallback):
     pictures beside it, a section in the export's README.md, and what the trainer's W&B, Trackio or TensorBoard gets.
     Two workloads: answers of exactly `new_tokens`, and natural ones, which end where the model ends them.
 
-    Nothing runs between steps, unless `every_steps` asks for it. At the end the timed rounds of a workload stop after
-    one percent of the training's own time, or a minute, whichever is longer, but not before six rounds. Model and
-    optimizer wait on the CPU meanwhile, where they can be moved (not sharded, not quantised), because every arm's
-    process needs room for a model.
+    Nothing runs between steps, unless `every_steps` asks for it. At the end warm-up and timed rounds of all workloads
+    together take one percent of the training's own time, or a minute, whichever is longer; what one workload leaves
+    is for the next. Outside of it are: saving the plain checkpoint and loading a process per folder; the least that is
+    asked of each arm on each workload, however slow it is (two answers to warm up, six timed ones or `rounds` if those
+    are fewer, one under observation); the report and the trackers; for each folder that missed the gate, an
+    explanation with a limit of its own, as long again, but three rounds at least.
+
+    Model and optimizer wait on the CPU meanwhile, where they can be moved (not sharded, not quantised), because every
+    arm's process needs room for a model. For want of that room no arm is timed a second time as a control (A/A), as
+    `compare_latency` and `grpo-toolkit bench` do it: verdicts rest on the intervals alone.
 
     Args:
         arms: which of them, in this order; the others are compared with the first.
         new_tokens: tokens generated per request.
-        rounds: measured requests per arm; all arms take turns.
+        rounds: measured requests per arm at most; all arms take turns. Fewer than six give no verdict.
         max_new_tokens: the cap of natural answers; None leaves that workload out.
-        every_steps: also time the policy itself, between steps, every so many; training waits for it.
+        every_steps: also time the policy itself, between steps, every so many; training waits for it, four answers
+            each time.
         prompts: dataset rows to ask; by default the first of the evaluation or training dataset.
         num_prompts: how many of them.
         output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
@@ -220,10 +232,13 @@ class LatencyCallback(GuardedCallback):
             missed: list[Missed] = []
             with parked(model, kwargs.get("optimizer")):
                 _check_room(inner.device, needed)
+                say(f"loading {len(arms)} arms to time them: {', '.join(arm.name for arm in arms)}")
                 with Engines() as engines:
-                    for traffic in workloads:
+                    for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
+                        share_s = max(0.0, budget_s - engines.asked_s) / left
+                        say(self._announcement(traffic, len(arms), share_s))
                         compared = compare_latency(
-                            arms, traffic, rounds=self.rounds, control=False, budget_s=budget_s, engines=engines
+                            arms, traffic, rounds=self.rounds, control=False, budget_s=share_s, engines=engines
                         )
                         rows = [replace(row, step=state.global_step) for row in compared.rows]
                         append_rows(folder / FILE_NAME, rows)
@@ -236,6 +251,11 @@ class LatencyCallback(GuardedCallback):
             self._show(args, folder)
         if missed:
             raise GateError("; ".join(dict.fromkeys(map(str, missed))))
+
+    def _announcement(self, traffic: Traffic, arms: int, budget_s: float) -> str:
+        tokens = f"{'up to ' if traffic.kind == 'natural' else ''}{traffic.max_new_tokens} tokens"
+        rounds = f"{MIN_PAIRS} to {self.rounds}" if self.rounds > MIN_PAIRS else str(self.rounds)
+        return f"timing {arms} arms, {traffic.name} answers of {tokens} (rounds: {rounds}; limit {budget_s:.0f} s)"
 
     def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
         """What misses the gate: the export, or where none was measured any arm but the first."""
@@ -319,12 +339,8 @@ def _check_room(device: torch.device, needed: int) -> None:
     Raises:
         InputError: the GPU has no room for the arms.
     """
-    if device.type != "cuda":
-        return
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(device)
-    if free < needed:
+    free = free_bytes(str(device)) if device.type == "cuda" else None
+    if free is not None and free < needed:
         raise InputError(
             f"the arms need about {needed / 1e9:.1f} GB on {device} at once, and {free / 1e9:.1f} GB are free there; "
             "ask for fewer (arms=), or after the training: grpo-toolkit bench base=BASE export=EXPORT --device cuda"

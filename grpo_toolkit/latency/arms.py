@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import EngineFacts, Options
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
-    from pathlib import Path
 
     from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence
 
@@ -49,6 +51,11 @@ class Arm:
         live = None if self.live is None else id(self.live[0])
         return (self.path, self.url, live, self.process, self.options.load_key)
 
+    @property
+    def warm_key(self) -> tuple[object, ...]:
+        """Arms with the same key warm up together: they share an engine, and what is compiled for their options."""
+        return (self.engine_key, self.options if self.options.is_compiled else None)
+
 
 @dataclass
 class Measured:
@@ -62,11 +69,27 @@ class Measured:
     error: str | None = None
 
 
+def named_arms(
+    arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]], options: Options | None = None
+) -> list[Arm]:
+    """Arms as they are, or made from {name: folder}, all loaded and run as the options say."""
+    if isinstance(arms, Mapping):
+        return [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
+    return list(arms)
+
+
 class Engines:
-    """The engines of a session: arms that load alike share one. A context manager that closes them all."""
+    """The engines of a session: arms that load alike share one. A context manager that closes them all.
+
+    Attributes:
+        warm: the keys (`Arm.warm_key`) of what has answered before.
+        asked_s: seconds that measurements have taken so far, without the loading.
+    """
 
     def __init__(self) -> None:
         self._open: dict[tuple[object, ...], Engine] = {}
+        self.warm: set[tuple[object, ...]] = set()
+        self.asked_s = 0.0
 
     def open(self, arm: Arm) -> Engine:
         """The engine of an arm, started if there is none yet."""
@@ -90,9 +113,9 @@ def processor_of(arms: Sequence[Arm]) -> Any:
     """The processor (or tokenizer) of the first arm that has one here, to count tokens with; None for endpoints alone.
 
     Raises:
-        CheckpointError: a folder that is no checkpoint.
+        CheckpointError: a folder that is no checkpoint, or an adapter whose base is not here.
     """
-    from grpo_toolkit.checkpoint import ADAPTER_CONFIG, find_base, open_checkpoint, read_json
+    from grpo_toolkit.checkpoint import Kind, base_of_adapter, open_checkpoint
     from grpo_toolkit.inference import has_processor, load_processor
 
     for arm in arms:
@@ -100,12 +123,11 @@ def processor_of(arms: Sequence[Arm]) -> Any:
             return arm.live[1]
         if arm.url is not None or arm.path is None:
             continue
-        path: Path | None = open_checkpoint(arm.path).path
-        if not has_processor(arm.path):
-            adapter = arm.path / ADAPTER_CONFIG
-            path = find_base(read_json(adapter).get("base_model_name_or_path")) if adapter.is_file() else None
-        if path is not None:
-            return load_processor(path)
+        checkpoint = open_checkpoint(arm.path)
+        if has_processor(arm.path):
+            return load_processor(arm.path)
+        if checkpoint.kind is Kind.ADAPTER:
+            return load_processor(base_of_adapter(arm.path))
     return None
 
 

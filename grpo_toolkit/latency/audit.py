@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.cache import base_model, is_checkpointing
-from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, find_base
+from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG, base_of_adapter
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.doctor.files import DiskFiles
 from grpo_toolkit.doctor.folder import PREPROCESSOR, PROCESSOR, Folder, Kind
@@ -140,14 +140,11 @@ def declared_by_files(path: Path, base: Path | None) -> Declared:
     """What a folder says; of an adapter, what its base says, which is what runs.
 
     Raises:
-        CheckpointError: no model folder.
+        CheckpointError: no model folder, or an adapter whose base is not here.
     """
     findings = diagnose_checkpoint(path, base=base).findings
     folder = read_folder(DiskFiles(path))
-    said = folder
-    if folder.kind is Kind.ADAPTER:
-        own = find_base(folder.get(ADAPTER_CONFIG, "base_model_name_or_path"))
-        said = read_folder(DiskFiles(own)) if own is not None else folder
+    said = read_folder(DiskFiles(base_of_adapter(path))) if folder.kind is Kind.ADAPTER else folder
     implementation = said.get(GENERATION_CONFIG, "cache_implementation")
     return Declared(
         is_adapter=folder.kind is Kind.ADAPTER,

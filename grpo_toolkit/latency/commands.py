@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, metavar="FILE", help="JSON lines with prompt and image (a path), to ask in turn")
     add("--rounds", type=int, default=12, help="measured requests per model (default 12; verdicts need 6)")
     add("--precision", type=float, metavar="PERCENT", help="go on until ratios are known to so many percent")
-    add("--budget", type=float, metavar="SECONDS", help="stop each workload after so long, but not before 6 rounds")
+    add("--budget", type=float, metavar="SECONDS", help="per workload, warm-up included; 6 rounds are made anyway")
     add("--no-control", action="store_true", help="leave out the first model against itself (A/A)")
     add("--no-cache", action="store_true", help="also time every model with its KV cache off")
     add("--cache", type=_words, metavar="KIND,...", help="dynamic, static, static+compile")
@@ -154,7 +153,8 @@ def _measured(
 ) -> Iterator[Comparison]:
     """Comparisons over the batch sizes; arms that ran out of memory are asked nothing larger."""
     from grpo_toolkit.latency.compare import compare_latency
-    from grpo_toolkit.latency.sweep import doubling
+    from grpo_toolkit.latency.sweep import doubling, without_failed
+    from grpo_toolkit.tracking.console import turn_progress
 
     left = list(arms)
     for size in doubling() if arguments.batch_size == ["max"] else arguments.batch_size:
@@ -167,11 +167,10 @@ def _measured(
             precision=None if arguments.precision is None else arguments.precision / 100,
             budget_s=arguments.budget,
             engines=engines,
-            progress=_progress if sys.stderr.isatty() else None,
+            progress=turn_progress(),
         )
         yield comparison
-        failed = {row.arm for row in comparison.rows if row.error is not None}
-        left = [arm for arm in left if arm.name not in failed]
+        left = without_failed(left, comparison.rows)
         if not left:
             return
 
@@ -369,19 +368,9 @@ def read_image(path: Path, where: str) -> Any:
 
 
 def _show(rows: Sequence[LatencyRow]) -> None:
-    from rich.console import Console
+    from grpo_toolkit.tracking.console import latency_table, ratio_lines, show
 
-    from grpo_toolkit.tracking.console import latency_table, ratio_lines
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(latency_table(rows))
-    for line in ratio_lines(rows):
-        console.print(line, markup=False)
-
-
-def _progress(arm: str, turn: int, rounds: int) -> None:
-    what = "warming up" if turn < 0 else f"round {turn + 1} of {rounds}"
-    print(f"\r\033[K{arm}: {what}", end="\r", file=sys.stderr, flush=True)
+    show(latency_table(rows), *ratio_lines(rows))
 
 
 def _count(text: str) -> int:

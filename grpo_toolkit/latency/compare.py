@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.arms import Arm
-from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.arms import named_arms
 from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.statistics import allow_for, paired_ratio
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.arms import Engines
+    from grpo_toolkit.latency.arms import Arm, Engines
+    from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.measure import Progress
     from grpo_toolkit.latency.row import LatencyRow, Ratio
     from grpo_toolkit.latency.workload import Traffic
@@ -93,9 +91,8 @@ def compare_latency(
     Raises:
         InputError, CheckpointError, WorkerError: as `measure_latency`.
     """
-    if isinstance(arms, Mapping):
-        arms = [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
-    asked = list(arms)
+    asked = named_arms(arms, options)
+    count = len(asked)
     if control and asked:
         taken = max(arm.process for arm in asked)
         asked.append(replace(asked[0], name=CONTROL, process=taken + 1))
@@ -111,7 +108,7 @@ def compare_latency(
         progress=progress,
         engines=engines,
     )
-    return compare_rows(rows[: len(arms)], control=rows[-1] if control else None)
+    return compare_rows(rows[:count], control=rows[-1] if control else None)
 
 
 def compare_rows(rows: Sequence[LatencyRow], *, control: LatencyRow | None = None) -> Comparison:

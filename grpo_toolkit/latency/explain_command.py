@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +29,7 @@ def explain(arguments: argparse.Namespace) -> int:
     """Explain, print, and return the exit code: 1 where a cause was found."""
     from grpo_toolkit.latency.explain import explain_latency, top_cause, unexplained_share
     from grpo_toolkit.latency.store import append_rows
+    from grpo_toolkit.tracking.console import show, turn_progress
 
     usual = Options(device=arguments.device)
     row = explain_latency(
@@ -42,18 +42,16 @@ def explain(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         options=usual,
         trained_options=with_settings(usual, arguments.settings),
-        progress=_progress if sys.stderr.isatty() else None,
+        progress=turn_progress(),
     )
     if arguments.output is not None:
         append_rows(arguments.output, [row])
     if arguments.json:
         print(json.dumps({**row.to_json(), "top_cause": top_cause(row), "unexplained_share": unexplained_share(row)}))
     else:
-        from rich.console import Console
-
         from grpo_toolkit.tracking.explain import explanation
 
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(explanation(row), crop=False)
+        show(explanation(row))
     return 0 if top_cause(row) is None else 1
 
 
@@ -85,8 +83,3 @@ def _requests(arguments: argparse.Namespace) -> list[Any]:
         return []
     images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
     return [Request(messages=[{"role": "user", "content": arguments.prompt}], images=images)]
-
-
-def _progress(arm: str, round_: int, rounds: int) -> None:
-    done = "warm-up" if round_ < 0 else f"round {round_ + 1} of {rounds}"
-    print(f"\r\033[K{done}: {arm}", end="\r", file=sys.stderr, flush=True)

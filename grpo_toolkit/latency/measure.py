@@ -4,35 +4,45 @@ Each model is loaded in a process of its own, all are warmed up until their time
 counterbalanced blocks (`statistics.turns`), so that a machine that drifts or is shared slows all arms alike. Medians
 and quartiles are over rounds; the raw times of every token are kept (see `row`). What needs no clock (cache, lengths)
 is asked once more after the timed rounds, because the hooks for it would slow them.
+
+On a noisy machine the times never agree, so a budget ends the warm-up too. A process that has answered already, for
+another arm or for an earlier workload, has its kernels and its memory: only what is new to it warms up.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
-from grpo_toolkit.latency.arms import Arm, Engines, Measured
-from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.arms import Engines, Measured, named_arms
 from grpo_toolkit.latency.rows import new_session, row_of_arm
 from grpo_toolkit.latency.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
 from grpo_toolkit.latency.workload import Traffic, traffic_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from grpo_toolkit.inference import Request
+    from grpo_toolkit.latency.arms import Arm
+    from grpo_toolkit.latency.engines.protocol import Engine, Options
     from grpo_toolkit.latency.row import LatencyRow
 
     Progress = Callable[[str, int, int], None]
 
+_Found = TypeVar("_Found")
+
 MAX_WARMUP: Final = 10
 """Requests per arm after which warm-up ends even if its times never agree."""
+
+LEAST_WARMUP: Final = 2
+"""Requests per arm before which it never ends: the first of them meets every shape and kernel for the first time."""
+
+WARMUP_SHARE: Final = 1 / 3
+"""Of a budget: what warm-up may take of it."""
 
 MOST_TIMES: Final = 20
 """So many times the rounds asked for, and no more, are measured for the sake of precision."""
@@ -60,13 +70,18 @@ def measure_latency(
             (`workload.made_up`, `workload.traffic_of`).
         new_tokens: tokens to generate per request.
         rounds: measured requests per arm.
-        warmup: unmeasured requests per arm before; None goes on until their times agree, ten at most.
+        warmup: unmeasured requests per arm before, exactly; None goes on until their times agree, two at least and
+            ten at most, and gives two alone to an arm whose process is warm already (`Arm.warm_key`): from an earlier
+            measurement with the same `engines`, or by another arm that shares it.
         options: how the folders of a mapping are loaded and run; arms have their own.
         roofline: measure the bandwidth of each arm's device, and what physics would allow.
         precision: go on after `rounds` until the interval of every arm's TPOT over the first arm's reaches no further
             than this to either side (0.02: two percent), or the ratio is clear by far; at most twenty times `rounds`.
             Stopping by width favours no verdict (Chow and Robbins 1965, doi:10.1214/aoms/1177700156).
-        budget_s: stop measuring after so many seconds, but not before six rounds.
+        budget_s: seconds for warm-up and rounds together, from when all models are loaded. Warm-up (unless `warmup`
+            counts it) ends after a third of them, but not before two requests per arm; the rounds end after the block
+            that uses them up, but not before six, or `rounds` if those are fewer. The proof comes on top: one request
+            per arm.
         progress: called with the arm's name, the round (below zero: warm-up) and the number of rounds.
         engines: loaded models of an earlier measurement, used again and left open.
 
@@ -78,8 +93,7 @@ def measure_latency(
         InputError: no arms, no requests, fewer than one round, or two arms of one name.
         CheckpointError, WorkerError: an arm's folder cannot be read or loaded, or its endpoint does not answer.
     """
-    if isinstance(arms, Mapping):
-        arms = [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
+    arms = named_arms(arms, options)
     if not arms or not requests or rounds < 1 or new_tokens < 1:
         raise InputError("measure_latency needs at least one arm, one request, one round and one new token")
     if len({arm.name for arm in arms}) < len(arms):
@@ -87,12 +101,13 @@ def measure_latency(
     traffic = requests if isinstance(requests, Traffic) else traffic_of(requests, max_new_tokens=new_tokens)
     with ExitStack() as stack:
         measuring = _Measuring(engines or stack.enter_context(Engines()), arms, traffic, progress=progress)
-        measuring.warm_up(warmup)
+        measuring.warm_up(warmup, budget_s=budget_s)
         measuring.run(rounds, budget_s=budget_s, precision=precision)
         measuring.look_around()
         measuring.prove()
         if roofline:
             measuring.probe_hardware()
+        measuring.pool.asked_s += measuring.spent_s
         session = new_session()
         return [row_of_arm(arm, measuring.found[arm.name], traffic, session) for arm in arms]
 
@@ -105,6 +120,7 @@ class _Measuring:
         self.traffic = traffic
         self.progress = progress
         self.found = {arm.name: Measured() for arm in arms}
+        self.pool = engines
         self.engines = {arm.name: engines.open(arm) for arm in arms}  # all begin to load before any is waited for
         for arm in arms:
             try:
@@ -113,6 +129,12 @@ class _Measuring:
                 if "OutOfMemoryError" not in str(error):
                     raise
                 self.found[arm.name].error = f"out of memory while loading: {error}"
+        self._began = time.perf_counter()
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the models were loaded."""
+        return time.perf_counter() - self._began
 
     def _alive(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if self.found[name].error is None]
@@ -137,27 +159,35 @@ class _Measuring:
         pace = answer.timeline.tpot_s if self.traffic.kind == "natural" else None
         return answer.timeline.e2e_s if pace is None else pace
 
-    def warm_up(self, count: int | None) -> None:
+    def warm_up(self, count: int | None, *, budget_s: float | None) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in self.arms}
         most = MAX_WARMUP if count is None else count
         for index in range(most):
-            names = turns(list(self.arms), index)
-            waiting = [name for name in self._alive(names) if count is not None or not is_steady(seconds[name])]
-            if not waiting:
-                return
+            is_late = budget_s is not None and self.spent_s > WARMUP_SHARE * budget_s
+            waiting = self._alive(turns(list(self.arms), index))
+            if count is None:
+                waiting = [name for name in waiting if not self._is_warm(name, seconds[name], is_late=is_late)]
             for name in waiting:
                 spent = self._ask(name, index - most, most)
                 if spent is not None:
                     seconds[name].append(spent)
+        enough = [name for name in self._alive(list(self.arms)) if len(seconds[name]) >= LEAST_WARMUP]
+        self.pool.warm |= {self.arms[name].warm_key for name in enough}
+
+    def _is_warm(self, name: str, seconds: Sequence[float], *, is_late: bool) -> bool:
+        if len(seconds) < LEAST_WARMUP:
+            return False
+        key = self.arms[name].warm_key
+        first = next(other for other in self._alive(list(self.arms)) if self.arms[other].warm_key == key)
+        return is_late or first != name or key in self.pool.warm or is_steady(seconds)
 
     def run(self, rounds: int, *, budget_s: float | None, precision: float | None) -> None:
-        start = time.perf_counter()
         most = rounds if precision is None else MOST_TIMES * rounds
         look = rounds
         for turn in range(most):
             # Whole blocks only: an odd round is what balances the even one before it.
             if turn >= MIN_PAIRS and turn % 2 == 0:
-                if budget_s is not None and time.perf_counter() - start > budget_s:
+                if budget_s is not None and self.spent_s > budget_s:
                     return
                 if precision is not None and turn >= look:
                     if self._is_precise(precision):
@@ -184,12 +214,8 @@ class _Measuring:
 
     def look_around(self) -> None:
         """Clocks and throttling as they are while the rounds still warm the device."""
-        known: dict[int, dict[str, str]] = {}
-        for name in self._alive(list(self.arms)):
-            engine = self.engines[name]
-            if id(engine) not in known:
-                known[id(engine)] = engine.environment()
-            self.found[name].facts = replace(self.found[name].facts, environment=known[id(engine)])
+        for found, environment in self._once_an_engine(lambda engine: engine.environment()):
+            found.facts = replace(found.facts, environment=environment)
 
     def prove(self) -> None:
         for name in self._alive(list(self.arms)):
@@ -199,9 +225,14 @@ class _Measuring:
                 continue
 
     def probe_hardware(self) -> None:
-        known: dict[int, dict[str, float]] = {}
+        for found, hardware in self._once_an_engine(lambda engine: engine.probe_hardware()):
+            found.hardware = hardware
+
+    def _once_an_engine(self, asked: Callable[[Engine], _Found]) -> Iterator[tuple[Measured, _Found]]:
+        """Every arm that is left with what its engine says; arms that share one hear the same."""
+        known: dict[int, _Found] = {}
         for name in self._alive(list(self.arms)):
             engine = self.engines[name]
             if id(engine) not in known:
-                known[id(engine)] = engine.probe_hardware()
-            self.found[name].hardware = known[id(engine)]
+                known[id(engine)] = asked(engine)
+            yield self.found[name], known[id(engine)]

@@ -6,6 +6,7 @@ the model runs (cache, attention, kernels, dtype) makes arms that take turns, so
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -67,8 +68,8 @@ def sweep_workload(
         raise InputError(f"a sweep of {dimension} needs its values")
     rows: list[LatencyRow] = []
     left = list(arms)
-    pool = engines or Engines()
-    try:
+    with ExitStack() as stack:
+        pool = engines or stack.enter_context(Engines())
         for value in doubling() if values is None else values:
             name = "max_new_tokens" if dimension == "new_tokens" else dimension
             traffic = make_traffic(**{name: value})
@@ -83,14 +84,16 @@ def sweep_workload(
                 engines=pool,
             )
             rows += found
-            failed = {row.arm for row in found if row.error is not None}
-            left = [arm for arm in left if arm.name not in failed]
+            left = without_failed(left, found)
             if not left:
                 break
-    finally:
-        if engines is None:
-            pool.close()
     return rows
+
+
+def without_failed(arms: Sequence[Arm], rows: Sequence[LatencyRow]) -> list[Arm]:
+    """The arms whose rows have no error: one that ran out of memory is asked nothing larger."""
+    failed = {row.arm for row in rows if row.error is not None}
+    return [arm for arm in arms if arm.name not in failed]
 
 
 def doubling() -> Iterator[int]:

@@ -13,19 +13,21 @@ import importlib.util
 import statistics
 import time
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checks import TIE_MARGINS
+from grpo_toolkit.checks import TIE_MARGINS, first_difference, rival_gap
 from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.pool import Pool, Source, source_of
 from grpo_toolkit.latency.statistics import paired_ratio, turns
+from grpo_toolkit.latency.sweep import doubling
 from grpo_toolkit.latency.tuned import Trial, Tuning
 from grpo_toolkit.latency.workload import made_up
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.engines.protocol import Answer, SdpaBackend
@@ -180,9 +182,10 @@ class _Bench:
         self.expected, self.rivals = evidence.tokens[0], evidence.rivals
         again = engine.ask([self.request], usual).tokens[0]
         self.margin = TIE_MARGINS.get(engine.facts().dtype, 1e-3)
-        where = self._differs_at(again)
-        if where < len(self.expected):
-            self.margin = max(self.margin, 2 * self.rivals[where].get(again[where], 0.0))
+        where = first_difference(self.expected, again)
+        gap = 0.0 if where is None else rival_gap(self.rivals, again, where)
+        if gap < float("inf"):
+            self.margin = max(self.margin, 2 * gap)
         self._keep(self._tried("as it is", usual, 1))
 
     def try_all(self, candidates: Sequence[tuple[str, Options]]) -> None:
@@ -191,11 +194,11 @@ class _Bench:
             self._keep(self._tried(name, options, 1))
 
     def grow(self) -> None:
-        """Double the batch of the best setting as long as the limits and the memory allow."""
+        """Double the batch of the best setting as long as the limits, the memory and `sweep.LARGEST_BATCH` allow."""
         if not self.limits.allow_batches:
             return
         name, options = self.best.name, self.best.options
-        for size in _doubling():
+        for size in islice(doubling(), 1, None):
             before = self.best.tokens_per_s or 0.0
             kept = self._keep(self._tried(f"{name}, batch {size}", options, size))
             if not kept.is_eligible or (kept.tokens_per_s or 0.0) < _WORTH * before:
@@ -237,7 +240,8 @@ class _Bench:
             answers += [] if hopeless else [engine.ask(batch, options) for _ in range(_ROUNDS - 1)]
         except (OutOfMemoryError, WorkerError, RuntimeError, ValueError, ImportError) as error:
             return replace(trial, note=" ".join(str(error).split())[:200] or type(error).__name__)
-        equal = min(self._differs_at(tokens) for tokens in first.tokens)
+        parts = [first_difference(self.expected, tokens) for tokens in first.tokens]
+        equal = min((where for where in parts if where is not None), default=len(self.expected))
         tpot = _tpot(answers)
         same = all(self._is_same(tokens) for tokens in first.tokens)
         return replace(
@@ -250,24 +254,9 @@ class _Bench:
             note="" if same else f"says something else from token {equal} on",
         )
 
-    def _differs_at(self, tokens: Sequence[int]) -> int:
-        pairs = enumerate(zip(self.expected, tokens, strict=False))
-        return next((at for at, (want, got) in pairs if want != got), min(len(self.expected), len(tokens)))
-
     def _is_same(self, tokens: Sequence[int]) -> bool:
-        where = self._differs_at(tokens)
-        if where == len(self.expected) == len(tokens):
-            return True
-        if where >= min(len(self.rivals), len(tokens)):
-            return False
-        return self.rivals[where].get(tokens[where], float("inf")) <= self.margin
-
-
-def _doubling() -> Iterator[int]:
-    size = 2
-    while True:
-        yield size
-        size *= 2
+        where = first_difference(self.expected, tokens)
+        return where is None or rival_gap(self.rivals, tokens, where) <= self.margin
 
 
 def _tpot(answers: Sequence[Answer]) -> float:
@@ -286,12 +275,10 @@ def _request(source: Source, processor: Any, new_tokens: int, prompt_tokens: int
 
 def _model_type(source: Source) -> str:
     from grpo_toolkit.cache import base_model
-    from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, find_base, read_json
+    from grpo_toolkit.checkpoint import CONFIG, base_of_adapter, read_json
 
     if source.model is not None:
         return str(base_model(source.model).config.model_type)
     assert source.path is not None
-    folder = source.path
-    if not (folder / CONFIG).is_file():
-        folder = find_base(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")) or folder
+    folder = source.path if (source.path / CONFIG).is_file() else base_of_adapter(source.path)
     return str(read_json(folder / CONFIG).get("model_type"))

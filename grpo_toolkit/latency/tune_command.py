@@ -43,11 +43,10 @@ def tune(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(tuning.to_json()))
     else:
-        from rich.console import Console
-
+        from grpo_toolkit.tracking.console import show
         from grpo_toolkit.tracking.explain import tuned
 
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(tuned(tuning))
+        show(tuned(tuning))
     return 0
 
 
@@ -56,19 +55,18 @@ def tuned_overrides(source: Path, base: str | None, *, device: str) -> tuple[dic
 
     Returns:
         Keys for the export's `generation_config.json`, and what its manifest says about the tuning.
+
+    Raises:
+        InputError, CheckpointError: the base is not here.
     """
-    from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, find_base, read_json
+    from grpo_toolkit.checkpoint import CONFIG, base_of_adapter, named_base, read_json
     from grpo_toolkit.latency.tune import tune_latency
     from grpo_toolkit.latency.tuned import keys_for_files
 
+    named = None if base is None else named_base(base)
     folder = source
     if not (source / CONFIG).is_file():  # an adapter is exported merged, so as fast as its base
-        name = base or read_json(source / ADAPTER_CONFIG).get("base_model_name_or_path")
-        found = find_base(str(name))
-        if found is None:
-            raise InputError(f"--tuned: the base {name} of {source} is not here; pass --base")
-        folder = found
-    named = None if base is None else find_base(base)
+        folder = named or base_of_adapter(source)
     tuning = tune_latency(folder, device=device, progress=_say_trial)
     keys, left_out = keys_for_files(tuning, read_json((named or folder) / CONFIG))
     for line in left_out:
@@ -92,16 +90,12 @@ def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Mis
 
     rows = explain_missed(base, missed, device=arguments.device)
     if not arguments.json:
-        from rich.console import Console
-
+        from grpo_toolkit.tracking.console import show
         from grpo_toolkit.tracking.explain import explanation
 
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        for miss in missed:
-            console.print(str(miss), style="bold red", markup=False)
+        show(*map(str, missed), style="bold red")
         for row in rows:
-            console.print()
-            console.print(explanation(row))
+            show("", explanation(row))
     return rows
 
 

@@ -15,7 +15,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.inference import Request, image_messages, render_chat
+from grpo_toolkit.inference import Request
+from grpo_toolkit.inputs import image_messages, render_chat
+from grpo_toolkit.replay import request_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -278,21 +280,18 @@ def requests_from_rows(rows: Iterable[Mapping[str, Any]], *, limit: int, max_new
     """Turn dataset rows, as TRL's trainers take them, into requests.
 
     Args:
-        rows: mappings with `prompt` (chat messages, or plain text) and optionally `image` or `images`.
+        rows: mappings with `prompt` (chat messages, or plain text) and, outside it, optionally `image` or `images`.
         limit: the most rows to read.
         max_new_tokens: of each request.
     """
-    return [_request(row, max_new_tokens) for row in islice(iter(rows), limit)]
+    found = []
+    for row in islice(iter(rows), limit):
+        beside = row.get("images") or row.get("image")
+        found.append(request_of(_without_answer(row["prompt"]), beside, max_new_tokens=max_new_tokens))
+    return found
 
 
-def _request(row: Mapping[str, Any], max_new_tokens: int) -> Request:
-    prompt = row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
-    return Request(messages=_without_answer(messages), images=images, max_new_tokens=max_new_tokens)
-
-
-def _without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return messages
+def _without_answer(prompt: Any) -> Any:
+    while not isinstance(prompt, str) and prompt and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    return prompt

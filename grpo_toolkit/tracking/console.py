@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from rich.console import Console
     from rich.table import Table
 
     from grpo_toolkit.export import ExportResult
+    from grpo_toolkit.latency.measure import Progress
     from grpo_toolkit.latency.row import LatencyRow, Summary
 
 
@@ -111,14 +114,39 @@ def wandb_hint(facts: Mapping[str, Any]) -> str:
     return f"W&B run: {facts.get('url') or folder}\n  look: wandb leet {folder}"
 
 
+def turn_progress() -> Progress | None:
+    """A line on standard error that says whose turn it is, over and over; None where nobody would see it change."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show_turn(arm: str, turn: int, rounds: int) -> None:
+        what = "warming up" if turn < 0 else f"round {turn + 1} of {rounds}"
+        print(f"\r\033[K{arm}: {what}", end="\r", file=sys.stderr, flush=True)
+
+    return show_turn
+
+
 def say(*parts: object) -> None:
-    """Print each to standard error (standard output is for data), wide enough for a table if it is no terminal."""
+    """Print to standard error (standard output is for data), a part a line."""
+    for part in parts:
+        _console(stderr=True).print(_literal(part), soft_wrap=True)
+
+
+def show(*parts: object, style: str | None = None) -> None:
+    """Print what a command was asked for, a part a line; what must not be broken, such as a command, is not cut."""
+    for part in parts:
+        _console(stderr=False).print(_literal(part), style=style, crop=False)
+
+
+def _console(*, stderr: bool) -> Console:
+    """Wide enough for a table where it is not a terminal."""
     from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 120, highlight=False)
+
+
+def _literal(part: object) -> object:
     from rich.text import Text
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(stderr=True, width=120)
-    # A path may hold brackets, which rich would take for markup.
-    for part in parts:
-        console.print(Text(part) if isinstance(part, str) else part, highlight=False, soft_wrap=True)
+    return Text(part) if isinstance(part, str) else part  # a path may hold brackets, which rich would take for markup

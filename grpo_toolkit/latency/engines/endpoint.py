@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, WorkerError
-from grpo_toolkit.inference import image_messages
+from grpo_toolkit.inputs import image_messages
 from grpo_toolkit.latency.engines.markers import split_answer
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.row import Timeline

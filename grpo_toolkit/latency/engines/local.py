@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.inference import image_messages, render_chat, resident_peak, rivals
+from grpo_toolkit.inference import GREEDY, resident_peak, rivals
+from grpo_toolkit.inputs import inputs_for, prepare_inputs
 from grpo_toolkit.latency.engines.markers import split_answer
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
@@ -33,18 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import torch
-    from PIL.Image import Image
 
     from grpo_toolkit.inference import Request
-
-_GREEDY: Final = {
-    "do_sample": False,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-    "min_p": None,
-    "repetition_penalty": 1.0,
-}
 
 
 class LocalEngine:
@@ -78,9 +69,10 @@ class LocalEngine:
         options = replace(options, device=str(device))  # of a live model, the caller need not have said
         with self._ready(requests, options), VisionTimer(self.model, device) as vision:
             clock = TokenClock(device)
-            inputs, image_s = self._prepare(requests)
+            with timed_images(self.processor) as images_s:
+                inputs = prepare_inputs(self.processor, requests)
             tokenized_s = clock.now()
-            inputs = _moved(inputs, base_model(self.model))
+            inputs = inputs_for(self.model, inputs)
             synchronize(device)
             transferred_s = clock.now()
             output = cast("Any", self.model).generate(**inputs, **_settings(cap, options), streamer=clock)
@@ -92,8 +84,8 @@ class LocalEngine:
         times = clock.times_s
         tokens = self._cut(output[:, prompt:].tolist(), exact=exact, options=options)
         phases = {
-            "tokenize_s": tokenized_s - image_s,
-            "image_s": image_s,
+            "tokenize_s": tokenized_s - sum(images_s),
+            "image_s": sum(images_s),
             "transfer_s": transferred_s - tokenized_s,
             "vision_s": before_s + after_s,
             "prefill_s": times[0] - transferred_s - before_s,
@@ -128,7 +120,7 @@ class LocalEngine:
         cap, exact = requests[0].max_new_tokens, requests[0].exact
         options = replace(options, device=str(base_model(self.model).device))
         with self._ready(requests, options), CacheProbe(self.model) as probe:
-            inputs = _moved(self._prepare(requests)[0], base_model(self.model))
+            inputs = inputs_for(self.model, prepare_inputs(self.processor, requests))
             settings = _settings(cap, options, compiled=False) | {"output_logits": requests[0].with_rivals}
             output = cast("Any", self.model).generate(**inputs, **settings, return_dict_in_generate=True)
             prompt = int(inputs["input_ids"].shape[1])
@@ -189,29 +181,6 @@ class LocalEngine:
             with expected_errors(f"a batch of {len(requests)}"):
                 yield
 
-    def _prepare(self, requests: Sequence[Request]) -> tuple[Any, float]:
-        """The processor's output for a batch, padded on the left, and the seconds of its image side."""
-        texts: list[str] = []
-        images: list[Image] = []
-        for request in requests:
-            messages = image_messages(request)
-            images += request.images
-            if hasattr(self.processor, "image_processor"):
-                text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            else:
-                text = render_chat(self.processor, messages)
-            texts.append(text)
-        padding: dict[str, Any] = {}
-        if len(texts) > 1:
-            padding = {"padding": True, "padding_side": "left"}
-            if self._tokenizer.pad_token is None:
-                self._tokenizer.pad_token = self._tokenizer.eos_token
-        if not hasattr(self.processor, "image_processor"):
-            return self.processor(texts, return_tensors="pt", add_special_tokens=False, **padding), 0.0
-        with timed_images(self.processor) as spent:
-            inputs = self.processor(text=texts, images=images or None, return_tensors="pt", **padding)
-        return inputs, sum(spent)
-
     def _decodes_without_cache(self, options: Options) -> bool:
         said = options.use_cache
         return (base_model(self.model).generation_config.use_cache if said is None else said) is False
@@ -261,7 +230,7 @@ def cache_bytes(cache: Any) -> int | None:
 
 
 def _settings(cap: int, options: Options, *, compiled: bool | None = None) -> dict[str, Any]:
-    chosen: dict[str, Any] = {"max_new_tokens": cap, **({} if options.sample else _GREEDY)}
+    chosen: dict[str, Any] = {"max_new_tokens": cap, **({} if options.sample else GREEDY)}
     if options.use_cache is not None:
         chosen["use_cache"] = options.use_cache
     if options.cache_implementation not in (None, "dynamic"):
@@ -277,14 +246,3 @@ def _settings(cap: int, options: Options, *, compiled: bool | None = None) -> di
             # generate compiles on accelerators alone, unless it is told
             chosen["compile_config"]._compile_all_devices = True
     return chosen
-
-
-def _moved(inputs: Any, model: Any) -> Any:
-    import torch
-
-    inputs = inputs.to(model.device)
-    # Processors make float32 pixels; only some vision towers cast them (Qwen2.5-VL does, LLaVA does not).
-    for name, value in inputs.items():
-        if torch.is_floating_point(value):
-            inputs[name] = value.to(model.dtype)
-    return inputs
