@@ -121,6 +121,25 @@ def test_an_sdpa_backend_is_used_for_the_answer(engine: LocalEngine, backend: An
     assert engine.ask(batch(engine), Options(sdpa_backend=backend)).timeline.output_tokens == 6
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(OLDEST, reason="Qwen2.5-VL has no static cache in transformers 4.49")
+def test_a_compiled_step_is_compiled_anew_for_other_sdpa_kernels(engine: LocalEngine) -> None:
+    """torch itself would run what it compiled for the kernels of the first call: its guards know nothing of them."""
+    from torch._dynamo.utils import counters
+
+    def compilations(**changes: Any) -> int:
+        before = counters["stats"]["unique_graphs"]
+        options = Options(cache_implementation="static", compiled=True, compile_mode="default", **changes)
+        engine.ask(batch(engine, max_new_tokens=3), options)
+        return int(counters["stats"]["unique_graphs"] - before)
+
+    first = compilations()
+    assert first > 0
+    assert compilations() == 0
+    assert compilations(sdpa_backend="math") == first
+    assert compilations(sdpa_backend="math") == 0
+
+
 def test_a_backend_without_a_kernel_is_said(engine: LocalEngine) -> None:
     with pytest.raises(UnsupportedError, match="no SDPA kernel of those allowed"):
         engine.ask(batch(engine), Options(sdpa_backend="cudnn"))

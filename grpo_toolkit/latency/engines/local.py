@@ -45,6 +45,7 @@ class LocalEngine:
         self.model = model
         self.processor = processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._compiled_for: set[str | None] = set()
 
     def facts(self) -> EngineFacts:
         """Dtype, sizes, attention and the environment of this process."""
@@ -169,6 +170,8 @@ class LocalEngine:
         if self._decodes_without_cache(options):
             # A model of random weights may say an image token, which the next full forward looks for an image for.
             changes["suppress_tokens"] = self._image_ids() or None
+        if options.is_compiled:
+            self._compile_for(options.sdpa_backend)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(generation_config_changed(base_model(self.model), changes))
@@ -180,6 +183,14 @@ class LocalEngine:
                 torch.manual_seed(0)
             with expected_errors(f"a batch of {len(requests)}"):
                 yield
+
+    def _compile_for(self, kernels: str | None) -> None:
+        """Drop what was compiled for other SDPA kernels: torch chooses one when it compiles, and never looks again."""
+        import torch
+
+        if self._compiled_for - {kernels}:
+            torch.compiler.reset()
+        self._compiled_for = {kernels}
 
     def _decodes_without_cache(self, options: Options) -> bool:
         said = options.use_cache
