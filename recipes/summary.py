@@ -37,7 +37,7 @@ def summarise(
         "iou_reward": reward_change(log_history, "iou_reward"),
         "format_reward": reward_change(log_history, "format_reward"),
         **cost,
-        "tpot_ms": {row.arm: row.tpot_s.median * 1e3 for row in rows if row.tpot_s is not None},
+        "tpot_ms": {row.arm: row.tpot_s.median * 1e3 for row in rows if row.tpot_s and row.workload.kind == "fixed"},
         "export": None if export is None else str(export.path),
         "verified": export is not None and export.verification is not None and export.verification.passed,
         "put_right": [] if export is None else [str(repair) for repair in export.repairs],

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ARMS: Final = ("base", "checkpoint", "export", "export_no_cache")
+NO_CACHE: Final = "export_no_cache"
+ARMS: Final = ("base", "checkpoint", "export", NO_CACHE)
 LIVE: Final = "live"
 """The arm's name of the policy itself, measured between two steps."""
 
@@ -72,7 +73,8 @@ class LatencyCallback(GuardedCallback):
     unmerged, on its base); `export`; and `export_no_cache`, the export with its KV cache switched off, which shows
     what the cache is worth. Rows go to `<output_dir>/latency/latency.jsonl`; from there come `report.html` and
     pictures beside it, a section in the export's README.md, and what the trainer's W&B, Trackio or TensorBoard gets.
-    Two workloads: answers of exactly `new_tokens`, and natural ones, which end where the model ends them.
+    Two workloads: answers of exactly `new_tokens`, and natural ones, which end where the model ends them; without
+    `export_no_cache`, whose answers would be the export's own and take most of the time.
 
     Nothing runs between steps, unless `every_steps` asks for it. At the end warm-up and timed rounds of all workloads
     together take one percent of the training's own time, or a minute, whichever is longer; what one workload leaves
@@ -236,9 +238,12 @@ class LatencyCallback(GuardedCallback):
                 with Engines() as engines:
                     for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
                         share_s = max(0.0, budget_s - engines.asked_s) / left
-                        say(self._announcement(traffic, len(arms), share_s))
+                        timed = [arm for arm in arms if traffic.kind == "fixed" or arm.name != NO_CACHE]
+                        if not timed:
+                            continue
+                        say(self._announcement(traffic, len(timed), share_s))
                         compared = compare_latency(
-                            arms, traffic, rounds=self.rounds, control=False, budget_s=share_s, engines=engines
+                            timed, traffic, rounds=self.rounds, control=False, budget_s=share_s, engines=engines
                         )
                         rows = [replace(row, step=state.global_step) for row in compared.rows]
                         append_rows(folder / FILE_NAME, rows)
@@ -317,13 +322,13 @@ class LatencyCallback(GuardedCallback):
             "base": base,
             "checkpoint": plain,
             "export": None if export is None else export.path,
-            "export_no_cache": None if export is None else export.path,
+            NO_CACHE: None if export is None else export.path,
         }
         missing = [arm for arm in self.arms if folders[arm] is None]
         if missing:
             logger.warning("grpo_toolkit: nothing to measure for %s (no such folder in this run)", ", ".join(missing))
         return [
-            Arm(name=arm, path=path, options=replace(options, use_cache=False if arm == "export_no_cache" else None))
+            Arm(name=arm, path=path, options=replace(options, use_cache=False if arm == NO_CACHE else None))
             for arm in self.arms
             if (path := folders[arm]) is not None
         ]
