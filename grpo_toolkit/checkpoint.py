@@ -242,7 +242,7 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
 
     check_output(output_dir, overwrite=overwrite)
     output_dir = Path(os.path.realpath(output_dir))  # "." and links have no parent of their own to stage in
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(output_dir.parent)
     # The host's name keeps two machines on one file system from taking each other's exporters for dead.
     prefix = f".{output_dir.name}.staging-{platform.node()}-"
     _sweep(output_dir.parent, prefix)
@@ -256,11 +256,24 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing; each is on the disk before something is made in it."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
 def _replace_folder(staging: Path, output_dir: Path) -> None:
+    """Give a staged folder its name on the disk; where that fails, what was there before has it again."""
     import shutil
 
     if output_dir.exists() and exchange(staging, output_dir):
-        _sync_folder(output_dir.parent)
+        try:
+            _sync_folder(output_dir.parent)
+        except OSError:
+            exchange(staging, output_dir)
+            raise
         return  # what was published before is now the staging folder, which its owner removes
     previous = None
     if output_dir.exists():
@@ -268,11 +281,13 @@ def _replace_folder(staging: Path, output_dir: Path) -> None:
         output_dir.rename(previous)
     try:
         staging.rename(output_dir)
+        _sync_folder(output_dir.parent)
     except OSError:
+        if not staging.exists():
+            output_dir.rename(staging)
         if previous is not None:
             previous.rename(output_dir)
         raise
-    _sync_folder(output_dir.parent)
     if previous is not None:
         shutil.rmtree(previous, ignore_errors=True)
 
@@ -316,6 +331,7 @@ def _finish_files(folder: Path) -> None:
                 os.fsync(file.fileno())
         elif path.is_dir():
             path.chmod(mode | 0o111 & ~_umask())
+            _sync_folder(path)
     folder.chmod(0o777 & ~_umask())
     _sync_folder(folder)
 
