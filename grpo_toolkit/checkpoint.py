@@ -252,6 +252,9 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         _finish_files(staging)
         check_output(output_dir, overwrite=overwrite)
         _replace_folder(staging, output_dir)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(output_dir)  # a write that fails names no file
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

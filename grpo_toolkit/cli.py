@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GrpoToolkitError as error:
         return _fail(error, EXIT_INPUT)
     except OSError as error:  # a full disk, a folder that may not be written: what was staged is gone again
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}; nothing was published", EXIT_INPUT)
+        where = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
+        return _fail(f"{where}{': ' if where else ''}{error.strerror or error}; nothing was published", EXIT_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing half-written is left", 130)
 

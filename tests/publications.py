@@ -34,8 +34,11 @@ def build_publications(base: Path, folder: Path) -> dict[str, Publication]:
     from test_merge import make_adapter
 
     base = shutil.copytree(base, folder / "base")
+    template = json.loads((base / "chat_template.json").read_text())["chat_template"]
+    (base / "chat_template.json").unlink()
+    (base / "chat_template.jinja").write_text(template)
     (base / "additional_chat_templates").mkdir()  # a folder in the folder
-    shutil.copyfile(base / "chat_template.jinja", base / "additional_chat_templates" / "short.jinja")
+    (base / "additional_chat_templates" / "short.jinja").write_text("{{ messages[0]['content'] }}")
     adapters = [
         make_adapter(base, folder / "a", target_modules=["q_proj"]),
         make_adapter(base, folder / "b", target_modules=["v_proj"]),

@@ -62,6 +62,10 @@ def test_verify_exits_1_on_a_poisoned_folder(qwen: Path, tmp_path: Path, capsys:
         (["export", "{qwen}", "{tmp}/full"], "not an export of ours"),
         (["export", "{qwen}", "{tmp}/out", "--base", "no/base"], "base no/base: neither a model folder"),
         (["export", "{tmp}/odd", "{tmp}/out"], "odd: cannot be loaded"),
+        (
+            ["export", "{tmp}/twofold", "{tmp}/out", "--no-verify"],
+            "twofold: cannot be loaded (ValueError: Cannot load",
+        ),
         (["verify", "{tmp}/odd"], "no-such-model"),
         (["export", "{tmp}/cut", "{tmp}/out"], "it is cut off"),
         (["verify", "{qwen}", "--device", "cuda:77"], "--device cuda:77: not here"),
@@ -80,13 +84,16 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "config.json").write_bytes((qwen / "config.json").read_bytes())
     (tmp_path / "cut" / "model.safetensors").write_bytes((qwen / "model.safetensors").read_bytes()[:-1])
+    shutil.copytree(qwen, tmp_path / "twofold")  # two forms of chat templates, which the library refuses
+    (tmp_path / "twofold" / "additional_chat_templates").mkdir()
+    (tmp_path / "twofold" / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
     assert main([argument.format(tmp=tmp_path, qwen=qwen) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("grpo-toolkit: ")
     assert message in error
     assert "Traceback" not in error
     assert error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "full", "odd"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "full", "odd", "twofold"]
 
 
 def test_no_command_prints_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
