@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError
-from grpo_toolkit.exchange import exchange
+from grpo_toolkit.exchange import make_folder, replace_folder, sync_folder
 from grpo_toolkit.reading import (
     ABSENT,
     Absent,
@@ -242,7 +242,7 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
 
     check_output(output_dir, overwrite=overwrite)
     output_dir = Path(os.path.realpath(output_dir))  # "." and links have no parent of their own to stage in
-    _make_folder(output_dir.parent)
+    make_folder(output_dir.parent)
     # The host's name keeps two machines on one file system from taking each other's exporters for dead.
     prefix = f".{output_dir.name}.staging-{platform.node()}-"
     _sweep(output_dir.parent, prefix)
@@ -251,48 +251,12 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         yield staging
         _finish_files(staging)
         check_output(output_dir, overwrite=overwrite)
-        _replace_folder(staging, output_dir)
+        replace_folder(staging, output_dir)
     except OSError as error:
         error.filename = error.filename or os.fspath(output_dir)  # a write that fails names no file
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing; each is on the disk before something is made in it."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _replace_folder(staging: Path, output_dir: Path) -> None:
-    """Give a staged folder its name on the disk; where that fails, what was there before has it again."""
-    import shutil
-
-    if output_dir.exists() and exchange(staging, output_dir):
-        try:
-            _sync_folder(output_dir.parent)
-        except OSError:
-            exchange(staging, output_dir)
-            raise
-        return  # what was published before is now the staging folder, which its owner removes
-    previous = None
-    if output_dir.exists():
-        previous = staging.with_name(staging.name.replace(".staging-", ".previous-"))
-        output_dir.rename(previous)
-    try:
-        staging.rename(output_dir)
-        _sync_folder(output_dir.parent)
-    except OSError:
-        if not staging.exists():
-            output_dir.rename(staging)
-        if previous is not None:
-            previous.rename(output_dir)
-        raise
-    if previous is not None:
-        shutil.rmtree(previous, ignore_errors=True)
 
 
 def _sweep(parent: Path, prefix: str) -> None:
@@ -334,9 +298,9 @@ def _finish_files(folder: Path) -> None:
                 os.fsync(file.fileno())
         elif path.is_dir():
             path.chmod(mode | 0o111 & ~_umask())
-            _sync_folder(path)
+            sync_folder(path)
     folder.chmod(0o777 & ~_umask())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _umask() -> int:
@@ -353,11 +317,3 @@ def _umask() -> int:
 
 def _umask_mode() -> int:
     return 0o666 & ~_umask()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_toolkit import checkpoint
+from grpo_toolkit import checkpoint, exchange
 from grpo_toolkit.cli import main
 from grpo_toolkit.export import export_model
 from grpo_toolkit.merge.merge import merge_adapter
@@ -41,7 +41,7 @@ def test_killed_at_any_step_it_leaves_the_old_or_the_new(
     publication: Publication, can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(checkpoint, "exchange", lambda one, other: False)
+        monkeypatch.setattr(exchange, "exchange", lambda one, other: False)
     output = tmp_path / "out" / "published"
     publication.publish(publication.old, output)
     before = plain(output)
@@ -302,8 +302,8 @@ def test_everything_is_on_disk_before_it_has_its_name_and_the_name_after_it(
         publication.publish(publication.old, output)
     for name in ("fsync", "rename", "pwrite", "copy_file_range"):
         monkeypatch.setattr(os, name, spied(name, getattr(os, name)))
-    exchange = spied("rename", checkpoint.exchange) if way == "exchanged" else lambda one, other: False
-    monkeypatch.setattr(checkpoint, "exchange", exchange)
+    one_step = spied("rename", exchange.exchange) if way == "exchanged" else lambda one, other: False
+    monkeypatch.setattr(exchange, "exchange", one_step)
     assert publication.publish(publication.new, output, "--overwrite") == 0
     inodes = {path.stat().st_ino for path in (output, *output.rglob("*"))}
     named = seen.index(("rename", output.stat().st_ino))

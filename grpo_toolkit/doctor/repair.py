@@ -26,6 +26,7 @@ from grpo_toolkit.doctor.files import DiskFiles
 from grpo_toolkit.doctor.plan import RepairPlan, make_plan
 from grpo_toolkit.doctor.rewrite import rewrite_shard
 from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.exchange import sync_folder
 from grpo_toolkit.reading import read_json
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _put_back(path: Path, kept: Path, entry: dict[str, Any]) -> None:
         path.unlink(missing_ok=True)
     elif kept.exists():
         kept.replace(path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def _check_writable(folder: Path, plan: RepairPlan) -> None:
@@ -199,8 +200,8 @@ def _carry_out(folder: Path, plan: RepairPlan) -> None:
                 kept[name] = _keep(folder / name, undo / name)
             _like(folder / name, staging / name)
             kept[name]["after"] = _fingerprint(staging / name)
-        _sync(staging)
-        _sync(undo)
+        sync_folder(staging)
+        sync_folder(undo)
         _write_manifest(undo, kept, unfinished={"staging": staging.name, "files": names, "times": times})
     except BaseException:
         if (_unfinished(undo) or {}).get("staging") != staging.name:  # else the next repair goes on from here
@@ -227,7 +228,7 @@ def _finish(folder: Path) -> bool:
                 (folder / name).unlink(missing_ok=True)
             elif (staging / name).exists():  # else it has its name already
                 (staging / name).replace(folder / name)
-        _sync(folder)
+        sync_folder(folder)
         os.utime(folder, ns=tuple(unfinished["times"]))
         _write_manifest(undo, kept)
     for leftover in undo.glob(f"{_STAGING}*"):
@@ -281,7 +282,7 @@ def _write_manifest(undo: Path, kept: dict[str, dict[str, Any]], *, unfinished: 
     temporary.unlink(missing_ok=True)
     _write(temporary, dump_json({"files": kept} | ({"unfinished": unfinished} if unfinished else {})).encode())
     temporary.replace(undo / _MANIFEST)
-    _sync(undo)
+    sync_folder(undo)
 
 
 def _like(original: Path, new: Path) -> None:
@@ -310,11 +311,3 @@ def _times_kept(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
