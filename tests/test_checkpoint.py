@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import struct
 import subprocess
 import sys
@@ -163,14 +164,59 @@ def test_leftovers_of_dead_exporters_are_swept_and_of_live_ones_kept(tmp_path: P
     dead = tmp_path / f".export.staging-{here}-abc-{int(ended.stdout)}"
     alive = tmp_path / f".export.staging-{here}-abc-{os.getpid()}"
     elsewhere = tmp_path / f".export.staging-other-host-abc-{int(ended.stdout)}"
-    elsewhere.mkdir()
-    dead.mkdir()
-    alive.mkdir()
+    moved_by_the_living = tmp_path / f".export.previous-{here}-abc-{os.getpid()}"
+    of_nobody = tmp_path / f".export.staging-{here}-notes"
+    for folder in (elsewhere, dead, alive, moved_by_the_living, of_nobody):
+        folder.mkdir()
     with staged(tmp_path / "export", overwrite=False) as staging:
         (staging / "config.json").write_text("{}")
     assert not dead.exists()
     assert alive.exists()
     assert elsewhere.exists()  # its owner may be alive on its own machine
+    assert moved_by_the_living.exists()  # and may still put it back
+    assert of_nobody.exists()
+
+
+def test_the_owner_may_be_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refused)
+    theirs = tmp_path / f".export.staging-{platform.node()}-abc-1"
+    theirs.mkdir()
+    with staged(tmp_path / "export", overwrite=False) as staging:
+        (staging / "config.json").write_text("{}")
+    assert theirs.exists()
+
+
+def test_what_may_not_be_replaced_is_refused_before_anything_is_made_and_again_at_the_end(tmp_path: Path) -> None:
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "chapter1.tex").write_text("x")
+    entered = False
+    with pytest.raises(OutputExistsError), staged(mine, overwrite=True):
+        entered = True
+    assert not entered
+    with pytest.raises(OutputExistsError, match="not an export of ours"), staged(tmp_path / "export", overwrite=False):
+        shutil.copytree(mine, tmp_path / "export")  # somebody else's, meanwhile
+    assert (tmp_path / "export" / "chapter1.tex").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "thesis"]
+
+
+def test_a_link_in_a_folder_does_not_change_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("x")
+    (tmp_path / "blob").chmod(0o640)
+    with staged(tmp_path / "export", overwrite=False) as staging:
+        (staging / "linked").symlink_to(tmp_path / "blob")
+        (staging / "hard").hardlink_to(tmp_path / "blob")
+    assert (tmp_path / "blob").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "export" / "linked").is_symlink()
+
+
+def test_an_error_of_the_disk_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full") as caught, staged(tmp_path / "export", overwrite=False):
+        raise OSError(28, "full")
+    assert caught.value.filename == str(tmp_path / "export")
 
 
 def test_a_link_and_the_current_folder_are_published_where_they_point(
@@ -199,6 +245,8 @@ def test_output_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="pass overwrite=True"):
         check_output(mine, overwrite=False)
     check_output(mine, overwrite=True)
+    with pytest.raises(OutputExistsError, match="is a mount point"):
+        check_output(Path("/"), overwrite=True)
     with pytest.raises(OutputExistsError, match="is a file, so no folder"):
         check_output(mine / "chapter1.tex", overwrite=True)
     with pytest.raises(OutputExistsError, match="is a file, so no folder"):
