@@ -149,7 +149,8 @@ def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path 
     if not _COMMIT.fullmatch(commit):
         return None
     snapshot = cached / "snapshots" / commit
-    return snapshot if (snapshot / CONFIG).is_file() else None
+    # os.path.isfile, unlike Path.is_file, says no where another user's cache may not be entered.
+    return snapshot if os.path.isfile(snapshot / CONFIG) else None  # noqa: PTH113
 
 
 def named_base(name: str | os.PathLike[str]) -> Path:
