@@ -127,6 +127,8 @@ def test_staged_publishes_whole_folders_with_the_mode_of_the_umask(tmp_path: Pat
     with staged(target, overwrite=False) as staging:
         (staging / "config.json").write_text("{}")
         (staging / "config.json").chmod(0o600)
+        (staging / "folder").mkdir(mode=0o700)
+        (staging / "folder" / "file").write_text("x")
         assert not target.exists()
         assert not list(target.parent.glob("checkpoint-*"))
         assert staging.parent == target.parent
@@ -134,7 +136,7 @@ def test_staged_publishes_whole_folders_with_the_mode_of_the_umask(tmp_path: Pat
     umask = os.umask(0)
     os.umask(umask)
     assert (target / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask
-    assert target.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert target.stat().st_mode & 0o777 == (target / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
     assert [path.name for path in target.parent.iterdir()] == ["export"]
 
 
