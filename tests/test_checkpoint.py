@@ -206,13 +206,15 @@ def test_what_may_not_be_replaced_is_refused_before_anything_is_made_and_again_a
 
 
 def test_a_link_in_a_folder_does_not_change_what_it_points_to(tmp_path: Path) -> None:
-    (tmp_path / "blob").write_text("x")
-    (tmp_path / "blob").chmod(0o640)
+    blobs = tmp_path / "soft", tmp_path / "hard"
+    for blob in blobs:
+        blob.write_text("x")
+        blob.chmod(0o640)
     with staged(tmp_path / "export", overwrite=False) as staging:
-        (staging / "linked").symlink_to(tmp_path / "blob")
-        (staging / "hard").hardlink_to(tmp_path / "blob")
-    assert (tmp_path / "blob").stat().st_mode & 0o777 == 0o640
-    assert (tmp_path / "export" / "linked").is_symlink()
+        (staging / "soft").symlink_to(blobs[0])
+        (staging / "hard").hardlink_to(blobs[1])
+    assert [blob.stat().st_mode & 0o777 for blob in blobs] == [0o640, 0o640]
+    assert (tmp_path / "export" / "soft").is_symlink()
 
 
 def test_an_error_of_the_disk_names_the_folder(tmp_path: Path) -> None:

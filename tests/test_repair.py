@@ -232,6 +232,14 @@ def test_a_failure_leaves_the_folder_as_it_was(base: Path, tmp_path: Path, monke
         repair_checkpoint(folder, base=base, rewrite_weights=True)
     assert contents(folder) == before
     assert not (folder / UNDO.parts[0]).exists()
+    assert repair_checkpoint(folder, base=base).applied
+    mended = contents(folder)
+    with pytest.raises(InputError, match="No space left on device"):
+        repair_checkpoint(folder, base=base, rewrite_weights=True)
+    assert contents(folder) == mended
+    assert [path.name for path in (folder / UNDO).iterdir() if path.name.startswith(".")] == []
+    undo_repair(folder)
+    assert contents(folder) == before
 
 
 def test_wrong_use(tmp_path: Path, base: Path) -> None:
