@@ -290,6 +290,11 @@ def test_what_is_kept_goes_through_no_link(name: str, tmp_path: Path) -> None:
     folder = unpack("vlm_r1_449", tmp_path / "x")
     repaired = unpack("vlm_r1_449", tmp_path / "y")
     repair_checkpoint(repaired)
+    manifest = json.loads((repaired / UNDO / "undo.json").read_text())
+    manifest["unfinished"] = {"staging": ".staging-x", "files": sorted(manifest["files"]), "times": [0, 0]}
+    (repaired / UNDO / "undo.json").write_text(json.dumps(manifest))
+    (repaired / UNDO / ".staging-x").mkdir()
+    (repaired / UNDO / ".staging-x" / "config.json").write_text("{}")
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).symlink_to(repaired / name)
     before = contents(folder), contents(repaired)

@@ -103,7 +103,9 @@ def undo_repair(path: str | os.PathLike[str]) -> tuple[str, ...]:
     folder = Path(path)
     undo = folder / UNDO
     if undo.is_symlink() or undo.parent.is_symlink() or not (undo / _MANIFEST).is_file():
-        _remove(undo)  # all that an undo leaves that was killed at its end
+        if undo.parent.is_dir():  # all that an undo leaves that was killed at its end
+            with _times_kept(folder):
+                _remove(undo)
         raise InputError(f"{folder}: no repair to undo (no {UNDO / _MANIFEST} in it)")
     try:
         _finish(folder)
@@ -125,17 +127,11 @@ def _refuse_changed(folder: Path, kept: dict[str, dict[str, Any]]) -> None:
 
 
 def _remove(undo: Path) -> None:
-    """Remove what was kept, its list last: as long as that is there, an undo that was killed can be run again."""
+    """Remove what is left when all is put back: the list, and the folders."""
     if undo.is_symlink() or undo.parent.is_symlink():
         return
     if undo.is_dir():
-        for path in undo.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != _MANIFEST:
-                path.unlink()
-        (undo / _MANIFEST).unlink(missing_ok=True)
-        undo.rmdir()
+        shutil.rmtree(undo)
     with contextlib.suppress(OSError):  # not there, or something else of ours is in it
         undo.parent.rmdir()
 
