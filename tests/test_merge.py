@@ -586,6 +586,7 @@ def test_the_command_says_where_and_what(adapter: Path, tmp_path: Path, capsys: 
         (["{qwen}", "{tmp}/out"], "no adapter_config.json in it or in a folder of it"),
         (["{tmp}/adapter", "{tmp}/out", "--base", "no/base"], "base no/base: neither a model folder"),
         (["{tmp}/adapter", "{tmp}/adapter"], "not an export of ours"),
+        (["{tmp}/nowhere", "{tmp}/adapter"], "not an export of ours"),  # what would be replaced is looked at first
         (["{tmp}/adapter", "{tmp}/out", "--max-shard-size", "x"], "not a size such as 5GB"),
     ],
 )
