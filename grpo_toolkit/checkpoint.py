@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError
-from grpo_toolkit.exchange import exchange
+from grpo_toolkit.exchange import make_folder, replace_folder, sync_folder
 from grpo_toolkit.reading import (
     ABSENT,
     Absent,
@@ -149,7 +149,8 @@ def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path 
     if not _COMMIT.fullmatch(commit):
         return None
     snapshot = cached / "snapshots" / commit
-    return snapshot if (snapshot / CONFIG).is_file() else None
+    # os.path.isfile, unlike Path.is_file, says no where another user's cache may not be entered.
+    return snapshot if os.path.isfile(snapshot / CONFIG) else None  # noqa: PTH113
 
 
 def named_base(name: str | os.PathLike[str]) -> Path:
@@ -242,7 +243,7 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
 
     check_output(output_dir, overwrite=overwrite)
     output_dir = Path(os.path.realpath(output_dir))  # "." and links have no parent of their own to stage in
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir.parent)
     # The host's name keeps two machines on one file system from taking each other's exporters for dead.
     prefix = f".{output_dir.name}.staging-{platform.node()}-"
     _sweep(output_dir.parent, prefix)
@@ -251,30 +252,12 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         yield staging
         _finish_files(staging)
         check_output(output_dir, overwrite=overwrite)
-        _replace_folder(staging, output_dir)
+        replace_folder(staging, output_dir)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(output_dir)  # a write that fails names no file
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _replace_folder(staging: Path, output_dir: Path) -> None:
-    import shutil
-
-    if output_dir.exists() and exchange(staging, output_dir):
-        _sync_folder(output_dir.parent)
-        return  # what was published before is now the staging folder, which its owner removes
-    previous = None
-    if output_dir.exists():
-        previous = staging.with_name(staging.name.replace(".staging-", ".previous-"))
-        output_dir.rename(previous)
-    try:
-        staging.rename(output_dir)
-    except OSError:
-        if previous is not None:
-            previous.rename(output_dir)
-        raise
-    _sync_folder(output_dir.parent)
-    if previous is not None:
-        shutil.rmtree(previous, ignore_errors=True)
 
 
 def _sweep(parent: Path, prefix: str) -> None:
@@ -316,8 +299,9 @@ def _finish_files(folder: Path) -> None:
                 os.fsync(file.fileno())
         elif path.is_dir():
             path.chmod(mode | 0o111 & ~_umask())
+            sync_folder(path)
     folder.chmod(0o777 & ~_umask())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _umask() -> int:
@@ -334,11 +318,3 @@ def _umask() -> int:
 
 def _umask_mode() -> int:
     return 0o666 & ~_umask()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

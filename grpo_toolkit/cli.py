@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GrpoToolkitError as error:
         return _fail(error, EXIT_INPUT)
     except OSError as error:  # a full disk, a folder that may not be written: what was staged is gone again
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}; nothing was published", EXIT_INPUT)
+        where = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
+        return _fail(f"{where}{': ' if where else ''}{error.strerror or error}; nothing was published", EXIT_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing half-written is left", 130)
 
@@ -209,7 +210,7 @@ def _pushed(repository: str, path: Path) -> str:
 
 def _merge(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.merge.merge import merge_adapter
-    from grpo_toolkit.tracking.console import byte_progress
+    from grpo_toolkit.tracking.console import byte_progress, merge_table, say
 
     is_talking = not (arguments.quiet or arguments.json)
     with byte_progress("merging", is_shown=is_talking and sys.stderr.isatty()) as progress:
@@ -231,11 +232,8 @@ def _merge(arguments: argparse.Namespace) -> int:
         print(json.dumps({**facts, **counts, "bytes": result.bytes, "seconds": result.seconds}))
         return 0
     if is_talking:
-        print(
-            f"{len(result.changed)} tensors changed, {result.copied} copied, {result.bytes / 1e9:.2f} GB in "
-            f"{result.seconds:.1f} s; not verified yet: grpo-toolkit verify {result.path}",
-            file=sys.stderr,
-        )
+        say(merge_table(result))
+        say(f"not verified yet: grpo-toolkit verify {shlex.quote(str(result.path))}")
     print(result.path)
     return 0
 

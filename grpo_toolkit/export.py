@@ -244,7 +244,7 @@ def _open_unloaded(folder: Path, processing_class: Any, base: Path | None) -> tu
     """A folder's model without its weights: what is not verified is copied or merged from file to file."""
     with _named_if_unloadable(folder):
         model = unloaded_model(folder, base=base)
-    return model, processing_class if processing_class is not None else processor_of(folder)
+        return model, processing_class if processing_class is not None else processor_of(folder)
 
 
 def _open_source(source: Any, processing_class: Any, device: str, base: Path | None) -> tuple[torch.nn.Module, Any]:

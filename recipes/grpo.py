@@ -33,7 +33,7 @@ from health import HealthCallback
 from images import load_processor
 from plan import check_plan, make_plan
 from preflight import MARKER, check_model, check_output, check_versions
-from rewards import RewardFunction, find_rewards
+from rewards import RewardFunction, find_format_reward, find_rewards
 from sharded import ShardedRolloutsCallback
 from summary import print_summary, summarise
 from trainer import AccuracyTrainer, Baselines, measure, with_group_health
@@ -64,7 +64,12 @@ def main(argv: list[str]) -> None:
         return
 
     export_dir = Path(recipe.export_dir or Path(training.output_dir, "export"))
-    exporting = ExportCallback(export_dir, prompts=splits.held_out, overwrite=recipe.export_dir is None)
+    exporting = ExportCallback(
+        export_dir,
+        prompts=splits.held_out,
+        format_reward=find_format_reward(rewards),
+        overwrite=recipe.export_dir is None,
+    )
     timing = LatencyCallback(
         prompts=splits.held_out,
         new_tokens=recipe.latency_new_tokens,

@@ -107,6 +107,11 @@ def find_rewards(names: list[str]) -> list[RewardFunction]:
     return [_own_reward(name) if ":" in name else _reward(name) for name in names]
 
 
+def find_format_reward(rewards: list[RewardFunction]) -> RewardFunction | None:
+    """The reward that judges the form of a completion alone, if it is among them: an export is asked about it, too."""
+    return format_reward if format_reward in rewards else None
+
+
 def _reward(name: str) -> RewardFunction:
     if name not in REWARDS:
         raise InputError(

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from grpo_toolkit.inference import Request
+from models import BUILDERS, build_qwen2_5_vl
+from publications import Publication, build_publications
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-from models import BUILDERS, build_qwen2_5_vl
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +32,21 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def any_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base of each family in turn."""
     return BUILDERS[request.param](tmp_path_factory.mktemp("bases") / request.param)
+
+
+@pytest.fixture(scope="session")
+def publications(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Publication]:
+    """What is published under faults, by name."""
+    return build_publications(qwen, tmp_path_factory.mktemp("publications"))
+
+
+@pytest.fixture
+def publication(request: pytest.FixtureRequest, publications: dict[str, Publication], tmp_path: Path) -> Publication:
+    """The one that the test names."""
+    # What a killed process leaves of its temporary files stays in here.
+    (tmp_path / "temporary").mkdir()
+    os.environ["TMPDIR"] = str(tmp_path / "temporary")
+    return publications[request.param]
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import struct
 import subprocess
 import sys
@@ -126,6 +127,8 @@ def test_staged_publishes_whole_folders_with_the_mode_of_the_umask(tmp_path: Pat
     with staged(target, overwrite=False) as staging:
         (staging / "config.json").write_text("{}")
         (staging / "config.json").chmod(0o600)
+        (staging / "folder").mkdir(mode=0o700)
+        (staging / "folder" / "file").write_text("x")
         assert not target.exists()
         assert not list(target.parent.glob("checkpoint-*"))
         assert staging.parent == target.parent
@@ -133,7 +136,7 @@ def test_staged_publishes_whole_folders_with_the_mode_of_the_umask(tmp_path: Pat
     umask = os.umask(0)
     os.umask(umask)
     assert (target / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask
-    assert target.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert target.stat().st_mode & 0o777 == (target / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
     assert [path.name for path in target.parent.iterdir()] == ["export"]
 
 
@@ -163,14 +166,61 @@ def test_leftovers_of_dead_exporters_are_swept_and_of_live_ones_kept(tmp_path: P
     dead = tmp_path / f".export.staging-{here}-abc-{int(ended.stdout)}"
     alive = tmp_path / f".export.staging-{here}-abc-{os.getpid()}"
     elsewhere = tmp_path / f".export.staging-other-host-abc-{int(ended.stdout)}"
-    elsewhere.mkdir()
-    dead.mkdir()
-    alive.mkdir()
+    moved_by_the_living = tmp_path / f".export.previous-{here}-abc-{os.getpid()}"
+    of_nobody = tmp_path / f".export.staging-{here}-notes"
+    for folder in (elsewhere, dead, alive, moved_by_the_living, of_nobody):
+        folder.mkdir()
     with staged(tmp_path / "export", overwrite=False) as staging:
         (staging / "config.json").write_text("{}")
     assert not dead.exists()
     assert alive.exists()
     assert elsewhere.exists()  # its owner may be alive on its own machine
+    assert moved_by_the_living.exists()  # and may still put it back
+    assert of_nobody.exists()
+
+
+def test_the_owner_may_be_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refused)
+    theirs = tmp_path / f".export.staging-{platform.node()}-abc-1"
+    theirs.mkdir()
+    with staged(tmp_path / "export", overwrite=False) as staging:
+        (staging / "config.json").write_text("{}")
+    assert theirs.exists()
+
+
+def test_what_may_not_be_replaced_is_refused_before_anything_is_made_and_again_at_the_end(tmp_path: Path) -> None:
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "chapter1.tex").write_text("x")
+    entered = False
+    with pytest.raises(OutputExistsError), staged(mine, overwrite=True):
+        entered = True
+    assert not entered
+    with pytest.raises(OutputExistsError, match="not an export of ours"), staged(tmp_path / "export", overwrite=False):
+        shutil.copytree(mine, tmp_path / "export")  # somebody else's, meanwhile
+    assert (tmp_path / "export" / "chapter1.tex").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "thesis"]
+
+
+def test_a_link_in_a_folder_does_not_change_what_it_points_to(tmp_path: Path) -> None:
+    blobs = tmp_path / "soft", tmp_path / "hard"
+    for blob in blobs:
+        blob.write_text("x")
+        blob.chmod(0o640)
+    with staged(tmp_path / "export", overwrite=False) as staging:
+        (staging / "soft").symlink_to(blobs[0])
+        (staging / "hard").hardlink_to(blobs[1])
+    assert [blob.stat().st_mode & 0o777 for blob in blobs] == [0o640, 0o640]
+    assert (tmp_path / "export" / "soft").is_symlink()
+
+
+def test_an_error_of_the_disk_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full") as caught, staged(tmp_path / "export", overwrite=False):
+        raise OSError(28, "full")
+    assert caught.value.filename == str(tmp_path / "export")
 
 
 def test_a_link_and_the_current_folder_are_published_where_they_point(
@@ -199,6 +249,8 @@ def test_output_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="pass overwrite=True"):
         check_output(mine, overwrite=False)
     check_output(mine, overwrite=True)
+    with pytest.raises(OutputExistsError, match="is a mount point"):
+        check_output(Path("/"), overwrite=True)
     with pytest.raises(OutputExistsError, match="is a file, so no folder"):
         check_output(mine / "chapter1.tex", overwrite=True)
     with pytest.raises(OutputExistsError, match="is a file, so no folder"):

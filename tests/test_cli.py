@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.cli import main
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ def test_verify_exits_1_on_a_poisoned_folder(qwen: Path, tmp_path: Path, capsys:
         (["export", "{qwen}", "{tmp}/full"], "not an export of ours"),
         (["export", "{qwen}", "{tmp}/out", "--base", "no/base"], "base no/base: neither a model folder"),
         (["export", "{tmp}/odd", "{tmp}/out"], "odd: cannot be loaded"),
+        (
+            ["export", "{tmp}/twofold", "{tmp}/out", "--no-verify"],
+            "twofold: cannot be loaded (ValueError: Cannot load",
+        ),
         (["verify", "{tmp}/odd"], "no-such-model"),
         (["export", "{tmp}/cut", "{tmp}/out"], "it is cut off"),
         (["verify", "{qwen}", "--device", "cuda:77"], "--device cuda:77: not here"),
@@ -79,13 +84,16 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "config.json").write_bytes((qwen / "config.json").read_bytes())
     (tmp_path / "cut" / "model.safetensors").write_bytes((qwen / "model.safetensors").read_bytes()[:-1])
+    shutil.copytree(qwen, tmp_path / "twofold")  # two forms of chat templates, which the library refuses
+    (tmp_path / "twofold" / "additional_chat_templates").mkdir()
+    (tmp_path / "twofold" / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
     assert main([argument.format(tmp=tmp_path, qwen=qwen) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("grpo-toolkit: ")
     assert message in error
     assert "Traceback" not in error
     assert error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "full", "odd"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "full", "odd", "twofold"]
 
 
 def test_no_command_prints_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +126,38 @@ def test_an_export_ends_with_one_table_of_what_went_in_was_put_right_was_proven_
     ]  # fmt: skip
     assert "generation_config.json: use_cache was false, now true" in said.err
     assert main(["export", str(base), str(output), "--overwrite", "--no-verify", "--quiet"]) == 0
+    assert capsys.readouterr() == (f"{output}\n", "")
+
+
+def test_a_merge_ends_with_one_table_and_the_command_that_verifies_it(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from test_merge import make_adapter
+
+    base, output = tmp_path / "poisoned", tmp_path / "a folder with blanks in its name" / "out"
+    shutil.copytree(qwen, base)
+    data = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(data | {"use_cache": False}))
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    tensors = len(open_checkpoint(base).tensors())
+    assert main(["merge", str(adapter), str(output)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{output}\n"
+    cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in said.err.splitlines() if line[:1] == "│"]
+    assert [name for name, _ in cells if name] == ["base", "adapter", "changed", "copied", "put right", "published"]
+    figures = dict(cells)
+    changed = int(figures["changed"].removesuffix(" tensors"))
+    assert figures["copied"] == f"{tensors - changed} tensors"
+    assert changed == 2  # a q_proj in each of two layers
+    assert figures["put right"] == "generation_config.json: use_cache was false, now true"
+    assert f"Merge {output}\n" in said.err
+    assert " GB in " in said.err
+    assert said.err.endswith(f"\nnot verified yet: grpo-toolkit verify '{output}'\n")  # unbroken, for copying
+    manifest = json.loads((output / "grpo_toolkit.json").read_text())
+    assert manifest["put_right"] == [
+        {"file": "generation_config.json", "key": "use_cache", "found": False, "written": True}
+    ]
+    assert main(["merge", str(adapter), str(output), "--overwrite", "--quiet"]) == 0
     assert capsys.readouterr() == (f"{output}\n", "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -313,6 +314,15 @@ def test_an_adapter_whose_keys_fit_nowhere_is_refused(qwen: Path, tmp_path: Path
     save_file(renamed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="its weights do not fit its config"):
         export_model(adapter, tmp_path / "export")
+
+
+def test_an_adapter_that_is_cut_off_is_named(qwen: Path, tmp_path: Path) -> None:
+    adapter = lora_checkpoint(qwen, tmp_path / "adapter")
+    weights = adapter / "adapter_model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: .*cut off"):
+        export_model(adapter, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
 
 
 def test_no_adapter_is_merged_in_memory(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

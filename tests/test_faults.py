@@ -5,23 +5,22 @@ and a second run converges. The steps are the calls that change the file system 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_toolkit import checkpoint
+from grpo_toolkit import checkpoint, exchange
 from grpo_toolkit.cli import main
 from grpo_toolkit.export import export_model
 from grpo_toolkit.merge.merge import merge_adapter
+from publications import WEIGHTS, Publication, plain, train
 from steps import before_step, content, count_steps, die, failing, run_child
 
 if TYPE_CHECKING:
@@ -29,62 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-
-WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Publication:
-    """Two sources of one command, which publish different folders under one name."""
-
-    command: tuple[str, ...]
-    old: Path
-    new: Path
-    options: tuple[str, ...] = ()
-
-    def publish(self, source: Path, output: Path, *options: str) -> int:
-        return main([*self.command, str(source), str(output), *self.options, *options])
-
-
-@pytest.fixture(scope="module")
-def publications(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Publication]:
-    from test_merge import make_adapter
-
-    folder = tmp_path_factory.mktemp("sources")
-    adapters = [
-        make_adapter(qwen, folder / "a", target_modules=["q_proj"]),
-        make_adapter(qwen, folder / "b", target_modules=["v_proj"]),
-    ]
-    trained = [train(qwen, folder / "c", 0.01), train(qwen, folder / "d", 0.02)]
-    unverified = ("--base", str(qwen), "--no-verify", "--quiet")
-    return {
-        "merge": Publication(("merge",), *adapters, options=("--quiet",)),
-        "export": Publication(("export",), *trained, options=unverified),
-        "export_of_an_adapter": Publication(("export",), *adapters, options=unverified),
-    }
-
-
-def train(base: Path, folder: Path, step: float) -> Path:
-    shutil.copytree(base, folder)
-    weights = {name: tensor + step for name, tensor in load_file(base / WEIGHTS).items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture
-def publication(request: pytest.FixtureRequest, publications: dict[str, Publication], tmp_path: Path) -> Publication:
-    # What a killed process leaves of its temporary files stays in here.
-    (tmp_path / "temporary").mkdir()
-    os.environ["TMPDIR"] = str(tmp_path / "temporary")
-    return publications[request.param]
-
-
-def plain(folder: Path) -> dict[str, bytes]:
-    """A published folder's content without what differs from run to run."""
-    found = content(folder)
-    manifest = json.loads(found.pop("grpo_toolkit.json"))
-    return {**found, "grpo_toolkit.json": json.dumps(manifest["files"]).encode()}
-
 
 ALL = ["merge", "export", "export_of_an_adapter"]
 
@@ -98,7 +41,7 @@ def test_killed_at_any_step_it_leaves_the_old_or_the_new(
     publication: Publication, can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(checkpoint, "exchange", lambda one, other: False)
+        monkeypatch.setattr(exchange, "exchange", lambda one, other: False)
     output = tmp_path / "out" / "published"
     publication.publish(publication.old, output)
     before = plain(output)
@@ -359,8 +302,8 @@ def test_everything_is_on_disk_before_it_has_its_name_and_the_name_after_it(
         publication.publish(publication.old, output)
     for name in ("fsync", "rename", "pwrite", "copy_file_range"):
         monkeypatch.setattr(os, name, spied(name, getattr(os, name)))
-    exchange = spied("rename", checkpoint.exchange) if way == "exchanged" else lambda one, other: False
-    monkeypatch.setattr(checkpoint, "exchange", exchange)
+    one_step = spied("rename", exchange.exchange) if way == "exchanged" else lambda one, other: False
+    monkeypatch.setattr(exchange, "exchange", one_step)
     assert publication.publish(publication.new, output, "--overwrite") == 0
     inodes = {path.stat().st_ino for path in (output, *output.rglob("*"))}
     named = seen.index(("rename", output.stat().st_ino))

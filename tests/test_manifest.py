@@ -9,7 +9,7 @@ import pytest
 
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.manifest import compare_manifest, write_manifest
+from grpo_toolkit.manifest import compare_manifest, manifest_of, write_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,3 +73,17 @@ def test_a_folder_without_sums_says_so(published: Path) -> None:
     write_manifest(published, {}, sums=False)
     with pytest.raises(InputError, match="has sizes, but no sums"):
         compare_manifest(published)
+
+
+@pytest.mark.parametrize("files", [None, ["config.json"], {"config.json": "2 bytes"}])
+def test_a_damaged_list_is_one_error(files: object, published: Path) -> None:
+    (published / "grpo_toolkit.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(InputError, match=r"grpo_toolkit.json: lists no files; it is damaged"):
+        compare_manifest(published)
+
+
+def test_a_folder_without_a_manifest_is_no_export_of_ours(published: Path) -> None:
+    assert manifest_of(published)["base"] == "tiny"
+    (published / "grpo_toolkit.json").unlink()
+    with pytest.raises(InputError, match=r"no grpo_toolkit.json in it"):
+        manifest_of(published)

@@ -567,6 +567,12 @@ def test_a_merge_replaces_an_earlier_one_only_when_told(adapter: Path, tmp_path:
     merge_adapter(adapter, tmp_path / "merged", overwrite=True)
 
 
+def test_a_form_that_is_none_is_wrong_use(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="v4"):
+        merge_adapter(adapter, tmp_path / "merged", compat="v4")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_command_says_where_and_what(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(adapter), str(tmp_path / "merged"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -586,6 +592,7 @@ def test_the_command_says_where_and_what(adapter: Path, tmp_path: Path, capsys: 
         (["{qwen}", "{tmp}/out"], "no adapter_config.json in it or in a folder of it"),
         (["{tmp}/adapter", "{tmp}/out", "--base", "no/base"], "base no/base: neither a model folder"),
         (["{tmp}/adapter", "{tmp}/adapter"], "not an export of ours"),
+        (["{tmp}/nowhere", "{tmp}/adapter"], "not an export of ours"),  # what would be replaced is looked at first
         (["{tmp}/adapter", "{tmp}/out", "--max-shard-size", "x"], "not a size such as 5GB"),
     ],
 )

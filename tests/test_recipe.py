@@ -177,6 +177,9 @@ def test_a_local_model_and_dataset_run_from_start_to_end(qwen: Path, dataset: Pa
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "export" / "grpo_toolkit.json").is_file(), done.stderr[-3000:]
+    manifest = json.loads((out / "export" / "grpo_toolkit.json").read_text())
+    details = {check["name"]: check["detail"] for check in manifest["verification"]["checks"]}
+    assert details["same format reward on the same prompts"] == "policy 0, export 0 on average over 1 prompts"
     assert "held-out accuracy" in done.stdout
     assert "verified" in done.stdout
     summary = json.loads((out / "summary.json").read_text())

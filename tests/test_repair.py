@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -230,6 +232,14 @@ def test_a_failure_leaves_the_folder_as_it_was(base: Path, tmp_path: Path, monke
         repair_checkpoint(folder, base=base, rewrite_weights=True)
     assert contents(folder) == before
     assert not (folder / UNDO.parts[0]).exists()
+    assert repair_checkpoint(folder, base=base).applied
+    mended = contents(folder)
+    with pytest.raises(InputError, match="No space left on device"):
+        repair_checkpoint(folder, base=base, rewrite_weights=True)
+    assert contents(folder) == mended
+    assert [path.name for path in (folder / UNDO).iterdir() if path.name.startswith(".")] == []
+    undo_repair(folder)
+    assert contents(folder) == before
 
 
 def test_wrong_use(tmp_path: Path, base: Path) -> None:
@@ -241,6 +251,59 @@ def test_wrong_use(tmp_path: Path, base: Path) -> None:
         repair_checkpoint(base, base=tmp_path)
     with pytest.raises(InputError, match="no repair to undo"):
         undo_repair(base)
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    # In a process that may not write there: tests often run as root, who may write anywhere.
+    folder = unpack("vlm_r1_449", tmp_path / "x")
+    before = contents(folder)
+    folder.chmod(0o555)
+    code = (
+        "import os; from grpo_toolkit.doctor.repair import repair_checkpoint\n"
+        "repair_checkpoint('.', dry_run=True)  # all is imported\n"
+        "os.geteuid() == 0 and os.setuid(65534)\n"
+        "try: repair_checkpoint('.')\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == "InputError .: no permission to write there; nothing was changed\n"
+    folder.chmod(0o755)
+    assert contents(folder) == before
+
+
+def test_weights_for_which_there_is_no_room_are_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = unpack("trl_grpo_523", tmp_path / "x")
+    before = contents(folder)
+    real = shutil.disk_usage
+    size = (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=size - 1))
+    with pytest.raises(InputError, match=r"needs .* GB beside the old ones, and only .* nothing was changed"):
+        repair_checkpoint(folder, base=base, rewrite_weights=True)
+    assert contents(folder) == before
+    assert repair_checkpoint(folder, base=base).applied  # the files that are not weights need none
+
+
+@pytest.mark.parametrize("name", [".grpo_toolkit", ".grpo_toolkit/undo"])
+def test_what_is_kept_goes_through_no_link(name: str, tmp_path: Path) -> None:
+    folder = unpack("vlm_r1_449", tmp_path / "x")
+    repaired = unpack("vlm_r1_449", tmp_path / "y")
+    repair_checkpoint(repaired)
+    manifest = json.loads((repaired / UNDO / "undo.json").read_text())
+    manifest["unfinished"] = {"staging": ".staging-x", "files": sorted(manifest["files"]), "times": [0, 0]}
+    (repaired / UNDO / "undo.json").write_text(json.dumps(manifest))
+    (repaired / UNDO / ".staging-x").mkdir()
+    (repaired / UNDO / ".staging-x" / "config.json").write_text("{}")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(repaired / name)
+    before = contents(folder), contents(repaired)
+    with pytest.raises(InputError, match="is a link; nothing was changed"):
+        repair_checkpoint(folder)
+    with pytest.raises(InputError, match="no repair to undo"):
+        undo_repair(folder)
+    assert (contents(folder), contents(repaired)) == before
+    assert (repaired / UNDO / "undo.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", "/etc/hostname"])

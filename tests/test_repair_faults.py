@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from faulty import fill, unpack
+from faulty import sick_checkpoint
 from grpo_toolkit.cli import main
 from grpo_toolkit.doctor.repair import UNDO, repair_checkpoint, undo_repair
 from grpo_toolkit.errors import InputError
@@ -34,8 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sick(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with everything to mend: edits, a new file, a file that goes, weights that are rewritten."""
-    return fill(unpack("trl_grpo_523", tmp_path_factory.mktemp("sick") / "sick"), base)
+    return sick_checkpoint(tmp_path_factory.mktemp("sick") / "sick", base)
 
 
 def visible(folder: Path) -> dict[str, bytes]:

@@ -12,7 +12,15 @@ from packaging.version import Version
 
 from answers import ANSWER_TYPES, box_overlap, extract_answer, is_right, parse_box, parse_choice, parse_number
 from grpo_toolkit import InputError
-from rewards import REWARDS, accuracy_reward, find_rewards, format_reward, iou_reward, repetition_penalty_reward
+from rewards import (
+    REWARDS,
+    accuracy_reward,
+    find_format_reward,
+    find_rewards,
+    format_reward,
+    iou_reward,
+    repetition_penalty_reward,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,6 +136,12 @@ def test_rewards_are_found_by_name_and_in_files(tmp_path: Path) -> None:
         find_rewards([f"{tmp_path}/mine.py:long"])
     with pytest.raises(InputError, match="is no Python file"):
         find_rewards(["nowhere.py:long"])
+
+
+def test_the_form_is_judged_by_the_recipes_own_reward_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def format_of_dates(completions, date, **kwargs):\n    return []\n")
+    assert find_format_reward(find_rewards(["accuracy", "format"])) is format_reward
+    assert find_format_reward(find_rewards(["accuracy", f"{tmp_path}/mine.py:format_of_dates"])) is None
 
 
 # What a policy writes when it is half right: the tags, in any order, with anything between them.

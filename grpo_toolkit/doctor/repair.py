@@ -26,6 +26,7 @@ from grpo_toolkit.doctor.files import DiskFiles
 from grpo_toolkit.doctor.plan import RepairPlan, make_plan
 from grpo_toolkit.doctor.rewrite import rewrite_shard
 from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.exchange import sync_folder
 from grpo_toolkit.reading import read_json
 
 if TYPE_CHECKING:
@@ -101,21 +102,38 @@ def undo_repair(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     folder = Path(path)
     undo = folder / UNDO
-    if undo.is_symlink() or not (undo / _MANIFEST).is_file():
+    if undo.is_symlink() or undo.parent.is_symlink() or not (undo / _MANIFEST).is_file():
+        if undo.parent.is_dir():  # all that an undo leaves that was killed at its end
+            with _times_kept(folder):
+                _remove(undo)
         raise InputError(f"{folder}: no repair to undo (no {UNDO / _MANIFEST} in it)")
-    _finish(folder)
-    kept = _read_manifest(undo)
-    for name, entry in kept.items():
-        now = _fingerprint(folder / name)
-        if now not in (entry["after"], entry["before"]):
-            raise InputError(f"{folder / name}: changed since the repair, so it is not put back; move it away first")
-    with _times_kept(folder):
-        for name, entry in kept.items():
-            _put_back(folder / name, undo / name, entry)
-        shutil.rmtree(undo)
-        with contextlib.suppress(OSError):  # something else of ours is in it
-            undo.parent.rmdir()
+    try:
+        _finish(folder)
+        kept = _read_manifest(undo)
+        _refuse_changed(folder, kept)
+        with _times_kept(folder):
+            for name, entry in kept.items():
+                _put_back(folder / name, undo / name, entry)
+            _remove(undo)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be put back ({error.strerror}); run it again to go on") from error
     return tuple(sorted(kept))
+
+
+def _refuse_changed(folder: Path, kept: dict[str, dict[str, Any]]) -> None:
+    for name, entry in kept.items():
+        if _fingerprint(folder / name) not in (entry["after"], entry["before"]):
+            raise InputError(f"{folder / name}: changed since the repair, so it is not put back; move it away first")
+
+
+def _remove(undo: Path) -> None:
+    """Remove what is left when all is put back: the list, and the folders."""
+    if undo.is_symlink() or undo.parent.is_symlink():
+        return
+    if undo.is_dir():
+        shutil.rmtree(undo)
+    with contextlib.suppress(OSError):  # not there, or something else of ours is in it
+        undo.parent.rmdir()
 
 
 def _read_manifest(undo: Path) -> dict[str, dict[str, Any]]:
@@ -131,14 +149,14 @@ def _read_manifest(undo: Path) -> dict[str, dict[str, Any]]:
 
 def _put_back(path: Path, kept: Path, entry: dict[str, Any]) -> None:
     if entry["link"] is not None:
-        temporary = path.with_name(f".{path.name}.link")
-        temporary.symlink_to(entry["link"])
-        temporary.replace(path)
+        kept.unlink(missing_ok=True)  # of an undo that was killed
+        kept.symlink_to(entry["link"])
+        kept.replace(path)
     elif entry["before"] is None:
         path.unlink(missing_ok=True)
     elif kept.exists():
         kept.replace(path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def _check_writable(folder: Path, plan: RepairPlan) -> None:
@@ -158,7 +176,11 @@ def _check_writable(folder: Path, plan: RepairPlan) -> None:
 def _carry_out(folder: Path, plan: RepairPlan) -> None:
     """Stage everything, then keep what is there, then rename: nothing is replaced before all is written."""
     undo = folder / UNDO
-    undo.mkdir(parents=True, exist_ok=True)
+    status = folder.stat()
+    times = [status.st_atime_ns, status.st_mtime_ns]
+    undo.parent.mkdir(exist_ok=True)
+    os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))  # at once, in case of being killed
+    undo.mkdir(exist_ok=True)
     kept = _read_manifest(undo) if (undo / _MANIFEST).is_file() else {}
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=undo))
     try:
@@ -174,10 +196,8 @@ def _carry_out(folder: Path, plan: RepairPlan) -> None:
                 kept[name] = _keep(folder / name, undo / name)
             _like(folder / name, staging / name)
             kept[name]["after"] = _fingerprint(staging / name)
-        _sync(staging)
-        _sync(undo)
-        status = folder.stat()
-        times = [status.st_atime_ns, status.st_mtime_ns]
+        sync_folder(staging)
+        sync_folder(undo)
         _write_manifest(undo, kept, unfinished={"staging": staging.name, "files": names, "times": times})
     except BaseException:
         if (_unfinished(undo) or {}).get("staging") != staging.name:  # else the next repair goes on from here
@@ -204,9 +224,9 @@ def _finish(folder: Path) -> bool:
                 (folder / name).unlink(missing_ok=True)
             elif (staging / name).exists():  # else it has its name already
                 (staging / name).replace(folder / name)
-        _sync(folder)
-        _write_manifest(undo, kept)
+        sync_folder(folder)
         os.utime(folder, ns=tuple(unfinished["times"]))
+        _write_manifest(undo, kept)
     for leftover in undo.glob(f"{_STAGING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     return unfinished is not None
@@ -258,7 +278,7 @@ def _write_manifest(undo: Path, kept: dict[str, dict[str, Any]], *, unfinished: 
     temporary.unlink(missing_ok=True)
     _write(temporary, dump_json({"files": kept} | ({"unfinished": unfinished} if unfinished else {})).encode())
     temporary.replace(undo / _MANIFEST)
-    _sync(undo)
+    sync_folder(undo)
 
 
 def _like(original: Path, new: Path) -> None:
@@ -287,11 +307,3 @@ def _times_kept(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ change it: a merge that did nothing, or half of it, fails and says where.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from grpo_toolkit.defaults import Repair
     from grpo_toolkit.stream import Progress
 
 _ALLOW: Final = "if that is meant, allow_unchanged=True (--allow-unchanged)"
@@ -47,7 +48,9 @@ class MergeResult:
         adapter: the adapter's folder.
         changed: the stored tensors that the merge changed, by their names in the base.
         unchanged: those that it reached without changing their rounded values; empty unless that was allowed.
-        copied: how many tensors are the base's, byte for byte.
+        copied: how many tensors are the base's, byte for byte (rounded, where `dtype` asks for another one).
+        repairs: values that were wrong in the base and are right in the merge.
+        made_portable: what was changed in files that transformers 5 wrote, so that 4.x and servers can read them too.
         bytes: of all the tensors.
         seconds: how long it took.
     """
@@ -58,6 +61,8 @@ class MergeResult:
     changed: tuple[str, ...]
     unchanged: tuple[str, ...]
     copied: int
+    repairs: tuple[Repair, ...]
+    made_portable: tuple[str, ...]
     bytes: int
     seconds: float
 
@@ -122,7 +127,7 @@ def merge_adapter(
             max_shard_size=max_shard_size,
             progress=progress,
         )
-        write_configs(origin.path, staging)
+        written = write_configs(origin.path, staging)
         copy_files(carried_files(origin.path), origin.path, staging)
         if stored_dtype is not None:
             declare_dtype(staging, FLOAT_NAMES[stored_dtype])
@@ -134,6 +139,7 @@ def merge_adapter(
                 "adapter": found.path.name,
                 "changed_tensors": len(merged.changed),
                 "unchanged_tensors": list(merged.unchanged),
+                "put_right": [asdict(repair) for repair in written.repairs],
                 "made_portable": list(made_portable),
                 "verification": None,
             },
@@ -146,6 +152,8 @@ def merge_adapter(
         changed=merged.changed,
         unchanged=merged.unchanged,
         copied=merged.copied,
+        repairs=written.repairs,
+        made_portable=made_portable,
         bytes=merged.bytes,
         seconds=time.monotonic() - started,
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.export import ExportResult
     from grpo_toolkit.latency.measure import Progress
     from grpo_toolkit.latency.row import LatencyRow, Summary
+    from grpo_toolkit.merge.merge import MergeResult
 
 
 def latency_table(rows: Sequence[LatencyRow]) -> Table:
@@ -70,12 +71,9 @@ def _with_quartiles(spread: Summary) -> str:
 
 def export_table(result: ExportResult) -> Table:
     """What went into an export, what was put right, what was proven about it, and where it is."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"Export {result.path}"), title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("figure")
+    table = _facts_table(f"Export {result.path}")
     for name, value in result.sources.items():
         table.add_row(name, Text(str(value)))
     table.add_row("put right", Text("\n".join(map(str, result.repairs)) or "nothing: the base was clean"))
@@ -87,8 +85,40 @@ def export_table(result: ExportResult) -> Table:
     for check in result.verification.checks if result.verification else ():
         verdict = "skipped: " if check.skipped else "ok: " if check.passed else "FAILED: "
         table.add_row(check.name, Text(verdict + check.detail))
-    table.add_row("published", Text(f"{result.path}, {result.bytes / 1e9:.2f} GB in {result.seconds:.1f} s"))
+    table.add_row("published", Text(_published(result)))
     return table
+
+
+def merge_table(result: MergeResult) -> Table:
+    """What was merged into what, how many tensors it reached, what was put right, and where it is."""
+    from rich.text import Text
+
+    table = _facts_table(f"Merge {result.path}")
+    table.add_row("base", Text(str(result.base)))
+    table.add_row("adapter", Text(str(result.adapter)))
+    table.add_row("changed", f"{len(result.changed)} tensors")
+    if result.unchanged:
+        table.add_row("reached and unchanged", f"{len(result.unchanged)} tensors")
+    table.add_row("copied", f"{result.copied} tensors")
+    table.add_row("put right", Text("\n".join(map(str, result.repairs)) or "nothing: the base was clean"))
+    if result.made_portable:
+        table.add_row("for older versions", Text("\n".join(result.made_portable)))
+    table.add_row("published", Text(_published(result)))
+    return table
+
+
+def _facts_table(title: str) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("figure")
+    return table
+
+
+def _published(result: ExportResult | MergeResult) -> str:
+    return f"{result.path}, {result.bytes / 1e9:.2f} GB in {result.seconds:.1f} s"
 
 
 @contextmanager
