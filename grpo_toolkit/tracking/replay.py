@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.errors import TrackerError
 from grpo_toolkit.latency.review import FOLDER_NAME, visits_of
 from grpo_toolkit.tracking import trackers
-from grpo_toolkit.tracking.breaker import Breaker
+from grpo_toolkit.tracking.breaker import Breaker, Budget
 from grpo_toolkit.tracking.charts.gallery import write_pictures
 from grpo_toolkit.tracking.console import wandb_hint
 from grpo_toolkit.tracking.metrics import IDS_KEY, TABLE_IDS_KEY
@@ -79,7 +79,7 @@ def _to_wandb(review: Review, pages: Pages, facts: dict[str, Any]) -> Replayed:
     problem = prepare_environment(folder)
     is_offline = os.environ.get("WANDB_MODE") == "offline"
     name = facts.get("id") or _fresh_name(review)
-    breaker = Breaker(budget_s=10 * _PATIENCE_S, call_s=_PATIENCE_S)
+    breaker = Breaker(Budget(10 * _PATIENCE_S), call_s=_PATIENCE_S)
     place: dict[str, Any] = {"project": facts.get("project") or os.environ.get("WANDB_PROJECT", "huggingface")}
     if facts.get("entity"):
         place["entity"] = facts["entity"]
