@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.errors import TrackerError
+from grpo_toolkit.errors import InputError, TrackerError
 from grpo_toolkit.latency.review import FOLDER_NAME, visits_of
 from grpo_toolkit.tracking import trackers
 from grpo_toolkit.tracking.breaker import Breaker, Budget
@@ -56,8 +56,11 @@ def replay(review: Review, tracker: str) -> list[Replayed]:
         tracker: "wandb" or "trackio".
 
     Raises:
+        InputError: nothing was measured, so there is nothing to log.
         TrackerError: the tracker is not installed, or did not take it.
     """
+    if not review.rows:
+        raise InputError(f"{review.path}: only explanations are in it, and a tracker gets measurements")
     report = review.path / REPORT_FILE
     pages = Pages(
         report=report if report.is_file() else write_report(review),
