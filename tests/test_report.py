@@ -312,6 +312,10 @@ def test_the_command_writes_the_page_and_the_pictures(tmp_path: Path, capsys: py
         ([], "give one run's folder, or two with --compare RUN RUN"),
         (["nowhere"], "nowhere: no latency.jsonl in it or in its folder latency"),
         (["--compare", "a", "b", "--replay", "wandb"], "--replay logs one run's rows"),
+        (["--compare", "a", "b", "--card"], "--card is about one run's export"),
+        (["run", "--output", "."], ".: the page cannot be written there (Is a directory)"),
+        (["run", "--output", "file/page.html"], "file/page.html: the page cannot be written there"),
+        (["file"], "file: line 1 is not JSON"),
     ],
 )
 def test_wrong_use_is_one_line(
@@ -319,6 +323,8 @@ def test_wrong_use_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    written(tmp_path / "run", [row("base")])
+    (tmp_path / "file").write_text("no rows\n")
     assert main(["report", *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said

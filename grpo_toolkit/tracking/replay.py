@@ -76,8 +76,12 @@ def _fresh_name(review: Review) -> str:
 
 
 def _to_wandb(review: Review, pages: Pages, facts: dict[str, Any]) -> Replayed:
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise TrackerError("W&B is not installed: pip install wandb") from error
+    if os.environ.get("WANDB_MODE") == "disabled":
+        raise InputError("WANDB_MODE is disabled, so nothing would be logged: unset it, or set offline")
     folder = review.path.parent if review.path.name == FOLDER_NAME else review.path
     problem = prepare_environment(folder)
     is_offline = os.environ.get("WANDB_MODE") == "offline"

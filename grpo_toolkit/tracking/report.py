@@ -212,6 +212,9 @@ def _render(content: dict[str, Any], path: Path) -> Path:
         "has_manifest": False,
     }
     text = templates.get_template("report.html.jinja").render(defaults | {"is_same_hardware": True} | content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: the page cannot be written there ({error.strerror or error})") from error
     return path

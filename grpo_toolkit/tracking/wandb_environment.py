@@ -154,7 +154,10 @@ def ask(key: str, limit_s: float) -> str | None:
     question = json.dumps({"query": "query Viewer { viewer { id entity } }"}).encode()
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
-    request = urllib.request.Request(f"{base_url()}/graphql", data=question, headers=headers)
+    try:
+        request = urllib.request.Request(f"{base_url()}/graphql", data=question, headers=headers)
+    except ValueError:
+        return f"WANDB_BASE_URL is {base_url()!r}, which is no address"
     try:
         with urllib.request.urlopen(request, timeout=limit_s) as answer:
             said: Any = json.loads(answer.read())

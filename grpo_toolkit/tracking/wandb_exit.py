@@ -19,12 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.tracking.console import say
 from grpo_toolkit.tracking.wandb_environment import FLUSH_S, PROBE_S, api_key, ask, is_users
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-logger = logging.getLogger(__name__)
 
 _QUICK_S: Final = 0.5
 _FLUSHED_S: Final = 2 * FLUSH_S
@@ -66,12 +65,11 @@ def _join(process: subprocess.Popen[bytes], file: Path, before: tuple[int, int] 
         return process.wait(None if problem is None else max(0.0, started + _FLUSHED_S - time.monotonic()))
     if _written(file) == before:  # its last rows are still in memory alone
         return process.wait()
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # W&B's threads still write into its service's socket
     process.kill()
     process.wait()
-    logger.warning(
-        "grpo_toolkit: the W&B server does not work (%s); what it did not get is on disk: wandb sync %s",
-        problem,
-        file.parent,
+    say(
+        f"W&B: the server does not work ({problem}); what it did not get is on disk\n  upload: wandb sync {file.parent}"
     )
     return 0
 
