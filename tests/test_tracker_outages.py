@@ -142,6 +142,16 @@ def test_a_server_that_fails_in_the_middle(qwen: Path, tmp_path: Path, weights: 
 
 
 @pytest.mark.slow
+def test_a_table_of_the_trainers_own_does_not_end_the_training(qwen: Path, tmp_path: Path, weights: str) -> None:
+    """TRL logs completions from `Trainer.log`: where the server is gone, W&B raises from there."""
+    with running() as server:
+        trained = train(qwen, tmp_path / "out", server=server, on_step="dead", log_completions=True)
+        assert trained.facts["weights"] == weights
+        assert trained.facts["failures"] == []
+        assert trained.printed.count("W&B did not take all of it (tables: AuthenticationError") == 1
+
+
+@pytest.mark.slow
 def test_a_short_end_loses_nothing_that_wandb_had_not_uploaded(qwen: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running() as server:
@@ -214,6 +224,30 @@ def test_without_a_tracker_it_is_files_only_and_said_once(qwen: Path, tmp_path: 
         "report.html",
     ]
     assert not (out / "wandb").exists()
+
+
+def test_a_trackers_callback_rests_where_ours_is_and_raises_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers.integrations import TensorBoardCallback
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file" / "runs"))
+    ours, theirs = (TrainingArguments(output_dir=tmp_path / "out", report_to=["tensorboard"]) for _ in range(2))
+    mirror, state, control = Mirror(), TrainerState(), TrainerControl()
+    mirror.prepare(ours)
+    callback = TensorBoardCallback()
+    callback.on_train_begin(ours, state, control)
+    callback.on_log(ours, state, control, logs={"loss": 1.0})
+    callback.on_train_end(ours, state, control)
+    (said,) = caplog.messages
+    assert said.startswith("grpo_toolkit: TensorBoard failed (NotADirectoryError: ")
+    assert said.endswith("; training goes on without it; every latency row is on disk")
+    assert mirror.budget.spent_s > 0
+    with pytest.raises(NotADirectoryError):
+        TensorBoardCallback().on_train_begin(theirs, state, control)
 
 
 def test_a_class_that_hangs_rests_and_the_others_go_on() -> None:

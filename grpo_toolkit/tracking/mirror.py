@@ -14,7 +14,7 @@ from grpo_toolkit.latency.review import load_review, visits_of
 from grpo_toolkit.tracking import tensorboard, trackers, trackio, wandb
 from grpo_toolkit.tracking.breaker import BUDGET_S, Breaker, Budget, one_line
 from grpo_toolkit.tracking.console import wandb_hint
-from grpo_toolkit.tracking.shelter import shelter
+from grpo_toolkit.tracking.shelter import shelter, shelter_tables
 from grpo_toolkit.tracking.wandb_environment import is_run_open, offline, prepare_environment
 from grpo_toolkit.tracking.wandb_exit import bound_exit
 
@@ -122,6 +122,7 @@ class Mirror:
         if run is not None:
             breaker.call("scalars", lambda: self.runs.update(wandb=wandb.run_facts(run)))
             bound_exit(run)
+            shelter_tables(breaker)
         if (opened := trackio.open_run()) is not None:
             self.runs["trackio"] = opened
         for tracker, facts in self.runs.items():

@@ -139,7 +139,7 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
             for explanation in review.explanations[-2:]
         ],
         "count": len(review.rows) + len(review.explanations),
-        "environment": (*review.arms, *review.explanations[-1:])[0].environment,
+        "environment": review.arms[0].environment if review.arms else review.explanations[-1].environment,
         "folder": str(review.path),
         "label_of": label_of,
     }

@@ -12,11 +12,15 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from grpo_toolkit.tracking.breaker import one_line
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from transformers import TrainerCallback, TrainingArguments
+
+    from grpo_toolkit.tracking.breaker import Breaker
 
 _IS_SHELTERED: Final = "_grpo_toolkit_is_sheltered"
 
@@ -51,6 +55,31 @@ def shelter(args: TrainingArguments, failed: Failed) -> None:
     for tracker in args.report_to:
         if (callback_class := INTEGRATION_TO_CALLBACK.get(tracker)) is not None:
             _wrap(callback_class, tracker)
+
+
+def shelter_tables(breaker: Breaker) -> None:
+    """Keep a table that W&B does not take from raising into the training; after one, tables rest.
+
+    TRL logs completions as a table (`log_completions`) from the trainer itself, so no callback can be asked: the open
+    run's `wandb.log` is wrapped, until that run is finished. A dead server is found out after `WANDB_HTTP_TIMEOUT`.
+    """
+    import wandb
+
+    log = wandb.log
+
+    @functools.wraps(log)
+    def guarded(data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if not any(isinstance(value, wandb.Table) for value in data.values()):
+            log(data, *args, **kwargs)
+        elif "tables" not in breaker.problems:
+            started = time.monotonic()
+            try:
+                log(data, *args, **kwargs)
+            except wandb.Error as error:
+                breaker.problems["tables"] = one_line(error)
+                breaker.budget.spend(time.monotonic() - started)
+
+    wandb.log = guarded
 
 
 def _wrap(callback_class: type, tracker: str) -> None:

@@ -68,9 +68,8 @@ def _join(process: subprocess.Popen[bytes], file: Path, before: tuple[int, int] 
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # W&B's threads still write into its service's socket
     process.kill()
     process.wait()
-    say(
-        f"W&B: the server does not work ({problem}); what it did not get is on disk\n  upload: wandb sync {file.parent}"
-    )
+    lost = f"W&B: the server does not work ({problem}); what it did not get is on disk"
+    say(f"{lost}\n  upload: wandb sync {file.parent}")
     return 0
 
 
