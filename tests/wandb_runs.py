@@ -63,8 +63,7 @@ SCRIPT = textwrap.dedent(
     if options["arms"]:
         callbacks.append(latency)
     callbacks.append(Disturb())
-    trainer = grpo_trainer(base, out, callbacks, report_to=options["report_to"], run_name="t",
-                           log_completions=options["log_completions"])
+    trainer = grpo_trainer(base, out, callbacks, report_to=options["report_to"], run_name="t")
     started = time.monotonic()
     trainer.train()
     digest = hashlib.sha256()
@@ -106,7 +105,6 @@ def train(
     processes: int = 1,
     natural: int | None = None,
     every_steps: int | None = None,
-    log_completions: bool = False,
     timeout_s: float = 240,
 ) -> Trained:
     """Two steps of GRPO; the server does `on_init` once it was asked, and `on_step` from the first step on."""
@@ -114,7 +112,6 @@ def train(
     options = {"arms": list(arms), "artifact": artifact, "on_init": on_init, "on_step": on_step, "kill": kill,
                "report_to": report_to, "finish_early": finish_early, "wandb_by_hand": wandb_by_hand,
                "natural": natural, "every_steps": every_steps,
-               "log_completions": log_completions,
                "url": "" if server is None else server.url}  # fmt: skip
     # To files: what is left of a process must not hold a pipe open.
     with Path(f"{out}.stdout").open("w+") as stdout, Path(f"{out}.stderr").open("w+") as stderr:

@@ -6,7 +6,8 @@ changes nothing, and a kill loses what was not flushed, which in a short run is 
 second (`WANDB__TRANSACTION_LOG_FLUSH_INTERVAL`) the run's file is whole, exit record included, in the first second.
 So where the service is not done by itself, the server is asked; if it answers, the upload goes on as before, and if it
 does not, the service is ended once its file was written after the last message: 1.2 s in all where the server is dead.
-`wandb sync` uploads that file later. `run.finish()` called by hand still waits for `WANDB_FINISH_TIMEOUT`.
+`wandb sync --include-online` uploads that file later. `run.finish()` called by hand still waits for
+`WANDB_FINISH_TIMEOUT`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def _join(process: subprocess.Popen[bytes], file: Path, before: tuple[int, int] 
     process.kill()
     process.wait()
     lost = f"W&B: the server does not work ({problem}); what it did not get is on disk"
-    say(f"{lost}\n  upload: wandb sync {file.parent}")
+    online = "" if file.parent.name.startswith("offline-") else "--include-online "  # which `sync` skips otherwise
+    say(f"{lost}\n  upload: wandb sync {online}{file.parent}")
     return 0
 
 
