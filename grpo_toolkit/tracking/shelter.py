@@ -61,8 +61,8 @@ def shelter_tables(breaker: Breaker) -> None:
     """Keep a table that W&B does not take from raising into the training; after one, tables rest.
 
     TRL logs completions as a table (`log_completions`) from the trainer itself, so no callback can be asked: the open
-    run's `wandb.log` is wrapped, until that run is finished. W&B asks who we are at the first table alone, and gives up
-    after `WANDB_HTTP_TIMEOUT` (5 s here) where nobody answers.
+    run's `wandb.log` is wrapped, until that run is finished. W&B asks who we are at the first table alone, and gives
+    up after `WANDB_HTTP_TIMEOUT` (5 s here) where nobody answers.
     """
     import wandb
 
