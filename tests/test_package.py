@@ -63,6 +63,7 @@ FLOORS = [
     {"latency.review"},
     {"export"},
     {"tracking.console", "tracking.doctor", "tracking.breaker", "tracking.trackers", "tracking.wandb_environment"},
+    {"tracking.shelter", "tracking.wandb_exit"},
     {"tracking.charts.style", "tracking.metrics", "tracking.findings", "tracking.explain"},
     {"tracking.charts.arms", "tracking.charts.causes", "tracking.charts.sweeps", "tracking.headline"},
     {"tracking.charts.gallery", "tracking.wandb_plots", "tracking.tensorboard"},

@@ -22,7 +22,7 @@ from grpo_toolkit.tracking.charts.style import PALETTE, as_svg, new_figure, styl
 from grpo_toolkit.tracking.findings import write_findings
 from grpo_toolkit.tracking.headline import headline_of
 from grpo_toolkit.tracking.report import write_comparison, write_report
-from latency_rows import arms, batch_sweep, everything, image_sweep, natural, row
+from latency_rows import arms, batch_sweep, everything, explanations, image_sweep, natural, row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -312,6 +312,10 @@ def test_the_command_writes_the_page_and_the_pictures(tmp_path: Path, capsys: py
         ([], "give one run's folder, or two with --compare RUN RUN"),
         (["nowhere"], "nowhere: no latency.jsonl in it or in its folder latency"),
         (["--compare", "a", "b", "--replay", "wandb"], "--replay logs one run's rows"),
+        (["--compare", "a", "b", "--card"], "--card is about one run's export"),
+        (["run", "--output", "."], ".: the page cannot be written there (Is a directory)"),
+        (["run", "--output", "file/page.html"], "file/page.html: the page cannot be written there"),
+        (["file"], "file: line 1 is not JSON"),
     ],
 )
 def test_wrong_use_is_one_line(
@@ -319,10 +323,59 @@ def test_wrong_use_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    written(tmp_path / "run", [row("base")])
+    (tmp_path / "file").write_text("no rows\n")
     assert main(["report", *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_explanations_alone_are_a_report_with_causes_and_cures(tmp_path: Path) -> None:
+    cause = Effect(
+        layer="toggled", cause="unmerged-adapter", effect_s=0.0155, evidence="252 LoRA layers", cure="merge it",
+        command="grpo-toolkit merge a b",
+    )  # fmt: skip
+    why = replace(
+        explanations()[0], base="/models/Qwen2.5-VL-3B", trained="/out/checkpoint-500", step=500,
+        effects=[cause, Effect(layer="unexplained", cause="unexplained", effect_s=0.0005)],
+    )  # fmt: skip
+    review = written(tmp_path, [why])
+    text = write_report(review).read_text()
+    assert figures(text) == ["waterfall"]
+    assert f'<span class="figure">1.80{TIMES}</span>' in text
+    assert "checkpoint-500 36.0 ms per output token, Qwen2.5-VL-3B 20.0 ms." in text
+    assert "<li>step 500</li><li>explained, no arms measured beside it</li>" in text
+    assert "The arms</h2>" not in text
+    assert "merge it <code>grpo-toolkit merge a b</code>" in text
+    assert "<b>eager attention</b> eager, not sdpa" in text
+    assert "1 row in" in text
+    assert [bar.label for bar in waterfall_bars(review)[1]] == [
+        "Qwen2.5-VL-3B", "unmerged adapter", "unexplained", "checkpoint-500",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replay", "wandb"], "only explanations are in it, and a tracker gets measurements"),
+        (["--card"], "no arm named export was measured, so there is no card to write"),
+    ],
+)
+def test_what_explanations_alone_cannot_give_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, explanations())
+    assert main(["report", str(tmp_path), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_comparison_says_which_run_has_no_measurement(tmp_path: Path) -> None:
+    one, other = written(tmp_path / "first", arms()), written(tmp_path / "second", explanations())
+    with pytest.raises(InputError, match=r"second/latency: only explanations are in it, and --compare needs meas"):
+        write_comparison(one, other, tmp_path / "both.html")
 
 
 def test_rows_that_all_failed_are_no_report(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from grpo_toolkit.latency.store import read_measurements
+from grpo_toolkit.cli import main
+from grpo_toolkit.latency.store import append_rows, read_measurements
 from grpo_toolkit.manifest import sha256
 from grpo_toolkit.tracking.metrics import BEST, TABLE_COLUMNS
 from grpo_toolkit.tracking.replay import offline_records
 from grpo_toolkit.tracking.wandb_environment import prepare_environment
+from latency_rows import row as latency_row
 from wandb_runs import train
 from wandb_server import API_KEY, running
 
@@ -263,6 +265,8 @@ def test_a_users_settings_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "WANDB_DIR": str(tmp_path / "out"),
         "WANDB_DATA_DIR": str(tmp_path / "out" / "wandb" / "data"),
         "WANDB_ALLOW_OFFLINE_ARTIFACTS": "false",
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "0.5",
         "WANDB_HTTP_TIMEOUT": "5",
         "WANDB_INIT_TIMEOUT": "20",
         "WANDB_FINISH_TIMEOUT": "30",
@@ -288,8 +292,8 @@ def test_with_a_key_and_a_server_that_answers_it_stays_online(tmp_path: Path, mo
     [
         ("500", "it says 500"),
         ("403", "it says 403"),
-        ("nothing", "no answer within 2 s"),
-        ("late", "no answer within 2 s"),
+        ("nothing", "no answer within 1.5 s"),
+        ("late", "no answer within 1.5 s"),
         ("half", "its answer is cut off (IncompleteRead)"),
         ("dead", "it cannot be reached ([Errno 111] Connection refused)"),
     ],
@@ -316,6 +320,44 @@ def test_a_key_for_ones_own_server_counts(
         prepare_environment(tmp_path)
         assert environment.get("WANDB_MODE") == (None if is_asked else "offline")
         assert server.calls["Viewer"] == int(is_asked)
+
+
+def test_an_address_that_is_none_is_offline_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"WANDB_API_KEY": API_KEY, "WANDB_BASE_URL": "rubbish"})
+    assert prepare_environment(tmp_path) == "WANDB_BASE_URL is 'rubbish', which is no address"
+
+
+@pytest.mark.parametrize(("answers", "seconds"), [(True, 2.5), (False, 1.0)])
+def test_who_asks_for_online_gets_it_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool, seconds: float
+) -> None:
+    with running() as server:
+        server.behave("well" if answers else "nothing")
+        environment = {"WANDB_API_KEY": API_KEY, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online"}
+        monkeypatch.setattr(os, "environ", environment)
+        problem = prepare_environment(tmp_path, patience_s=2.5)
+        assert problem == (None if answers else "no answer within 1.5 s")
+        assert environment["WANDB_MODE"] == "online"
+        assert float(environment["WANDB_INIT_TIMEOUT"]) == pytest.approx(seconds, abs=0.4)
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [(None, "W&B is not installed: pip install wandb"), ("disabled", "WANDB_MODE is disabled, so nothing would be")],
+)
+def test_a_replay_that_cannot_log_is_one_line(
+    variable: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    append_rows(tmp_path / "latency.jsonl", [latency_row("base")])
+    if variable is None:
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert main(["report", str(tmp_path), "--replay", "wandb"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_what_is_timed_between_steps_is_a_row_at_its_step(qwen: Path, tmp_path: Path) -> None:

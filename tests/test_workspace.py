@@ -55,6 +55,19 @@ def test_its_json_round_trips() -> None:
     assert workspace_json(Workspace._from_model(view)) == found
 
 
+@pytest.mark.parametrize(
+    ("entity", "project", "message"),
+    [("", "grpo", "--entity '' is no name"), ("someone", "someone/grpo", "--project 'someone/grpo' is no name")],
+)
+def test_names_that_are_none_are_one_line(
+    entity: str, project: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["workspace", "--entity", entity, "--project", project, "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
 def test_a_dry_run_needs_no_account(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["workspace", "--entity", "someone", "--project", "grpo", "--dry-run"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from wandb_server import WandbServer
 
@@ -34,14 +34,19 @@ SCRIPT = textwrap.dedent(
     base, out = Path(sys.argv[1]), Path(sys.argv[2])
     options = json.loads(sys.argv[3])
 
+    def behave(mode):
+        urllib.request.urlopen(options["url"] + "/behave/" + mode, b"", timeout=10).read()
+
     class Disturb(TrainerCallback):
         def on_init_end(self, args, state, control, **kwargs):
             if options["wandb_by_hand"]:
                 import wandb
                 wandb.init(project="huggingface", dir=out.parent, mode="offline")
+            if options["on_init"]:
+                behave(options["on_init"])
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 1 and options["on_step"]:
-                urllib.request.urlopen(options["url"] + "/behave/" + options["on_step"], b"", timeout=10).read()
+                behave(options["on_step"])
             if state.global_step == 2 and options["finish_early"]:
                 import wandb
                 wandb.finish()
@@ -64,9 +69,9 @@ SCRIPT = textwrap.dedent(
     digest = hashlib.sha256()
     for name, tensor in sorted(trainer.model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    waited = {name: breaker.waited_s for name, breaker in latency.mirror.breakers.items()}
     problems = {name: breaker.problems for name, breaker in latency.mirror.breakers.items()}
-    facts = {"weights": digest.hexdigest(), "train_s": time.monotonic() - started, "waited_s": waited,
+    facts = {"weights": digest.hexdigest(), "train_s": time.monotonic() - started, "ended_at": time.time(),
+             "spent_s": latency.mirror.budget.spent_s,
              "problems": problems, "failures": latency.failures}
     if trainer.args.process_index == 0:
         (out / "facts.json").write_text(json.dumps({**facts, "processes": trainer.accelerator.num_processes}))
@@ -80,6 +85,7 @@ class Trained:
     printed: str
     facts: dict[str, Any]
     seconds: float
+    exit_s: float | None
 
 
 def train(
@@ -89,7 +95,9 @@ def train(
     server: WandbServer | None = None,
     arms: Sequence[str] = ("base",),
     artifact: bool = False,
+    on_init: str = "",
     on_step: str = "",
+    variables: Mapping[str, str] | None = None,
     kill: bool = False,
     finish_early: bool = False,
     wandb_by_hand: bool = False,
@@ -99,10 +107,10 @@ def train(
     every_steps: int | None = None,
     timeout_s: float = 240,
 ) -> Trained:
-    """Two steps of GRPO; `on_step` is what the server does from the first step on."""
+    """Two steps of GRPO; the server does `on_init` once it was asked, and `on_step` from the first step on."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    options = {"arms": list(arms), "artifact": artifact, "on_step": on_step, "kill": kill, "report_to": report_to,
-               "finish_early": finish_early, "wandb_by_hand": wandb_by_hand,
+    options = {"arms": list(arms), "artifact": artifact, "on_init": on_init, "on_step": on_step, "kill": kill,
+               "report_to": report_to, "finish_early": finish_early, "wandb_by_hand": wandb_by_hand,
                "natural": natural, "every_steps": every_steps,
                "url": "" if server is None else server.url}  # fmt: skip
     # To files: what is left of a process must not hold a pipe open.
@@ -110,16 +118,18 @@ def train(
         started = time.monotonic()
         done = subprocess.run(
             [*_launcher(Path(f"{out}.py"), processes), str(base), str(out), json.dumps(options)],
-            env=environment(out.parent, server), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+            env=environment(out.parent, server) | dict(variables or {}), stdin=subprocess.DEVNULL,
+            stdout=stdout, stderr=stderr,
             timeout=timeout_s, check=False,
         )  # fmt: skip
-        seconds = time.monotonic() - started
+        seconds, ended_at = time.monotonic() - started, time.time()
         stdout.seek(0)
         stderr.seek(0)
         printed = stdout.read() + stderr.read()
     assert done.returncode == (-9 if kill else 0), printed[-3000:]
     facts = json.loads((out / "facts.json").read_text()) if (out / "facts.json").exists() else {}
-    return Trained(returncode=done.returncode, printed=printed, facts=facts, seconds=seconds)
+    exit_s = ended_at - facts["ended_at"] if facts else None
+    return Trained(returncode=done.returncode, printed=printed, facts=facts, seconds=seconds, exit_s=exit_s)
 
 
 def _launcher(script: Path, processes: int) -> list[str]:

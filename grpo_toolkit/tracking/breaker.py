@@ -1,8 +1,9 @@
 """Calls into a tracker that may raise, hang or be slow: each costs a bounded time, and a class that failed rests.
 
 A tracker's calls differ: scalars are put into a queue, a table asks the server first. So there is one circuit breaker
-per class of call: the first failure or overrun of a class opens it, its later calls are skipped, and the other classes
-go on. A call that overruns is left behind in its thread; what it was given is on disk anyway.
+per tracker with a switch per class of call: the first failure or overrun of a class opens it, its later calls are
+skipped, and the other classes go on. All breakers of a training share one budget of time. A call that overruns is
+left behind in its thread; what it was given is on disk anyway.
 """
 
 from __future__ import annotations
@@ -17,37 +18,61 @@ if TYPE_CHECKING:
 
 Kind = Literal["scalars", "media", "tables", "artifacts"]
 
-BUDGET_S: Final = 4.5
-"""The most that all calls into one tracker may hold a training up, from its first step to its end."""
+BUDGET_S: Final = 3.0
+"""The most that all trackers together may hold a training up, from the making of its trainer to its end."""
 
-CALL_S: Final = 2.5
+CALL_S: Final = 2.0
 """The most of it that one call may take."""
 
 _FREE_S: Final = 0.25
 """A call that comes back well within this is no delay: putting a row into a queue, drawing a Plotly box."""
 
 
+class Budget:
+    """Seconds that trackers may cost; what one of them used is gone for the others.
+
+    Attributes:
+        limit_s: how much there is.
+        spent_s: how much of it is used.
+    """
+
+    def __init__(self, limit_s: float = BUDGET_S) -> None:
+        self.limit_s = limit_s
+        self.spent_s = 0.0
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.limit_s - self.spent_s)
+
+    def spend(self, took_s: float, *, is_fine: bool = False) -> None:
+        """Count the seconds that something took: of a call that came back well, what was more than a moment."""
+        self.spent_s += max(0.0, took_s - _FREE_S) if is_fine else took_s
+
+
 class Breaker:
     """Bounded calls for one tracker in one training.
 
     Args:
-        budget_s, call_s: limits for all calls together and for each; a replay, which someone waits for, has wide ones.
+        budget: the time for all calls together, shared with the training's other trackers.
+        call_s: limit for each; a replay, which someone waits for, has wide ones.
 
     Attributes:
         problems: what went wrong, by class of call; a class in it is not called again.
-        waited_s: how much of the budget is used.
     """
 
-    def __init__(self, *, budget_s: float = BUDGET_S, call_s: float = CALL_S) -> None:
-        self.budget_s = budget_s
+    def __init__(self, budget: Budget | None = None, *, call_s: float = CALL_S) -> None:
+        self.budget = Budget() if budget is None else budget
         self.call_s = call_s
         self.problems: dict[str, str] = {}
-        self.waited_s = 0.0
         self._said = False
 
     def call(self, kind: Kind, function: Callable[[], object]) -> bool:
         """Run `function` in a thread of its own, within what is left of the time; whether it came back well."""
         if kind in self.problems:
+            return False
+        limit_s = min(self.call_s, self.budget.left_s)
+        if limit_s <= 0:
+            self.problems[kind] = f"the {self.budget.limit_s:g} s for trackers are used up"
             return False
         errors: list[BaseException] = []
 
@@ -57,23 +82,17 @@ class Breaker:
             except BaseException as error:  # whatever a tracker raises, SystemExit included, stays in here
                 errors.append(error)
 
-        limit_s = min(self.call_s, self.budget_s - self.waited_s)
-        if limit_s <= 0:
-            self.problems[kind] = f"the {self.budget_s:g} s for trackers are used up"
-            return False
         started = time.monotonic()
         # A copied context: trackers keep their current run in context variables, which threads do not inherit.
         thread = threading.Thread(target=contextvars.copy_context().run, args=(guarded,), daemon=True)
         thread.start()
         thread.join(limit_s)
-        took_s = time.monotonic() - started
-        is_fine = not thread.is_alive() and not errors
-        self.waited_s += max(0.0, took_s - _FREE_S) if is_fine else took_s
-        if thread.is_alive():
+        is_late = thread.is_alive()
+        self.budget.spend(time.monotonic() - started, is_fine=not is_late and not errors)
+        if is_late:
             self.problems[kind] = f"no answer within {limit_s:.1f} s"
         elif errors:
-            text = str(errors[0]).strip().splitlines()
-            self.problems[kind] = f"{type(errors[0]).__name__}: {text[0]}" if text else type(errors[0]).__name__
+            self.problems[kind] = one_line(errors[0])
         return kind not in self.problems
 
     def news(self) -> str | None:
@@ -82,3 +101,13 @@ class Breaker:
             return None
         self._said = True
         return "; ".join(f"{kind}: {problem}" for kind, problem in self.problems.items())
+
+    def hush(self) -> None:
+        """What is wrong with this tracker was said elsewhere."""
+        self._said = True
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -22,6 +22,8 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         if arguments.replay is not None:
             raise InputError("--replay logs one run's rows; it does not go with --compare")
+        if arguments.card:
+            raise InputError("--card is about one run's export; it does not go with --compare")
         one, other = map(load_review, arguments.compare)
         page = write_comparison(one, other, arguments.output or other.path / "compare.html")
         print(json.dumps({"report": str(page)}) if arguments.json else page)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
 
 from grpo_toolkit.tracking.charts.style import label_of, milliseconds
 
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from grpo_toolkit.latency.review import Review
-    from grpo_toolkit.latency.row import LatencyRow, Ratio
+    from grpo_toolkit.latency.row import ExplanationRow, LatencyRow, Ratio
+
+METRICS: Final = {"e2e_s": "end to end", "tpot_s": "per output token", "ttft_s": "to first token"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +33,10 @@ class Headline:
 
 
 def headline_of(review: Review) -> Headline | None:
-    """The newest comparison in one sentence; None without a measured time per token."""
+    """The newest comparison in one sentence, or the newest explanation where nothing was compared; None without."""
     rows = [row for row in review.arms if row.tpot_s is not None]
     if not rows:
-        return None
+        return _explained(review.explanations[-1]) if review.explanations and not review.arms else None
     subject, reference = _pair(rows)
     assert subject.tpot_s is not None
     name = label_of(subject.arm)
@@ -52,6 +55,14 @@ def headline_of(review: Review) -> Headline | None:
         verdict=ratio.verdict,
         sentence=f"{mine}, {theirs}. {interval(ratio)}",
     )
+
+
+def _explained(row: ExplanationRow) -> Headline:
+    unit = METRICS.get(row.metric, row.metric)
+    mine, theirs = f"{milliseconds(row.trained_s)} ms", f"{milliseconds(row.base_s)} ms"
+    figure = f"{row.trained_s / row.base_s:.2f}\N{MULTIPLICATION SIGN}" if row.base_s else mine
+    sentence = f"{Path(row.trained).name} {mine} {unit}, {Path(row.base).name} {theirs}. The causes are below."
+    return Headline(figure=figure, verdict="", sentence=sentence)
 
 
 def interval(ratio: Ratio) -> str:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.cache import random_state_kept
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.review import load_review, visits_of
 from grpo_toolkit.tracking import tensorboard, trackers, trackio, wandb
-from grpo_toolkit.tracking.breaker import Breaker
+from grpo_toolkit.tracking.breaker import BUDGET_S, Breaker, Budget, one_line
 from grpo_toolkit.tracking.console import wandb_hint
-from grpo_toolkit.tracking.wandb_environment import prepare_environment
+from grpo_toolkit.tracking.shelter import shelter, shelter_tables
+from grpo_toolkit.tracking.wandb_environment import is_run_open, offline, prepare_environment
+from grpo_toolkit.tracking.wandb_exit import bound_exit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+    from contextlib import AbstractContextManager
 
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from grpo_toolkit.latency.review import Review
     from grpo_toolkit.tracking.wandb import Pages
@@ -25,8 +30,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_NAMES: Final = {"wandb": "W&B", "trackio": "Trackio", "tensorboard": "TensorBoard"}
+_PATIENCE_S: Final = BUDGET_S - 0.5
+"""Of the budget, for asking the server and opening the run; W&B gives up up to half a second later than it should."""
+
+
 class Mirror:
-    """Logs into the runs that the trainer opened; one breaker per tracker lasts for a whole training.
+    """Logs into the runs that the trainer opened; their breakers and one budget of time last for a whole training.
+
+    The trainer's own tracker callbacks are sheltered besides: what they raise ends in one warning. One whose run fails
+    in the middle (finished early, a full disk) rests. W&B whose run does not open (a key that is refused, a server
+    that is gone, also where `WANDB_MODE=online` asks for it) is opened again offline: that keeps the trainer's own
+    rows too, which `report --replay` does not have, and `wandb sync` uploads all of it later. `WANDB_MODE` itself
+    stays as the user set it.
 
     Args:
         artifact: also record each export as a W&B artifact, by reference.
@@ -37,24 +53,64 @@ class Mirror:
         self._begin()
 
     def _begin(self) -> None:
-        self.breakers = {"W&B": Breaker(), "Trackio": Breaker(), "TensorBoard": Breaker()}
+        self.budget = Budget()
+        self.breakers = {name: Breaker(self.budget) for name in _NAMES.values()}
         self.runs: dict[str, dict[str, Any]] = {}
         self._known: set[str] = set()
         self._known_in_table: set[str] = set()
         self._has_said_none = False
+        self._is_over = False
+        self._place: Path | None = None
 
     def prepare(self, args: TrainingArguments) -> None:
         """When the trainer is made, before W&B starts: its files, its timeouts, offline without an answer."""
-        if "wandb" in args.report_to and args.should_log and (problem := prepare_environment(args.output_dir)):
-            logger.warning(
-                "grpo_toolkit: the W&B server does not work (%s); this run is offline, in the output folder, and "
-                "`wandb sync` uploads it later",
-                problem,
-            )
+        self._place = Path(args.output_dir)
+        shelter(args, self._failed)
+        if "wandb" not in args.report_to or not args.should_log:
+            return
+        started = time.monotonic()
+        problem = prepare_environment(args.output_dir, patience_s=_PATIENCE_S)
+        self.budget.spend(time.monotonic() - started, is_fine=problem is None)
+        if problem is not None and os.environ.get("WANDB_MODE") == "offline":
+            self._go_offline(problem)
+
+    def _go_offline(self, problem: str) -> None:
+        self.breakers["W&B"] = Breaker(Budget())  # an offline run waits for nobody: what it takes is work of ours
+        logger.warning(
+            "grpo_toolkit: the W&B server does not work (%s); this run is offline, in the output folder, and "
+            "`wandb sync` uploads it later",
+            problem,
+        )
+
+    def _failed(
+        self, callback: TrainerCallback, tracker: str, error: Exception, *, took_s: float, had_begun: bool
+    ) -> AbstractContextManager[None] | None:
+        """A tracker's own callback raised into the training: open W&B offline, or let the callback rest."""
+        self.budget.spend(took_s)
+        if tracker == "wandb" and not had_begun and not is_run_open():
+            callback._initialized = False  # it counts as set up from before it asks the server
+            slow = "; WANDB_INIT_TIMEOUT gives it longer" if "init_timeout" in str(error) else ""
+            self._go_offline(f"{one_line(error)}{slow}")
+            return offline()
+        name = _NAMES.get(tracker, tracker)
+        logger.warning(
+            "grpo_toolkit: %s failed (%s); training goes on without it%s", name, one_line(error), self._again(tracker)
+        )
+        if name in self.breakers:
+            self.breakers[name].hush()
+        return None
+
+    def _again(self, tracker: str) -> str:
+        """How the rows get into that tracker later."""
+        if tracker not in ("wandb", "trackio"):
+            return "; every latency row is on disk"
+        return f"; every latency row is on disk, and later: grpo-toolkit report {self._place} --replay {tracker}"
 
     def begin(self, folder: Path) -> None:
         """When training begins: which runs are open, noted on disk in case this process does not live to log."""
-        self._begin()
+        if self._is_over:
+            self._begin()
+        self._place = folder
         try:
             before = load_review(folder)
         except InputError:
@@ -65,6 +121,8 @@ class Mirror:
         run = wandb.active_run()
         if run is not None:
             breaker.call("scalars", lambda: self.runs.update(wandb=wandb.run_facts(run)))
+            bound_exit(run)
+            shelter_tables(breaker)
         if (opened := trackio.open_run()) is not None:
             self.runs["trackio"] = opened
         for tracker, facts in self.runs.items():
@@ -75,14 +133,11 @@ class Mirror:
         with random_state_kept():
             hints = [*self._log_wandb(review, pages), *self._log_trackio(review, pages)]
             hints += self._log_tensorboard(review, args)
+        self._is_over = True
         yield from hints
-        for name, breaker in self.breakers.items():
-            if (news := breaker.news()) is not None:
-                replay = {"W&B": "--replay wandb", "Trackio": "--replay trackio"}.get(name)
-                again = "" if replay is None else f"; later: grpo-toolkit report {review.path} {replay}"
-                logger.warning(
-                    "grpo_toolkit: %s did not take all of it (%s); every row is on disk%s", name, news, again
-                )
+        for tracker, name in _NAMES.items():
+            if (news := self.breakers[name].news()) is not None:
+                logger.warning("grpo_toolkit: %s did not take all of it (%s)%s", name, news, self._again(tracker))
         if not hints and not self._has_said_none:
             self._has_said_none = True
             yield "no W&B, Trackio or TensorBoard run is open here: the latency is in these files alone"

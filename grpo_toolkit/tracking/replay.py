@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.errors import TrackerError
+from grpo_toolkit.errors import InputError, TrackerError
 from grpo_toolkit.latency.review import FOLDER_NAME, visits_of
 from grpo_toolkit.tracking import trackers
-from grpo_toolkit.tracking.breaker import Breaker
+from grpo_toolkit.tracking.breaker import Breaker, Budget
 from grpo_toolkit.tracking.charts.gallery import write_pictures
 from grpo_toolkit.tracking.console import wandb_hint
 from grpo_toolkit.tracking.metrics import IDS_KEY, TABLE_IDS_KEY
@@ -56,8 +56,11 @@ def replay(review: Review, tracker: str) -> list[Replayed]:
         tracker: "wandb" or "trackio".
 
     Raises:
+        InputError: nothing was measured, so there is nothing to log.
         TrackerError: the tracker is not installed, or did not take it.
     """
+    if not review.rows:
+        raise InputError(f"{review.path}: only explanations are in it, and a tracker gets measurements")
     report = review.path / REPORT_FILE
     pages = Pages(
         report=report if report.is_file() else write_report(review),
@@ -73,13 +76,17 @@ def _fresh_name(review: Review) -> str:
 
 
 def _to_wandb(review: Review, pages: Pages, facts: dict[str, Any]) -> Replayed:
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise TrackerError("W&B is not installed: pip install wandb") from error
+    if os.environ.get("WANDB_MODE") == "disabled":
+        raise InputError("WANDB_MODE is disabled, so nothing would be logged: unset it, or set offline")
     folder = review.path.parent if review.path.name == FOLDER_NAME else review.path
     problem = prepare_environment(folder)
     is_offline = os.environ.get("WANDB_MODE") == "offline"
     name = facts.get("id") or _fresh_name(review)
-    breaker = Breaker(budget_s=10 * _PATIENCE_S, call_s=_PATIENCE_S)
+    breaker = Breaker(Budget(10 * _PATIENCE_S), call_s=_PATIENCE_S)
     place: dict[str, Any] = {"project": facts.get("project") or os.environ.get("WANDB_PROJECT", "huggingface")}
     if facts.get("entity"):
         place["entity"] = facts["entity"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from grpo_toolkit.latency.row import LatencyRow
+    from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
 
 REPORT_FILE: Final = "report.html"
 _NAME_LETTERS: Final = 24
@@ -34,10 +34,12 @@ COMPARED: Final = ("tpot", "positions", "distributions", "lengths", "batches")
 def write_report(review: Review, path: Path | None = None) -> Path:
     """Write the report of a run; `path` defaults to `report.html` beside its rows.
 
+    Explanations alone are a report too: their waterfall, causes and cures.
+
     Raises:
-        InputError: there is no measurement to report.
+        InputError: there is neither a measurement nor an explanation to report.
     """
-    if not review.arms:
+    if not review.arms and not review.explanations:
         raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
     manifest = export_manifest(review)
     content = _page(review) | {
@@ -57,7 +59,8 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
     """
     for review in (one, other):
         if not review.arms:
-            raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to compare")
+            lack = "only explanations are in it" if review.explanations else "no arm was measured to its end"
+            raise InputError(f"{review.path}: {lack}, and --compare needs measurements: grpo-toolkit bench makes them")
     names = _two_names(one.path, other.path)
     common = [row.arm for row in one.arms if row.arm in {row.arm for row in other.arms}]
     drawn = [arm for arm in common if not is_variant(arm)] or common
@@ -111,7 +114,6 @@ def _change(before: LatencyRow, after: LatencyRow) -> dict[str, Any]:
 
 
 def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
-    first = review.arms[0]
     charts, missing = [], []
     with styled():
         for chart in CHARTS:
@@ -126,7 +128,7 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
         "title": review.path.resolve().parent.name if review.path.name == "latency" else review.path.resolve().name,
         "palette": PALETTE,
         "headline": headline_of(review),
-        "facts": _facts(first),
+        "facts": _facts(review.arms[0]) if review.arms else _facts_explained(review.explanations[-1]),
         "lines": [_line(row) for row in review.arms],
         "ratios": [(label_of(row.arm), ratio, interval(ratio)) for row, ratio in review.ratios],
         "charts": charts,
@@ -136,8 +138,8 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
             (explanation, *(label_of(arm_named(review, end)) for end in (explanation.base, explanation.trained)))
             for explanation in review.explanations[-2:]
         ],
-        "count": len(review.rows),
-        "environment": first.environment,
+        "count": len(review.rows) + len(review.explanations),
+        "environment": review.arms[0].environment if review.arms else review.explanations[-1].environment,
         "folder": str(review.path),
         "label_of": label_of,
     }
@@ -160,6 +162,11 @@ def _facts(row: LatencyRow) -> list[str]:
     if row.step is not None:
         facts.insert(0, f"step {row.step:,}")
     return facts
+
+
+def _facts_explained(row: ExplanationRow) -> list[str]:
+    facts = ["explained, no arms measured beside it", row.environment.get("hardware", "")]
+    return [*([] if row.step is None else [f"step {row.step:,}"]), *filter(None, facts)]
 
 
 def _line(row: LatencyRow) -> dict[str, Any]:
@@ -205,6 +212,9 @@ def _render(content: dict[str, Any], path: Path) -> Path:
         "has_manifest": False,
     }
     text = templates.get_template("report.html.jinja").render(defaults | {"is_same_hardware": True} | content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: the page cannot be written there ({error.strerror or error})") from error
     return path

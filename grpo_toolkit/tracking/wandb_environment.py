@@ -15,39 +15,107 @@ import os
 import ssl
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-PROBE_S: Final = 2.0
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROBE_S: Final = 1.5
+FLUSH_S: Final = 0.5
+"""How often W&B writes the run's file: 15 s by default, which a kill loses."""
+
 _CLOUD: Final = "https://api.wandb.ai"
-_TIMEOUTS: Final = {"WANDB_HTTP_TIMEOUT": "5", "WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "30"}
+_INIT_S: Final = 20.0
+_LEAST_INIT_S: Final = 0.5
+_TIMES_AS_LONG: Final = 10
+_DEFAULTS: Final = {
+    "WANDB_HTTP_TIMEOUT": "5",
+    "WANDB_FINISH_TIMEOUT": "30",
+    "WANDB_ALLOW_OFFLINE_ARTIFACTS": "false",
+    "WANDB_ERROR_REPORTING": "false",  # W&B's reports about itself: 12 s more at exit where a server says nothing
+    "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": str(FLUSH_S),
+}
+_ours: dict[str, str] = {}
+"""What this module set, which is nobody's wish and may change."""
 
 
-def prepare_environment(output_dir: str | os.PathLike[str]) -> str | None:
+def prepare_environment(output_dir: str | os.PathLike[str], *, patience_s: float | None = None) -> str | None:
     """Set what is not set: files inside `output_dir`, short timeouts, offline where there is no key or no answer.
 
-    A variable that is set already wins. Does nothing about the mode when a run is open.
+    A variable that is set already wins. Does nothing about the mode when a run is open, or where the user set it:
+    then a server that does not answer gets the shortest time to open the run.
+
+    Args:
+        output_dir: where W&B's files go.
+        patience_s: what a server that fails may cost until the run is open, this function included. One that is slow
+            and answers gets ten times as long to open the run as it took to answer here. None where someone waits
+            for it: 20 s.
 
     Returns:
-        Why the run will be offline although there is a key, or None.
+        Why the run will be offline, or may not open, although there is a key; or None.
     """
     folder = Path(output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "data"))
-    os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
-    for name, value in _TIMEOUTS.items():
-        os.environ.setdefault(name, value)
-    if os.environ.get("WANDB_MODE") or is_run_open():
-        return None
-    key = api_key()
-    problem = None if key is None else server_problem(key)
-    if key is None or problem is not None:
-        os.environ["WANDB_MODE"] = "offline"
+    folders = {"WANDB_DIR": str(folder), "WANDB_DATA_DIR": str(folder / "wandb" / "data")}
+    for name, value in {**folders, **_DEFAULTS}.items():
+        _default(name, value)
+    problem = None
+    if os.environ.get("WANDB_MODE") in (None, "", "online") and not is_run_open():
+        problem = _find_mode(patience_s)
+    _tell()
     return problem
+
+
+def _find_mode(patience_s: float | None) -> str | None:
+    key = api_key()
+    started = time.monotonic()
+    problem = None if key is None else server_problem(key)
+    took_s = time.monotonic() - started
+    if (key is None or problem is not None) and not os.environ.get("WANDB_MODE"):
+        os.environ["WANDB_MODE"] = _ours["WANDB_MODE"] = "offline"
+    init_s = _INIT_S
+    if patience_s is not None:
+        patience_s = max(_LEAST_INIT_S, patience_s - took_s)
+        init_s = min(_INIT_S, patience_s if problem else max(patience_s, _TIMES_AS_LONG * took_s))
+    _default("WANDB_INIT_TIMEOUT", f"{round(init_s, 1):g}")
+    return problem
+
+
+def _default(name: str, value: str) -> None:
+    if not is_users(name):
+        os.environ[name] = _ours[name] = value
+
+
+def is_users(name: str) -> bool:
+    """Whether a variable was set by someone else than this module."""
+    return name in os.environ and os.environ[name] != _ours.get(name)
+
+
+def _tell() -> None:
+    """A W&B that was set up before, by `wandb.login()`, does not read the environment again."""
+    setup = getattr(sys.modules.get("wandb.sdk.wandb_setup"), "_singleton", None)
+    settings: Any = getattr(setup, "settings_if_loaded", None)
+    if hasattr(settings, "update_from_env_vars"):
+        settings.update_from_env_vars(_ours)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """What is opened in here is offline, whatever the environment says; that stays as it is."""
+    import wandb
+
+    before = wandb.setup().settings.mode
+    wandb.setup(wandb.Settings(mode="offline"))
+    try:
+        yield
+    finally:
+        wandb.setup(wandb.Settings(mode=before))
 
 
 def is_run_open() -> bool:
@@ -75,17 +143,21 @@ def api_key() -> str | None:
 def server_problem(key: str, *, limit_s: float = PROBE_S) -> str | None:
     """Ask the server who we are; what is wrong with it, or None if it answers in time."""
     answers: list[str | None] = []
-    thread = threading.Thread(target=lambda: answers.append(_ask(key, limit_s)), daemon=True)
+    thread = threading.Thread(target=lambda: answers.append(ask(key, limit_s)), daemon=True)
     thread.start()
     thread.join(limit_s)  # a server that sends a byte now and then keeps within every timeout of a socket
     return answers[0] if answers else f"no answer within {limit_s:g} s"
 
 
-def _ask(key: str, limit_s: float) -> str | None:
+def ask(key: str, limit_s: float) -> str | None:
+    """The same without a thread, which no process can start at its end; each wait for the server has the limit."""
     question = json.dumps({"query": "query Viewer { viewer { id entity } }"}).encode()
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
-    request = urllib.request.Request(f"{base_url()}/graphql", data=question, headers=headers)
+    try:
+        request = urllib.request.Request(f"{base_url()}/graphql", data=question, headers=headers)
+    except ValueError:
+        return f"WANDB_BASE_URL is {base_url()!r}, which is no address"
     try:
         with urllib.request.urlopen(request, timeout=limit_s) as answer:
             said: Any = json.loads(answer.read())

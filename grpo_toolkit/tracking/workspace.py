@@ -43,8 +43,12 @@ def build_workspace(entity: str, project: str) -> Workspace:
     """The workspace with its four sections; needs no network.
 
     Raises:
+        InputError: no name of an entity or a project.
         TrackerError: wandb-workspaces is not installed.
     """
+    for option, name in {"--entity": entity, "--project": project}.items():
+        if not name.strip() or "/" in name:
+            raise InputError(f"{option} {name!r} is no name; entity and project are given apart, without a slash")
     try:
         import wandb_workspaces.workspaces as ws
     except ImportError as error:

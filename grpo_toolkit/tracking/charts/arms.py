@@ -197,8 +197,9 @@ def _mark_cap(axes: Axes, rows: Sequence[LatencyRow]) -> None:
         axes.axvline(cap, color=LIGHT["soft"], linewidth=1, linestyle=(0, (2, 2)))
         text = f"cap: {capped} of {sum(len(row.timelines) for row in rows)} answers"
         axes.annotate(
-            text, (cap, 52), xytext=(-5, 0), textcoords="offset points", ha="right", va="bottom", fontsize=8.5
+            text, (cap, 100), xytext=(-5, 4), textcoords="offset points", ha="right", va="bottom", fontsize=8.5
         )
+        axes.set_ylim(top=112)  # room for it above the lines
 
 
 def draw_trend(review: Review) -> Figure | None:

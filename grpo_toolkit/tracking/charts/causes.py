@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from grpo_toolkit.tracking.charts.style import (
     LIGHT,
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.review import Review
     from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
+
+
+_LINE_LETTERS: Final = 70
+_LABEL_LETTERS: Final = 11
+"""How many letters of a bar's name stand side by side under all bars, and under one of many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +123,7 @@ def draw_waterfall(review: Review) -> Figure | None:
         return None
     figure = new_figure(3.3)
     axes = figure.subplots()
-    colours = colours_of([bar.arm for bar in bars if bar.kind == "level"])
+    colours = _level_colours([bar.arm for bar in bars if bar.kind == "level"])
     height = 0.0
     for place, bar in enumerate(bars):
         start = 0.0 if bar.kind == "level" else height
@@ -126,8 +132,9 @@ def draw_waterfall(review: Review) -> Figure | None:
         if place + 1 < len(bars):
             axes.plot([place - 0.34, place + 1.34], [end * 1e3] * 2, color=LIGHT["soft"], linewidth=0.7, zorder=1)
         height = end
-    labels = [bar.label.replace(" ", "\n", 1) if len(bars) > 5 else bar.label for bar in bars]
     slant = len(bars) > 8
+    letters = _LABEL_LETTERS if slant else max(_LABEL_LETTERS, _LINE_LETTERS // len(bars))
+    labels = [textwrap.fill(bar.label, letters) for bar in bars]
     axes.set_xticks(range(len(bars)), labels, rotation=35 if slant else 0, ha="right" if slant else "center")
     axes.tick_params(axis="x", labelcolor=LIGHT["ink"], labelsize=8)
     axes.set_ylabel(
@@ -137,6 +144,15 @@ def draw_waterfall(review: Review) -> Figure | None:
     axes.set_ylim(min(0.0, low) * 1.1, high * 1.12)
     horizontal_only(axes)
     return figure
+
+
+def _level_colours(arms: Sequence[str]) -> dict[str, str]:
+    """Of levels; folders that are no arm as base and checkpoint, for the other colours mean a change here."""
+    colours = colours_of(arms)
+    strangers = [arm for arm in arms if arm not in LIGHT]
+    if strangers and len(strangers) == len(arms):
+        colours |= dict.fromkeys(arms, LIGHT["checkpoint"]) | {arms[0]: LIGHT["base"]}
+    return colours
 
 
 def _draw_bar(axes: Axes, place: int, bar: Bar, start: float, end: float, colours: dict[str, str]) -> None:

@@ -108,8 +108,9 @@ def draw_images(review: Review) -> Figure | None:
         )  # fmt: skip
         if arm == shown:
             for at, value in points:
+                top = max(r.ttft_s.median for r in rows if r.workload.image_tokens == counts[at] and r.ttft_s) * 1e3
                 axes.annotate(
-                    milliseconds(value / 1e3), (at, value), xytext=(0, 8), textcoords="offset points", ha="center"
+                    milliseconds(value / 1e3), (at, top), xytext=(0, 8), textcoords="offset points", ha="center"
                 )
     axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
     axes.set_xlabel(f"image tokens (bars: phases of {label_of(shown)})")
