@@ -77,7 +77,9 @@ class RecipeArguments(ScriptArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Check everything, print the plan with its memory and disk, and stop."}
     )
-    latency_rounds: int = field(default=6, metadata={"help": "Measured requests per arm; 0 skips the measurement."})
+    latency_rounds: int = field(
+        default=24, metadata={"help": "Measured requests per arm, at most; 0 skips the measurement."}
+    )
 
 
 def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig]:

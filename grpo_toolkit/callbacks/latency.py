@@ -108,7 +108,7 @@ class LatencyCallback(GuardedCallback):
         *,
         arms: Sequence[str] = ARMS,
         new_tokens: int = 64,
-        rounds: int = 8,
+        rounds: int = 24,
         max_new_tokens: int | None = 256,
         every_steps: int | None = None,
         prompts: Iterable[Mapping[str, Any]] | None = None,
