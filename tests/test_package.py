@@ -156,7 +156,13 @@ def test_recipes_use_the_public_names_alone() -> None:
 
 def test_only_tracking_names_wandb() -> None:
     importers = {name for name, path in MODULES.items() if "wandb" in _imports(path)}
-    assert importers == {"tracking.wandb", "tracking.wandb_plots", "tracking.replay"}
+    assert importers == {
+        "tracking.wandb",
+        "tracking.wandb_plots",
+        "tracking.wandb_environment",
+        "tracking.shelter",
+        "tracking.replay",
+    }
 
 
 def _imports(path: Path) -> set[str]:
