@@ -82,7 +82,7 @@ def test_a_run_that_does_not_open_is_opened_offline(
             trained = train(qwen, out, server=server, on_init=mode)
         assert trained.facts["weights"] == weights
         assert trained.facts["failures"] == []
-        assert trained.facts["spent_s"] <= BUDGET_S + BUSY_S
+        assert trained.facts["spent_s"] <= BUDGET_S + EXIT_S + BUSY_S  # its end, offline, takes no time
         assert trained.printed.count("the W&B server does not work") == 1
         assert (
             trained.printed.count("this run is offline, in the output folder, and `wandb sync` uploads it later") == 1

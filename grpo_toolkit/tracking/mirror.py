@@ -16,7 +16,7 @@ from grpo_toolkit.tracking.breaker import BUDGET_S, Breaker, Budget, one_line
 from grpo_toolkit.tracking.console import wandb_hint
 from grpo_toolkit.tracking.shelter import shelter, shelter_tables
 from grpo_toolkit.tracking.wandb_environment import is_run_open, offline, prepare_environment
-from grpo_toolkit.tracking.wandb_exit import bound_exit
+from grpo_toolkit.tracking.wandb_exit import EXIT_S, bound_exit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +69,8 @@ class Mirror:
         if "wandb" not in args.report_to or not args.should_log:
             return
         started = time.monotonic()
-        problem = prepare_environment(args.output_dir, patience_s=_PATIENCE_S)
+        # A run that does not open is offline and its end takes no time, so the time for that can be used up before.
+        problem = prepare_environment(args.output_dir, patience_s=_PATIENCE_S, spare_s=EXIT_S)
         self.budget.spend(time.monotonic() - started, is_fine=problem is None)
         if problem is not None and os.environ.get("WANDB_MODE") == "offline":
             self._go_offline(problem)

@@ -45,7 +45,9 @@ _ours: dict[str, str] = {}
 """What this module set, which is nobody's wish and may change."""
 
 
-def prepare_environment(output_dir: str | os.PathLike[str], *, patience_s: float | None = None) -> str | None:
+def prepare_environment(
+    output_dir: str | os.PathLike[str], *, patience_s: float | None = None, spare_s: float = 0.0
+) -> str | None:
     """Set what is not set: files inside `output_dir`, short timeouts, offline where there is no key or no answer.
 
     A variable that is set already wins. Does nothing about the mode when a run is open, or where the user set it:
@@ -53,9 +55,10 @@ def prepare_environment(output_dir: str | os.PathLike[str], *, patience_s: float
 
     Args:
         output_dir: where W&B's files go.
-        patience_s: what a server that fails may cost until the run is open, this function included. One that is slow
-            and answers gets ten times as long to open the run as it took to answer here. None where someone waits
-            for it: 20 s.
+        patience_s: what a server that fails may cost until the run is open, this function included. None where
+            someone waits for it: 20 s.
+        spare_s: what one that answers here may cost besides; one that is slow gets ten times as long to open the run
+            as it took to answer.
 
     Returns:
         Why the run will be offline, or may not open, although there is a key; or None.
@@ -67,12 +70,12 @@ def prepare_environment(output_dir: str | os.PathLike[str], *, patience_s: float
         _default(name, value)
     problem = None
     if os.environ.get("WANDB_MODE") in (None, "", "online") and not is_run_open():
-        problem = _find_mode(patience_s)
+        problem = _find_mode(patience_s, spare_s)
     _tell()
     return problem
 
 
-def _find_mode(patience_s: float | None) -> str | None:
+def _find_mode(patience_s: float | None, spare_s: float) -> str | None:
     key = api_key()
     started = time.monotonic()
     problem = None if key is None else server_problem(key)
@@ -82,7 +85,7 @@ def _find_mode(patience_s: float | None) -> str | None:
     init_s = _INIT_S
     if patience_s is not None:
         patience_s = max(_LEAST_INIT_S, patience_s - took_s)
-        init_s = min(_INIT_S, patience_s if problem else max(patience_s, _TIMES_AS_LONG * took_s))
+        init_s = min(_INIT_S, patience_s if problem else max(patience_s + spare_s, _TIMES_AS_LONG * took_s))
     _default("WANDB_INIT_TIMEOUT", f"{round(init_s, 1):g}")
     return problem
 
