@@ -89,7 +89,8 @@ def test_a_failing_export_is_said_once_and_training_goes_on(
     trainer = grpo_trainer(qwen, tmp_path / "out", [callback])
     trainer.train()
     assert trainer.state.global_step == 2
-    assert callback.failures == ["the export failed: OSError: [Errno 28] No space left on device"]
+    said = f"the export failed: OSError: [Errno 28] No space left on device: '{tmp_path / 'export'}'"
+    assert callback.failures == [said]
     assert sum("No space left" in record.getMessage() for record in caplog.records) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

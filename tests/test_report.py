@@ -12,7 +12,8 @@ import pytest
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.inference import Request
-from grpo_toolkit.latency.measure import Arm, measure_latency
+from grpo_toolkit.latency.arms import Arm
+from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.review import Review, comparisons, key_part, load_review, visits_of
 from grpo_toolkit.latency.row import Effect, ExplanationRow
 from grpo_toolkit.latency.store import append_rows
