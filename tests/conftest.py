@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from faulty import sick_checkpoint
 from grpo_toolkit.inference import Request
 from models import BUILDERS, build_qwen2_5_vl
 from publications import Publication, build_publications
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2.5-VL base in published form."""
     return build_qwen2_5_vl(tmp_path_factory.mktemp("bases") / "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in bfloat16, for checkpoints that are mended; a module with another `base` says so."""
+    return build_qwen2_5_vl(tmp_path_factory.mktemp("bases") / "base", dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def sick(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `base` with everything to mend; copied before it is changed."""
+    return sick_checkpoint(tmp_path_factory.mktemp("sick") / "sick", base)
 
 
 @pytest.fixture(scope="session", params=sorted(BUILDERS))

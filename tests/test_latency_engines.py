@@ -238,6 +238,18 @@ def test_an_arm_names_one_thing(given: dict[str, Any]) -> None:
         open_engine(Arm(name="a", **given))
 
 
+def test_compiled_arms_with_other_sdpa_kernels_share_no_process(qwen: Path) -> None:
+    def engines(live: Any, **settings: Any) -> int:
+        place = {"live": live} if live else {"path": qwen}
+        kernels: tuple[Any, ...] = (None, "math")
+        options = [Options(cache_implementation="static", sdpa_backend=one, **settings) for one in kernels]
+        return len({Arm(name="a", options=each, **place).engine_key for each in options})
+
+    assert engines(None, compiled=True) == 2
+    assert engines(None, compiled=False) == 1
+    assert engines((object(), None), compiled=True) == 1
+
+
 def test_the_processor_is_the_first_arms_or_its_bases(qwen: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from faulty import sick_checkpoint
 from grpo_toolkit.cli import main
 from grpo_toolkit.doctor.repair import UNDO, repair_checkpoint, undo_repair
 from grpo_toolkit.errors import InputError
-from models import build_qwen2_5_vl
 from steps import before_step, content, count_steps, die, failing, run_child
 
 if TYPE_CHECKING:
@@ -25,16 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_qwen2_5_vl(tmp_path_factory.mktemp("bases") / "base", dtype="bfloat16")
-
-
-@pytest.fixture(scope="module")
-def sick(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sick_checkpoint(tmp_path_factory.mktemp("sick") / "sick", base)
 
 
 def visible(folder: Path) -> dict[str, bytes]:

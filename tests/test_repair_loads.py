@@ -16,7 +16,6 @@ from packaging.version import Version
 from faulty import fill, fill_at_random, unpack
 from grpo_toolkit import diagnose_checkpoint, export_model, repair_checkpoint
 from grpo_toolkit.inference import generate, load_model
-from models import build_qwen2_5_vl
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,11 +30,6 @@ MENDED = (
     "vlm_r1_449", "visual_rft_449", "vlm_r1_451", "easyr1_merger_451", "config_flag_455", "open_r1_457",
     "trl_grpo_457", "trl_grpo_523", "compiled_523", "fsdp_full_523", "zero3_523",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_qwen2_5_vl(tmp_path_factory.mktemp("bases") / "qwen2_5_vl", dtype="bfloat16")
 
 
 def test_the_poison_is_real(base: Path, tmp_path: Path, image_request: Request) -> None:

@@ -20,10 +20,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from faulty import sick_checkpoint
 from grpo_toolkit.cli import main
 from grpo_toolkit.doctor.repair import UNDO, undo_repair
-from models import build_qwen2_5_vl
 from publications import Publication, plain
 from steps import content, run_child
 from syscalls import Call, calls, distinct, trace, why_not
@@ -225,16 +223,6 @@ def test_files_that_are_cut_short_are_not_published(publication: Publication, tm
         assert str(stage.parent) in lines[0], limit
         assert plain(stage.output) == stage.before, limit
         assert stage.left_over() == [], limit
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_qwen2_5_vl(tmp_path_factory.mktemp("bases") / "base", dtype="bfloat16")
-
-
-@pytest.fixture(scope="module")
-def sick(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sick_checkpoint(tmp_path_factory.mktemp("sick") / "sick", base)
 
 
 class Patient:

@@ -178,8 +178,8 @@ def _carry_out(folder: Path, plan: RepairPlan) -> None:
     undo = folder / UNDO
     status = folder.stat()
     times = [status.st_atime_ns, status.st_mtime_ns]
-    undo.parent.mkdir(exist_ok=True)
-    os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))  # at once, in case of being killed
+    with _times_kept(folder):  # put back at once, in case of being killed
+        undo.parent.mkdir(exist_ok=True)
     undo.mkdir(exist_ok=True)
     kept = _read_manifest(undo) if (undo / _MANIFEST).is_file() else {}
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=undo))

@@ -47,9 +47,15 @@ class Arm:
 
     @property
     def engine_key(self) -> tuple[object, ...]:
-        """Arms with the same key share an engine."""
-        live = None if self.live is None else id(self.live[0])
-        return (self.path, self.url, live, self.process, self.options.load_key)
+        """Arms with the same key share an engine.
+
+        Compiled steps with different SDPA kernels share no process: taking turns there, each would be compiled anew at
+        every turn (see `LocalEngine`). A live model is where it is.
+        """
+        if self.live is not None:
+            return (id(self.live[0]), self.process, self.options.load_key)
+        kernels = self.options.sdpa_backend if self.options.is_compiled else None
+        return (self.path, self.url, self.process, self.options.load_key, kernels)
 
     @property
     def warm_key(self) -> tuple[object, ...]:

@@ -76,9 +76,7 @@ def export_table(result: ExportResult) -> Table:
     table = _facts_table(f"Export {result.path}")
     for name, value in result.sources.items():
         table.add_row(name, Text(str(value)))
-    table.add_row("put right", Text("\n".join(map(str, result.repairs)) or "nothing: the base was clean"))
-    if result.made_portable:
-        table.add_row("for older versions", Text("\n".join(result.made_portable)))
+    _add_mends(table, result)
     table.add_row("changed in training", Text("\n".join(map(str, result.changes)) or "weights alone"))
     if result.verification is None:
         table.add_row("proven", Text("nothing: verification was switched off"))
@@ -100,9 +98,7 @@ def merge_table(result: MergeResult) -> Table:
     if result.unchanged:
         table.add_row("reached and unchanged", f"{len(result.unchanged)} tensors")
     table.add_row("copied", f"{result.copied} tensors")
-    table.add_row("put right", Text("\n".join(map(str, result.repairs)) or "nothing: the base was clean"))
-    if result.made_portable:
-        table.add_row("for older versions", Text("\n".join(result.made_portable)))
+    _add_mends(table, result)
     table.add_row("published", Text(_published(result)))
     return table
 
@@ -115,6 +111,14 @@ def _facts_table(title: str) -> Table:
     table.add_column("what")
     table.add_column("figure")
     return table
+
+
+def _add_mends(table: Table, result: ExportResult | MergeResult) -> None:
+    from rich.text import Text
+
+    table.add_row("put right", Text("\n".join(map(str, result.repairs)) or "nothing: the base was clean"))
+    if result.made_portable:
+        table.add_row("for older versions", Text("\n".join(result.made_portable)))
 
 
 def _published(result: ExportResult | MergeResult) -> str:
@@ -158,14 +162,16 @@ def turn_progress() -> Progress | None:
 
 def say(*parts: object) -> None:
     """Print to standard error (standard output is for data), a part a line."""
+    console = _console(stderr=True)
     for part in parts:
-        _console(stderr=True).print(_literal(part), soft_wrap=True)
+        console.print(_literal(part), soft_wrap=True)
 
 
 def show(*parts: object, style: str | None = None) -> None:
     """Print what a command was asked for, a part a line; what must not be broken, such as a command, is not cut."""
+    console = _console(stderr=False)
     for part in parts:
-        _console(stderr=False).print(_literal(part), style=style, crop=False)
+        console.print(_literal(part), style=style, crop=False)
 
 
 def _console(*, stderr: bool) -> Console:
