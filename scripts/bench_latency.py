@@ -5,7 +5,8 @@
 
 Builds a model of random weights at a published shape, and measures, at batch 1:
 
-    aa           an arm against itself in two processes, twenty times, on the tiny shape: how often "the same"
+    aa           an arm against itself in two processes, twenty times: how often "the same". On the tiny shape, or on
+                 --shape with --aa-at-shape; decoding as it is, or with --aa-compiled
     events       the harness's TPOT against CUDA events recorded in the same run, default and static + compile
     comparison   base, a copy of it (as an export is) and static + compile taking turns, with roofline
     park         a trainer's model and optimizer moved off the GPU and back, bit for bit
@@ -81,6 +82,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--aa-runs", type=int, default=20)
     parser.add_argument("--aa-rounds", type=int, default=30, help="at least; more for the sake of precision")
     parser.add_argument("--aa-tokens", type=int, default=32)
+    parser.add_argument("--aa-pairs", type=int, default=1, help="pairs of processes that share the runs")
+    parser.add_argument("--aa-at-shape", action="store_true", help="--shape and its prompt instead of the tiny shape")
+    parser.add_argument("--aa-compiled", action="store_true", help="static cache and compiled step")
     parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
     return parser.parse_args()
 
@@ -252,39 +256,39 @@ class Bench:
                 self.note(f"no streamer, {name}", plainly, f"{1e3 * plainly:.3f} ms (what streaming costs)")
 
     def aa(self) -> None:
-        plain = Options(device=self.options.device)
-        a = Arm(name="a", path=self.tiny, options=plain)
+        given = self.options
+        how = replace(Options(device=given.device), **(STATIC if given.aa_compiled else {}))
+        folder, prompt, image = self.tiny, 128, 16
+        if given.aa_at_shape:
+            folder, prompt, image = self.base, given.prompt_tokens, given.image_tokens
+        a = Arm(name="a", path=folder, options=how)
         again = replace(a, name="again", process=1)
+        make = partial(made_up, load_processor(folder), prompt_tokens=prompt, image_tokens=image)
         verdicts: list[str] = []
         spans = []
-        with Engines() as engines:
-            for run in range(self.options.aa_runs):
-                if self.left() < 15:
-                    break
-                traffic = made_up(
-                    load_processor(self.tiny),
-                    prompt_tokens=128,
-                    image_tokens=16,
-                    max_new_tokens=self.options.aa_tokens,
-                    seed=run,
-                )
-                found = compare_latency(
-                    [a, again],
-                    traffic,
-                    rounds=self.options.aa_rounds,
-                    precision=0.01,
-                    budget_s=max(0.0, self.left() - 20) / (self.options.aa_runs - run),
-                    control=False,
-                    engines=engines,
-                )
-                append_rows(self.options.output / FILE_NAME, found.rows)
-                ratio = found.ratio("again")
-                verdicts.append(ratio.verdict)
-                spans.append((round(ratio.low, 4), round(ratio.median, 4), round(ratio.high, 4)))
-                self.say(
-                    f"  A/A run {run}: {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) {ratio.verdict}, "
-                    f"{ratio.pairs} rounds"
-                )
+        each = -(-given.aa_runs // given.aa_pairs)
+        for first in range(0, given.aa_runs, each):
+            with Engines() as engines:
+                for run in range(first, min(first + each, given.aa_runs)):
+                    if self.left() < 15:
+                        break
+                    found = compare_latency(
+                        [a, again],
+                        make(max_new_tokens=given.aa_tokens, seed=run),
+                        rounds=given.aa_rounds,
+                        precision=0.01,
+                        budget_s=max(0.0, self.left() - 20) / (given.aa_runs - run),
+                        control=False,
+                        engines=engines,
+                    )
+                    append_rows(given.output / FILE_NAME, found.rows)
+                    ratio = found.ratio("again")
+                    verdicts.append(ratio.verdict)
+                    spans.append((round(ratio.low, 4), round(ratio.median, 4), round(ratio.high, 4)))
+                    self.say(
+                        f"  A/A run {run}: {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) {ratio.verdict}, "
+                        f"{ratio.pairs} rounds"
+                    )
         same = verdicts.count("same")
         self.note(
             "A/A",

@@ -1,5 +1,7 @@
 """Starts a training on two processes of this CPU, as one of the kinds that people use, and reads what each rank said.
 
+`single` is the same training on one process, with all the prompts of both.
+
 Which launches are real was tried: `accelerate launch --cpu --num_processes 2` and a MULTI_CPU yaml run one process; an
 FSDP yaml with `use_cpu: true` is silently DDP. So DDP and FSDP2 go through torchrun (FSDP2 with a shim, see ranks.py),
 ZeRO through an accelerate yaml with DS_ACCELERATOR=cpu; and every rank says what it runs on before anything else.
@@ -20,7 +22,9 @@ import pytest
 
 RANKS = Path(__file__).with_name("ranks.py")
 KINDS = ("ddp", "fsdp2_full", "fsdp2_sharded", "zero2", "zero3", "zero3_without_gathering")
+ALONE = "single"
 WHAT_IT_MUST_BE = {
+    ALONE: {"distributed_type": "NO", "shards": "none", "zero_stage": None},
     "ddp": {"distributed_type": "MULTI_CPU", "shards": "none", "zero_stage": None},
     "fsdp2_full": {"distributed_type": "FSDP", "shards": "DTensor", "zero_stage": None},
     "fsdp2_sharded": {"distributed_type": "FSDP", "shards": "DTensor", "zero_stage": None},
@@ -36,18 +40,20 @@ def launch(
     """Run a scenario of ranks.py on two processes; what each rank reported, after checking that it was `kind`."""
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the newest stack alone installs DeepSpeed")
+    world = 1 if kind == ALONE else 2
+    options = {"per_device_train_batch_size": 8 // world} | options
     folder.mkdir(parents=True, exist_ok=True)
     if device == "cuda":
         options |= {"use_cpu": False, "bf16": True}
     (folder / "options.json").write_text(json.dumps(options))
     command = [*_launcher(kind, folder, device), str(RANKS), kind, scenario, str(folder)]
     done = _run(command, env=_environment(kind, device), timeout_s=timeout_s)
-    reports = [folder / f"rank{rank}.json" for rank in range(2)]
+    reports = [folder / f"rank{rank}.json" for rank in range(world)]
     if done.returncode or not all(path.is_file() for path in reports):
         pytest.fail(f"{kind} {scenario}: exit code {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}")
     found = [json.loads(path.read_text()) for path in reports]
     for rank, report in enumerate(found):
-        promised = WHAT_IT_MUST_BE[kind] | {"world_size": 2, "rank": rank, "device": device}
+        promised = WHAT_IT_MUST_BE[kind] | {"world_size": world, "rank": rank, "device": device}
         if (kind, device) == ("ddp", "cuda"):
             promised["distributed_type"] = "MULTI_GPU"
         assert report["runs_on"] == promised
@@ -79,6 +85,8 @@ def _run(command: list[str], env: dict[str, str], timeout_s: int) -> subprocess.
 
 
 def _launcher(kind: str, folder: Path, device: str) -> list[str]:
+    if kind == ALONE:
+        return [sys.executable]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -110,6 +118,8 @@ def _environment(kind: str, device: str) -> dict[str, str]:
     extra = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if device == "cpu":
         extra |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    elif kind == ALONE:
+        extra["CUDA_VISIBLE_DEVICES"] = "0"  # or Trainer splits the batch over all GPUs in one process
     if kind.startswith("fsdp2"):
         extra |= {
             "ACCELERATE_USE_FSDP": "true",

@@ -66,8 +66,32 @@ def train(folder: Path, callbacks: list[Any], *, model: str, lora: bool = False,
     # Adam with its usual epsilon makes a whole step of a gradient's rounding error; kinds could not be compared.
     options = {"adam_epsilon": 1e-2, "save_strategy": "steps", "save_steps": 2} | options
     trainer = grpo_trainer(Path(model), folder, callbacks, peft_config=config, **options)
+    make_rollouts_equal(trainer)
     trainer.train(resume_from_checkpoint=resume_from)
     return trainer
+
+
+def make_rollouts_equal(trainer: Any) -> None:
+    """Roll out as ever, but train on completions that follow from the prompt and the place in its group.
+
+    What is sampled hangs on how many processes there are; weights of one and of two could not be compared.
+    """
+    import random
+
+    original, special = trainer._generate_single_turn, set(trainer.processing_class.tokenizer.all_special_ids)
+
+    def generate(prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        _, logprobs = original(prompt_ids, *args, **kwargs)
+        places: dict[str, int] = {}
+        found = []
+        for ids in map(list, prompt_ids):
+            places[str(ids)] = places.get(str(ids), -1) + 1
+            chosen = random.Random(f"{ids} {places[str(ids)]}")
+            words = [token for token in ids if token not in special]
+            found.append(chosen.choices(words, k=trainer.max_completion_length))
+        return found, logprobs
+
+    trainer._generate_single_turn = generate
 
 
 def all_callbacks(folder: Path, **options: Any) -> tuple[dict[str, Any], Any]:

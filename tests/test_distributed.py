@@ -12,7 +12,7 @@ import pytest
 from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.inference import generate, load_model
 from grpo_toolkit.whole import why_not_whole
-from launch import KINDS, launch, stored_weights
+from launch import ALONE, KINDS, launch, stored_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +59,7 @@ def test_every_kind_of_training_ends_in_the_same_export(
     assert other["arms"] == {}
 
     base, reference, found = (
-        stored_weights(folder) for folder in (qwen, runs("ddp").folder / "export", run.folder / "export")
+        stored_weights(folder) for folder in (qwen, runs(ALONE).folder / "export", run.folder / "export")
     )
     assert max(distance(base, reference)) > 1e-4  # it was trained
     assert found.keys() == reference.keys() == base.keys()  # tied: no lm_head
