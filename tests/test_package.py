@@ -28,7 +28,7 @@ FLOORS = [
     {"doctor.catalogue", "doctor.plan", "doctor.repair", "doctor.text"},
     {"dialect"},
     {"cache", "distributed", "room"},
-    {"probe", "attention", "parking", "evidence"},
+    {"buffers", "probe", "attention", "parking", "evidence"},
     {"saving", "inference", "inputs"},
     {"shards", "merge.adapter", "merge.base"},
     {"merge.experts"},

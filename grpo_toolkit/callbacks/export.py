@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from grpo_toolkit.buffers import restore_buffers, rounded_buffers
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.prompts import find_requests
@@ -22,12 +24,17 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.inference import Request
 
+logger = logging.getLogger(__name__)
+
 published: WeakKeyDictionary[torch.nn.Module, ExportResult] = WeakKeyDictionary()
 """What was published of each trained model, for the callbacks after this one."""
 
 
 class ExportCallback(GuardedCallback):
     """Exports the trained model at the end of training: merged, verified, published atomically.
+
+    Before the training it sees to it that an export can be equal to the policy at all: rotary frequencies that loading
+    has rounded (see `buffers`) are computed again.
 
     Args:
         output_dir: the folder to publish.
@@ -72,13 +79,33 @@ class ExportCallback(GuardedCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say before training, not after it, if the model is one that cannot be exported."""
+        """Say before training, not after it, if the model is one that cannot be exported; put right what can be."""
         super().on_train_begin(args, state, control, **kwargs)
         self.result = None
         with self._guarded("the export after this training"):
             published.pop(base_model(kwargs["model"]), None)
             if state.is_world_process_zero:
                 refuse_unsupported(kwargs["model"])
+        with self._guarded("computing the rotary positions again"):
+            self._restore_positions(kwargs["model"], args, state)
+
+    def _restore_positions(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        # A reference model of its own was rounded as well, and is not to be had here: the two would drift apart.
+        has_reference = bool(getattr(args, "beta", 0.0)) and not hasattr(model, "peft_config")
+        names = rounded_buffers(model) if has_reference else restore_buffers(model)
+        if not names or not state.is_world_process_zero:
+            return
+        what = (
+            f"{len(names)} buffers that no file holds ({names[0]}, ...) had been rounded to half precision while the"
+        )
+        if has_reference:
+            logger.warning(
+                "grpo_toolkit: %s model was loaded; the export will not have that rounding, and policy and reference "
+                "model have it both. Load them without it: zero3_init_flag: false",
+                what,
+            )
+        else:
+            logger.warning("grpo_toolkit: %s model was loaded; they are computed anew, as the export's will be", what)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
