@@ -55,8 +55,9 @@ class _Dialect:
     keeps_prefixes: bool
 
 
-def _without_eos(tokens: int) -> dict[str, Any]:
-    return {"ignore_eos": True}
+def _without_end(tokens: int) -> dict[str, Any]:
+    # Not ignore_eos: that says the end of sequence and goes on behind it; transformers takes the next best token.
+    return {"min_tokens": tokens}
 
 
 def _whole_config(tokens: int) -> dict[str, Any]:
@@ -68,7 +69,7 @@ _DIALECTS: Final = (
     _Dialect(  # vLLM, SGLang
         streamed={"stream_options": {"include_usage": True}, "return_token_ids": True},
         greedy={"repetition_penalty": 1.0},
-        exact=_without_eos,
+        exact=_without_end,
         keeps_prefixes=True,
     ),
     _Dialect(streamed={}, greedy={}, exact=_whole_config, keeps_prefixes=False),  # transformers serve
