@@ -9,12 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -217,12 +216,20 @@ def test_an_adapter_beside_its_base_says_what_its_export_says(
         assert plain.ask([question], Options()).tokens != [expected]
 
 
-def test_a_server_that_dies_is_one_line(merged: Path) -> None:
+def test_a_server_that_dies_is_one_line(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request(messages=[{"role": "user", "content": "What is this?"}], max_new_tokens=900, exact=True)
     with vllm_server(merged) as (url, server), EndpointEngine(url) as engine:
         engine.ask([replace(request, max_new_tokens=1)], Options())
-        threading.Timer(0.3, os.killpg, (server.pid, signal.SIGKILL)).start()
-        with pytest.raises(WorkerError, match="the server's log may say why") as found:
+        stream = engine._client.stream
+
+        @contextmanager
+        def and_kill(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            with stream(*args, **kwargs) as answer:  # its status is here, its tokens are not
+                os.killpg(server.pid, signal.SIGKILL)
+                yield answer
+
+        monkeypatch.setattr(engine._client, "stream", and_kill)
+        with pytest.raises(WorkerError, match=r"peer closed connection.*; the server's log may say why") as found:
             engine.ask([request], Options())
         assert "\n" not in str(found.value)
 
