@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,7 +33,6 @@ from training import LANGUAGE_QV
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
@@ -232,6 +233,36 @@ def test_a_server_that_dies_is_one_line(merged: Path, monkeypatch: pytest.Monkey
         with pytest.raises(WorkerError, match=r"peer closed connection.*; the server's log may say why") as found:
             engine.ask([request], Options())
         assert "\n" not in str(found.value)
+
+
+def test_rollouts_of_vllm_are_of_the_prompts_that_are_trained_on(base: Path, tmp_path: Path) -> None:
+    """TRL 1.16 gives vLLM prompts with the image's tokens twice: 4 nats a token, instead of what bfloat16 rounds."""
+    command = [sys.executable, str(Path(__file__).with_name("vllm_colocate.py")), str(base), str(tmp_path / "out")]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [row for row in json.loads(done.stdout.splitlines()[-1]) if "loss" in row]
+    assert len(steps) == 2
+    assert all(step["sampling/sampling_logp_difference/mean"] < 0.5 for step in steps)
+
+
+def test_vllm_takes_every_flag_of_the_server_script() -> None:
+    from trl.scripts.vllm_serve import build_command, make_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # before 0.30
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    script = Path(__file__).resolve().parents[1] / "recipes" / "vllm_server.sh"
+    flags = script.read_text().partition("exec trl vllm-serve")[2].replace("\\\n", " ")
+    flags = flags.replace("$model", "some/model").replace("$max_pixels", "401408").replace("$max_length", "2048")
+    known, rest = make_parser().parse_args_and_config(shlex.split(flags), return_remaining_strings=True)
+    command = build_command(known, rest)
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(command[command.index("serve") + 1 :])
+    assert parsed.mm_processor_kwargs == {"max_pixels": 401408}
+    assert parsed.limit_mm_per_prompt == {"image": 4, "video": 0}
+    assert (parsed.max_model_len, parsed.logprobs_mode) == (2048, "processed_logprobs")
 
 
 def vllm_version() -> str:
