@@ -30,7 +30,22 @@ if TYPE_CHECKING:
 
 
 class AccuracyTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose `evaluate` measures accuracy on the held-out rows."""
+    """`GRPOTrainer` whose `evaluate` measures accuracy on the held-out rows, and whose vLLM sees what it trains on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        image_token = getattr(self.processing_class, "image_token", None)
+        if self.use_vllm and image_token is not None:
+            # TRL bans it from its own rollouts alone; a completion with one in it stops the training forward.
+            self.vllm_generation.generation_kwargs.setdefault("bad_words", [image_token])
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
+            # vLLM writes out each image's tokens itself. Given prompts in which they are written out already, it does
+            # it again, and answers to another prompt (huggingface/trl#6294). Its server finds images by their tokens.
+            image_token_id = self.processing_class.image_token_id
+            prompt_ids = [one_token_an_image(ids, image_token_id) for ids in prompt_ids]
+        return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
 
     def evaluate(
         self,
@@ -100,6 +115,12 @@ class Baselines(TrainerCallback):
             when = "before training, asked for the answer alone"
             self.direct_accuracy = measure(self._trainer, self._rows, when, direct=True)
         self.accuracy = measure(self._trainer, self._rows, "before training")
+
+
+def one_token_an_image(token_ids: Sequence[int], image_token_id: int) -> list[int]:
+    """The prompt with each run of image tokens as one."""
+    before = [None, *token_ids]
+    return [token for token, last in zip(token_ids, before, strict=False) if not token == last == image_token_id]
 
 
 def measure(trainer: AccuracyTrainer, rows: Dataset, when: str, *, direct: bool = False) -> float:

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,10 +34,11 @@ WORDS = ["angle", "line", "circle", "triangle", "radius", "square", "parallel", 
 
 @dataclass(frozen=True)
 class Arm:
-    """A config of the recipe, an accelerate config, and how many GPUs it takes."""
+    """A config of the recipe, another on top of it, an accelerate config, and how many GPUs it takes."""
 
     config: str
     accelerate: str = "single"
+    overlay: str | None = None
     gpus: int = 1
     is_killed: bool = False
 
@@ -45,6 +47,8 @@ ARMS = {
     "full": Arm("qwen2_5_vl_3b_full"),
     "lora": Arm("qwen2_5_vl_3b_lora"),
     "resume": Arm("qwen2_5_vl_3b_lora", is_killed=True),
+    "full_vllm": Arm("qwen2_5_vl_3b_full", overlay="with_vllm_colocate"),
+    "lora_vllm": Arm("qwen2_5_vl_3b_lora", overlay="with_vllm_colocate"),
     "fsdp2": Arm("qwen2_5_vl_3b_full", "fsdp2", gpus=2),
     "zero3": Arm("qwen2_5_vl_3b_full", "zero3", gpus=2),
     "lora_ddp": Arm("qwen2_5_vl_3b_lora", "ddp", gpus=2),
@@ -123,6 +127,7 @@ def run_arm(
     row |= {"exit_code": code, "total_s": round(time.monotonic() - began)}
     text = log.read_text(errors="replace")
     row["cost"] = [found for found in text.splitlines() if " steps of " in found]
+    row["sampling_logp_difference"] = re.findall(r"sampling_logp_difference/mean': '?([\d.e-]+)", text)  # with vLLM
     row["resumed"] = [line for line in text.splitlines() if line.startswith("resuming from ")]
     if (run / "summary.json").is_file():
         row |= json.loads((run / "summary.json").read_text())
@@ -153,8 +158,8 @@ def recipe_command(arm: Arm, base: Path, dataset: Path, run: Path, options: argp
     else:
         launcher += ["--config_file", str(ROOT / f"recipes/accelerate/{arm.accelerate}.yaml")]
         launcher += ["--num_processes", str(arm.gpus)]
+    configs = [name for name in (arm.config, arm.overlay) if name is not None]
     flags = {
-        "config": ROOT / f"recipes/configs/{arm.config}.yaml",
         "model_name_or_path": base,
         "dataset_name": dataset,
         "dataset_layout": "geometry3k",
@@ -176,7 +181,8 @@ def recipe_command(arm: Arm, base: Path, dataset: Path, run: Path, options: argp
         flags["gradient_accumulation_steps"] = options.accumulate
     if options.cpu:
         flags |= {"use_cpu": "true", "bf16": "false"}
-    given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    pairs = [("config", ROOT / f"recipes/configs/{name}.yaml") for name in configs] + list(flags.items())
+    given = [part for flag, value in pairs for part in (f"--{flag}", str(value))]
     return [*launcher, str(ROOT / "recipes" / "grpo.py"), *given]
 
 

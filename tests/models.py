@@ -23,7 +23,7 @@ LLAVA_TEMPLATE = (
 )
 
 
-def build_qwen2_5_vl(folder: Path, *, dtype: str = "float32") -> Path:
+def build_qwen2_5_vl(folder: Path, *, dtype: str = "float32", head_dim: int = 8) -> Path:
     """A base as it lies on the Hub: flat config.json, published names, generation defaults."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -33,12 +33,12 @@ def build_qwen2_5_vl(folder: Path, *, dtype: str = "float32") -> Path:
 
     folder.mkdir(parents=True)
     recipe = TinyRecipe(
-        hidden_size=32,
+        hidden_size=4 * head_dim,
         intermediate_size=64,
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
-        mrope_section=(2, 1, 1),
+        mrope_section=(head_dim // 4, head_dim // 8, head_dim // 8),
         vision_depth=2,
         vision_hidden_size=32,
         vision_intermediate_size=32,

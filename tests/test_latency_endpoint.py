@@ -165,3 +165,25 @@ def test_what_a_server_streams_becomes_a_timeline() -> None:
     merged = taken([{"content": "<think></think>"}, {"content": "4."}], usage)
     assert (merged.think_tokens, merged.answer_tokens, merged.first_answer_s) == (None, None, 0.2)
     assert merged.tpot_s == pytest.approx(0.1 / 3)
+
+
+def test_every_token_that_a_server_names_has_its_time() -> None:
+    """With `return_token_ids`: half a character, several tokens at once, a marker that the parser took out."""
+    from grpo_toolkit.latency.engines.endpoint import _answer, _Stream
+
+    def taken(pieces: list[tuple[dict[str, str], list[int]]]) -> Any:
+        engine = EndpointEngine("http://127.0.0.1:9/v1", model="m")
+        stream = _Stream()
+        for moment, (delta, tokens) in enumerate(pieces, start=1):
+            engine._take(stream, {"choices": [{"delta": delta, "token_ids": tokens}]}, moment / 10)
+        engine.close()
+        return _answer([stream])
+
+    halves = taken([({"content": ""}, [100]), ({"content": "é"}, [8]), ({"content": " ab"}, [1, 2])])
+    assert halves.tokens == [[100, 8, 1, 2]]
+    assert halves.timeline.token_times_s == [0.1, 0.2, 0.3, 0.3]
+    assert halves.timeline.output_lengths == [4]
+    assert (halves.timeline.think_tokens, halves.texts) == (None, ["é ab"])
+    parsed = taken([({}, [7]), ({"reasoning": "a"}, [1]), ({}, [9]), ({"content": "4"}, [2]), ({"content": "."}, [3])])
+    assert (parsed.timeline.think_tokens, parsed.timeline.answer_tokens) == (3, 2)
+    assert parsed.timeline.first_answer_s == 0.4

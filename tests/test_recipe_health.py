@@ -163,3 +163,11 @@ def test_a_direct_question_has_no_word_of_thinking() -> None:
 
     turns = [{"role": "system", "content": "Think."}, {"role": "user", "content": "How many?"}]
     assert direct_prompt(turns) == [{"role": "system", "content": DIRECT_PROMPT}, turns[1]]
+
+
+def test_vllm_gets_one_token_for_each_image() -> None:
+    from trainer import one_token_an_image
+
+    assert one_token_an_image([1, 7, 7, 7, 2, 2, 7, 3, 7, 7], 7) == [1, 7, 2, 2, 7, 3, 7]
+    assert one_token_an_image([7, 7], 7) == [7]
+    assert one_token_an_image([1, 1], 7) == [1, 1]

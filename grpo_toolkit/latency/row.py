@@ -162,10 +162,10 @@ class Ratio:
 class Timeline:
     """One measured request (or batch), raw.
 
-    `token_times_s` run from the start of preprocessing, one per step of the batch; of an endpoint, one per piece of
-    text that arrived. `output_tokens` is of the whole batch, `output_lengths` of each of its sequences.
-    `prompt_tokens` is the longest prompt, `image_tokens` those of one sequence; `is_capped`: any sequence ended at the
-    cap.
+    `token_times_s` run from the start of preprocessing, one per step of the batch; of an endpoint, one per token where
+    it says which tokens arrived (vLLM), otherwise one per piece of text. `output_tokens` is of the whole batch,
+    `output_lengths` of each of its sequences. `prompt_tokens` is the longest prompt, `image_tokens` those of one
+    sequence; `is_capped`: any sequence ended at the cap.
     """
 
     token_times_s: list[float]

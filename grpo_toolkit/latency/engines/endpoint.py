@@ -1,7 +1,11 @@
 """An OpenAI-compatible endpoint: vLLM, SGLang, `transformers serve`. Streaming chat completions, images as data URLs.
 
-A server sends pieces of text, not tokens. Where it says how many tokens there were (`usage`), TPOT is over those; a
-token that is half a character arrives with the next one. Nothing is known of phases, memory or the cache.
+A server sends pieces of text, not tokens. vLLM says which tokens a piece holds (`return_token_ids`): then every token
+has its time, also one that is half a character or no text at all. Elsewhere TPOT is over the tokens that `usage`
+counts, and half a character arrives with the next token. Nothing is known of phases, memory or the cache.
+
+vLLM decodes by the folder's `generation_config.json` where a request does not say otherwise (`--generation-config`):
+temperature 0 alone leaves Qwen2.5-VL's repetition penalty of 1.05 on, and greedy tokens differ from the model's own.
 """
 
 from __future__ import annotations
@@ -10,9 +14,11 @@ import base64
 import io
 import json
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, WorkerError
@@ -22,7 +28,7 @@ from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence,
 from grpo_toolkit.latency.row import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from PIL.Image import Image
 
@@ -32,11 +38,51 @@ _REASONING: Final = ("reasoning_content", "reasoning")
 """Keys under which servers that parse reasoning send it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Dialect:
+    """Which extensions of the protocol a server takes.
+
+    Attributes:
+        streamed: keys of every streamed request.
+        greedy: keys that switch penalties off.
+        exact: keys for an answer of exactly so many tokens.
+        keeps_prefixes: whether what requests have in common is computed once, unless they are salted.
+    """
+
+    streamed: dict[str, Any]
+    greedy: dict[str, Any]
+    exact: Callable[[int], dict[str, Any]]
+    keeps_prefixes: bool
+
+
+def _without_end(tokens: int) -> dict[str, Any]:
+    # Not ignore_eos: that says the end of sequence and goes on behind it; transformers takes the next best token.
+    return {"min_tokens": tokens}
+
+
+def _whole_config(tokens: int) -> dict[str, Any]:
+    config = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    return {"generation_config": json.dumps(config)}
+
+
+_DIALECTS: Final = (
+    _Dialect(  # vLLM, SGLang
+        streamed={"stream_options": {"include_usage": True}, "return_token_ids": True},
+        greedy={"repetition_penalty": 1.0},
+        exact=_without_end,
+        keeps_prefixes=True,
+    ),
+    _Dialect(streamed={}, greedy={}, exact=_whole_config, keeps_prefixes=False),  # transformers serve
+)
+"""From the most telling down."""
+
+
 @dataclass
 class _Stream:
-    """What one request has sent back so far."""
+    """What one request has sent back so far; `tokens` are those of each piece, none where the server is silent."""
 
     pieces: list[str] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     is_reasoning: list[bool] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +123,7 @@ class EndpointEngine:
         except BaseException:
             self.close()
             raise
-        self._dialect: dict[str, Any] | None = None
+        self._dialect: _Dialect | None = None
 
     def facts(self) -> EngineFacts:
         """Its address, and its version where it tells (vLLM does)."""
@@ -94,6 +140,13 @@ class EndpointEngine:
         start = time.perf_counter()
         with ThreadPoolExecutor(len(bodies)) as pool:
             streams = list(pool.map(lambda body: self._stream(body, start), bodies))
+        for request, stream in zip(requests, streams, strict=True):
+            said = stream.usage.get("completion_tokens")
+            if request.exact and said not in (None, request.max_new_tokens):
+                raise WorkerError(
+                    f"{self.url}: {said} tokens where exactly {request.max_new_tokens} were asked for; is there a "
+                    "max_new_tokens in the server's generation config?"
+                )
         return _answer(streams)
 
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
@@ -122,9 +175,10 @@ class EndpointEngine:
         with self._said():
             answer = self._client.get(f"{self.url}/models")
         listed = answer.json().get("data", []) if answer.status_code == 200 else []
-        if not listed:
-            raise InputError(f"{self.url}: lists no model (status {answer.status_code}); name one: NAME=URL#MODEL")
-        return str(listed[0]["id"])
+        if listed:
+            return str(listed[0]["id"])
+        hint = "" if self.url.endswith("/v1") else f"is it {self.url}/v1? Or "
+        raise InputError(f"{self.url}: lists no model (status {answer.status_code}); {hint}name one: NAME=URL#MODEL")
 
     def _body(self, request: Request, options: Options) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -137,58 +191,50 @@ class EndpointEngine:
             body["temperature"] = 0.0
         if self._dialect is None:
             self._dialect = self._find_dialect(body)
-        always: dict[str, Any] = self._dialect["always"]
-        return body | (self._exactly(request) if request.exact else {}) | always
+        dialect = self._dialect
+        if dialect.keeps_prefixes:  # else the thinking instruction, say, would be computed once for all requests
+            body["cache_salt"] = uuid.uuid4().hex
+        body |= {} if options.sample else dialect.greedy
+        return body | (dialect.exact(request.max_new_tokens) if request.exact else {}) | dialect.streamed
 
-    def _exactly(self, request: Request) -> dict[str, Any]:
-        assert self._dialect is not None
-        if self._dialect["name"] == "transformers":
-            # It knows no ignore_eos, but takes a whole generation config.
-            cap = request.max_new_tokens
-            config = {"max_new_tokens": cap, "min_new_tokens": cap, "do_sample": False}
-            return {"generation_config": json.dumps(config)}
-        return {"ignore_eos": True}
-
-    def _find_dialect(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Which extensions this server takes: one short request each, from the most telling down."""
-        usage = {"stream_options": {"include_usage": True}}
-        for name, always, extra in (
-            ("vllm", usage, {"ignore_eos": True}),
-            ("transformers", {}, {"generation_config": '{"max_new_tokens": 1}'}),
-        ):
+    def _find_dialect(self, body: dict[str, Any]) -> _Dialect:
+        """Which extensions this server takes: one short request each."""
+        for dialect in _DIALECTS:
+            # Not streamed: vLLM refuses stream_options then, so those keys are left out.
+            short = body | dialect.greedy | dialect.exact(1) | {"max_tokens": 1, "stream": False}
             with self._said():
-                answer = self._client.post(
-                    f"{self.url}/chat/completions", json=body | always | extra | {"max_tokens": 1, "stream": False}
-                )
+                answer = self._client.post(f"{self.url}/chat/completions", json=short)
             if answer.status_code == 200:
-                return {"name": name, "always": always}
-        raise WorkerError(f"{self.url}: refused a request (status {answer.status_code}): {answer.text[:300]}")
+                return dialect
+        raise WorkerError(f"{self.url}: refused a request (status {answer.status_code}): {_reason(answer.text)}")
 
     def _stream(self, body: dict[str, Any], start: float) -> _Stream:
         found = _Stream()
         with self._said(), self._client.stream("POST", f"{self.url}/chat/completions", json=body) as answer:
             if answer.status_code != 200:
-                raise WorkerError(f"{self.url}: status {answer.status_code}: {answer.read()[:300].decode()}")
+                text = answer.read().decode(errors="replace")
+                raise WorkerError(f"{self.url}: refused a request (status {answer.status_code}): {_reason(text)}")
             for line in answer.iter_lines():
                 if not line.startswith("data:") or line.endswith("[DONE]"):
                     continue
                 self._take(found, json.loads(line[len("data:") :]), time.perf_counter() - start)
         if not found.pieces:  # an end of sequence at once: that it is over is all that arrived
-            found.pieces, found.times_s, found.is_reasoning = [""], [found.ended_s], [False]
+            found.pieces, found.tokens, found.times_s, found.is_reasoning = [""], [[]], [found.ended_s], [False]
         return found
 
     def _take(self, found: _Stream, chunk: dict[str, Any], moment: float) -> None:
         if "error" in chunk:
-            raise WorkerError(f"{self.url}: {chunk['error']}")
+            raise WorkerError(f"{self.url}: broke off: {_reason(json.dumps(chunk))}")
         found.ended_s = moment
         found.usage = chunk.get("usage") or found.usage
         for choice in chunk.get("choices") or []:
             delta = choice.get("delta") or {}
             found.finish_reason = choice.get("finish_reason") or found.finish_reason
             thought = next((delta[key] for key in _REASONING if delta.get(key)), None)
-            text = thought or delta.get("content")
-            if text:
+            text, tokens = thought or delta.get("content") or "", choice.get("token_ids") or []
+            if text or tokens:
                 found.pieces.append(text)
+                found.tokens.append(tokens)
                 found.times_s.append(moment)
                 found.is_reasoning.append(thought is not None)
 
@@ -201,16 +247,28 @@ class EndpointEngine:
         except httpx.ConnectError as error:
             raise InputError(f"{self.url}: nothing answers there ({error}); is the server up?") from error
         except (httpx.HTTPError, ValueError) as error:
-            raise WorkerError(f"{self.url}: {type(error).__name__}: {error}") from error
+            raise WorkerError(f"{self.url}: {type(error).__name__}: {error}; the server's log may say why") from error
+
+
+def _reason(text: str) -> str:
+    """What a refusal says: the message in it, or its beginning, on one line."""
+    try:
+        said: Any = json.loads(text)
+    except ValueError:
+        said = text
+    while isinstance(said, dict):
+        said = next((said[key] for key in ("error", "message", "detail") if said.get(key)), str(said))
+    return " ".join(str(said).split())[:400]
 
 
 def _answer(streams: Sequence[_Stream]) -> Answer:
-    lengths = [int(stream.usage.get("completion_tokens") or len(stream.pieces)) for stream in streams]
+    lengths = [int(stream.usage.get("completion_tokens") or _count(stream)) for stream in streams]
     # The batch's steps are those of its longest answer; each answer's own times are merged where there are several.
-    times = streams[0].times_s if len(streams) == 1 else sorted(t for stream in streams for t in stream.times_s)
+    times = sorted(chain.from_iterable(_times(stream) for stream in streams))
     think = answer = first_s = None
     if len(streams) == 1:
         think, answer, first_s = _split(streams[0], lengths[0])
+    tokens = [list(chain.from_iterable(stream.tokens)) for stream in streams]
     return Answer(
         timeline=Timeline(
             token_times_s=times,
@@ -222,15 +280,28 @@ def _answer(streams: Sequence[_Stream]) -> Answer:
             first_answer_s=first_s,
             is_capped=any(stream.finish_reason == "length" for stream in streams),
         ),
+        tokens=tokens if [len(said) for said in tokens] == lengths else [],
         texts=["".join(stream.pieces) for stream in streams],
     )
+
+
+def _count(stream: _Stream) -> int:
+    return sum(max(1, len(tokens)) for tokens in stream.tokens)
+
+
+def _times(stream: _Stream) -> list[float]:
+    """One for each token of each piece."""
+    pieces = zip(stream.times_s, stream.tokens, strict=True)
+    return [moment for moment, tokens in pieces for _ in range(max(1, len(tokens)))]
 
 
 def _split(stream: _Stream, tokens: int) -> tuple[int | None, int | None, float | None]:
     """Think and answer tokens (None where pieces are not tokens), and when the answer began."""
     if any(stream.is_reasoning):
-        first = next((i for i, thinks in enumerate(stream.is_reasoning) if not thinks), None)
-        think = sum(stream.is_reasoning)
+        # A piece without text is a marker that the server's parser took out: it counts as thinking.
+        begun, pieces = stream.is_reasoning.index(True), zip(stream.is_reasoning, stream.pieces, strict=True)
+        first = next((i for i, (thinks, text) in enumerate(pieces) if i > begun and text and not thinks), None)
+        think = len(stream.pieces) if first is None else first
     else:
         split = split_answer(stream.pieces)
         first, think = split.first_answer, split.think

@@ -99,7 +99,8 @@ class Answer:
 
     Attributes:
         timeline: all times.
-        tokens: the output tokens of each sequence, end of sequence included; empty behind an endpoint.
+        tokens: the output tokens of each sequence, end of sequence included; empty behind an endpoint
+            that does not say.
         texts: the output text of each sequence.
         peak_allocated_bytes, peak_reserved_bytes: of the GPU's allocator, None on a CPU.
         peak_resident_bytes: of the process.
