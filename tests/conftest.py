@@ -15,12 +15,32 @@ import pytest
 
 from faulty import sick_checkpoint
 from grpo_toolkit.inference import Request
+from grpo_toolkit.worker import ModelProcess
 from models import BUILDERS, build_qwen2_5_vl
 from publications import Publication, build_publications
+from warm import python
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+class ForkedPython:
+    """In place of `ModelProcess.python`: see warm.py, whose server starts when a test first needs it."""
+
+    def __get__(self, instance: object, owner: object) -> list[str]:
+        return python()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> None:
+    ModelProcess.python = ForkedPython()  # type: ignore[assignment]
+
+
+@pytest.fixture
+def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that load models start from nothing, as they do for a user."""
+    monkeypatch.setattr(ModelProcess, "python", python(fresh=True))
 
 
 @pytest.fixture(scope="session")

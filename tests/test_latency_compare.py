@@ -200,7 +200,7 @@ def test_decoding_is_compiled_where_it_is_asked_for(live: Arm) -> None:
 
 
 @pytest.mark.slow
-def test_batch_sizes_double_until_out_of_memory_which_is_a_row(qwen: Path) -> None:
+def test_batch_sizes_double_until_out_of_memory_which_is_a_row(qwen: Path, fresh_workers: None) -> None:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     make = partial(made_up, load_processor(qwen), prompt_tokens=6000, max_new_tokens=2)
     arm = Arm(name="base", path=qwen, options=Options(attn_implementation="eager", threads=1))

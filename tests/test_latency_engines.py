@@ -214,7 +214,7 @@ def test_how_a_process_loads(engine: LocalEngine, qwen: Path) -> None:
 
 
 @pytest.mark.slow
-def test_running_out_of_memory_is_a_result_and_the_process_goes_on(qwen: Path) -> None:
+def test_running_out_of_memory_is_a_result_and_the_process_goes_on(qwen: Path, fresh_workers: None) -> None:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     options = Options(attn_implementation="eager", threads=1)
     resource.setrlimit(resource.RLIMIT_AS, (9_000_000_000, limits[1]))  # the child inherits it
