@@ -25,6 +25,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+LONGEST = (
+    "test_recipe.py", "test_tracker_outages.py", "test_distributed.py", "test_syscall_faults.py", "test_callbacks.py",
+    "test_wandb.py", "test_export.py", "test_cli.py", "test_tune.py", "test_distributed_adapter.py",
+    "test_recipe_health.py", "test_recipe_sharded.py",
+)  # fmt: skip
+"""Files of minutes or most of one. They start first: a process that began one last would be waited for."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 class ForkedPython:
     """In place of `ModelProcess.python`: see warm.py, whose server starts when a test first needs it."""
 

@@ -15,6 +15,7 @@ import atexit
 import functools
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -155,7 +156,8 @@ if __name__ == "__main__":
     # Frozen objects are not collected, which saves most of what an end costs; extension modules then say they leak.
     atexit.register(_silence)  # the first to be registered, so the last to be called
     for _name in SHARED:
-        importlib.import_module(_name)
+        if importlib.util.find_spec(_name.partition(".")[0]):  # an older stack may be without some
+            importlib.import_module(_name)
     _temporary_folders: list[Any] = [one for one in gc.get_objects() if isinstance(one, tempfile.TemporaryDirectory)]
     gc.freeze()
     _arguments = _serve(socket.socket(fileno=int(sys.argv[2])))
