@@ -193,8 +193,9 @@ def test_the_default_run_learns(tmp_path: Path) -> None:
     """The main job as a user starts it: accuracy rises clearly, the export is verified, W&B is there, offline."""
     for name in ("WANDB_MODE", "WANDB_SILENT"):
         os.environ.pop(name, None)
+    # In a process from nothing, and with one thread as everywhere here: two beside another test process only wait
+    # for each other.
     command = [sys.executable, str(ROOT / "recipes" / "grpo.py"), "--output_dir", str(tmp_path / "out")]
-    # One thread, as everywhere here: with two, beside another test process, it takes three times as long.
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     log = json.loads((tmp_path / "out" / "summary.json").read_text())
