@@ -20,6 +20,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -85,6 +86,7 @@ def _serve(listener: socket.socket) -> list[str]:
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
         if 0 in ready:
+            shutil.rmtree(Path(listener.getsockname()).parent)
             sys.exit()
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -108,6 +110,7 @@ def _attend(connection: socket.socket) -> list[str]:
     asked = json.loads(connection.makefile().readline())
     forked = os.fork()
     if forked == 0:
+        os.setsid()
         connection.close()
         return _become(streams, **asked)
     for stream in streams:
@@ -115,7 +118,7 @@ def _attend(connection: socket.socket) -> list[str]:
     ended = os.pidfd_open(forked)
     ready, _, _ = select.select([connection, ended], [], [])
     if ended not in ready:
-        os.kill(forked, signal.SIGKILL)
+        os.killpg(forked, signal.SIGKILL)  # and what it has started, as when a client's group is killed
     code = os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1])
     if ended in ready:
         connection.sendall(str(code).encode())
