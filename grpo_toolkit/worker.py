@@ -27,7 +27,7 @@ from grpo_toolkit.evidence import read_evidence, write_evidence
 from grpo_toolkit.inference import LoadReport, Record, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -50,6 +50,9 @@ class ModelProcess:
         WorkerError: the process failed or went silent; the message ends with the last lines of its log.
     """
 
+    python: Sequence[str] = (sys.executable,)
+    """The command that the process is started with."""
+
     def __init__(self, path: Path, setup: dict[str, Any], *, module: str, timeout_s: float = 1800.0) -> None:
         self.path = path
         self.timeout_s = timeout_s
@@ -57,7 +60,7 @@ class ModelProcess:
         self._log = (self._scratch / "log").open("w+b")
         self._process = subprocess.Popen(
             # Not `-m`: that puts the user's current folder first on the path, where any queue.py would be imported.
-            [sys.executable, "-c", _CHILD.format(module)],
+            [*self.python, "-c", _CHILD.format(module)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -15,12 +15,44 @@ import pytest
 
 from faulty import sick_checkpoint
 from grpo_toolkit.inference import Request
+from grpo_toolkit.worker import ModelProcess
 from models import BUILDERS, build_qwen2_5_vl
 from publications import Publication, build_publications
+from warm import python
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+LONGEST = (
+    "test_recipe.py", "test_tracker_outages.py", "test_distributed.py", "test_syscall_faults.py", "test_callbacks.py",
+    "test_wandb.py", "test_export.py", "test_cli.py", "test_tune.py", "test_distributed_adapter.py",
+    "test_recipe_health.py", "test_recipe_sharded.py",
+)  # fmt: skip
+"""Files of minutes or most of one. They start first: a process that began one last would be waited for."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+class ForkedPython:
+    """In place of `ModelProcess.python`: see warm.py, whose server starts when a test first needs it."""
+
+    def __get__(self, instance: object, owner: object) -> list[str]:
+        return python()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> None:
+    ModelProcess.python = ForkedPython()  # type: ignore[assignment]
+
+
+@pytest.fixture
+def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that load models start from nothing, as they do for a user."""
+    monkeypatch.setattr(ModelProcess, "python", python(fresh=True))
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from warm import python
 
 RANKS = Path(__file__).with_name("ranks.py")
 KINDS = ("ddp", "fsdp2_full", "fsdp2_sharded", "zero2", "zero3", "zero3_without_gathering")
@@ -46,7 +47,7 @@ def launch(
     if device == "cuda":
         options |= {"use_cpu": False, "bf16": True}
     (folder / "options.json").write_text(json.dumps(options))
-    command = [*_launcher(kind, folder, device), str(RANKS), kind, scenario, str(folder)]
+    command = [*_launcher(kind, folder, device), *python()[1:], str(RANKS), kind, scenario, str(folder)]
     done = _run(command, env=_environment(kind, device), timeout_s=timeout_s)
     reports = [folder / f"rank{rank}.json" for rank in range(world)]
     if done.returncode or not all(path.is_file() for path in reports):
@@ -91,7 +92,7 @@ def _launcher(kind: str, folder: Path, device: str) -> list[str]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     if not kind.startswith("zero"):
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+        return [*python(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     settings = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "DEEPSPEED",
@@ -109,7 +110,7 @@ def _launcher(kind: str, folder: Path, device: str) -> list[str]:
     }
     path = folder / "accelerate.json"
     path.write_text(json.dumps(settings))
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    return [*python(), "-m", "accelerate.commands.launch", "--config_file", str(path)]
 
 
 def _environment(kind: str, device: str) -> dict[str, str]:

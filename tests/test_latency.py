@@ -138,7 +138,7 @@ def test_a_worker_that_dies_is_one_error(qwen: Path) -> None:
 
 
 def test_a_workers_imports_are_not_taken_from_the_current_folder(
-    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_workers: None
 ) -> None:
     (tmp_path / "queue.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.chdir(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from grpo_toolkit.latency.schema import json_schema
 from grpo_toolkit.latency.store import append_rows, read_measurements
 from grpo_toolkit.latency.sweep import doubling, sweep_settings, sweep_workload
 from grpo_toolkit.latency.workload import made_up
+from test_latency_engines import leave_memory
 
 if TYPE_CHECKING:
     from grpo_toolkit.latency.row import LatencyRow
@@ -200,16 +200,11 @@ def test_decoding_is_compiled_where_it_is_asked_for(live: Arm) -> None:
 
 
 @pytest.mark.slow
-def test_batch_sizes_double_until_out_of_memory_which_is_a_row(qwen: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    make = partial(made_up, load_processor(qwen), prompt_tokens=6000, max_new_tokens=2)
+def test_batch_sizes_double_until_out_of_memory_which_is_a_row(qwen: Path, fresh_workers: None) -> None:
+    make = partial(made_up, load_processor(qwen), prompt_tokens=2000, max_new_tokens=2)
     arm = Arm(name="base", path=qwen, options=Options(attn_implementation="eager", threads=1))
     with Engines() as engines:
-        resource.setrlimit(resource.RLIMIT_AS, (9_000_000_000, limits[1]))  # the child inherits it
-        try:
-            engines.open(arm)
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, limits)
+        leave_memory(engines.open(arm), 1_000_000_000)  # type: ignore[arg-type]
         rows: list[LatencyRow] = sweep_workload(
             [arm], "batch_size", None, make_traffic=make, rounds=1, warmup=1, engines=engines
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -18,9 +20,6 @@ from grpo_toolkit.latency.engines.markers import SplitAnswer, split_answer
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.workload import made_up, traffic_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 OLDEST = Version(transformers.__version__) < Version("4.57")
 STATIC = pytest.param(
@@ -213,19 +212,23 @@ def test_how_a_process_loads(engine: LocalEngine, qwen: Path) -> None:
         assert process.ask(batch(engine), options).timeline.image_tokens == 4
 
 
+def leave_memory(process: ProcessEngine, size: int) -> None:
+    """Let a process that has loaded its model have `size` bytes more of address space."""
+    process.facts()
+    pid = process._process.pid
+    (used,) = re.findall(r"^VmSize:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    limits = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (int(used) * 1024 + size, limits[1]))
+
+
 @pytest.mark.slow
-def test_running_out_of_memory_is_a_result_and_the_process_goes_on(qwen: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_AS)
+def test_running_out_of_memory_is_a_result_and_the_process_goes_on(qwen: Path, fresh_workers: None) -> None:
     options = Options(attn_implementation="eager", threads=1)
-    resource.setrlimit(resource.RLIMIT_AS, (9_000_000_000, limits[1]))  # the child inherits it
-    try:
-        process = ProcessEngine(qwen, options)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    with process:
+    with ProcessEngine(qwen, options) as process:
+        leave_memory(process, 1_000_000_000)
         processor = load_processor(qwen)
-        # Eager attention makes every pair of tokens: 32 x 4 heads x 6000 x 6000 x 4 bytes.
-        large = made_up(processor, prompt_tokens=6000, max_new_tokens=2, batch_size=32).batch(0)
+        # Eager attention makes every pair of tokens: 32 x 4 heads x 2000 x 2000 x 4 bytes.
+        large = made_up(processor, prompt_tokens=2000, max_new_tokens=2, batch_size=32).batch(0)
         with pytest.raises(OutOfMemoryError, match="out of memory with a batch of 32"):
             process.ask(large, options)
         small = made_up(processor, prompt_tokens=200, max_new_tokens=2).batch(0)

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.version import Version
 
 from grpo_toolkit import InputError
 from training import rows
+from warm import run_python
 
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
@@ -24,9 +24,8 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_recipe(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "recipes" / "grpo.py"), *map(str, arguments)]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+def run_recipe(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_python([ROOT / "recipes" / "grpo.py", *arguments])
 
 
 @pytest.fixture
@@ -189,13 +188,15 @@ def test_a_local_model_and_dataset_run_from_start_to_end(qwen: Path, dataset: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # about three minutes alone, several times that beside other tests on two slow cores
+@pytest.mark.timeout(1800)  # about four minutes alone, several times that beside other tests on two slow cores
 def test_the_default_run_learns(tmp_path: Path) -> None:
     """The main job as a user starts it: accuracy rises clearly, the export is verified, W&B is there, offline."""
-    environment: dict[str, Any] = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
     for name in ("WANDB_MODE", "WANDB_SILENT"):
         os.environ.pop(name, None)
-    done = run_recipe("--output_dir", tmp_path / "out", **environment)
+    # In a process from nothing, and with one thread as everywhere here: two beside another test process only wait
+    # for each other.
+    command = [sys.executable, str(ROOT / "recipes" / "grpo.py"), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     log = json.loads((tmp_path / "out" / "summary.json").read_text())
     before, after = log["held_out_accuracy"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 from packaging.version import Version
 
 from test_recipe_data import picture, write_parquet
+from warm import python, run_python
 
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
@@ -114,8 +112,7 @@ def test_the_best_checkpoint_is_exported_and_the_base_is_asked_both_ways(qwen: P
     flags += ["--metric_for_best_model", "eval_accuracy", "--direct_baseline", "true", "--max_pixels", 50176]
     flags += ["--logging_steps", 1, "--learning_rate", 1e-3, "--held_out_size", 2, "--per_device_eval_batch_size", 4]
     flags += ["--reward_funcs", "format", "accuracy", f"{ROOT}/tests/training.py:length_reward"]
-    command = [sys.executable, str(ROOT / "recipes" / "grpo.py"), *map(str, flags)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    done = run_python([ROOT / "recipes" / "grpo.py", *flags])
     assert done.returncode == 0, done.stderr[-3000:]
 
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
@@ -148,9 +145,8 @@ def test_two_processes_train_evaluate_and_export(qwen: Path, tmp_path: Path) -> 
     flags += ["--num_generations", 4, "--max_completion_length", 4, "--latency_rounds", 0, "--use_cpu", "true"]
     flags += ["--bf16", "false", "--eval_strategy", "steps", "--eval_steps", 1, "--per_device_eval_batch_size", 2]
     flags += ["--logging_steps", 1, "--save_strategy", "no"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
-    command = [*launch, str(ROOT / "recipes" / "grpo.py"), *map(str, flags)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571", *python()[1:]]
+    done = run_python([*launch, ROOT / "recipes" / "grpo.py", *flags])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes   2 (ddp)" in done.stderr
     assert "each step   1 prompts, 4 completions; 1 steps" in done.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import weakref
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from grpo_toolkit import InputError
 from test_recipe_data import picture, write_parquet
+from warm import run_python
 
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
@@ -223,10 +222,10 @@ def test_zero3_without_whole_weights_is_an_error(qwen: Path, geometry: Path, tmp
         **{"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
         "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
     }
-    command = [sys.executable, str(RECIPES / "grpo.py"), "--model_name_or_path", str(qwen), "--dry_run"]
-    command += ["--dataset_name", str(geometry), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    command: list[object] = [RECIPES / "grpo.py", "--model_name_or_path", qwen, "--dry_run"]
+    command += ["--dataset_name", geometry, "--output_dir", tmp_path / "out", "--use_cpu", "true"]
     command += ["--bf16", "false", "--gradient_checkpointing", "false"]
-    done = subprocess.run(command, env=os.environ | launched, capture_output=True, text=True, check=False)
+    done = run_python(command, env=os.environ | launched)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "processes   1 (zero3)" in done.stdout
     assert "ZeRO-3 without zero3_save_16bit_model: checkpoints get no weights" in done.stderr.splitlines()[-1]

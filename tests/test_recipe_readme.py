@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 from packaging.version import Version
 
 from test_recipe_data import picture
+from warm import run_python
 
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
@@ -38,7 +37,7 @@ def test_the_example_of_own_data_and_reward_runs(qwen: Path, tmp_path: Path) -> 
     for name in ("red-1", "red-2", "green-1", "green-2"):
         picture(60, 60).save(tmp_path / "photos" / f"{name}.png")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "colours.py"], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    run_python(["colours.py"], cwd=tmp_path, env=environment, check=True)
 
     launch = shlex.split(block("bash").replace("\\\n", " ").splitlines()[1])
     assert launch[:3] == ["accelerate", "launch", "recipes/grpo.py"]
@@ -49,8 +48,7 @@ def test_the_example_of_own_data_and_reward_runs(qwen: Path, tmp_path: Path) -> 
     tiny = ["--model_name_or_path", str(qwen), "--max_steps", "1", "--per_device_train_batch_size", "2"]
     tiny += ["--num_generations", "2", "--max_completion_length", "8", "--latency_rounds", "0", "--use_cpu", "true"]
     tiny += ["--bf16", "false", "--report_to", "none", "--logging_steps", "1", "--save_strategy", "no"]
-    command = [sys.executable, str(ROOT / "recipes" / "grpo.py"), *flags, *tiny]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run_python([ROOT / "recipes" / "grpo.py", *flags, *tiny], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     settings = json.loads((tmp_path / "runs" / "colours" / "grpo_recipe.json").read_text())
     assert settings["recipe"]["reward_funcs"] == ["format", "accuracy", "colours.py:one_word"]

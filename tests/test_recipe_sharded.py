@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from packaging.version import Version
 
 from test_recipe_data import picture, write_parquet
+from warm import python, run_python
+
+if TYPE_CHECKING:
+    import subprocess
 
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
@@ -68,9 +71,8 @@ os._exit(0)  # gloo's threads may outlive the interpreter's end on a busy machin
 
 
 def torchrun(script: Path, *arguments: object, port: int) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command = [*launch, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, *python()[1:]]
+    return run_python([*launch, script, *arguments])
 
 
 def test_fsdp2_says_the_same_as_the_whole_model(qwen: Path, tmp_path: Path) -> None:
@@ -100,10 +102,9 @@ def test_zero3_is_asked_before_while_and_after_it_trains(qwen: Path, tmp_path: P
     flags += ["--per_device_train_batch_size", 2, "--num_generations", 4, "--max_completion_length", 4]
     flags += ["--latency_rounds", 0, "--use_cpu", "true", "--bf16", "false", "--eval_strategy", "steps"]
     flags += ["--eval_steps", 1, "--per_device_eval_batch_size", 2, "--save_strategy", "no", "--logging_steps", 1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero3.json")]
-    command = [*launch, str(ROOT / "recipes" / "grpo.py"), *map(str, flags)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "zero3.json", *python()[1:]]
+    command = [*launch, ROOT / "recipes" / "grpo.py", *flags]
+    done = run_python(command, env=os.environ | {"DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes   2 (zero3)" in done.stderr
     assert done.stdout.count("held-out accuracy before training: 0.0% of 2 rows") == 1

@@ -29,7 +29,7 @@ BUSY_S = 1.0
 @pytest.fixture(scope="module")
 def weights(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the same training without a tracker and without our latency callback."""
-    trained = train(qwen, tmp_path_factory.mktemp("plain") / "out", arms=(), report_to="none")
+    trained = train(qwen, tmp_path_factory.mktemp("plain") / "out", arms=(), report_to="none", fresh=True)
     return str(trained.facts["weights"])
 
 
@@ -50,7 +50,7 @@ def test_a_server_that_fails_from_the_start(qwen: Path, tmp_path: Path, weights:
     out = tmp_path / "out"
     with running() as server:
         server.behave(mode)
-        trained = train(qwen, out, server=server)
+        trained = train(qwen, out, server=server, fresh=mode == "nothing")
         assert trained.facts["weights"] == weights
         assert trained.facts["failures"] == []
         assert trained.facts["spent_s"] <= BUDGET_S
@@ -125,7 +125,7 @@ def test_the_trainers_own_callback_rests_after_an_early_finish(qwen: Path, tmp_p
 def test_a_server_that_fails_in_the_middle(qwen: Path, tmp_path: Path, weights: str, mode: str) -> None:
     out = tmp_path / "out"
     with running() as server:
-        trained = train(qwen, out, server=server, on_step=mode)
+        trained = train(qwen, out, server=server, on_step=mode, fresh=mode == "dead")
         assert trained.facts["weights"] == weights
         assert trained.facts["failures"] == []
         assert trained.facts["spent_s"] <= BUDGET_S + BUSY_S

@@ -53,7 +53,7 @@ CHARTS = ("tpot", "waterfall", "positions", "distributions", "lengths")
 def run_output(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A training in a process of its own, so that the run is finished at its exit, as for a user."""
     out = tmp_path_factory.mktemp("wandb-run") / "out"
-    done = train(qwen, out, arms=ARMS, artifact=True, natural=6)
+    done = train(qwen, out, arms=ARMS, artifact=True, natural=6, fresh=True)
     return out, done.printed
 
 

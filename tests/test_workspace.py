@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,8 +15,10 @@ from grpo_toolkit.tracking.metrics import BEST
 from grpo_toolkit.tracking.workspace import NAME, build_workspace, workspace_json
 from wandb_runs import environment
 from wandb_server import WandbServer, running
+from warm import run_python
 
 if TYPE_CHECKING:
+    import subprocess
     from pathlib import Path
 
 SECTIONS = ["Trend", "Base vs export", "Sweeps", "Health of the rollouts"]
@@ -75,10 +75,8 @@ def test_a_dry_run_needs_no_account(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def save(server: WandbServer | None, home: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "grpo_toolkit.cli", "workspace", "--entity", "someone", "--project", "grpo"]
-    return subprocess.run(
-        command, env=environment(home, server), capture_output=True, text=True, timeout=120, check=False
-    )
+    command = ["-m", "grpo_toolkit.cli", "workspace", "--entity", "someone", "--project", "grpo"]
+    return run_python(command, env=environment(home, server), timeout=120)
 
 
 def test_it_is_created_once_and_updated_after(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from warm import python, run_python
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -105,9 +106,13 @@ def train(
     processes: int = 1,
     natural: int | None = None,
     every_steps: int | None = None,
+    fresh: bool = False,
     timeout_s: float = 240,
 ) -> Trained:
-    """Two steps of GRPO; the server does `on_init` once it was asked, and `on_step` from the first step on."""
+    """Two steps of GRPO; the server does `on_init` once it was asked, and `on_step` from the first step on.
+
+    `fresh` starts from nothing, as a user does; the others have their imports made (warm.py).
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     options = {"arms": list(arms), "artifact": artifact, "on_init": on_init, "on_step": on_step, "kill": kill,
                "report_to": report_to, "finish_early": finish_early, "wandb_by_hand": wandb_by_hand,
@@ -116,11 +121,11 @@ def train(
     # To files: what is left of a process must not hold a pipe open.
     with Path(f"{out}.stdout").open("w+") as stdout, Path(f"{out}.stderr").open("w+") as stderr:
         started = time.monotonic()
+        environ = environment(out.parent, server) | dict(variables or {})
+        launcher = _launcher(python(fresh=fresh), Path(f"{out}.py"), processes)
         done = subprocess.run(
-            [*_launcher(Path(f"{out}.py"), processes), str(base), str(out), json.dumps(options)],
-            env=environment(out.parent, server) | dict(variables or {}), stdin=subprocess.DEVNULL,
-            stdout=stdout, stderr=stderr,
-            timeout=timeout_s, check=False,
+            [*launcher, str(base), str(out), json.dumps(options)], env=environ, stdin=subprocess.DEVNULL,
+            stdout=stdout, stderr=stderr, timeout=timeout_s, check=False,
         )  # fmt: skip
         seconds, ended_at = time.monotonic() - started, time.time()
         stdout.seek(0)
@@ -132,15 +137,15 @@ def train(
     return Trained(returncode=done.returncode, printed=printed, facts=facts, seconds=seconds, exit_s=exit_s)
 
 
-def _launcher(script: Path, processes: int) -> list[str]:
+def _launcher(command: list[str], script: Path, processes: int) -> list[str]:
     script.write_text(SCRIPT)
     if processes == 1:
-        return [sys.executable, str(script)]
+        return [*command, str(script)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     count = ["--nproc_per_node", str(processes), "--master_port", port]
-    return [sys.executable, "-m", "torch.distributed.run", *count, str(script)]
+    return [*command, "-m", "torch.distributed.run", *count, *command[1:], str(script)]
 
 
 def environment(home: Path, server: WandbServer | None) -> dict[str, str]:
@@ -156,12 +161,9 @@ def environment(home: Path, server: WandbServer | None) -> dict[str, str]:
 
 def replay(out: Path, server: WandbServer | None, tracker: str = "wandb") -> dict[str, Any]:
     """`grpo-toolkit report --replay`, in a process of its own."""
-    command = [sys.executable, "-m", "grpo_toolkit.cli", "report", str(out), "--replay", tracker, "--json"]
+    command = ["-m", "grpo_toolkit.cli", "report", out, "--replay", tracker, "--json"]
     with Path(f"{out}.replay").open("w+") as said, Path(f"{out}.replay-log").open("w+") as log:
-        done = subprocess.run(
-            command, env=environment(out.parent, server), stdin=subprocess.DEVNULL, stdout=said, stderr=log,
-            timeout=120, check=False,
-        )  # fmt: skip
+        done = run_python(command, env=environment(out.parent, server), stdout=said, stderr=log, timeout=120)
         said.seek(0)
         log.seek(0)
         assert done.returncode == 0, log.read()[-3000:]
