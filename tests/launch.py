@@ -87,7 +87,7 @@ def _run(command: list[str], env: dict[str, str], timeout_s: int) -> subprocess.
 
 def _launcher(kind: str, folder: Path, device: str) -> list[str]:
     if kind == ALONE:
-        return [sys.executable]
+        return python()[:1]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -95,7 +95,8 @@ def test_what_zero3_rounds_as_it_shares_a_model_out_is_computed_again(base: Path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(POSITIONS) <= set(found["built"]["rounded"])
+    is_newer = Version(transformers.__version__) >= Version("5.0")  # before, the language model counts in integers
+    assert set(POSITIONS[not is_newer :]) <= set(found["built"]["rounded"])
     # 5.23 computes them again after loading; 5.17 to 5.22 leave both rounded, 4.57 the vision tower's.
     if Version(transformers.__version__) >= Version("5.23"):
         assert found["loaded"]["rounded"] == []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
@@ -137,6 +138,28 @@ def test_a_compiled_step_is_compiled_anew_for_other_sdpa_kernels(engine: LocalEn
     assert compilations() == 0
     assert compilations(sdpa_backend="math") == first
     assert compilations(sdpa_backend="math") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(OLDEST, reason="Qwen2.5-VL has no static cache in transformers 4.49")
+def test_a_compiled_step_has_the_sdpa_kernels_that_were_asked_for(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch keeps compiled graphs on the disk under keys that do not know the kernels, also for later processes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    flash, math = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
+
+    def kernels(**changes: Any) -> set[str]:
+        torch.compiler.reset()
+        options = Options(cache_implementation="static", compiled=True, compile_mode="default", **changes)
+        engine.ask(batch(engine, max_new_tokens=4), options)
+        with torch.profiler.profile() as profiler:
+            engine.ask(batch(engine, max_new_tokens=4), options)
+        return {event.key for event in profiler.key_averages()} & {flash, math}
+
+    assert kernels() == {flash}
+    assert kernels(sdpa_backend="math") == {math}
+    assert kernels() == {flash}
 
 
 def test_a_backend_without_a_kernel_is_said(engine: LocalEngine) -> None:

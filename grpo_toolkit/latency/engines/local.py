@@ -24,6 +24,7 @@ from grpo_toolkit.latency.engines.toggles import (
     generation_config_changed,
     left_in_training,
     sdpa_limited_to,
+    without_stored_graphs,
 )
 from grpo_toolkit.latency.environment import environment_of, probe_hardware
 from grpo_toolkit.latency.row import Proof, Timeline
@@ -177,6 +178,8 @@ class LocalEngine:
             stack.enter_context(generation_config_changed(base_model(self.model), changes))
             if options.sdpa_backend is not None:
                 stack.enter_context(sdpa_limited_to(options.sdpa_backend))
+                if options.is_compiled:
+                    stack.enter_context(without_stored_graphs())
             if options.training:
                 stack.enter_context(left_in_training(self.model))
             if options.sample:

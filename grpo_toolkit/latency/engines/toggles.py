@@ -46,6 +46,19 @@ def sdpa_limited_to(backend: str) -> Iterator[None]:
 
 
 @contextmanager
+def without_stored_graphs() -> Iterator[None]:
+    """Compile what is compiled here, whatever lies in torch's cache on the disk.
+
+    The keys of that cache know nothing of which SDPA kernels are allowed (torch 2.11 and 2.15): a step compiled for
+    some of them would be taken for a step with others, in every later process too.
+    """
+    import torch._functorch.config as settings
+
+    with settings.patch(enable_autograd_cache=False):
+        yield
+
+
+@contextmanager
 def left_in_training(model: torch.nn.Module) -> Iterator[None]:
     """Train mode with gradient checkpointing, as `train()` leaves its model; put back on exit.
 
