@@ -81,8 +81,15 @@ def _is_rounded(buffer: torch.Tensor) -> bool:
 
 
 def _skeleton(model: torch.nn.Module) -> torch.nn.Module:
-    """The same architecture with buffers and without weights."""
+    """The same architecture with buffers and without weights, built as a load in the model's dtype builds it."""
+    import torch
+
     from accelerate import init_empty_weights
 
-    with _not_shared_out(), init_empty_weights(include_buffers=False):
-        return type(model)(copy.deepcopy(model.config))
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(base_model(model).dtype)
+    try:
+        with _not_shared_out(), init_empty_weights(include_buffers=False):
+            return type(model)(copy.deepcopy(model.config))
+    finally:
+        torch.set_default_dtype(usual)

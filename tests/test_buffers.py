@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from grpo_toolkit import ExportCallback
 from grpo_toolkit.buffers import restore_buffers, rounded_buffers
-from grpo_toolkit.inference import Request, load_model
+from grpo_toolkit.inference import Request, dtype_argument, load_model
 from grpo_toolkit.inputs import inputs_for, prepare_inputs
 from training import grpo_trainer, nested_config_only
 
@@ -51,6 +51,24 @@ def test_a_cast_rounds_the_positions_and_they_are_computed_again(base: Path, ima
     assert all(buffer.equal(frequencies[name]) for name, buffer in model.named_buffers())
     assert logits(model, processor, image_request).equal(right)
     assert restore_buffers(model) == []
+
+
+@nested_config_only
+def test_what_a_load_in_half_precision_makes_so_stays(tmp_path: Path) -> None:
+    """Gemma's scale of its embeddings has the dtype of the load, and so has the export's."""
+    from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3TextConfig(vocab_size=64, num_key_value_heads=1, head_dim=16, **sizes)
+    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **{dtype_argument(): torch.bfloat16})
+    scale = "model.embed_tokens.embed_scale"
+    assert rounded_buffers(model) == [scale]
+    assert restore_buffers(model) == []
+    assert model.get_buffer(scale).dtype == torch.bfloat16
+    model.to(torch.bfloat16)
+    assert scale not in restore_buffers(model)
+    assert rounded_buffers(model) == [scale]
 
 
 SHARED_OUT = """
