@@ -158,6 +158,10 @@ class Ratio:
     verdict: Verdict
 
 
+AT_ONCE_S: Final = 5e-5
+"""Seconds per token that no model needs: 20,000 tokens a second of one sequence."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
     """One measured request (or batch), raw.
@@ -186,9 +190,16 @@ class Timeline:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token of one sequence of the batch, its longest; None where it has fewer than two."""
+        """Time per output token of one sequence of the batch, its longest.
+
+        None where it has fewer than two, or where they arrived at once (`AT_ONCE_S`): something on the way held the
+        answer back, a server with few cores or a proxy that buffers, and nothing is known of its tokens' times.
+        """
         longest = max(self.output_lengths, default=self.output_tokens)
-        return (self.token_times_s[-1] - self.token_times_s[0]) / (longest - 1) if longest > 1 else None
+        if longest < 2:
+            return None
+        tpot_s = (self.token_times_s[-1] - self.token_times_s[0]) / (longest - 1)
+        return tpot_s if tpot_s > AT_ONCE_S else None
 
     @property
     def e2e_s(self) -> float:
