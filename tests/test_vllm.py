@@ -153,6 +153,22 @@ def test_an_export_says_the_same_in_vllm_as_in_transformers(
     assert answer.timeline.prompt_tokens == expected.prompt_tokens
 
 
+@pytest.mark.parametrize("compat", ["all", "v5"])
+def test_an_export_of_a_base_that_transformers_5_wrote_says_the_same(
+    base: Path, tmp_path: Path, image_request: Request, compat: str
+) -> None:
+    written, export = tmp_path / "written", tmp_path / "export"
+    model, processor, _ = load_model(base)
+    model.save_pretrained(written)
+    processor.save_pretrained(written)
+    export_model(written, export, compat=compat)
+    questions = [replace(image_request, images=images, max_new_tokens=24) for images in ((), image_request.images)]
+    with vllm_server(export) as (url, _), EndpointEngine(url) as engine:
+        for question in questions:
+            expected = generate(model, processor, question).tokens
+            assert engine.ask([question], Options()).tokens == [expected]
+
+
 def test_vllm_decodes_by_the_generation_config_of_the_export(engine: EndpointEngine, question: Request) -> None:
     """Its penalty of 1.05 is on where a request asks for temperature 0 alone, or for nothing."""
     asked = replace(question, max_new_tokens=64, exact=True)
