@@ -23,7 +23,7 @@ from grpo_toolkit.inference import Request, load_processor
 from grpo_toolkit.latency.arms import Arm
 from grpo_toolkit.latency.engines.endpoint import EndpointEngine
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.measure import measure_latency
+from grpo_toolkit.latency.measure import _paces, measure_latency
 from grpo_toolkit.latency.row import AT_ONCE_S, Timeline
 from grpo_toolkit.latency.workload import made_up
 
@@ -211,6 +211,9 @@ def test_an_answer_that_arrives_at_once_has_no_time_per_token() -> None:
         return SimpleNamespace(arm="a", timelines=[timeline] * 6)
 
     assert [ratio.metric for ratio in ratios(row(held_back), row(streamed))] == ["ttft_s", "e2e_s"]
+    # Rounds go on until two arms are known well in the same unit of time.
+    assert _paces([[streamed], [held_back]]) == [[0.1006], [0.50002]]
+    assert _paces([[streamed], [streamed]]) == [[pytest.approx(3e-4)]] * 2
 
 
 def chunk(text: str, token: int | None = None) -> dict[str, Any]:
