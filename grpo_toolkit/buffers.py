@@ -61,7 +61,12 @@ def restore_buffers(model: torch.nn.Module) -> list[str]:
     for name, buffer in right.items():
         owner, _, leaf = name.rpartition(".")
         device = inner.get_buffer(name).device
-        inner.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
+        module = inner.get_submodule(owner)
+        module.register_buffer(leaf, buffer.to(device), persistent=False)
+        # Dynamic RoPE: how long a text these are for (transformers.modeling_rope_utils).
+        if hasattr(module, "original_max_seq_len"):
+            for attribute in [known for known in vars(module) if known.endswith("max_seq_len_cached")]:
+                setattr(module, attribute, module.original_max_seq_len)
     return list(right)
 
 

@@ -215,3 +215,25 @@ def test_what_the_class_makes_so_is_no_rounding_beside_a_reference_model(
     args, state = SimpleNamespace(beta=0.1), SimpleNamespace(is_world_process_zero=True)
     export.on_train_begin(args, state, None, model=model)
     assert "rounded" not in caplog.text
+
+
+@nested_config_only
+def test_frequencies_that_grow_with_the_text_begin_anew() -> None:
+    """What was read before (a baseline on long prompts) is forgotten, as the export has not read it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    newer = hasattr(LlamaConfig(), "rope_parameters")
+    rope = {"rope_parameters": scaling | {"rope_theta": 1e4}} if newer else {"rope_scaling": scaling}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **SIZES, **rope))
+    texts = [torch.arange(length)[None] % 64 for length in (200, 100)]
+    found = []
+    for read in ([], [texts[0]]):
+        with torch.no_grad():
+            for text in read:
+                model(text)
+            model.to(torch.bfloat16)
+            assert restore_buffers(model)
+            model(texts[1])
+        found.append(model.model.rotary_emb.inv_freq.clone())
+    assert found[0].equal(found[1])
