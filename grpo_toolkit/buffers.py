@@ -25,8 +25,29 @@ if TYPE_CHECKING:
 
 
 def rounded_buffers(model: torch.nn.Module) -> list[str]:
-    """Names of the computed floating-point buffers that are not in float32 or better."""
+    """Names of the computed floating-point buffers that are in half precision."""
     return sorted(name for name, buffer in _computed(base_model(model)).items() if _is_rounded(buffer))
+
+
+def right_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Those of them that the model's class makes in float32, as it makes them.
+
+    What the class itself makes in half precision is none of them: a load for an export makes it so, too.
+    """
+    import torch
+
+    inner = base_model(model)
+    live = {name: buffer for name, buffer in _computed(inner).items() if _is_rounded(buffer) and not buffer.is_meta}
+    if not live:
+        return {}
+    # In the buffers' dtype, not in the model's: training in half precision may keep its weights in float32.
+    computed = _computed(_skeleton(inner, next(iter(live.values())).dtype))
+    found = {name: computed[name] for name in sorted(live) if name in computed}
+    return {
+        name: right
+        for name, right in found.items()
+        if right.dtype == torch.float32 and right.shape == live[name].shape and not right.is_meta
+    }
 
 
 def restore_buffers(model: torch.nn.Module) -> list[str]:
@@ -36,21 +57,17 @@ def restore_buffers(model: torch.nn.Module) -> list[str]:
         Names of the buffers that were put right. What the class itself makes in half precision stays.
     """
     inner = base_model(model)
-    rounded = rounded_buffers(model)
-    if not rounded:
-        return []
-    found = []
-    computed = _computed(_skeleton(inner))
-    for name in rounded:
-        right = computed.get(name)
-        if right is None or _is_rounded(right) or right.is_meta:
-            continue
+    right = right_buffers(model)
+    for name, buffer in right.items():
         owner, _, leaf = name.rpartition(".")
-        live = inner.get_buffer(name)
-        if right.shape == live.shape:
-            inner.get_submodule(owner).register_buffer(leaf, right.to(live.device), persistent=False)
-            found.append(name)
-    return found
+        device = inner.get_buffer(name).device
+        module = inner.get_submodule(owner)
+        module.register_buffer(leaf, buffer.to(device), persistent=False)
+        # Dynamic RoPE: how long a text these are for (transformers.modeling_rope_utils).
+        if hasattr(module, "original_max_seq_len"):
+            for attribute in [known for known in vars(module) if known.endswith("max_seq_len_cached")]:
+                setattr(module, attribute, module.original_max_seq_len)
+    return list(right)
 
 
 @contextmanager
@@ -77,19 +94,22 @@ def _computed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _is_rounded(buffer: torch.Tensor) -> bool:
-    return buffer.is_floating_point() and buffer.element_size() < 4
+    import torch
+
+    return buffer.dtype in (torch.bfloat16, torch.float16)
 
 
-def _skeleton(model: torch.nn.Module) -> torch.nn.Module:
-    """The same architecture with buffers and without weights, built as a load in the model's dtype builds it."""
+def _skeleton(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The same architecture with buffers and without weights, built as a load in that dtype builds it."""
     import torch
 
     from accelerate import init_empty_weights
 
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(base_model(model).dtype)
+    torch.set_default_dtype(dtype)
     try:
-        with _not_shared_out(), init_empty_weights(include_buffers=False):
+        # Some classes draw weights as they are built (CLIP's), from the numbers that the training would draw next.
+        with torch.random.fork_rng(devices=[]), _not_shared_out(), init_empty_weights(include_buffers=False):
             return type(model)(copy.deepcopy(model.config))
     finally:
         torch.set_default_dtype(usual)

@@ -254,7 +254,8 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         check_output(output_dir, overwrite=overwrite)
         replace_folder(staging, output_dir)
     except OSError as error:
-        error.filename = error.filename or os.fspath(output_dir)  # a write that fails names no file
+        if error.errno is not None:  # a library's own OSError would lose what it says
+            error.filename = error.filename or os.fspath(output_dir)  # a write that fails names no file
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POSITIONS = ["model.language_model.rotary_emb.inv_freq", "model.visual.rotary_pos_emb.inv_freq"]
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def gemma_config() -> Any:
+    return transformers.Gemma3TextConfig(vocab_size=64, num_key_value_heads=1, head_dim=16, **SIZES)
 
 
 def logits(model: Any, processor: Any, request: Request) -> torch.Tensor:
@@ -56,11 +64,9 @@ def test_a_cast_rounds_the_positions_and_they_are_computed_again(base: Path, ima
 @nested_config_only
 def test_what_a_load_in_half_precision_makes_so_stays(tmp_path: Path) -> None:
     """Gemma's scale of its embeddings has the dtype of the load, and so has the export's."""
-    from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+    from transformers import AutoModelForCausalLM, Gemma3ForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3TextConfig(vocab_size=64, num_key_value_heads=1, head_dim=16, **sizes)
-    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    Gemma3ForCausalLM(gemma_config()).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, **{dtype_argument(): torch.bfloat16})
     scale = "model.embed_tokens.embed_scale"
     assert rounded_buffers(model) == [scale]
@@ -154,3 +160,80 @@ def test_with_a_reference_model_the_rounding_is_said_and_left(
     assert set(POSITIONS) <= set(rounded_buffers(model))
     assert "zero3_init_flag: false" in caplog.text
     assert export.failures == []
+
+
+@nested_config_only
+def test_who_keeps_weights_in_float32_keeps_what_the_load_made(tmp_path: Path) -> None:
+    """`prepare_model_for_kbit_training` casts weights alone; the export's scale is in the dtype of the load."""
+    model = transformers.Gemma3ForCausalLM(gemma_config()).to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    assert model.dtype == torch.float32
+    assert "model.embed_tokens.embed_scale" not in restore_buffers(model)
+    assert model.model.embed_tokens.embed_scale.dtype == torch.bfloat16
+
+
+@nested_config_only
+def test_to_compute_them_again_draws_no_random_numbers() -> None:
+    """LLaVA's tower draws its class embedding while it is built."""
+    tower = transformers.CLIPVisionConfig(image_size=28, patch_size=14, **SIZES)
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(vocab_size=64, **SIZES), vision_config=tower
+    )
+    model = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    before = torch.get_rng_state()
+    assert "model.language_model.rotary_emb.inv_freq" in restore_buffers(model)
+    assert torch.get_rng_state().equal(before)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@nested_config_only
+def test_a_class_that_is_not_built_from_its_config_is_trained_and_exported(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor, _ = load_model(base)
+    model.to(torch.bfloat16)
+
+    def build(self: Any, config: Any, head: str) -> None: ...
+
+    model.__class__ = type(type(model).__name__, (type(model),), {"__init__": build})
+    export = ExportCallback(tmp_path / "export", base=base, num_prompts=1)
+    grpo_trainer(model, tmp_path / "out", [export], processing_class=processor, max_steps=1).train()
+    assert "computing the rotary positions again failed: TypeError" in caplog.text
+    assert export.failures == []
+    assert export.result is not None
+
+
+@nested_config_only
+def test_what_the_class_makes_so_is_no_rounding_beside_a_reference_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = transformers.Gemma3ForCausalLM(gemma_config())
+    model.model.embed_tokens.embed_scale = model.model.embed_tokens.embed_scale.to(torch.bfloat16)
+    assert rounded_buffers(model) == ["model.embed_tokens.embed_scale"]
+    export = ExportCallback(tmp_path / "export")
+    args, state = SimpleNamespace(beta=0.1), SimpleNamespace(is_world_process_zero=True)
+    export.on_train_begin(args, state, None, model=model)
+    assert "rounded" not in caplog.text
+
+
+@nested_config_only
+def test_frequencies_that_grow_with_the_text_begin_anew() -> None:
+    """What was read before (a baseline on long prompts) is forgotten, as the export has not read it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    newer = hasattr(LlamaConfig(), "rope_parameters")
+    rope = {"rope_parameters": scaling | {"rope_theta": 1e4}} if newer else {"rope_scaling": scaling}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **SIZES, **rope))
+    texts = [torch.arange(length)[None] % 64 for length in (200, 100)]
+    found = []
+    for read in ([], [texts[0]]):
+        with torch.no_grad():
+            for text in read:
+                model(text)
+            model.to(torch.bfloat16)
+            assert restore_buffers(model)
+            model(texts[1])
+        found.append(model.model.rotary_emb.inv_freq.clone())
+    assert found[0].equal(found[1])

@@ -223,6 +223,11 @@ def test_an_error_of_the_disk_names_the_folder(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "export")
 
 
+def test_an_error_of_a_library_keeps_its_words(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"^no image processor in base$"), staged(tmp_path / "export", overwrite=False):
+        raise OSError("no image processor in base")
+
+
 def test_a_link_and_the_current_folder_are_published_where_they_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

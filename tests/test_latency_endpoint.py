@@ -8,20 +8,22 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
 from grpo_toolkit.cli import main
-from grpo_toolkit.errors import InputError
+from grpo_toolkit.errors import InputError, WorkerError
 from grpo_toolkit.inference import Request, load_processor
 from grpo_toolkit.latency.arms import Arm
 from grpo_toolkit.latency.engines.endpoint import EndpointEngine
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.measure import measure_latency
+from grpo_toolkit.latency.measure import _paces, measure_latency
 from grpo_toolkit.latency.row import AT_ONCE_S, Timeline
 from grpo_toolkit.latency.workload import made_up
 
@@ -133,7 +135,11 @@ def test_a_model_that_the_server_does_not_have_is_one_line(served: str, capsys: 
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [("http://127.0.0.1:9/v1", "nothing answers there"), ("ftp://somewhere", "not the address of an endpoint")],
+    [
+        ("http://127.0.0.1:9/v1", "nothing answers there"),
+        ("ftp://somewhere", "not the address of an endpoint"),
+        ("http://a:b/v1", "not the address of an endpoint"),
+    ],
 )
 def test_an_address_where_nothing_is(address: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -205,3 +211,129 @@ def test_an_answer_that_arrives_at_once_has_no_time_per_token() -> None:
         return SimpleNamespace(arm="a", timelines=[timeline] * 6)
 
     assert [ratio.metric for ratio in ratios(row(held_back), row(streamed))] == ["ttft_s", "e2e_s"]
+    # Rounds go on until two arms are known well in the same unit of time.
+    assert _paces([[streamed], [held_back]]) == [[0.1006], [0.50002]]
+    assert _paces([[streamed], [streamed]]) == [[pytest.approx(3e-4)]] * 2
+
+
+def chunk(text: str, token: int | None = None) -> dict[str, Any]:
+    return {"choices": [{"delta": {"content": text}} | ({} if token is None else {"token_ids": [token]})]}
+
+
+def stream(*chunks: object) -> str:
+    return "".join(f"data: {json.dumps(one)}\n\n" for one in chunks) + "data: [DONE]\n\n"
+
+
+class Strange(BaseHTTPRequestHandler):
+    """Answers as the first part of the path says: with a page of `PAGES`, or refusing the keys that it names."""
+
+    PAGES: ClassVar[dict[str, str]] = {
+        "error": '{"error": {"message": "out of\\nluck"}}',
+        "page": "<html>welcome</html>",
+        "nothing": "",
+        "done": stream(),
+        "null": stream(None),
+        "list": stream([1]),
+        "choice": stream({"choices": [None]}),
+        "delta": stream({"choices": [{"delta": "x"}]}),
+        "parts": stream({"choices": [{"delta": {"content": [{"text": "x"}]}}]}),
+        "ids": stream({"choices": [{"delta": {"content": "x"}, "token_ids": 3}]}),
+        "usage": stream(chunk("x"), {"usage": {"completion_tokens": "many"}}),
+        "late": stream(chunk("x"), {"object": "error", "message": "out of luck"}),
+        "nulls": stream({"error": None, "usage": None} | chunk("a", 1), chunk("b", 2)),
+        "gaps": stream(chunk("a", 1), chunk("b"), {"choices": [], "usage": {"completion_tokens": 2}}),
+    }
+
+    def do_GET(self) -> None:
+        name = self.path.split("/")[1]
+        models = {"page": self.PAGES["page"], "list": "[1]", "ids": '{"data": [{}]}'}
+        self._send(200, models.get(name, '{"data": [{"id": "m"}]}') if self.path.endswith("models") else "[1]")
+
+    def do_POST(self) -> None:
+        name = self.path.split("/")[1]
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        refused = [key for key in name.split("+") if key in asked]
+        if refused:
+            self._send(400, json.dumps({"error": {"message": f"what is {refused[0]}?"}}))
+        elif name in self.PAGES:
+            self._send(200, self.PAGES[name])
+        else:
+            usage = {"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}}
+            self._send(200, stream(*[chunk("x")] * asked["max_tokens"], usage))
+
+    def _send(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def strange() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Strange) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def ask(url: str, *, exact: bool = False) -> Any:
+    with EndpointEngine(f"{url}/v1", model="m", timeout_s=20) as engine:
+        assert engine.facts().environment["server_version"] == ""
+        messages = [{"role": "user", "content": "?"}]
+        return engine.ask([Request(messages=messages, max_new_tokens=2, exact=exact)], Options())
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("error", "sent no answer (status 200): out of luck"),
+        ("page", "sent no answer (status 200): <html>welcome</html>"),
+        ("nothing", "sent no answer (status 200): nothing at all"),
+        ("done", "sent no answer (status 200): nothing at all"),
+        ("null", "sent what is no chunk of an answer: None"),
+        ("list", "sent what is no chunk of an answer: [1]"),
+        ("choice", "sent what is no chunk of an answer: {'choices': [None]}"),
+        ("delta", "sent what is no chunk of an answer: {'choices': [{'delta': 'x'}]}"),
+        ("parts", "sent what is no chunk of an answer: {'choices': [{'delta': {'content': [{'text': 'x'}]}}]}"),
+        ("ids", "'token_ids': 3}]}"),
+        ("usage", "'many'"),
+        ("late", "broke off: out of luck"),
+    ],
+)
+def test_a_strange_answer_is_one_line(strange: str, page: str, message: str) -> None:
+    with pytest.raises(WorkerError) as found:
+        ask(f"{strange}/{page}")
+    assert message in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_what_is_null_or_missing_in_a_chunk_is_no_error(strange: str) -> None:
+    nulls = ask(f"{strange}/nulls")
+    assert (nulls.tokens, nulls.timeline.output_lengths, nulls.texts) == ([[1, 2]], [2], ["ab"])
+    gaps = ask(f"{strange}/gaps")
+    assert (gaps.tokens, gaps.timeline.output_lengths, gaps.texts) == ([], [2], ["ab"])
+
+
+VLLM_ONLY = "return_token_ids+cache_salt"
+
+
+@pytest.mark.parametrize(
+    "refused",
+    ["return_token_ids", "cache_salt", VLLM_ONLY, "repetition_penalty", f"{VLLM_ONLY}+min_tokens+generation_config"],
+)
+def test_a_server_that_refuses_keys_is_asked_without_them(strange: str, refused: str) -> None:
+    assert ask(f"{strange}/{refused}", exact=True).timeline.output_lengths == [2]
+
+
+def test_a_server_that_refuses_everything_says_so_once(strange: str) -> None:
+    with pytest.raises(WorkerError, match=r"refused a request \(status 400\): what is model\?$"):
+        ask(f"{strange}/model")
+
+
+@pytest.mark.parametrize("page", ["page", "list", "ids"])
+def test_a_list_of_models_that_is_none(strange: str, page: str) -> None:
+    with pytest.raises(InputError, match=r"lists no model \(status 200\)"):
+        EndpointEngine(f"{strange}/{page}/v1")

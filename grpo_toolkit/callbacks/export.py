@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from grpo_toolkit.buffers import restore_buffers, rounded_buffers
+from grpo_toolkit.buffers import restore_buffers, right_buffers
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.prompts import find_requests
@@ -86,13 +86,14 @@ class ExportCallback(GuardedCallback):
             published.pop(base_model(kwargs["model"]), None)
             if state.is_world_process_zero:
                 refuse_unsupported(kwargs["model"])
-        with self._guarded("computing the rotary positions again"):
+        # Where it cannot be done (a class that is not built from its config alone), verification has the last word.
+        with self._guarded("computing the rotary positions again", is_vital=False):
             self._restore_positions(kwargs["model"], args, state)
 
     def _restore_positions(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         # A reference model of its own was rounded as well, and is not to be had here: the two would drift apart.
         has_reference = bool(getattr(args, "beta", 0.0)) and not hasattr(model, "peft_config")
-        names = rounded_buffers(model) if has_reference else restore_buffers(model)
+        names = list(right_buffers(model)) if has_reference else restore_buffers(model)
         if not names or not state.is_world_process_zero:
             return
         what = (

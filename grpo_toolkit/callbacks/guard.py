@@ -35,11 +35,15 @@ class GuardedCallback(TrainerCallback):  # type: ignore[misc]
         self._first_error = None
 
     @contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
+    def _guarded(self, what: str, *, is_vital: bool = True) -> Iterator[None]:
+        """Survive what goes wrong inside; what is not vital is said alone, and counts as no failure."""
         try:
             yield
         except Exception as error:  # the one place where anything may be caught: training must go on
             message = f"{what} failed: {type(error).__name__}: {error}"
+            if not is_vital:
+                logger.warning("grpo_toolkit: %s", message)
+                return
             if message not in self.failures:
                 self.failures.append(message)
                 where = f" (rank {rank()})" if world_size() > 1 else ""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.inference import Request
     from grpo_toolkit.latency.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Engine, Options
-    from grpo_toolkit.latency.row import LatencyRow
+    from grpo_toolkit.latency.row import LatencyRow, Timeline
 
     Progress = Callable[[str, int, int], None]
 
@@ -200,17 +200,9 @@ class _Measuring:
                 self._ask(name, turn, rounds)
 
     def _is_precise(self, precision: float) -> bool:
-        tpots = [self._tpots(name) for name in self._alive(list(self.arms))]
-        first, others = (tpots[0], tpots[1:]) if tpots else ([], [])
-        return all(is_settled(paired_ratio(times, first, name="first"), precision=precision) for times in others)
-
-    def _tpots(self, name: str) -> list[float]:
-        """Its times per output token; of one-token answers, end to end."""
-        timelines = [answer.timeline for answer in self.found[name].answers]
-        tpots = [timeline.tpot_s for timeline in timelines]
-        if any(tpot is None for tpot in tpots):
-            return [timeline.e2e_s for timeline in timelines]
-        return [tpot for tpot in tpots if tpot is not None]
+        alive = self._alive(list(self.arms))
+        times = _paces([[answer.timeline for answer in self.found[name].answers] for name in alive])
+        return all(is_settled(paired_ratio(other, times[0], name="first"), precision=precision) for other in times[1:])
 
     def look_around(self) -> None:
         """Clocks and throttling as they are while the rounds still warm the device."""
@@ -236,3 +228,11 @@ class _Measuring:
             if id(engine) not in known:
                 known[id(engine)] = asked(engine)
             yield self.found[name], known[id(engine)]
+
+
+def _paces(arms: Sequence[Sequence[Timeline]]) -> list[list[float]]:
+    """Each arm's times per output token; end to end for all of them where one answer of any has none."""
+    tpots = [[timeline.tpot_s for timeline in timelines] for timelines in arms]
+    if any(tpot is None for times in tpots for tpot in times):
+        return [[timeline.e2e_s for timeline in timelines] for timelines in arms]
+    return [[tpot for tpot in times if tpot is not None] for times in tpots]

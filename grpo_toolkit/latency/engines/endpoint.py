@@ -46,13 +46,13 @@ class _Dialect:
         streamed: keys of every streamed request.
         greedy: keys that switch penalties off.
         exact: keys for an answer of exactly so many tokens.
-        keeps_prefixes: whether what requests have in common is computed once, unless they are salted.
+        is_salted: whether a request may say that what it has in common with others is computed anew.
     """
 
     streamed: dict[str, Any]
     greedy: dict[str, Any]
     exact: Callable[[int], dict[str, Any]]
-    keeps_prefixes: bool
+    is_salted: bool
 
 
 def _without_end(tokens: int) -> dict[str, Any]:
@@ -65,14 +65,24 @@ def _whole_config(tokens: int) -> dict[str, Any]:
     return {"generation_config": json.dumps(config)}
 
 
+def _by_chance(tokens: int) -> dict[str, Any]:
+    return {}
+
+
+_USAGE: Final = {"stream_options": {"include_usage": True}}
+
 _DIALECTS: Final = (
     _Dialect(  # vLLM, SGLang
-        streamed={"stream_options": {"include_usage": True}, "return_token_ids": True},
+        streamed=_USAGE | {"return_token_ids": True},
         greedy={"repetition_penalty": 1.0},
         exact=_without_end,
-        keeps_prefixes=True,
+        is_salted=True,
     ),
-    _Dialect(streamed={}, greedy={}, exact=_whole_config, keeps_prefixes=False),  # transformers serve
+    _Dialect(  # the same, where keys that are not known are refused
+        streamed=_USAGE, greedy={"repetition_penalty": 1.0}, exact=_without_end, is_salted=False
+    ),
+    _Dialect(streamed={}, greedy={}, exact=_whole_config, is_salted=False),  # transformers serve
+    _Dialect(streamed=_USAGE, greedy={}, exact=_by_chance, is_salted=False),  # the protocol alone
 )
 """From the most telling down."""
 
@@ -85,9 +95,21 @@ class _Stream:
     tokens: list[list[int]] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     is_reasoning: list[bool] = field(default_factory=list)
-    usage: dict[str, Any] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=dict)
     finish_reason: str | None = None
     ended_s: float = 0.0
+
+    def add(self, choice: dict[str, Any], moment: float) -> None:
+        """A piece that arrived; AttributeError or TypeError if it is none."""
+        delta = choice.get("delta") or {}
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        thought = next((delta[key] for key in _REASONING if delta.get(key)), None)
+        text, tokens = "" + (thought or delta.get("content") or ""), list(choice.get("token_ids") or [])
+        if text or tokens:
+            self.pieces.append(text)
+            self.tokens.append(tokens)
+            self.times_s.append(moment)
+            self.is_reasoning.append(thought is not None)
 
 
 class EndpointEngine:
@@ -131,7 +153,8 @@ class EndpointEngine:
         with self._said():
             answer = self._client.get(self.url.rpartition("/")[0] + "/version")
             if answer.status_code == 200 and "json" in answer.headers.get("content-type", ""):
-                facts["server_version"] = str(answer.json().get("version", ""))
+                said = answer.json()
+                facts["server_version"] = str(said.get("version", "")) if isinstance(said, dict) else ""
         return EngineFacts(environment=facts)
 
     def ask(self, requests: Sequence[Request], options: Options) -> Answer:
@@ -145,7 +168,7 @@ class EndpointEngine:
             if request.exact and said not in (None, request.max_new_tokens):
                 raise WorkerError(
                     f"{self.url}: {said} tokens where exactly {request.max_new_tokens} were asked for; is there a "
-                    "max_new_tokens in the server's generation config?"
+                    "max_new_tokens in the server's generation config, or does it take no min_tokens?"
                 )
         return _answer(streams)
 
@@ -174,9 +197,10 @@ class EndpointEngine:
     def _first_model(self) -> str:
         with self._said():
             answer = self._client.get(f"{self.url}/models")
-        listed = answer.json().get("data", []) if answer.status_code == 200 else []
-        if listed:
-            return str(listed[0]["id"])
+        try:
+            return str(answer.json()["data"][0]["id"])
+        except (ValueError, TypeError, LookupError):  # another page, or a list of nothing
+            pass
         hint = "" if self.url.endswith("/v1") else f"is it {self.url}/v1? Or "
         raise InputError(f"{self.url}: lists no model (status {answer.status_code}); {hint}name one: NAME=URL#MODEL")
 
@@ -191,17 +215,18 @@ class EndpointEngine:
             body["temperature"] = 0.0
         if self._dialect is None:
             self._dialect = self._find_dialect(body)
-        dialect = self._dialect
-        if dialect.keeps_prefixes:  # else the thinking instruction, say, would be computed once for all requests
-            body["cache_salt"] = uuid.uuid4().hex
-        body |= {} if options.sample else dialect.greedy
-        return body | (dialect.exact(request.max_new_tokens) if request.exact else {}) | dialect.streamed
+        return self._dressed(body, self._dialect, exact=request.exact, greedy=not options.sample)
+
+    def _dressed(self, body: dict[str, Any], dialect: _Dialect, *, exact: bool, greedy: bool) -> dict[str, Any]:
+        extensions = dialect.exact(body["max_tokens"]) if exact else {}
+        if dialect.is_salted:  # else the thinking instruction, say, would be computed once for all requests
+            extensions["cache_salt"] = uuid.uuid4().hex
+        return body | (dialect.greedy if greedy else {}) | extensions | dialect.streamed
 
     def _find_dialect(self, body: dict[str, Any]) -> _Dialect:
-        """Which extensions this server takes: one short request each."""
+        """Which extensions this server takes: one short request each, with every key that may be sent later."""
         for dialect in _DIALECTS:
-            # Not streamed: vLLM refuses stream_options then, so those keys are left out.
-            short = body | dialect.greedy | dialect.exact(1) | {"max_tokens": 1, "stream": False}
+            short = self._dressed(body | {"max_tokens": 1}, dialect, exact=True, greedy=True)
             with self._said():
                 answer = self._client.post(f"{self.url}/chat/completions", json=short)
             if answer.status_code == 200:
@@ -214,29 +239,30 @@ class EndpointEngine:
             if answer.status_code != 200:
                 text = answer.read().decode(errors="replace")
                 raise WorkerError(f"{self.url}: refused a request (status {answer.status_code}): {_reason(text)}")
+            other = ""
             for line in answer.iter_lines():
-                if not line.startswith("data:") or line.endswith("[DONE]"):
-                    continue
-                self._take(found, json.loads(line[len("data:") :]), time.perf_counter() - start)
+                if not line.startswith("data:"):
+                    other = (other + line)[:2000]
+                elif not line.endswith("[DONE]"):
+                    self._take(found, json.loads(line[len("data:") :]), time.perf_counter() - start)
+            if not found.ended_s:
+                raise WorkerError(f"{self.url}: sent no answer (status 200): {_reason(other) or 'nothing at all'}")
         if not found.pieces:  # an end of sequence at once: that it is over is all that arrived
             found.pieces, found.tokens, found.times_s, found.is_reasoning = [""], [[]], [found.ended_s], [False]
         return found
 
     def _take(self, found: _Stream, chunk: dict[str, Any], moment: float) -> None:
-        if "error" in chunk:
-            raise WorkerError(f"{self.url}: broke off: {_reason(json.dumps(chunk))}")
-        found.ended_s = moment
-        found.usage = chunk.get("usage") or found.usage
-        for choice in chunk.get("choices") or []:
-            delta = choice.get("delta") or {}
-            found.finish_reason = choice.get("finish_reason") or found.finish_reason
-            thought = next((delta[key] for key in _REASONING if delta.get(key)), None)
-            text, tokens = thought or delta.get("content") or "", choice.get("token_ids") or []
-            if text or tokens:
-                found.pieces.append(text)
-                found.tokens.append(tokens)
-                found.times_s.append(moment)
-                found.is_reasoning.append(thought is not None)
+        try:
+            if chunk.get("error") or chunk.get("object") == "error":
+                raise WorkerError(f"{self.url}: broke off: {_reason(json.dumps(chunk))}")
+            found.ended_s = moment
+            usage = chunk.get("usage") or {}
+            counts = ("prompt_tokens", "completion_tokens")
+            found.usage |= {name: int(usage[name]) for name in counts if usage.get(name) is not None}
+            for choice in chunk.get("choices") or []:
+                found.add(choice, moment)
+        except (AttributeError, TypeError) as error:
+            raise WorkerError(f"{self.url}: sent what is no chunk of an answer: {str(chunk)[:200]}") from error
 
     @contextmanager
     def _said(self) -> Iterator[None]:
@@ -244,6 +270,8 @@ class EndpointEngine:
 
         try:
             yield
+        except httpx.InvalidURL as error:
+            raise InputError(f"{self.url}: not the address of an endpoint ({error})") from error
         except httpx.ConnectError as error:
             raise InputError(f"{self.url}: nothing answers there ({error}); is the server up?") from error
         except (httpx.HTTPError, ValueError) as error:
