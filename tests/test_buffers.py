@@ -147,6 +147,20 @@ def test_a_training_begins_with_the_positions_of_its_export(
 
 
 @nested_config_only
+def test_rollouts_that_round_at_every_step_are_said(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor, _ = load_model(base)
+    export = ExportCallback(tmp_path / "export", base=base, num_prompts=1)
+    trainer = grpo_trainer(model, tmp_path / "out", [], processing_class=processor)
+    trainer.args.use_transformers_continuous_batching, trainer.args.bf16 = True, True
+    with caplog.at_level(logging.WARNING):
+        export.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    assert "use_transformers_continuous_batching=False" in caplog.text
+    assert export.failures == []
+
+
+@nested_config_only
 def test_with_a_reference_model_the_rounding_is_said_and_left(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -91,6 +91,12 @@ class ExportCallback(GuardedCallback):
             self._restore_positions(kwargs["model"], args, state)
 
     def _restore_positions(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        if getattr(args, "use_transformers_continuous_batching", False) and args.bf16 and state.is_world_process_zero:
+            logger.warning(
+                "grpo_toolkit: rollouts by continuous batching cast the whole model to bfloat16 at every step, its "
+                "rotary positions too (TRL 1.16); the export will not have that rounding, and may be refused for it. "
+                "Roll out without: use_transformers_continuous_batching=False"
+            )
         # A reference model of its own was rounded as well, and is not to be had here: the two would drift apart.
         has_reference = bool(getattr(args, "beta", 0.0)) and not hasattr(model, "peft_config")
         names = list(right_buffers(model)) if has_reference else restore_buffers(model)
