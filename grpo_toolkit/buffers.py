@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 def rounded_buffers(model: torch.nn.Module) -> list[str]:
     """Names of the computed floating-point buffers that are in half precision."""
-    return sorted(name for name, buffer in _computed(base_model(model)).items() if _is_rounded(buffer))
+    import torch
+
+    halves = (torch.bfloat16, torch.float16)
+    return sorted(name for name, buffer in _computed(base_model(model)).items() if buffer.dtype in halves)
 
 
 def right_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -37,16 +40,19 @@ def right_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     import torch
 
     inner = base_model(model)
-    live = {name: buffer for name, buffer in _computed(inner).items() if _is_rounded(buffer) and not buffer.is_meta}
+    live = {name: inner.get_buffer(name) for name in rounded_buffers(model)}
+    live = {name: buffer for name, buffer in live.items() if not buffer.is_meta}
     if not live:
         return {}
     # In the buffers' dtype, not in the model's: training in half precision may keep its weights in float32.
     computed = _computed(_skeleton(inner, next(iter(live.values())).dtype))
-    found = {name: computed[name] for name in sorted(live) if name in computed}
     return {
         name: right
-        for name, right in found.items()
-        if right.dtype == torch.float32 and right.shape == live[name].shape and not right.is_meta
+        for name, buffer in live.items()
+        if (right := computed.get(name)) is not None
+        and right.dtype == torch.float32
+        and right.shape == buffer.shape
+        and not right.is_meta
     }
 
 
@@ -91,12 +97,6 @@ def _computed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name in module._non_persistent_buffers_set
         if module._buffers.get(name) is not None
     }
-
-
-def _is_rounded(buffer: torch.Tensor) -> bool:
-    import torch
-
-    return buffer.dtype in (torch.bfloat16, torch.float16)
 
 
 def _skeleton(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

@@ -35,6 +35,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from decode_steps import after_each_step  # noqa: E402
 from grpo_toolkit.inference import load_model, load_processor  # noqa: E402
 from grpo_toolkit.latency.arms import Arm, Engines  # noqa: E402
 from grpo_toolkit.latency.compare import compare_latency  # noqa: E402
@@ -49,7 +50,8 @@ from make_random_vlm import make_random_vlm  # noqa: E402
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from grpo_toolkit.latency.row import LatencyRow
+    from grpo_toolkit.latency.row import LatencyRow, Ratio
+    from grpo_toolkit.latency.workload import Traffic
 
 STATIC = {"cache_implementation": "static", "compiled": True}
 # What each part takes at the 3B shape on an H200, with room; the clock decides, not this table, where it is wrong.
@@ -264,31 +266,17 @@ class Bench:
         a = Arm(name="a", path=folder, options=how)
         again = replace(a, name="again", process=1)
         make = partial(made_up, load_processor(folder), prompt_tokens=prompt, image_tokens=image)
-        verdicts: list[str] = []
-        spans = []
+        ratios: list[Ratio] = []
         each = -(-given.aa_runs // given.aa_pairs)
         for first in range(0, given.aa_runs, each):
             with Engines() as engines:
                 for run in range(first, min(first + each, given.aa_runs)):
                     if self.left() < 15:
                         break
-                    found = compare_latency(
-                        [a, again],
-                        make(max_new_tokens=given.aa_tokens, seed=run),
-                        rounds=given.aa_rounds,
-                        precision=0.01,
-                        budget_s=max(0.0, self.left() - 20) / (given.aa_runs - run),
-                        control=False,
-                        engines=engines,
-                    )
-                    append_rows(given.output / FILE_NAME, found.rows)
-                    ratio = found.ratio("again")
-                    verdicts.append(ratio.verdict)
-                    spans.append((round(ratio.low, 4), round(ratio.median, 4), round(ratio.high, 4)))
-                    self.say(
-                        f"  A/A run {run}: {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) {ratio.verdict}, "
-                        f"{ratio.pairs} rounds"
-                    )
+                    traffic = make(max_new_tokens=given.aa_tokens, seed=run)
+                    ratios.append(self._aa_run(run, [a, again], traffic, engines))
+        verdicts = [ratio.verdict for ratio in ratios]
+        spans = [(round(ratio.low, 4), round(ratio.median, 4), round(ratio.high, 4)) for ratio in ratios]
         same = verdicts.count("same")
         self.note(
             "A/A",
@@ -297,6 +285,24 @@ class Bench:
             promise=">= 19 of 20",
             kept=same >= 0.95 * len(verdicts),
         )
+
+    def _aa_run(self, run: int, arms: list[Arm], traffic: Traffic, engines: Engines) -> Ratio:
+        found = compare_latency(
+            arms,
+            traffic,
+            rounds=self.options.aa_rounds,
+            precision=0.01,
+            budget_s=max(0.0, self.left() - 20) / (self.options.aa_runs - run),
+            control=False,
+            engines=engines,
+        )
+        append_rows(self.options.output / FILE_NAME, found.rows)
+        ratio = found.ratio("again")
+        self.say(
+            f"  A/A run {run}: {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) {ratio.verdict}, "
+            f"{ratio.pairs} rounds"
+        )
+        return ratio
 
     def park(self) -> None:
         import torch
@@ -372,26 +378,21 @@ class EventClock:
         self.marks: list[Any] = []
 
     def __enter__(self) -> EventClock:
-        import torch
-        from transformers import StoppingCriteria, StoppingCriteriaList
-
-        marks, on_gpu = self.marks, self.model.device.type == "cuda"
-
-        class Recorder(StoppingCriteria):  # type: ignore[misc]
-            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                if on_gpu:
-                    marks.append(torch.cuda.Event(enable_timing=True))
-                    marks[-1].record()
-                else:
-                    marks.append(time.perf_counter())
-                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-        original = self.model.generate
-        self.model.generate = lambda **kwargs: original(**kwargs, stopping_criteria=StoppingCriteriaList([Recorder()]))
+        self._watching = after_each_step(self.model, self._mark)
+        self._watching.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        del self.model.generate  # the class's own shows again
+    def __exit__(self, *error: Any) -> None:
+        self._watching.__exit__(*error)
+
+    def _mark(self) -> None:
+        import torch
+
+        if self.model.device.type != "cuda":
+            self.marks.append(time.perf_counter())
+            return
+        self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks[-1].record()
 
     def tpot_s(self) -> float:
         if self.model.device.type != "cuda":

@@ -132,8 +132,6 @@ def run_arm(
     if (run / "summary.json").is_file():
         row |= json.loads((run / "summary.json").read_text())
         shutil.copy(run / "summary.json", output / f"{name}.summary.json")
-    if (run / "export").is_dir():
-        row["tensors_of_the_base"] = layout(run / "export") == layout(base)
     for kept in (run / "export" / "grpo_toolkit.json", run / "latency" / "latency.jsonl"):
         if kept.is_file():
             shutil.copy(kept, output / f"{name}.{kept.name}")
@@ -142,13 +140,6 @@ def run_arm(
     print(line(row), flush=True)
     shutil.rmtree(run, ignore_errors=True)  # a full fine-tune with its export is 50 GB
     return row
-
-
-def layout(folder: Path) -> dict[str, Any]:
-    """Every tensor's dtype and shape: what an export has in common with every other, however it was trained."""
-    from grpo_toolkit.checkpoint import open_checkpoint
-
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in open_checkpoint(folder).tensors().items()}
 
 
 def recipe_command(arm: Arm, base: Path, dataset: Path, run: Path, options: argparse.Namespace) -> list[str]:
@@ -218,7 +209,6 @@ def line(row: dict[str, Any]) -> str:
     if peak is not None:
         memory = f" {peak:6.1f} GiB {estimated:6.1f} GiB {estimated / peak - 1:+6.0%}"
     note = f"; {row['resumed'][0].rsplit('/', 1)[-1]}" if row.get("resumed") else ""
-    note += "" if row.get("tensors_of_the_base", True) else "; OTHER TENSORS than the base"
     return f"{row['arm']:>10} {step or 0:7.1f} s{memory} {row['verified']!s:>9}  {tpot:<40} {row['total_s']} s{note}"
 
 

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from decode_steps import after_each_step  # noqa: E402
 from grpo_toolkit.inference import Request, load_model, load_processor  # noqa: E402
 from grpo_toolkit.latency.engines.local import LocalEngine  # noqa: E402
 from grpo_toolkit.latency.engines.protocol import Options  # noqa: E402
@@ -65,28 +66,20 @@ class Window:
         self.profiler = torch.profiler.profile(activities=[activity.CUDA if device != "cpu" else activity.CPU])
 
     def __enter__(self) -> Window:
-        import torch
-        from transformers import StoppingCriteria, StoppingCriteriaList
-
-        window = self
-
-        class Steps(StoppingCriteria):  # type: ignore[misc]
-            count = 0
-
-            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                self.count += 1
-                if self.count == SKIPPED:
-                    window.begin()
-                elif self.count == SKIPPED + PROFILED:
-                    window.end()
-                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-        original = self.model.generate
-        self.model.generate = lambda **kwargs: original(**kwargs, stopping_criteria=StoppingCriteriaList([Steps()]))
+        self._steps = 0
+        self._watching = after_each_step(self.model, self._step)
+        self._watching.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        del self.model.generate  # the class's own shows again
+    def __exit__(self, *error: Any) -> None:
+        self._watching.__exit__(*error)
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._steps == SKIPPED:
+            self.begin()
+        elif self._steps == SKIPPED + PROFILED:
+            self.end()
 
     def begin(self) -> None:
         self._wait()

