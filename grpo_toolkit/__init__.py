@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grpo_toolkit.ahead import DecodeAhead
     from grpo_toolkit.cache import inference_ready
     from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
@@ -50,6 +51,7 @@ _MODULES = {
     "Arm": "latency.arms",
     "CheckpointError": "errors",
     "Comparison": "latency.compare",
+    "DecodeAhead": "ahead",
     "Diagnosis": "doctor.findings",
     "ExplanationRow": "latency.row",
     "ExportCallback": "callbacks",
@@ -93,6 +95,7 @@ __all__ = [
     "Arm",
     "CheckpointError",
     "Comparison",
+    "DecodeAhead",
     "Diagnosis",
     "ExplanationRow",
     "ExportCallback",

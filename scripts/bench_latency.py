@@ -6,8 +6,8 @@
 Builds a model of random weights at a published shape, and measures, at batch 1:
 
     aa           an arm against itself in two processes, twenty times: how often "the same". On the tiny shape, or on
-                 --shape with --aa-at-shape; decoding as it is, or with --aa-compiled
-    events       the harness's TPOT against CUDA events recorded in the same run, default and static + compile
+                 --shape with --aa-at-shape; decoding as it is, or with another --aa-cache
+    events       the harness's TPOT against CUDA events recorded in the same run: default, static + compile, ahead
     comparison   base, a copy of it (as an export is) and static + compile taking turns, with roofline
     park         a trainer's model and optimizer moved off the GPU and back, bit for bit
     lengths      new against repeated lengths of the KV cache, with cuDNN's attention and without
@@ -43,7 +43,7 @@ from grpo_toolkit.latency.engines.local import LocalEngine  # noqa: E402
 from grpo_toolkit.latency.engines.protocol import Options  # noqa: E402
 from grpo_toolkit.latency.environment import environment_of  # noqa: E402
 from grpo_toolkit.latency.store import FILE_NAME, append_rows  # noqa: E402
-from grpo_toolkit.latency.sweep import sweep_workload  # noqa: E402
+from grpo_toolkit.latency.sweep import CACHES, sweep_workload  # noqa: E402
 from grpo_toolkit.latency.workload import made_up  # noqa: E402
 from make_random_vlm import make_random_vlm  # noqa: E402
 
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.row import LatencyRow, Ratio
     from grpo_toolkit.latency.workload import Traffic
 
-STATIC = {"cache_implementation": "static", "compiled": True}
 # What each part takes at the 3B shape on an H200, with room; the clock decides, not this table, where it is wrong.
 NEEDS_S = {"comparison": 200.0, "events": 140.0, "aa": 60.0, "park": 15.0, "lengths": 75.0}
 
@@ -86,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--aa-tokens", type=int, default=32)
     parser.add_argument("--aa-pairs", type=int, default=1, help="pairs of processes that share the runs")
     parser.add_argument("--aa-at-shape", action="store_true", help="--shape and its prompt instead of the tiny shape")
-    parser.add_argument("--aa-compiled", action="store_true", help="static cache and compiled step")
+    parser.add_argument("--aa-cache", choices=list(CACHES), default="dynamic", help="how both decode")
     parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
     return parser.parse_args()
 
@@ -153,7 +152,12 @@ class Bench:
         arms = [
             Arm(name="base", path=self.base, options=plain),
             Arm(name="export", path=self.copy, options=plain),
-            Arm(name="export_static_compile", path=self.copy, options=replace(plain, **STATIC), process=1),
+            Arm(
+                name="export_static_compile",
+                path=self.copy,
+                options=replace(plain, **CACHES["static+compile"]),
+                process=1,
+            ),
         ]
         traffic = made_up(
             load_processor(self.base),
@@ -233,7 +237,11 @@ class Bench:
             max_new_tokens=self.options.new_tokens,
         )
         plain = Options(device=self.options.device)
-        plans = {"default": (plain, 2, 1), "static + compile": (replace(plain, **STATIC), 5, 3)}
+        plans = {
+            "default": (plain, 2, 1),
+            "static + compile": (replace(plain, **CACHES["static+compile"]), 5, 3),
+            "ahead": (replace(plain, **CACHES["static+compile+ahead"]), 5, 2),
+        }
         for name, (chosen, runs, warmup) in plans.items():
             for turn in range(-warmup, 0):
                 engine.ask(traffic.batch(turn), chosen)
@@ -259,7 +267,7 @@ class Bench:
 
     def aa(self) -> None:
         given = self.options
-        how = replace(Options(device=given.device), **(STATIC if given.aa_compiled else {}))
+        how = replace(Options(device=given.device), **CACHES[given.aa_cache])
         folder, prompt, image = self.tiny, 128, 16
         if given.aa_at_shape:
             folder, prompt, image = self.base, given.prompt_tokens, given.image_tokens

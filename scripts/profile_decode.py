@@ -35,6 +35,7 @@ STATIC = {"cache_implementation": "static", "compiled": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "compiled": STATIC,
+    "compiled, ahead": STATIC | {"ahead": True},
     "compiled, SDPA math": STATIC | {"sdpa_backend": "math"},
     "compiled, SDPA efficient": STATIC | {"sdpa_backend": "efficient"},
     "compiled, eager attention": STATIC | {"attn_implementation": "eager"},

@@ -20,7 +20,7 @@ from grpo_toolkit.latency.gate import Gate, Missed, gate_of, missed_by
 from grpo_toolkit.latency.pool import Pool, Source
 from grpo_toolkit.latency.row import LatencyRow, Proof, Ratio, Settings, Workload
 from grpo_toolkit.latency.store import read_rows
-from grpo_toolkit.latency.tune import _Bench, _Limits, tune_latency
+from grpo_toolkit.latency.tune import _ahead, _Bench, _Limits, tune_latency
 from grpo_toolkit.latency.tune_command import report_missed
 from grpo_toolkit.latency.tuned import Trial, Tuning, keys_for_files
 from grpo_toolkit.tracking.console import say, show
@@ -64,15 +64,17 @@ def test_batches_grow_within_the_limits(tuning: Tuning) -> None:
     assert sizes  # how far it pays is up to the clock
 
 
-def test_the_printed_code_runs(tuning: Tuning, llama: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_printed_code_runs(tuning: Tuning, llama: Path, ahead: bool) -> None:
     from grpo_toolkit.inference import load_processor
 
     inputs = load_processor(llama)("a text", return_tensors="pt")
     scope: dict[str, Any] = {"inputs": inputs}
-    compiled = Options(cache_implementation="static", compiled=False, sdpa_backend="math")
-    best = replace(tuning.best, options=compiled)
+    options = Options(cache_implementation="static", compiled=False, sdpa_backend="math", ahead=ahead)
+    best = replace(tuning.best, options=options)
     exec(replace(tuning, best=best).code(), scope)
     assert scope["model"].config.model_type == "llama"
+    assert ("ahead" in scope) is ahead
 
 
 def tuned(options: Options, **changes: Any) -> Tuning:
@@ -103,6 +105,21 @@ def test_a_setting_as_code_as_keys_and_as_serving_commands() -> None:
         "transformers serve out/export --dtype bfloat16 --compile",
         "vllm serve out/export --dtype bfloat16 --max-num-seqs 8",
     ]
+
+
+def test_decoding_ahead_is_tried_on_a_gpu_where_a_step_is_compiled_and_is_code_alone() -> None:
+    late = replace(STATIC, ahead=True)
+    assert _ahead(STATIC) == [("decoding ahead", late)]
+    assert _ahead(Options(device="cuda")) == _ahead(replace(STATIC, device="cpu")) == []
+    found = tuned(replace(late, compile_mode=None, sdpa_backend=None))
+    assert found.code().splitlines()[-3:] == [
+        "compile_config = CompileConfig()",
+        "ahead = DecodeAhead(model)  # one for all requests: it keeps the cache",
+        'ahead.generate(**inputs, do_sample=False, cache_implementation="static", compile_config=compile_config)',
+    ]
+    keys, left_out = keys_for_files(found, {"model_type": "qwen2_5_vl", "transformers_version": "5.2.0"})
+    assert keys == {"cache_implementation": "static"}
+    assert left_out == ["decoding ahead is code, and no key of generation_config.json: grpo_toolkit.DecodeAhead"]
 
 
 def test_a_compiled_step_on_a_cpu_is_for_code_alone() -> None:

@@ -50,12 +50,13 @@ class Arm:
         """Arms with the same key share an engine.
 
         Compiled steps with different SDPA kernels share no process: taking turns there, each would be compiled anew at
-        every turn (see `LocalEngine`). A live model is where it is.
+        every turn (see `LocalEngine`). Nor does one that keeps its cache, which is in the memory of all that do. A
+        live model is where it is.
         """
         if self.live is not None:
             return (id(self.live[0]), self.process, self.options.load_key)
         kernels = self.options.sdpa_backend if self.options.is_compiled else None
-        return (self.path, self.url, self.process, self.options.load_key, kernels)
+        return (self.path, self.url, self.process, self.options.load_key, kernels, self.options.ahead)
 
     @property
     def warm_key(self) -> tuple[object, ...]:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=float, metavar="SECONDS", help="per workload, warm-up included; 6 rounds are made anyway")
     add("--no-control", action="store_true", help="leave out the first model against itself (A/A)")
     add("--no-cache", action="store_true", help="also time every model with its KV cache off")
-    add("--cache", type=_words, metavar="KIND,...", help="dynamic, static, static+compile")
+    add("--cache", type=_words, metavar="KIND,...", help="dynamic, static, static+compile, static+compile+ahead")
     add("--attn", type=_words, metavar="NAME,...", help="attention implementations: sdpa, eager, ...")
     add("--sdpa", type=_words, metavar="NAME,...", help="SDPA kernels: flash, efficient, math, cudnn, no_cudnn")
     add("--dtype", help="of the weights (default: that of the files)")

@@ -36,8 +36,9 @@ class Summary:
 class Settings:
     """How the arm ran. None (of `use_cache`, `cache_implementation`, ...): as its files or the library say.
 
-    `eos_token_ids`, `min_pixels`, `max_pixels` overrule the folder's; `training`: train mode and gradient
-    checkpointing left on, as after `train()`; `sample`: as the generation config says, instead of greedily.
+    `ahead`: with `DecodeAhead`; `eos_token_ids`, `min_pixels`, `max_pixels` overrule the folder's; `training`: train
+    mode and gradient checkpointing left on, as after `train()`; `sample`: as the generation config says, instead of
+    greedily.
     """
 
     engine: Literal["transformers", "openai"] = "transformers"
@@ -48,6 +49,7 @@ class Settings:
     attn_implementation: str | None = None
     sdpa_backend: str | None = None
     compiled: bool = False
+    ahead: bool = False
     device_map: str | None = None
     eos_token_ids: list[int] | None = None
     min_pixels: int | None = None

@@ -70,6 +70,7 @@ def _settings(arm: Arm, facts: EngineFacts) -> Settings:
         attn_implementation=facts.attn_implementation or options.attn_implementation,
         sdpa_backend=options.sdpa_backend,
         compiled=options.is_compiled,
+        ahead=options.ahead,
         device_map=options.device_map,
         eos_token_ids=None if options.eos_token_ids is None else list(options.eos_token_ids),
         min_pixels=options.min_pixels,

@@ -31,6 +31,7 @@ CACHES: Final[dict[str, dict[str, Any]]] = {
     "dynamic": {"cache_implementation": "dynamic", "compiled": False},
     "static": {"cache_implementation": "static", "compiled": False},
     "static+compile": {"cache_implementation": "static", "compiled": True},
+    "static+compile+ahead": {"cache_implementation": "static", "compiled": True, "ahead": True},
 }
 """The values of the setting `cache`, as options."""
 

@@ -1,10 +1,10 @@
 """The fastest setting that says the same: caches, compilation, attention, SDPA kernels, batch size.
 
-A coordinate at a time: first the cache and whether (and how) decoding is compiled, then attention and kernels on top
-of the best of these, then the batch size as far as the limits go. A setting counts only if it gives the default's
-greedy tokens, or differs from them where the default's two best logits are within rounding (`verify.TIE_MARGINS`, or
-twice what the default differs from itself). Compiled settings are tried one after the other, since two modes on one
-model would be compiled anew at every turn; the best then takes turns with the default.
+A coordinate at a time: first the cache and whether (and how) decoding is compiled, then `DecodeAhead`, attention and
+kernels on top of the best of these, then the batch size as far as the limits go. A setting counts only if it gives the
+default's greedy tokens, or differs from them where the default's two best logits are within rounding
+(`verify.TIE_MARGINS`, or twice what the default differs from itself). Compiled settings are tried one after the other,
+since two modes on one model would be compiled anew at every turn; the best then takes turns with the default.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.ahead import DEVICES
 from grpo_toolkit.checks import TIE_MARGINS, first_difference, rival_gap
 from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
 from grpo_toolkit.latency.engines.protocol import Options
@@ -90,7 +91,7 @@ def tune_latency(
         if compile_modes is None:
             compile_modes = COMPILE_MODES[device.startswith("cuda")]
         bench.learn(usual)
-        for candidates in (_caches(usual, compile_modes), _attentions, _kernels):
+        for candidates in (_caches(usual, compile_modes), _ahead, _attentions, _kernels):
             best = bench.best.options
             bench.try_all(candidates(best) if callable(candidates) else candidates)
         bench.grow()
@@ -115,6 +116,13 @@ def _caches(usual: Options, modes: Sequence[str | None]) -> list[tuple[str, Opti
         compiled = replace(usual, cache_implementation="static", compiled=True, compile_mode=mode)
         found.append((f"static cache, compiled{'' if mode is None else f' ({mode})'}", compiled))
     return found
+
+
+def _ahead(best: Options) -> list[tuple[str, Options]]:
+    """Of an eager step Python takes longer than the GPU, and nothing is gained."""
+    return (
+        [("decoding ahead", replace(best, ahead=True))] if best.is_compiled and best.device.startswith(DEVICES) else []
+    )
 
 
 def _attentions(best: Options) -> list[tuple[str, Options]]:

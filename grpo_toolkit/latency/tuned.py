@@ -117,8 +117,11 @@ class Tuning:
             lines.append(f"compile_config = CompileConfig({config})")
             if not self._compiles_by_itself:
                 lines.append("compile_config._compile_all_devices = True  # generate compiles on accelerators alone")
+        if options.ahead:
+            imports.append("from grpo_toolkit import DecodeAhead")
+            lines.append("ahead = DecodeAhead(model)  # one for all requests: it keeps the cache")
         lines = [*imports, "", *lines]
-        call = f"model.generate({', '.join(running)})"
+        call = f"{'ahead' if options.ahead else 'model'}.generate({', '.join(running)})"
         if options.sdpa_backend is None:
             return "\n".join([*lines, call])
         lines[0:0] = ["from torch.nn.attention import SDPBackend, sdpa_kernel"]
@@ -182,16 +185,18 @@ def keys_for_files(tuning: Tuning, config: Mapping[str, Any]) -> tuple[dict[str,
     """
     from packaging.version import InvalidVersion, Version
 
-    keys = tuning.generation_keys()
+    keys, left_out = tuning.generation_keys(), []
+    if tuning.best.options.ahead:
+        left_out.append("decoding ahead is code, and no key of generation_config.json: grpo_toolkit.DecodeAhead")
     since = STATIC_SINCE.get(str(config.get("model_type")), _LATE)
     try:
         written = Version(str(config.get("transformers_version")))
     except InvalidVersion:
         written = Version(OLDEST)
-    if "static" not in str(keys.get("cache_implementation")) or max(written, Version(OLDEST)) >= Version(since):
-        return keys, []
-    left = keys.pop("cache_implementation")
-    return keys, [
-        f'cache_implementation="{left}" is left out of generation_config.json: this base loads in transformers '
-        f"{max(written, Version(OLDEST))}, whose generate refuses it ({since} takes it); pass it to generate"
-    ]
+    if "static" in str(keys.get("cache_implementation")) and max(written, Version(OLDEST)) < Version(since):
+        left = keys.pop("cache_implementation")
+        left_out.append(
+            f'cache_implementation="{left}" is left out of generation_config.json: this base loads in transformers '
+            f"{max(written, Version(OLDEST))}, whose generate refuses it ({since} takes it); pass it to generate"
+        )
+    return keys, left_out

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from grpo_toolkit.ahead import DecodeAhead
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.inference import GREEDY, resident_peak, rivals
@@ -47,6 +48,7 @@ class LocalEngine:
         self.processor = processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._compiled_for: set[str | None] = set()
+        self._ahead = DecodeAhead(model)
 
     def facts(self) -> EngineFacts:
         """Dtype, sizes, attention and the environment of this process."""
@@ -77,7 +79,8 @@ class LocalEngine:
             inputs = inputs_for(self.model, inputs)
             synchronize(device)
             transferred_s = clock.now()
-            output = cast("Any", self.model).generate(**inputs, **_settings(cap, options), streamer=clock)
+            decoder: Any = self._ahead if options.ahead else self.model
+            output = decoder.generate(**inputs, **_settings(cap, options), streamer=clock)
             prompt = int(inputs["input_ids"].shape[1])
             texts = self._tokenizer.batch_decode(output[:, prompt:], skip_special_tokens=True)
             end_s = clock.now()

@@ -30,6 +30,7 @@ class Options:
         cache_implementation: "dynamic", "static", ...
         compiled: with a static cache, whether decoding is compiled; the library does it on GPUs and not on CPUs.
         compile_mode: torch.compile's, of a compiled step; None is transformers' own ("reduce-overhead").
+        ahead: decode with `DecodeAhead`, which checks stops a step late and keeps its static cache.
         sdpa_backend: which kernel SDPA may use; "no_cudnn" allows all but that one.
         eos_token_ids: end a natural answer at these.
         training: train mode with gradient checkpointing on, as a trainer leaves its model.
@@ -47,6 +48,7 @@ class Options:
     cache_implementation: str | None = None
     compiled: bool | None = None
     compile_mode: str | None = None
+    ahead: bool = False
     sdpa_backend: SdpaBackend | None = None
     eos_token_ids: tuple[int, ...] | None = None
     training: bool = False
