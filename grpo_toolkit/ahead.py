@@ -41,10 +41,14 @@ class DecodeAhead:
 
     Args:
         model: a model with `generate`, or an adapter on one.
+        max_cache_len: length of the static cache in tokens, prompt and answer together, for requests of any length up
+            to it: a compiled step is then compiled once, and not again for the second length, with a CUDA graph for
+            each. Every step's attention runs over all of it. None makes it as long as the longest request so far.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, max_cache_len: int | None = None) -> None:
         self.model = model
+        self.max_cache_len = max_cache_len
         self._cache: Any = None
         self._made_for: tuple[dict[str, Any], int] = ({}, 0)
 
@@ -68,17 +72,17 @@ class DecodeAhead:
 
     def _kept(self, make: Any, *args: Any, **kwargs: Any) -> Any:
         """The cache of the last request, emptied, if it serves; else a new one."""
-        wanted = dict(inspect.signature(make).bind(*args, **kwargs).arguments)
-        length = wanted.pop("max_cache_len")
-        del wanted["model_kwargs"]
+        bound = inspect.signature(make).bind(*args, **kwargs)
+        length = bound.arguments["max_cache_len"] = max(bound.arguments["max_cache_len"], self.max_cache_len or 0)
         inner = base_model(self.model)
-        wanted |= {"device": inner.device, "dtype": inner.dtype}
+        wanted = {**bound.arguments, "device": inner.device, "dtype": inner.dtype}
+        del wanted["max_cache_len"], wanted["model_kwargs"]
         made_for, held = self._made_for
         if wanted == made_for and length <= held and _can_be_emptied(self._cache):
             self._cache.reset()
             return self._cache
         self._cache = None  # freed before another one is made
-        self._cache, self._made_for = make(*args, **kwargs), (wanted, length)
+        self._cache, self._made_for = make(*bound.args, **bound.kwargs), (wanted, length)
         return self._cache
 
 

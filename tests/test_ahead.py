@@ -261,3 +261,26 @@ def test_a_compiled_step_is_compiled_once_for_many_requests(qwen: Path) -> None:
     tokens += [engine.ask(traffic.batch(turn), options).tokens for turn in range(2, 4)]
     assert counters["stats"]["unique_graphs"] == graphs
     assert tokens == [engine.ask(traffic.batch(turn), Options()).tokens for turn in range(4)]
+
+
+@makes_caches
+@pytest.mark.slow
+def test_one_length_of_the_cache_is_compiled_once_for_all_lengths(llama: Any) -> None:
+    from torch._dynamo.utils import counters
+    from transformers.generation.configuration_utils import CompileConfig
+
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+
+    def compilations(generate: Any) -> list[int]:
+        torch.compiler.reset()
+        llama._previous_max_cache_length = -1
+        found = []
+        for length in (7, 9, 12):
+            before = counters["stats"]["unique_graphs"]
+            generate(prompt(length, length=length), **STATIC, max_new_tokens=3, compile_config=config)
+            found.append(counters["stats"]["unique_graphs"] - before)
+        return found
+
+    assert compilations(llama.generate) == [1, 1, 0]  # the fault: a length of its own, then any length
+    assert compilations(DecodeAhead(llama, max_cache_len=32).generate) == [1, 0, 0]

@@ -227,7 +227,8 @@ CAUSES: Final = (
         options=lambda options, base: replace(
             options, cache_implementation=base.cache_implementation, compiled=base.options.compiled
         ),
-        cure="a static cache pays where lengths repeat: give all requests one max_cache_len, or use the dynamic cache",
+        cure="a static cache pays where lengths repeat: DecodeAhead(model, max_cache_len=N) gives all requests one, "
+        "or use the dynamic cache",
         command='model.generate(..., cache_implementation="dynamic")',
     ),
     Cause(
