@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, StaticCache
 from transformers.generation import utils
@@ -114,8 +116,10 @@ def test_the_end_is_all_that_generate_waits_for_at_a_token(qwen: Path) -> None:
             model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **settings)
         return mode.count
 
-    for cache in ({}, {"cache_implementation": "static"}):
-        assert reads(12, **cache) - reads(6, **cache) == 6
+    static = {"cache_implementation": "static"}
+    assert reads(12, **static) - reads(6, **static) == 6
+    masks_read_too = Version(transformers.__version__) < Version("5.18")  # 5.17, with a dynamic cache; 5.23 not
+    assert reads(12) - reads(6) == (12 if masks_read_too else 6)
 
 
 @defers
@@ -319,8 +323,6 @@ def test_other_ways_of_decoding_say_the_same(llama: Any, settings: dict[str, Any
 
 def _made(architecture: str) -> Any:
     """A tiny model whose static cache is not a row of equal layers that one method makes."""
-    import transformers
-
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
     linear = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
