@@ -9,10 +9,10 @@ recorded for the addresses of one cache, and for those of the next again.
 
 from __future__ import annotations
 
-import inspect
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.cache import base_model
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 DEVICES: Final = ("cuda",)
 """Where it is worth while: a CPU has done what it was told before it is asked."""
 
+_MAKE: Final = "_prepare_static_cache"  # of transformers 5; 4.x keeps its cache by itself
+_KEPT: Final = ("keys", "values", "cumulative_length")  # what a static layer marks as having a fixed address
+
 _defers: ContextVar[bool] = ContextVar("grpo_toolkit_defers", default=False)
 
 
@@ -34,66 +37,93 @@ class DecodeAhead:
         ahead = DecodeAhead(model)
         ahead.generate(**inputs, do_sample=False, cache_implementation="static")
 
-    The tokens are those of `model.generate`. One forward more runs after an end of sequence, and a streamer is handed
-    a token while the next one is being computed. The static cache is kept from request to request while the batch size
-    is the same and the answer fits; one that is returned (`return_dict_in_generate`) is overwritten by the next
-    request. One request at a time: threads need a model each. On a CPU stops are checked as ever.
+    The tokens are those of `model.generate`. One forward more runs after an end of sequence, which a logits processor
+    sees too, and a streamer is handed a token while the next one is being computed. Stops are checked as ever without
+    a KV cache, where the cache is returned, and on devices other than the current GPU.
+
+    The memory of a static cache is kept for the next request, which gets it if it needs the same shapes in the same
+    dtype. Not kept: a cache that is returned (`return_dict_in_generate`), which is the caller's, one that is offloaded
+    or was filled in chunks, that of an encoder-decoder or of linear attention, that of a request that failed, and of
+    a request that is made while another one runs.
 
     Args:
         model: a model with `generate`, or an adapter on one.
         max_cache_len: length of the static cache in tokens, prompt and answer together, for requests of any length up
             to it: a compiled step is then compiled once, and not again for the second length, with a CUDA graph for
-            each. Every step's attention runs over all of it. None makes it as long as the longest request so far.
+            each. Every step's attention runs over all of it, in later requests to the model itself, too. None makes it
+            as long as the longest request so far, as transformers does.
     """
 
     def __init__(self, model: Any, *, max_cache_len: int | None = None) -> None:
         self.model = model
         self.max_cache_len = max_cache_len
-        self._cache: Any = None
-        self._made_for: tuple[dict[str, Any], int] = ({}, 0)
+        self._layers: list[Any] = []
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `model.generate`."""
-        with deferred_stops(), self._keeping():
-            return self.model.generate(*args, **kwargs)
+        with deferred_stops(), self._lending() as made:
+            output = self.model.generate(*args, **kwargs)
+        for cache, layers in made:
+            if getattr(output, "past_key_values", None) is not cache:
+                self._layers = layers
+        return output
 
     @contextmanager
-    def _keeping(self) -> Iterator[None]:
+    def _lending(self) -> Iterator[list[tuple[Any, list[Any]]]]:
+        """The first cache that `generate` makes gets the last request's memory; it is yielded, with its layers."""
         inner: Any = base_model(self.model)
-        make = getattr(inner, "_prepare_static_cache", None)  # transformers 5; 4.x keeps its cache by itself
-        if make is None:
-            yield
+        made: list[tuple[Any, list[Any]]] = []
+        if not hasattr(inner, _MAKE) or _MAKE in vars(inner):  # in vars: by a request around this one
+            yield made
             return
-        inner._prepare_static_cache = partial(self._kept, make)
+        make, thread = getattr(inner, _MAKE), get_ident()
+
+        def lend(*args: Any, **kwargs: Any) -> Any:
+            if self.max_cache_len is not None and "max_cache_len" in kwargs:
+                kwargs["max_cache_len"] = max(kwargs["max_cache_len"], self.max_cache_len)
+            cache = make(*args, **kwargs)
+            if not made and get_ident() == thread:
+                layers, before, self._layers = _lasting(cache), self._layers, []
+                made.append((cache, layers))
+                for layer, old in zip(layers, before, strict=False):
+                    layer.lazy_initialization = partial(_initialize, layer, old)
+            return cache
+
+        setattr(inner, _MAKE, lend)
         try:
-            yield
+            yield made
         finally:
-            del inner._prepare_static_cache  # the class's own shows again
-
-    def _kept(self, make: Any, *args: Any, **kwargs: Any) -> Any:
-        """The cache of the last request, emptied, if it serves; else a new one."""
-        bound = inspect.signature(make).bind(*args, **kwargs)
-        length = bound.arguments["max_cache_len"] = max(bound.arguments["max_cache_len"], self.max_cache_len or 0)
-        inner = base_model(self.model)
-        wanted = {**bound.arguments, "device": inner.device, "dtype": inner.dtype}
-        del wanted["max_cache_len"], wanted["model_kwargs"]
-        made_for, held = self._made_for
-        if wanted == made_for and length <= held and _can_be_emptied(self._cache):
-            self._cache.reset()
-            return self._cache
-        self._cache = None  # freed before another one is made
-        self._cache, self._made_for = make(*bound.args, **bound.kwargs), (wanted, length)
-        return self._cache
+            vars(inner).pop(_MAKE, None)  # the class's own shows again
+            for layer in (layer for _, layers in made for layer in layers):
+                vars(layer).pop("lazy_initialization", None)  # of a prefill that failed: it would hold the old layer
 
 
-def _can_be_emptied(cache: Any) -> bool:
-    """Not one that no prefill has filled yet, nor one that lives in inference mode alone."""
+def _lasting(cache: Any) -> list[Any]:
+    """Its layers whose tensors stay where they are, and which the prefill will make."""
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    layers = [] if getattr(cache, "offloading", False) else getattr(cache, "layers", [])
+    kinds = (StaticLayer, StaticSlidingWindowLayer)
+    return [layer for layer in layers if type(layer) in kinds and not layer.is_initialized]
+
+
+def _initialize(layer: Any, old: Any, *states: Any) -> None:
+    """What the prefill does with an empty layer; then the old layer's tensors instead of equal new ones."""
     import torch
 
-    layers = getattr(cache, "layers", None)
-    if not layers or not cache.is_initialized:
-        return False
-    return torch.is_inference_mode_enabled() or not any(layer.keys.is_inference() for layer in layers)
+    del layer.lazy_initialization  # as above
+    layer.lazy_initialization(*states)
+    if torch.compiler.is_compiling():
+        return
+    for name in _KEPT:
+        new, kept = getattr(layer, name, None), getattr(old, name, None)
+        if new is not None and kept is not None and _kind(new) == _kind(kept):
+            setattr(layer, name, kept.zero_())
+            torch._dynamo.mark_static_address(kept)  # beam search leaves tensors that are not marked
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.is_inference()
 
 
 @contextmanager
@@ -116,12 +146,22 @@ def _install() -> None:
         return
     library = check.is_supported
 
-    def is_supported(device: torch.device, *args: Any, **kwargs: Any) -> bool:
+    def is_supported(device: torch.device, cache: Any, *args: Any, **kwargs: Any) -> bool:
         import torch
 
-        if _defers.get() and device.type in DEVICES:
+        if _defers.get() and cache is not None and device.type in DEVICES and _is_current(device):
             device = torch.device("mps")  # the one device for which the library considers it
-        return bool(library(device, *args, **kwargs))
+        return bool(library(device, cache, *args, **kwargs))
 
     is_supported.by_grpo_toolkit = True  # type: ignore[attr-defined]
     check.is_supported = staticmethod(is_supported)
+
+
+def _is_current(device: torch.device) -> bool:
+    """Whether the library waits for this device: `torch.Event` of any is recorded on the current one's stream.
+
+    https://github.com/pytorch/pytorch/blob/main/torch/csrc/Event.cpp (THPEvent_record)
+    """
+    import torch
+
+    return device.index is None or device.index == torch.cuda.current_device()

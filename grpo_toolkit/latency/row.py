@@ -83,7 +83,8 @@ class Phases:
     """Where a request's time went, in seconds. They add up to E2E: `prefill_s` ends with the first token.
 
     `vision_s` is the vision tower's, all its runs together; what ran before the first token is taken out of
-    `prefill_s`, what ran after it (a lost cache) out of `decode_s`.
+    `prefill_s`, what ran after it (a lost cache) out of `decode_s`. With `ahead`, `detokenize_s` has the forward that
+    runs after an end of sequence in it.
     """
 
     tokenize_s: Summary | None = None
