@@ -12,7 +12,10 @@ import importlib.machinery
 import os
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 FLAGS = (
@@ -44,7 +47,20 @@ def without_kernels() -> None:
     torch.ops.sgl_kernel = Absent("torch.ops.sgl_kernel")  # type: ignore[assignment]
 
 
+def without_pinned_memory() -> None:
+    """LoRA asks for it whatever the device; without a GPU there is none."""
+    import torch
+
+    def unpinned(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)
+
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda self: self  # type: ignore[assignment,misc]
+
+
 without_kernels()
+without_pinned_memory()
 
 if __name__ == "__main__":
     # By its functions: spawned processes run the file that is `__main__`, and have to find this one there.

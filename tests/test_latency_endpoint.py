@@ -146,6 +146,7 @@ def test_a_model_that_the_server_does_not_have_is_one_line(served: str, capsys: 
         ("http://127.0.0.1:9/v1", "nothing answers there"),
         ("ftp://somewhere", "not the address of an endpoint"),
         ("http://a:b/v1", "not the address of an endpoint"),
+        ("http:///v1", "not the address of an endpoint"),
     ],
 )
 def test_an_address_where_nothing_is(address: str, message: str) -> None:

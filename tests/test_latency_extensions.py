@@ -50,12 +50,17 @@ class Choosy(BaseHTTPRequestHandler):
     refused: ClassVar[set[str]] = set()
     style: ClassVar[str] = "one"
     trouble: ClassVar[list[int | str]] = []
+    resets: ClassVar[list[str]] = []
     models: ClassVar[list[dict[str, Any]]] = [{"id": "m"}]
     token_ids: ClassVar[bool] = False
     asked: ClassVar[list[dict[str, Any]]] = []
 
     def do_GET(self) -> None:
         is_list = self.path.endswith("/models")
+        if self.resets:
+            self.resets.pop()
+            self._reset()
+            return
         self._send(200 if is_list else 404, json.dumps({"data": self.models} if is_list else {"detail": "Not Found"}))
 
     def do_POST(self) -> None:
@@ -64,8 +69,7 @@ class Choosy(BaseHTTPRequestHandler):
         trouble = self.trouble.pop(0) if self.trouble else None
         refused = sorted((keys_of(asked) | {"messages"}) & self.refused)
         if trouble == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
+            self._reset()
         elif trouble == "in the stream":
             error = {"object": "error", "message": "The request queue is full.", "code": 503}
             self._send(200, f"data: {json.dumps({'error': error})}\n\n")
@@ -78,6 +82,10 @@ class Choosy(BaseHTTPRequestHandler):
             chunks = [{"choices": [piece]}] * asked["max_tokens"]
             usage = {"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}}
             self._send(200, "".join(f"data: {json.dumps(one)}\n\n" for one in [*chunks, usage]) + "data: [DONE]\n\n")
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
 
     def _refusal(self, refused: list[str], asked: dict[str, Any]) -> str:
         leaves = [key.rpartition(".")[2] for key in refused]
@@ -192,6 +200,13 @@ def test_a_server_that_is_busy_is_asked_again_and_loses_no_key(
     assert waits == waited
     assert all(keys_of(body) == ALL for body in asked)
     assert len(asked) == len(trouble) + 2
+
+
+def test_a_list_of_models_is_asked_for_again_where_the_connection_breaks(waits: list[float]) -> None:
+    with choosy(resets=["once", "twice"]) as (url, asked):
+        ask(url)
+        assert {body["model"] for body in asked} == {"m"}
+    assert waits == [0.0, 0.5]
 
 
 def test_a_server_that_stays_busy_is_one_line(waits: list[float]) -> None:

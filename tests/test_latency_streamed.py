@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from grpo_toolkit.latency.engines.streamed import Stream, answer_of
 from grpo_toolkit.latency.measure import _paces
 from grpo_toolkit.latency.row import LatencyRow, Timeline, Tokens
 from grpo_toolkit.latency.statistics import summary
+from grpo_toolkit.tracking.charts.arms import _gaps
 from grpo_toolkit.tracking.console import ratio_lines
+from grpo_toolkit.tracking.wandb_plots import _gaps_ms
 from latency_rows import row
 
 NOTHING = {"logprobs": None, "finish_reason": None, "matched_stop": None}
@@ -135,6 +138,17 @@ def test_streams_that_step_together_have_the_time_of_a_batch_that_does() -> None
     assert batch.tpot_s == streams.tpot_s == pytest.approx(0.2)
     assert (batch.ttft_s, batch.e2e_s) == (streams.ttft_s, streams.e2e_s)
     assert batch.streams_s == [steps]
+
+
+def test_a_gap_on_a_chart_is_one_of_a_stream() -> None:
+    streams = [[0.1, 0.2, 0.4], [0.15, 0.25, 0.45]]
+    merged = Timeline(
+        token_times_s=sorted(chain.from_iterable(streams)), prompt_tokens=4, output_tokens=6, output_lengths=[3, 3],
+        sequence_times_s=streams,
+    )  # fmt: skip
+    found = measured("server", [merged])
+    assert _gaps(found) == [[pytest.approx(0.1)] * 2, [pytest.approx(0.2)] * 2]
+    assert _gaps_ms(found) == pytest.approx([100.0, 200.0])
 
 
 HELD_BACK = Timeline(token_times_s=[0.5, 0.50001, 0.50002], prompt_tokens=4, output_tokens=3)

@@ -241,16 +241,21 @@ def test_what_sglang_refuses_is_one_line(
 
 
 def test_an_adapter_beside_its_base_says_what_its_export_says(
-    base: Path, adapter: Path, merged: Path, question: Request
+    base: Path, adapter: Path, merged: Path, image_request: Request
 ) -> None:
+    """By its name alone, as SGLang lists it, it would be the base that answers."""
     model, processor, _ = load_model(merged)
+    questions = [replace(image_request, images=images, max_new_tokens=24) for images in ((), image_request.images)]
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *LANGUAGE_MODULES]
     lora += ["--lora-paths", f"tuned={adapter}", "--lora-backend", "torch_native"]
     with sglang_server(base, *lora) as (url, _):
         tuned, plain = (EndpointEngine(url, model=name) for name in ("tuned", str(base)))
-        expected = generate(model, processor, question).tokens
-        assert tuned.ask([question], Options()).tokens == [expected]
-        assert plain.ask([question], Options()).tokens != [expected]
+        for question in questions:
+            expected = generate(model, processor, question).tokens
+            said = plain.ask([question], Options()).tokens
+            assert tuned.ask([question], Options()).tokens == [expected]
+            assert [plain._stream(plain._body(question, Options()) | {"model": "tuned"}, 0.0).all_tokens] == said
+            assert said != [expected]
 
 
 def test_a_server_that_dies_is_one_line(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:

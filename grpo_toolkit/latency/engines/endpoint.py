@@ -260,7 +260,7 @@ class EndpointEngine:
 
         try:
             yield
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise InputError(f"{self.url}: not the address of an endpoint ({error})") from error
         except httpx.ConnectError as error:
             raise InputError(f"{self.url}: nothing answers there ({error}); is the server up?") from error
@@ -297,7 +297,9 @@ def _name_for_sglang(name: str, cards: Sequence[dict[str, Any]], url: str) -> st
     parents = {str(card["id"]): card.get("parent") for card in cards}
     base, _, adapter = name.rpartition(":")
     if name not in parents and not (base in parents and adapter in parents):
-        raise InputError(f"{url}: serves no model {name!r}, only {', '.join(parents)} (and would answer by that one)")
+        raise InputError(
+            f"{url}: serves no model {name!r}, only {', '.join(parents)}; SGLang would answer all the same"
+        )
     return f"{parents[name]}:{name}" if parents.get(name) else name
 
 
