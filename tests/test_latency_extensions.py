@@ -202,6 +202,15 @@ def test_a_server_that_is_busy_is_asked_again_and_loses_no_key(
     assert len(asked) == len(trouble) + 2
 
 
+def test_an_address_without_its_version_says_which_it_may_be() -> None:
+    with choosy(trouble=[404]) as (url, _):
+        root = url.removesuffix("/v1")
+        with EndpointEngine(root, model="m") as engine:
+            assert engine.facts().environment == {"hardware": f"endpoint {root}"}
+        with pytest.raises(WorkerError, match=rf"refused a request \(status 404\): later; is it {url}\?$"):
+            ask(root, model="m")
+
+
 def test_a_list_of_models_is_asked_for_again_where_the_connection_breaks(waits: list[float]) -> None:
     with choosy(resets=["once", "twice"]) as (url, asked):
         ask(url)

@@ -102,7 +102,8 @@ class EndpointEngine:
     def facts(self) -> EngineFacts:
         """Its address, and its version where it tells (vLLM and SGLang do)."""
         facts = {"hardware": f"endpoint {self.url}"}
-        root = self.url.rpartition("/")[0]
+        above = self.url.rpartition("/")[0]
+        root = self.url if above.endswith("/") else above  # an address without its version has nothing above it
         for page in ("/version", "/server_info"):
             answer = self._get(root + page)
             said = _json_of(answer) if answer.status_code == 200 else None
@@ -152,13 +153,15 @@ class EndpointEngine:
         answer = self._get(f"{self.url}/models")
         cards = _cards_of(answer)
         if name is None and not cards:
-            hint = "" if self.url.endswith("/v1") else f"is it {self.url}/v1? Or "
-            raise InputError(
-                f"{self.url}: lists no model (status {answer.status_code}); {hint}name one: NAME=URL#MODEL"
-            )
+            hint = f"{self._hint}Or name" if self._hint else "name"
+            raise InputError(f"{self.url}: lists no model (status {answer.status_code}); {hint} one: NAME=URL#MODEL")
         if name is None:
             return str(cards[0]["id"])
         return _name_for_sglang(name, cards, self.url) if _is_sglang(cards) else name
+
+    @property
+    def _hint(self) -> str:
+        return "" if self.url.endswith("/v1") else f"is it {self.url}/v1? "
 
     def _get(self, page: str) -> httpx.Response:
         for wait_s in (0.0, *_WAITS_S[:1]):
@@ -237,7 +240,9 @@ class EndpointEngine:
         wait = answer.headers.get("retry-after", "")
         wait_s = min(float(wait), _LONGEST_WAIT_S) if wait.isdecimal() else 0.0
         what = "is busy" if status in _BUSY else "refused a request"
-        return _StatusError(f"{self.url}: {what} (status {status}): {reason}", status=status, said=said, wait_s=wait_s)
+        hint = f"; {self._hint}".rstrip() if status == 404 and self._hint else ""
+        message = f"{self.url}: {what} (status {status}): {reason or 'it says no more'}{hint}"
+        return _StatusError(message, status=status, said=said, wait_s=wait_s)
 
     def _take(self, found: Stream, chunk: dict[str, Any], moment: float) -> None:
         try:
