@@ -191,15 +191,18 @@ def test_rounds_whose_answer_arrived_at_once_are_left_out_of_the_ratio(
         assert found[0].median == 1.0
 
 
+AT_ONCE = "rounds the answer arrived at once; those have no TPOT, and their TTFT says nothing"
+
+
 def test_it_is_said_whose_answers_arrived_at_once() -> None:
     base = measured("base", [STREAMED] * 12)
     seldom = measured("server", [HELD_BACK] * 2 + [STREAMED] * 10)
     lines = ratio_lines(compare_rows([base, seldom]).rows)
     assert lines[0] == "server / base, TPOT: 1.000 (1.000 to 1.000, 10 rounds, 2 left out): same"
-    assert lines[3:] == ["server: 2 of 12 answers arrived at once and have no TPOT; their TTFT says nothing"]
+    assert lines[3:] == [f"server: in 2 of 12 {AT_ONCE}"]
     often = compare_rows([base, measured("server", [HELD_BACK] * 12)]).rows
     assert ratio_lines(often)[2:] == [
-        "server: 12 of 12 answers arrived at once and have no TPOT; their TTFT says nothing",
+        f"server: in 12 of 12 {AT_ONCE}",
         "no ratio of TPOTs for server: too few rounds have both",
     ]
     assert len(ratio_lines(compare_rows([base, replace(base, arm="other")]).rows)) == 3

@@ -69,8 +69,8 @@ def at_once_lines(rows: Sequence[LatencyRow]) -> list[str]:
     for row in late:
         assert row.tokens is not None
         lines.append(
-            f"{row.arm}: {row.tokens.at_once} of {row.rounds} answers arrived at once and have no TPOT; "
-            "their TTFT says nothing"
+            f"{row.arm}: in {row.tokens.at_once} of {row.rounds} rounds the answer arrived at once; "
+            "those have no TPOT, and their TTFT says nothing"
         )
     lost = [row.arm for row in rows if row.ratios and all(ratio.metric != "tpot_s" for ratio in row.ratios)]
     return lines + ([f"no ratio of TPOTs for {', '.join(lost)}: too few rounds have both"] if late and lost else [])
