@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.arms import named_arms
-from grpo_toolkit.latency.measure import measure_latency
-from grpo_toolkit.latency.statistics import allow_for, paired_ratio
+from grpo_toolkit.latency.measure import measure_latency, pairs_of
+from grpo_toolkit.latency.statistics import MIN_PAIRS, allow_for, paired_ratio
 
 if TYPE_CHECKING:
     import os
@@ -131,11 +131,18 @@ def compare_rows(rows: Sequence[LatencyRow], *, control: LatencyRow | None = Non
 
 
 def ratios(row: LatencyRow, against: LatencyRow) -> list[Ratio]:
-    """An arm's ratios against another, for every metric that both have in all rounds."""
-    found = []
+    """An arm's ratios against another, for every metric.
+
+    A round in which one of them has no TPOT, its answer having arrived at once, is left out of that ratio and counted;
+    where fewer than `MIN_PAIRS` are left then, there is none.
+    """
+    found: list[Ratio] = []
+    if not row.timelines or len(row.timelines) != len(against.timelines):
+        return found
     for metric in METRICS:
-        times = [getattr(timeline, metric) for timeline in row.timelines]
-        others = [getattr(timeline, metric) for timeline in against.timelines]
-        if times and len(times) == len(others) and None not in times and None not in others:
-            found.append(paired_ratio(times, others, name=against.arm, metric=metric))
+        both = pairs_of(row.timelines, against.timelines, metric)
+        left_out = len(row.timelines) - len(both)
+        if both and (left_out == 0 or len(both) >= MIN_PAIRS):
+            times, others = zip(*both, strict=True)
+            found.append(replace(paired_ratio(times, others, name=against.arm, metric=metric), left_out=left_out))
     return found

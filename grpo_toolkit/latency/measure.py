@@ -201,8 +201,9 @@ class _Measuring:
 
     def _is_precise(self, precision: float) -> bool:
         alive = self._alive(list(self.arms))
-        times = _paces([[answer.timeline for answer in self.found[name].answers] for name in alive])
-        return all(is_settled(paired_ratio(other, times[0], name="first"), precision=precision) for other in times[1:])
+        paces = _paces([[answer.timeline for answer in self.found[name].answers] for name in alive])
+        found = [paired_ratio(*zip(*pairs, strict=True), name="first") for pairs in paces]
+        return all(is_settled(ratio, precision=precision) for ratio in found)
 
     def look_around(self) -> None:
         """Clocks and throttling as they are while the rounds still warm the device."""
@@ -230,9 +231,18 @@ class _Measuring:
             yield self.found[name], known[id(engine)]
 
 
-def _paces(arms: Sequence[Sequence[Timeline]]) -> list[list[float]]:
-    """Each arm's times per output token; end to end for all of them where one answer of any has none."""
-    tpots = [[timeline.tpot_s for timeline in timelines] for timelines in arms]
-    if any(tpot is None for times in tpots for tpot in times):
-        return [[timeline.e2e_s for timeline in timelines] for timelines in arms]
-    return [[tpot for tpot in times if tpot is not None] for times in tpots]
+def pairs_of(
+    timelines: Sequence[Timeline], others: Sequence[Timeline], metric: str = "tpot_s"
+) -> list[tuple[float, float]]:
+    """Two arms' times in the rounds in which both have one."""
+    times = [(getattr(one, metric), getattr(other, metric)) for one, other in zip(timelines, others, strict=True)]
+    return [(one, other) for one, other in times if one is not None and other is not None]
+
+
+def _paces(arms: Sequence[Sequence[Timeline]]) -> list[list[tuple[float, float]]]:
+    """Each further arm's times per output token beside the first's; end to end where too few rounds have both."""
+    first, *others = arms
+    tpots = [pairs_of(timelines, first) for timelines in others]
+    if all(len(pairs) >= min(len(first), MIN_PAIRS) for pairs in tpots):
+        return tpots
+    return [pairs_of(timelines, first, "e2e_s") for timelines in others]

@@ -4,15 +4,19 @@ Times in seconds, memory in bytes, throughput in tokens per second. None is "was
 behind an endpoint shows no phases and no memory, a run out of memory has an `error` and no times.
 
     TTFT = the first token's time, from the start of preprocessing
-    TPOT = (t_last - t_first) / (n - 1), None where n < 2
+    TPOT = (t_last - t_first) / (n - 1), None where n < 2; of a batch, see `Timeline.tpot_s`
     E2E  = the last token's time, and detokenising;  output tokens/s = output tokens of the batch / E2E
 """
 
 from __future__ import annotations
 
+import statistics
 import uuid
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SCHEMA_VERSION: Final = 2
 
@@ -98,12 +102,16 @@ class Phases:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Output tokens of a request, and how many requests ended at the cap instead of an end of sequence."""
+    """Output tokens of a request, and how many requests ended at the cap instead of an end of sequence.
+
+    `at_once`: how many rounds have no TPOT because their tokens arrived at once (see `Timeline.tpot_s`).
+    """
 
     output: Summary
     think: Summary | None = None
     answer: Summary | None = None
     capped: int = 0
+    at_once: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +158,10 @@ class Roofline:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """This arm's time over another's, paired by round: the median and its 95% bootstrap interval."""
+    """This arm's time over another's, paired by round: the median and its 95% bootstrap interval.
+
+    `left_out`: rounds that are no pair because the answer of one of the two arms arrived at once and has no TPOT.
+    """
 
     against: str
     metric: str = "tpot_s"
@@ -159,6 +170,7 @@ class Ratio:
     high: float
     pairs: int
     verdict: Verdict
+    left_out: int = 0
 
 
 AT_ONCE_S: Final = 5e-5
@@ -170,15 +182,17 @@ class Timeline:
     """One measured request (or batch), raw.
 
     `token_times_s` run from the start of preprocessing, one per step of the batch; of an endpoint, one per token where
-    it says which tokens arrived (vLLM), otherwise one per piece of text. `output_tokens` is of the whole batch,
-    `output_lengths` of each of its sequences. `prompt_tokens` is the longest prompt, `image_tokens` those of one
-    sequence; `is_capped`: any sequence ended at the cap.
+    it says which tokens arrived (vLLM) or how many (SGLang), otherwise one per piece of text. Where sequences were
+    streams of their own, these are the times of all of them, in order, and `sequence_times_s` those of each.
+    `output_tokens` is of the whole batch, `output_lengths` of each of its sequences. `prompt_tokens` is the longest
+    prompt, `image_tokens` those of one sequence; `is_capped`: any sequence ended at the cap.
     """
 
     token_times_s: list[float]
     prompt_tokens: int
     output_tokens: int
     output_lengths: list[int] = field(default_factory=list)
+    sequence_times_s: list[list[float]] = field(default_factory=list)
     image_tokens: int | None = None
     think_tokens: int | None = None
     answer_tokens: int | None = None
@@ -188,26 +202,44 @@ class Timeline:
 
     @property
     def ttft_s(self) -> float:
-        """Time to the first token, preprocessing included."""
+        """Time to the first token, preprocessing included; of several streams, to the first token of any."""
         return self.token_times_s[0]
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token of one sequence of the batch, its longest.
+        """Time per output token of one sequence: of a batch that steps together its longest, of several streams the
+        median over them, each by its own first and last token. Where streams step together, both are the same.
 
-        None where it has fewer than two, or where they arrived at once (`AT_ONCE_S`): something on the way held the
-        answer back, a server with few cores or a proxy that buffers, and nothing is known of its tokens' times.
+        None where no sequence has two tokens, or where they arrived at once (`AT_ONCE_S`): something on the way held
+        the answer back, a server with few cores or a proxy that buffers, and nothing is known of its tokens' times.
         """
-        longest = max(self.output_lengths, default=self.output_tokens)
-        if longest < 2:
-            return None
-        tpot_s = (self.token_times_s[-1] - self.token_times_s[0]) / (longest - 1)
-        return tpot_s if tpot_s > AT_ONCE_S else None
+        lengths = self.output_lengths or [self.output_tokens]
+        if not self.sequence_times_s:
+            return _tpot_s(self.token_times_s, max(lengths))
+        found = [_tpot_s(times, length) for times, length in zip(self.sequence_times_s, lengths, strict=True)]
+        return statistics.median(there) if (there := [tpot for tpot in found if tpot is not None]) else None
+
+    @property
+    def is_at_once(self) -> bool:
+        """Whether it has no TPOT although it has the tokens for one."""
+        return self.tpot_s is None and max(self.output_lengths or [self.output_tokens]) > 1
+
+    @property
+    def streams_s(self) -> list[list[float]]:
+        """Token times between which a gap is one of a sequence: of each stream, or of the steps of the batch."""
+        return self.sequence_times_s or [self.token_times_s]
 
     @property
     def e2e_s(self) -> float:
         """Time until the whole text is there."""
         return self.token_times_s[-1] + self.phases_s.get("detokenize_s", 0.0)
+
+
+def _tpot_s(times: Sequence[float], tokens: int) -> float | None:
+    if tokens < 2:
+        return None
+    tpot_s = (times[-1] - times[0]) / (tokens - 1)
+    return tpot_s if tpot_s > AT_ONCE_S else None
 
 
 @dataclass(frozen=True, kw_only=True)

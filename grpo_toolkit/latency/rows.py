@@ -105,6 +105,7 @@ def _tokens(answers: list[Answer]) -> Tokens:
         think=_summary(t.think_tokens for t in timelines),
         answer=_summary(t.answer_tokens for t in timelines),
         capped=sum(bool(t.is_capped) for t in timelines),
+        at_once=sum(t.is_at_once for t in timelines),
     )
 
 

@@ -90,8 +90,9 @@ def paired_ratio(
     logs = [math.log(one / other) for one, other in zip(times, against, strict=True)]
     median = statistics.median(logs)
     low, high = _interval(logs, confidence)
-    bounds = {"median": math.exp(median), "low": math.exp(low), "high": math.exp(high)}
-    return Ratio(against=name, metric=metric, pairs=len(logs), verdict=verdict(len(logs), **bounds), **bounds)
+    middle, least, most = math.exp(median), math.exp(low), math.exp(high)
+    found = verdict(len(logs), median=middle, low=least, high=most)
+    return Ratio(against=name, metric=metric, pairs=len(logs), verdict=found, median=middle, low=least, high=most)
 
 
 def _interval(logs: Sequence[float], confidence: float) -> tuple[float, float]:

@@ -51,14 +51,29 @@ def latency_table(rows: Sequence[LatencyRow]) -> Table:
 
 
 def ratio_lines(rows: Sequence[LatencyRow]) -> list[str]:
-    """What the ratios say, a line per arm and metric: TPOT, TTFT, E2E over the first arm's."""
+    """What the ratios say, a line per arm and metric: TPOT, TTFT, E2E over the first arm's; and what is missing."""
     names = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E"}
     return [
         f"{row.arm} / {ratio.against}, {names.get(ratio.metric, ratio.metric)}: {ratio.median:.3f} "
-        f"({ratio.low:.3f} to {ratio.high:.3f}, {ratio.pairs} rounds): {ratio.verdict}"
+        f"({ratio.low:.3f} to {ratio.high:.3f}, {ratio.pairs} rounds"
+        f"{f', {ratio.left_out} left out' if ratio.left_out else ''}): {ratio.verdict}"
         for row in rows
         for ratio in row.ratios
-    ]
+    ] + at_once_lines(rows)
+
+
+def at_once_lines(rows: Sequence[LatencyRow]) -> list[str]:
+    """Which arms have answers without a TPOT, how many, and whose ratio of TPOTs is missing for it."""
+    lines = []
+    late = [row for row in rows if row.tokens is not None and row.tokens.at_once]
+    for row in late:
+        assert row.tokens is not None
+        lines.append(
+            f"{row.arm}: in {row.tokens.at_once} of {row.rounds} rounds the answer arrived at once; "
+            "those have no TPOT, and their TTFT says nothing"
+        )
+    lost = [row.arm for row in rows if row.ratios and all(ratio.metric != "tpot_s" for ratio in row.ratios)]
+    return lines + ([f"no ratio of TPOTs for {', '.join(lost)}: too few rounds have both"] if late and lost else [])
 
 
 def _milliseconds(summary: Summary | None, digits: int) -> str:

@@ -43,8 +43,8 @@ def tpot_lines(review: Review) -> dict[str, Any]:
 
 
 def _gaps_ms(row: LatencyRow) -> list[float]:
-    """The median gap before each token that every request has."""
-    times = [timeline.token_times_s for timeline in row.timelines]
+    """The median gap before each token that every sequence has."""
+    times = [times for timeline in row.timelines for times in timeline.streams_s]
     shortest = min(map(len, times), default=0)
     return [median(t[at] - t[at - 1] for t in times) * 1e3 for at in range(1, shortest)]
 

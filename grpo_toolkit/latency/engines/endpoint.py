@@ -1,11 +1,11 @@
 """An OpenAI-compatible endpoint: vLLM, SGLang, `transformers serve`. Streaming chat completions, images as data URLs.
 
-A server sends pieces of text, not tokens. vLLM says which tokens a piece holds (`return_token_ids`): then every token
-has its time, also one that is half a character or no text at all. Elsewhere TPOT is over the tokens that `usage`
-counts, and half a character arrives with the next token. Nothing is known of phases, memory or the cache.
+What a server says of its tokens is in `streamed`, what it can be asked in `extensions`. Nothing is known of phases,
+memory or the cache.
 
-vLLM decodes by the folder's `generation_config.json` where a request does not say otherwise (`--generation-config`):
-temperature 0 alone leaves Qwen2.5-VL's repetition penalty of 1.05 on, and greedy tokens differ from the model's own.
+vLLM and SGLang decode by the folder's `generation_config.json` where a request does not say otherwise
+(`--generation-config`, `--sampling-defaults`): temperature 0 alone leaves Qwen2.5-VL's repetition penalty of 1.05 on,
+and greedy tokens differ from the model's own.
 """
 
 from __future__ import annotations
@@ -14,102 +14,53 @@ import base64
 import io
 import json
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, WorkerError
 from grpo_toolkit.inputs import image_messages
-from grpo_toolkit.latency.engines.markers import split_answer
+from grpo_toolkit.latency.engines.extensions import (
+    ALL_IDS,
+    RUNNING_USAGE,
+    Manner,
+    find_extensions,
+    with_extensions,
+)
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-from grpo_toolkit.latency.row import Timeline
+from grpo_toolkit.latency.engines.streamed import Stream, answer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
+    import httpx
     from PIL.Image import Image
 
     from grpo_toolkit.inference import Request
 
-_REASONING: Final = ("reasoning_content", "reasoning")
-"""Keys under which servers that parse reasoning send it."""
+_REFUSALS: Final = (400, 422)
+"""What a server answers to keys that it does not take."""
+
+_BUSY: Final = (408, 429, 502, 503, 504)
+"""What passes: too many requests, a queue that is full, a server that is still loading behind its proxy."""
+
+_WAITS_S: Final = (0.5, 1.0, 2.0, 4.0)
+"""Before a short request that met a busy server, or a broken connection, is sent again."""
+
+_LONGEST_WAIT_S: Final = 30.0
+"""Of what a server may ask for (`Retry-After`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Dialect:
-    """Which extensions of the protocol a server takes.
+class _StatusError(WorkerError):
+    """An answer that is none, and its status."""
 
-    Attributes:
-        streamed: keys of every streamed request.
-        greedy: keys that switch penalties off.
-        exact: keys for an answer of exactly so many tokens.
-        is_salted: whether a request may say that what it has in common with others is computed anew.
-    """
-
-    streamed: dict[str, Any]
-    greedy: dict[str, Any]
-    exact: Callable[[int], dict[str, Any]]
-    is_salted: bool
+    def __init__(self, message: str, *, status: int, said: str, wait_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.status, self.said, self.wait_s = status, said, wait_s
 
 
-def _without_end(tokens: int) -> dict[str, Any]:
-    # Not ignore_eos: that says the end of sequence and goes on behind it; transformers takes the next best token.
-    return {"min_tokens": tokens}
-
-
-def _whole_config(tokens: int) -> dict[str, Any]:
-    config = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-    return {"generation_config": json.dumps(config)}
-
-
-def _by_chance(tokens: int) -> dict[str, Any]:
-    return {}
-
-
-_USAGE: Final = {"stream_options": {"include_usage": True}}
-
-_DIALECTS: Final = (
-    _Dialect(  # vLLM, SGLang
-        streamed=_USAGE | {"return_token_ids": True},
-        greedy={"repetition_penalty": 1.0},
-        exact=_without_end,
-        is_salted=True,
-    ),
-    _Dialect(  # the same, where keys that are not known are refused
-        streamed=_USAGE, greedy={"repetition_penalty": 1.0}, exact=_without_end, is_salted=False
-    ),
-    _Dialect(streamed={}, greedy={}, exact=_whole_config, is_salted=False),  # transformers serve
-    _Dialect(streamed=_USAGE, greedy={}, exact=_by_chance, is_salted=False),  # the protocol alone
-)
-"""From the most telling down."""
-
-
-@dataclass
-class _Stream:
-    """What one request has sent back so far; `tokens` are those of each piece, none where the server is silent."""
-
-    pieces: list[str] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)
-    is_reasoning: list[bool] = field(default_factory=list)
-    usage: dict[str, int] = field(default_factory=dict)
-    finish_reason: str | None = None
-    ended_s: float = 0.0
-
-    def add(self, choice: dict[str, Any], moment: float) -> None:
-        """A piece that arrived; AttributeError or TypeError if it is none."""
-        delta = choice.get("delta") or {}
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        thought = next((delta[key] for key in _REASONING if delta.get(key)), None)
-        text, tokens = "" + (thought or delta.get("content") or ""), list(choice.get("token_ids") or [])
-        if text or tokens:
-            self.pieces.append(text)
-            self.tokens.append(tokens)
-            self.times_s.append(moment)
-            self.is_reasoning.append(thought is not None)
+class _BrokenError(WorkerError):
+    """A connection that broke off: it may hold the next time."""
 
 
 class EndpointEngine:
@@ -122,7 +73,8 @@ class EndpointEngine:
         timeout_s: between two pieces of an answer.
 
     Raises:
-        InputError: the address is none, or nothing answers there.
+        InputError: the address is none, nothing answers there, or the model is none of SGLang's, which would answer
+            all the same.
     """
 
     def __init__(
@@ -140,21 +92,24 @@ class EndpointEngine:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         # A proxy of the environment would be timed, too; of a local server it knows nothing.
         self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=limits, trust_env=False)
+        self._extensions: frozenset[str] | None = None
         try:
-            self.model = model or self._first_model()
+            self.model = self._model_called(model)
         except BaseException:
             self.close()
             raise
-        self._dialect: _Dialect | None = None
 
     def facts(self) -> EngineFacts:
-        """Its address, and its version where it tells (vLLM does)."""
+        """Its address, and its version where it tells (vLLM and SGLang do)."""
         facts = {"hardware": f"endpoint {self.url}"}
-        with self._said():
-            answer = self._client.get(self.url.rpartition("/")[0] + "/version")
-            if answer.status_code == 200 and "json" in answer.headers.get("content-type", ""):
-                said = answer.json()
-                facts["server_version"] = str(said.get("version", "")) if isinstance(said, dict) else ""
+        above = self.url.rpartition("/")[0]
+        root = self.url if above.endswith("/") else above  # an address without its version has nothing above it
+        for page in ("/version", "/server_info"):
+            answer = self._get(root + page)
+            said = _json_of(answer) if answer.status_code == 200 else None
+            if isinstance(said, dict) and said.get("version"):
+                facts["server_version"] = str(said["version"])
+                break
         return EngineFacts(environment=facts)
 
     def ask(self, requests: Sequence[Request], options: Options) -> Answer:
@@ -170,7 +125,7 @@ class EndpointEngine:
                     f"{self.url}: {said} tokens where exactly {request.max_new_tokens} were asked for; is there a "
                     "max_new_tokens in the server's generation config, or does it take no min_tokens?"
                 )
-        return _answer(streams)
+        return answer_of(streams)
 
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
         """None: a server cannot be looked into."""
@@ -194,15 +149,27 @@ class EndpointEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _first_model(self) -> str:
+    def _model_called(self, name: str | None) -> str:
+        answer = self._get(f"{self.url}/models")
+        cards = _cards_of(answer)
+        if name is None and not cards:
+            hint = f"{self._hint}Or name" if self._hint else "name"
+            raise InputError(f"{self.url}: lists no model (status {answer.status_code}); {hint} one: NAME=URL#MODEL")
+        if name is None:
+            return str(cards[0]["id"])
+        return _name_for_sglang(name, cards, self.url) if _is_sglang(cards) else name
+
+    @property
+    def _hint(self) -> str:
+        return "" if self.url.endswith("/v1") else f"is it {self.url}/v1? "
+
+    def _get(self, page: str) -> httpx.Response:
+        for wait_s in (0.0, *_WAITS_S[:1]):
+            with suppress(_BrokenError), self._said():  # a server may close a connection that it said it would keep
+                return self._client.get(page)
+            time.sleep(wait_s)
         with self._said():
-            answer = self._client.get(f"{self.url}/models")
-        try:
-            return str(answer.json()["data"][0]["id"])
-        except (ValueError, TypeError, LookupError):  # another page, or a list of nothing
-            pass
-        hint = "" if self.url.endswith("/v1") else f"is it {self.url}/v1? Or "
-        raise InputError(f"{self.url}: lists no model (status {answer.status_code}); {hint}name one: NAME=URL#MODEL")
+            return self._client.get(page)
 
     def _body(self, request: Request, options: Options) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -213,32 +180,49 @@ class EndpointEngine:
         }
         if not options.sample:
             body["temperature"] = 0.0
-        if self._dialect is None:
-            self._dialect = self._find_dialect(body)
-        return self._dressed(body, self._dialect, exact=request.exact, greedy=not options.sample)
+        if self._extensions is None:
+            self._extensions = self._find_extensions(body)
+        return with_extensions(body, self._extensions, Manner(exact=request.exact, greedy=not options.sample))
 
-    def _dressed(self, body: dict[str, Any], dialect: _Dialect, *, exact: bool, greedy: bool) -> dict[str, Any]:
-        extensions = dialect.exact(body["max_tokens"]) if exact else {}
-        if dialect.is_salted:  # else the thinking instruction, say, would be computed once for all requests
-            extensions["cache_salt"] = uuid.uuid4().hex
-        return body | (dialect.greedy if greedy else {}) | extensions | dialect.streamed
+    def _find_extensions(self, body: dict[str, Any]) -> frozenset[str]:
+        """Which keys this server takes, by short requests with all that may be sent later."""
+        short, refused, named = body | {"max_tokens": 1}, [], False
 
-    def _find_dialect(self, body: dict[str, Any]) -> _Dialect:
-        """Which extensions this server takes: one short request each, with every key that may be sent later."""
-        for dialect in _DIALECTS:
-            short = self._dressed(body | {"max_tokens": 1}, dialect, exact=True, greedy=True)
-            with self._said():
-                answer = self._client.post(f"{self.url}/chat/completions", json=short)
-            if answer.status_code == 200:
-                return dialect
-        raise WorkerError(f"{self.url}: refused a request (status {answer.status_code}): {_reason(answer.text)}")
+        def refusal(keys: frozenset[str]) -> str | None:
+            nonlocal named
+            try:
+                stream = self._patient(with_extensions(short, keys, Manner(exact=True, greedy=True)))
+            except _StatusError as error:
+                if error.status not in _REFUSALS:
+                    raise
+                refused.append(error)
+                return error.said
+            named = named or any(stream.tokens)
+            return None
 
-    def _stream(self, body: dict[str, Any], start: float) -> _Stream:
-        found = _Stream()
+        found = find_extensions(refusal)
+        if found is None:
+            raise refused[-1]
+        return found - {RUNNING_USAGE, ALL_IDS} if named else found  # it says more: no need for the server to count
+
+    def _patient(self, body: dict[str, Any]) -> Stream:
+        """An answer to a short request, asked for again where the server is busy or the connection breaks."""
+        for wait_s in _WAITS_S:
+            try:
+                return self._stream(body, 0.0)
+            except _BrokenError:
+                time.sleep(wait_s)
+            except _StatusError as error:
+                if error.status not in _BUSY:
+                    raise
+                time.sleep(max(wait_s, error.wait_s))
+        return self._stream(body, 0.0)
+
+    def _stream(self, body: dict[str, Any], start: float) -> Stream:
+        found = Stream()
         with self._said(), self._client.stream("POST", f"{self.url}/chat/completions", json=body) as answer:
             if answer.status_code != 200:
-                text = answer.read().decode(errors="replace")
-                raise WorkerError(f"{self.url}: refused a request (status {answer.status_code}): {_reason(text)}")
+                raise self._refused(answer)
             other = ""
             for line in answer.iter_lines():
                 if not line.startswith("data:"):
@@ -247,22 +231,33 @@ class EndpointEngine:
                     self._take(found, json.loads(line[len("data:") :]), time.perf_counter() - start)
             if not found.ended_s:
                 raise WorkerError(f"{self.url}: sent no answer (status 200): {_reason(other) or 'nothing at all'}")
-        if not found.pieces:  # an end of sequence at once: that it is over is all that arrived
-            found.pieces, found.tokens, found.times_s, found.is_reasoning = [""], [[]], [found.ended_s], [False]
+        found.close()
         return found
 
-    def _take(self, found: _Stream, chunk: dict[str, Any], moment: float) -> None:
+    def _refused(self, answer: httpx.Response) -> _StatusError:
+        said = answer.read().decode(errors="replace")
+        status, reason = answer.status_code, _reason(said)
+        wait = answer.headers.get("retry-after", "")
+        wait_s = min(float(wait), _LONGEST_WAIT_S) if wait.isdecimal() else 0.0
+        what = "is busy" if status in _BUSY else "refused a request"
+        hint = f"; {self._hint}".rstrip() if status == 404 and self._hint else ""
+        message = f"{self.url}: {what} (status {status}): {reason or 'it says no more'}{hint}"
+        return _StatusError(message, status=status, said=said, wait_s=wait_s)
+
+    def _take(self, found: Stream, chunk: dict[str, Any], moment: float) -> None:
         try:
             if chunk.get("error") or chunk.get("object") == "error":
-                raise WorkerError(f"{self.url}: broke off: {_reason(json.dumps(chunk))}")
-            found.ended_s = moment
-            usage = chunk.get("usage") or {}
-            counts = ("prompt_tokens", "completion_tokens")
-            found.usage |= {name: int(usage[name]) for name in counts if usage.get(name) is not None}
-            for choice in chunk.get("choices") or []:
-                found.add(choice, moment)
+                raise self._broke_off(chunk)
+            found.add(chunk, moment)
         except (AttributeError, TypeError) as error:
             raise WorkerError(f"{self.url}: sent what is no chunk of an answer: {str(chunk)[:200]}") from error
+
+    def _broke_off(self, chunk: dict[str, Any]) -> WorkerError:
+        """SGLang says in the stream that its queue is full: the status of the answer was sent long before."""
+        error = chunk["error"] if isinstance(chunk.get("error"), dict) else chunk
+        said, status = json.dumps(chunk), error.get("code")
+        message = f"{self.url}: broke off: {_reason(said)}"
+        return _StatusError(message, status=status, said=said) if isinstance(status, int) else WorkerError(message)
 
     @contextmanager
     def _said(self) -> Iterator[None]:
@@ -270,12 +265,47 @@ class EndpointEngine:
 
         try:
             yield
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise InputError(f"{self.url}: not the address of an endpoint ({error})") from error
         except httpx.ConnectError as error:
             raise InputError(f"{self.url}: nothing answers there ({error}); is the server up?") from error
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
+            raise _BrokenError(f"{self.url}: {_named(error)}; the server's log may say why") from error
         except (httpx.HTTPError, ValueError) as error:
-            raise WorkerError(f"{self.url}: {type(error).__name__}: {error}; the server's log may say why") from error
+            raise WorkerError(f"{self.url}: {_named(error)}; the server's log may say why") from error
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _json_of(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError:  # a page of another kind
+        return None
+
+
+def _cards_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The models that a server lists; none where it sent another page."""
+    said = _json_of(answer)
+    cards = said.get("data") if isinstance(said, dict) else None
+    return [card for card in cards if isinstance(card, dict) and card.get("id")] if isinstance(cards, list) else []
+
+
+def _is_sglang(cards: Sequence[dict[str, Any]]) -> bool:
+    return any(card.get("owned_by") == "sglang" for card in cards)
+
+
+def _name_for_sglang(name: str, cards: Sequence[dict[str, Any]], url: str) -> str:
+    """SGLang answers by its base to any name, also to that of an adapter alone: it wants BASE:ADAPTER."""
+    parents = {str(card["id"]): card.get("parent") for card in cards}
+    base, _, adapter = name.rpartition(":")
+    if name not in parents and not (base in parents and adapter in parents):
+        raise InputError(
+            f"{url}: serves no model {name!r}, only {', '.join(parents)}; SGLang would answer all the same"
+        )
+    return f"{parents[name]}:{name}" if parents.get(name) else name
 
 
 def _reason(text: str) -> str:
@@ -287,56 +317,6 @@ def _reason(text: str) -> str:
     while isinstance(said, dict):
         said = next((said[key] for key in ("error", "message", "detail") if said.get(key)), str(said))
     return " ".join(str(said).split())[:400]
-
-
-def _answer(streams: Sequence[_Stream]) -> Answer:
-    lengths = [int(stream.usage.get("completion_tokens") or _count(stream)) for stream in streams]
-    # The batch's steps are those of its longest answer; each answer's own times are merged where there are several.
-    times = sorted(chain.from_iterable(_times(stream) for stream in streams))
-    think = answer = first_s = None
-    if len(streams) == 1:
-        think, answer, first_s = _split(streams[0], lengths[0])
-    tokens = [list(chain.from_iterable(stream.tokens)) for stream in streams]
-    return Answer(
-        timeline=Timeline(
-            token_times_s=times,
-            prompt_tokens=max(int(stream.usage.get("prompt_tokens") or 0) for stream in streams),
-            output_tokens=sum(lengths),
-            output_lengths=lengths,
-            think_tokens=think,
-            answer_tokens=answer,
-            first_answer_s=first_s,
-            is_capped=any(stream.finish_reason == "length" for stream in streams),
-        ),
-        tokens=tokens if [len(said) for said in tokens] == lengths else [],
-        texts=["".join(stream.pieces) for stream in streams],
-    )
-
-
-def _count(stream: _Stream) -> int:
-    return sum(max(1, len(tokens)) for tokens in stream.tokens)
-
-
-def _times(stream: _Stream) -> list[float]:
-    """One for each token of each piece."""
-    pieces = zip(stream.times_s, stream.tokens, strict=True)
-    return [moment for moment, tokens in pieces for _ in range(max(1, len(tokens)))]
-
-
-def _split(stream: _Stream, tokens: int) -> tuple[int | None, int | None, float | None]:
-    """Think and answer tokens (None where pieces are not tokens), and when the answer began."""
-    if any(stream.is_reasoning):
-        # A piece without text is a marker that the server's parser took out: it counts as thinking.
-        begun, pieces = stream.is_reasoning.index(True), zip(stream.is_reasoning, stream.pieces, strict=True)
-        first = next((i for i, (thinks, text) in enumerate(pieces) if i > begun and text and not thinks), None)
-        think = len(stream.pieces) if first is None else first
-    else:
-        split = split_answer(stream.pieces)
-        first, think = split.first_answer, split.think
-    moment = None if first is None else stream.times_s[first]
-    if len(stream.pieces) != tokens:
-        return None, None, moment
-    return think, tokens - think, moment
 
 
 def _messages(request: Request) -> list[dict[str, Any]]:

@@ -80,15 +80,15 @@ def draw_positions(review: Review) -> Figure | None:
 
 
 def _gaps(row: LatencyRow) -> list[list[float]]:
-    """Per token position the gaps of those requests that reach it, as long as at least half of them do."""
+    """Per token position the gaps of those sequences that reach it, as long as at least half of them do."""
     columns: list[list[float]] = []
-    for timeline in row.timelines:
-        times = timeline.token_times_s
+    streams = [times for timeline in row.timelines for times in timeline.streams_s]
+    for times in streams:
         for position in range(1, len(times)):
             if len(columns) < position:
                 columns.append([])
             columns[position - 1].append(times[position] - times[position - 1])
-    return [column for column in columns if 2 * len(column) >= len(row.timelines)]
+    return [column for column in columns if 2 * len(column) >= len(streams)]
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
