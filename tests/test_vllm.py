@@ -23,7 +23,7 @@ from grpo_toolkit.errors import WorkerError
 from grpo_toolkit.export import export_model
 from grpo_toolkit.inference import Request, generate, load_model, load_processor
 from grpo_toolkit.latency.arms import Arm
-from grpo_toolkit.latency.engines.endpoint import EndpointEngine
+from grpo_toolkit.latency.engines.endpoint import EndpointEngine, _messages
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.workload import made_up
@@ -120,6 +120,25 @@ def engine(served: str) -> Iterator[EndpointEngine]:
 def question(request: pytest.FixtureRequest, image_request: Request) -> Request:
     images = image_request.images if request.param == "image" else []
     return replace(image_request, images=images, max_new_tokens=24)
+
+
+def test_no_image_is_answered_from_what_was_made_of_it_before(served: str, image_request: Request) -> None:
+    """Two arms on one server ask the same in every round: the second would be spared the image."""
+    import httpx
+
+    def hits() -> float:
+        lines = httpx.get(served.removesuffix("/v1") + "/metrics", trust_env=False).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:mm_cache_hits_total{"))
+
+    before = hits()
+    for _ in range(2):
+        with EndpointEngine(served) as arm:
+            arm.ask([image_request], Options())
+    assert hits() == before
+    body = {"model": arm.model, "max_tokens": 1, "messages": _messages(image_request, with_uuids=False)}
+    for _ in range(2):
+        assert httpx.post(f"{served}/chat/completions", json=body, trust_env=False, timeout=60).status_code == 200
+    assert hits() > before  # the fault
 
 
 @pytest.mark.parametrize("image_tokens", [None, 16])

@@ -14,6 +14,7 @@ import base64
 import io
 import json
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
@@ -152,6 +153,7 @@ class EndpointEngine:
     def _model_called(self, name: str | None) -> str:
         answer = self._get(f"{self.url}/models")
         cards = _cards_of(answer)
+        self._is_vllm = any(card.get("owned_by") == "vllm" for card in cards)
         if name is None and not cards:
             hint = f"{self._hint}Or name" if self._hint else "name"
             raise InputError(f"{self.url}: lists no model (status {answer.status_code}); {hint} one: NAME=URL#MODEL")
@@ -172,17 +174,20 @@ class EndpointEngine:
             return self._client.get(page)
 
     def _body(self, request: Request, options: Options) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": _messages(request),
-            "max_tokens": request.max_new_tokens,
-            "stream": True,
-        }
-        if not options.sample:
-            body["temperature"] = 0.0
+        body = self._plain_body(request, options)
         if self._extensions is None:
             self._extensions = self._find_extensions(body)
+            body = self._plain_body(request, options)  # with images of its own
         return with_extensions(body, self._extensions, Manner(exact=request.exact, greedy=not options.sample))
+
+    def _plain_body(self, request: Request, options: Options) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "messages": _messages(request, with_uuids=self._is_vllm),
+            "max_tokens": request.max_new_tokens,
+            "stream": True,
+            **({} if options.sample else {"temperature": 0.0}),
+        }
 
     def _find_extensions(self, body: dict[str, Any]) -> frozenset[str]:
         """Which keys this server takes, by short requests with all that may be sent later."""
@@ -319,18 +324,24 @@ def _reason(text: str) -> str:
     return " ".join(str(said).split())[:400]
 
 
-def _messages(request: Request) -> list[dict[str, Any]]:
+def _messages(request: Request, *, with_uuids: bool) -> list[dict[str, Any]]:
     images = iter(request.images)
     messages = []
     for message in image_messages(request):
         parts = [
-            {"type": "image_url", "image_url": {"url": _data_url(next(images))}} if part["type"] == "image" else part
+            _image_part(next(images), with_uuid=with_uuids) if part["type"] == "image" else part
             for part in message["content"]
         ]
         is_text = all(part["type"] == "text" for part in parts)
         content: Any = "".join(str(part["text"]) for part in parts) if is_text else parts
         messages.append({**message, "content": content})
     return messages
+
+
+def _image_part(image: Image, *, with_uuid: bool) -> dict[str, Any]:
+    part: dict[str, Any] = {"type": "image_url", "image_url": {"url": _data_url(image)}}
+    # vLLM keeps what it made of an image for whoever sends it again: the second arm of a round on the same server.
+    return part | {"uuid": uuid.uuid4().hex} if with_uuid else part
 
 
 def _data_url(image: Image) -> str:
