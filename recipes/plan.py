@@ -16,6 +16,7 @@ from grpo_toolkit import InputError
 from images import pixel_limits
 from measuring import longest_prompt
 from memory import GIB, Estimate, Load, ModelSize, Sharing, estimate, measure_model
+from preflight import server_warning, vllm_problem
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, ModelConfig
@@ -224,7 +225,7 @@ def _size_errors(plan: Plan, training: GRPOConfig) -> list[str]:
 def _warnings(
     plan: Plan, recipe: RecipeArguments, training: GRPOConfig, processor: Any, *, image_tokens: int
 ) -> list[str]:
-    warnings = []
+    warnings = [text for text in (vllm_problem(training) or server_warning(training),) if text is not None]
     if plan.free_memory is not None and plan.memory.needed > plan.free_memory:
         warnings.append(
             f"at its peak this needs about {_gib(plan.memory.needed)} of GPU memory, {_gib(plan.free_memory)} are "
