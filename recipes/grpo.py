@@ -58,13 +58,6 @@ def main(argv: list[str]) -> None:
     )
     with training.main_process_first(desc="loading the dataset"):
         splits = load_splits(recipe, seed=training.seed, processor=processor)
-    plan = make_plan(recipe, training, model, splits, processor=processor)
-    if training.process_index == 0:
-        print("\n".join(plan.lines()), file=sys.stdout if recipe.dry_run else sys.stderr, flush=True)
-    check_plan(plan)
-    if recipe.dry_run:
-        return
-
     export_dir = Path(recipe.export_dir or Path(training.output_dir, "export"))
     exporting = ExportCallback(
         export_dir,
@@ -72,6 +65,13 @@ def main(argv: list[str]) -> None:
         format_reward=find_format_reward(rewards),
         overwrite=recipe.export_dir is None,
     )
+    plan = make_plan(recipe, training, model, splits, processor=processor)
+    if training.process_index == 0:
+        print("\n".join(plan.lines()), file=sys.stdout if recipe.dry_run else sys.stderr, flush=True)
+    check_plan(plan)
+    if recipe.dry_run:
+        return
+
     timing = LatencyCallback(
         prompts=splits.held_out,
         new_tokens=recipe.latency_new_tokens,

@@ -276,4 +276,6 @@ def _is_on(name: str) -> bool:
 
 
 def _gib(amount: float) -> str:
+    if amount < 0.05 * GIB:
+        return f"{amount / 2**20:,.0f} MiB"
     return f"{amount / GIB:,.1f} GiB"
