@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.ahead import DecodeAhead
     from grpo_toolkit.cache import inference_ready
     from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
+    from grpo_toolkit.distributed import unsharded_models
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis, Finding
     from grpo_toolkit.doctor.repair import RepairResult, repair_checkpoint, undo_repair
@@ -88,6 +89,7 @@ _MODULES = {
     "repair_checkpoint": "doctor.repair",
     "tune_latency": "latency.tune",
     "undo_repair": "doctor.repair",
+    "unsharded_models": "distributed",
     "verify_export": "verify",
 }
 
@@ -132,6 +134,7 @@ __all__ = [
     "repair_checkpoint",
     "tune_latency",
     "undo_repair",
+    "unsharded_models",
     "verify_export",
 ]
 

@@ -13,14 +13,12 @@ rounded them has taught its policy other positions than the export will have; in
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.cache import base_model
+from grpo_toolkit.distributed import unsharded_models
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
 
@@ -76,19 +74,6 @@ def restore_buffers(model: torch.nn.Module) -> list[str]:
     return list(right)
 
 
-@contextmanager
-def _not_shared_out() -> Iterator[None]:
-    """Models built here are whole: under ZeRO-3 transformers shares out every one that it builds."""
-    from transformers.integrations import deepspeed
-
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
-
-
 def _computed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that no checkpoint has."""
     return {
@@ -109,7 +94,7 @@ def _skeleton(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     torch.set_default_dtype(dtype)
     try:
         # Some classes draw weights as they are built (CLIP's), from the numbers that the training would draw next.
-        with torch.random.fork_rng(devices=[]), _not_shared_out(), init_empty_weights(include_buffers=False):
+        with torch.random.fork_rng(devices=[]), unsharded_models(), init_empty_weights(include_buffers=False):
             return type(model)(copy.deepcopy(model.config))
     finally:
         torch.set_default_dtype(usual)

@@ -53,6 +53,23 @@ def gather(tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = N
 
 
 @contextmanager
+def unsharded_models() -> Iterator[None]:
+    """Models built inside are whole: under ZeRO-3 transformers shares out every one that it builds.
+
+    For one that is only counted or compared with (`torch.device("meta")`): a whole one in every process is what
+    ZeRO-3 is used against.
+    """
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref  # transformers sets it in public functions, and reads it here
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+@contextmanager
 def _unsharded(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if hasattr(tensor, "ds_id"):
         import deepspeed

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from grpo_toolkit.errors import InputError
+
 if TYPE_CHECKING:
+    import torch
+
     from grpo_toolkit.checkpoint import Checkpoint
 
 # Activations, the KV cache of a short answer, and the logits, over what the weights take.
 _HEADROOM: Final = 1.1
+
+_CONTEXT_BYTES: Final = 1_500_000_000
+"""What a process takes on a GPU beside the weights: its context, kernels, and the cache of a few requests."""
 
 
 def why_too_large(checkpoint: Checkpoint, device: str) -> str | None:
@@ -19,6 +26,22 @@ def why_too_large(checkpoint: Checkpoint, device: str) -> str | None:
     if free is None or needed <= free:
         return None
     return f"{needed / 1e9:.1f} GB are needed to load it and {free / 1e9:.1f} GB are free on {device}"
+
+
+def check_processes(model: torch.nn.Module, *, count: int) -> None:
+    """Say what is missing before a process runs into it.
+
+    Raises:
+        InputError: the model's GPU has no room for so many processes, each with a model like it.
+    """
+    device = str(model.device)
+    needed = count * (_CONTEXT_BYTES + sum(p.numel() * p.element_size() for p in model.parameters()))
+    free = free_bytes(device) if device.startswith("cuda") else None
+    if free is not None and free < needed:
+        raise InputError(
+            f"the arms need about {needed / 1e9:.1f} GB on {device} at once, and {free / 1e9:.1f} GB are free there; "
+            "ask for fewer (arms=), or after the training: grpo-toolkit bench base=BASE export=EXPORT --device cuda"
+        )
 
 
 def free_bytes(device: str) -> int | None:

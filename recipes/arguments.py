@@ -6,12 +6,13 @@ nor `--model_name_or_path`, `configs/tiny.yaml` is taken: the embedded model and
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
@@ -82,6 +83,13 @@ class RecipeArguments(ScriptArguments):
     )
 
 
+class _Parser(TrlParser):  # type: ignore[misc]
+    """TRL's parser, with a line for what is wrong instead of the usage, which is as long as its flags are many."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists every setting")
+
+
 def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig]:
     """Parse flags and YAML into the three groups.
 
@@ -91,12 +99,12 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
     args = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in args and not any(arg.partition("=")[0] == "--model_name_or_path" for arg in args):
         args = ["--config", str(DEFAULT_CONFIG), *args]
-    parser = TrlParser((RecipeArguments, GRPOConfig, ModelConfig))
+    parser = _Parser((RecipeArguments, GRPOConfig, ModelConfig))
     try:
         recipe, training, model = parser.parse_args_and_config(_one_config(args))
     except yaml.YAMLError as error:
         raise InputError(f"--config: not valid YAML ({_explain(str(error))})") from error
-    except ValueError as error:  # GRPOConfig checks batch sizes when it is made; the parser unknown YAML keys
+    except ValueError as error:  # GRPOConfig checks batch sizes when it is made; the parser unknown flags
         raise InputError(_explain(str(error))) from error
     return recipe, training, model
 
@@ -118,10 +126,10 @@ def _one_config(args: list[str]) -> list[str]:
         if not path.is_file():
             raise InputError(f"--config {path}: no such file; see recipes/configs/")
     laid_over: list[str] = []
-    for path in configs[1:]:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise InputError(f"--config {path}: not a mapping of settings")
+    for position, path in enumerate(configs):
+        content = _settings(path, others=("env",) if position == 0 else ())
+        if position == 0:  # TRL's parser reads it, and sets the environment variables in it
+            continue
         for key, value in content.items():
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             laid_over += [f"--{key}", *map(str, values)]
@@ -129,9 +137,36 @@ def _one_config(args: list[str]) -> list[str]:
     return [*first, *laid_over, *flags]
 
 
+def _settings(path: Path, *, others: Sequence[str]) -> dict[str, object]:
+    """A config's keys and values.
+
+    Raises:
+        InputError: it is no mapping, or has a key that is no setting.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: not a mapping of settings (key: value)")
+    for key in content:
+        if key not in _names() and key not in others:
+            raise InputError(f"--config {path}: there is no setting {key!r}{_nearest(str(key))}")
+    return content
+
+
+def _names() -> list[str]:
+    return [known.name for kind in (RecipeArguments, GRPOConfig, ModelConfig) for known in fields(kind)]
+
+
+def _nearest(name: str) -> str:
+    found = difflib.get_close_matches(name, _names(), n=1)
+    return f"; did you mean {found[0]}?" if found else "; --help lists every setting"
+
+
 def _explain(message: str) -> str:
     """A library's complaint in one line, with the way out."""
     line = " ".join(message.split())
+    unused = re.search(r"not used by the HfArgumentParser: \['--([^'=]+)", line)
+    if unused is not None:
+        return f"there is no flag --{unused[1]}{_nearest(unused[1]).replace('mean ', 'mean --')}"
     batch = re.search(r"generation_batch_size \((\d+)\) must be divisible by num_generations \((\d+)\)", line)
     if batch is not None:
         return f"{line} {_batch_fix(int(batch[1]), int(batch[2]))}"

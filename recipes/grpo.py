@@ -32,7 +32,7 @@ from grpo_toolkit import (
 from health import HealthCallback
 from images import load_processor
 from plan import check_plan, make_plan
-from preflight import MARKER, check_model, check_output, check_versions
+from preflight import MARKER, check_model, check_output, check_versions, check_vllm
 from rewards import RewardFunction, find_format_reward, find_rewards
 from sharded import ShardedRolloutsCallback
 from summary import print_summary, summarise
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
     check_versions()
     recipe, training, model = parse(argv)
     check_output(training.output_dir)
+    if not recipe.dry_run:  # which may plan for another machine, and warns
+        check_vllm(training)
     checkpoint = find_checkpoint(training)
     if model.model_name_or_path == TINY:
         model.model_name_or_path = build_tiny()
@@ -56,13 +58,6 @@ def main(argv: list[str]) -> None:
     )
     with training.main_process_first(desc="loading the dataset"):
         splits = load_splits(recipe, seed=training.seed, processor=processor)
-    plan = make_plan(recipe, training, model, splits, processor=processor)
-    if training.process_index == 0:
-        print("\n".join(plan.lines()), file=sys.stdout if recipe.dry_run else sys.stderr, flush=True)
-    check_plan(plan)
-    if recipe.dry_run:
-        return
-
     export_dir = Path(recipe.export_dir or Path(training.output_dir, "export"))
     exporting = ExportCallback(
         export_dir,
@@ -70,6 +65,13 @@ def main(argv: list[str]) -> None:
         format_reward=find_format_reward(rewards),
         overwrite=recipe.export_dir is None,
     )
+    plan = make_plan(recipe, training, model, splits, processor=processor)
+    if training.process_index == 0:
+        print("\n".join(plan.lines()), file=sys.stdout if recipe.dry_run else sys.stderr, flush=True)
+    check_plan(plan)
+    if recipe.dry_run:
+        return
+
     timing = LatencyCallback(
         prompts=splits.held_out,
         new_tokens=recipe.latency_new_tokens,
@@ -118,7 +120,11 @@ def make_trainer(
     rewards: list[RewardFunction],
     processor: Any,
 ) -> AccuracyTrainer:
-    """TRL's own trainer, with our callbacks plugged in."""
+    """TRL's own trainer, with our callbacks plugged in.
+
+    Raises:
+        InputError: vLLM's server did not come up.
+    """
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -129,16 +135,21 @@ def make_trainer(
     if quantization is not None:
         training.model_init_kwargs["quantization_config"] = quantization
     rewards = [with_group_health(rewards[0], num_generations=training.num_generations), *rewards[1:]]
-    return AccuracyTrainer(
-        model=model.model_name_or_path,
-        args=training,
-        reward_funcs=rewards,
-        processing_class=processor,
-        train_dataset=splits.train,
-        eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
-        peft_config=get_peft_config(model),
-        callbacks=callbacks,
-    )
+    try:
+        return AccuracyTrainer(
+            model=model.model_name_or_path,
+            args=training,
+            reward_funcs=rewards,
+            processing_class=processor,
+            train_dataset=splits.train,
+            eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
+            peft_config=get_peft_config(model),
+            callbacks=callbacks,
+        )
+    except ConnectionError as error:  # nobody started the server while TRL waited
+        if not training.use_vllm:
+            raise
+        raise InputError(f"{error} Or name its place: --vllm_server_host, --vllm_server_port") from error
 
 
 def build_tiny() -> str:

@@ -11,14 +11,13 @@ An allocator keeps more than it hands out, and CUDA itself takes some: `Estimate
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from grpo_toolkit import InputError
+from grpo_toolkit import InputError, unsharded_models
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 GIB = 2**30
 
@@ -124,7 +123,7 @@ def measure_model(name: str, *, revision: str | None = None, peft_config: Any = 
     model_class = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
     if model_class is None:
         raise InputError(f"model {name}: {type(config).__name__} belongs to no model that writes text")
-    with _not_shared_out(), torch.device("meta"):
+    with unsharded_models(), torch.device("meta"):
         model = model_class(config)
     parameters = {key: value.numel() for key, value in model.named_parameters()}
     names: list[str] = []
@@ -240,19 +239,6 @@ def estimate(
 def weights_cast(size: ModelSize, weight_bytes: float, shared_weights: int, deepspeed: bool) -> bool:
     """Whether autocast has float32 weights to cast: not those of an adapter's base, nor what arrives in bfloat16."""
     return weight_bytes == 4 and not size.is_adapter and shared_weights == 1 and not deepspeed
-
-
-@contextlib.contextmanager
-def _not_shared_out() -> Iterator[None]:
-    """Under ZeRO-3 transformers shares every model out among the processes as it is built; this one has no weights."""
-    from transformers.integrations import deepspeed
-
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def _training(size: ModelSize, load: Load, *, casts: float, residual: float) -> float:

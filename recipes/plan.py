@@ -16,6 +16,7 @@ from grpo_toolkit import InputError
 from images import pixel_limits
 from measuring import longest_prompt
 from memory import GIB, Estimate, Load, ModelSize, Sharing, estimate, measure_model
+from preflight import server_warning, vllm_problem
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, ModelConfig
@@ -224,7 +225,7 @@ def _size_errors(plan: Plan, training: GRPOConfig) -> list[str]:
 def _warnings(
     plan: Plan, recipe: RecipeArguments, training: GRPOConfig, processor: Any, *, image_tokens: int
 ) -> list[str]:
-    warnings = []
+    warnings = [text for text in (vllm_problem(training) or server_warning(training),) if text is not None]
     if plan.free_memory is not None and plan.memory.needed > plan.free_memory:
         warnings.append(
             f"at its peak this needs about {_gib(plan.memory.needed)} of GPU memory, {_gib(plan.free_memory)} are "
@@ -275,4 +276,6 @@ def _is_on(name: str) -> bool:
 
 
 def _gib(amount: float) -> str:
+    if amount < 0.05 * GIB:
+        return f"{amount / 2**20:,.0f} MiB"
     return f"{amount / GIB:,.1f} GiB"

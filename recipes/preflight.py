@@ -1,11 +1,20 @@
-"""What must be right before any weights load: the model, the output folder, permissions. Nothing is written here."""
+"""What must be right before any weights load: the model, the output folder, permissions, vLLM. Nothing is written."""
 
 from __future__ import annotations
 
 import os
+import socket
+from http.client import HTTPException
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from grpo_toolkit import CheckpointError, InputError, OutputExistsError
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 MARKER = "grpo_recipe.json"
 """Written into output_dir by the recipe: a folder that has it is ours to train into again."""
@@ -64,3 +73,88 @@ def check_output(output_dir: str | None) -> None:
         raise InputError(f"output_dir {folder}: {existing} is a file, so no folder can be made in it")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"output_dir {folder}: no permission to write in {existing}; choose another folder")
+
+
+def check_vllm(training: GRPOConfig) -> None:
+    """Rollouts by vLLM, if they are asked for, can be had on this machine.
+
+    Raises:
+        InputError: what is in the way, and what to do.
+    """
+    problem = vllm_problem(training)
+    if problem is not None:
+        raise InputError(problem)
+
+
+def vllm_problem(training: GRPOConfig) -> str | None:
+    """What is certain to keep vLLM from answering, or None: TRL would find out after the weights are loaded."""
+    from trl.import_utils import is_vllm_available
+
+    if not training.use_vllm:
+        return None
+    if training.device.type == "cpu":
+        why = "drops the weights that it has packed, and no training can reload them"
+        if training.vllm_mode == "server":
+            why = "has no way to get the weights of a training without one (TRL sends them by NCCL)"
+        return f"--use_vllm needs a GPU for the training: on a CPU vLLM {why}; leave it out, --use_vllm false"
+    if not is_vllm_available():
+        return "--use_vllm: vLLM is not installed here: pip install 'trl[vllm]', or --use_vllm false"
+    return _server_problem(training)
+
+
+def server_warning(training: GRPOConfig) -> str | None:
+    """That nobody listens yet where vLLM's server is expected, or None. It may be starting: TRL waits for it."""
+    if not training.use_vllm or training.vllm_mode != "server" or training.process_index != 0:
+        return None
+    host, port = server_address(training)
+    try:
+        with socket.create_connection((host, port), timeout=3):
+            return None
+    except OSError as error:
+        return (
+            f"no vLLM server at {host}:{port} ({error.strerror or error}): start it (bash recipes/vllm_server.sh) or "
+            f"name its place with --vllm_server_host and --vllm_server_port; the run waits "
+            f"{training.vllm_server_timeout:.0f} s for it, and then ends"
+        )
+
+
+def server_address(training: GRPOConfig) -> tuple[str, int]:
+    """Host and port of vLLM's server.
+
+    Raises:
+        InputError: the URL that was given has none.
+    """
+    if training.vllm_server_base_url is None:
+        return training.vllm_server_host, training.vllm_server_port
+    url = urlsplit(training.vllm_server_base_url)
+    try:
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+    except (KeyError, ValueError):
+        port = 0
+    if not url.hostname or not port:
+        raise InputError(f"--vllm_server_base_url {training.vllm_server_base_url}: expected http://HOST:PORT")
+    return url.hostname, port
+
+
+def _server_problem(training: GRPOConfig) -> str | None:
+    """A server's name that nobody knows, or somebody else at its address, whom TRL would ask for ever."""
+    if training.vllm_mode != "server" or training.process_index != 0:
+        return None
+    host, port = server_address(training)
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        return f"vLLM's server: no host {host!r} ({error.strerror or error}); name it with --vllm_server_host"
+    url = f"{training.vllm_server_base_url or f'http://{host}:{port}'}/health"
+    try:
+        with urlopen(url, timeout=3):
+            return None
+    except HTTPError as error:
+        if error.code >= 500:  # a gateway before a server that is starting
+            return None
+        found = f"status {error.code}"
+    except HTTPException as error:
+        found = type(error).__name__
+    except OSError:
+        return None  # nobody there yet
+    return f"{url}: {found}, so what answers there is no vLLM server; name its place with --vllm_server_port"

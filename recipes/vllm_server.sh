@@ -9,6 +9,10 @@ set -euo pipefail
 model=${1:-Qwen/Qwen2.5-VL-3B-Instruct}
 max_pixels=${2:-401408}
 max_length=${3:-2048}
+if ! python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'; then
+    echo "recipes/vllm_server.sh: vLLM is not installed here: pip install 'trl[vllm]'" >&2
+    exit 2
+fi
 # --limit-mm-per-prompt: without it vLLM also reserves memory for a video of 16,384 tokens.
 exec trl vllm-serve --model "$model" --max_model_len "$max_length" \
     --mm-processor-kwargs "{\"max_pixels\": $max_pixels}" \

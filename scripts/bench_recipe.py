@@ -3,6 +3,7 @@
     python scripts/bench_recipe.py --arms full lora resume            # one GPU
     python scripts/bench_recipe.py --arms fsdp2 zero3                 # two
     python scripts/bench_recipe.py --shape tiny --cpu                 # the same on a CPU, to try the script
+    python scripts/bench_recipe.py --arms zero3 --shape qwen2.5-vl-3b-quarter --cpu -- --per_device_train_batch_size 2
 
 Random weights at the published shape (`make_random_vlm.py`) and a made-up dataset in geometry3k's layout: images that
 resize to the config's limit, questions up to its longest prompt. Such a model never ends its answers, so every
@@ -78,10 +79,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--completion-length", type=int, help="instead of the config's")
     parser.add_argument("--accumulate", type=int, help="gradient accumulation steps instead of the config's")
     parser.add_argument("--latency-rounds", type=int, default=3, help="0 leaves the timing out")
-    parser.add_argument("--cpu", action="store_true", help="one process without bfloat16")
+    parser.add_argument("--cpu", action="store_true", help="one process without bfloat16, or zero3's two with it")
     parser.add_argument("--scratch", help="where to put models and runs (60 GB); by default the temporary folder")
     parser.add_argument("--output", default="bench_recipe")
+    parser.add_argument("flags", nargs="*", help="after --: more flags of recipes/grpo.py, instead of the config's")
     return parser.parse_args()
+
+
+def letters_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    """How many different characters there are. What random weights say earns nothing by the usual rewards, and where
+    a group's rewards are equal there is no gradient."""
+    return [float(len(set(completion[0]["content"]))) for completion in completions]
 
 
 def make_base(shape: str, folder: Path) -> Path:
@@ -118,11 +126,11 @@ def run_arm(
     row: dict[str, Any] = {"arm": name, "gpus": arm.gpus}
     log = output / f"{name}.log"
     if arm.is_killed:
-        row["killed_after_checkpoint"] = kill_after_checkpoint(command, run, log)
+        row["killed_after_checkpoint"] = kill_after_checkpoint(command, run, log, environment(options))
         command += ["--resume_from_checkpoint", "true"]
     with log.open("a") as file:
         code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment(), check=False
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment(options), check=False
         ).returncode
     row |= {"exit_code": code, "total_s": round(time.monotonic() - began)}
     text = log.read_text(errors="replace")
@@ -144,7 +152,7 @@ def run_arm(
 
 def recipe_command(arm: Arm, base: Path, dataset: Path, run: Path, options: argparse.Namespace) -> list[str]:
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    if options.cpu:
+    if options.cpu and arm.gpus == 1:
         launcher += ["--cpu", "--num_processes", "1"]
     else:
         launcher += ["--config_file", str(ROOT / f"recipes/accelerate/{arm.accelerate}.yaml")]
@@ -171,24 +179,24 @@ def recipe_command(arm: Arm, base: Path, dataset: Path, run: Path, options: argp
     if options.accumulate:
         flags["gradient_accumulation_steps"] = options.accumulate
     if options.cpu:
-        flags |= {"use_cpu": "true", "bf16": "false"}
+        flags |= {"use_cpu": "true", "bf16": str(arm.gpus > 1).lower()}
+    rewards = ["--reward_funcs", "format", f"{Path(__file__).resolve()}:{letters_reward.__name__}"]
     pairs = [("config", ROOT / f"recipes/configs/{name}.yaml") for name in configs] + list(flags.items())
     given = [part for flag, value in pairs for part in (f"--{flag}", str(value))]
-    return [*launcher, str(ROOT / "recipes" / "grpo.py"), *given]
+    return [*launcher, str(ROOT / "recipes" / "grpo.py"), *given, *rewards, *options.flags]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    on_a_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | (on_a_cpu if options.cpu else {})
 
 
-def kill_after_checkpoint(command: list[str], run: Path, log: Path) -> str | None:
+def kill_after_checkpoint(command: list[str], run: Path, log: Path, env: dict[str, str]) -> str | None:
     """Train until a whole checkpoint lies there, then kill every process of the run at once."""
     from grpo_toolkit import last_whole_checkpoint
 
     with log.open("a") as file:
-        started = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
-        )
+        started = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         checkpoint = None
         while checkpoint is None and started.poll() is None:
             time.sleep(1)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformers import TrainerState
 
-from grpo_toolkit import ExportCallback
+from grpo_toolkit import ExportCallback, KVCacheCallback
 from grpo_toolkit.buffers import restore_buffers, rounded_buffers
 from grpo_toolkit.inference import Request, dtype_argument, load_model
 from grpo_toolkit.inputs import inputs_for, prepare_inputs
@@ -21,9 +23,8 @@ from ports import free_port
 from training import grpo_trainer, nested_config_only
 from warm import run_python
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+TESTS = Path(__file__).resolve().parent
+PATHS = [str(TESTS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 POSITIONS = ["model.language_model.rotary_emb.inv_freq", "model.visual.rotary_pos_emb.inv_freq"]
 
 
@@ -119,6 +120,58 @@ def test_what_zero3_rounds_as_it_shares_a_model_out_is_computed_again(base: Path
         assert found[kind]["equal"]
 
 
+TRAINED_SHARED_OUT = """
+import json, sys
+from pathlib import Path
+import deepspeed
+from grpo_toolkit import KVCacheCallback
+from grpo_toolkit.buffers import rounded_buffers
+from grpo_toolkit.inference import load_model
+from transformers import TrainerCallback
+from training import grpo_trainer
+
+base, out = map(Path, sys.argv[1:])
+plain, processor, _ = load_model(base)
+settings = {
+    "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 1,
+}
+
+class Look(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        found["in_training"] = rounded_buffers(model)
+
+deepspeed.init_distributed("gloo")
+with deepspeed.zero.Init(config_dict_or_path=settings):
+    model = type(plain)(plain.config)
+found = {"built": rounded_buffers(model)}
+callback = KVCacheCallback(strict=True)
+options = {"deepspeed": settings, "bf16": True, "max_steps": 1, "processing_class": processor}
+trainer = grpo_trainer(model, out, [callback, Look()], **options)
+trainer.train()
+found["zero_stage"] = trainer.accelerator.state.deepspeed_plugin.zero_stage
+found["shards"] = hasattr(next(trainer.model.parameters()), "ds_id")
+found["failures"] = callback.failures
+print(json.dumps(found))
+"""
+
+
+@nested_config_only
+def test_the_cache_callback_alone_trains_with_the_positions_that_its_files_will_have(
+    base: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed", reason="the newest stack alone installs DeepSpeed")
+    here = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    here |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), *PATHS]))}
+    done = run_python(["-c", TRAINED_SHARED_OUT, base, tmp_path / "out"], env=os.environ | here)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(POSITIONS) <= set(found["built"])
+    assert (found["in_training"], found["failures"]) == ([], [])
+    assert (found["zero_stage"], found["shards"]) == (3, True)
+    assert done.stderr.count("had been rounded to half precision while the model was loaded; they are computed") == 1
+
+
 @pytest.fixture
 def cast(base: Path) -> tuple[Any, Any]:
     """A model whose positions a cast has rounded, and its processor."""
@@ -165,10 +218,14 @@ def test_with_a_reference_model_the_rounding_is_said_and_left(
     trainer = grpo_trainer(model, tmp_path / "out", [], processing_class=processor, beta=0.1, max_steps=1)
     assert trainer.ref_model is not None
     with caplog.at_level(logging.WARNING):
-        export.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+        for callback in (KVCacheCallback(), export):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
     assert set(POSITIONS) <= set(rounded_buffers(model))
-    assert "zero3_init_flag: false" in caplog.text
+    assert caplog.text.count("zero3_init_flag: false") == 1  # by whichever callback comes first
     assert export.failures == []
+    another = TrainerState()
+    export.on_train_begin(trainer.args, another, trainer.control, model=model)
+    assert caplog.text.count("zero3_init_flag: false") == 2  # another training is told again
 
 
 @nested_config_only
@@ -206,8 +263,9 @@ def test_a_class_that_is_not_built_from_its_config_is_trained_and_exported(
 
     model.__class__ = type(type(model).__name__, (type(model),), {"__init__": build})
     export = ExportCallback(tmp_path / "export", base=base, num_prompts=1)
-    grpo_trainer(model, tmp_path / "out", [export], processing_class=processor, max_steps=1).train()
-    assert "computing the rotary positions again failed: TypeError" in caplog.text
+    callbacks = [KVCacheCallback(), export]
+    grpo_trainer(model, tmp_path / "out", callbacks, processing_class=processor, max_steps=1).train()
+    assert caplog.text.count("computing the rotary positions again failed: TypeError") == 1
     assert export.failures == []
     assert export.result is not None
 
@@ -220,8 +278,7 @@ def test_what_the_class_makes_so_is_no_rounding_beside_a_reference_model(
     model.model.embed_tokens.embed_scale = model.model.embed_tokens.embed_scale.to(torch.bfloat16)
     assert rounded_buffers(model) == ["model.embed_tokens.embed_scale"]
     export = ExportCallback(tmp_path / "export")
-    args, state = SimpleNamespace(beta=0.1), SimpleNamespace(is_world_process_zero=True)
-    export.on_train_begin(args, state, None, model=model)
+    export.on_train_begin(SimpleNamespace(beta=0.1), TrainerState(), None, model=model)
     assert "rounded" not in caplog.text
 
 

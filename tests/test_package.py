@@ -71,7 +71,7 @@ FLOORS = [
     {"tracking.mirror", "tracking.replay"},
     {"doctor.commands", "tracking.commands"},
     {"latency.commands", "latency.explain_command", "latency.tune_command"},
-    {"callbacks.guard", "callbacks.prompts"},
+    {"callbacks.guard", "callbacks.positions", "callbacks.prompts"},
     {"callbacks.kv_cache", "callbacks.resume_guard", "callbacks.export"},
     {"callbacks.latency", "cli"},
 ]

@@ -76,6 +76,13 @@ def test_wrong_input_is_exit_code_2_and_one_line(qwen: Path, tmp_path: Path) -> 
         (["--resume_from_checkpoint", "true"], "no whole checkpoint in it to resume from"),
         (["--resume_from_checkpoint", "{tmp}"], "no trainer_state.json there"),
         (["--config", "no.yaml"], "--config no.yaml: no such file"),
+        (
+            ["--config", "{tmp}/thesis/typo.yaml"],
+            "typo.yaml: there is no setting 'learnin_rate'; did you mean learning_rate?",
+        ),
+        (["--learnin_rate", "1"], "there is no flag --learnin_rate; did you mean --learning_rate?"),
+        (["--max_steps", "many"], "invalid int value: 'many'; --help lists every setting"),
+        (["--export_dir", "{tmp}/thesis"], "thesis: exists and is not an export of ours"),
         (["--output_dir", "{tmp}/thesis"], "exists and was not made by this recipe"),
         (["--output_dir", "{tmp}/thesis/chapter.tex"], "is a file"),
     ],
@@ -88,6 +95,7 @@ def test_wrong_input_is_one_line_and_touches_nothing(
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     (tmp_path / "thesis" / "bad.yaml").write_text("a: [1")
+    (tmp_path / "thesis" / "typo.yaml").write_text("learnin_rate: 1.0e-5\n")
     base = {"--model_name_or_path": qwen, "--dataset_name": dataset, "--output_dir": tmp_path / "out"}
     base |= {"--use_cpu": "true"}
     given = dict(zip(arguments[::2], [a.format(tmp=tmp_path) for a in arguments[1::2]], strict=True))
@@ -95,7 +103,7 @@ def test_wrong_input_is_one_line_and_touches_nothing(
     with pytest.raises(InputError, match=re.escape(message)):
         main([str(flag) for flag in flags])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "thesis"]
-    assert sorted(path.name for path in (tmp_path / "thesis").iterdir()) == ["bad.yaml", "chapter.tex"]
+    assert sorted(path.name for path in (tmp_path / "thesis").iterdir()) == ["bad.yaml", "chapter.tex", "typo.yaml"]
 
 
 def test_a_requeued_job_goes_on_or_begins_again(tmp_path: Path) -> None:

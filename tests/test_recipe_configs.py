@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -73,6 +74,21 @@ def test_a_second_config_must_be_a_mapping(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(InputError, match=r"list\.yaml: not a mapping of settings"):
         parse(CONFIGS[0], tmp_path / "list.yaml")
+
+
+def test_a_second_config_has_no_setting_that_there_is_not(tmp_path: Path) -> None:
+    """As a flag `--max_step` would be taken for the beginning of another."""
+    (tmp_path / "typo.yaml").write_text("max_step: 3\n")
+    with pytest.raises(InputError, match=r"typo\.yaml: there is no setting 'max_step'; did you mean max_steps\?"):
+        parse(CONFIGS[0], tmp_path / "typo.yaml")
+
+
+def test_a_config_may_set_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's parser sets those under `env`."""
+    monkeypatch.setenv("GRPO_RECIPE_TEST", "before")
+    (tmp_path / "env.yaml").write_text("env: {GRPO_RECIPE_TEST: after}\nmax_steps: 3\n")
+    assert parse(tmp_path / "env.yaml", flags=("--model_name_or_path", "m"))["max_steps"] == 3
+    assert os.environ["GRPO_RECIPE_TEST"] == "after"
 
 
 def test_the_adapter_config_names_no_module_of_the_vision_tower(qwen: Path) -> None:

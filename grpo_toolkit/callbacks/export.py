@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from grpo_toolkit.buffers import restore_buffers, right_buffers
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.callbacks.positions import restore_positions
 from grpo_toolkit.callbacks.prompts import find_requests
 from grpo_toolkit.checkpoint import check_output
 from grpo_toolkit.export import ExportResult, export_model, refuse_unsupported
@@ -34,7 +34,7 @@ class ExportCallback(GuardedCallback):
     """Exports the trained model at the end of training: merged, verified, published atomically.
 
     Before the training it sees to it that an export can be equal to the policy at all: rotary frequencies that loading
-    has rounded (see `buffers`) are computed again.
+    has rounded (see `buffers`) are computed again, as by `KVCacheCallback`.
 
     Args:
         output_dir: the folder to publish.
@@ -88,33 +88,7 @@ class ExportCallback(GuardedCallback):
                 refuse_unsupported(kwargs["model"])
         # Where it cannot be done (a class that is not built from its config alone), verification has the last word.
         with self._guarded("computing the rotary positions again", is_vital=False):
-            self._restore_positions(kwargs["model"], args, state)
-
-    def _restore_positions(self, model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
-        if getattr(args, "use_transformers_continuous_batching", False) and args.bf16 and state.is_world_process_zero:
-            logger.warning(
-                "grpo_toolkit: rollouts by continuous batching cast the whole model to bfloat16 at every step, its "
-                "rotary positions too (TRL 1.16); the export will not have that rounding, and may be refused for it. "
-                "Roll out without: use_transformers_continuous_batching=False"
-            )
-        # A reference model of its own was rounded as well, and is not to be had here: the two would drift apart.
-        has_reference = bool(getattr(args, "beta", 0.0)) and not hasattr(model, "peft_config")
-        names = list(right_buffers(model)) if has_reference else restore_buffers(model)
-        if not names or not state.is_world_process_zero:
-            return
-        consequence = "they are computed anew, as the export's will be"
-        if has_reference:
-            consequence = (
-                "the export will not have that rounding, and policy and reference model have it both. Load them "
-                "without it: zero3_init_flag: false"
-            )
-        logger.warning(
-            "grpo_toolkit: %d buffers that no file holds (%s, ...) had been rounded to half precision while the model "
-            "was loaded; %s",
-            len(names),
-            names[0],
-            consequence,
-        )
+            restore_positions(kwargs["model"], args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

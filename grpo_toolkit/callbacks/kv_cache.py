@@ -15,6 +15,7 @@ from grpo_toolkit.cache import (
     set_cache_flags,
 )
 from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.callbacks.positions import restore_positions
 from grpo_toolkit.probe import Decoding, RolloutWatch
 from grpo_toolkit.saving import capture_model_defaults, install_save_hook, remember_plain_state
 
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 class KVCacheCallback(GuardedCallback):
     """Keeps the KV cache where it belongs: off in the training forward, on in rollouts, on in every saved file.
+
+    A saved model is also to mean what was trained: rotary frequencies that loading has rounded (see `buffers`) are
+    computed again before the first step.
 
     Args:
         generation_overrides: keys for `generation_config.json` in every save that win over the base's.
@@ -84,6 +88,9 @@ class KVCacheCallback(GuardedCallback):
                     "would have run without a cache. It is on now, and will be in every save",
                     "none on disk" if self.defaults is None else self.defaults.source,
                 )
+        # Where it cannot be done (a class that is not built from its config alone), an export's verification decides.
+        with self._guarded("computing the rotary positions again", is_vital=False):
+            restore_positions(model, args, state)
         self._let_go()
         self.decoding = None
         # Hooks would make torch.compile stop and start at every forward.

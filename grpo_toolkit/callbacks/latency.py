@@ -25,7 +25,7 @@ from grpo_toolkit.latency.statistics import MIN_PAIRS
 from grpo_toolkit.latency.store import FILE_NAME, append_rows
 from grpo_toolkit.latency.workload import traffic_of
 from grpo_toolkit.parking import parked
-from grpo_toolkit.room import free_bytes
+from grpo_toolkit.room import check_processes
 from grpo_toolkit.saving import base_folder, save_as_plain_trainer, saved_state
 from grpo_toolkit.tracking.charts.gallery import write_pictures
 from grpo_toolkit.tracking.console import latency_table, ratio_lines, say
@@ -61,9 +61,6 @@ COST: Final = 0.01
 
 LEAST_BUDGET_S: Final = 60.0
 """What they may take after a training so short that this would be less."""
-
-_CONTEXT_BYTES: Final = 1_500_000_000
-"""What a process takes on a GPU beside the weights: its context, kernels, and the cache of a few requests."""
 
 
 class LatencyCallback(GuardedCallback):
@@ -212,50 +209,55 @@ class LatencyCallback(GuardedCallback):
         kwargs: Mapping[str, Any],
         weights: dict[str, torch.Tensor] | None,
     ) -> None:
-        model = kwargs["model"]
-        folder = self._folder(args)
-        inner = base_model(model)
+        model, folder = kwargs["model"], self._folder(args)
         budget_s = max(LEAST_BUDGET_S, COST * (time.perf_counter() - self._began))
         requests = self._requests(kwargs)
-        workloads = [traffic_of(requests, max_new_tokens=self.new_tokens)]
-        if self.max_new_tokens is not None:
-            workloads.append(traffic_of(requests, kind="natural", max_new_tokens=self.max_new_tokens))
         with tempfile.TemporaryDirectory(prefix=".plain-checkpoint-", dir=folder) as plain:
             if "checkpoint" in self.arms:
                 save_as_plain_trainer(model, Path(plain), kwargs.get("processing_class"), weights=weights)
-            attention = getattr(inner.config, "_attn_implementation", None)
-            options = Options(device=str(inner.device), attn_implementation=attention)
-            arms = self._find_arms(model, Path(plain), options)
+            arms = self._find_arms(model, Path(plain))
             if not arms:
                 return
             as_saved = {arm.name: arm.place for arm in arms if arm.options.use_cache is None}
             write_findings(folder, diagnose_arms(as_saved))
-            needed = sum(_process_bytes(inner) for _ in {arm.engine_key for arm in arms})
-            missed: list[Missed] = []
             with parked(model, kwargs.get("optimizer")):
-                _check_room(inner.device, needed)
-                say(f"loading {len(arms)} arms to time them: {', '.join(arm.name for arm in arms)}")
-                with Engines() as engines:
-                    for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
-                        share_s = max(0.0, budget_s - engines.asked_s) / left
-                        timed = [arm for arm in arms if traffic.kind == "fixed" or arm.name != NO_CACHE]
-                        if not timed:
-                            continue
-                        say(self._announcement(traffic, len(timed), share_s))
-                        compared = compare_latency(
-                            timed, traffic, rounds=self.rounds, control=False, budget_s=share_s, engines=engines
-                        )
-                        rows = [replace(row, step=state.global_step) for row in compared.rows]
-                        append_rows(folder / FILE_NAME, rows)
-                        say(latency_table(rows), *ratio_lines(rows))
-                        self.rows += rows
-                        missed += self._missed(rows)
+                check_processes(base_model(model), count=len({arm.engine_key for arm in arms}))
+                missed = self._time(arms, self._workloads(requests), folder, step=state.global_step, budget_s=budget_s)
                 self._explain(missed, arms[0], requests, state, folder, budget_s)
         self._training = Training.of(state.global_step, state.log_history)
         with self._guarded("the latency report"):
             self._show(args, folder)
         if missed:
             raise GateError("; ".join(dict.fromkeys(map(str, missed))))
+
+    def _workloads(self, requests: Sequence[Request]) -> list[Traffic]:
+        workloads = [traffic_of(requests, max_new_tokens=self.new_tokens)]
+        if self.max_new_tokens is not None:
+            workloads.append(traffic_of(requests, kind="natural", max_new_tokens=self.max_new_tokens))
+        return workloads
+
+    def _time(
+        self, arms: Sequence[Arm], workloads: Sequence[Traffic], folder: Path, *, step: int, budget_s: float
+    ) -> list[Missed]:
+        """Time the arms on each workload, and put the rows on disk as they come; what missed the gate."""
+        missed: list[Missed] = []
+        say(f"loading {len(arms)} arms to time them: {', '.join(arm.name for arm in arms)}")
+        with Engines() as engines:
+            for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
+                share_s = max(0.0, budget_s - engines.asked_s) / left
+                timed = [arm for arm in arms if traffic.kind == "fixed" or arm.name != NO_CACHE]
+                if not timed:
+                    continue
+                say(self._announcement(traffic, len(timed), share_s))
+                compared = compare_latency(
+                    timed, traffic, rounds=self.rounds, control=False, budget_s=share_s, engines=engines
+                )
+                rows = [replace(row, step=step) for row in compared.rows]
+                append_rows(folder / FILE_NAME, rows)
+                say(latency_table(rows), *ratio_lines(rows))
+                self.rows += rows
+                missed += self._missed(rows)
+        return missed
 
     def _announcement(self, traffic: Traffic, arms: int, budget_s: float) -> str:
         tokens = f"{'up to ' if traffic.kind == 'natural' else ''}{traffic.max_new_tokens} tokens"
@@ -315,8 +317,9 @@ class LatencyCallback(GuardedCallback):
                 export.path, review, training=self._training, base=base, around=Path(args.output_dir, CARD)
             )
 
-    def _find_arms(self, model: torch.nn.Module, plain: Path, options: Options) -> list[Arm]:
-        export = published.get(base_model(model))
+    def _find_arms(self, model: torch.nn.Module, plain: Path) -> list[Arm]:
+        inner = base_model(model)
+        export = published.get(inner)
         base = export.base if export is not None else base_folder(model)
         folders = {
             "base": base,
@@ -327,26 +330,10 @@ class LatencyCallback(GuardedCallback):
         missing = [arm for arm in self.arms if folders[arm] is None]
         if missing:
             logger.warning("grpo_toolkit: nothing to measure for %s (no such folder in this run)", ", ".join(missing))
+        attention = getattr(inner.config, "_attn_implementation", None)
+        options = Options(device=str(inner.device), attn_implementation=attention)
         return [
             Arm(name=arm, path=path, options=replace(options, use_cache=False if arm == NO_CACHE else None))
             for arm in self.arms
             if (path := folders[arm]) is not None
         ]
-
-
-def _process_bytes(model: torch.nn.Module) -> int:
-    return _CONTEXT_BYTES + sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _check_room(device: torch.device, needed: int) -> None:
-    """Say what is missing before a process runs into it.
-
-    Raises:
-        InputError: the GPU has no room for the arms.
-    """
-    free = free_bytes(str(device)) if device.type == "cuda" else None
-    if free is not None and free < needed:
-        raise InputError(
-            f"the arms need about {needed / 1e9:.1f} GB on {device} at once, and {free / 1e9:.1f} GB are free there; "
-            "ask for fewer (arms=), or after the training: grpo-toolkit bench base=BASE export=EXPORT --device cuda"
-        )
