@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.errors import InputError
+from grpo_toolkit.checkpoint import Kind, base_of_adapter, open_checkpoint
 
 if TYPE_CHECKING:
-    import torch
-
     from grpo_toolkit.checkpoint import Checkpoint
 
 # Activations, the KV cache of a short answer, and the logits, over what the weights take.
@@ -28,20 +26,13 @@ def why_too_large(checkpoint: Checkpoint, device: str) -> str | None:
     return f"{needed / 1e9:.1f} GB are needed to load it and {free / 1e9:.1f} GB are free on {device}"
 
 
-def check_processes(model: torch.nn.Module, *, count: int) -> None:
-    """Say what is missing before a process runs into it.
-
-    Raises:
-        InputError: the model's GPU has no room for so many processes, each with a model like it.
-    """
-    device = str(model.device)
-    needed = count * (_CONTEXT_BYTES + sum(p.numel() * p.element_size() for p in model.parameters()))
-    free = free_bytes(device) if device.startswith("cuda") else None
-    if free is not None and free < needed:
-        raise InputError(
-            f"the arms need about {needed / 1e9:.1f} GB on {device} at once, and {free / 1e9:.1f} GB are free there; "
-            "ask for fewer (arms=), or after the training: grpo-toolkit bench base=BASE export=EXPORT --device cuda"
-        )
+def process_bytes(folder: Path) -> int:
+    """What a process takes on a GPU that loads a folder's model, an adapter's with its base."""
+    checkpoint = open_checkpoint(folder)
+    found = [checkpoint]
+    if checkpoint.kind is Kind.ADAPTER:
+        found.append(open_checkpoint(base_of_adapter(folder)))
+    return _CONTEXT_BYTES + sum(info.nbytes for one in found for info in one.tensors().values())
 
 
 def free_bytes(device: str) -> int | None:

@@ -165,6 +165,9 @@ def recipe_command(arm: Arm, base: Path, dataset: Path, run: Path, options: argp
         "output_dir": run,
         "max_steps": options.steps,
         "held_out_size": 2,
+        # Such answers are all cut off: masked, there would be no gradient, and what is exported would be the base.
+        "mask_truncated_completions": "false",
+        "warmup_steps": 0,
         "eval_strategy": "no",
         "load_best_model_at_end": "false",
         "direct_baseline": "false",

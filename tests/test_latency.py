@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise as pairs
 from typing import TYPE_CHECKING
 
 import pytest
 
+from grpo_toolkit.checkpoint import open_checkpoint
 from grpo_toolkit.errors import InputError, WorkerError
-from grpo_toolkit.inference import Record, Request
+from grpo_toolkit.inference import Record, Request, load_model
 from grpo_toolkit.inputs import image_messages
-from grpo_toolkit.latency.arms import Arm
+from grpo_toolkit.latency import arms as arms_module
+from grpo_toolkit.latency.arms import Arm, fitting
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.row import LatencyRow, Summary
 from grpo_toolkit.latency.statistics import summary
 from grpo_toolkit.latency.store import append_rows, read_measurements, read_rows, row_of
 from grpo_toolkit.latency.workload import requests_from_rows, traffic_of
+from grpo_toolkit.room import process_bytes
 from grpo_toolkit.worker import Worker, worker_environment
 
 if TYPE_CHECKING:
@@ -187,3 +191,37 @@ def test_images_go_in_front_of_the_first_user_text_unless_they_are_placed() -> N
     parts = [{"type": "text", "text": "q"}, {"type": "image"}]
     placed = Request(messages=[{"role": "user", "content": parts}], images=["a"])  # type: ignore[list-item]
     assert image_messages(placed)[0]["content"] == parts
+
+
+def test_arms_that_a_gpu_has_no_room_for_are_left_out_or_said(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(device="cuda:0")
+    arms = [
+        Arm(name=name, path=qwen, options=options, process=turn) for turn, name in enumerate(("base", "checkpoint"))
+    ]
+    export = Arm(name="export", path=qwen, options=options, process=2)
+    arms += [export, replace(export, name="export_no_cache", options=replace(options, use_cache=False))]  # one process
+    each = process_bytes(qwen)
+    assert each - 1_500_000_000 == sum(info.nbytes for info in open_checkpoint(qwen).tensors().values())
+
+    def timed(free: int) -> list[str]:
+        monkeypatch.setattr(arms_module, "free_bytes", {"cuda:0": free}.__getitem__)
+        return [arm.name for arm in fitting(arms, spare=["checkpoint"])]
+
+    assert timed(3 * each) == ["base", "checkpoint", "export", "export_no_cache"]
+    assert timed(3 * each - 1) == timed(2 * each) == ["base", "export", "export_no_cache"]
+    with pytest.raises(InputError, match=r"need about 3\.0 GB on cuda:0 at once, and 1\.5 GB are free"):
+        timed(each)
+    monkeypatch.setattr(arms_module, "free_bytes", lambda _: 0)
+    with pytest.raises(InputError, match=r"need about 1\.5 GB"):
+        fitting(arms[1:2], spare=["checkpoint"])
+    on_cpu = [replace(arm, options=Options()) for arm in arms]
+    assert fitting(on_cpu) == on_cpu
+
+
+def test_an_adapter_takes_the_room_of_its_base(qwen: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(load_model(qwen)[0], LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    own = sum(info.nbytes for info in open_checkpoint(tmp_path / "adapter").tensors().values())
+    assert process_bytes(tmp_path / "adapter") == process_bytes(qwen) + own

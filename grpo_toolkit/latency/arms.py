@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import EngineFacts, Options
+from grpo_toolkit.room import free_bytes, process_bytes
 
 if TYPE_CHECKING:
     import os
@@ -83,6 +84,32 @@ def named_arms(
     if isinstance(arms, Mapping):
         return [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
     return list(arms)
+
+
+def fitting(arms: Sequence[Arm], *, spare: Sequence[str] = ()) -> list[Arm]:
+    """The arms whose processes a GPU has room for, all at once.
+
+    Args:
+        arms: of folders, on one device; a CPU has room for all.
+        spare: names of arms to leave out for want of room, the first one first.
+
+    Raises:
+        InputError: without those there is no room either.
+    """
+    device, left = arms[0].options.device, list(arms)
+    free = free_bytes(device) if device.startswith("cuda") else None
+    if free is None:
+        return left
+    for name in (None, *spare):
+        left = [arm for arm in left if arm.name != name] or left
+        folders = {arm.engine_key: arm.path for arm in left if arm.path is not None}
+        needed = sum(map(process_bytes, folders.values()))
+        if needed <= free:
+            return left
+    raise InputError(
+        f"the arms need about {needed / 1e9:.1f} GB on {device} at once, and {free / 1e9:.1f} GB are free there; "
+        "ask for fewer (arms=), or after the training: grpo-toolkit bench base=BASE export=EXPORT --device cuda"
+    )
 
 
 class Engines:
