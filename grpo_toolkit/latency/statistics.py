@@ -4,7 +4,8 @@ Arms take turns in counterbalanced blocks, so that a machine that drifts or is s
 compared is therefore the ratio of two arms in the same round, never two medians. The interval is a bootstrap over
 rounds (Efron and Tibshirani 1993, chapter 13; `scipy.stats.bootstrap`), widened where neighbouring rounds resemble
 each other: a busy host slows one of two processes for seconds on end, and thirty such rounds know no more than ten.
-Two arms are called the same only when the whole interval lies within 3%: a wide one around 1 is *cannot tell*.
+Two arms are called the same only when the whole interval lies within 3%, and different only when it lies on one side
+of 1 and its median beyond 3%. A wide one around 1 is *cannot tell*, and so is 1.014 (1.003 to 1.054).
 """
 
 from __future__ import annotations
@@ -150,9 +151,9 @@ def verdict(pairs: int, *, median: float, low: float, high: float) -> Verdict:
         return "cannot tell"
     if low >= 1 / SAME_WITHIN and high <= SAME_WITHIN:
         return "same"
-    if low > 1:
+    if low > 1 and median > SAME_WITHIN:
         return "slower"
-    if high < 1:
+    if high < 1 and median < 1 / SAME_WITHIN:
         return "faster"
     return "cannot tell"
 
