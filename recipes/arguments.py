@@ -99,7 +99,8 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
     args = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in args and not any(arg.partition("=")[0] == "--model_name_or_path" for arg in args):
         args = ["--config", str(DEFAULT_CONFIG), *args]
-    parser = _Parser((RecipeArguments, GRPOConfig, ModelConfig))
+    # Not abbreviated: what is nearly a setting is a mistake.
+    parser = _Parser((RecipeArguments, GRPOConfig, ModelConfig), allow_abbrev=False)
     try:
         recipe, training, model = parser.parse_args_and_config(_one_config(args))
     except yaml.YAMLError as error:

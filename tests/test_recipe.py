@@ -81,6 +81,7 @@ def test_wrong_input_is_exit_code_2_and_one_line(qwen: Path, tmp_path: Path) -> 
             "typo.yaml: there is no setting 'learnin_rate'; did you mean learning_rate?",
         ),
         (["--learnin_rate", "1"], "there is no flag --learnin_rate; did you mean --learning_rate?"),
+        (["--learning_rat", "1"], "there is no flag --learning_rat; did you mean --learning_rate?"),  # no abbreviation
         (["--max_steps", "many"], "invalid int value: 'many'; --help lists every setting"),
         (["--export_dir", "{tmp}/thesis"], "thesis: exists and is not an export of ours"),
         (["--output_dir", "{tmp}/thesis"], "exists and was not made by this recipe"),
