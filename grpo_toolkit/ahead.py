@@ -16,6 +16,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.cache import base_model
+from grpo_toolkit.probe import cache_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +65,7 @@ class DecodeAhead:
         with deferred_stops(), self._lending() as made:
             output = self.model.generate(*args, **kwargs)
         for cache, layers in made:
-            if getattr(output, "past_key_values", None) is not cache:
+            if cache_in(output) is not cache:
                 self._layers = layers
         return output
 

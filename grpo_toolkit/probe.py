@@ -59,7 +59,7 @@ class CacheProbe:
             tokens = kwargs.get("inputs_embeds", args[0] if args else None)
         if tokens is None:
             return
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         self.step_lengths.append(int(tokens.shape[1]))
         self.cache_lengths.append(0 if cache is None else int(cache.get_seq_length()))
 
@@ -71,6 +71,17 @@ def vision_tower(model: torch.nn.Module) -> torch.nn.Module | None:
     """The outermost vision tower of a model, or None for a text-only one."""
     towers = (module for name, module in model.named_modules() if name.rpartition(".")[2] in VISION_TOWERS)
     return next(towers, None)
+
+
+def cache_in(given: Any) -> Any:
+    """The KV cache among a forward's arguments, or in what `generate` returns; None where there is none.
+
+    `cache` from transformers 5.24 on, where the old name still works, with a warning; `past_key_values` before.
+    """
+    if not isinstance(given, dict):
+        return None
+    found = dict.get(given, "cache")  # dict's own: an output of transformers' warns of the old name
+    return dict.get(given, "past_key_values") if found is None else found
 
 
 class Decoding(enum.Enum):
@@ -109,7 +120,7 @@ class RolloutWatch:
         self._before = tokens
         if before is None or before.shape[0] != tokens.shape[0] or before.shape[1] < 2:
             return
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         held = 0 if cache is None else int(cache.get_seq_length())
         if tokens.shape[1] == 1:
             self._conclude(Decoding.CACHED if held == before.shape[1] else Decoding.FORGETFUL)

@@ -23,6 +23,7 @@ from grpo_toolkit.inputs import prepare_inputs
 from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.workload import made_up
+from grpo_toolkit.probe import cache_in
 from models import build_llama
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def test_a_cache_is_as_long_as_the_longest_so_far(caches: list[torch.Tensor], tm
 @makes_caches
 def test_a_cache_that_is_returned_is_the_callers(llama: Any) -> None:
     decoder = DecodeAhead(llama)
-    given = decoder.generate(prompt(0), **STATIC, max_new_tokens=6, return_dict_in_generate=True).past_key_values
+    given = cache_in(decoder.generate(prompt(0), **STATIC, max_new_tokens=6, return_dict_in_generate=True))
     keys = given.layers[0].keys.clone()
     decoder.generate(prompt(1), **STATIC, max_new_tokens=6)
     assert torch.equal(given.layers[0].keys, keys)

@@ -6,10 +6,8 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +24,14 @@ from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.engines.streamed import answer_of
 from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.workload import made_up
+from model_servers import build_adapter, model_server
 from models import build_qwen2_5_vl
 from ports import free_port
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang"),
@@ -47,16 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path) -> Path:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    model, processor, _ = load_model(base)
-    torch.manual_seed(1)
-    settings = LoraConfig(r=8, target_modules=LANGUAGE_MODULES, init_lora_weights=False)
-    folder = base.with_name("adapter")
-    get_peft_model(model, settings).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return build_adapter(base, LANGUAGE_MODULES)
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +59,7 @@ def merged(base: Path, adapter: Path) -> Path:
     return folder
 
 
-@contextmanager
-def sglang_server(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The address of a server of the folder, and its process, which leads a group of its own."""
-    import httpx
+def sglang_server(folder: Path, *flags: str) -> AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]:
     import torch
 
     port = free_port()
@@ -81,25 +70,7 @@ def sglang_server(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.P
     )
     command = [sys.executable, *launch, "--model-path", str(folder), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--disable-cuda-graph", "--context-length", "1024", "--enable-cache-report"]
-    log = folder.with_name(f"{port}.log")
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, *flags], stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=dict(os.environ)
-        )
-    try:
-        for _ in range(1200):
-            time.sleep(0.5)
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=60).status_code == 200:
-                    break
-            except httpx.TransportError:
-                continue
-        yield f"http://127.0.0.1:{port}/v1", server
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait(timeout=30)
+    return model_server([*command, *flags], port=port, log=folder.with_name(f"{port}.log"), is_asked_to_end=False)
 
 
 @pytest.fixture(scope="module")

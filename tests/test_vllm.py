@@ -9,8 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -27,17 +26,20 @@ from grpo_toolkit.latency.engines.endpoint import EndpointEngine, _messages
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.measure import measure_latency
 from grpo_toolkit.latency.workload import made_up
+from model_servers import build_adapter, model_server
 from models import build_qwen2_5_vl
 from ports import free_port
 from training import LANGUAGE_QV
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
     pytest.mark.timeout(900),
 ]
+ON_A_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 NO_PENALTY = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 
@@ -49,16 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path) -> Path:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    model, processor, _ = load_model(base)
-    torch.manual_seed(1)
-    settings = LoraConfig(r=8, target_modules=LANGUAGE_QV, init_lora_weights=False)
-    folder = base.with_name("adapter")
-    get_peft_model(model, settings).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return build_adapter(base, LANGUAGE_QV)
 
 
 @pytest.fixture(scope="module")
@@ -69,39 +62,14 @@ def merged(base: Path, adapter: Path) -> Path:
     return folder
 
 
-@contextmanager
-def vllm_server(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The address of a server of the folder, and its process, which leads a group of its own."""
-    import httpx
-
+def vllm_server(folder: Path, *flags: str) -> AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]:
     port = free_port()
     # Not `vllm serve`: that command looks for a distribution called vllm, and vllm-cpu 0.31 is called otherwise.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "4"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     log = folder.with_name(f"{port}.log")
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | settings, start_new_session=True
-        )
-    try:
-        for _ in range(600):
-            time.sleep(0.5)
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200:
-                    break
-            except httpx.TransportError:
-                continue
-        yield f"http://127.0.0.1:{port}/v1", server
-    finally:
-        server.terminate()
-        try:
-            server.wait(timeout=30)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
+    return model_server(command, port=port, log=log, settings=ON_A_CPU, is_asked_to_end=True)
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +239,7 @@ def test_a_server_that_dies_is_one_line(merged: Path, monkeypatch: pytest.Monkey
 def test_rollouts_of_vllm_are_of_the_prompts_that_are_trained_on(base: Path, tmp_path: Path) -> None:
     """TRL 1.16 gives vLLM prompts with the image's tokens twice: 4 nats a token, instead of what bfloat16 rounds."""
     command = [sys.executable, str(Path(__file__).with_name("vllm_colocate.py")), str(base), str(tmp_path / "out")]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=os.environ | ON_A_CPU, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [row for row in json.loads(done.stdout.splitlines()[-1]) if "loss" in row]
     assert len(steps) == 2

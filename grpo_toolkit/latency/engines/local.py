@@ -30,7 +30,7 @@ from grpo_toolkit.latency.engines.toggles import (
 from grpo_toolkit.latency.environment import environment_of, probe_hardware
 from grpo_toolkit.latency.row import Proof, Timeline
 from grpo_toolkit.latency.sizes import ModelSizes, sizes_of
-from grpo_toolkit.probe import CacheProbe
+from grpo_toolkit.probe import CacheProbe, cache_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -135,7 +135,7 @@ class LocalEngine:
                 proof=Proof(
                     is_cached=probe.is_cached, step_lengths=probe.step_lengths, vision_calls=probe.vision_calls
                 ),
-                kv_bytes=cache_bytes(getattr(output, "past_key_values", None)),
+                kv_bytes=cache_bytes(cache_in(output)),
                 tokens=self._cut(output.sequences[:, prompt:].tolist(), exact=exact, options=options),
                 patches=0 if grid is None else int(grid.prod(dim=-1).sum()),
                 rivals=[rivals(logits[0], token) for logits, token in zip(output.logits or (), said, strict=False)],
