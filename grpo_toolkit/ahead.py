@@ -40,7 +40,8 @@ class DecodeAhead:
 
     The tokens are those of `model.generate`. One forward more runs after an end of sequence, which a logits processor
     sees too, and a streamer is handed a token while the next one is being computed. Stops are checked as ever without
-    a KV cache, where the cache is returned, and on devices other than the current GPU.
+    a KV cache, where a cache is returned that cannot forget a token (before 5.24, any), and on devices other than the
+    current GPU.
 
     The memory of a static cache is kept for the next request, which gets it if it needs the same shapes in the same
     dtype. Not kept: a cache that is returned (`return_dict_in_generate`), which is the caller's, one that is offloaded

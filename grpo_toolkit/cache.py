@@ -9,9 +9,10 @@ inputs after the prefill. Three switches decide, and they are easy to confuse:
   checkpointing, and never puts it back.
 * `generation_config.use_cache`: read by `generate`. Rollouts decode without a cache when a base was saved with
   false here, because TRL's rollout config leaves the key unset and the model's value fills it.
-* `module.gradient_checkpointing` together with `module.training`: checkpointed layers drop `past_key_values`. Right
-  after `train()` both are still on; `generate` then feeds one token a step to layers that remember nothing, and the
-  text is wrong, not only slow. Leaving either state cures it.
+* `module.gradient_checkpointing` together with `module.training`: checkpointed layers of transformers 4.50 to 5.23
+  drop their cache, from 5.24 on only where a gradient is wanted. Right after `train()` both are still on; `generate`
+  then feeds one token a step to layers that remember nothing, and the text is wrong, not only slow. Leaving either
+  state cures it.
 """
 
 from __future__ import annotations

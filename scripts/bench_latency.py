@@ -11,6 +11,8 @@ Builds a model of random weights at a published shape, and measures, at batch 1:
     comparison   base, a copy of it (as an export is) and static + compile taking turns, with roofline
     park         a trainer's model and optimizer moved off the GPU and back, bit for bit
     lengths      new against repeated lengths of the KV cache, with cuDNN's attention and without
+    batches      batch sizes 1, 2, 4, ... until memory runs out, which is a row and no crash: the same process answers
+                 a single request after it
 
 A part that the time left does not allow is skipped, and says so. Rows go to RESULTS/latency.jsonl, everything said to
 RESULTS/bench_latency.log, the figures to RESULTS/bench_latency.json; a short table comes last.
@@ -42,6 +44,7 @@ from grpo_toolkit.latency.compare import compare_latency  # noqa: E402
 from grpo_toolkit.latency.engines.local import LocalEngine  # noqa: E402
 from grpo_toolkit.latency.engines.protocol import Options  # noqa: E402
 from grpo_toolkit.latency.environment import environment_of  # noqa: E402
+from grpo_toolkit.latency.measure import measure_latency  # noqa: E402
 from grpo_toolkit.latency.store import FILE_NAME, append_rows  # noqa: E402
 from grpo_toolkit.latency.sweep import CACHES, sweep_workload  # noqa: E402
 from grpo_toolkit.latency.workload import made_up  # noqa: E402
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.workload import Traffic
 
 # What each part takes at the 3B shape on an H200, with room; the clock decides, not this table, where it is wrong.
-NEEDS_S = {"comparison": 200.0, "events": 140.0, "aa": 60.0, "park": 15.0, "lengths": 75.0}
+NEEDS_S = {"comparison": 200.0, "events": 140.0, "aa": 60.0, "park": 15.0, "lengths": 75.0, "batches": 90.0}
 
 
 def main() -> int:
@@ -86,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--aa-pairs", type=int, default=1, help="pairs of processes that share the runs")
     parser.add_argument("--aa-at-shape", action="store_true", help="--shape and its prompt instead of the tiny shape")
     parser.add_argument("--aa-cache", choices=list(CACHES), default="dynamic", help="how both decode")
+    parser.add_argument("--batches-prompt-tokens", type=int, default=4096, help="of each sequence of a batch")
     parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
     return parser.parse_args()
 
@@ -366,6 +370,41 @@ class Bench:
                 row.tpot_s.median,
                 f"{tpot:.2f} ms ({low:.2f} to {high:.2f})",
             )
+
+    def batches(self) -> None:
+        given = self.options
+        arm = Arm(name="batches", path=self.base, options=Options(device=given.device))
+        make = partial(
+            made_up,
+            load_processor(self.base),
+            prompt_tokens=given.batches_prompt_tokens,
+            image_tokens=given.image_tokens,
+            max_new_tokens=8,
+        )
+        with Engines() as engines:
+            began = time.perf_counter()
+            rows = sweep_workload([arm], "batch_size", None, make_traffic=make, rounds=1, warmup=0, engines=engines)
+            spent = time.perf_counter() - began
+            [after] = measure_latency([arm], make(batch_size=1), rounds=1, warmup=0, engines=engines)
+        append_rows(given.output / FILE_NAME, [*rows, after])
+        fitted = [row for row in rows if row.error is None]
+        for row in fitted:
+            assert row.tpot_s is not None
+            peak, tpot = (row.memory.peak_bytes or 0) / 1e9, 1e3 * row.tpot_s.median
+            self.say(f"  batch {row.workload.batch_size}: {peak:.1f} GB, TPOT {tpot:.1f} ms")
+        last = rows[-1]
+        self.note(
+            "batches",
+            {"fitted": [row.workload.batch_size for row in fitted], "error": last.error, "after": after.error},
+            f"{len(fitted)} fitted; at {last.workload.batch_size}: {(last.error or 'fits')[:60]}",
+        )
+        self.note(
+            "batch 1 after it",
+            after.error,
+            f"{'answered' if after.error is None else after.error}, {spent:.0f} s in all",
+            promise="answered",
+            kept=after.error is None and last.error is not None,
+        )
 
     def finish(self) -> int:
         total = time.perf_counter() - self.start

@@ -53,6 +53,7 @@ ARMS = {
     "fsdp2": Arm("qwen2_5_vl_3b_full", "fsdp2", gpus=2),
     "zero3": Arm("qwen2_5_vl_3b_full", "zero3", gpus=2),
     "lora_ddp": Arm("qwen2_5_vl_3b_lora", "ddp", gpus=2),
+    "lora_ddp4": Arm("qwen2_5_vl_3b_lora", "ddp", gpus=4),
 }
 
 
@@ -157,6 +158,8 @@ def recipe_command(arm: Arm, base: Path, dataset: Path, run: Path, options: argp
     else:
         launcher += ["--config_file", str(ROOT / f"recipes/accelerate/{arm.accelerate}.yaml")]
         launcher += ["--num_processes", str(arm.gpus)]
+        # Any free port: another run may be on other GPUs of the same host (CUDA_VISIBLE_DEVICES).
+        launcher += ["--main_process_port", "0"] if arm.gpus > 1 else []
     configs = [name for name in (arm.config, arm.overlay) if name is not None]
     flags = {
         "model_name_or_path": base,

@@ -1,10 +1,11 @@
 """Train, save and export on one GPU and on two of this machine, as every kind that people launch: NCCL, bfloat16.
 
-    python scripts/check_two_gpus.py [--base BASE] [--kinds ddp fsdp2_full ...]
+    python scripts/check_two_gpus.py [--base BASE] [--kinds single ddp ...] [--places 0,1 2,3]
 
 The tests do the same on two processes of a CPU (tests/test_distributed.py); this is for a machine that has the GPUs.
-It prints a table: what it ran on, whether the export was verified, and how far its tensors are from those of one GPU
-that trained on the same completions.
+All kinds train on the same completions. It prints a table: what each ran on, whether its export was verified, how
+many of the stored values training moved, and how many are other than those of the first kind, and by how much. With
+several places kinds run beside each other.
 """
 
 from __future__ import annotations
@@ -13,46 +14,82 @@ import argparse
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import pytest  # noqa: E402
 
 from launch import ALONE, KINDS, launch, stored_weights  # noqa: E402
 
 
 def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory(prefix="check-two-gpus-") as scratch:
+        base = Path(options.base) if options.base else tiny_base(Path(scratch, "base"))
+        places = options.places
+        began = time.monotonic()
+        with ThreadPoolExecutor(len(places)) as pool:
+            # Each place takes every so-manieth kind.
+            shares = [options.kinds[place :: len(places)] for place in range(len(places))]
+            run = partial(train_all, base=base, scratch=Path(scratch), options=options)
+            found = {kind: said for share in pool.map(run, shares, places) for kind, said in share.items()}
+        print(f"trained in {time.monotonic() - began:.0f} s; comparing", flush=True)
+        for kind in options.kinds:
+            first, export = (Path(scratch, name, "export") for name in (options.kinds[0], kind))
+            if not first.is_dir() or not export.is_dir():
+                continue
+            print(f"{kind:>24}: {found[kind]}; {compared(export, first, base)}", flush=True)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a bfloat16 Qwen2.5-VL; by default a tiny one is made")
     parser.add_argument("--kinds", nargs="+", choices=[ALONE, *KINDS], default=[ALONE, *KINDS])
+    parser.add_argument("--places", nargs="+", default=["0,1"], metavar="GPU,GPU", help="where kinds run, in turns")
+    parser.add_argument("--device", default="cuda", help="cpu, to try the script")
+    parser.add_argument("--arms", nargs="*", default=["checkpoint", "export"], help="to time; none saves a minute")
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of all the weights")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--timeout", type=int, default=300, help="seconds for each kind")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="check-two-gpus-") as scratch:
-        base = Path(options.base) if options.base else tiny_base(Path(scratch, "base"))
-        reference: dict[str, Any] = {}
-        for kind in options.kinds:
-            began, folder = time.monotonic(), Path(scratch, kind)
-            main_report, _ = launch(
+    return parser.parse_args()
+
+
+def train_all(
+    kinds: list[str], place: str, *, base: Path, scratch: Path, options: argparse.Namespace
+) -> dict[str, str]:
+    """Train each kind in turn on the GPUs of a place; what they said."""
+    found = {}
+    for kind in kinds:
+        began = time.monotonic()
+        try:
+            report, *_ = launch(
                 kind,
                 "all_callbacks",
-                folder,
-                device="cuda",
+                scratch / kind,
+                device=options.device,
+                gpus=place.split(",")[0] if kind == ALONE else place,
                 timeout_s=options.timeout,
                 model=str(base),
                 lora=options.lora,
-                learning_rate=1e-4,
+                learning_rate=options.learning_rate,
+                arms=options.arms,
                 save_strategy="no",
             )
-            found = stored_weights(folder / "export")
-            reference = reference or found
-            print(
-                f"{kind:>24}: {main_report['runs_on']}; exported {main_report['exported']}, "
-                f"failures {main_report['failures']}, {len(found)} tensors {compared(found, reference)}, "
-                f"{time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+        except pytest.fail.Exception as error:  # the other kinds still have something to say
+            found[kind] = f"FAILED: {error}"
+            print(f"{kind:>24}: {found[kind]}", flush=True)
+            continue
+        found[kind] = (
+            f"{report['runs_on']}; exported {report['exported']}, logits "
+            f"{report['checks'].get('same logits as the trained policy')}, failures {report['failures']}, "
+            f"{time.monotonic() - began:.0f} s"
+        )
+        print(f"{kind:>24}: {found[kind]}", flush=True)
+    return found
 
 
 def tiny_base(folder: Path) -> Path:
@@ -61,11 +98,25 @@ def tiny_base(folder: Path) -> Path:
     return build_qwen2_5_vl(folder, dtype="bfloat16")
 
 
-def compared(found: dict[str, Any], reference: dict[str, Any]) -> str:
-    if found.keys() != reference.keys():
-        return f"of OTHER NAMES: {sorted(found.keys() ^ reference.keys())[:3]}"
-    far = max(float((found[name].float() - tensor.float()).abs().max()) for name, tensor in reference.items())
-    return f"({next(iter(found.values())).dtype}), at most {far:.1e} from the first kind's"
+def compared(export: Path, first: Path, base: Path) -> str:
+    """An export beside the first kind's: names, and values in numbers."""
+    found, reference, before = (stored_weights(folder) for folder in (export, first, base))
+    if not found.keys() == reference.keys() == before.keys():
+        return f"tensors of OTHER NAMES: {sorted(found.keys() ^ before.keys())[:3]}"
+    values, moved, other, far, apart, way = 0, 0, 0, 0.0, 0.0, 0.0
+    for name, tensor in found.items():
+        mine, theirs, old = tensor.float(), reference[name].float(), before[name].float()
+        values += tensor.numel()
+        moved += int((mine != old).sum())
+        other += int((mine != theirs).sum())
+        far = max(far, float((mine - theirs).abs().max()))
+        apart += float((mine - theirs).double().pow(2).sum())
+        way += float((theirs - old).double().pow(2).sum())
+    return (
+        f"{len(found)} tensors ({next(iter(found.values())).dtype}): {moved / values:.2%} of {values:,} values moved; "
+        f"{other / values:.2%} other than the first kind's, by {far:.1e} at most, "
+        f"{(apart / way) ** 0.5 if way else 0:.3f} of its way from the base"
+    )
 
 
 if __name__ == "__main__":

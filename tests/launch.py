@@ -36,9 +36,19 @@ WHAT_IT_MUST_BE = {
 
 
 def launch(
-    kind: str, scenario: str, folder: Path, *, device: str = "cpu", timeout_s: int = 300, **options: Any
+    kind: str,
+    scenario: str,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    gpus: str = "0,1",
+    timeout_s: int = 300,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Run a scenario of ranks.py on two processes; what each rank reported, after checking that it was `kind`."""
+    """Run a scenario of ranks.py on two processes; what each rank reported, after checking that it was `kind`.
+
+    On GPUs they see `gpus`, numbers with commas; `single` has to be given one, or Trainer splits the batch over them.
+    """
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the newest stack alone installs DeepSpeed")
     world = 1 if kind == ALONE else 2
@@ -48,7 +58,7 @@ def launch(
         options |= {"use_cpu": False, "bf16": True}
     (folder / "options.json").write_text(json.dumps(options))
     command = [*_launcher(kind, folder, device), *python()[1:], str(RANKS), kind, scenario, str(folder)]
-    done = _run(command, env=_environment(kind, device), timeout_s=timeout_s)
+    done = _run(command, env=_environment(kind, device, gpus), timeout_s=timeout_s)
     reports = [folder / f"rank{rank}.json" for rank in range(world)]
     if done.returncode or not all(path.is_file() for path in reports):
         pytest.fail(f"{kind} {scenario}: exit code {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}")
@@ -111,14 +121,13 @@ def _launcher(kind: str, folder: Path, device: str) -> list[str]:
     return [*python(), "-m", "accelerate.commands.launch", "--config_file", str(path)]
 
 
-def _environment(kind: str, device: str) -> dict[str, str]:
+def _environment(kind: str, device: str, gpus: str) -> dict[str, str]:
     package = str(RANKS.parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     extra = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    if device == "cpu":
-        extra |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    elif kind == ALONE:
-        extra["CUDA_VISIBLE_DEVICES"] = "0"  # or Trainer splits the batch over all GPUs in one process
+    extra |= (
+        {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": gpus}
+    )
     if kind.startswith("fsdp2"):
         extra |= {
             "ACCELERATE_USE_FSDP": "true",

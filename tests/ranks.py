@@ -98,11 +98,9 @@ def all_callbacks(folder: Path, **options: Any) -> tuple[dict[str, Any], Any]:
     """Train, save and export with every callback, then save by hand."""
     from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
 
-    strict = options.pop("strict", True)
+    strict, arms = options.pop("strict", True), options.pop("arms", ["checkpoint", "export"])
     export = ExportCallback(folder / "export", num_prompts=2, strict=strict)
-    latency = LatencyCallback(
-        arms=["checkpoint", "export"], rounds=1, new_tokens=4, max_new_tokens=None, strict=strict
-    )
+    latency = LatencyCallback(arms=arms, rounds=1, new_tokens=4, max_new_tokens=None, strict=strict)
     callbacks = [KVCacheCallback(strict=True), ResumeGuardCallback(), export, latency]
     trainer = train(folder / "out", callbacks, **options)
     trainer.save_model(str(folder / "saved"))

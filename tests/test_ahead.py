@@ -377,7 +377,8 @@ def test_stops_are_deferred_where_the_library_waits_for_the_right_device(monkeyp
         assert supports("cuda:0")
         assert supports("cuda")
         assert not supports("cuda:1")
-        assert not supports("cuda:0", returned=True)
+        # 5.24 takes a step back in a cache that it returns; before, no static one can.
+        assert supports("cuda:0", returned=True) is supports("mps", returned=True)
 
 
 @makes_caches

@@ -26,7 +26,7 @@ from grpo_toolkit.distributed import is_sharded
 from grpo_toolkit.inference import generate, load_model
 from grpo_toolkit.inputs import prepare_inputs
 from grpo_toolkit.probe import CacheProbe, Decoding, RolloutWatch, vision_tower
-from training import forgets_in_training, grpo_trainer, v5_only
+from training import FORGETS_IN_TRAINING, forgets_in_training, grpo_trainer, v5_only
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -199,7 +199,7 @@ def plain(request: Request) -> Request:
     return replace(request, images=[])
 
 
-def test_after_training_a_plain_trainer_leaves_a_model_that_talks_nonsense_and_ours_does_not(
+def test_after_training_ours_talks_sense_also_where_a_plain_trainers_model_talks_nonsense(
     qwen: Path, tmp_path: Path, image_request: Request
 ) -> None:
     texts = {}
@@ -211,7 +211,8 @@ def test_after_training_a_plain_trainer_leaves_a_model_that_talks_nonsense_and_o
         with inference_ready(trainer.model):
             right = generate(trainer.model, trainer.processing_class, image_request)
         texts[name] = (record.tokens == right.tokens, probe.is_cached)
-    assert texts == {"plain": (False, False), "ours": (True, True)}
+    sane = not FORGETS_IN_TRAINING
+    assert texts == {"plain": (sane, sane), "ours": (True, True)}
 
 
 def watched_generation(model: Any, processor: Any, request: Request, **settings: Any) -> Decoding | None:

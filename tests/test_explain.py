@@ -14,7 +14,7 @@ from rich.console import Console
 
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError, UnsupportedError
-from grpo_toolkit.inference import Request
+from grpo_toolkit.inference import Request, load_model
 from grpo_toolkit.latency.effects import arms_of, shares
 from grpo_toolkit.latency.explain import explain_latency, top_cause, unexplained_share
 from grpo_toolkit.latency.pool import Pool, source_of
@@ -157,14 +157,20 @@ def test_another_chat_template_is_seen_by_the_tokens_that_it_makes(
 
 
 def test_a_model_that_cannot_generate_is_one_clear_error(
-    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+    two_bases: tuple[Path, Path], asked: Request, pool: Pool
 ) -> None:
-    if Version(transformers.__version__).major < 5:
-        pytest.skip("only transformers 5 drops a static cache from its layers and keeps its mask")
+    model, processor, _ = load_model(two_bases[0])
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("a size does not fit\nand where that was")
+
+    model.register_forward_pre_hook(fails)
     with pytest.raises(
-        UnsupportedError, match=r"generate fails as the model stands \(.+\), so there is nothing to time"
+        UnsupportedError,
+        match=r"generate fails as the model stands \(a size does not fit\), so there is nothing to time",
     ):
-        explained(two_bases, tmp_path, ("static-cache", "training-state"), asked, pool, rounds=1)
+        explain_latency(two_bases[0], model, requests=[asked], processor=processor, rounds=1, pool=pool)
+    pool.release(source_of(model, processor))
 
 
 def timeline(times: list[float], **phases: float) -> Timeline:

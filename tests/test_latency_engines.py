@@ -21,6 +21,7 @@ from grpo_toolkit.latency.engines.markers import SplitAnswer, split_answer
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.workload import made_up, traffic_of
+from training import forgets_in_training
 
 OLDEST = Version(transformers.__version__) < Version("4.57")
 STATIC = pytest.param(
@@ -111,7 +112,7 @@ def test_measuring_leaves_the_model_as_it_was(engine: LocalEngine) -> None:
     assert hook_counts(engine.model) == hooks
 
 
-@pytest.mark.skipif(OLDEST, reason="transformers 4.49 keeps the cache of checkpointed layers")
+@forgets_in_training
 def test_left_in_training_is_seen_without_a_clock(engine: LocalEngine) -> None:
     assert not engine.prove(batch(engine), Options(training=True)).proof.is_cached
 

@@ -39,6 +39,21 @@ def test_a_made_up_prompt_has_exactly_as_many_tokens(processor: Any, wanted: int
         assert inputs["input_ids"].shape[1] == wanted
 
 
+def test_the_length_of_a_prompt_is_found_in_a_few_looks(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of hundreds with long prompts took a minute to write: 40 counts of 4,096 tokens for each."""
+    traffic = made_up(processor, prompt_tokens=4096, max_new_tokens=3, batch_size=8)
+    lengths = []
+
+    def counting(*args: Any) -> int:
+        lengths.append(count_tokens(*args))
+        return lengths[-1]
+
+    monkeypatch.setattr("grpo_toolkit.latency.workload.count_tokens", counting)
+    requests = traffic.batch(0)
+    assert [count_tokens(request, processor) for request in requests] == [4096] * 8
+    assert len(lengths) <= 8 * 12
+
+
 def test_new_lengths_never_meet_those_of_an_earlier_round(processor: Any) -> None:
     traffic = made_up(processor, prompt_tokens=250, max_new_tokens=8, lengths="new")
     prompts = [count_tokens(traffic.batch(turn)[0], processor) for turn in range(-2, 4)]

@@ -44,6 +44,7 @@ _WORDS: Final = tuple(
     "river stone paper light garden window copper winter letter market silver island engine forest pocket "  # noqa: SIM905
     "violet ladder summer carbon mirror planet harbor candle bridge meadow signal velvet timber anchor beacon".split()
 )
+_STRAIGHT_GUESSES: Final = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,15 +220,25 @@ def _fit(empty: Request, words: str, wanted: int, processor: Any, image_tokens: 
         return count_tokens(filled(count), processor, image_tokens) - wanted
 
     low, high = 0, len(words)
-    if excess(0) > 0:
+    under, over = excess(low), excess(high)
+    if under > 0:
         raise InputError(
-            f"a prompt of {wanted} tokens has no room for its template and image ({wanted + excess(0)}); ask for more"
+            f"a prompt of {wanted} tokens has no room for its template and image ({wanted + under}); ask for more"
         )
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if excess(middle) <= 0 else (low, middle - 1)
-    near = [count for count in range(low, max(low - 24, -1), -1) if excess(count) == 0]
-    return filled(near[0] if near else low)
+    if over <= 0:
+        low = high
+    guesses = 0
+    while high - low > 1 and under < 0:
+        # Words have much the same letters per token: a straight line soon hits the length, halves do in the end.
+        share = under / (under - over) if guesses < _STRAIGHT_GUESSES else 0.5
+        middle = min(max(low + round((high - low) * share), low + 1), high - 1)
+        found, guesses = excess(middle), guesses + 1
+        if found <= 0:
+            low, under = middle, found
+        else:
+            high, over = middle, found
+    near = (count for count in range(low, max(low - 24, -1), -1) if excess(count) == 0)
+    return filled(next(near, low))
 
 
 def count_tokens(request: Request, processor: Any, image_tokens: int | None = None) -> int:
