@@ -35,11 +35,10 @@ def parked(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
     """
     import torch
 
-    places = [(tensor, put) for tensor, put in _places(model, optimizer) if tensor.device.type == "cuda"]
+    places = [(tensor, put) for tensor, put in movable(model, optimizer) if tensor.device.type == "cuda"]
     count = sum(tensor.numel() * tensor.element_size() for tensor, _ in places)
     free = free_bytes("cpu")
-    has_room = free is None or count <= 0.8 * free
-    if not places or not has_room or not _is_safe(model, [tensor for tensor, _ in places]):
+    if not places or (free is not None and count > 0.8 * free):
         yield 0
         return
     away: list[tuple[Callable[[torch.Tensor], None], torch.Tensor, torch.device]] = []
@@ -56,8 +55,20 @@ def parked(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
             put(copy.to(device))
 
 
+def movable(model: torch.nn.Module, optimizer: Any = None) -> list[Place]:
+    """Every tensor that a training holds, with how to put another one in its place; none where that is not safe."""
+    import torch
+
+    # Asked first: a shard of FSDP2 has no storage to look at.
+    if is_sharded(model) or any(type(parameter) is not torch.nn.Parameter for parameter in model.parameters()):
+        return []
+    places = list(_places(model, optimizer))
+    filled = [tensor for tensor, _ in places if tensor.numel()]
+    has_views = len({tensor.untyped_storage().data_ptr() for tensor in filled}) < len(filled)
+    return [] if has_views else places
+
+
 def _places(model: torch.nn.Module, optimizer: Any) -> Iterator[Place]:
-    """Every tensor that a training holds, with how to put another one in its place."""
     for parameter in model.parameters():
         yield parameter.data, _data_setter(parameter)
         if parameter.grad is not None:
@@ -78,12 +89,3 @@ def _data_setter(tensor: torch.Tensor) -> Callable[[torch.Tensor], None]:
         tensor.data = data
 
     return put
-
-
-def _is_safe(model: torch.nn.Module, tensors: list[torch.Tensor]) -> bool:
-    import torch
-
-    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
-    has_views = len(storages) < sum(tensor.numel() > 0 for tensor in tensors)
-    is_plain = all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
-    return is_plain and not has_views and not is_sharded(model)

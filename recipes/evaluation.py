@@ -45,7 +45,8 @@ def held_out_accuracy(
     """
     mine = rows
     if accelerator is not None and accelerator.num_processes > 1:
-        mine = rows.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
+        # A list, not a range, and not `shard`: datasets takes no empty share of fewer rows than processes from those.
+        mine = rows.select(list(range(accelerator.process_index, len(rows), accelerator.num_processes)))
     texts = generate_texts(model, processor, mine, max_new_tokens=max_new_tokens, direct=direct)
     kinds = mine["answer_type"] if "answer_type" in mine.column_names else ["text"] * len(mine)
     right = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo_toolkit.inference import load_model
-from grpo_toolkit.parking import _is_safe, _places, parked
+from grpo_toolkit.parking import movable, parked
 from grpo_toolkit.room import free_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def test_on_a_cpu_there_is_nothing_to_move(qwen: Path) -> None:
 
 def test_everything_that_a_training_holds_has_a_place(qwen: Path) -> None:
     model, optimizer = trained(qwen, "cpu")
-    places = list(_places(model, optimizer))
+    places = movable(model, optimizer)
     count = sum(1 for _ in model.parameters())
     # Values, gradients and AdamW's step and two moments; then the buffers.
     assert len(places) == 5 * count + sum(1 for _ in model.buffers())
@@ -43,14 +43,16 @@ def test_everything_that_a_training_holds_has_a_place(qwen: Path) -> None:
     assert all(bool((parameter.grad == 2).all()) for parameter in model.parameters())
     state = optimizer.state[next(model.parameters())]
     assert float(state["step"]) == 2.0
-    assert len(list(_places(model, object()))) == 2 * count + sum(1 for _ in model.buffers())
+    assert len(movable(model, object())) == 2 * count + sum(1 for _ in model.buffers())
 
 
 def test_tensors_that_are_views_of_one_another_stay(qwen: Path) -> None:
     model, _ = trained(qwen, "cpu")
-    flat = torch.zeros(10)
-    assert _is_safe(model, [torch.zeros(5), torch.zeros(5)])
-    assert not _is_safe(model, [flat[:5], flat[5:]])
+    assert movable(model)
+    first, second = (parameter for _, parameter in zip(range(2), model.parameters(), strict=False))
+    flat = torch.zeros(first.numel() + second.numel())
+    first.grad, second.grad = flat[: first.numel()].view_as(first), flat[first.numel() :].view_as(second)
+    assert movable(model) == []
 
 
 def test_there_is_memory() -> None:
@@ -62,13 +64,13 @@ def test_there_is_memory() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_empty_meanwhile_and_full_again(qwen: Path) -> None:
     model, optimizer = trained(qwen, "cuda")
-    before = [tensor.clone().cpu() for tensor, _ in _places(model, optimizer)]
+    before = [tensor.clone().cpu() for tensor, _ in movable(model, optimizer)]
     held = torch.cuda.memory_allocated()
     with parked(model, optimizer) as freed:
         assert freed > 0.9 * held
         assert torch.cuda.memory_allocated() < 0.1 * held
         assert not any(parameter.is_cuda for parameter in model.parameters())
-    after = [tensor for tensor, _ in _places(model, optimizer)]
+    after = [tensor for tensor, _ in movable(model, optimizer)]
     assert all(parameter.is_cuda for parameter in model.parameters())
     assert all(torch.equal(one, other.cpu()) for one, other in zip(before, after, strict=True))
     optimizer.step()

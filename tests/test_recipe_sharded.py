@@ -34,6 +34,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from grpo_toolkit.parking import movable
+
 folder, recipes = sys.argv[1:]
 sys.path.insert(0, recipes)
 from sharded import generate_whole
@@ -58,6 +60,7 @@ fully_shard(model, mesh=mesh)
 assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 generate_whole(model)
 generate_whole(model)  # once is enough
+assert movable(model) == []  # its shards have no storage that could be looked at
 before = generate()
 assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 model.train()
@@ -67,6 +70,33 @@ after = generate()
 print(f"rank {dist.get_rank()}: {whole == before == after}\\n", end="", flush=True)
 dist.barrier()
 os._exit(0)  # gloo's threads may outlive the interpreter's end on a busy machine, and abort the process
+"""
+
+HELD_OUT = """
+import os
+import sys
+import torch.distributed as dist
+from accelerate import Accelerator
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder, recipes = sys.argv[1:]
+sys.path.insert(0, recipes)
+from evaluation import generate_texts, held_out_accuracy
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+messages = [{"role": "user", "content": "What is this?"}]
+row = {"prompt": messages, "image": Image.new("RGB", (112, 112), (9, 80, 200)), "answer": "?"}
+(said,) = generate_texts(model, processor, [row], max_new_tokens=6, direct=True)
+for answer in (said, said + "!"):
+    rows = Dataset.from_list([row | {"answer": answer}])
+    share = held_out_accuracy(model, processor, rows, max_new_tokens=6, direct=True, accelerator=accelerator)
+    print(f"rank {dist.get_rank()}: {share}\\n", end="", flush=True)
+dist.barrier()
+os._exit(0)
 """
 
 
@@ -80,6 +110,16 @@ def test_fsdp2_says_the_same_as_the_whole_model(qwen: Path, tmp_path: Path) -> N
     done = torchrun(tmp_path / "generate.py", qwen, ROOT / "recipes", port=29573)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.split("\n")) == ["", "rank 0: True", "rank 1: True"]
+
+
+def test_there_may_be_more_processes_than_held_out_rows(qwen: Path, tmp_path: Path) -> None:
+    (tmp_path / "held_out.py").write_text(HELD_OUT)
+    done = torchrun(tmp_path / "held_out.py", qwen, ROOT / "recipes", port=29577)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split("\n")) == [
+        "",
+        *(f"rank {rank}: {share}" for rank in (0, 1) for share in (0.0, 1.0)),
+    ]
 
 
 def test_zero3_is_asked_before_while_and_after_it_trains(qwen: Path, tmp_path: Path) -> None:
