@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from itertools import cycle
 from types import SimpleNamespace
@@ -202,3 +203,15 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
     trainer.train()
     assert count == {"ask": 2 * 2 * (2 + 6), "prove": 2 * 2}
     assert [row.rounds for row in timing.rows] == [6] * 4
+
+
+def test_what_the_end_has_taken_so_far_counts_but_a_minute_of_asking_is_left() -> None:
+    timing, engines = callback.LatencyCallback(), Engines()
+    timing._ended = time.perf_counter() - 20.0  # saving and loading
+    timing._began = timing._ended - 3 * 3600.0
+    assert timing._left_s(engines) == pytest.approx(108.0 - 20.0, abs=1.0)
+    engines.asked_s = 5.0
+    timing._began = timing._ended - 600.0  # six seconds would be one percent
+    assert timing._left_s(engines) == 55.0
+    engines.asked_s = 61.0
+    assert timing._left_s(engines) == 0.0

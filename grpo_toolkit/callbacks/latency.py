@@ -56,10 +56,10 @@ LIVE: Final = "live"
 """The arm's name of the policy itself, measured between two steps."""
 
 COST: Final = 0.01
-"""How much of the training's own time warm-up and timed rounds may take, all workloads together."""
+"""How much of the training's own time the end may take, from the saving of the plain checkpoint to the last round."""
 
 LEAST_BUDGET_S: Final = 60.0
-"""What they may take after a training so short that this would be less."""
+"""What warm-up and rounds of all workloads may take together after a training so short that less would be left."""
 
 
 class LatencyCallback(GuardedCallback):
@@ -72,12 +72,12 @@ class LatencyCallback(GuardedCallback):
     Two workloads: answers of exactly `new_tokens`, and natural ones, which end where the model ends them; without
     `export_no_cache`, whose answers would be the export's own and take most of the time.
 
-    Nothing runs between steps, unless `every_steps` asks for it. At the end warm-up and timed rounds of all workloads
-    together take one percent of the training's own time, or a minute, whichever is longer; what one workload leaves
-    is for the next. Outside of it are: saving the plain checkpoint and loading a process per folder; the least that is
-    asked of each arm on each workload, however slow it is (two answers to warm up, six timed ones or `rounds` if those
-    are fewer, one under observation); the report and the trackers; for each folder that missed the gate, an
-    explanation with a limit of its own, as long again, but three rounds at least.
+    Nothing runs between steps, unless `every_steps` asks for it. The end takes one percent of the training's own time:
+    saving the plain checkpoint, loading a process per folder, warm-up and timed rounds of all workloads, of which the
+    last two may have a minute, however short the training was; what one workload leaves is for the next. Outside of it
+    are: the least that is asked of each arm on each workload, however slow it is (two answers to warm up, six timed
+    ones or `rounds` if those are fewer, one under observation); the report and the trackers; for each folder that
+    missed the gate, an explanation with a limit of its own, as long again, but three rounds at least.
 
     Model and optimizer wait on the CPU meanwhile, where they can be moved (not sharded, not quantised), because every
     arm's process needs room for a model; where a GPU has not enough, the checkpoint is left out. For want of that room
@@ -135,7 +135,7 @@ class LatencyCallback(GuardedCallback):
         self.rows: list[LatencyRow] = []
         self._training: Training | None = None
         self.live_rows: list[LatencyRow] = []
-        self._began = time.perf_counter()
+        self._began = self._ended = time.perf_counter()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -170,6 +170,7 @@ class LatencyCallback(GuardedCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._ended = time.perf_counter()
         weights: dict[str, torch.Tensor] | None = None
         with self._guarded("gathering the checkpoint to time"):
             if "checkpoint" in self.arms and is_sharded(kwargs["model"]):
@@ -210,7 +211,6 @@ class LatencyCallback(GuardedCallback):
         weights: dict[str, torch.Tensor] | None,
     ) -> None:
         model, folder = kwargs["model"], self._folder(args)
-        budget_s = max(LEAST_BUDGET_S, COST * (time.perf_counter() - self._began))
         requests = self._requests(kwargs)
         with tempfile.TemporaryDirectory(prefix=".plain-checkpoint-", dir=folder) as plain:
             if "checkpoint" in self.arms:
@@ -224,10 +224,8 @@ class LatencyCallback(GuardedCallback):
                 timed = fitting(arms, spare=["checkpoint"])
                 if len(timed) < len(arms):
                     say("no room on the GPU for all arms at once: the plain checkpoint is not timed")
-                missed = self._time(
-                    timed, self._workloads(requests), folder, step=state.global_step, budget_s=budget_s
-                )
-                self._explain(missed, timed[0], requests, state, folder, budget_s)
+                missed = self._time(timed, self._workloads(requests), folder, step=state.global_step)
+                self._explain(missed, timed[0], requests, state, folder)
         self._training = Training.of(state.global_step, state.log_history)
         with self._guarded("the latency report"):
             self._show(args, folder)
@@ -240,15 +238,22 @@ class LatencyCallback(GuardedCallback):
             workloads.append(traffic_of(requests, kind="natural", max_new_tokens=self.max_new_tokens))
         return workloads
 
-    def _time(
-        self, arms: Sequence[Arm], workloads: Sequence[Traffic], folder: Path, *, step: int, budget_s: float
-    ) -> list[Missed]:
+    @property
+    def _allowed_s(self) -> float:
+        return COST * (self._ended - self._began)
+
+    def _left_s(self, engines: Engines) -> float:
+        """For warm-up and rounds: what the one percent leaves now, or what is left of the minute."""
+        spent_s = time.perf_counter() - self._ended
+        return max(self._allowed_s - spent_s, LEAST_BUDGET_S - engines.asked_s, 0.0)
+
+    def _time(self, arms: Sequence[Arm], workloads: Sequence[Traffic], folder: Path, *, step: int) -> list[Missed]:
         """Time the arms on each workload, and put the rows on disk as they come; what missed the gate."""
         missed: list[Missed] = []
         say(f"loading {len(arms)} arms to time them: {', '.join(arm.name for arm in arms)}")
         with Engines() as engines:
             for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
-                share_s = max(0.0, budget_s - engines.asked_s) / left
+                share_s = self._left_s(engines) / left
                 timed = [arm for arm in arms if traffic.kind == "fixed" or arm.name != NO_CACHE]
                 if not timed:
                     continue
@@ -283,9 +288,8 @@ class LatencyCallback(GuardedCallback):
         requests: Sequence[Request],
         state: TrainerState,
         folder: Path,
-        budget_s: float,
     ) -> None:
-        device = first.options.device
+        device, budget_s = first.options.device, max(LEAST_BUDGET_S, self._allowed_s)
         rows = explain_missed(
             first.place, missed, device=device, requests=requests, max_new_tokens=self.new_tokens, budget_s=budget_s
         )
