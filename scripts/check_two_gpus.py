@@ -16,7 +16,9 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -26,23 +28,23 @@ import pytest  # noqa: E402
 from launch import ALONE, KINDS, launch, stored_weights  # noqa: E402
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
     with tempfile.TemporaryDirectory(prefix="check-two-gpus-") as scratch:
         base = Path(options.base) if options.base else tiny_base(Path(scratch, "base"))
         places = options.places
-        began = time.monotonic()
         with ThreadPoolExecutor(len(places)) as pool:
             # Each place takes every so-manieth kind.
             shares = [options.kinds[place :: len(places)] for place in range(len(places))]
             run = partial(train_all, base=base, scratch=Path(scratch), options=options)
-            found = {kind: said for share in pool.map(run, shares, places) for kind, said in share.items()}
-        print(f"trained in {time.monotonic() - began:.0f} s; comparing", flush=True)
-        for kind in options.kinds:
-            first, export = (Path(scratch, name, "export") for name in (options.kinds[0], kind))
-            if not first.is_dir() or not export.is_dir():
-                continue
-            print(f"{kind:>24}: {found[kind]}; {compared(export, first, base)}", flush=True)
+            trained = set(chain.from_iterable(pool.map(run, shares, places)))
+        kinds = [kind for kind in options.kinds if kind in trained]
+        if kinds:
+            before, first = stored_weights(base), stored_weights(Path(scratch, kinds[0], "export"))
+        for kind in kinds:
+            found = stored_weights(Path(scratch, kind, "export"))
+            print(f"{kind:>24}: {compared(found, first, before, name=kinds[0])}", flush=True)
+    return int(len(kinds) < len(options.kinds))
 
 
 def parse() -> argparse.Namespace:
@@ -58,11 +60,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train_all(
-    kinds: list[str], place: str, *, base: Path, scratch: Path, options: argparse.Namespace
-) -> dict[str, str]:
-    """Train each kind in turn on the GPUs of a place; what they said."""
-    found = {}
+def train_all(kinds: list[str], place: str, *, base: Path, scratch: Path, options: argparse.Namespace) -> list[str]:
+    """Train each kind in turn on the GPUs of a place; those that ended."""
+    trained = []
     for kind in kinds:
         began = time.monotonic()
         try:
@@ -71,7 +71,7 @@ def train_all(
                 "all_callbacks",
                 scratch / kind,
                 device=options.device,
-                gpus=place.split(",")[0] if kind == ALONE else place,
+                gpus=place,
                 timeout_s=options.timeout,
                 model=str(base),
                 lora=options.lora,
@@ -79,17 +79,17 @@ def train_all(
                 arms=options.arms,
                 save_strategy="no",
             )
-        except pytest.fail.Exception as error:  # the other kinds still have something to say
-            found[kind] = f"FAILED: {error}"
-            print(f"{kind:>24}: {found[kind]}", flush=True)
+        except (pytest.fail.Exception, pytest.skip.Exception) as error:  # the others still have something to say
+            print(f"{kind:>24}: FAILED: {error}", flush=True)
             continue
-        found[kind] = (
-            f"{report['runs_on']}; exported {report['exported']}, logits "
+        trained.append(kind)
+        print(
+            f"{kind:>24}: {report['runs_on']}; exported {report['exported']}, logits "
             f"{report['checks'].get('same logits as the trained policy')}, failures {report['failures']}, "
-            f"{time.monotonic() - began:.0f} s"
+            f"{time.monotonic() - began:.0f} s",
+            flush=True,
         )
-        print(f"{kind:>24}: {found[kind]}", flush=True)
-    return found
+    return trained
 
 
 def tiny_base(folder: Path) -> Path:
@@ -98,14 +98,14 @@ def tiny_base(folder: Path) -> Path:
     return build_qwen2_5_vl(folder, dtype="bfloat16")
 
 
-def compared(export: Path, first: Path, base: Path) -> str:
-    """An export beside the first kind's: names, and values in numbers."""
-    found, reference, before = (stored_weights(folder) for folder in (export, first, base))
-    if not found.keys() == reference.keys() == before.keys():
-        return f"tensors of OTHER NAMES: {sorted(found.keys() ^ before.keys())[:3]}"
+def compared(found: dict[str, Any], reference: dict[str, Any], before: dict[str, Any], *, name: str) -> str:
+    """An export beside the first kind's, and both beside the base: names, and values in numbers."""
+    for other_name, other_tensors in (("the base", before), (name, reference)):
+        if strange := sorted(found.keys() ^ other_tensors.keys()):
+            return f"tensors of OTHER NAMES than {other_name}'s: {strange[:3]}"
     values, moved, other, far, apart, way = 0, 0, 0, 0.0, 0.0, 0.0
-    for name, tensor in found.items():
-        mine, theirs, old = tensor.float(), reference[name].float(), before[name].float()
+    for key, tensor in found.items():
+        mine, theirs, old = tensor.float(), reference[key].float(), before[key].float()
         values += tensor.numel()
         moved += int((mine != old).sum())
         other += int((mine != theirs).sum())
@@ -114,10 +114,10 @@ def compared(export: Path, first: Path, base: Path) -> str:
         way += float((theirs - old).double().pow(2).sum())
     return (
         f"{len(found)} tensors ({next(iter(found.values())).dtype}): {moved / values:.2%} of {values:,} values moved; "
-        f"{other / values:.2%} other than the first kind's, by {far:.1e} at most, "
+        f"{other / values:.2%} other than of {name}, by {far:.1e} at most, "
         f"{(apart / way) ** 0.5 if way else 0:.3f} of its way from the base"
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -47,7 +47,7 @@ def launch(
 ) -> list[dict[str, Any]]:
     """Run a scenario of ranks.py on two processes; what each rank reported, after checking that it was `kind`.
 
-    On GPUs they see `gpus`, numbers with commas; `single` has to be given one, or Trainer splits the batch over them.
+    On GPUs they see `gpus`, numbers with commas; `single` the first of them, or Trainer would split the batch.
     """
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the newest stack alone installs DeepSpeed")
@@ -125,9 +125,10 @@ def _environment(kind: str, device: str, gpus: str) -> dict[str, str]:
     package = str(RANKS.parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     extra = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    extra |= (
-        {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": gpus}
-    )
+    if device == "cpu":
+        extra |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    else:
+        extra["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[0] if kind == ALONE else gpus
     if kind.startswith("fsdp2"):
         extra |= {
             "ACCELERATE_USE_FSDP": "true",

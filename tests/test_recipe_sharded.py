@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from packaging.version import Version
 
+from ports import free_port
 from test_recipe_data import picture, write_parquet
 from warm import python, run_python
 
@@ -100,21 +101,21 @@ os._exit(0)
 """
 
 
-def torchrun(script: Path, *arguments: object, port: int) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, *python()[1:]]
+def torchrun(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), *python()[1:]]
     return run_python([*launch, script, *arguments])
 
 
 def test_fsdp2_says_the_same_as_the_whole_model(qwen: Path, tmp_path: Path) -> None:
     (tmp_path / "generate.py").write_text(GENERATE)
-    done = torchrun(tmp_path / "generate.py", qwen, ROOT / "recipes", port=29573)
+    done = torchrun(tmp_path / "generate.py", qwen, ROOT / "recipes")
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.split("\n")) == ["", "rank 0: True", "rank 1: True"]
 
 
 def test_there_may_be_more_processes_than_held_out_rows(qwen: Path, tmp_path: Path) -> None:
     (tmp_path / "held_out.py").write_text(HELD_OUT)
-    done = torchrun(tmp_path / "held_out.py", qwen, ROOT / "recipes", port=29577)
+    done = torchrun(tmp_path / "held_out.py", qwen, ROOT / "recipes")
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.split("\n")) == [
         "",
@@ -132,7 +133,7 @@ def test_zero3_is_asked_before_while_and_after_it_trains(qwen: Path, tmp_path: P
         "distributed_type": "DEEPSPEED",
         "num_machines": 1,
         "num_processes": 2,
-        "main_process_port": 29575,
+        "main_process_port": free_port(),
         "use_cpu": True,
         "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True},
     }

@@ -226,7 +226,7 @@ def _fit(empty: Request, words: str, wanted: int, processor: Any, image_tokens: 
             f"a prompt of {wanted} tokens has no room for its template and image ({wanted + under}); ask for more"
         )
     if over <= 0:
-        low = high
+        low, under = high, over
     guesses = 0
     while high - low > 1 and under < 0:
         # Words have much the same letters per token: a straight line soon hits the length, halves do in the end.
@@ -237,8 +237,8 @@ def _fit(empty: Request, words: str, wanted: int, processor: Any, image_tokens: 
             low, under = middle, found
         else:
             high, over = middle, found
-    near = (count for count in range(low, max(low - 24, -1), -1) if excess(count) == 0)
-    return filled(next(near, low))
+    near = (count for count in range(low - 1, max(low - 24, -1), -1) if excess(count) == 0)
+    return filled(low if under == 0 else next(near, low))
 
 
 def count_tokens(request: Request, processor: Any, image_tokens: int | None = None) -> int:
