@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.checks import LOGIT_TOLERANCES, TIE_MARGINS, first_difference
-from grpo_toolkit.distributed import gathered_root, is_sharded
+from grpo_toolkit.distributed import is_sharded, whole_weights
 from grpo_toolkit.evidence import logit_distance
 from grpo_toolkit.inference import Record, Request, generate
 from grpo_toolkit.saving import inference_defaults
@@ -119,7 +119,7 @@ def policy_records(
     of its mixed precision, and its engine holds on to parameters of its own.
     """
     rounded = (None, None) if is_sharded(model) else (dtype, computed_in or dtype)
-    with inference_ready(model), _without_autocast(model), gathered_root(model), _parameters_as(model, *rounded):
+    with inference_ready(model), _without_autocast(model), whole_weights(model), _parameters_as(model, *rounded):
         return [generate(model, processor, request) for request in requests]
 
 

@@ -42,8 +42,9 @@ def main() -> int:
         if kinds:
             before, first = stored_weights(base), stored_weights(Path(scratch, kinds[0], "export"))
         for kind in kinds:
-            found = stored_weights(Path(scratch, kind, "export"))
-            print(f"{kind:>24}: {compared(found, first, before, name=kinds[0])}", flush=True)
+            found = first if kind == kinds[0] else stored_weights(Path(scratch, kind, "export"))
+            said = compared(found, first, before, name=kinds[0], device=options.device)
+            print(f"{kind:>24}: {said}", flush=True)
     return int(len(kinds) < len(options.kinds))
 
 
@@ -98,20 +99,22 @@ def tiny_base(folder: Path) -> Path:
     return build_qwen2_5_vl(folder, dtype="bfloat16")
 
 
-def compared(found: dict[str, Any], reference: dict[str, Any], before: dict[str, Any], *, name: str) -> str:
+def compared(
+    found: dict[str, Any], reference: dict[str, Any], before: dict[str, Any], *, name: str, device: str
+) -> str:
     """An export beside the first kind's, and both beside the base: names, and values in numbers."""
     for other_name, other_tensors in (("the base", before), (name, reference)):
         if strange := sorted(found.keys() ^ other_tensors.keys()):
             return f"tensors of OTHER NAMES than {other_name}'s: {strange[:3]}"
     values, moved, other, far, apart, way = 0, 0, 0, 0.0, 0.0, 0.0
     for key, tensor in found.items():
-        mine, theirs, old = tensor.float(), reference[key].float(), before[key].float()
+        mine, theirs, old = (one.to(device).float() for one in (tensor, reference[key], before[key]))
         values += tensor.numel()
         moved += int((mine != old).sum())
         other += int((mine != theirs).sum())
         far = max(far, float((mine - theirs).abs().max()))
-        apart += float((mine - theirs).double().pow(2).sum())
-        way += float((theirs - old).double().pow(2).sum())
+        apart += float((mine - theirs).pow(2).sum())
+        way += float((theirs - old).pow(2).sum())
     return (
         f"{len(found)} tensors ({next(iter(found.values())).dtype}): {moved / values:.2%} of {values:,} values moved; "
         f"{other / values:.2%} other than of {name}, by {far:.1e} at most, "

@@ -167,7 +167,44 @@ def one_rank_fails(folder: Path, *, failing_rank: int, **options: Any) -> tuple[
     return all_callbacks(folder, strict=False, **options)
 
 
-SCENARIOS = {"all_callbacks": all_callbacks, "plain": plain, "resumes": resumes, "one_rank_fails": one_rank_fails}
+def asked_midway(folder: Path, *, asks: bool, has_room: bool = True, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train two steps, after the first of which the policy is asked for few tokens, few again, and many."""
+    import torch
+    from transformers import TrainerCallback
+
+    from grpo_toolkit import KVCacheCallback, distributed
+    from grpo_toolkit.inference import Request
+    from grpo_toolkit.policy import policy_records
+
+    if not has_room:
+        distributed.free_bytes = lambda device: 0
+    answers: list[list[int]] = []
+    gathers: list[int] = []
+
+    class Asks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for parameter in kwargs["model"].parameters():
+                parameter.ds_persist = False  # DeepSpeed keeps small parameters whole, which these all are
+            for count in (2, 2, 6) if asks and state.global_step == 1 else ():
+                messages = [{"role": "user", "content": "Count from one to ten."}]
+                request = Request(messages=messages, max_new_tokens=count, exact=True)
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                    records = policy_records(kwargs["model"], kwargs["processing_class"], [request])
+                answers.append(records[0].tokens)
+                named = [event.count for event in profile.key_averages() if "allgather" in event.key.replace("_", "")]
+                gathers.append(sum(named))
+
+    trainer = train(folder / "out", [KVCacheCallback(strict=True), Asks()], save_strategy="no", **options)
+    return {"answers": answers, "gathers": gathers, "digest": digest(trainer)}, trainer
+
+
+SCENARIOS = {
+    "all_callbacks": all_callbacks,
+    "plain": plain,
+    "resumes": resumes,
+    "one_rank_fails": one_rank_fails,
+    "asked_midway": asked_midway,
+}
 
 if __name__ == "__main__":
     main()

@@ -125,6 +125,24 @@ def test_a_resume_on_two_processes_is_bit_identical(kind: str, qwen: Path, tmp_p
         assert report["base_restored"] is None
 
 
+@pytest.mark.parametrize("kind", ["fsdp2_full", "zero3"])
+def test_a_sharded_policy_is_whole_while_it_answers_where_there_is_room(kind: str, qwen: Path, tmp_path: Path) -> None:
+    """Gathered once for an answer and not for each token; and the training goes on as if nobody had asked."""
+    runs = {"not asked": {"asks": False}, "whole": {"asks": True}, "no room": {"asks": True, "has_room": False}}
+    found = {
+        name: launch(kind, "asked_midway", tmp_path / name, model=str(qwen), **options)
+        for name, options in runs.items()
+    }
+    assert len({reports[0]["digest"] for reports in found.values()}) == 1
+    answers = [report["answers"] for name in ("whole", "no room") for report in found[name]]
+    assert [len(answer) for answer in answers[0]] == [2, 2, 6]
+    assert all(answer == answers[0] for answer in answers)
+    for report in found["whole"]:
+        assert report["gathers"][2] == report["gathers"][1] > 0
+    for report in found["no room"]:
+        assert report["gathers"][2] > report["gathers"][1]
+
+
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_no_rank_publishes_or_waits_when_one_fails(failing_rank: int, qwen: Path, tmp_path: Path) -> None:
     reports = launch("ddp", "one_rank_fails", tmp_path, model=str(qwen), failing_rank=failing_rank)
