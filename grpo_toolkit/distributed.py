@@ -9,11 +9,11 @@ all the same. Every function here that says *collective* has to be called on all
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from grpo_toolkit.room import free_bytes
+from grpo_toolkit.errors import PeerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -84,92 +84,6 @@ def _unsharded(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
-@contextmanager
-def whole_weights(model: torch.nn.Module) -> Iterator[None]:
-    """All weights are whole on every rank inside, for answers; collective where they are sharded.
-
-    FSDP2 and ZeRO-3 otherwise gather each layer anew for every token. They go on doing so where a rank has no room for
-    the whole, but for what FSDP2 has sharded of no layer (embeddings, the patch embedding): it gathers that in the
-    model's own forward, and transformers 5 looks at the images before that (`got mixed torch.Tensor and DTensor`).
-    """
-    if not is_sharded(model):
-        yield
-        return
-    has_room = not any(exchange(None if _has_room_for_whole(model) else "no room"))
-    is_zero3 = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if is_zero3:
-        inside = _whole_under_zero3(model) if has_room else nullcontext()
-    else:
-        inside = _whole_under_fsdp2([module for module in model.modules() if has_room or module is model])
-    with inside:
-        yield
-
-
-def _has_room_for_whole(model: torch.nn.Module) -> bool:
-    """Whether four fifths of what is free where this rank computes are more than all the weights."""
-    import torch
-
-    parameters = list(model.parameters())
-    # Offloaded ones say that they are on the CPU, and are gathered on the GPU.
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_initialized() else str(parameters[0].device)
-    free = free_bytes(device)
-    count = sum(getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size() for tensor in parameters)
-    return free is None or count < 0.8 * free
-
-
-@contextmanager
-def _whole_under_zero3(model: torch.nn.Module) -> Iterator[None]:
-    import deepspeed
-
-    # DeepSpeed's hooks would give every layer back after its forward.
-    with deepspeed.zero.GatheredParameters(list(model.parameters())), _without_deepspeeds_hooks(model):
-        yield
-
-
-@contextmanager
-def _without_deepspeeds_hooks(model: torch.nn.Module) -> Iterator[None]:
-    tables = [table for module in model.modules() for table in (module._forward_pre_hooks, module._forward_hooks)]
-    kept = [(table, dict(table)) for table in tables]
-    try:
-        for table, hooks in kept:
-            for key, hook in hooks.items():
-                if str(getattr(hook, "__module__", None)).startswith("deepspeed"):
-                    del table[key]
-        yield
-    finally:
-        for table, hooks in kept:  # in the order in which they were, before those that came in the meantime
-            newer = {key: hook for key, hook in table.items() if key not in hooks}
-            table.clear()
-            table.update(hooks | newer)
-
-
-@contextmanager
-def _whole_under_fsdp2(modules: list[Any]) -> Iterator[None]:
-    """Of the modules that FSDP2 shards by themselves, what they hold is whole inside, and stays so after a forward."""
-    units = [module for module in modules if hasattr(module, "unshard")]
-    states = [unit._get_fsdp_state() for unit in units]
-    groups = [group for state in states for group in _groups_of(state)]
-    kept = [(group, group.post_forward_mesh_info) for group in groups]
-    try:
-        for group in groups:
-            group.post_forward_mesh_info = None  # what set_reshard_after_forward(False) sets, and nothing public reads
-        for unit in units:
-            unit.unshard()
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()
-        for group, info in kept:
-            group.post_forward_mesh_info = info
-
-
-def _groups_of(state: Any) -> list[Any]:
-    """The parameter groups of an FSDP2 state; there was one at most before torch 2.12."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
-
-
 def rank() -> int:
     """This process's rank; 0 where there is one process."""
     return int(_distributed().get_rank()) if world_size() > 1 else 0
@@ -179,6 +93,20 @@ def world_size() -> int:
     """How many processes there are."""
     distributed = _distributed()
     return int(distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def agree(problem: Exception | None) -> None:
+    """Raise what went wrong here, or else that another rank failed; collective.
+
+    Raises:
+        PeerError: on the ranks where nothing went wrong.
+    """
+    said = exchange(None if problem is None else f"{type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    for number, word in enumerate(said):
+        if word is not None:
+            raise PeerError(f"rank {number}: {word}")
 
 
 def exchange(problem: str | None) -> list[str | None]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from grpo_toolkit.cache import base_model
 from grpo_toolkit.checkpoint import CONFIG, Kind, base_of_adapter, open_checkpoint, read_json
-from grpo_toolkit.distributed import is_sharded
+from grpo_toolkit.distributed import world_size
 from grpo_toolkit.evidence import Evidence, collect
 from grpo_toolkit.inputs import inputs_for, prepare_inputs
 from grpo_toolkit.probe import CacheProbe
+from grpo_toolkit.whole_weights import is_collective
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -256,8 +257,8 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
             options["min_new_tokens"] = request.max_new_tokens
         if request.use_cache is not None:
             options["use_cache"] = request.use_cache
-        if is_sharded(model):  # every rank has to make as many forwards as the one that says most
-            options["synced_gpus"] = True
+        if world_size() > 1:  # where forwards are collective every rank makes as many as the one that says most
+            options["synced_gpus"] = is_collective(model)
         output = cast("Any", model).generate(**inputs, **options, streamer=stopwatch)
         peak = stopwatch.peak_memory_bytes()
     prompt_tokens = int(inputs["input_ids"].shape[1])

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.checks import LOGIT_TOLERANCES, TIE_MARGINS, first_difference
-from grpo_toolkit.distributed import is_sharded, whole_weights
+from grpo_toolkit.distributed import agree, is_sharded
 from grpo_toolkit.evidence import logit_distance
 from grpo_toolkit.inference import Record, Request, generate
 from grpo_toolkit.saving import inference_defaults
+from grpo_toolkit.whole_weights import whole_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -115,12 +116,25 @@ def policy_records(
 ) -> list[Record]:
     """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`.
 
-    It computes in that dtype too, or in `computed_in`. A sharded model is asked as it stands: it computes in the dtype
-    of its mixed precision, and its engine holds on to parameters of its own.
+    It computes in that dtype too, or in `computed_in`. A sharded model is asked by all ranks together, in the dtype of
+    its mixed precision: its engine holds on to parameters of its own.
+
+    Raises:
+        PeerError: another rank could not ask it.
     """
     rounded = (None, None) if is_sharded(model) else (dtype, computed_in or dtype)
-    with inference_ready(model), _without_autocast(model), whole_weights(model), _parameters_as(model, *rounded):
-        return [generate(model, processor, request) for request in requests]
+    records: list[Record] = []
+    problem: Exception | None = None
+    try:
+        with inference_ready(model), _without_autocast(model), whole_weights(model), _parameters_as(model, *rounded):
+            records += [generate(model, processor, request) for request in requests]
+    except Exception as error:  # said to the other ranks before it is raised: they would wait in the next collective
+        problem = error
+    if is_sharded(model):
+        agree(problem)
+    elif problem is not None:
+        raise problem
+    return records
 
 
 def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:

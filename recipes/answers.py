@@ -4,13 +4,15 @@ A dataset says of each answer what kind of thing it is (`answer_type`), and that
 
 | kind     | reference        | right is                                                                      |
 |----------|------------------|-------------------------------------------------------------------------------|
-| `text`   | `7`              | the same text, but for white space around it                                  |
+| `text`   | `Red`            | the same text, but for case and white space                                   |
 | `number` | `3`              | the same number, however it is written: `3`, `3.0`, `+3`, `1,000`             |
-| `choice` | `B`              | that letter and no other: `B`, `(b)`, `B. 12 cm`; not `A or B`                |
+| `choice` | `B`              | that letter and no other: `B`, `(b)`, `B. A circle`; not `A or B`             |
 | `math`   | `2 \\sqrt{221}`   | the same by math-verify, or the same text                                     |
 | `box`    | `[8, 3, 91, 60]` | one box that overlaps it by half or more (the usual measure of RefCOCO)       |
 
 A policy under training writes anything: none of this raises on any text, and two answers are no answer.
+
+A base that was asked for the answer alone, without the blocks, is read leniently instead (`is_right_directly`).
 """
 
 from __future__ import annotations
@@ -31,6 +33,20 @@ _WHOLE = re.compile(r"\s*<think>(?P<thought>.*)</think>\s*<answer>(?P<answer>.*)
 
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,15})?(?:\.\d{1,15})?", re.ASCII)
 _CHOICE = re.compile(r"\(?(?P<letter>[A-Za-z])\)?(?:[.:)]\s*(?P<text>.*))?", re.DOTALL)
+# In the text of a choice: "or B", ", B", "/B"; a list, "(A) 3 (B) 4"; nothing but another letter. "A" may be a word.
+_ALTERNATIVES = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"(?:\b(?:or|and)\s+|[,;/&|]\s*)\(?(?P<letter>[B-H]\b|A\b(?!\s+\w)|A(?=\s+(?:or|and)\b))",
+        r"(?<![\w(])\(?(?P<letter>[A-H])[.:)]\s*\w",
+        r"^\(?(?P<letter>[A-H])\)?\.?$",
+    )
+)
+_STANDING_LETTER = re.compile(r"(?<![A-Za-z])(?:[B-H]|A(?!\s+[a-z]))(?![A-Za-z])")
+_STANDING_NUMBER = re.compile(
+    r"(?<![\w.^{/])[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\w^/]|[.,]\d)", re.ASCII
+)
+_LEAD = re.compile(r".*(?:\b(?:is|are|equals)\b|\banswer:|=)\s*:?", re.DOTALL | re.IGNORECASE)
 _COORDINATE = r"\s*(-?\d{1,6}(?:\.\d{1,12})?)\s*"
 _BOX = re.compile(r"\[" + ",".join([_COORDINATE] * 4) + r"\]", re.ASCII)
 
@@ -78,7 +94,7 @@ def is_right(found: str | None, reference: str, answer_type: str = "text") -> bo
         return False
     found, reference = found.strip(), reference.strip()
     if answer_type == "text":
-        return found == reference
+        return _folded(found) == _folded(reference)
     if answer_type == "number":
         number = parse_number(found)
         return number is not None and number == parse_number(reference)
@@ -87,6 +103,41 @@ def is_right(found: str | None, reference: str, answer_type: str = "text") -> bo
     if answer_type == "box":
         return box_overlap(found, reference) >= 0.5
     return _same_formula(found, reference)
+
+
+def is_right_directly(text: str, reference: str, answer_type: str = "text") -> bool:
+    """Whether a text that was asked for the answer alone gives the reference, in whatever words.
+
+    Lenient, unlike `is_right`: a base is not told of a form here, and what it loses to its wording would pass for a
+    gain of the training.
+
+    Raises:
+        ValueError: the dataset names a kind of answer that there is not.
+    """
+    if is_right(text.strip() or None, reference, answer_type):
+        return True
+    form = answer_type
+    if answer_type == "text" and parse_number(reference) is not None:
+        form = "number"
+    elif answer_type == "text" and _STANDING_LETTER.fullmatch(reference.strip()) is not None:
+        form = "choice"
+    return is_right(find_answer(text, form), reference, answer_type)
+
+
+def find_answer(text: str, answer_type: str = "text") -> str | None:
+    """The answer in a text of any form: in its answer block or `\\boxed{}`, else the last that it names.
+
+    That is the last number, the last letter of a choice, or of texts and formulas what stands behind the last `is` or
+    `=`. None where there is none.
+    """
+    text = (extract_answer(text) or _boxed(text) or text).replace("**", "")
+    if answer_type == "number":
+        return next(reversed(_STANDING_NUMBER.findall(text)), None)
+    if answer_type == "choice":
+        return parse_choice(text) or next(reversed(_STANDING_LETTER.findall(text)), None)
+    if answer_type == "box":
+        return text.strip() or None
+    return _LEAD.sub("", text, count=1).strip(' \n\t`".') or None
 
 
 def parse_number(text: str) -> float | None:
@@ -102,8 +153,9 @@ def parse_choice(text: str) -> str | None:
     match = _CHOICE.fullmatch(text.strip())
     if match is None:
         return None
-    # "A. or B" names two: no single capital may stand in the rest.
-    return None if re.search(r"\b[A-Z]\b", match["text"] or "") else match["letter"].upper()
+    letter = match["letter"].upper()
+    others = {found["letter"] for pattern in _ALTERNATIVES for found in pattern.finditer(match["text"] or "")}
+    return letter if others <= {letter} else None
 
 
 def parse_box(text: str) -> Box | None:
@@ -150,6 +202,21 @@ def _same_formula(found: str, reference: str) -> bool:
 def _in_dollars(text: str) -> str:
     """math-verify reads LaTeX between dollar signs alone, and datasets write it bare."""
     return text if any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")) else f"${text}$"
+
+
+def _boxed(text: str) -> str | None:
+    """What the last `\\boxed{}` holds; None where there is none, or it is not closed."""
+    _, opened, rest = text.rpartition("\\boxed{")
+    depth = 1 if opened else 0
+    for position, character in enumerate(rest if opened else ""):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:position]
+    return None
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def _as_text(text: str) -> str:

@@ -1,9 +1,10 @@
 """From a dataset's name to rows that GRPO can train on: `prompt` (chat messages), `image` or `images` (RGB), `answer`
-(text) and, where the dataset is a known one, `answer_type`.
+(text) and `answer_type`, where the dataset has one or is a known one.
 
 `digits` is embedded. The datasets of `layouts.py` are read as they are published. Any other name goes to
 `datasets.load_dataset` all the same: a Hub name, a folder saved with `save_to_disk`, or a folder of parquet files,
-with columns under their usual names, or named with `--prompt_column`, `--image_column` and `--answer_column`.
+with columns under their usual names, or named with `--prompt_column`, `--image_column` and `--answer_column`. The
+other columns stay, for rewards of one's own.
 
 Nothing is ever cut: a prompt that is too long, image tokens included, is left out, and so is a row without an image or
 an answer. How many were is said.
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from answers import ANSWER_TYPES
 from grpo_toolkit import InputError
 from images import Fit, pixel_limits
-from layouts import LAYOUTS, Layout, find_layout, text_columns
+from layouts import LAYOUTS, Layout, Question, find_layout, text_columns
 from measuring import fit_boxes, keep_short
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ USUAL_NAMES = {
     "image": ("image", "images"),
     "answer": ("answer", "solution", "ground_truth", "label"),
 }
+
+
+NOT_KEPT = ("prompt", "image", "images", "answer", "prompts", "completions")
+"""Not kept where they are not the columns asked for: TRL hands rewards other things by these names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +73,15 @@ def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None)
     if not arguments.dataset_name:
         raise InputError("no dataset: pass --dataset_name with a Hub name or a folder (or `digits`)")
     splits = _digits() if arguments.dataset_name == "digits" else _load(arguments)
+    test_split = arguments.dataset_test_split
+    if test_split not in splits and test_split != type(arguments).dataset_test_split:
+        raise InputError(
+            f"dataset {arguments.dataset_name}: no split {test_split!r} (--dataset_test_split); it has "
+            f"{', '.join(splits)}; without the setting training rows are held out where there is no split 'test'"
+        )
     train = _reshape(splits, arguments.dataset_train_split, arguments, processor)
-    if arguments.dataset_test_split in splits:
-        held_out = _reshape(splits, arguments.dataset_test_split, arguments, processor)
+    if test_split in splits:
+        held_out = _reshape(splits, test_split, arguments, processor)
     elif len(train) < 2:
         raise InputError(f"dataset {arguments.dataset_name}: one row, of which none can be held out")
     else:  # none published: hold some of the training rows out
@@ -129,31 +141,67 @@ def _load(arguments: RecipeArguments) -> dict[str, Dataset]:
 
     name = str(arguments.dataset_name)
     folder = Path(name)
+    files = _json_files(folder)
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = load_from_disk(name)
-        elif folder.suffix == ".jsonl" or (folder.is_dir() and any(folder.glob("*.jsonl"))):
-            files = _jsonl_files(folder)  # One by one: the splits of VLM-R1 have columns of their own.
-            return {split: load_dataset("json", data_files=files[split], split="train") for split in files}
+        elif files:  # One by one: the splits of VLM-R1 have columns of their own.
+            return {split: _load_json(files[split]) for split in files}
         else:
             loaded = load_dataset(name, name=arguments.dataset_config)
     # What `datasets` raises for unknown names, no network, unreadable files.
     except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"dataset {name}: cannot be loaded ({reason}); pass a Hub name or a local folder") from error
+        raise InputError(
+            f"dataset {name}: cannot be loaded ({_reason(error)}); pass a Hub name or a local folder"
+        ) from error
     if isinstance(loaded, Dataset):
         return {arguments.dataset_train_split: loaded}
     assert isinstance(loaded, DatasetDict)
     return dict(loaded)
 
 
-def _jsonl_files(path: Path) -> dict[str, list[str]]:
-    """The splits of a file or a folder of JSONL files, by their names: `refcoco_train.jsonl`, `refcoco_val.jsonl`."""
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    held_out = [file for file in files if "val" in file.stem or "test" in file.stem]
-    train = [file for file in files if file not in held_out]
+def _json_files(path: Path) -> dict[str, list[Path]]:
+    """The splits of a file, or of a folder of JSONL files, by their names; none where it is neither.
+
+    VLM-R1 trains on `refcoco_train.jsonl` and evaluates on `refcoco_val.json`, an array. The `metadata.jsonl` beside
+    pictures is read by `datasets`, with the pictures.
+    """
+    if path.suffix in (".json", ".jsonl"):
+        return {"train": [path]}
+    lines = [file for file in sorted(path.glob("*.jsonl")) if file.name != "metadata.jsonl"]
+    arrays = [file for file in sorted(path.glob("*.json")) if lines and file.with_suffix(".jsonl") not in lines]
+    held_out = [file for file in (*lines, *arrays) if "val" in file.stem or "test" in file.stem]
+    train = [file for file in lines if file not in held_out]
     splits = {"train": train or held_out, "test": held_out if train else []}
-    return {split: [str(file) for file in files] for split, files in splits.items() if files}
+    return {split: files for split, files in splits.items() if files}
+
+
+def _load_json(files: list[Path]) -> Dataset:
+    """The rows of files with the same columns.
+
+    Raises:
+        InputError: a file is empty, or no JSON.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    for file in files:
+        if file.stat().st_size == 0:
+            raise InputError(f"{file}: is empty; expected a row of JSON in each line, or an array of rows")
+    try:
+        return load_dataset("json", data_files=[str(file) for file in files], split="train")
+    except (ValueError, DatasetGenerationError) as error:
+        names = ", ".join(map(str, files))
+        raise InputError(
+            f"{names}: cannot be read ({_reason(error)}); expected a row of JSON in each line, or an array of rows"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something; of a failed generation only the cause does."""
+    lines = f"{error}\n{error.__cause__ or ''}".splitlines()
+    says = [line.strip() for line in lines if line.strip() and "error occurred while generating" not in line]
+    return says[0] if says else type(error).__name__
 
 
 def _reshape(splits: dict[str, Dataset], split: str, arguments: RecipeArguments, processor: Any) -> Dataset:
@@ -170,7 +218,7 @@ def _reshape(splits: dict[str, Dataset], split: str, arguments: RecipeArguments,
     layout = named_layout(arguments)
     rows = splits[split]
     rows = _plain(rows, arguments) if layout is None else _read(rows, layout, arguments)
-    whole = rows.filter(_is_whole, input_columns=["image", "answer"], desc="looking for whole rows")
+    whole = _whole(rows)
     _say_left_out(name, split, rows, whole, "lack an image or an answer")
     if len(whole) == 0:
         raise InputError(f"{name}: split {split!r} has no row with an image and an answer")
@@ -192,11 +240,20 @@ def _plain(rows: Dataset, arguments: RecipeArguments) -> Dataset:
     from datasets import Value
 
     columns = find_columns(rows.column_names, arguments)
-    # Selecting before renaming: a dataset may have a `prompt` beside the `problem` that was asked for.
-    rows = rows.select_columns(list(columns.values()))
+    # Removing before renaming: a dataset may have a `prompt` beside the `problem` that was asked for.
+    rows = rows.remove_columns(
+        [name for name in NOT_KEPT if name in rows.column_names and name not in columns.values()]
+    )
     rows = rows.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
     rows = rows.cast_column("answer", Value("string"))
-    if not isinstance(rows[0]["prompt"], str):
+    kinds = rows.unique("answer_type") if "answer_type" in rows.column_names else []
+    unknown = [repr(kind) for kind in kinds if kind not in ANSWER_TYPES]
+    if unknown:
+        raise InputError(
+            f"dataset {arguments.dataset_name}: answer_type {', '.join(unknown)}; there are "
+            f"{', '.join(ANSWER_TYPES)}; rename the column where it means something else"
+        )
+    if not isinstance(rows.features["prompt"], Value):
         return rows
     return rows.map(_conversation, desc="writing prompts", input_columns=["prompt"])
 
@@ -215,7 +272,8 @@ def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
         rows = rows.rename_column(layout.image_column, "image")
 
     def read(*values: Any) -> dict[str, Any]:
-        question = layout.read(*values)
+        known = None not in values
+        question = layout.read(*values) if known else Question(text="", answer="", answer_type="text")
         asked = _conversation(question.text, instruction=layout.instruction)
         return {**asked, "answer": question.answer, "answer_type": question.answer_type}
 
@@ -224,11 +282,11 @@ def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
 
 def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
     """Image columns in RGB; paths are looked up in `--image_folder` and become pictures."""
-    from datasets import Image, List
+    from datasets import Image, List, Value
 
-    first = rows[0]["image"]
-    several = isinstance(first, list)
-    if isinstance(first[0] if several else first, str):
+    kind = rows.features["image"]
+    several = isinstance(kind, List)
+    if isinstance(kind.feature if several else kind, Value):
         folder = Path(arguments.image_folder or "")
         rows = rows.map(_in_folder, input_columns=["image"], fn_kwargs={"folder": str(folder)}, desc="finding images")
     if several:
@@ -244,8 +302,21 @@ def _in_folder(image: str | list[str], *, folder: str) -> dict[str, Any]:
     return {"image": [str(path) for path in paths] if isinstance(image, list) else str(paths[0])}
 
 
-def _is_whole(image: Any, answer: Any) -> bool:
-    return image not in (None, []) and answer not in (None, "")
+def _whole(rows: Dataset) -> Dataset:
+    """The rows with an image and an answer. No image is decoded for it."""
+    from datasets import List
+
+    several = isinstance(rows.features["image"], List)
+
+    def are_whole(images: Any, answers: Any) -> list[bool]:
+        return [
+            image.is_valid and answer.as_py() not in (None, "") and (not several or len(image) > 0)
+            for image, answer in zip(images, answers, strict=True)
+        ]
+
+    looked_at = rows.with_format("arrow")
+    options = {"batched": True, "input_columns": ["image", "answer"], "desc": "looking for whole rows"}
+    return looked_at.filter(are_whole, **options).with_format(None)
 
 
 def _conversation(question: str, *, instruction: str = "") -> dict[str, list[dict[str, str]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from answers import extract_answer, is_right
+from answers import extract_answer, is_right, is_right_directly
 from grpo_toolkit import inference_ready
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def held_out_accuracy(
         max_new_tokens (`int`):
             The most tokens of an answer.
         direct (`bool`, *optional*):
-            Ask for the answer alone instead, and take all of the text for it.
+            Ask for the answer alone instead, and look for it in all of the text, leniently.
         accelerator (`Accelerator`, *optional*):
             Shares the rows out among its processes. Without it every process answers every row, as it must where
             the weights are sharded.
@@ -50,7 +50,7 @@ def held_out_accuracy(
     texts = generate_texts(model, processor, mine, max_new_tokens=max_new_tokens, direct=direct)
     kinds = mine["answer_type"] if "answer_type" in mine.column_names else ["text"] * len(mine)
     right = [
-        is_right((text.strip() or None) if direct else extract_answer(text), reference, kind)
+        is_right_directly(text, reference, kind) if direct else is_right(extract_answer(text), reference, kind)
         for text, reference, kind in zip(texts, mine["answer"], kinds, strict=True)
     ]
     if accelerator is not None and accelerator.num_processes > 1:

@@ -19,7 +19,7 @@ from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_confi
 
 from arguments import RecipeArguments, parse
 from cost import CostCallback
-from data import Splits, load_splits, named_layout
+from data import Splits, load_splits
 from grpo_toolkit import (
     ExportCallback,
     GrpoToolkitError,
@@ -31,7 +31,7 @@ from grpo_toolkit import (
 )
 from health import HealthCallback
 from images import load_processor
-from plan import check_plan, make_plan
+from plan import check_plan, make_plan, reward_names
 from preflight import MARKER, check_model, check_output, check_versions, check_vllm
 from rewards import RewardFunction, find_format_reward, find_rewards
 from sharded import ShardedRolloutsCallback
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     if model.model_name_or_path == TINY:
         model.model_name_or_path = build_tiny()
     check_model(model.model_name_or_path)
-    rewards = find_rewards(chosen_rewards(recipe))
+    rewards = find_rewards(reward_names(recipe))
     processor = load_processor(
         str(model.model_name_or_path), revision=model.model_revision, max_pixels=recipe.max_pixels
     )
@@ -103,12 +103,6 @@ def main(argv: list[str]) -> None:
         )
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print_summary(summary)
-
-
-def chosen_rewards(recipe: RecipeArguments) -> list[str]:
-    """The rewards asked for, or those that suit the dataset."""
-    layout = named_layout(recipe)
-    return recipe.reward_funcs or list(layout.reward_funcs if layout is not None else ("format", "accuracy"))
 
 
 def make_trainer(

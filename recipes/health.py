@@ -17,10 +17,14 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState
+    from trl import GRPOConfig
 
 WINDOW = 10
 """Logs over which a metric is averaged, and before which nothing is said."""
+
+FLAT_GROUPS = 0.8
+"""Share of groups with the same reward for every completion, beyond which too few teach anything."""
 
 SILENCE = 50
 """Logs for which a rule that has spoken keeps silent."""
@@ -28,19 +32,36 @@ SILENCE = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """When the mean of `metric` over the window is beyond `limit`, `advice` is given."""
+    """When the mean of `metric` over the window is beyond `limit`, `advice` is given.
+
+    Attributes:
+        ways: what to change further, so that nothing is advised that the training arguments have already.
+        in_flat_groups: given only where most groups have one reward, too.
+    """
 
     metric: str
     beyond: Callable[[float, float], bool]
     limit: float
     advice: str
+    ways: Callable[[GRPOConfig], list[str]] = lambda training: []
+    in_flat_groups: bool = False
+
+
+def wider_sampling(training: GRPOConfig) -> list[str]:
+    """What would let the completions of a group differ more."""
+    return [
+        *(["raise --temperature towards 1"] if training.temperature < 1 else []),
+        *(["raise --top_p to 1"] if training.top_p < 1 else []),
+        *(["leave --top_k out"] if training.top_k else []),
+        "if it fell during training, lower --learning_rate",
+    ]
 
 
 RULES = (
     Rule(
         metric="frac_reward_zero_std",
         beyond=operator.gt,
-        limit=0.8,
+        limit=FLAT_GROUPS,
         advice="of the groups have the same reward for every completion and teach nothing. Where the reward is low "
         "the task is too hard: easier rows, a larger model, more --num_generations. Where it is high, it is learnt: "
         "harder rows, or stop",
@@ -49,8 +70,9 @@ RULES = (
         metric="unique_in_group",
         beyond=operator.lt,
         limit=0.3,
-        advice="of a group's completions differ: sampling is too narrow. Raise --temperature towards 1, check "
-        "--top_p and --top_k; if it fell during training, lower --learning_rate",
+        advice="of a group's completions differ, and most groups have one reward: sampling is too narrow",
+        ways=wider_sampling,
+        in_flat_groups=True,  # Short answers are often the same, and teach as long as rewards differ.
     ),
     Rule(
         metric="completions/clipped_ratio",
@@ -88,7 +110,7 @@ class HealthCallback(TrainerCallback):
 
     def on_log(
         self,
-        args: TrainingArguments,
+        args: GRPOConfig,
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
@@ -109,10 +131,15 @@ class HealthCallback(TrainerCallback):
             recent.append(float(value))
             average = sum(recent) / len(recent)
             ready = len(recent) == WINDOW and self._logs >= self._silent_until[rule.metric]
-            if ready and rule.beyond(average, rule.limit):
+            if ready and rule.beyond(average, rule.limit) and (self._groups_are_flat() or not rule.in_flat_groups):
                 self._silent_until[rule.metric] = self._logs + SILENCE
                 amount = f"{average:.3f}" if rule.metric == "entropy" else f"{average:.0%}"
-                self._warn(f"step {state.global_step}: {rule.metric} is {average:.2f}: {amount} {rule.advice}.")
+                advice = "; ".join([rule.advice, *rule.ways(args)])
+                self._warn(f"step {state.global_step}: {rule.metric} is {average:.2f}: {amount} {advice}.")
+
+    def _groups_are_flat(self) -> bool:
+        recent = self._recent["frac_reward_zero_std"]
+        return len(recent) > 0 and sum(recent) / len(recent) > FLAT_GROUPS
 
     def _look_at_accuracy(self, accuracy: float, step: int) -> None:
         # With a hundred rows, ten points are two standard errors of a difference.

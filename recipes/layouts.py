@@ -81,10 +81,11 @@ def read_referring(*columns: Any) -> Question:
     """Where is what this sentence says; the answer is a box in pixels of the original image.
 
     VLM-R1 writes its training files with `conversations` (the box a list or a text), and its evaluation files with
-    `problem` and `solution`.
+    `problem` and `solution`. A conversation that nobody answers has the answer "", as a text without a box does.
     """
     if len(columns) == 1:
-        asked, told = columns[0][0]["value"], columns[0][1]["value"]
+        turns = [turn.get("value") for turn in columns[0]]
+        asked, told = [*turns, "", ""][:2]
     else:
         asked, told = columns
     text = told if isinstance(told, str) else str([float(coordinate) for coordinate in told])

@@ -7,14 +7,21 @@ keeps the result.
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from answers import parse_box
+from grpo_toolkit import InputError
 from images import LARGEST_ASPECT_RATIO, PixelLimits, pixel_limits
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_TOKENISED = 256
+"""Prompts among which the longest is looked for."""
+
+_BYTES_A_TOKEN = 3  # About, to tell heavy prompts from light ones: English has four, digits one.
 
 
 def keep_short(rows: Dataset, processor: Any, *, max_prompt_length: int | None) -> Dataset:
@@ -84,33 +91,49 @@ def fit_box(answer: str, *, size: tuple[int, int], limits: PixelLimits) -> str:
             Width and height of the original image.
         limits (`PixelLimits`):
             How the processor resizes.
+
+    Raises:
+        InputError: the answer is no box.
     """
     box = parse_box(answer)
-    assert box is not None, answer  # rows without one were left out
+    if box is None:
+        raise InputError(
+            f"answer {answer!r}: its answer_type is box, but it is no [x1, y1, x2, y2] with x1 < x2, y1 < y2"
+        )
     (width, height), (seen_width, seen_height) = size, limits.fit(*size)
     across, down = seen_width / width, seen_height / height
     return str([round(coordinate * scale, 2) for coordinate, scale in zip(box, (across, down) * 2, strict=True)])
 
 
 def image_sizes(rows: Dataset) -> list[list[tuple[int, int]]]:
-    """Width and height of every row's images, from their headers."""
+    """Width and height of every row's images, from their headers.
+
+    Raises:
+        InputError: one is no image.
+    """
     from datasets import Image, List
 
     column = "images" if "images" in rows.column_names else "image"
     raw = rows.select_columns([column]).cast_column(
         column, List(Image(decode=False)) if column == "images" else Image(decode=False)
     )
-    measured = raw.map(_header_sizes, input_columns=[column], remove_columns=[column], desc="measuring images")
+    measured = raw.map(
+        _header_sizes, input_columns=[column], remove_columns=[column], with_indices=True, desc="measuring images"
+    )
     return [[(width, height) for width, height in sizes] for sizes in measured["sizes"]]
 
 
-def _header_sizes(images: Any) -> dict[str, list[list[int]]]:
+def _header_sizes(images: Any, index: int) -> dict[str, list[list[int]]]:
     from PIL import Image as Pillow
 
     sizes = []
     for image in images if isinstance(images, list) else [images]:
-        with Pillow.open(io.BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"])) as picture:
-            sizes.append(list(picture.size))
+        try:
+            with Pillow.open(io.BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"])) as picture:
+                sizes.append(list(picture.size))
+        except OSError as error:  # Pillow's UnidentifiedImageError is one
+            name = image["path"] or f"of row {index} (from 0, of the rows with an image and an answer)"
+            raise InputError(f"image {name}: cannot be read as an image; replace it, or take its row out") from error
     return {"sizes": sizes}
 
 
@@ -127,16 +150,35 @@ def _processed_length(row: dict[str, Any], processor: Any) -> int:
     return int(processor(text=[text], images=[images], return_tensors="pt")["input_ids"].shape[1])
 
 
-def longest_prompt(rows: Dataset, processor: Any, *, looked_at: int = 256) -> tuple[int, int]:
-    """Tokens of the longest of the first prompts, and of the most that its images take: (prompt, images)."""
+def longest_prompt(rows: Dataset, processor: Any, *, looked_at: int = 20_000) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the most that a row's images take: (prompt, images).
+
+    All images are measured (20,000 rows take three to six seconds; of more, as many spread over them all). Only
+    the prompts that are heaviest, in bytes of text and tokens of images, are tokenised.
+    """
     limits = pixel_limits(processor)
     # Without the transform that resizes: what is measured are the images as they are published.
-    first = rows.with_format(None).select(range(min(looked_at if limits is not None else 8, len(rows))))
-    if limits is None:
-        return max(_processed_length(row, processor) for row in first), 0
-    sizes = image_sizes(first)
+    rows = rows.with_format(None)
+    if len(rows) > looked_at:
+        rows = rows.select(range(0, len(rows), math.ceil(len(rows) / looked_at)))
+    sizes = image_sizes(rows) if limits is not None else [[]] * len(rows)
+    images = [0 if limits is None else sum(limits.tokens(*size) for size in row_sizes) for row_sizes in sizes]
+    texts = [_text_bytes(row["prompt"]) for row in rows.select_columns(["prompt"])]
+    weights = [text / _BYTES_A_TOKEN + image for text, image in zip(texts, images, strict=True)]
+    heaviest = sorted(range(len(rows)), key=weights.__getitem__, reverse=True)
+    if limits is None:  # Another family's processor: slow, so few.
+        return max(_processed_length(rows[index], processor) for index in heaviest[:8]), 0
+    tokenised = heaviest[:_TOKENISED]
+    prompts = rows.select_columns(["prompt"]).select(tokenised)
     lengths = [
-        prompt_length(row["prompt"], row_sizes, processor, limits)
-        for row, row_sizes in zip(_without_images(first), sizes, strict=True)
+        prompt_length(row["prompt"], sizes[index], processor, limits)
+        for index, row in zip(tokenised, prompts, strict=True)
     ]
-    return max(lengths), max(sum(limits.tokens(*size) for size in row_sizes) for row_sizes in sizes)
+    return max(lengths), max(images)
+
+
+def _text_bytes(prompt: list[dict[str, Any]]) -> int:
+    """Of a prompt's messages, whose content is text or a list of parts."""
+    contents = [message["content"] for message in prompt]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [{"text": content}])]
+    return sum(len((part.get("text") or "").encode()) for part in parts)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arguments import missing_packages, setting_errors
+from data import named_layout
 from grpo_toolkit import InputError
 from images import pixel_limits
 from measuring import longest_prompt
@@ -34,8 +36,9 @@ class Plan:
 
     processes: int
     sharing: Sharing
-    prompts_per_step: int
+    prompts_per_step: float
     completions_per_step: int
+    prompts_per_rollout: int
     steps: int
     rows: int
     prompt_tokens: int
@@ -55,7 +58,7 @@ class Plan:
         return [
             f"trains      {trained}{', as a LoRA adapter' if self.size.is_adapter else ''}",
             f"processes   {self.processes} ({self.sharing})",
-            f"each step   {self.prompts_per_step} prompts, {self.completions_per_step} completions; "
+            f"each step   {self.prompts_per_step:g} prompts, {self.completions_per_step} completions; "
             f"{self.steps} steps",
             f"rows        {self.rows}; longest prompt {self.prompt_tokens} tokens, its image included",
             *(f"memory      {_gib(amount):>9}  {name}" for name, amount in self.memory.parts.items()),
@@ -105,15 +108,18 @@ def make_plan(
         optimizer=str(getattr(training.optim, "value", training.optim)),
         sharing=sharing,
         processes=training.world_size,
+        reshards=reshards_after_forward(training),
         reserved=training.vllm_gpu_memory_utilization * (total or 0.0) if colocated else 0.0,
         sleeps=training.vllm_enable_sleep_mode,
     )
+    completions = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     disk, free_disk = disk_needed(training, model, size), shutil.disk_usage(_existing(training.output_dir)).free
     plan = Plan(
         processes=training.world_size,
         sharing=sharing,
-        prompts_per_step=training.generation_batch_size // training.num_generations,
-        completions_per_step=training.generation_batch_size,
+        prompts_per_step=completions / training.num_generations,
+        completions_per_step=completions,
+        prompts_per_rollout=training.generation_batch_size // training.num_generations,
         steps=training.max_steps if training.max_steps > 0 else _epoch_steps(training, len(splits.train)),
         rows=len(splits.train),
         prompt_tokens=prompt_tokens,
@@ -125,8 +131,16 @@ def make_plan(
         errors=(),
         warnings=(),
     )
-    errors = [*_save_errors(training), *_size_errors(plan, training)]
-    return _with_findings(plan, errors, _warnings(plan, recipe, training, processor, image_tokens=image_tokens))
+    missing = missing_packages(training, model, formulas=has_formulas(splits))
+    errors = [
+        *setting_errors(training, rewards=reward_names(recipe)),
+        *_save_errors(training),
+        *_size_errors(plan, training),
+    ]
+    warnings = _warnings(plan, recipe, training, processor, image_tokens=image_tokens)
+    if recipe.dry_run:  # which may plan for another machine
+        return _with_findings(plan, errors, [*missing, *warnings])
+    return _with_findings(plan, [*missing, *errors], warnings)
 
 
 def check_plan(plan: Plan) -> None:
@@ -148,6 +162,12 @@ def find_sharing(training: GRPOConfig) -> Sharing:
     if _is_on("ACCELERATE_USE_FSDP") or getattr(training, "fsdp", None):
         return "fsdp"
     return "ddp" if training.world_size > 1 else "none"
+
+
+def reshards_after_forward(training: GRPOConfig) -> bool:
+    """Whether FSDP gives the weights of a layer back after its forward, its default."""
+    setting = _fsdp_setting(training, "reshard_after_forward")
+    return str(setting).lower() not in ("false", "shard_grad_op", "2")  # FSDP2's word, FSDP1's, and its number
 
 
 def gpu_memory() -> tuple[float | None, float | None]:
@@ -182,10 +202,22 @@ def disk_needed(training: GRPOConfig, model: ModelConfig, size: ModelSize) -> fl
     return float(saves * checkpoint + export + size.trained * weight_bytes)
 
 
+def reward_names(recipe: RecipeArguments) -> list[str]:
+    """The rewards asked for, or those that suit the dataset."""
+    layout = named_layout(recipe)
+    return recipe.reward_funcs or list(layout.reward_funcs if layout is not None else ("format", "accuracy"))
+
+
+def has_formulas(splits: Splits) -> bool:
+    """Whether any answer is compared by math-verify, which `answers.py` cannot do without."""
+    kinds = [rows.unique("answer_type") for rows in (splits.train, splits.held_out) if "answer_type" in rows.features]
+    return any("math" in found for found in kinds)
+
+
 def _save_errors(training: GRPOConfig) -> list[str]:
     """Settings under which a save has no weights in it (`save_model` then writes nothing, or a stub)."""
     errors = []
-    state_dict = os.environ.get("FSDP_STATE_DICT_TYPE") or (training.fsdp_config or {}).get("state_dict_type")
+    state_dict = _fsdp_setting(training, "state_dict_type")
     if find_sharing(training) == "fsdp" and str(state_dict) in ("SHARDED_STATE_DICT", "LOCAL_STATE_DICT"):
         errors.append(
             f"fsdp_state_dict_type {state_dict}: checkpoints get no config, tokenizer or safetensors, and save_model "
@@ -200,13 +232,19 @@ def _save_errors(training: GRPOConfig) -> list[str]:
     return errors
 
 
+def _fsdp_setting(training: GRPOConfig, name: str) -> Any:
+    """From `accelerate launch`, which hands it over in the environment, or from the training arguments."""
+    given = os.environ.get(f"FSDP_{name.upper()}")
+    return given if given is not None else (training.fsdp_config or {}).get(name)
+
+
 def _size_errors(plan: Plan, training: GRPOConfig) -> list[str]:
     errors = []
-    if plan.rows < plan.prompts_per_step:
+    if plan.rows < plan.prompts_per_rollout:
         errors.append(
-            f"{plan.rows} rows to train on, but each step takes {plan.prompts_per_step} prompts "
-            f"({plan.completions_per_step} completions of {training.num_generations}): lower "
-            "--gradient_accumulation_steps or --per_device_train_batch_size, or raise --num_generations"
+            f"{plan.rows} rows to train on, but each rollout takes {plan.prompts_per_rollout} prompts "
+            f"({training.generation_batch_size} completions, {training.num_generations} of each): lower "
+            "--per_device_train_batch_size or --steps_per_generation, or raise --num_generations"
         )
     standing = sum(plan.memory.parts.values())
     if plan.free_memory is not None and standing > plan.free_memory:

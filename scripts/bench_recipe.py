@@ -183,7 +183,7 @@ def recipe_command(arm: Arm, base: Path, dataset: Path, run: Path, options: argp
     if options.completion_length:
         flags["max_completion_length"] = options.completion_length
     if options.accumulate:
-        flags["gradient_accumulation_steps"] = options.accumulate
+        flags |= {"gradient_accumulation_steps": options.accumulate, "steps_per_generation": options.accumulate}
     if options.cpu:
         flags |= {"use_cpu": "true", "bf16": str(arm.gpus > 1).lower()}
     rewards = ["--reward_funcs", "format", f"{Path(__file__).resolve()}:{letters_reward.__name__}"]

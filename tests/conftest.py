@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before any import of torch, transformers or wandb: two cores thrash easily, and no test touches the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+# DeepSpeed compiles on its first start and waits for ever for the lock of a process that was killed meanwhile: what a
+# killed run leaves in the user's folder must not hang the next.
+if "TORCH_EXTENSIONS_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="grpo-toolkit-extensions-")
+    os.environ["TORCH_EXTENSIONS_DIR"] = compiled.name
 
 from typing import TYPE_CHECKING
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ports import free_port
@@ -89,7 +89,9 @@ def _run(command: list[str], env: dict[str, str], timeout_s: int) -> subprocess.
     try:
         out, err = started.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)  # the ranks as well, which a launcher that is killed leaves behind
+        # The ranks as well: a launcher that is killed leaves them behind, torchrun's in sessions of their own.
+        for process in [*psutil.Process(started.pid).children(recursive=True), started]:
+            process.kill()
         out, err = started.communicate()
         err += f"\nkilled after {timeout_s} s"
     return subprocess.CompletedProcess(command, started.returncode, out, err)

@@ -9,7 +9,10 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main() -> None:
@@ -167,35 +170,56 @@ def one_rank_fails(folder: Path, *, failing_rank: int, **options: Any) -> tuple[
     return all_callbacks(folder, strict=False, **options)
 
 
-def asked_midway(folder: Path, *, asks: bool, has_room: bool = True, **options: Any) -> tuple[dict[str, Any], Any]:
-    """Train two steps, after the first of which the policy is asked for few tokens, few again, and many."""
+def asked_midway(
+    folder: Path, *, asks: bool, has_room: bool = True, failing_ranks: Sequence[int] = (), **options: Any
+) -> tuple[dict[str, Any], Any]:
+    """Train two steps, after the first of which the policy is asked for few tokens, few again, and many.
+
+    On `failing_ranks` a layer's forward raises while it is asked.
+    """
     import torch
     from transformers import TrainerCallback
 
-    from grpo_toolkit import KVCacheCallback, distributed
+    from grpo_toolkit import KVCacheCallback, whole_weights
     from grpo_toolkit.inference import Request
     from grpo_toolkit.policy import policy_records
 
     if not has_room:
-        distributed.free_bytes = lambda device: 0
+        whole_weights.free_bytes = lambda device: 0
     answers: list[list[int]] = []
     gathers: list[int] = []
+    errors: list[str] = []
+
+    def fail(*args: object) -> None:
+        raise OSError(5, "Input/output error")
 
     class Asks(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            for parameter in kwargs["model"].parameters():
+            if not asks or state.global_step != 1:
+                return
+            model = kwargs["model"]
+            for parameter in model.parameters():
                 parameter.ds_persist = False  # DeepSpeed keeps small parameters whole, which these all are
-            for count in (2, 2, 6) if asks and state.global_step == 1 else ():
+            if args.process_index in failing_ranks:
+                failing = next(module for name, module in model.named_modules() if name.endswith("layers.1"))
+                handle = failing.register_forward_hook(fail)
+            for count in (2, 2, 6):
                 messages = [{"role": "user", "content": "Count from one to ten."}]
                 request = Request(messages=messages, max_new_tokens=count, exact=True)
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                    records = policy_records(kwargs["model"], kwargs["processing_class"], [request])
+                try:
+                    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                        records = policy_records(model, kwargs["processing_class"], [request])
+                except Exception as error:
+                    errors.append(f"{type(error).__name__}: {error}")
+                    continue
                 answers.append(records[0].tokens)
                 named = [event.count for event in profile.key_averages() if "allgather" in event.key.replace("_", "")]
                 gathers.append(sum(named))
+            if args.process_index in failing_ranks:
+                handle.remove()
 
     trainer = train(folder / "out", [KVCacheCallback(strict=True), Asks()], save_strategy="no", **options)
-    return {"answers": answers, "gathers": gathers, "digest": digest(trainer)}, trainer
+    return {"answers": answers, "gathers": gathers, "errors": errors, "digest": digest(trainer)}, trainer
 
 
 SCENARIOS = {

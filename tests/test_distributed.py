@@ -127,8 +127,14 @@ def test_a_resume_on_two_processes_is_bit_identical(kind: str, qwen: Path, tmp_p
 
 @pytest.mark.parametrize("kind", ["fsdp2_full", "zero3"])
 def test_a_sharded_policy_is_whole_while_it_answers_where_there_is_room(kind: str, qwen: Path, tmp_path: Path) -> None:
-    """Gathered once for an answer and not for each token; and the training goes on as if nobody had asked."""
-    runs = {"not asked": {"asks": False}, "whole": {"asks": True}, "no room": {"asks": True, "has_room": False}}
+    """Gathered once for an answer and not for each token. Asked or not, or in vain: the training goes on the same."""
+    runs: dict[str, dict[str, Any]] = {
+        "not asked": {"asks": False},
+        "whole": {"asks": True},
+        "no room": {"asks": True, "has_room": False},
+        "one fails": {"asks": True, "failing_ranks": [0]},
+        "both fail": {"asks": True, "failing_ranks": [0, 1]},
+    }
     found = {
         name: launch(kind, "asked_midway", tmp_path / name, model=str(qwen), **options)
         for name, options in runs.items()
@@ -141,6 +147,9 @@ def test_a_sharded_policy_is_whole_while_it_answers_where_there_is_room(kind: st
         assert report["gathers"][2] == report["gathers"][1] > 0
     for report in found["no room"]:
         assert report["gathers"][2] > report["gathers"][1]
+    failed = "OSError: [Errno 5] Input/output error"
+    assert [report["errors"] for report in found["one fails"]] == [[failed] * 3, [f"PeerError: rank 0: {failed}"] * 3]
+    assert [report["errors"] for report in found["both fail"]] == [[failed] * 3] * 2
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])

@@ -70,6 +70,16 @@ def test_configs_can_be_laid_over_each_other_and_flags_win(base: str) -> None:
     assert merged["eval_steps"] == merged["save_steps"]  # every evaluated model has a checkpoint
 
 
+@pytest.mark.parametrize("evaluates", ["no", "steps"])
+def test_groups_that_do_not_fit_are_an_error_of_the_training_alone(evaluates: str) -> None:
+    """No evaluation of this recipe has groups: its batch may be any."""
+    tiny = RECIPES / "configs" / "tiny.yaml"
+    parse(tiny, flags=("--eval_strategy", evaluates, "--per_device_eval_batch_size", "5"))
+    with pytest.raises(InputError, match=r"^generation_batch_size .* --num_generations 4 or 8, or 3 times") as raised:
+        parse(tiny, flags=("--eval_strategy", evaluates, "--num_generations", "6"))
+    assert "eval" not in str(raised.value)
+
+
 def test_a_second_config_must_be_a_mapping(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(InputError, match=r"list\.yaml: not a mapping of settings"):

@@ -244,3 +244,158 @@ def test_impossible_pixel_limits_are_one_line(qwen: Path, any_base: Path) -> Non
     if any_base.name != "qwen2_5_vl":
         with pytest.raises(InputError, match="has no such limit; leave it out"):
             load_processor(str(any_base), max_pixels=100_352)
+
+
+def write_own(folder: Path, **columns: list[Any]) -> Path:
+    table = {"image": [picture(60, 40)] * 3, "question": ["Which colour?"] * 3, "answer": ["red"] * 3, **columns}
+    write_parquet(folder, table)
+    return folder
+
+
+def test_other_columns_of_ones_own_data_reach_the_rewards(tmp_path: Path, processors: Any) -> None:
+    from rewards import accuracy_reward
+
+    own = write_own(
+        tmp_path / "own",
+        answer=["3", "3", "3"],
+        answer_type=["number"] * 3,
+        difficulty=["easy", "hard", "hard"],
+        completions=["not for TRL's rewards, which get others by this name"] * 3,
+    )
+    splits = load(own, processors())
+    assert set(splits.train.column_names) == {"prompt", "image", "answer", "answer_type", "difficulty"}
+    assert sorted(row["difficulty"] for row in [*splits.train, *splits.held_out]) == ["easy", "hard", "hard"]
+    row = splits.train[0]
+    assert accuracy_reward(["<answer>3.0</answer>"], [row["answer"]], [row["answer_type"]]) == [1.0]
+
+
+def test_boxes_of_ones_own_data_are_moved_too(tmp_path: Path, processors: Any) -> None:
+    from grpo_toolkit import InputError
+
+    own = write_own(
+        tmp_path / "own", image=[picture()] * 3, answer=["[320, 240, 640, 480]"] * 3, answer_type=["box"] * 3
+    )
+    assert load(own, processors(100_352)).train[0]["answer"] == "[182.0, 126.0, 364.0, 252.0]"
+    other = write_own(tmp_path / "other", answer_type=["box"] * 3)
+    with pytest.raises(InputError, match=r"answer 'red': its answer_type is box, but it is no \[x1, y1, x2, y2\]"):
+        load(other, processors())
+
+
+def test_a_column_answer_type_of_another_meaning_is_one_line(tmp_path: Path) -> None:
+    from grpo_toolkit import InputError
+
+    own = write_own(tmp_path / "own", answer_type=["text", "float", "text"])
+    with pytest.raises(InputError, match=r"answer_type 'float'; there are text, number, .*; rename the column"):
+        load(own)
+
+
+def test_a_mistyped_test_split_is_one_line(copies: dict[str, Path]) -> None:
+    from grpo_toolkit import InputError
+
+    with pytest.raises(InputError, match=r"no split 'val' \(--dataset_test_split\); it has train, validation, test;"):
+        load(copies["geometry3k"], dataset_test_split="val")
+    assert len(load(copies["clevr_count"]).held_out) == 1  # the default, which need not be there
+
+
+def as_published(folder: Path) -> Path:
+    """VLM-R1's `rec_jsons_processed`: JSONL to train on, arrays to evaluate on, and arrays of the training rows."""
+    (folder / "refcoco_val.jsonl").unlink()
+    held_out = {
+        "image": "train2014/1.jpg",
+        "problem": "the cat",
+        "normal_caption": "cat",
+        "solution": [50, 75, 250, 375],
+    }
+    for name in ("refcoco_val", "refcoco_testA"):
+        (folder / f"{name}.json").write_text(json.dumps([held_out, held_out], indent=1))
+    (folder / "refcoco_train.json").write_text("[]")
+    return folder
+
+
+def test_vlm_r1_as_it_is_published(copies: dict[str, Path]) -> None:
+    folder = as_published(copies["referring"])
+    options = {"dataset_layout": "referring", "image_folder": str(folder.parent / "coco"), "held_out_size": 9}
+    splits = load(folder, **options)
+    assert (len(splits.train), len(splits.held_out)) == (2, 4)
+    assert splits.held_out[0]["answer"] == "[50.0, 75.0, 250.0, 375.0]"
+    alone = load(folder / "refcoco_val.json", **options)
+    assert (len(alone.train), len(alone.held_out)) == (1, 1)
+
+
+def test_pictures_with_a_metadata_file_are_no_jsonl_dataset(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{number}.png", "question": "Which colour?", "answer": "red"} for number in range(3)]
+    for row in rows:
+        picture(60, 40).save(tmp_path / row["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = load(tmp_path)
+    assert len(splits.train) + len(splits.held_out) == 3
+    assert splits.train[0]["image"].size == (60, 40)
+
+
+def test_a_conversation_that_nobody_answers_is_left_out(
+    copies: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from grpo_toolkit import InputError
+
+    file = copies["referring"] / "refcoco_train.jsonl"
+    asked = {"id": 2, "image": "train2014/1.jpg", "conversations": [{"from": "human", "value": "the dog"}]}
+    options = {"dataset_layout": "referring", "image_folder": str(copies["referring"].parent / "coco")}
+    silent = "".join(json.dumps(row) + "\n" for row in (asked, {**asked, "conversations": []}))
+    file.write_text(file.read_text() + silent)
+    assert len(load(copies["referring"], **options).train) == 2
+    assert "2 of 4 rows of 'train' lack an image or an answer; left out" in capsys.readouterr().out
+    file.write_text(json.dumps(asked) + "\n")
+    with pytest.raises(InputError, match="split 'train' has no row with an image and an answer"):
+        load(copies["referring"], **options)
+
+
+def test_a_row_of_a_known_layout_without_a_solution_is_left_out(tmp_path: Path) -> None:
+    columns = {"image": [picture(60, 40)] * 3, "problem": ["?"] * 3, "solution": ["1", None, "2"]}
+    write_parquet(tmp_path / "clevr_cogen_a_train", columns)
+    splits = load(tmp_path / "clevr_cogen_a_train")
+    assert len(splits.train) + len(splits.held_out) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a.jsonl: is empty; expected a row of JSON in each line, or an array of rows"),
+        ('{"question": "?"}\n{"question":\n', r"a.jsonl: cannot be read \(JSON parse error: .* in row 1\); expected"),
+        ("\n\n", r"a.jsonl: cannot be read \(Instruction .* corresponds to no data!\); expected a row"),
+    ],
+)
+def test_files_without_rows_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    from grpo_toolkit import InputError
+
+    (tmp_path / "a.jsonl").write_text(text)
+    for name in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(InputError, match=message):
+            load(name)
+    with pytest.raises(InputError, match=r"none.jsonl: cannot be loaded \(.*No such file"):
+        load(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_a_file_that_is_no_image_is_one_line(copies: dict[str, Path], processors: Any, embedded: bool) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    from grpo_toolkit import InputError
+
+    broken = copies["referring"].parent / "coco" / "train2014" / "1.jpg"
+    broken.write_bytes(b"not a picture")
+    if embedded:
+        features = Features({"image": ImageFeature(), "problem": Value("string"), "solution": Value("string")})
+        image = {"bytes": broken.read_bytes(), "path": None}
+        rows = {"image": [image] * 2, "problem": ["?"] * 2, "solution": ["1"] * 2}
+        Dataset.from_dict(rows, features=features).save_to_disk(str(broken.parent / "embedded"))
+        with pytest.raises(InputError, match=r"image of row 0 \(from 0, .*\): cannot be read as an image; replace it"):
+            load(broken.parent / "embedded", processors())
+    else:
+        with pytest.raises(InputError, match=r"image .*train2014/1\.jpg: cannot be read as an image; replace it"):
+            load(
+                copies["referring"],
+                processors(),
+                dataset_layout="referring",
+                image_folder=str(broken.parents[1]),
+            )

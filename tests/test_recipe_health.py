@@ -20,13 +20,14 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def watch(*logs: dict[str, float]) -> list[str]:
+def watch(*logs: dict[str, float], **sampling: float) -> list[str]:
     from transformers import TrainerControl, TrainerState
+    from trl import GRPOConfig
 
     from health import HealthCallback
 
     callback, state, control = HealthCallback(), TrainerState(is_world_process_zero=True), TrainerControl()
-    arguments: Any = None
+    arguments = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False, **sampling)
     for step, entry in enumerate(logs):
         state.global_step = step
         callback.on_log(arguments, state, control, logs=entry)
@@ -46,7 +47,6 @@ HEALTHY = {
     ("metric", "value", "words"),
     [
         ("frac_reward_zero_std", 0.9, "90% of the groups have the same reward"),
-        ("unique_in_group", 0.125, "12% of a group's completions differ: sampling is too narrow. Raise --temperature"),
         ("completions/clipped_ratio", 0.5, "50% of the completions end at --max_completion_length"),
         ("entropy", 0.004, "0.004 nats a token: the policy has become nearly deterministic"),
         ("rewards/format_reward/mean", 0.0, "0% of the completions have the form <think>"),
@@ -60,6 +60,27 @@ def test_a_curve_that_stays_bad_is_named_once_in_a_while(metric: str, value: flo
     assert warnings[0].startswith("step 9: ")
     assert words in warnings[0]
     assert len(watch(*[{**HEALTHY, metric: value}] * 60)) == 2
+
+
+NARROW = {**HEALTHY, "unique_in_group": 0.125, "frac_reward_zero_std": 0.85}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "advice"),
+    [
+        ({"temperature": 1.0}, "sampling is too narrow; if it fell during training, lower --learning_rate."),
+        ({"temperature": 0.6}, "sampling is too narrow; raise --temperature towards 1; if it fell"),
+        ({"top_p": 0.8, "top_k": 20}, "sampling is too narrow; raise --top_p to 1; leave --top_k out; if it fell"),
+    ],
+)
+def test_narrow_sampling_is_named_with_what_is_not_set_yet(sampling: dict[str, Any], advice: str) -> None:
+    warnings = [text for text in watch(*[NARROW] * 10, **sampling) if "unique_in_group" in text]
+    assert len(warnings) == 1
+    assert "12% of a group's completions differ, and most groups have one reward: " + advice in warnings[0]
+
+
+def test_short_answers_that_are_alike_are_no_news_while_rewards_differ() -> None:
+    assert watch(*[{**NARROW, "frac_reward_zero_std": 0.5}] * 80) == []
 
 
 def test_one_bad_step_is_no_news() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
+import sys
 import weakref
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +138,26 @@ def test_counts_are_exact(tmp_path: Path) -> None:
         measure_model(str(tmp_path), peft_config=LoraConfig(target_modules=["query"]))
 
 
+@pytest.mark.parametrize(
+    ("adapted", "message"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "--lora_target_modules: they hit the output layer"),
+        (
+            {"target_modules": LANGUAGE_MODEL, "modules_to_save": ["lm_head"]},
+            "--lora_modules_to_save: the base ties lm_head to embed_tokens",
+        ),
+    ],
+)
+def test_an_adapter_leaves_the_output_layer_alone(qwen: Path, adapted: dict[str, Any], message: str) -> None:
+    """TRL refuses the one, and no export can be made from the other."""
+    from peft import LoraConfig
+
+    from memory import measure_model
+
+    with pytest.raises(InputError, match=message):
+        measure_model(str(qwen), peft_config=LoraConfig(**adapted))
+
+
 @pytest.fixture
 def geometry(tmp_path: Path) -> Path:
     folder = tmp_path / "geometry3k"
@@ -178,14 +203,48 @@ def test_a_plan_counts_prompts_tokens_and_disk(qwen: Path, geometry: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_step_is_counted_whole_where_it_takes_several_rollouts(qwen: Path, geometry: Path, tmp_path: Path) -> None:
+    flags = ("--per_device_train_batch_size", "4", "--num_generations", "4", "--gradient_accumulation_steps", "8")
+    plan = plan_of(qwen, geometry, tmp_path, *flags, "--steps_per_generation", "4", "--max_steps", "2")
+    assert (plan.prompts_per_step, plan.completions_per_step, plan.prompts_per_rollout) == (8, 32, 4)
+    assert "each step   8 prompts, 32 completions; 2 steps" in plan.lines()
+    assert plan.errors == ()  # four rows fill a rollout
+
+
+def test_the_longest_prompt_is_looked_for_in_all_rows(qwen: Path) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    from images import load_processor
+    from measuring import longest_prompt
+
+    prompts = [[{"role": "user", "content": "x"}]] * 400
+    prompts[300] = [{"role": "user", "content": "x y " * 500}]
+    images = [picture(56, 56)] * 399 + [picture(280, 280)]
+    kinds = {"prompt": [{"role": Value("string"), "content": Value("string")}], "image": ImageFeature()}
+    rows = Dataset.from_dict({"prompt": prompts, "image": images}, features=Features(kinds))
+    processor = load_processor(str(qwen), max_pixels=None)
+    assert longest_prompt(rows, processor) == (longest_prompt(rows.select([300]), processor)[0], 100)
+    assert longest_prompt(rows, processor)[0] > longest_prompt(rows.select([399]), processor)[0]
+    assert longest_prompt(rows, processor, looked_at=4)[1] == 4  # every hundredth
+
+
 @pytest.mark.parametrize(
     ("flags", "environment", "message"),
     [
         (
             ["--num_generations", "2", "--per_device_train_batch_size", "16"],
             {},
-            "4 rows to train on, but each step takes 8 prompts (16 completions of 2): lower --gradient_accumulation",
+            "4 rows to train on, but each rollout takes 8 prompts (16 completions, 2 of each): lower --per_dev",
         ),
+        (["--reward_weights", "1"], {}, "--reward_weights: 1 for 2 rewards (format, accuracy); give one for each"),
+        (
+            ["--eval_strategy", "steps", "--metric_for_best_model", "eval_acuracy"],
+            {},
+            "--metric_for_best_model eval_acuracy: an evaluation measures eval_accuracy and eval_runtime",
+        ),
+        (["--loss_type", "grop"], {}, "--loss_type grop: there are grpo, dr_grpo, dapo"),
+        (["--report_to", "tensorbord"], {}, "--report_to tensorbord: there are azure_ml, "),
         (
             [],
             {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
@@ -212,6 +271,53 @@ def test_what_is_bound_to_fail_is_an_error(
     assert message in plan.errors[0]
     with pytest.raises(InputError):
         check_plan(plan)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "eval_accuracy"])
+def test_the_metric_of_an_evaluation_is_taken(qwen: Path, geometry: Path, tmp_path: Path, metric: str) -> None:
+    flags = ("--eval_strategy", "steps", "--metric_for_best_model", metric, "--reward_weights", "1", "0.5")
+    assert plan_of(qwen, geometry, tmp_path, *flags).errors == ()
+
+
+@pytest.mark.parametrize(
+    ("package", "flags", "message"),
+    [
+        ("bitsandbytes", ["--optim", "adamw_8bit"], "--optim adamw_8bit: bitsandbytes is not installed here"),
+        ("bitsandbytes", ["--load_in_4bit", "true"], "--load_in_4bit: bitsandbytes is not installed here"),
+        ("mlflow", ["--report_to", "mlflow"], "--report_to mlflow: not installed here"),
+        ("math_verify", [], "answers that are formulas: math-verify is not installed here"),
+    ],
+)
+def test_a_package_that_is_missing_is_an_error_or_in_a_dry_run_a_warning(
+    qwen: Path,
+    geometry: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    if package == "math_verify":
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    elif find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    assert message in plan_of(qwen, geometry, tmp_path, *flags).errors[0]
+    elsewhere = plan_of(qwen, geometry, tmp_path, *flags, "--dry_run", "true")
+    assert elsewhere.errors == ()
+    assert message in elsewhere.warnings[0]
+
+
+def test_losses_and_optimizers_are_those_of_the_libraries() -> None:
+    from transformers.training_args import OptimizerNames
+    from trl import GRPOTrainer
+
+    from arguments import LOSS_TYPES, needs_bitsandbytes
+
+    compared = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]+\]|\"\w+\")", inspect.getsource(GRPOTrainer))
+    assert set(re.findall(r"\w+", " ".join(compared))) == set(LOSS_TYPES)
+    optimizers = pytest.importorskip("transformers.trainer_optimizer")
+    theirs = {name for name in OptimizerNames if needs_bitsandbytes(name.value)}
+    assert theirs == set(optimizers._BITSANDBYTES_OPTIMIZERS)
 
 
 def test_zero3_without_whole_weights_is_an_error(qwen: Path, geometry: Path, tmp_path: Path) -> None:
@@ -283,6 +389,40 @@ def test_weights_count_as_they_are_loaded(
 ) -> None:
     plan = plan_of(qwen, geometry, tmp_path, *flags)  # its files are in float32
     assert plan.memory.parts["weights"] == plan.size.parameters * bytes_each
+
+
+def test_what_is_needed_is_a_tenth_above_the_estimate() -> None:
+    from memory import GIB, Estimate
+
+    assert Estimate(parts={"weights": 10.0 * GIB}).needed == pytest.approx(11.6 * GIB)
+
+
+def test_fsdp_that_gives_nothing_back_has_all_weights_gathered(
+    qwen: Path, geometry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned for two processes, as `accelerate launch` with multi_node.yaml sets the environment."""
+    from memory import Load, estimate
+    from plan import reshards_after_forward
+
+    plan = plan_of(qwen, geometry, tmp_path)
+    load = Load(prompt_tokens=8, image_patches=0, completion_tokens=8, training_batch=1, rollout_batch=1)
+    moments = [
+        estimate(
+            *(plan.size, load),
+            **{"weight_bytes": 4, "mixed_precision": True, "optimizer": "sgd"},
+            **{"sharing": "fsdp", "processes": 2, "reshards": reshards},
+        ).moments
+        for reshards in (True, False)
+    ]
+    two_layers = plan.size.embedding_parameters + 2 * plan.size.layer_parameters
+    for name in ("training", "rollouts"):
+        assert moments[1][name] - moments[0][name] == 2 * (plan.size.parameters - two_layers)
+
+    training: Any = SimpleNamespace(fsdp_config=None)
+    assert reshards_after_forward(training)
+    assert not reshards_after_forward(SimpleNamespace(fsdp_config={"reshard_after_forward": False}))  # type: ignore[arg-type]
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    assert not reshards_after_forward(training)
 
 
 def test_vllm_on_the_same_gpu_counts_as_long_as_it_is_awake() -> None:

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from answers import ANSWER_TYPES, box_overlap, extract_answer, is_right, parse_box, parse_choice, parse_number
+from answers import (
+    ANSWER_TYPES,
+    box_overlap,
+    extract_answer,
+    find_answer,
+    is_right,
+    is_right_directly,
+    parse_box,
+    parse_choice,
+    parse_number,
+)
 from grpo_toolkit import InputError
 from rewards import (
     REWARDS,
@@ -66,6 +76,9 @@ def test_conversational_completions_are_read() -> None:
     [
         ("text", "7", " 7 ", True),
         ("text", "7.0", "7", False),
+        ("text", "Red", "red", True),
+        ("text", "dark\n  Red", "Dark red", True),
+        ("text", "darkred", "dark red", False),
         ("number", "3.0", "3", True),
         ("number", "$1,000$", "1000", True),
         ("number", "-.5", "-0.5", True),
@@ -79,6 +92,20 @@ def test_conversational_completions_are_read() -> None:
         ("choice", "A or B", "B", False),
         ("choice", "A. or B", "A", False),
         ("choice", "AB", "A", False),
+        ("choice", "B. A circle", "B", True),
+        ("choice", "B: I think", "B", True),
+        ("choice", "B. vitamin C", "B", True),
+        ("choice", "B. P(A)", "B", True),
+        ("choice", "B. 12 cm, so B.", "B", True),
+        ("choice", "A. a cat or A dog", "A", True),
+        ("choice", "A and B", "A", False),
+        ("choice", "A, B", "A", False),
+        ("choice", "A/B", "A", False),
+        ("choice", "A. 3 or B. 4", "A", False),
+        ("choice", "B. 3, or A", "B", False),
+        ("choice", "A. 3\nB. 4", "A", False),
+        ("choice", "(A) 3 (B) 4", "A", False),
+        ("choice", "A. B", "A", False),
         ("choice", "none", "none", False),
         ("math", "2\\sqrt{221}", "2 \\sqrt { 221 }", True),
         ("math", "29.7", "2 \\sqrt { 221 }", False),
@@ -94,6 +121,35 @@ def test_conversational_completions_are_read() -> None:
 def test_kinds_of_answers(kind: str, found: str, reference: str, right: bool) -> None:
     assert is_right(found, reference, kind) is right
     assert accuracy_reward([f"<answer>{found}</answer>"], [reference], [kind]) == [float(right)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "reference", "right"),
+    [
+        ("number", "There are 3 items.", "3", True),
+        ("text", "There are 3 items.", "3", True),
+        ("number", "\\boxed{3}", "3", True),
+        ("number", "First 2, then 1,000.", "1000", True),
+        ("number", "3 or 4", "3", False),
+        ("number", "about three", "3", False),
+        ("choice", "The answer is B.", "B", True),
+        ("text", "The answer is B.", "B", True),
+        ("choice", "**B**", "B", True),
+        ("choice", "Either A or, rather, D: a square", "D", True),
+        ("choice", "B. vitamin C", "C", False),
+        ("text", "The colour is **red**.", "Red", True),
+        ("text", "**Answer**: red", "red", True),
+        ("text", "It is red or blue.", "red", False),
+        ("math", "So x = \\boxed{\\frac{1}{2}}.", "0.5", True),
+        ("math", "The area is 35.", "35", True),
+        ("math", "2\\sqrt{221}", "221", False),
+        ("math", "<answer>35</answer> is it", "35", True),
+        ("box", 'The dog: {"bbox_2d": [0, 0, 10, 10]}', "[0, 0, 10, 10]", True),
+        ("text", "\\boxed{red", "red", False),
+    ],
+)
+def test_an_answer_without_blocks_is_read_leniently(kind: str, text: str, reference: str, right: bool) -> None:
+    assert is_right_directly(text, reference, kind) is right
 
 
 def test_an_unknown_kind_is_the_datasets_error() -> None:
@@ -177,6 +233,14 @@ def test_any_string_gets_a_reward_within_bounds_and_a_guess_gets_nothing(text: s
     assert -1.0 <= paid["repetition_penalty"] <= 0.0
     if text.count("<answer>") != 1 or text.count("</answer>") != 1 or extract_answer(text) is None:
         assert paid["accuracy"] == paid["iou"] == paid["format"] == 0.0
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts, kind=st.sampled_from(ANSWER_TYPES))
+def test_the_lenient_reading_takes_any_text_and_is_never_the_stricter(text: str, kind: str) -> None:
+    assert find_answer(text, kind) != ""
+    lenient = is_right_directly(text, references[kind], kind)
+    assert lenient or not is_right(text.strip() or None, references[kind], kind)
 
 
 @settings(max_examples=300, deadline=None)
