@@ -122,19 +122,28 @@ def policy_records(
     Raises:
         PeerError: another rank could not ask it.
     """
-    rounded = (None, None) if is_sharded(model) else (dtype, computed_in or dtype)
+    if not is_sharded(model):
+        return _records(model, processor, requests, dtype, computed_in or dtype)
     records: list[Record] = []
     problem: Exception | None = None
     try:
-        with inference_ready(model), _without_autocast(model), whole_weights(model), _parameters_as(model, *rounded):
-            records += [generate(model, processor, request) for request in requests]
+        records = _records(model, processor, requests)
     except Exception as error:  # said to the other ranks before it is raised: they would wait in the next collective
         problem = error
-    if is_sharded(model):
-        agree(problem)
-    elif problem is not None:
-        raise problem
+    agree(problem)
     return records
+
+
+def _records(
+    model: torch.nn.Module,
+    processor: Any,
+    requests: Sequence[Request],
+    dtype: torch.dtype | None = None,
+    computed_in: torch.dtype | None = None,
+) -> list[Record]:
+    rounded = _parameters_as(model, dtype, computed_in)
+    with inference_ready(model), _without_autocast(model), whole_weights(model), rounded:
+        return [generate(model, processor, request) for request in requests]
 
 
 def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
