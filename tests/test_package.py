@@ -28,7 +28,7 @@ FLOORS = [
     {"doctor.catalogue", "doctor.plan", "doctor.repair", "doctor.text"},
     {"dialect"},
     {"cache", "distributed", "room"},
-    {"ahead", "buffers", "probe", "attention", "parking", "evidence"},
+    {"ahead", "buffers", "probe", "attention", "parking", "whole_weights", "evidence"},
     {"saving", "inference", "inputs"},
     {"shards", "merge.adapter", "merge.base"},
     {"merge.experts"},
