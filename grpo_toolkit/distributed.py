@@ -95,12 +95,18 @@ def world_size() -> int:
     return int(distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def agree(problem: Exception | None) -> None:
-    """Raise what went wrong here, or else that another rank failed; collective.
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """What fails inside on one rank fails on all of them, which would wait in the next collective; collective.
 
     Raises:
         PeerError: on the ranks where nothing went wrong.
     """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # said to the others before it is raised
+        problem = error
     said = exchange(None if problem is None else f"{type(problem).__name__}: {problem}")
     if problem is not None:
         raise problem

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.checks import LOGIT_TOLERANCES, TIE_MARGINS, first_difference
-from grpo_toolkit.distributed import agree, is_sharded
+from grpo_toolkit.distributed import failing_together, is_sharded
 from grpo_toolkit.evidence import logit_distance
 from grpo_toolkit.inference import Record, Request, generate
 from grpo_toolkit.saving import inference_defaults
@@ -122,27 +122,10 @@ def policy_records(
     Raises:
         PeerError: another rank could not ask it.
     """
-    if not is_sharded(model):
-        return _records(model, processor, requests, dtype, computed_in or dtype)
-    records: list[Record] = []
-    problem: Exception | None = None
-    try:
-        records = _records(model, processor, requests)
-    except Exception as error:  # said to the other ranks before it is raised: they would wait in the next collective
-        problem = error
-    agree(problem)
-    return records
-
-
-def _records(
-    model: torch.nn.Module,
-    processor: Any,
-    requests: Sequence[Request],
-    dtype: torch.dtype | None = None,
-    computed_in: torch.dtype | None = None,
-) -> list[Record]:
-    rounded = _parameters_as(model, dtype, computed_in)
-    with inference_ready(model), _without_autocast(model), whole_weights(model), rounded:
+    sharded = is_sharded(model)
+    together = failing_together() if sharded else nullcontext()
+    rounded = _parameters_as(model, *((None, None) if sharded else (dtype, computed_in or dtype)))
+    with together, inference_ready(model), _without_autocast(model), whole_weights(model), rounded:
         return [generate(model, processor, request) for request in requests]
 
 

@@ -83,8 +83,9 @@ def _without_deepspeeds_hooks(model: torch.nn.Module) -> Iterator[None]:
     before = [(table, dict(table)) for table in tables]
     try:
         for table, hooks in before:
-            for key in filter(lambda key: _is_deepspeeds(hooks[key]), hooks):
-                del table[key]
+            for key, hook in hooks.items():
+                if _is_deepspeeds(hook):
+                    del table[key]
         yield
     finally:
         for table, hooks in before:
