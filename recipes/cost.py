@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class CostCallback(TrainerCallback):
     """Times every step, its rollouts included, and notes the most that was allocated up to the end of the last one.
 
-    The first step of a process also plans kernels and makes Adam's states: the median leaves it out where there are
+    A step begins where the one before it has been logged, evaluated and saved: the trainer reads the rows of all its
+    micro-batches (images are decoded and resized there) before it calls `on_step_begin`. The first step of a process also plans kernels and makes Adam's states: the median leaves it out where there are
     more. `estimated_bytes` is the preflight's (`memory.Estimate.allocated`). Waiting for the GPU at both ends of a
     step costs nothing: its loss is read there anyway.
     """
@@ -40,15 +41,21 @@ class CostCallback(TrainerCallback):
 
             torch.cuda.reset_peak_memory_stats(args.device)  # the baselines before it are not training
 
-    def on_step_begin(
+        self._began = self._now()
+
+    def _begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._began = self._now()
 
+    on_log = on_evaluate = on_save = _begin
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.steps_s.append(self._now() - self._began)
+        now = self._now()
+        self.steps_s.append(now - self._began)
+        self._began = now
         if args.device.type == "cuda":
             import torch
 
