@@ -11,7 +11,6 @@ import json
 import math
 import re
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,12 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DEFAULT_CONFIG = Path(__file__).with_name("configs") / "tiny.yaml"
-
-METRICS = ("accuracy", "runtime")
-"""What an evaluation of `AccuracyTrainer` measures, without `eval_`."""
-
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-"""What TRL's `GRPOTrainer` computes (1.16); it refuses any other at the first step."""
 
 
 @dataclass
@@ -116,63 +109,6 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
     except ValueError as error:  # GRPOConfig checks batch sizes when it is made; the parser unknown flags
         raise InputError(_explain(str(error))) from error
     return recipe, training, model
-
-
-def setting_errors(training: GRPOConfig, *, rewards: Sequence[str]) -> list[str]:
-    """Settings that the trainer refuses, but only once the weights are loaded, or at its first evaluation."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    errors = []
-    weights = training.reward_weights
-    if weights is not None and len(weights) != len(rewards):
-        errors.append(
-            f"--reward_weights: {len(weights)} for {len(rewards)} rewards ({', '.join(rewards)}); give one for each"
-        )
-    metric = training.metric_for_best_model
-    if training.eval_strategy != "no" and metric is not None and metric.removeprefix("eval_") not in METRICS:
-        errors.append(
-            f"--metric_for_best_model {metric}: an evaluation measures {' and '.join(f'eval_{m}' for m in METRICS)}; "
-            "set --metric_for_best_model eval_accuracy"
-        )
-    if training.loss_type not in LOSS_TYPES:
-        errors.append(f"--loss_type {training.loss_type}: there are {', '.join(LOSS_TYPES)}")
-    errors += [
-        f"--report_to {name}: there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, and none"
-        for name in training.report_to
-        if name not in INTEGRATION_TO_CALLBACK
-    ]
-    return errors
-
-
-def missing_packages(training: GRPOConfig, model: ModelConfig, *, formulas: bool) -> list[str]:
-    """What the settings need, and `formulas` among the answers, and is not installed here."""
-    from transformers.integrations.integration_utils import (
-        INTEGRATION_TO_CALLBACK,
-        get_available_reporting_integrations,
-    )
-    from transformers.utils import is_bitsandbytes_available
-
-    missing = []
-    optimizer = str(getattr(training.optim, "value", training.optim))
-    wanting = [f"--optim {optimizer}"] if needs_bitsandbytes(optimizer) else []
-    wanting += [f"--{name}" for name in ("load_in_4bit", "load_in_8bit") if getattr(model, name)]
-    if wanting and not is_bitsandbytes_available():
-        missing.append(f"{' and '.join(wanting)}: bitsandbytes is not installed here: pip install -U bitsandbytes")
-    # Two that transformers never lists: Flyte, and Azure ML beside MLflow.
-    found = {*get_available_reporting_integrations(), "flyte", "azure_ml"}
-    missing += [
-        f"--report_to {name}: not installed here; install it, or --report_to none"
-        for name in training.report_to
-        if name in INTEGRATION_TO_CALLBACK and name not in found
-    ]
-    if formulas and find_spec("math_verify") is None:
-        missing.append("answers that are formulas: math-verify is not installed here: pip install math-verify")
-    return missing
-
-
-def needs_bitsandbytes(optimizer: str) -> bool:
-    """Whether transformers takes this `optim` from bitsandbytes; torchao and GaLore have eight bits, too."""
-    return optimizer == "adamw_8bit" or any(part in optimizer for part in ("bnb", "paged", "lion", "ademamix"))
 
 
 def _one_config(args: list[str]) -> list[str]:

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import missing_packages, setting_errors
 from data import named_layout
 from grpo_toolkit import InputError
 from images import pixel_limits
 from measuring import longest_prompt
 from memory import GIB, Estimate, Load, ModelSize, Sharing, estimate, measure_model
-from preflight import server_warning, vllm_problem
+from preflight import missing_packages, server_warning, setting_errors, vllm_problem
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, ModelConfig

@@ -311,7 +311,7 @@ def test_losses_and_optimizers_are_those_of_the_libraries() -> None:
     from transformers.training_args import OptimizerNames
     from trl import GRPOTrainer
 
-    from arguments import LOSS_TYPES, needs_bitsandbytes
+    from preflight import LOSS_TYPES, needs_bitsandbytes
 
     compared = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]+\]|\"\w+\")", inspect.getsource(GRPOTrainer))
     assert set(re.findall(r"\w+", " ".join(compared))) == set(LOSS_TYPES)
