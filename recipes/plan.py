@@ -208,7 +208,7 @@ def reward_names(recipe: RecipeArguments) -> list[str]:
 
 
 def has_formulas(splits: Splits) -> bool:
-    """Whether any answer is compared by math-verify, which `answers.py` cannot do without."""
+    """Whether any answer is compared by math-verify, which `formulas.py` cannot do without."""
     kinds = [rows.unique("answer_type") for rows in (splits.train, splits.held_out) if "answer_type" in rows.features]
     return any("math" in found for found in kinds)
 
