@@ -24,6 +24,35 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = Path(__file__).with_name("configs") / "tiny.yaml"
 
+TYPED_FOR = {
+    "beta": "kl kl_coef",
+    "dataset_name": "data data_path dataset dataset_path",
+    "gradient_accumulation_steps": "accumulation grad_accum",
+    "held_out_size": "eval_size test_size",
+    "image_folder": "image_path image_root images",
+    "learning_rate": "lr",
+    "load_in_4bit": "qlora quantize",
+    "lora_r": "lora_rank",
+    "max_completion_length": "max_length max_new_tokens max_tokens",
+    "max_steps": "steps",
+    "model_name_or_path": "base base_model model model_name model_path",
+    "num_generations": "group_size n_generations num_samples",
+    "num_train_epochs": "epochs num_epochs",
+    "optim": "optimizer",
+    "output_dir": "out output output_path save_dir",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "per_device_train_batch_size": "batch batch_size bs train_batch_size",
+    "report_to": "logger tracker wandb",
+    "resume_from_checkpoint": "resume",
+    "reward_funcs": "reward rewards",
+    "use_peft": "adapter lora peft",
+    "use_vllm": "vllm",
+}
+"""What people type, and the setting that they mean by it; typing errors are found without."""
+
+TYPED_FOR_ACCELERATE = "gpu gpus n_gpus nproc_per_node num_gpus num_machines num_nodes num_processes"
+"""Typed where they come too late: `accelerate launch` starts the processes."""
+
 
 @dataclass
 class RecipeArguments(ScriptArguments):
@@ -158,17 +187,22 @@ def _names() -> list[str]:
     return [known.name for kind in (RecipeArguments, GRPOConfig, ModelConfig) for known in fields(kind)]
 
 
-def _nearest(name: str) -> str:
-    found = difflib.get_close_matches(name, _names(), n=1)
-    return f"; did you mean {found[0]}?" if found else "; --help lists every setting"
+def _nearest(name: str, *, dashes: str = "") -> str:
+    """The setting that may be meant, with these before it; or where to look."""
+    name = name.replace("-", "_").lower()
+    if name in TYPED_FOR_ACCELERATE.split():
+        return "; how many processes is for accelerate: accelerate launch --num_processes 2 recipes/grpo.py ..."
+    found = [setting for setting, typed in TYPED_FOR.items() if name in typed.split()]
+    found = found or difflib.get_close_matches(name, _names(), n=1)
+    return f"; did you mean {dashes}{found[0]}?" if found else "; --help lists every setting"
 
 
 def _explain(message: str) -> str:
     """A library's complaint in one line, with the way out."""
     line = " ".join(message.split())
-    unused = re.search(r"not used by the HfArgumentParser: \['--([^'=]+)", line)
+    unused = re.search(r"not used by the HfArgumentParser: \['(--?)([^'=]+)", line)
     if unused is not None:
-        return f"there is no flag --{unused[1]}{_nearest(unused[1]).replace('mean ', 'mean --')}"
+        return f"there is no flag {unused[1]}{unused[2]}{_nearest(unused[2], dashes='--')}"
     batch = re.search(r"generation_batch_size \((\d+)\) must be divisible by num_generations \((\d+)\)", line)
     if batch is not None:
         return f"{line} {_batch_fix(int(batch[1]), int(batch[2]))}"
