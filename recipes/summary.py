@@ -28,10 +28,15 @@ def summarise(
     *,
     cost: dict[str, float | None],
     direct_accuracy: float | None = None,
+    begun_with: str | None = None,
 ) -> dict[str, Any]:
-    """The figures of a run, [before, after] where there are two; written to `summary.json` and printed."""
+    """The figures of a run, [before, after] where there are two; written to `summary.json` and printed.
+
+    `begun_with` is the checkpoint that the accuracies before are of, where they could not be the base's.
+    """
     return {
         "held_out_accuracy": list(accuracies),
+        "begun_with": begun_with,
         "direct_accuracy": direct_accuracy,
         "accuracy_reward": reward_change(log_history, "accuracy_reward"),
         "iou_reward": reward_change(log_history, "iou_reward"),
@@ -53,9 +58,11 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    table.add_row("held-out accuracy", *(f"{accuracy:.1%}" for accuracy in summary["held_out_accuracy"]))
+    asked = summary["begun_with"] or "the base"
+    name = "held-out accuracy" + (f" (before: of {asked}, not of the base)" if summary["begun_with"] else "")
+    table.add_row(name, *(f"{accuracy:.1%}" for accuracy in summary["held_out_accuracy"]))
     if summary["direct_accuracy"] is not None:
-        table.add_row("  the base, asked for the answer alone", f"{summary['direct_accuracy']:.1%}", "")
+        table.add_row(f"  {asked}, asked for the answer alone", f"{summary['direct_accuracy']:.1%}", "")
     for reward in ("accuracy_reward", "iou_reward", "format_reward"):
         if summary[reward] is not None:
             table.add_row(f"{reward}, mean in rollouts", *(f"{value:.2f}" for value in summary[reward]))
