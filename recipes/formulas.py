@@ -29,8 +29,8 @@ SECONDS = 1.0
 
 LARGEST_EXPONENT, LARGEST_FACTORIAL = 99_999, 9_999
 
-# An opening one is left out, so that `9^{9^{9}}` is a tower; a closing one parts, so that `2^{10}3^{4}` is none.
-_WITHOUT_BRACKETS = str.maketrans("})", "  ", "{(")
+_RAISED = re.compile(r"\^[{(]+")
+_BRACKETS = str.maketrans("{}()", "    ")
 _TOWERS = re.compile(r"\^[+-]?(\d+(?:\^\d+)*)", re.ASCII)
 _FACTORIALS = re.compile(r"(\d+)((?: *!)+)", re.ASCII)
 
@@ -49,7 +49,8 @@ def is_huge(formula: str) -> bool:
 
     `9^{9^{9}}`, `10^{12345678}` and `5!!!` are: that `!!` is no double factorial is how math-verify reads it.
     """
-    bare = "".join(formula.split()).translate(_WITHOUT_BRACKETS)
+    # `9^{9^{9}}` is a tower, `2^{10}3^{4}` is none.
+    bare = _RAISED.sub("^", "".join(formula.split())).translate(_BRACKETS)
     return any(map(_is_huge_tower, _TOWERS.findall(bare))) or any(
         _is_huge_factorial(int(digits), marks.count("!")) for digits, marks in _FACTORIALS.findall(bare)
     )
