@@ -17,10 +17,10 @@ A base that was asked for the answer alone, without the blocks, is read lenientl
 
 from __future__ import annotations
 
-import logging
 import re
-import threading
 from typing import Literal, get_args
+
+from formulas import same_formula
 
 AnswerType = Literal["text", "number", "choice", "math", "box"]
 ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
@@ -49,11 +49,6 @@ _STANDING_NUMBER = re.compile(
 _LEAD = re.compile(r".*(?:\b(?:is|are|equals)\b|\banswer:|=)\s*:?", re.DOTALL | re.IGNORECASE)
 _COORDINATE = r"\s*(-?\d{1,6}(?:\.\d{1,12})?)\s*"
 _BOX = re.compile(r"\[" + ",".join([_COORDINATE] * 4) + r"\]", re.ASCII)
-
-_LONGEST_FORMULA = 200
-"""Characters. An answer is short; a longer text is compared as text, so that no reward takes seconds."""
-
-_SECONDS_TO_COMPARE = 2  # Sampled formulas may be towers of powers, on which sympy would work for hours.
 
 
 def extract_answer(text: str) -> str | None:
@@ -102,7 +97,7 @@ def is_right(found: str | None, reference: str, answer_type: str = "text") -> bo
         return parse_choice(found) == parse_choice(reference) is not None
     if answer_type == "box":
         return box_overlap(found, reference) >= 0.5
-    return _same_formula(found, reference)
+    return same_formula(found, reference)
 
 
 def is_right_directly(text: str, reference: str, answer_type: str = "text") -> bool:
@@ -184,26 +179,6 @@ def _area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _same_formula(found: str, reference: str) -> bool:
-    if _as_text(found) == _as_text(reference):
-        return True
-    if max(len(found), len(reference)) > _LONGEST_FORMULA:
-        return False
-    from math_verify import parse, verify
-
-    # math-verify keeps time with signals, which only the main thread gets; elsewhere it must be told not to.
-    seconds = _SECONDS_TO_COMPARE if threading.current_thread() is threading.main_thread() else None
-    for name in ("math_verify.parser", "math_verify.grader"):  # A line for each odd sample would bury the rest.
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    ours, theirs = (parse(_in_dollars(text), parsing_timeout=seconds) for text in (found, reference))
-    return bool(verify(theirs, ours, timeout_seconds=seconds))
-
-
-def _in_dollars(text: str) -> str:
-    """math-verify reads LaTeX between dollar signs alone, and datasets write it bare."""
-    return text if any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")) else f"${text}$"
-
-
 def _boxed(text: str) -> str | None:
     """What the last `\\boxed{}` holds; None where there is none, or it is not closed."""
     _, opened, rest = text.rpartition("\\boxed{")
@@ -217,7 +192,3 @@ def _boxed(text: str) -> str | None:
 
 def _folded(text: str) -> str:
     return " ".join(text.split()).casefold()
-
-
-def _as_text(text: str) -> str:
-    return "".join(text.split()).strip("$").casefold()

@@ -11,7 +11,6 @@ import json
 import math
 import re
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,11 +24,34 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = Path(__file__).with_name("configs") / "tiny.yaml"
 
-METRICS = ("accuracy", "runtime")
-"""What an evaluation of `AccuracyTrainer` measures, without `eval_`."""
+TYPED_FOR = {
+    "beta": "kl kl_coef",
+    "dataset_name": "data data_path dataset dataset_path",
+    "gradient_accumulation_steps": "accumulation grad_accum",
+    "held_out_size": "eval_size test_size",
+    "image_folder": "image_path image_root images",
+    "learning_rate": "lr",
+    "load_in_4bit": "qlora quantize",
+    "lora_r": "lora_rank",
+    "max_completion_length": "max_length max_new_tokens max_tokens",
+    "max_steps": "steps",
+    "model_name_or_path": "base base_model model model_name model_path",
+    "num_generations": "group_size n_generations num_samples",
+    "num_train_epochs": "epochs num_epochs",
+    "optim": "optimizer",
+    "output_dir": "out output output_path save_dir",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "per_device_train_batch_size": "batch batch_size bs train_batch_size",
+    "report_to": "logger tracker wandb",
+    "resume_from_checkpoint": "resume",
+    "reward_funcs": "reward rewards",
+    "use_peft": "adapter lora peft",
+    "use_vllm": "vllm",
+}
+"""What people type, and the setting that they mean by it; typing errors are found without."""
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-"""What TRL's `GRPOTrainer` computes (1.16); it refuses any other at the first step."""
+TYPED_FOR_ACCELERATE = "gpu gpus n_gpus nproc_per_node num_gpus num_machines num_nodes num_processes"
+"""Typed where they come too late: `accelerate launch` starts the processes."""
 
 
 @dataclass
@@ -118,63 +140,6 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
     return recipe, training, model
 
 
-def setting_errors(training: GRPOConfig, *, rewards: Sequence[str]) -> list[str]:
-    """Settings that the trainer refuses, but only once the weights are loaded, or at its first evaluation."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    errors = []
-    weights = training.reward_weights
-    if weights is not None and len(weights) != len(rewards):
-        errors.append(
-            f"--reward_weights: {len(weights)} for {len(rewards)} rewards ({', '.join(rewards)}); give one for each"
-        )
-    metric = training.metric_for_best_model
-    if training.eval_strategy != "no" and metric is not None and metric.removeprefix("eval_") not in METRICS:
-        errors.append(
-            f"--metric_for_best_model {metric}: an evaluation measures {' and '.join(f'eval_{m}' for m in METRICS)}; "
-            "set --metric_for_best_model eval_accuracy"
-        )
-    if training.loss_type not in LOSS_TYPES:
-        errors.append(f"--loss_type {training.loss_type}: there are {', '.join(LOSS_TYPES)}")
-    errors += [
-        f"--report_to {name}: there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, and none"
-        for name in training.report_to
-        if name not in INTEGRATION_TO_CALLBACK
-    ]
-    return errors
-
-
-def missing_packages(training: GRPOConfig, model: ModelConfig, *, formulas: bool) -> list[str]:
-    """What the settings need, and `formulas` among the answers, and is not installed here."""
-    from transformers.integrations.integration_utils import (
-        INTEGRATION_TO_CALLBACK,
-        get_available_reporting_integrations,
-    )
-    from transformers.utils import is_bitsandbytes_available
-
-    missing = []
-    optimizer = str(getattr(training.optim, "value", training.optim))
-    wanting = [f"--optim {optimizer}"] if needs_bitsandbytes(optimizer) else []
-    wanting += [f"--{name}" for name in ("load_in_4bit", "load_in_8bit") if getattr(model, name)]
-    if wanting and not is_bitsandbytes_available():
-        missing.append(f"{' and '.join(wanting)}: bitsandbytes is not installed here: pip install -U bitsandbytes")
-    # Two that transformers never lists: Flyte, and Azure ML beside MLflow.
-    found = {*get_available_reporting_integrations(), "flyte", "azure_ml"}
-    missing += [
-        f"--report_to {name}: not installed here; install it, or --report_to none"
-        for name in training.report_to
-        if name in INTEGRATION_TO_CALLBACK and name not in found
-    ]
-    if formulas and find_spec("math_verify") is None:
-        missing.append("answers that are formulas: math-verify is not installed here: pip install math-verify")
-    return missing
-
-
-def needs_bitsandbytes(optimizer: str) -> bool:
-    """Whether transformers takes this `optim` from bitsandbytes; torchao and GaLore have eight bits, too."""
-    return optimizer == "adamw_8bit" or any(part in optimizer for part in ("bnb", "paged", "lion", "ademamix"))
-
-
 def _one_config(args: list[str]) -> list[str]:
     """Arguments with one `--config` for TRL's parser; the keys of further ones become flags, before those given.
 
@@ -222,17 +187,22 @@ def _names() -> list[str]:
     return [known.name for kind in (RecipeArguments, GRPOConfig, ModelConfig) for known in fields(kind)]
 
 
-def _nearest(name: str) -> str:
-    found = difflib.get_close_matches(name, _names(), n=1)
-    return f"; did you mean {found[0]}?" if found else "; --help lists every setting"
+def _nearest(name: str, *, dashes: str = "") -> str:
+    """The setting that may be meant, with these before it; or where to look."""
+    name = name.replace("-", "_").lower()
+    if name in TYPED_FOR_ACCELERATE.split():
+        return "; how many processes is for accelerate: accelerate launch --num_processes 2 recipes/grpo.py ..."
+    found = [setting for setting, typed in TYPED_FOR.items() if name in typed.split()]
+    found = found or difflib.get_close_matches(name, _names(), n=1)
+    return f"; did you mean {dashes}{found[0]}?" if found else "; --help lists every setting"
 
 
 def _explain(message: str) -> str:
     """A library's complaint in one line, with the way out."""
     line = " ".join(message.split())
-    unused = re.search(r"not used by the HfArgumentParser: \['--([^'=]+)", line)
+    unused = re.search(r"not used by the HfArgumentParser: \['(--?)([^'=]+)", line)
     if unused is not None:
-        return f"there is no flag --{unused[1]}{_nearest(unused[1]).replace('mean ', 'mean --')}"
+        return f"there is no flag {unused[1]}{unused[2]}{_nearest(unused[2], dashes='--')}"
     batch = re.search(r"generation_batch_size \((\d+)\) must be divisible by num_generations \((\d+)\)", line)
     if batch is not None:
         return f"{line} {_batch_fix(int(batch[1]), int(batch[2]))}"

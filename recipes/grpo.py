@@ -18,6 +18,7 @@ from typing import Any
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from arguments import RecipeArguments, parse
+from baselines import Baselines, conditions
 from cost import CostCallback
 from data import Splits, load_splits
 from grpo_toolkit import (
@@ -36,7 +37,7 @@ from preflight import MARKER, check_model, check_output, check_versions, check_v
 from rewards import RewardFunction, find_format_reward, find_rewards
 from sharded import ShardedRolloutsCallback
 from summary import print_summary, summarise
-from trainer import AccuracyTrainer, Baselines, measure, with_group_health
+from trainer import AccuracyTrainer, measure, with_group_health
 
 TINY = "tiny"
 TINY_BUILDER = Path(__file__).resolve().parents[1] / "scripts" / "make_tiny_vlm.py"
@@ -85,20 +86,27 @@ def main(argv: list[str]) -> None:
     trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
-    baselines = Baselines(trainer, splits.held_out, direct=recipe.direct_baseline)
+    baselines = Baselines(
+        trainer,
+        splits.held_out,
+        direct=recipe.direct_baseline,
+        measured_on=conditions(recipe, training, model, splits.held_out),
+        checkpoint=checkpoint,
+    )
     if trainer.is_sharded:
         trainer.add_callback(baselines)
     else:
-        baselines.measure()
+        baselines.take()
     trainer.train(resume_from_checkpoint=checkpoint)
     after = measure(trainer, splits.held_out, "after training")
     if trainer.is_world_process_zero():
         summary = summarise(
             trainer.state.log_history,
-            (baselines.accuracy, after),
+            (baselines.figures.accuracy, after),
             exporting.result,
             timing.rows,
-            direct_accuracy=baselines.direct_accuracy,
+            direct_accuracy=baselines.figures.direct_accuracy,
+            begun_with=baselines.checkpoint_name,
             cost=cost.figures(),
         )
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

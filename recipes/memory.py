@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
+MARGIN, CONTEXT = 1.1, 0.6 * GIB
+"""On top of an estimate: the peaks measured were up to 9% above it (BENCHMARKS.md), the allocator cannot hand out all
+that it keeps, and CUDA's own context takes some bytes."""
+
 OPTIMIZER_BYTES: dict[str, float] = {
     "adamw_torch": 12.0,  # Two moments, and without fusing one more copy while it takes the roots.
     "adamw_torch_fused": 8.0,
@@ -93,10 +97,16 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes on one GPU. `parts` stay for the whole run, of `moments` only the largest counts."""
+    """Bytes on one GPU. `parts` stay for the whole run, of `moments` only the largest counts.
+
+    `share` is what vLLM takes of a GPU that is not known, 0 to 1, so that neither counts it; with `sleeps` while it
+    answers alone.
+    """
 
     parts: Mapping[str, float]
     moments: Mapping[str, float] = field(default_factory=dict)
+    share: float = 0.0
+    sleeps: bool = False
 
     @property
     def allocated(self) -> float:
@@ -105,11 +115,28 @@ class Estimate:
 
     @property
     def needed(self) -> float:
-        """What must be free: 10% over the estimate, and 0.6 GiB for CUDA's own context.
+        """What must be free."""
+        return MARGIN * self.allocated + CONTEXT
 
-        The peaks measured were up to 9% above it (BENCHMARKS.md), and the allocator cannot hand out all that it keeps.
+    def smallest_gpu(self, vllm_bytes: float) -> float:
+        """Bytes of the smallest GPU that has room for all of this and for vLLM's share of it, and infinity for none.
+
+        `vllm_bytes` is what the share must hold. A plan made with that GPU at hand finds the same.
         """
-        return 1.1 * self.allocated + 0.6 * GIB
+        if not self.share:
+            return self.needed
+        beside = MARGIN * (sum(self.parts.values()) if self.sleeps else self.allocated) + CONTEXT
+        left = 1 - MARGIN * self.share
+        return max(self.needed, vllm_bytes / self.share, beside / left if left > 0 else float("inf"))
+
+
+def vllm_bytes(size: ModelSize, load: Load, *, processes: int = 1) -> float:
+    """The least that vLLM needs of each GPU over which it spreads: its weights, and the cache of one answer.
+
+    It holds them in two bytes, whatever the training has; its graphs and activations come on top.
+    """
+    cached = size.kv_values_per_token * (load.prompt_tokens + load.completion_tokens)
+    return 2.0 * (size.parameters + cached) / processes
 
 
 def measure_model(name: str, *, revision: str | None = None, peft_config: Any = None) -> ModelSize:
@@ -194,6 +221,7 @@ def estimate(
     processes: int = 1,
     reshards: bool = True,
     reserved: float = 0.0,
+    share: float = 0.0,
     sleeps: bool = False,
 ) -> Estimate:
     """What one GPU needs.
@@ -217,6 +245,8 @@ def estimate(
             Whether FSDP gives each layer's weights back after its forward, instead of keeping all until the backward.
         reserved (`float`, *optional*):
             Bytes that vLLM keeps on the same GPU.
+        share (`float`, *optional*):
+            Instead, what it keeps of a GPU that is not known, 0 to 1.
         sleeps (`bool`, *optional*):
             Whether it gives them back while the training needs them.
     """
@@ -255,7 +285,7 @@ def estimate(
     if not load.rollouts_elsewhere:
         whole = 2.0 * size.parameters if sharing == "zero3" else gathered
         moments["rollouts"] = whole + _rollouts(size, load, casts=casts)
-    return Estimate(parts=parts, moments=moments)
+    return Estimate(parts=parts, moments=moments, share=share, sleeps=sleeps)
 
 
 def weights_cast(size: ModelSize, weight_bytes: float, shared_weights: int, deepspeed: bool) -> bool:

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import missing_packages, setting_errors
 from data import named_layout
 from grpo_toolkit import InputError
 from images import pixel_limits
 from measuring import longest_prompt
-from memory import GIB, Estimate, Load, ModelSize, Sharing, estimate, measure_model
-from preflight import server_warning, vllm_problem
+from memory import GIB, Estimate, Load, ModelSize, Sharing, estimate, measure_model, vllm_bytes
+from preflight import missing_packages, server_warning, setting_errors, vllm_problem
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, ModelConfig
@@ -32,7 +31,10 @@ MANY_IMAGE_TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run, in numbers. Memory and disk in bytes; `free_memory` is None without a GPU."""
+    """A run, in numbers. Memory and disk in bytes; `free_memory` is None without a GPU.
+
+    `vllm_reserved` is what vLLM keeps of the GPU, None where that is not known or nothing; it needs `vllm_bytes`.
+    """
 
     processes: int
     sharing: Sharing
@@ -45,6 +47,8 @@ class Plan:
     size: ModelSize
     memory: Estimate
     free_memory: float | None
+    vllm_bytes: float
+    vllm_reserved: float | None
     disk: float
     free_disk: float
     errors: tuple[str, ...]
@@ -53,23 +57,42 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan for people, a line each."""
         trained = f"{self.size.trained / 1e6:,.1f} M of {self.size.parameters / 1e6:,.1f} M parameters"
-        largest = max(self.memory.moments, key=lambda name: self.memory.moments[name])
-        free = "no GPU here to compare with" if self.free_memory is None else f"{_gib(self.free_memory)} free"
         return [
             f"trains      {trained}{', as a LoRA adapter' if self.size.is_adapter else ''}",
             f"processes   {self.processes} ({self.sharing})",
             f"each step   {self.prompts_per_step:g} prompts, {self.completions_per_step} completions; "
             f"{self.steps} steps",
             f"rows        {self.rows}; longest prompt {self.prompt_tokens} tokens, its image included",
-            *(f"memory      {_gib(amount):>9}  {name}" for name, amount in self.memory.parts.items()),
-            *(
-                f"memory      {_gib(amount):>9}  {name}{' (the larger counts)' if name == largest else ''}"
-                for name, amount in self.memory.moments.items()
-            ),
-            f"memory      {_gib(self.memory.allocated):>9}  at the peak; {_gib(self.memory.needed)} to have ({free})",
+            *self._memory_lines(),
             f"disk        {_gib(self.disk):>9}  checkpoints and export ({_gib(self.free_disk)} free)",
             *(f"warning     {text}" for text in self.warnings),
             *(f"error       {text}" for text in self.errors),
+        ]
+
+    def _memory_lines(self) -> list[str]:
+        memory, moments = self.memory, self.memory.moments
+        largest = max(moments, key=lambda name: moments[name]) if len(moments) > 1 else None
+        lines = [
+            *(f"memory      {_gib(amount):>9}  {name}" for name, amount in memory.parts.items()),
+            *(
+                f"memory      {_gib(amount):>9}  {name}{' (the larger counts)' if name == largest else ''}"
+                for name, amount in moments.items()
+            ),
+        ]
+        peak = f"memory      {_gib(memory.allocated):>9}  at the peak"
+        if not memory.share:
+            free = "no GPU here to compare with" if self.free_memory is None else f"{_gib(self.free_memory)} free"
+            return [*lines, f"{peak}; {_gib(memory.needed)} to have ({free})"]
+        when = "while it answers" if memory.sleeps else "all the time"
+        gpu = memory.smallest_gpu(self.vllm_bytes)
+        enough = f"{_gib(gpu):>9}  the smallest GPU for both (none here to compare with)"
+        if gpu == float("inf"):
+            enough = f"{'no':>9}  GPU is large enough for both: lower --vllm_gpu_memory_utilization"
+        return [
+            *lines,
+            f"{peak}, vLLM aside; {_gib(memory.needed)} to have",
+            f"memory      {memory.share:>9.0%}  of the GPU for vLLM {when}, {_gib(self.vllm_bytes)} at least",
+            f"memory      {enough}",
         ]
 
 
@@ -98,7 +121,7 @@ def make_plan(
         rollouts_elsewhere=training.use_vllm,
     )
     total, free = gpu_memory()
-    colocated = training.use_vllm and training.vllm_mode == "colocate"
+    share = training.vllm_gpu_memory_utilization if training.use_vllm and training.vllm_mode == "colocate" else 0.0
     memory = estimate(
         size,
         load,
@@ -109,7 +132,8 @@ def make_plan(
         sharing=sharing,
         processes=training.world_size,
         reshards=reshards_after_forward(training),
-        reserved=training.vllm_gpu_memory_utilization * (total or 0.0) if colocated else 0.0,
+        reserved=share * total if total is not None else 0.0,
+        share=share if total is None else 0.0,
         sleeps=training.vllm_enable_sleep_mode,
     )
     completions = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -126,6 +150,8 @@ def make_plan(
         size=size,
         memory=memory,
         free_memory=free,
+        vllm_bytes=vllm_bytes(size, load, processes=training.vllm_tensor_parallel_size),
+        vllm_reserved=share * total if share and total is not None else None,
         disk=disk,
         free_disk=free_disk,
         errors=(),
@@ -209,7 +235,7 @@ def reward_names(recipe: RecipeArguments) -> list[str]:
 
 
 def has_formulas(splits: Splits) -> bool:
-    """Whether any answer is compared by math-verify, which `answers.py` cannot do without."""
+    """Whether any answer is compared by math-verify, which `formulas.py` cannot do without."""
     kinds = [rows.unique("answer_type") for rows in (splits.train, splits.held_out) if "answer_type" in rows.features]
     return any("math" in found for found in kinds)
 
@@ -282,6 +308,11 @@ def _warnings(
         )
     if training.use_vllm and recipe.max_pixels is None and pixel_limits(processor) is not None:
         warnings.append("vLLM reserves memory for the largest image that the model allows: set --max_pixels")
+    if plan.vllm_reserved is not None and plan.vllm_reserved < plan.vllm_bytes:
+        warnings.append(
+            f"--vllm_gpu_memory_utilization is {_gib(plan.vllm_reserved)} of this GPU, but vLLM's weights and the "
+            f"cache of one answer need {_gib(plan.vllm_bytes)}: raise it"
+        )
     length = training.vllm_max_model_length
     if training.use_vllm and length and length < plan.prompt_tokens + (training.max_completion_length or 512):
         warnings.append(

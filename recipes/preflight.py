@@ -1,10 +1,11 @@
-"""What must be right before any weights load: the model, the output folder, permissions, vLLM. Nothing is written."""
+"""What must be right before any weights load: model, output folder, settings, packages, vLLM. Nothing is written."""
 
 from __future__ import annotations
 
 import os
 import socket
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
@@ -14,10 +15,18 @@ from urllib.request import urlopen
 from grpo_toolkit import CheckpointError, InputError, OutputExistsError
 
 if TYPE_CHECKING:
-    from trl import GRPOConfig
+    from collections.abc import Sequence
+
+    from trl import GRPOConfig, ModelConfig
 
 MARKER = "grpo_recipe.json"
 """Written into output_dir by the recipe: a folder that has it is ours to train into again."""
+
+METRICS = ("accuracy", "runtime")
+"""What an evaluation of `AccuracyTrainer` measures, without `eval_`."""
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+"""What TRL's `GRPOTrainer` computes (1.16); it refuses any other at the first step."""
 
 
 def check_versions() -> None:
@@ -73,6 +82,63 @@ def check_output(output_dir: str | None) -> None:
         raise InputError(f"output_dir {folder}: {existing} is a file, so no folder can be made in it")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"output_dir {folder}: no permission to write in {existing}; choose another folder")
+
+
+def setting_errors(training: GRPOConfig, *, rewards: Sequence[str]) -> list[str]:
+    """Settings that the trainer refuses, but only once the weights are loaded, or at its first evaluation."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    errors = []
+    weights = training.reward_weights
+    if weights is not None and len(weights) != len(rewards):
+        errors.append(
+            f"--reward_weights: {len(weights)} for {len(rewards)} rewards ({', '.join(rewards)}); give one for each"
+        )
+    metric = training.metric_for_best_model
+    if training.eval_strategy != "no" and metric is not None and metric.removeprefix("eval_") not in METRICS:
+        errors.append(
+            f"--metric_for_best_model {metric}: an evaluation measures {' and '.join(f'eval_{m}' for m in METRICS)}; "
+            "set --metric_for_best_model eval_accuracy"
+        )
+    if training.loss_type not in LOSS_TYPES:
+        errors.append(f"--loss_type {training.loss_type}: there are {', '.join(LOSS_TYPES)}")
+    errors += [
+        f"--report_to {name}: there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, and none"
+        for name in training.report_to
+        if name not in INTEGRATION_TO_CALLBACK
+    ]
+    return errors
+
+
+def missing_packages(training: GRPOConfig, model: ModelConfig, *, formulas: bool) -> list[str]:
+    """What the settings need, and `formulas` among the answers, and is not installed here."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+    from transformers.utils import is_bitsandbytes_available
+
+    missing = []
+    optimizer = str(getattr(training.optim, "value", training.optim))
+    wanting = [f"--optim {optimizer}"] if needs_bitsandbytes(optimizer) else []
+    wanting += [f"--{name}" for name in ("load_in_4bit", "load_in_8bit") if getattr(model, name)]
+    if wanting and not is_bitsandbytes_available():
+        missing.append(f"{' and '.join(wanting)}: bitsandbytes is not installed here: pip install -U bitsandbytes")
+    # Two that transformers never lists: Flyte, and Azure ML beside MLflow.
+    found = {*get_available_reporting_integrations(), "flyte", "azure_ml"}
+    missing += [
+        f"--report_to {name}: not installed here; install it, or --report_to none"
+        for name in training.report_to
+        if name in INTEGRATION_TO_CALLBACK and name not in found
+    ]
+    if formulas and find_spec("math_verify") is None:
+        missing.append("answers that are formulas: math-verify is not installed here: pip install math-verify")
+    return missing
+
+
+def needs_bitsandbytes(optimizer: str) -> bool:
+    """Whether transformers takes this `optim` from bitsandbytes; torchao and GaLore have eight bits, too."""
+    return optimizer == "adamw_8bit" or any(part in optimizer for part in ("bnb", "paged", "lion", "ademamix"))
 
 
 def check_vllm(training: GRPOConfig) -> None:

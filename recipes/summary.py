@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from grpo_toolkit import ExportResult, LatencyRow
+    from grpo_toolkit.latency.row import Ratio
 
 
 def reward_change(log_history: Sequence[dict[str, Any]], reward: str) -> tuple[float, float] | None:
@@ -28,20 +30,49 @@ def summarise(
     *,
     cost: dict[str, float | None],
     direct_accuracy: float | None = None,
+    begun_with: str | None = None,
 ) -> dict[str, Any]:
-    """The figures of a run, [before, after] where there are two; written to `summary.json` and printed."""
+    """The figures of a run, [before, after] where there are two; written to `summary.json` and printed.
+
+    `begun_with` is the checkpoint that the accuracies before are of, where they could not be the base's.
+    """
+    fixed = {row.arm: row for row in rows if row.tpot_s and row.workload.kind == "fixed"}
     return {
         "held_out_accuracy": list(accuracies),
+        "begun_with": begun_with,
         "direct_accuracy": direct_accuracy,
         "accuracy_reward": reward_change(log_history, "accuracy_reward"),
         "iou_reward": reward_change(log_history, "iou_reward"),
         "format_reward": reward_change(log_history, "format_reward"),
         **cost,
-        "tpot_ms": {row.arm: row.tpot_s.median * 1e3 for row in rows if row.tpot_s and row.workload.kind == "fixed"},
+        "tpot_ms": {arm: row.tpot_s.median * 1e3 for arm, row in fixed.items() if row.tpot_s},
+        "tpot_ratios": {
+            arm: asdict(ratio)
+            for arm, against in (("export", "base"), ("export_no_cache", "export"))
+            if (ratio := tpot_ratio(fixed.get(arm), fixed.get(against))) is not None
+        },
         "export": None if export is None else str(export.path),
         "verified": export is not None and export.verification is not None and export.verification.passed,
         "put_right": [] if export is None else [str(repair) for repair in export.repairs],
     }
+
+
+def tpot_ratio(row: LatencyRow | None, against: LatencyRow | None) -> Ratio | None:
+    """An arm's time per output token over another's, with its interval and verdict; None where there are no pairs."""
+    from grpo_toolkit.latency.compare import ratios
+
+    if row is None or against is None:
+        return None
+    found = (ratio for ratio in (*row.ratios, *ratios(row, against)) if ratio.metric == "tpot_s")
+    return next((ratio for ratio in found if ratio.against == against.arm), None)
+
+
+def with_verdict(tpot_ms: float, ratio: dict[str, Any] | None) -> str:
+    """A time per token with what the measurement allows to say of it: `33.68 ms (slower: 1.20 to 1.39 times)`."""
+    if ratio is None:
+        return f"{tpot_ms:.2f} ms"
+    said = "cannot tell apart" if ratio["verdict"] == "cannot tell" else ratio["verdict"]
+    return f"{tpot_ms:.2f} ms ({said}: {ratio['low']:.2f} to {ratio['high']:.2f} times)"
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -53,9 +84,11 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    table.add_row("held-out accuracy", *(f"{accuracy:.1%}" for accuracy in summary["held_out_accuracy"]))
+    asked = summary["begun_with"] or "the base"
+    name = "held-out accuracy" + (f" (before: of {asked}, not of the base)" if summary["begun_with"] else "")
+    table.add_row(name, *(f"{accuracy:.1%}" for accuracy in summary["held_out_accuracy"]))
     if summary["direct_accuracy"] is not None:
-        table.add_row("  the base, asked for the answer alone", f"{summary['direct_accuracy']:.1%}", "")
+        table.add_row(f"  {asked}, asked for the answer alone", f"{summary['direct_accuracy']:.1%}", "")
     for reward in ("accuracy_reward", "iou_reward", "format_reward"):
         if summary[reward] is not None:
             table.add_row(f"{reward}, mean in rollouts", *(f"{value:.2f}" for value in summary[reward]))
@@ -64,12 +97,13 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["peak_gib"] is not None:
         estimated, peak = f"{summary['estimated_gib']:.1f} GiB estimated", f"{summary['peak_gib']:.1f} GiB"
         table.add_row("GPU memory at the peak of training", estimated, peak)
-    tpot = summary["tpot_ms"]
+    tpot, ratios = summary["tpot_ms"], summary["tpot_ratios"]
     if {"base", "export"} <= tpot.keys():
-        table.add_row("time per output token", f"{tpot['base']:.2f} ms", f"{tpot['export']:.2f} ms")
+        after = with_verdict(tpot["export"], ratios.get("export"))
+        table.add_row("time per output token", f"{tpot['base']:.2f} ms", after)
     if {"export", "export_no_cache"} <= tpot.keys():
-        worth = tpot["export_no_cache"] / tpot["export"]
-        table.add_row("  the same export, cache off", "", f"{tpot['export_no_cache']:.2f} ms ({worth:.1f}x)")
+        without = with_verdict(tpot["export_no_cache"], ratios.get("export_no_cache"))
+        table.add_row("  the same export, cache off", "", without)
     table.add_row("put right in the export", "", "\n".join(summary["put_right"]) or "nothing: the base was clean")
     table.add_row("export", "", "verified" if summary["verified"] else "NOT PUBLISHED OR NOT VERIFIED")
     Console(width=None if sys.stdout.isatty() else 120).print(table)

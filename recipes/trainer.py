@@ -13,7 +13,6 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from datasets import Dataset
-    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from rewards import Completion, RewardFunction
 
@@ -91,30 +89,6 @@ class AccuracyTrainer(GRPOTrainer):
     @property
     def _zero_stage(self) -> int:
         return int(getattr(self.args.deepspeed_plugin, "zero_stage", 0))
-
-
-class Baselines(TrainerCallback):
-    """Measures the base before it is trained.
-
-    Sharded weights are first put together when training begins: there it is added to the trainer as a callback, and a
-    resumed run then measures its checkpoint. Everywhere else `measure` is called before.
-    """
-
-    def __init__(self, trainer: AccuracyTrainer, rows: Dataset, *, direct: bool) -> None:
-        self.accuracy = 0.0
-        self.direct_accuracy: float | None = None
-        self._trainer, self._rows, self._direct = trainer, rows, direct
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.measure()
-
-    def measure(self) -> None:
-        if self._direct:
-            when = "before training, asked for the answer alone"
-            self.direct_accuracy = measure(self._trainer, self._rows, when, direct=True)
-        self.accuracy = measure(self._trainer, self._rows, "before training")
 
 
 def one_token_an_image(token_ids: Sequence[int], image_token_id: int) -> list[int]:

@@ -82,6 +82,12 @@ def test_wrong_input_is_exit_code_2_and_one_line(qwen: Path, tmp_path: Path) -> 
         ),
         (["--learnin_rate", "1"], "there is no flag --learnin_rate; did you mean --learning_rate?"),
         (["--learning_rat", "1"], "there is no flag --learning_rat; did you mean --learning_rate?"),  # no abbreviation
+        (["--lr", "1"], "there is no flag --lr; did you mean --learning_rate?"),
+        (["-lr", "1"], "there is no flag -lr; did you mean --learning_rate?"),
+        (["--batch-size", "8"], "there is no flag --batch-size; did you mean --per_device_train_batch_size?"),
+        (["--gpus", "2"], "there is no flag --gpus; how many processes is for accelerate: accelerate launch"),
+        (["--zzz", "2"], "there is no flag --zzz; --help lists every setting"),
+        (["--config", "{tmp}/thesis/usual.yaml"], "there is no setting 'epochs'; did you mean num_train_epochs?"),
         (["--max_steps", "many"], "invalid int value: 'many'; --help lists every setting"),
         (["--export_dir", "{tmp}/thesis"], "thesis: exists and is not an export of ours"),
         (["--output_dir", "{tmp}/thesis"], "exists and was not made by this recipe"),
@@ -97,6 +103,7 @@ def test_wrong_input_is_one_line_and_touches_nothing(
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     (tmp_path / "thesis" / "bad.yaml").write_text("a: [1")
     (tmp_path / "thesis" / "typo.yaml").write_text("learnin_rate: 1.0e-5\n")
+    (tmp_path / "thesis" / "usual.yaml").write_text("epochs: 2\n")
     base = {"--model_name_or_path": qwen, "--dataset_name": dataset, "--output_dir": tmp_path / "out"}
     base |= {"--use_cpu": "true"}
     given = dict(zip(arguments[::2], [a.format(tmp=tmp_path) for a in arguments[1::2]], strict=True))
@@ -104,7 +111,17 @@ def test_wrong_input_is_one_line_and_touches_nothing(
     with pytest.raises(InputError, match=re.escape(message)):
         main([str(flag) for flag in flags])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "thesis"]
-    assert sorted(path.name for path in (tmp_path / "thesis").iterdir()) == ["bad.yaml", "chapter.tex", "typo.yaml"]
+    names = {path.name for path in (tmp_path / "thesis").iterdir()}
+    assert names == {"bad.yaml", "chapter.tex", "typo.yaml", "usual.yaml"}
+
+
+def test_what_people_type_points_to_settings_and_is_none_itself() -> None:
+    from arguments import TYPED_FOR, TYPED_FOR_ACCELERATE, _names
+
+    assert TYPED_FOR.keys() <= set(_names())
+    typed = " ".join((*TYPED_FOR.values(), TYPED_FOR_ACCELERATE)).split()
+    assert len(set(typed)) == len(typed)
+    assert not set(typed) & set(_names())
 
 
 def test_a_requeued_job_goes_on_or_begins_again(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_losses_and_optimizers_are_those_of_the_libraries() -> None:
     from transformers.training_args import OptimizerNames
     from trl import GRPOTrainer
 
-    from arguments import LOSS_TYPES, needs_bitsandbytes
+    from preflight import LOSS_TYPES, needs_bitsandbytes
 
     compared = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]+\]|\"\w+\")", inspect.getsource(GRPOTrainer))
     assert set(re.findall(r"\w+", " ".join(compared))) == set(LOSS_TYPES)
@@ -447,6 +447,76 @@ def test_vllm_on_the_same_gpu_counts_as_long_as_it_is_awake() -> None:
 
     assert needs(sleeps=False) == 40 + 40 + 1000 + (2 * 4 + 2 * 50)
     assert needs(sleeps=True) == 40 + 40 + 1000
+
+
+def test_vllms_part_of_a_gpu_that_is_not_here_is_told_as_a_part(qwen: Path, geometry: Path, tmp_path: Path) -> None:
+    """It was counted as nothing."""
+
+    def plan(*flags: str) -> tuple[Any, list[str]]:
+        found = plan_of(qwen, geometry, tmp_path, "--dry_run", "true", *flags)
+        return found, [line for line in found.lines() if line.startswith("memory")]
+
+    flags = ("--use_vllm", "true", "--vllm_gpu_memory_utilization")
+    awake, lines = plan(*flags, "0.4")
+    assert lines[-3:] == [
+        "memory        0.1 GiB  at the peak, vLLM aside; 0.7 GiB to have",
+        f"memory            40%  of the GPU for vLLM all the time, {awake.vllm_bytes / 2**20:.0f} MiB at least",
+        "memory        1.2 GiB  the smallest GPU for both (none here to compare with)",
+    ]
+    assert "memory        0.1 GiB  training" in lines  # alone, and so not called the larger
+    _, lines = plan(*flags, "0.4", "--vllm_enable_sleep_mode", "true")
+    assert lines[-2].startswith("memory            40%  of the GPU for vLLM while it answers, ")
+    assert lines[-1].startswith("memory        1.1 GiB")  # what the training holds then is less
+    _, lines = plan(*flags, "0.95")
+    assert lines[-1] == ("memory             no  GPU is large enough for both: lower --vllm_gpu_memory_utilization")
+    _, lines = plan()
+    assert not any("vLLM" in line for line in lines)
+
+
+def test_vllm_holds_weights_and_an_answer_at_least() -> None:
+    from memory import GIB, Load, ModelSize, vllm_bytes
+
+    sizes = dict.fromkeys(("vision_parameters", "layer_parameters", "embedding_parameters", "trained"), 0)
+    sizes |= dict.fromkeys(("hidden_size", "intermediate_size", "layers"), 1)
+    size = ModelSize(parameters=3_754_622_976, kv_values_per_token=18_432, **sizes)
+    load = Load(prompt_tokens=1024, image_patches=0, completion_tokens=1024, training_batch=8, rollout_batch=32)
+    assert vllm_bytes(size, load) == 2 * 3_754_622_976 + 2048 * 36_864
+    assert vllm_bytes(size, load, processes=2) / GIB == pytest.approx(3.53, abs=0.01)
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_the_smallest_gpu_is_one_that_a_plan_on_it_finds_large_enough(sleeps: bool) -> None:
+    """The figures of Qwen2.5-VL-3B with LoRA, and with_vllm_colocate.yaml's share."""
+    from memory import GIB, Estimate
+
+    parts, training, share = {"weights": 7.4 * GIB, "rest": 1.3 * GIB}, 5.4 * GIB, 0.45
+    unknown = Estimate(parts=parts, moments={"training": training}, share=share, sleeps=sleeps)
+    gpu = unknown.smallest_gpu(7.1 * GIB)
+    assert gpu / GIB == pytest.approx(20.1 if sleeps else 31.9, abs=0.1)
+
+    def needed(total: float) -> float:
+        moments = {"training": training} | ({"rollouts": share * total} if sleeps else {})
+        return Estimate(parts=parts | ({} if sleeps else {"vLLM": share * total}), moments=moments).needed
+
+    assert needed(gpu) == pytest.approx(gpu)
+    assert needed(0.99 * gpu) > 0.99 * gpu
+    assert unknown.smallest_gpu(18 * GIB) == pytest.approx(40 * GIB)  # its weights must fit into its share
+    assert Estimate(parts=parts, share=0.95).smallest_gpu(GIB) == float("inf")
+    assert Estimate(parts=parts).smallest_gpu(GIB) == Estimate(parts=parts).needed
+
+
+def test_a_part_of_the_gpu_without_room_for_vllms_weights_is_a_warning(
+    qwen: Path, geometry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import plan
+
+    flags = ("--use_vllm", "true", "--vllm_gpu_memory_utilization")
+    needed = plan_of(qwen, geometry, tmp_path, *flags, "0.5").vllm_bytes
+    gpu = 3 * needed  # one that is not here
+    monkeypatch.setattr(plan, "gpu_memory", lambda: (gpu, gpu))
+    said = "of this GPU, but vLLM's weights and the cache of one answer need"
+    assert any(said in text for text in plan_of(qwen, geometry, tmp_path, *flags, "0.3").warnings)
+    assert not any(said in text for text in plan_of(qwen, geometry, tmp_path, *flags, "0.4").warnings)
 
 
 def test_sharing_divides_what_stays() -> None:

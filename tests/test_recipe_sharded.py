@@ -17,6 +17,7 @@ from warm import python, run_python
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
@@ -123,7 +124,9 @@ def test_there_may_be_more_processes_than_held_out_rows(qwen: Path, tmp_path: Pa
     ]
 
 
-def test_zero3_is_asked_before_while_and_after_it_trains(qwen: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def zero3(qwen: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The recipe on two processes, with more flags; it writes to `out`."""
     pytest.importorskip("deepspeed")
     for split in ("train", "test"):
         columns = {"images": [[picture(56, 56)]] * 4, "problem": ["<image>x?"] * 4, "answer": ["3"] * 4}
@@ -133,21 +136,56 @@ def test_zero3_is_asked_before_while_and_after_it_trains(qwen: Path, tmp_path: P
         "distributed_type": "DEEPSPEED",
         "num_machines": 1,
         "num_processes": 2,
-        "main_process_port": free_port(),
         "use_cpu": True,
         "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True},
     }
-    (tmp_path / "zero3.json").write_text(json.dumps(config))
     flags: list[object] = ["--model_name_or_path", qwen, "--dataset_name", tmp_path / "geometry3k"]
-    flags += ["--output_dir", tmp_path / "out", "--report_to", "none", "--max_steps", 1, "--held_out_size", 2]
+    flags += ["--output_dir", tmp_path / "out", "--report_to", "none", "--held_out_size", 2]
     flags += ["--per_device_train_batch_size", 2, "--num_generations", 4, "--max_completion_length", 4]
-    flags += ["--latency_rounds", 0, "--use_cpu", "true", "--bf16", "false", "--eval_strategy", "steps"]
-    flags += ["--eval_steps", 1, "--per_device_eval_batch_size", 2, "--save_strategy", "no", "--logging_steps", 1]
-    launch = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "zero3.json", *python()[1:]]
-    command = [*launch, ROOT / "recipes" / "grpo.py", *flags]
-    done = run_python(command, env=os.environ | {"DS_ACCELERATOR": "cpu"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags += ["--latency_rounds", 0, "--use_cpu", "true", "--bf16", "false", "--logging_steps", 1]
+
+    def run(*more: object) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "zero3.json").write_text(json.dumps(config | {"main_process_port": free_port()}))
+        launch = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "zero3.json", *python()[1:]]
+        command = [*launch, ROOT / "recipes" / "grpo.py", *flags, *more]
+        done = run_python(command, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+def test_zero3_is_asked_before_while_and_after_it_trains(
+    zero3: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    evaluating = ("--eval_strategy", "steps", "--eval_steps", 1, "--per_device_eval_batch_size", 2)
+    done = zero3("--max_steps", 1, "--save_strategy", "no", *evaluating)
     assert "processes   2 (zero3)" in done.stderr
     assert done.stdout.count("held-out accuracy before training: 0.0% of 2 rows") == 1
     assert done.stdout.count("held-out accuracy after training: 0.0% of 2 rows") == 1
     assert "'eval_accuracy': " in done.stdout
+
+
+def test_zero3_that_goes_on_tells_no_figure_of_its_checkpoint_as_the_bases(
+    zero3: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Its weights are first whole with the checkpoint's in them: the base's figure is read, in both processes."""
+    saving = ("--save_strategy", "steps", "--save_steps", 1)
+    zero3("--max_steps", 1, *saving)
+    file = tmp_path / "out" / "baselines.json"
+    stored = json.loads(file.read_text())
+    assert stored["accuracy"] == 0.0
+    file.write_text(json.dumps(stored | {"accuracy": 0.5}))  # this model's is 0
+    again = zero3("--max_steps", 2, *saving, "--resume_from_checkpoint", "true")
+    assert (
+        again.stdout.count("held-out accuracy before training: 50.0% of 2 rows, as measured when the run began") == 1
+    )
+
+    file.unlink()
+    unknown = zero3("--max_steps", 3, *saving, "--resume_from_checkpoint", "true")
+    assert "held-out accuracy before training" not in unknown.stdout
+    said = "held-out accuracy of checkpoint-2, as the base's on these rows is not known: 0.0% of 2 rows"
+    assert unknown.stdout.count(said) == 1
+    assert "(before: of checkpoint-2, not of the base)" in unknown.stdout
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["begun_with"] == "checkpoint-2"
+    assert not file.exists()

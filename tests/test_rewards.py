@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,7 @@ from answers import (
     parse_choice,
     parse_number,
 )
+from formulas import is_huge, same_formula
 from grpo_toolkit import InputError
 from rewards import (
     REWARDS,
@@ -121,6 +125,77 @@ def test_conversational_completions_are_read() -> None:
 def test_kinds_of_answers(kind: str, found: str, reference: str, right: bool) -> None:
     assert is_right(found, reference, kind) is right
     assert accuracy_reward([f"<answer>{found}</answer>"], [reference], [kind]) == [float(right)]
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "9^{9^{9}}",
+        "2^{2^{2^{2^{2^{2}}}}}",
+        "10^(10^10)",
+        "0.1^{-10^{9}}",
+        "10^{12345678}",
+        "7 ^ 9 ^ 9",
+        "100000!",
+        "5!!!",
+        "((9!)!)",
+    ],
+)
+def test_numbers_that_cannot_be_computed_are_seen_at_a_glance(formula: str) -> None:
+    assert is_huge(formula)
+    assert same_formula(formula, f" {formula} ")
+
+
+@pytest.mark.parametrize(
+    ("found", "reference"),
+    [
+        ("2^{10}3^{4}", "82944"),
+        ("x^{2}10^{6}", "1000000x^2"),
+        ("(2^{3})^{2}", "64"),
+        ("2^{2^{3}}", "256"),
+        ("1000(5!)", "120000"),
+        ("e^{-x^{2}}", "1/e^{x^2}"),
+        ("2^{2023}", "2 \\cdot 2^{2022}"),
+        ("6\\times 10^{23}", "60\\times 10^{22}"),
+        ("5!", "120"),
+        ("3!!", "720"),
+        ("\\frac{7!}{5!}", "42"),
+    ],
+)
+def test_ordinary_powers_and_factorials_are_computed(found: str, reference: str) -> None:
+    assert not is_huge(found)
+    assert same_formula(found, reference)
+
+
+SLOW = ["(x+y+z+w)^{60}", "\\tan(\\tan(\\tan(\\tan(\\tan(\\tan(\\tan(1)))))))", "(" * 40 + "x" + ")" * 40]
+
+
+def test_a_rollout_of_formulas_without_end_takes_seconds() -> None:
+    """It took two minutes: two seconds each, or four where parsing and comparing were slow."""
+    answers = [*SLOW, "9^{9^{9}}", "100000000!", "10^{10^{10}}", "5!!!", "\\frac{7^{3000000}}{3^{3000000}}"] * 8
+    began = time.monotonic()
+    paid = accuracy_reward([f"<answer>{answer}</answer>" for answer in answers], ["6"] * 64, ["math"] * 64)
+    assert time.monotonic() - began < 15  # three of them take their second
+    assert paid == [0.0] * 64
+
+
+def test_a_timer_that_was_running_goes_on_after_a_comparison() -> None:
+    def mine(*_: object) -> None: ...
+
+    handler, (waiting, _) = signal.signal(signal.SIGALRM, mine), signal.setitimer(signal.ITIMER_REAL, 500)
+    try:
+        assert not same_formula(SLOW[0], "7")
+        assert signal.getsignal(signal.SIGALRM) is mine
+        assert 400 < signal.getitimer(signal.ITIMER_REAL)[0] < 499.5
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, waiting)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_formulas_are_compared_in_a_thread_too() -> None:
+    pairs = [("0.25", "\\frac{1}{4}"), ("0.25", "\\frac{1}{5}"), ("9^{9^{9}}", "5")]
+    with ThreadPoolExecutor(1) as pool:
+        assert list(pool.map(lambda pair: is_right(*pair, "math"), pairs)) == [True, False, False]
 
 
 @pytest.mark.parametrize(
