@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from arguments import RecipeArguments
+    from images import PixelLimits
 
 SYSTEM_PROMPT = (
     "You are a helpful assistant. First think about the question, then give the answer: put the reasoning between "
@@ -88,10 +89,8 @@ def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None)
         parts = train.train_test_split(test_size=min(arguments.held_out_size, max(1, len(train) // 10)), seed=seed)
         train, held_out = parts["train"], parts["test"]
     held_out = held_out.select(range(min(arguments.held_out_size, len(held_out))))
-    limits = pixel_limits(processor)
-    if arguments.max_pixels is not None and limits is not None:
-        train, held_out = train.with_transform(Fit(limits=limits)), held_out.with_transform(Fit(limits=limits))
-    return Splits(train=train, held_out=held_out)
+    limits = pixel_limits(processor) if arguments.max_pixels is not None else None
+    return Splits(train=_decoded(train, limits), held_out=_decoded(held_out, limits))
 
 
 def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]:
@@ -292,6 +291,16 @@ def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
     if several:
         return rows.cast_column("image", List(Image(mode="RGB"))).rename_column("image", "images")
     return rows.cast_column("image", Image(mode="RGB"))
+
+
+def _decoded(rows: Dataset, limits: PixelLimits | None) -> Dataset:
+    """With images that are decoded by us, which names those that cannot be, and fitted into the limits."""
+    from datasets import Image, List
+
+    kept = Image(mode="RGB", decode=False)
+    if "images" in rows.column_names:
+        return rows.cast_column("images", List(kept)).with_transform(Fit(limits=limits))
+    return rows.cast_column("image", kept).with_transform(Fit(limits=limits))
 
 
 def _in_folder(image: str | list[str], *, folder: str) -> dict[str, Any]:

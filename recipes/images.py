@@ -11,12 +11,10 @@ trained with and saved has it too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo_toolkit import InputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from pictures import decode
 
 LARGEST_ASPECT_RATIO = 200
 """Qwen's processors refuse an image that is longer than this by its width, in the middle of a training."""
@@ -51,23 +49,37 @@ class PixelLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A transform for `datasets`: the images of a batch, in the size in which the model sees them."""
+    """A transform for `datasets`: the images of a batch, decoded, and in the size in which the model sees them.
 
-    limits: PixelLimits
+    Columns must be of `Image(decode=False)`: where `datasets` decodes, a damaged image is a traceback without a name.
+
+    Attributes:
+        limits: how large the model sees images; None leaves them as they are.
+    """
+
+    limits: PixelLimits | None
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         fitted = dict(batch)
-        if "image" in batch:
-            fitted["image"] = [self._fit(image) for image in batch["image"]]
-        if "images" in batch:
-            fitted["images"] = [[self._fit(image) for image in images] for images in batch["images"]]
+        for column in {"image", "images"} & set(batch):
+            asked = batch.get("prompt", [None] * len(batch[column]))
+            fitted[column] = [self._fit(row, prompt) for row, prompt in zip(batch[column], asked, strict=True)]
         return fitted
 
-    def _fit(self, image: Image) -> Image:
+    def _fit(self, row: Any, prompt: list[dict[str, Any]] | None) -> Any:
         from PIL import Image as Pillow
 
-        size = self.limits.fit(*image.size)
+        if isinstance(row, list):
+            return [self._fit(picture, prompt) for picture in row]
+        image = decode(row, name=_name(row, prompt))
+        size = image.size if self.limits is None else self.limits.fit(*image.size)
         return image if image.size == size else image.resize(size, Pillow.Resampling.BICUBIC)
+
+
+def _name(picture: dict[str, Any], prompt: list[dict[str, Any]] | None) -> str:
+    """By its path and its question: rows were left out and shuffled, so that a number would say little."""
+    asked = f" of the row that asks {str(prompt[-1]['content'])[:200]!r}" if prompt else ""
+    return f"{picture['path'] or ''}{asked}".strip() or "of an unknown row"
 
 
 def load_processor(name: str, *, revision: str | None = None, max_pixels: int | None = None) -> Any:

@@ -6,14 +6,13 @@ keeps the result.
 
 from __future__ import annotations
 
-import io
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from answers import parse_box
 from grpo_toolkit import InputError
 from images import LARGEST_ASPECT_RATIO, PixelLimits, pixel_limits
+from pictures import look_at
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,13 +108,15 @@ def image_sizes(rows: Dataset) -> list[list[tuple[int, int]]]:
     """Width and height of every row's images, from their headers.
 
     Raises:
-        InputError: one is no image.
+        InputError: one is no image, or is cut off.
     """
     from datasets import Image, List
 
     column = "images" if "images" in rows.column_names else "image"
-    raw = rows.select_columns([column]).cast_column(
-        column, List(Image(decode=False)) if column == "images" else Image(decode=False)
+    raw = (
+        rows.with_format(None)
+        .select_columns([column])
+        .cast_column(column, List(Image(decode=False)) if column == "images" else Image(decode=False))
     )
     measured = raw.map(
         _header_sizes, input_columns=[column], remove_columns=[column], with_indices=True, desc="measuring images"
@@ -124,16 +125,11 @@ def image_sizes(rows: Dataset) -> list[list[tuple[int, int]]]:
 
 
 def _header_sizes(images: Any, index: int) -> dict[str, list[list[int]]]:
-    from PIL import Image as Pillow
-
     sizes = []
     for image in images if isinstance(images, list) else [images]:
-        try:
-            with Pillow.open(io.BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"])) as picture:
-                sizes.append(list(picture.size))
-        except OSError as error:  # Pillow's UnidentifiedImageError is one
-            name = image["path"] or f"of row {index} (from 0, of the rows with an image and an answer)"
-            raise InputError(f"image {name}: cannot be read as an image; replace it, or take its row out") from error
+        row = f"of row {index} (from 0, of the rows with an image and an answer)"
+        size, _ = look_at(image, name=row if image["bytes"] else str(image["path"]))
+        sizes.append(list(size))
     return {"sizes": sizes}
 
 
@@ -157,17 +153,17 @@ def longest_prompt(rows: Dataset, processor: Any, *, looked_at: int = 20_000) ->
     the prompts that are heaviest, in bytes of text and tokens of images, are tokenised.
     """
     limits = pixel_limits(processor)
-    # Without the transform that resizes: what is measured are the images as they are published.
-    rows = rows.with_format(None)
     if len(rows) > looked_at:
         rows = rows.select(range(0, len(rows), math.ceil(len(rows) / looked_at)))
+    # Without the transform that resizes: what is measured are the images as they are published.
+    shown, rows = rows, rows.with_format(None)
     sizes = image_sizes(rows) if limits is not None else [[]] * len(rows)
     images = [0 if limits is None else sum(limits.tokens(*size) for size in row_sizes) for row_sizes in sizes]
     texts = [_text_bytes(row["prompt"]) for row in rows.select_columns(["prompt"])]
     weights = [text / _BYTES_A_TOKEN + image for text, image in zip(texts, images, strict=True)]
     heaviest = sorted(range(len(rows)), key=weights.__getitem__, reverse=True)
     if limits is None:  # Another family's processor: slow, so few.
-        return max(_processed_length(rows[index], processor) for index in heaviest[:8]), 0
+        return max(_processed_length(shown[index], processor) for index in heaviest[:8]), 0
     tokenised = heaviest[:_TOKENISED]
     prompts = rows.select_columns(["prompt"]).select(tokenised)
     lengths = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -399,3 +400,68 @@ def test_a_file_that_is_no_image_is_one_line(copies: dict[str, Path], processors
                 dataset_layout="referring",
                 image_folder=str(broken.parents[1]),
             )
+
+
+def encoded(kind: str) -> bytes:
+    """A picture with something on it, so that its pixels take most of its file."""
+    noise = Image.effect_noise((120, 90), 60).convert("RGB")
+    buffer = io.BytesIO()
+    noise.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def damaged() -> bytes:
+    """Whole by its header and its end, but not in the middle: only decoding tells."""
+    whole = encoded("PNG")
+    at = whole.index(b"IDAT") + 40
+    return whole[:at] + bytes(64) + whole[at + 64 :]
+
+
+def write_bytes(folder: Path, pictures: list[bytes]) -> Path:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    texts = dict.fromkeys(("question", "answer"), Value("string"))
+    rows = {
+        "image": [{"bytes": content, "path": None} for content in pictures],
+        "question": [f"What is on picture {number}?" for number in range(len(pictures))],
+        "answer": ["noise"] * len(pictures),
+    }
+    Dataset.from_dict(rows, features=Features({"image": ImageFeature(), **texts})).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_an_image_that_is_cut_off_is_found_before_anything_loads(tmp_path: Path, processors: Any, kind: str) -> None:
+    """Its header is good: it ended the training in its middle."""
+    from grpo_toolkit import InputError
+
+    whole = encoded(kind)
+    assert len(load(write_bytes(tmp_path / "whole", [whole] * 3), processors()).train) == 2
+    for share in (0.5, 0.9):
+        broken = write_bytes(tmp_path / str(share), [whole, whole, whole[: int(share * len(whole))]])
+        with pytest.raises(InputError, match=r"image of row 2 \(from 0, .*\): cannot be read as an image \(.+\)"):
+            load(broken, processors())
+
+
+def test_an_image_with_more_behind_its_end_is_whole(tmp_path: Path, processors: Any) -> None:
+    """Phones append previews and films."""
+    own = write_bytes(tmp_path / "own", [encoded(kind) + bytes(500) for kind in ("JPEG", "PNG")])
+    splits = load(own, processors())
+    assert splits.train[0]["image"].size == (120, 90)
+
+
+def test_an_image_that_is_damaged_in_its_middle_is_one_line_where_it_is_trained_on(
+    tmp_path: Path, processors: Any
+) -> None:
+    from torch.utils.data import DataLoader
+
+    from grpo_toolkit import InputError
+
+    splits = load(write_bytes(tmp_path / "own", [damaged()] * 2), processors())
+    message = (
+        r"^image of the row that asks 'What is on picture \d\?': cannot be read as an image \(.+\); replace it, or "
+        "take its row out, and go on from the last checkpoint with --resume_from_checkpoint true$"
+    )
+    with pytest.raises(InputError, match=message):
+        next(iter(DataLoader(splits.train, collate_fn=list)))
