@@ -13,21 +13,22 @@ an answer. How many were is said.
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from answers import ANSWER_TYPES
 from grpo_toolkit import InputError
-from images import Fit, pixel_limits
+from images import decoded, pixel_limits
 from layouts import LAYOUTS, Layout, Question, find_layout, text_columns
-from measuring import fit_boxes, keep_short
+from measuring import Longest, fit_boxes, longest_prompt, measure
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from arguments import RecipeArguments
-    from images import PixelLimits
+    from measuring import Measured
 
 SYSTEM_PROMPT = (
     "You are a helpful assistant. First think about the question, then give the answer: put the reasoning between "
@@ -48,10 +49,16 @@ NOT_KEPT = ("prompt", "image", "images", "answer", "prompts", "completions")
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """What is trained on, and what is only measured on."""
+    """What is trained on, and what is only measured on.
+
+    Attributes:
+        train, held_out: in the row form.
+        longest: of the prompts that are trained on; None where they were loaded without a processor.
+    """
 
     train: Dataset
     held_out: Dataset
+    longest: Longest | None
 
 
 def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None) -> Splits:
@@ -80,17 +87,21 @@ def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None)
             f"dataset {arguments.dataset_name}: no split {test_split!r} (--dataset_test_split); it has "
             f"{', '.join(splits)}; without the setting training rows are held out where there is no split 'test'"
         )
-    train = _reshape(splits, arguments.dataset_train_split, arguments, processor)
+    train, measured = _reshape(splits, arguments.dataset_train_split, arguments, processor)
     if test_split in splits:
-        held_out = _reshape(splits, test_split, arguments, processor)
+        held_out, _ = _reshape(splits, test_split, arguments, processor)
     elif len(train) < 2:
         raise InputError(f"dataset {arguments.dataset_name}: one row, of which none can be held out")
     else:  # none published: hold some of the training rows out
-        parts = train.train_test_split(test_size=min(arguments.held_out_size, max(1, len(train) // 10)), seed=seed)
-        train, held_out = parts["train"], parts["test"]
+        size = min(arguments.held_out_size, max(1, len(train) // 10))
+        chosen = set(random.Random(seed).sample(range(len(train)), size))
+        kept = [index for index in range(len(train)) if index not in chosen]
+        held_out = train.select(sorted(chosen))
+        train, measured = train.select(kept), [measured[index] for index in kept]
     held_out = held_out.select(range(min(arguments.held_out_size, len(held_out))))
+    longest = None if processor is None else longest_prompt(train, measured, processor)
     limits = pixel_limits(processor) if arguments.max_pixels is not None else None
-    return Splits(train=_decoded(train, limits), held_out=_decoded(held_out, limits))
+    return Splits(train=decoded(train, limits), held_out=decoded(held_out, limits), longest=longest)
 
 
 def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]:
@@ -203,35 +214,39 @@ def _reason(error: Exception) -> str:
     return says[0] if says else type(error).__name__
 
 
-def _reshape(splits: dict[str, Dataset], split: str, arguments: RecipeArguments, processor: Any) -> Dataset:
-    """One split in the row form; images are decoded when a batch asks for them.
+def _reshape(
+    splits: dict[str, Dataset], split: str, arguments: RecipeArguments, processor: Any
+) -> tuple[Dataset, list[Measured]]:
+    """One split in the row form, and what its rows measure. No image is decoded for it.
 
     Raises:
-        InputError: no such split, a column is missing, or no row is left.
+        InputError: no such split, a column is missing, an image cannot be read, or no row is left.
     """
     name = f"dataset {arguments.dataset_name}"
     if split not in splits:
         raise InputError(f"{name}: no split {split!r}; it has {', '.join(splits)}; choose with --dataset_train_split")
-    if arguments.dataset_name == "digits":
-        return splits[split]
-    layout = named_layout(arguments)
     rows = splits[split]
-    rows = _plain(rows, arguments) if layout is None else _read(rows, layout, arguments)
-    whole = _whole(rows)
-    _say_left_out(name, split, rows, whole, "lack an image or an answer")
-    if len(whole) == 0:
-        raise InputError(f"{name}: split {split!r} has no row with an image and an answer")
-    rows = _with_pictures(whole, arguments)
-    if processor is None:
-        return rows
-    short = keep_short(rows, processor, max_prompt_length=arguments.max_prompt_length)
-    _say_left_out(name, split, rows, short, "have too long a prompt or too narrow an image")
-    if len(short) == 0:
+    if arguments.dataset_name != "digits":
+        layout = named_layout(arguments)
+        read = _plain(rows, arguments) if layout is None else _read(rows, layout, arguments)
+        whole = _whole(read)
+        _say_left_out(name, split, read, whole, "lack an image or an answer")
+        if len(whole) == 0:
+            raise InputError(f"{name}: split {split!r} has no row with an image and an answer")
+        rows = _with_pictures(whole, arguments)
+    measured = measure(rows, processor, every_length=arguments.max_prompt_length is not None)
+    fitting = [index for index, row in enumerate(measured) if row.fits(arguments.max_prompt_length)]
+    if len(fitting) == 0:
         raise InputError(
             f"{name}: no prompt of split {split!r} has {arguments.max_prompt_length} tokens or fewer, its image "
             "included; raise --max_prompt_length or lower --max_pixels"
         )
-    return fit_boxes(short, processor)
+    if len(fitting) < len(rows):
+        short, measured = rows.select(fitting), [measured[index] for index in fitting]
+        _say_left_out(name, split, rows, short, "have too long a prompt or too narrow an image")
+        rows = short
+    limits = pixel_limits(processor)
+    return rows if limits is None else fit_boxes(rows, measured, limits), measured
 
 
 def _plain(rows: Dataset, arguments: RecipeArguments) -> Dataset:
@@ -291,16 +306,6 @@ def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
     if several:
         return rows.cast_column("image", List(Image(mode="RGB"))).rename_column("image", "images")
     return rows.cast_column("image", Image(mode="RGB"))
-
-
-def _decoded(rows: Dataset, limits: PixelLimits | None) -> Dataset:
-    """With images that are decoded by us, which names those that cannot be, and fitted into the limits."""
-    from datasets import Image, List
-
-    kept = Image(mode="RGB", decode=False)
-    if "images" in rows.column_names:
-        return rows.cast_column("images", List(kept)).with_transform(Fit(limits=limits))
-    return rows.cast_column("image", kept).with_transform(Fit(limits=limits))
 
 
 def _in_folder(image: str | list[str], *, folder: str) -> dict[str, Any]:

@@ -11,10 +11,13 @@ trained with and saved has it too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit import InputError
 from pictures import decode
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 LARGEST_ASPECT_RATIO = 200
 """Qwen's processors refuse an image that is longer than this by its width, in the middle of a training."""
@@ -74,6 +77,22 @@ class Fit:
         image = decode(row, name=_name(row, prompt))
         size = image.size if self.limits is None else self.limits.fit(*image.size)
         return image if image.size == size else image.resize(size, Pillow.Resampling.BICUBIC)
+
+
+def undecoded(rows: Dataset) -> Dataset:
+    """The row form, its images as `bytes` or a `path`."""
+    from datasets import Image, List
+
+    kept = Image(mode="RGB", decode=False)
+    rows = rows.with_format(None)
+    if "images" in rows.column_names:
+        return rows.cast_column("images", List(kept))
+    return rows.cast_column("image", kept)
+
+
+def decoded(rows: Dataset, limits: PixelLimits | None = None) -> Dataset:
+    """The row form, its images decoded when they are asked for, and brought within the limits."""
+    return undecoded(rows).with_transform(Fit(limits=limits))
 
 
 def _name(picture: dict[str, Any], prompt: list[dict[str, Any]] | None) -> str:

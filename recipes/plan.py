@@ -16,7 +16,6 @@ from arguments import missing_packages, setting_errors
 from data import named_layout
 from grpo_toolkit import InputError
 from images import pixel_limits
-from measuring import longest_prompt
 from memory import GIB, Estimate, Load, ModelSize, Sharing, estimate, measure_model
 from preflight import server_warning, vllm_problem
 
@@ -87,7 +86,8 @@ def make_plan(
         str(model.model_name_or_path), revision=model.model_revision, peft_config=get_peft_config(model)
     )
     sharing = find_sharing(training)
-    prompt_tokens, image_tokens = longest_prompt(splits.train, processor)
+    assert splits.longest is not None, "a plan is of rows that were measured"
+    prompt_tokens, image_tokens = splits.longest.prompt_tokens, splits.longest.image_tokens
     per_rollout = training.per_device_train_batch_size * (training.steps_per_generation or 1)
     load = Load(
         prompt_tokens=prompt_tokens,

@@ -195,20 +195,17 @@ def test_lengths_are_the_processors_own_and_long_prompts_are_left_out(
     copies: dict[str, Path], processors: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from evaluation import model_inputs
-    from images import pixel_limits
-    from measuring import image_sizes, prompt_length
+    from measuring import measure
 
     processor = processors(50_176)
-    limits = pixel_limits(processor)
-    assert limits is not None
-    rows = load(copies["open_r1"], processor).train
-    lengths = [
-        prompt_length(row["prompt"], sizes, processor, limits)
-        for row, sizes in zip(rows, image_sizes(rows), strict=True)
-    ]
-    assert lengths == [model_inputs([row], processor)["input_ids"].shape[1] for row in rows]
-    kept = load(copies["open_r1"], processor, max_prompt_length=min(lengths))
-    assert len(kept.train) + len(kept.held_out) < 3
+    splits = load(copies["open_r1"], processor)
+    lengths = []
+    for rows in (splits.train, splits.held_out):
+        measured = [row.prompt_tokens or 0 for row in measure(rows, processor, every_length=False)]
+        assert measured == [model_inputs([row], processor)["input_ids"].shape[1] for row in rows]
+        lengths += measured
+    kept = load(copies["open_r1"], processor, max_prompt_length=max(lengths) - 1)
+    assert len(kept.train) + len(kept.held_out) == 2
     assert "have too long a prompt or too narrow an image; left out" in capsys.readouterr().out
 
 
