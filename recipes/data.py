@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from answers import ANSWER_TYPES
 from grpo_toolkit import InputError
+from holding_out import hold_out, shared
 from images import decoded, pixel_limits
 from layouts import LAYOUTS, Layout, Question, find_layout, text_columns
 from measuring import Longest, fit_boxes, longest_prompt, measure
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from datasets import Dataset
 
     from arguments import RecipeArguments
@@ -54,11 +57,13 @@ class Splits:
     Attributes:
         train, held_out: in the row form.
         longest: of the prompts that are trained on; None where they were loaded without a processor.
+        shared_images: how many rows held out show an image that is trained on.
     """
 
     train: Dataset
     held_out: Dataset
     longest: Longest | None
+    shared_images: int
 
 
 def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None) -> Splits:
@@ -89,19 +94,22 @@ def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None)
         )
     train, measured = _reshape(splits, arguments.dataset_train_split, arguments, processor)
     if test_split in splits:
-        held_out, _ = _reshape(splits, test_split, arguments, processor)
-    elif len(train) < 2:
-        raise InputError(f"dataset {arguments.dataset_name}: one row, of which none can be held out")
+        held_out, measured_out = _reshape(splits, test_split, arguments, processor)
     else:  # none published: hold some of the training rows out
-        size = min(arguments.held_out_size, max(1, len(train) // 10))
-        chosen = set(random.Random(seed).sample(range(len(train)), size))
-        kept = [index for index in range(len(train)) if index not in chosen]
-        held_out = train.select(sorted(chosen))
-        train, measured = train.select(kept), [measured[index] for index in kept]
-    held_out = held_out.select(range(min(arguments.held_out_size, len(held_out))))
-    longest = None if processor is None else longest_prompt(train, measured, processor)
+        chosen = set(_choose(measured, arguments, seed=seed))
+        held_out, measured_out = _select(train, measured, chosen)
+        train, measured = _select(train, measured, set(range(len(train))) - chosen)
+    asked, measured_out = _select(held_out, measured_out, range(min(arguments.held_out_size, len(held_out))))
+    if test_split not in splits:
+        why = "show an image of the rows held out, more than --held_out_size"
+        _say_left_out(f"dataset {arguments.dataset_name}", arguments.dataset_train_split, held_out, asked, why)
     limits = pixel_limits(processor) if arguments.max_pixels is not None else None
-    return Splits(train=decoded(train, limits), held_out=decoded(held_out, limits), longest=longest)
+    return Splits(
+        train=decoded(train, limits),
+        held_out=decoded(asked, limits),
+        longest=None if processor is None else longest_prompt(train, measured, processor),
+        shared_images=shared([row.pictures for row in measured_out], [row.pictures for row in measured]),
+    )
 
 
 def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]:
@@ -241,12 +249,32 @@ def _reshape(
             f"{name}: no prompt of split {split!r} has {arguments.max_prompt_length} tokens or fewer, its image "
             "included; raise --max_prompt_length or lower --max_pixels"
         )
-    if len(fitting) < len(rows):
-        short, measured = rows.select(fitting), [measured[index] for index in fitting]
-        _say_left_out(name, split, rows, short, "have too long a prompt or too narrow an image")
-        rows = short
+    short, measured = _select(rows, measured, fitting)
+    _say_left_out(name, split, rows, short, "have too long a prompt or too narrow an image")
     limits = pixel_limits(processor)
-    return rows if limits is None else fit_boxes(rows, measured, limits), measured
+    return short if limits is None else fit_boxes(short, measured, limits), measured
+
+
+def _choose(measured: list[Measured], arguments: RecipeArguments, *, seed: int) -> list[int]:
+    """Training rows to hold out: a tenth, but no more than are asked for.
+
+    Where all rows belong together by their images, they are any rows: `Splits.shared_images` then tells.
+
+    Raises:
+        InputError: there is but one row.
+    """
+    if len(measured) < 2:
+        raise InputError(f"dataset {arguments.dataset_name}: one row, of which none can be held out")
+    size = min(arguments.held_out_size, max(1, len(measured) // 10))
+    chosen = hold_out([row.pictures for row in measured], size=size, seed=seed)
+    return chosen or random.Random(seed).sample(range(len(measured)), size)
+
+
+def _select(rows: Dataset, measured: list[Measured], chosen: Iterable[int]) -> tuple[Dataset, list[Measured]]:
+    order = sorted(chosen)
+    if len(order) == len(rows):
+        return rows, measured
+    return rows.select(order), [measured[index] for index in order]
 
 
 def _plain(rows: Dataset, arguments: RecipeArguments) -> Dataset:

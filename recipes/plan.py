@@ -138,6 +138,11 @@ def make_plan(
         *_size_errors(plan, training),
     ]
     warnings = _warnings(plan, recipe, training, processor, image_tokens=image_tokens)
+    if splits.shared_images:
+        warnings.append(
+            f"{splits.shared_images} of {len(splits.held_out)} held-out rows show an image that is trained on: their "
+            "accuracy measures memory, too; choose another --dataset_test_split, or take the images out of one of them"
+        )
     if recipe.dry_run:  # which may plan for another machine
         return _with_findings(plan, errors, [*missing, *warnings])
     return _with_findings(plan, [*missing, *errors], warnings)

@@ -462,3 +462,78 @@ def test_an_image_that_is_damaged_in_its_middle_is_one_line_where_it_is_trained_
     )
     with pytest.raises(InputError, match=message):
         next(iter(DataLoader(splits.train, collate_fn=list)))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "size", "sizes"),
+    [
+        ([["a"], ["b"], ["c"], ["d"]], 2, {2}),
+        ([["a"], ["a"], ["b"], ["b"], ["c"], ["c"]], 3, {2}),  # two of a pair, and not half of another
+        ([["a"], ["a"], ["b"], ["b"], ["c"], ["c"], ["c"]], 3, {3}),  # whatever comes first, three fit exactly
+        ([["a", "b"], ["b", "c"], ["c"], ["d"]], 2, {1}),  # a, b and c belong together
+        ([["a"], ["a"], ["a"], ["b"], ["b"]], 1, {2}),  # no group is small enough
+        ([["a", "b"], ["b"], ["a"]], 2, {0}),
+    ],
+)
+def test_no_picture_is_held_out_and_trained_on(pictures: list[list[str]], size: int, sizes: set[int]) -> None:
+    from holding_out import hold_out, shared
+
+    found = set()
+    for seed in range(20):
+        chosen = hold_out(pictures, size=size, seed=seed)
+        assert chosen == hold_out(pictures, size=size, seed=seed)
+        held_out = [pictures[index] for index in chosen]
+        assert shared(held_out, [row for index, row in enumerate(pictures) if index not in chosen]) == 0
+        found.add(len(chosen))
+    assert found == sizes
+
+
+def test_rows_held_out_depend_on_the_seed() -> None:
+    from holding_out import hold_out
+
+    pictures = [[str(index // 3)] for index in range(3000)]
+    chosen = [hold_out(pictures, size=200, seed=seed) for seed in range(2)]
+    assert [len(rows) for rows in chosen] == [198, 198]
+    assert len(set(chosen[0]) & set(chosen[1])) < 60
+
+
+def shown(rows: Any) -> set[bytes]:
+    return {row["image"].tobytes() for row in rows}
+
+
+@pytest.mark.parametrize("as_paths", [False, True])
+def test_rows_held_out_show_no_image_that_is_trained_on(
+    tmp_path: Path, processors: Any, as_paths: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In RefCOCO an image has several expressions."""
+    pictures = [encoded("PNG") for _ in range(10)]
+    if as_paths:
+        for number, content in enumerate(pictures):
+            (tmp_path / f"{number}.png").write_bytes(content)
+        rows = [
+            {"image": f"{number}.png", "question": f"{count}?", "answer": "yes"}
+            for count in range(3)
+            for number in range(10)
+        ]
+        own = tmp_path / "own.jsonl"
+        own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        own = write_bytes(tmp_path / "own", pictures * 3)
+    options = {"image_folder": str(tmp_path)}
+    splits = load(own, processors(), held_out_size=4, **options)
+    assert (len(splits.train), len(splits.held_out), splits.shared_images) == (27, 3, 0)
+    assert shown(splits.train).isdisjoint(shown(splits.held_out))
+    again = load(own, held_out_size=4, **options)
+    assert again.held_out["answer"][:] == splits.held_out["answer"][:]
+    assert shown(again.held_out) == shown(splits.held_out)
+    capsys.readouterr()
+    fewer = load(own, held_out_size=2, **options)
+    assert (len(fewer.train), len(fewer.held_out), fewer.shared_images) == (27, 2, 0)
+    assert (
+        "1 of 3 rows of 'train' show an image of the rows held out, more than --held_out_" in capsys.readouterr().out
+    )
+
+
+def test_rows_of_one_image_are_held_out_all_the_same(tmp_path: Path) -> None:
+    splits = load(write_bytes(tmp_path / "own", [encoded("PNG")] * 3))
+    assert (len(splits.train), len(splits.held_out), splits.shared_images) == (2, 1, 1)

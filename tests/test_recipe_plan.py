@@ -161,8 +161,8 @@ def test_an_adapter_leaves_the_output_layer_alone(qwen: Path, adapted: dict[str,
 @pytest.fixture
 def geometry(tmp_path: Path) -> Path:
     folder = tmp_path / "geometry3k"
-    for split in ("train", "test"):
-        columns = {"images": [[picture()]] * 4, "problem": ["<image>Find x."] * 4, "answer": ["3"] * 4}
+    for split, mode in (("train", "RGB"), ("test", "L")):
+        columns = {"images": [[picture(mode=mode)]] * 4, "problem": ["<image>Find x."] * 4, "answer": ["3"] * 4}
         write_parquet(folder, columns, split=split, several=True)
     return folder
 
@@ -255,6 +255,18 @@ def test_a_row_is_measured_once_for_loader_and_plan(
     plan_of(qwen, geometry, tmp_path, "--max_prompt_length", "4096")
     assert len(headers) == 4 + 4  # train and test
     assert len(texts) == 1 + 1  # all of a split ask the same
+
+
+def test_held_out_rows_whose_images_are_trained_on_are_a_warning(qwen: Path, tmp_path: Path) -> None:
+    """Where the dataset says itself what is held out, nothing is moved."""
+    for split, pictures in (("train", [picture(), picture(56, 56)]), ("test", [picture(84, 84), picture(56, 56)])):
+        columns = {"images": [[one] for one in pictures], "problem": ["Find x."] * 2, "answer": ["3"] * 2}
+        write_parquet(tmp_path / "geometry3k", columns, split=split, several=True)
+    flags = ("--per_device_train_batch_size", "4", "--num_generations", "4")
+    plan = plan_of(qwen, tmp_path / "geometry3k", tmp_path, *flags)
+    assert [text.partition(":")[0] for text in plan.warnings] == [
+        "1 of 2 held-out rows show an image that is trained on"
+    ]
 
 
 def test_another_familys_prompts_are_processed_for_their_length(any_base: Path) -> None:
