@@ -103,7 +103,8 @@ def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None)
     if test_split not in splits:
         why = "show an image of the rows held out, more than --held_out_size"
         _say_left_out(f"dataset {arguments.dataset_name}", arguments.dataset_train_split, held_out, asked, why)
-    limits = pixel_limits(processor) if arguments.max_pixels is not None else None
+    limited = arguments.min_pixels is not None or arguments.max_pixels is not None
+    limits = pixel_limits(processor) if limited else None
     return Splits(
         train=decoded(train, limits),
         held_out=decoded(asked, limits),

@@ -103,7 +103,9 @@ def copies(tmp_path: Path) -> dict[str, Path]:
 def processors(qwen: Path) -> Any:
     from images import load_processor
 
-    return lambda max_pixels=None: load_processor(str(qwen), max_pixels=max_pixels)
+    return lambda max_pixels=None, min_pixels=None: load_processor(
+        str(qwen), min_pixels=min_pixels, max_pixels=max_pixels
+    )
 
 
 def load(folder: Path, processor: Any = None, **options: Any) -> Any:
@@ -233,6 +235,62 @@ def test_max_pixels_is_one_knob_for_rows_and_saved_processor(
     assert (limits.min_pixels, limits.max_pixels) == (3136, 50_176)
 
 
+def test_min_pixels_goes_the_same_way(processors: Any, tmp_path: Path, qwen: Path) -> None:
+    """Into the rows, the boxes in them, what the processor makes of them, and the export."""
+    from grpo_toolkit import export_model
+    from grpo_toolkit.inference import load_model
+    from images import load_processor, pixel_limits
+
+    box = {"answer": ["[30, 20, 60, 40]"] * 3, "answer_type": ["box"] * 3}
+    processor = processors(min_pixels=100_352)
+    row = load(write_own(tmp_path / "own", **box), processor, min_pixels=100_352).train[0]
+    assert row["image"].size == (392, 280)
+    assert row["answer"] == "[196.0, 140.0, 392.0, 280.0]"
+    assert processor(text=["<|image_pad|>"], images=[row["image"]], return_tensors="pt")["input_ids"].shape[1] == 140
+    assert load(tmp_path / "own").train[0]["image"].size == (60, 40)
+    both = processors(200_704, 100_352)
+    exported = export_model(load_model(qwen)[0], tmp_path / "export", base=qwen, processing_class=both)
+    limits = pixel_limits(load_processor(str(exported.path)))
+    assert limits is not None
+    assert (limits.min_pixels, limits.max_pixels) == (100_352, 200_704)
+
+
+@pytest.mark.parametrize("max_pixels", [12_544, 50_176, 401_408, 12_845_056])
+def test_what_was_resized_is_not_resized_again(max_pixels: int) -> None:
+    """By the processor, after the rows: boxes would be in another image's frame."""
+    from dataclasses import replace
+
+    from images import PixelLimits
+
+    limits = PixelLimits(factor=28, min_pixels=1, max_pixels=max_pixels)
+    limits = replace(limits, min_pixels=limits.largest_minimum())
+    for scale in range(1, 200, 3):
+        for across, down in ((1, 1), (4, 3), (16, 9), (10, 27), (1, 4)):
+            size = limits.fit(across * scale * 10 + 3, down * scale * 10 + 7)
+            assert limits.fit(*size) == size
+            assert limits.min_pixels <= size[0] * size[1] <= max_pixels
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ((401_408, 500_000), r"--min_pixels 500000: images have at most 401408 pixels .* set 1 to 356274, or raise"),
+        ((401_408, 400_000), r"its sides whole squares of 28 pixels; set 1 to 356274, or raise --max_pixels"),
+        (
+            (None, 20_000_000),
+            r"--min_pixels 20000000: images have at most 12845056 pixels \(--max_pixels, or the limit",
+        ),
+        ((None, 0), "--min_pixels 0: "),
+        ((784, 784), r"its sides whole squares of 28 pixels; raise --max_pixels"),
+    ],
+)
+def test_limits_that_leave_no_room_are_one_line(processors: Any, limits: tuple[int | None, int], message: str) -> None:
+    from grpo_toolkit import InputError
+
+    with pytest.raises(InputError, match=message):
+        processors(*limits)
+
+
 def test_impossible_pixel_limits_are_one_line(qwen: Path, any_base: Path) -> None:
     from grpo_toolkit import InputError
     from images import load_processor
@@ -240,8 +298,10 @@ def test_impossible_pixel_limits_are_one_line(qwen: Path, any_base: Path) -> Non
     with pytest.raises(InputError, match=r"--max_pixels 784: /.* takes no image smaller than 3136 pixels"):
         load_processor(str(qwen), max_pixels=784)
     if any_base.name != "qwen2_5_vl":
-        with pytest.raises(InputError, match="has no such limit; leave it out"):
+        with pytest.raises(InputError, match=r"--max_pixels 100352: .* has no such limit; leave it out"):
             load_processor(str(any_base), max_pixels=100_352)
+        with pytest.raises(InputError, match=r"--min_pixels 3136: .* has no such limit; leave it out"):
+            load_processor(str(any_base), min_pixels=3136)
 
 
 def write_own(folder: Path, **columns: list[Any]) -> Path:

@@ -184,7 +184,7 @@ def plan_of(model: Path, dataset: Path, tmp_path: Path, *flags: str) -> Any:
         "false",
     )
     recipe, training, arguments = parse([*given, "--output_dir", str(tmp_path / "out"), *flags])
-    processor = load_processor(str(model), max_pixels=recipe.max_pixels)
+    processor = load_processor(str(model), min_pixels=recipe.min_pixels, max_pixels=recipe.max_pixels)
     splits = load_splits(recipe, seed=0, processor=processor)
     return make_plan(recipe, training, arguments, splits, processor=processor)
 
@@ -201,6 +201,17 @@ def test_a_plan_counts_prompts_tokens_and_disk(qwen: Path, geometry: Path, tmp_p
     assert plan.disk == 3 * 3 * weights + plan.size.parameters * 2 + weights
     assert (plan.errors, plan.warnings) == ((), ())
     assert not (tmp_path / "out").exists()
+
+
+def test_enlarged_images_count_as_large_as_they_become(qwen: Path, tmp_path: Path) -> None:
+    columns = {"images": [[picture(60, 40)]] * 4, "problem": ["<image>Find x."] * 4, "answer": ["3"] * 4}
+    write_parquet(tmp_path / "geometry3k", columns, several=True)
+    plans = [
+        plan_of(qwen, tmp_path / "geometry3k", tmp_path, "--per_device_train_batch_size", "8", *flags)
+        for flags in ((), ("--min_pixels", "262144"))
+    ]
+    small, large = 3 * 2, 23 * 15  # 84 x 56 (the model's own minimum is 56 x 56), and 644 x 420 pixels
+    assert plans[1].prompt_tokens - plans[0].prompt_tokens == large - small
 
 
 def test_a_step_is_counted_whole_where_it_takes_several_rollouts(qwen: Path, geometry: Path, tmp_path: Path) -> None:
