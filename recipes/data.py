@@ -6,8 +6,8 @@
 with columns under their usual names, or named with `--prompt_column`, `--image_column` and `--answer_column`. The
 other columns stay, for rewards of one's own.
 
-Nothing is ever cut: a prompt that is too long, image tokens included, is left out, and so is a row without an image or
-an answer. How many were is said.
+Nothing is ever cut: a prompt that is too long, image tokens included, is left out, and so is a row without a question,
+an image or an answer. How many were is said.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from answers import ANSWER_TYPES
+from columns import conversation, read_columns
 from grpo_toolkit import InputError
 from holding_out import hold_out, shared
 from images import decoded, pixel_limits
@@ -32,22 +32,6 @@ if TYPE_CHECKING:
 
     from arguments import RecipeArguments
     from measuring import Measured
-
-SYSTEM_PROMPT = (
-    "You are a helpful assistant. First think about the question, then give the answer: put the reasoning between "
-    "<think> and </think>, then the answer alone between <answer> and </answer>."
-)
-"""For datasets other than the digits, whose tiny base was supervised on the format."""
-
-USUAL_NAMES = {
-    "prompt": ("prompt", "problem", "question", "query"),
-    "image": ("image", "images"),
-    "answer": ("answer", "solution", "ground_truth", "label"),
-}
-
-
-NOT_KEPT = ("prompt", "image", "images", "answer", "prompts", "completions")
-"""Not kept where they are not the columns asked for: TRL hands rewards other things by these names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,29 +95,6 @@ def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None)
         longest=None if processor is None else longest_prompt(train, measured, processor),
         shared_images=shared([row.pictures for row in measured_out], [row.pictures for row in measured]),
     )
-
-
-def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]:
-    """Which column of the dataset plays which part.
-
-    Raises:
-        InputError: a named column is not there, or none has a usual name.
-    """
-    columns = {}
-    for part, usual in USUAL_NAMES.items():
-        named = getattr(arguments, f"{part}_column")
-        if named is not None and named not in names:
-            raise InputError(
-                f"dataset {arguments.dataset_name}: no column {named!r} (--{part}_column); it has {', '.join(names)}"
-            )
-        found = named or next((name for name in usual if name in names), None)
-        if found is None:
-            raise InputError(
-                f"dataset {arguments.dataset_name}: no {part} column (looked for {', '.join(usual)}); it has "
-                f"{', '.join(names)}; name the right one with --{part}_column"
-            )
-        columns[part] = found
-    return columns
 
 
 def named_layout(arguments: RecipeArguments) -> Layout | None:
@@ -237,11 +198,11 @@ def _reshape(
     rows = splits[split]
     if arguments.dataset_name != "digits":
         layout = named_layout(arguments)
-        read = _plain(rows, arguments) if layout is None else _read(rows, layout, arguments)
+        read = read_columns(rows, arguments) if layout is None else _read(rows, layout, arguments)
         whole = _whole(read)
-        _say_left_out(name, split, read, whole, "lack an image or an answer")
+        _say_left_out(name, split, read, whole, "lack a question, an image or an answer")
         if len(whole) == 0:
-            raise InputError(f"{name}: split {split!r} has no row with an image and an answer")
+            raise InputError(f"{name}: split {split!r} has no row with a question, an image and an answer")
         rows = _with_pictures(whole, arguments)
     measured = measure(rows, processor, every_length=arguments.max_prompt_length is not None)
     fitting = [index for index, row in enumerate(measured) if row.fits(arguments.max_prompt_length)]
@@ -278,29 +239,6 @@ def _select(rows: Dataset, measured: list[Measured], chosen: Iterable[int]) -> t
     return rows.select(order), [measured[index] for index in order]
 
 
-def _plain(rows: Dataset, arguments: RecipeArguments) -> Dataset:
-    """A dataset with a question, an image and an answer in columns of their own."""
-    from datasets import Value
-
-    columns = find_columns(rows.column_names, arguments)
-    # Removing before renaming: a dataset may have a `prompt` beside the `problem` that was asked for.
-    rows = rows.remove_columns(
-        [name for name in NOT_KEPT if name in rows.column_names and name not in columns.values()]
-    )
-    rows = rows.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
-    rows = rows.cast_column("answer", Value("string"))
-    kinds = rows.unique("answer_type") if "answer_type" in rows.column_names else []
-    unknown = [repr(kind) for kind in kinds if kind not in ANSWER_TYPES]
-    if unknown:
-        raise InputError(
-            f"dataset {arguments.dataset_name}: answer_type {', '.join(unknown)}; there are "
-            f"{', '.join(ANSWER_TYPES)}; rename the column where it means something else"
-        )
-    if not isinstance(rows.features["prompt"], Value):
-        return rows
-    return rows.map(_conversation, desc="writing prompts", input_columns=["prompt"])
-
-
 def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
     """A dataset of a known layout."""
     columns = text_columns(layout, rows.column_names)
@@ -315,12 +253,20 @@ def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
         rows = rows.rename_column(layout.image_column, "image")
 
     def read(*values: Any) -> dict[str, Any]:
-        known = None not in values
-        question = layout.read(*values) if known else Question(text="", answer="", answer_type="text")
-        asked = _conversation(question.text, instruction=layout.instruction)
-        return {**asked, "answer": question.answer, "answer_type": question.answer_type}
+        *texts, index = values
+        try:
+            known = None not in texts
+            question = layout.read(*texts) if known else Question(text="", answer="", answer_type="text")
+            prompt = conversation(question.text, instruction=layout.instruction)
+        except (AttributeError, TypeError, ValueError) as error:  # what reading a value of another kind ends in
+            raise InputError(
+                f"dataset {arguments.dataset_name}: row {index} (from 0): its {' and '.join(columns)} are not as its "
+                f"layout has them ({error})"
+            ) from error
+        return {"prompt": prompt, "answer": question.answer, "answer_type": question.answer_type}
 
-    return rows.map(read, input_columns=list(columns), remove_columns=list(columns), desc="reading rows")
+    options = {"input_columns": list(columns), "remove_columns": list(columns), "with_indices": True}
+    return rows.map(read, **options, desc="reading rows")
 
 
 def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
@@ -329,12 +275,24 @@ def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
 
     kind = rows.features["image"]
     several = isinstance(kind, List)
-    if isinstance(kind.feature if several else kind, Value):
+    one = kind.feature if several else kind
+    paths = isinstance(one, Value) and "string" in one.dtype
+    if not (paths or isinstance(one, Image) or one == Value("binary") or _has_parts(one)):
+        raise InputError(
+            f"dataset {arguments.dataset_name}: its images are {kind}; expected images, or paths of images, one or a "
+            "list of them; name the right column with --image_column"
+        )
+    if paths:
         folder = Path(arguments.image_folder or "")
         rows = rows.map(_in_folder, input_columns=["image"], fn_kwargs={"folder": str(folder)}, desc="finding images")
     if several:
         return rows.cast_column("image", List(Image(mode="RGB"))).rename_column("image", "images")
     return rows.cast_column("image", Image(mode="RGB"))
+
+
+def _has_parts(kind: Any) -> bool:
+    """Whether it is an Image by its content, as parquet files have it that do not say so."""
+    return isinstance(kind, dict) and set(kind) == {"bytes", "path"}
 
 
 def _in_folder(image: str | list[str], *, folder: str) -> dict[str, Any]:
@@ -346,25 +304,28 @@ def _in_folder(image: str | list[str], *, folder: str) -> dict[str, Any]:
 
 
 def _whole(rows: Dataset) -> Dataset:
-    """The rows with an image and an answer. No image is decoded for it."""
-    from datasets import List
+    """The rows with a question, an image and an answer. No image is decoded for it."""
 
-    several = isinstance(rows.features["image"], List)
-
-    def are_whole(images: Any, answers: Any) -> list[bool]:
+    def are_whole(prompts: Any, images: Any, answers: Any) -> list[bool]:
         return [
-            image.is_valid and answer.as_py() not in (None, "") and (not several or len(image) > 0)
-            for image, answer in zip(images, answers, strict=True)
+            prompt.is_valid and len(prompt) > 0 and _is_there(image) and answer.as_py() not in (None, "")
+            for prompt, image, answer in zip(prompts, images, answers, strict=True)
         ]
 
     looked_at = rows.with_format("arrow")
-    options = {"batched": True, "input_columns": ["image", "answer"], "desc": "looking for whole rows"}
+    options = {"batched": True, "input_columns": ["prompt", "image", "answer"], "desc": "looking for whole rows"}
     return looked_at.filter(are_whole, **options).with_format(None)
 
 
-def _conversation(question: str, *, instruction: str = "") -> dict[str, list[dict[str, str]]]:
-    asked = f"{question.replace('<image>', '').strip()} {instruction}".strip()
-    return {"prompt": [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": asked}]}
+def _is_there(image: Any) -> bool:
+    """An image as Arrow has it, or a list of images."""
+    import pyarrow
+
+    if not image.is_valid:
+        return False
+    if isinstance(image, pyarrow.ListScalar):
+        return len(image) > 0 and all(_is_there(one) for one in image)
+    return not isinstance(image, pyarrow.StructScalar) or any(part.is_valid for part in image.values())
 
 
 def _say_left_out(name: str, split: str, before: Dataset, after: Dataset, why: str) -> None:

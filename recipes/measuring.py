@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
-ROW = "row {} (from 0, of the rows with an image and an answer)"
+ROW = "row {} (from 0, of the rows with a question, an image and an answer)"
 """How an error calls a row."""
 
 _TOKENISED_TOGETHER = 1000
@@ -161,8 +161,10 @@ def _look_at_images(rows: Dataset) -> list[tuple[tuple[tuple[int, int], ...], tu
 
 
 def _look_at_row(images: Any, index: int) -> dict[str, list[Any]]:
-    images = images if isinstance(images, list) else [images]
-    looked = [look_at(image, name=f"of {ROW.format(index)}" if image["bytes"] else image["path"]) for image in images]
+    looked = []
+    for image in images if isinstance(images, list) else [images]:
+        embedded = image["bytes"] is not None
+        looked.append(look_at(image, name=f"of {ROW.format(index)}" if embedded else image["path"]))
     return {"sizes": [size for size, _ in looked], "pictures": [picture for _, picture in looked]}
 
 
@@ -171,7 +173,12 @@ def _text_tokens(rows: Dataset, images: Sequence[int], processor: Any) -> list[i
     prompts = [row["prompt"] for row in rows.select_columns(["prompt"])]
     keys = [(repr(prompt), count) for prompt, count in zip(prompts, images, strict=True)]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
-    texts = [_written(prompts[index], [None] * key[1], processor) for key, index in first.items()]
+    texts = []
+    for (_, count), index in first.items():
+        try:
+            texts.append(_written(prompts[index], [None] * count, processor))
+        except ValueError as error:  # TRL counts the places for images
+            raise InputError(f"{ROW.format(index)}: its prompt cannot be written ({error})") from error
     counted: list[int] = []
     for start in range(0, len(texts), _TOKENISED_TOGETHER):
         together = processor.tokenizer(texts[start : start + _TOKENISED_TOGETHER])["input_ids"]

@@ -45,7 +45,7 @@ def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str
 
     content = picture["bytes"]
     try:
-        with io.BytesIO(content) if content else Path(picture["path"]).open("rb") as file:
+        with io.BytesIO(content) if content is not None else Path(picture["path"]).open("rb") as file:
             with Pillow.open(file) as opened:
                 size = opened.size
                 whole = _ends(file, opened.format)
@@ -53,7 +53,9 @@ def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str
                 _decode(picture)
     except _unreadable() as error:
         raise InputError(f"image {name}: {_complaint(error)}; replace it, or take its row out") from error
-    return size, hashlib.sha1(content, usedforsecurity=False).hexdigest() if content else str(picture["path"])
+    if content is None:
+        return size, str(picture["path"])
+    return size, hashlib.sha1(content, usedforsecurity=False).hexdigest()
 
 
 def decode(picture: dict[str, Any], *, name: str) -> Image:

@@ -401,9 +401,9 @@ def test_a_conversation_that_nobody_answers_is_left_out(
     silent = "".join(json.dumps(row) + "\n" for row in (asked, {**asked, "conversations": []}))
     file.write_text(file.read_text() + silent)
     assert len(load(copies["referring"], **options).train) == 2
-    assert "2 of 4 rows of 'train' lack an image or an answer; left out" in capsys.readouterr().out
+    assert "2 of 4 rows of 'train' lack a question, an image or an answer; left out" in capsys.readouterr().out
     file.write_text(json.dumps(asked) + "\n")
-    with pytest.raises(InputError, match="split 'train' has no row with an image and an answer"):
+    with pytest.raises(InputError, match="split 'train' has no row with a question, an image and an answer"):
         load(copies["referring"], **options)
 
 
@@ -597,3 +597,168 @@ def test_rows_held_out_show_no_image_that_is_trained_on(
 def test_rows_of_one_image_are_held_out_all_the_same(tmp_path: Path) -> None:
     splits = load(write_bytes(tmp_path / "own", [encoded("PNG")] * 3))
     assert (len(splits.train), len(splits.held_out), splits.shared_images) == (2, 1, 1)
+
+
+def write_shapes(folder: Path, kinds: dict[str, Any], **columns: list[Any]) -> Path:
+    """Two whole rows, but for the columns given, which have the kinds given."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    count = len(next(iter(columns.values())))
+    plain = {"question": Value("string"), "image": ImageFeature(), "answer": Value("string")}
+    rows = {"question": ["?"] * count, "image": [picture(60, 40)] * count, "answer": ["red"] * count, **columns}
+    Dataset.from_dict(rows, features=Features({**plain, **kinds})).save_to_disk(str(folder))
+    return folder
+
+
+def messages(*contents: Any, role: str = "user") -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for content in contents]
+
+
+def own_kinds() -> dict[str, Any]:
+    """Kinds of columns, by name."""
+    from datasets import ClassLabel, Json, List, Value
+    from datasets import Image as ImageFeature
+
+    return {
+        "number": Value("int64"),
+        "text": Value("string"),
+        "binary": Value("binary"),
+        "texts": List(Value("string")),
+        "numbers": List(Value("int64")),
+        "mapping": {"value": Value("string")},
+        "label": ClassLabel(names=["red", "blue"]),
+        "anything": Json(),
+        "images": List(ImageFeature()),
+        "stored": {"bytes": Value("binary"), "path": Value("string")},
+        "chat": List({"role": Value("string"), "content": Value("string")}),
+        "parts": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
+        "nested": List(List({"role": Value("string"), "content": Value("string")})),
+    }
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "values", "message"),
+    [
+        (
+            "answer",
+            "numbers",
+            [None, [1, 2]],
+            r"row 1 \(from 0\): its answer, column 'answer', is a list \(\[1, 2\]\); ex",
+        ),
+        ("answer", "mapping", [{"value": "x"}] * 2, r"row 0 \(from 0\): its answer, column 'answer', is a dict"),
+        ("answer", "binary", [b"\xff"] * 2, r"row 0 \(from 0\): its answer, column 'answer', is a bytes"),
+        ("answer", "anything", ["red", ["red"]], r"row 1 \(from 0\): its answer, column 'answer', is a list"),
+        (
+            "question",
+            "texts",
+            [["a", "b"]] * 2,
+            r"row 0 .*: its question, column 'question', is a list, but not of mess",
+        ),
+        (
+            "question",
+            "mapping",
+            [{"value": "x"}] * 2,
+            r"its question, column 'question', is a dict .*; expected a text",
+        ),
+        ("question", "nested", [[messages("?")]] * 2, "is a list, but not of messages"),
+        (
+            "question",
+            "chat",
+            [messages("?"), messages("?", role="human")],
+            r"row 1 .* whose role is 'human'; there are",
+        ),
+        ("question", "chat", [messages("?", role="system")] * 2, "has no message of a user"),
+        ("question", "chat", [messages(None)] * 2, "has a message whose content is a NoneType"),
+        (
+            "question",
+            "parts",
+            [messages([{"type": "text", "text": "?"}])] * 2,
+            r"row 0 .*: its prompt cannot be written",
+        ),
+        ("question", "anything", ["?", {"text": "?"}], r"row 1 .* is a dict"),
+        ("image", "number", [1, 2], r"its images are Value\('int64'\); expected images, or paths .*--image_column"),
+        ("image", "anything", ["a.png", ["b.png"]], r"its images are Json\(.*\); expected images, or paths"),
+        (
+            "image",
+            "stored",
+            [{"bytes": b"", "path": None}] * 2,
+            r"image of row 0 .*: cannot be read as an image; replace",
+        ),
+        ("answer_type", "texts", [["text"]] * 2, r"answer_type List\(.*; there are text, number"),
+        ("answer_type", "text", ["text", None], r"answer_type None; there are text, number"),
+    ],
+)
+def test_what_is_no_question_image_or_answer_is_one_line(
+    tmp_path: Path, processors: Any, column: str, kind: str, values: list[Any], message: str
+) -> None:
+    from grpo_toolkit import InputError
+
+    own = write_shapes(tmp_path / "own", {column: own_kinds()[kind]}, **{column: values})
+    with pytest.raises(InputError, match=message) as raised:
+        load(own, processors())
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "values"),
+    [
+        ("question", "text", ["?", "?", None]),
+        ("question", "number", [1, 2, None]),
+        ("question", "chat", [messages("?"), messages("?"), None]),
+        ("question", "chat", [messages("?"), messages("?"), []]),
+        ("question", "anything", ["?", messages("?"), None]),
+        ("answer", "number", [1, 2, None]),
+        ("answer", "anything", ["red", 1, None]),
+        ("image", "text", ["p.png", "p.png", None]),
+        ("image", "texts", [["p.png"], ["p.png", "p.png"], []]),
+        ("image", "texts", [["p.png"], ["p.png"], ["p.png", None]]),
+        ("image", "images", [[picture()], [picture()], [picture(), None]]),
+        ("image", "stored", [{"bytes": None, "path": "p.png"}, {"bytes": None, "path": "p.png"}, None]),
+    ],
+)
+def test_rows_that_lack_something_are_left_out(
+    tmp_path: Path,
+    processors: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    column: str,
+    kind: str,
+    values: list[Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(60, 40).save("p.png")
+    own = write_shapes(tmp_path / "own", {column: own_kinds()[kind]}, **{column: values})
+    splits = load(own, processors())
+    assert (len(splits.train), len(splits.held_out)) == (1, 1)
+    assert "1 of 3 rows of 'train' lack a question, an image or an answer; left out" in capsys.readouterr().out
+    for row in (*splits.train, *splits.held_out):
+        assert all(image.mode == "RGB" for image in (row["images"] if "images" in row else [row["image"]]))
+        assert isinstance(row["answer"], str)
+        assert row["prompt"][-1]["role"] == "user"
+
+
+def test_labels_are_answered_by_their_names(tmp_path: Path) -> None:
+    """As an ImageFolder has them; their numbers are nothing that a model could say."""
+    splits = load(write_shapes(tmp_path / "own", {"answer": own_kinds()["label"]}, answer=[0, 1]))
+    assert sorted(row["answer"] for row in (*splits.train, *splits.held_out)) == ["blue", "red"]
+
+
+def test_one_column_does_not_play_two_parts(tmp_path: Path) -> None:
+    from grpo_toolkit import InputError
+
+    with pytest.raises(InputError, match=r"column 'answer' is both prompt and answer; name another with --prompt_col"):
+        load(write_own(tmp_path / "own"), prompt_column="answer")
+
+
+def test_a_known_layout_with_other_values_is_one_line(copies: dict[str, Path]) -> None:
+    from grpo_toolkit import InputError
+
+    file = copies["referring"] / "refcoco_train.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    row["conversations"][1]["value"] = ["left", "right"]
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        InputError, match=r"row 0 \(from 0\): its conversations are not as its layout has them \(could not"
+    ):
+        load(copies["referring"], dataset_layout="referring", image_folder=str(copies["referring"].parent / "coco"))
