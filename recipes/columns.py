@@ -48,10 +48,9 @@ def read_columns(rows: Dataset, arguments: RecipeArguments) -> Dataset:
         [name for name in NOT_KEPT if name in rows.column_names and name not in columns.values()]
     )
     rows = rows.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
-    where = f"dataset {arguments.dataset_name}: row {{}} (from 0)"
-    rows = _with_answers(rows, f"{where}: its answer, column {columns['answer']!r},")
+    rows = _with_answers(rows, str(arguments.dataset_name), column=columns["answer"])
     _check_answer_types(rows, arguments)
-    return _with_prompts(rows, f"{where}: its question, column {columns['prompt']!r},")
+    return _with_prompts(rows, str(arguments.dataset_name), column=columns["prompt"])
 
 
 def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]:
@@ -89,24 +88,25 @@ def conversation(question: str, *, instruction: str = "") -> list[dict[str, str]
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": asked}]
 
 
-def _with_answers(rows: Dataset, name: str) -> Dataset:
-    """Answers as texts. `name` is what an error calls one, with braces for the row's number."""
+def _with_answers(rows: Dataset, dataset: str, *, column: str) -> Dataset:
+    """Answers as texts. An error names the dataset, and the column as it is published."""
     from datasets import ClassLabel, Value
 
     kind = rows.features["answer"]
+    if kind == Value("string"):
+        return rows  # A cast would copy all the images.
     if isinstance(kind, Value) and "binary" not in kind.dtype:
         return rows.cast_column("answer", Value("string"))
     labels = kind.names if isinstance(kind, ClassLabel) else None
     answers = []
-    for index, row in enumerate(rows.select_columns(["answer"])):
-        answer = row["answer"]
+    for index, answer in enumerate(rows["answer"][:]):
         if not isinstance(answer, str | int | float | None):
             raise InputError(
-                f"{name.format(index)} is a {type(answer).__name__} ({_short(answer)}); expected a text or a number: "
-                "write it as a text"
+                f"dataset {dataset}: row {index} (from 0): its answer, column {column!r}, is a "
+                f"{type(answer).__name__} ({_short(answer)}); expected a text or a number: write it as a text"
             )
         if labels is not None and answer is not None:
-            answer = labels[answer]
+            answer = labels[answer] if answer >= 0 else None  # -1 says that nobody labelled it
         answers.append(None if answer is None else str(answer))
     return rows.remove_columns("answer").add_column("answer", answers, feature=Value("string"))
 
@@ -126,20 +126,21 @@ def _check_answer_types(rows: Dataset, arguments: RecipeArguments) -> None:
         )
 
 
-def _with_prompts(rows: Dataset, name: str) -> Dataset:
-    """Questions as messages. `name` is what an error calls one, with braces for the row's number."""
+def _with_prompts(rows: Dataset, dataset: str, *, column: str) -> Dataset:
+    """Questions as messages. An error names the dataset, and the column as it is published."""
     from datasets import Features, List, Value
 
-    if isinstance(rows.features["prompt"], Value):
+    kind = rows.features["prompt"]
+    if isinstance(kind, Value) and kind != Value("string"):
         rows = rows.cast_column("prompt", Value("string"))
-    as_published = isinstance(rows.features["prompt"], List)
+    as_published = isinstance(kind, List)
     contents = str | list if as_published else str
-    for index, row in enumerate(rows.select_columns(["prompt"])):
-        problem = _problem(row["prompt"], contents)
+    for index, question in enumerate(rows["prompt"][:]):
+        problem = _problem(question, contents)
         if problem is not None:
             raise InputError(
-                f"{name.format(index)} {problem} ({_short(row['prompt'])}); expected a text, or messages with a role "
-                "and a content"
+                f"dataset {dataset}: row {index} (from 0): its question, column {column!r}, {problem} "
+                f"({_short(question)}); expected a text, or messages with a role and a content"
             )
     if as_published:
         return rows

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 ROW = "row {} (from 0, of the rows with a question, an image and an answer)"
 """How an error calls a row."""
 
-_TOKENISED_TOGETHER = 1000
+_TOGETHER = 1000
+"""Prompts that are tokenised at a time."""
+
+_TOKENISED = 256
+"""Prompts among which the longest is looked for where none is too long."""
+
+_BYTES_A_TOKEN = 3  # About, to tell heavy prompts from light ones: English has four, digits one.
 
 _PROCESSED = 8
 """Prompts among which the longest is looked for where each must be processed for it."""
@@ -71,8 +77,8 @@ def measure(rows: Dataset, processor: Any, *, every_length: bool) -> list[Measur
         processor (*optional*):
             The model's, with the pixel limits of the training. Without it only the images are looked at.
         every_length (`bool`):
-            Count the prompts' tokens even where the processor must be given each image for it, which is slow. Those
-            of a Qwen-VL are always counted.
+            Count the tokens of every prompt, because those that are too long are left out. Otherwise those of the
+            heaviest are counted, which tell the longest; where the processor must be given each image for it, none.
 
     Raises:
         InputError: an image is none, or is cut off; a prompt cannot be written.
@@ -86,21 +92,25 @@ def measure(rows: Dataset, processor: Any, *, every_length: bool) -> list[Measur
             Measured(sizes=sizes, pictures=pictures, prompt_tokens=length)
             for (sizes, pictures), length in zip(seen, lengths, strict=True)
         ]
-    texts = _text_tokens(rows, [len(sizes) for sizes, _ in seen], processor)
-    measured = []
-    for (sizes, pictures), text in zip(seen, texts, strict=True):
-        narrow = any(max(size) > LARGEST_ASPECT_RATIO * min(size) for size in sizes)
-        images = 0 if narrow else sum(limits.tokens(*size) for size in sizes)
-        measured.append(
-            Measured(
-                sizes=sizes,
-                pictures=pictures,
-                image_tokens=images,
-                prompt_tokens=text - len(sizes) + images,
-                too_narrow=narrow,
-            )
+    narrow = [any(max(size) > LARGEST_ASPECT_RATIO * min(size) for size in sizes) for sizes, _ in seen]
+    images = [
+        0 if refused else sum(limits.tokens(*size) for size in sizes)
+        for (sizes, _), refused in zip(seen, narrow, strict=True)
+    ]
+    prompts = rows["prompt"][:]
+    counted = range(len(rows)) if every_length else _heaviest(prompts, images, count=_TOKENISED)
+    texts = _text_tokens({index: (prompts[index], len(seen[index][0])) for index in counted}, processor)
+    # The chat template has one placeholder for each image.
+    return [
+        Measured(
+            sizes=sizes,
+            pictures=pictures,
+            image_tokens=images[index],
+            prompt_tokens=texts[index] - len(sizes) + images[index] if index in texts else None,
+            too_narrow=narrow[index],
         )
-    return measured
+        for index, (sizes, pictures) in enumerate(seen)
+    ]
 
 
 def fit_boxes(rows: Dataset, measured: Sequence[Measured], limits: PixelLimits) -> Dataset:
@@ -146,8 +156,7 @@ def longest_prompt(rows: Dataset, measured: Sequence[Measured], processor: Any) 
     """Of all rows whose length was counted; else of those with the longest texts."""
     lengths = [row.prompt_tokens for row in measured if row.prompt_tokens is not None]
     if not lengths:
-        texts = [_text_bytes(row["prompt"]) for row in rows.select_columns(["prompt"])]
-        heaviest = sorted(range(len(rows)), key=texts.__getitem__, reverse=True)[:_PROCESSED]
+        heaviest = _heaviest(rows["prompt"][:], [0] * len(rows), count=_PROCESSED)
         lengths = [_processed_length(row, processor) for row in decoded(rows.select(heaviest))]
     return Longest(prompt_tokens=max(lengths), image_tokens=max(row.image_tokens for row in measured))
 
@@ -168,23 +177,28 @@ def _look_at_row(images: Any, index: int) -> dict[str, list[Any]]:
     return {"sizes": [size for size, _ in looked], "pictures": [picture for _, picture in looked]}
 
 
-def _text_tokens(rows: Dataset, images: Sequence[int], processor: Any) -> list[int]:
-    """Tokens of each prompt with one for each of its images."""
-    prompts = [row["prompt"] for row in rows.select_columns(["prompt"])]
-    keys = [(repr(prompt), count) for prompt, count in zip(prompts, images, strict=True)]
-    first = {key: index for index, key in reversed(list(enumerate(keys)))}
-    texts = []
-    for (_, count), index in first.items():
+def _heaviest(prompts: Sequence[Any], images: Sequence[int], *, count: int) -> list[int]:
+    """The rows with most text and image tokens, by the bytes of the text."""
+    weights = [_text_bytes(prompt) / _BYTES_A_TOKEN + image for prompt, image in zip(prompts, images, strict=True)]
+    return sorted(range(len(prompts)), key=weights.__getitem__, reverse=True)[:count]
+
+
+def _text_tokens(asked: dict[int, tuple[list[dict[str, Any]], int]], processor: Any) -> dict[int, int]:
+    """Tokens of prompts with one for each of their images. `asked`: by the number of the row, prompt and images."""
+    keys = {index: (repr(prompt), images) for index, (prompt, images) in asked.items()}
+    written: dict[tuple[str, int], str] = {}
+    for index, (prompt, images) in asked.items():
+        if keys[index] in written:
+            continue
         try:
-            texts.append(_written(prompts[index], [None] * count, processor))
+            written[keys[index]] = _written(prompt, [None] * images, processor)
         except ValueError as error:  # TRL counts the places for images
             raise InputError(f"{ROW.format(index)}: its prompt cannot be written ({error})") from error
-    counted: list[int] = []
-    for start in range(0, len(texts), _TOKENISED_TOGETHER):
-        together = processor.tokenizer(texts[start : start + _TOKENISED_TOGETHER])["input_ids"]
-        counted += [len(ids) for ids in together]
-    found = dict(zip(first, counted, strict=True))
-    return [found[key] for key in keys]
+    texts, counted = list(written.values()), []
+    for start in range(0, len(texts), _TOGETHER):
+        counted += [len(ids) for ids in processor.tokenizer(texts[start : start + _TOGETHER])["input_ids"]]
+    found = dict(zip(written, counted, strict=True))
+    return {index: found[key] for index, key in keys.items()}
 
 
 def _written(prompt: list[dict[str, Any]], images: list[Any], processor: Any) -> str:

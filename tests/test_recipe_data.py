@@ -740,7 +740,7 @@ def test_rows_that_lack_something_are_left_out(
 
 def test_labels_are_answered_by_their_names(tmp_path: Path) -> None:
     """As an ImageFolder has them; their numbers are nothing that a model could say."""
-    splits = load(write_shapes(tmp_path / "own", {"answer": own_kinds()["label"]}, answer=[0, 1]))
+    splits = load(write_shapes(tmp_path / "own", {"answer": own_kinds()["label"]}, answer=[0, 1, -1]))
     assert sorted(row["answer"] for row in (*splits.train, *splits.held_out)) == ["blue", "red"]
 
 
