@@ -87,6 +87,13 @@ class RecipeArguments(ScriptArguments):
             "token of Qwen2.5-VL. Default: the model's own limit."
         },
     )
+    min_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "The fewest pixels of an image, which smaller ones are enlarged to, in training, rollouts and the "
+            "saved processor. Default: the model's own limit."
+        },
+    )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Rows with a longer prompt (tokens, image included) are left out, never cut."}
     )

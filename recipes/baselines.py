@@ -123,6 +123,7 @@ def conditions(
         "load_in_8bit": model.load_in_8bit,
         "rows": len(rows),
         "questions": digest.hexdigest(),
+        "min_pixels": recipe.min_pixels,
         "max_pixels": recipe.max_pixels,
         "max_completion_length": training.max_completion_length,
     }

@@ -6,51 +6,48 @@
 with columns under their usual names, or named with `--prompt_column`, `--image_column` and `--answer_column`. The
 other columns stay, for rewards of one's own.
 
-Nothing is ever cut: a prompt that is too long, image tokens included, is left out, and so is a row without an image or
-an answer. How many were is said.
+Nothing is ever cut: a prompt that is too long, image tokens included, is left out, and so is a row without a question,
+an image or an answer. How many were is said.
 """
 
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from answers import ANSWER_TYPES
+from columns import conversation, read_columns
 from grpo_toolkit import InputError
-from images import Fit, pixel_limits
+from holding_out import hold_out, shared
+from images import decoded, pixel_limits
 from layouts import LAYOUTS, Layout, Question, find_layout, text_columns
-from measuring import fit_boxes, keep_short
+from measuring import Longest, fit_boxes, longest_prompt, measure
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from datasets import Dataset
 
     from arguments import RecipeArguments
-
-SYSTEM_PROMPT = (
-    "You are a helpful assistant. First think about the question, then give the answer: put the reasoning between "
-    "<think> and </think>, then the answer alone between <answer> and </answer>."
-)
-"""For datasets other than the digits, whose tiny base was supervised on the format."""
-
-USUAL_NAMES = {
-    "prompt": ("prompt", "problem", "question", "query"),
-    "image": ("image", "images"),
-    "answer": ("answer", "solution", "ground_truth", "label"),
-}
-
-
-NOT_KEPT = ("prompt", "image", "images", "answer", "prompts", "completions")
-"""Not kept where they are not the columns asked for: TRL hands rewards other things by these names."""
+    from measuring import Measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """What is trained on, and what is only measured on."""
+    """What is trained on, and what is only measured on.
+
+    Attributes:
+        train, held_out: in the row form.
+        longest: of the prompts that are trained on; None where they were loaded without a processor.
+        shared_images: how many rows held out show an image that is trained on.
+    """
 
     train: Dataset
     held_out: Dataset
+    longest: Longest | None
+    shared_images: int
 
 
 def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None) -> Splits:
@@ -79,42 +76,25 @@ def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None)
             f"dataset {arguments.dataset_name}: no split {test_split!r} (--dataset_test_split); it has "
             f"{', '.join(splits)}; without the setting training rows are held out where there is no split 'test'"
         )
-    train = _reshape(splits, arguments.dataset_train_split, arguments, processor)
+    train, measured = _reshape(splits, arguments.dataset_train_split, arguments, processor)
     if test_split in splits:
-        held_out = _reshape(splits, test_split, arguments, processor)
-    elif len(train) < 2:
-        raise InputError(f"dataset {arguments.dataset_name}: one row, of which none can be held out")
+        held_out, measured_out = _reshape(splits, test_split, arguments, processor)
     else:  # none published: hold some of the training rows out
-        parts = train.train_test_split(test_size=min(arguments.held_out_size, max(1, len(train) // 10)), seed=seed)
-        train, held_out = parts["train"], parts["test"]
-    held_out = held_out.select(range(min(arguments.held_out_size, len(held_out))))
-    limits = pixel_limits(processor)
-    if arguments.max_pixels is not None and limits is not None:
-        train, held_out = train.with_transform(Fit(limits=limits)), held_out.with_transform(Fit(limits=limits))
-    return Splits(train=train, held_out=held_out)
-
-
-def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]:
-    """Which column of the dataset plays which part.
-
-    Raises:
-        InputError: a named column is not there, or none has a usual name.
-    """
-    columns = {}
-    for part, usual in USUAL_NAMES.items():
-        named = getattr(arguments, f"{part}_column")
-        if named is not None and named not in names:
-            raise InputError(
-                f"dataset {arguments.dataset_name}: no column {named!r} (--{part}_column); it has {', '.join(names)}"
-            )
-        found = named or next((name for name in usual if name in names), None)
-        if found is None:
-            raise InputError(
-                f"dataset {arguments.dataset_name}: no {part} column (looked for {', '.join(usual)}); it has "
-                f"{', '.join(names)}; name the right one with --{part}_column"
-            )
-        columns[part] = found
-    return columns
+        chosen = set(_choose(measured, arguments, seed=seed))
+        held_out, measured_out = _select(train, measured, chosen)
+        train, measured = _select(train, measured, set(range(len(train))) - chosen)
+    asked, measured_out = _select(held_out, measured_out, range(min(arguments.held_out_size, len(held_out))))
+    if test_split not in splits:
+        why = "show an image of the rows held out, more than --held_out_size"
+        _say_left_out(f"dataset {arguments.dataset_name}", arguments.dataset_train_split, held_out, asked, why)
+    limited = arguments.min_pixels is not None or arguments.max_pixels is not None
+    limits = pixel_limits(processor) if limited else None
+    return Splits(
+        train=decoded(train, limits),
+        held_out=decoded(asked, limits),
+        longest=None if processor is None else longest_prompt(train, measured, processor),
+        shared_images=shared([row.pictures for row in measured_out], [row.pictures for row in measured]),
+    )
 
 
 def named_layout(arguments: RecipeArguments) -> Layout | None:
@@ -204,58 +184,59 @@ def _reason(error: Exception) -> str:
     return says[0] if says else type(error).__name__
 
 
-def _reshape(splits: dict[str, Dataset], split: str, arguments: RecipeArguments, processor: Any) -> Dataset:
-    """One split in the row form; images are decoded when a batch asks for them.
+def _reshape(
+    splits: dict[str, Dataset], split: str, arguments: RecipeArguments, processor: Any
+) -> tuple[Dataset, list[Measured]]:
+    """One split in the row form, and what its rows measure. No image is decoded for it.
 
     Raises:
-        InputError: no such split, a column is missing, or no row is left.
+        InputError: no such split, a column is missing, an image cannot be read, or no row is left.
     """
     name = f"dataset {arguments.dataset_name}"
     if split not in splits:
         raise InputError(f"{name}: no split {split!r}; it has {', '.join(splits)}; choose with --dataset_train_split")
-    if arguments.dataset_name == "digits":
-        return splits[split]
-    layout = named_layout(arguments)
     rows = splits[split]
-    rows = _plain(rows, arguments) if layout is None else _read(rows, layout, arguments)
-    whole = _whole(rows)
-    _say_left_out(name, split, rows, whole, "lack an image or an answer")
-    if len(whole) == 0:
-        raise InputError(f"{name}: split {split!r} has no row with an image and an answer")
-    rows = _with_pictures(whole, arguments)
-    if processor is None:
-        return rows
-    short = keep_short(rows, processor, max_prompt_length=arguments.max_prompt_length)
-    _say_left_out(name, split, rows, short, "have too long a prompt or too narrow an image")
-    if len(short) == 0:
+    if arguments.dataset_name != "digits":
+        layout = named_layout(arguments)
+        read = read_columns(rows, arguments) if layout is None else _read(rows, layout, arguments)
+        whole = _whole(read)
+        _say_left_out(name, split, read, whole, "lack a question, an image or an answer")
+        if len(whole) == 0:
+            raise InputError(f"{name}: split {split!r} has no row with a question, an image and an answer")
+        rows = _with_pictures(whole, arguments)
+    measured = measure(rows, processor, every_length=arguments.max_prompt_length is not None)
+    fitting = [index for index, row in enumerate(measured) if row.fits(arguments.max_prompt_length)]
+    if len(fitting) == 0:
         raise InputError(
             f"{name}: no prompt of split {split!r} has {arguments.max_prompt_length} tokens or fewer, its image "
             "included; raise --max_prompt_length or lower --max_pixels"
         )
-    return fit_boxes(short, processor)
+    short, measured = _select(rows, measured, fitting)
+    _say_left_out(name, split, rows, short, "have too long a prompt or too narrow an image")
+    limits = pixel_limits(processor)
+    return short if limits is None else fit_boxes(short, measured, limits), measured
 
 
-def _plain(rows: Dataset, arguments: RecipeArguments) -> Dataset:
-    """A dataset with a question, an image and an answer in columns of their own."""
-    from datasets import Value
+def _choose(measured: list[Measured], arguments: RecipeArguments, *, seed: int) -> list[int]:
+    """Training rows to hold out: a tenth, but no more than are asked for.
 
-    columns = find_columns(rows.column_names, arguments)
-    # Removing before renaming: a dataset may have a `prompt` beside the `problem` that was asked for.
-    rows = rows.remove_columns(
-        [name for name in NOT_KEPT if name in rows.column_names and name not in columns.values()]
-    )
-    rows = rows.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
-    rows = rows.cast_column("answer", Value("string"))
-    kinds = rows.unique("answer_type") if "answer_type" in rows.column_names else []
-    unknown = [repr(kind) for kind in kinds if kind not in ANSWER_TYPES]
-    if unknown:
-        raise InputError(
-            f"dataset {arguments.dataset_name}: answer_type {', '.join(unknown)}; there are "
-            f"{', '.join(ANSWER_TYPES)}; rename the column where it means something else"
-        )
-    if not isinstance(rows.features["prompt"], Value):
-        return rows
-    return rows.map(_conversation, desc="writing prompts", input_columns=["prompt"])
+    Where all rows belong together by their images, they are any rows: `Splits.shared_images` then tells.
+
+    Raises:
+        InputError: there is but one row.
+    """
+    if len(measured) < 2:
+        raise InputError(f"dataset {arguments.dataset_name}: one row, of which none can be held out")
+    size = min(arguments.held_out_size, max(1, len(measured) // 10))
+    chosen = hold_out([row.pictures for row in measured], size=size, seed=seed)
+    return chosen or random.Random(seed).sample(range(len(measured)), size)
+
+
+def _select(rows: Dataset, measured: list[Measured], chosen: Iterable[int]) -> tuple[Dataset, list[Measured]]:
+    order = sorted(chosen)
+    if len(order) == len(rows):
+        return rows, measured
+    return rows.select(order), [measured[index] for index in order]
 
 
 def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
@@ -272,12 +253,20 @@ def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
         rows = rows.rename_column(layout.image_column, "image")
 
     def read(*values: Any) -> dict[str, Any]:
-        known = None not in values
-        question = layout.read(*values) if known else Question(text="", answer="", answer_type="text")
-        asked = _conversation(question.text, instruction=layout.instruction)
-        return {**asked, "answer": question.answer, "answer_type": question.answer_type}
+        *texts, index = values
+        try:
+            known = None not in texts
+            question = layout.read(*texts) if known else Question(text="", answer="", answer_type="text")
+            prompt = conversation(question.text, instruction=layout.instruction)
+        except (AttributeError, TypeError, ValueError) as error:  # what reading a value of another kind ends in
+            raise InputError(
+                f"dataset {arguments.dataset_name}: row {index} (from 0): its {' and '.join(columns)} are not as its "
+                f"layout has them ({error})"
+            ) from error
+        return {"prompt": prompt, "answer": question.answer, "answer_type": question.answer_type}
 
-    return rows.map(read, input_columns=list(columns), remove_columns=list(columns), desc="reading rows")
+    options = {"input_columns": list(columns), "remove_columns": list(columns), "with_indices": True}
+    return rows.map(read, **options, desc="reading rows")
 
 
 def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
@@ -286,12 +275,24 @@ def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
 
     kind = rows.features["image"]
     several = isinstance(kind, List)
-    if isinstance(kind.feature if several else kind, Value):
+    one = kind.feature if several else kind
+    paths = isinstance(one, Value) and "string" in one.dtype
+    if not (paths or isinstance(one, Image) or one == Value("binary") or _has_parts(one)):
+        raise InputError(
+            f"dataset {arguments.dataset_name}: its images are {kind}; expected images, or paths of images, one or a "
+            "list of them; name the right column with --image_column"
+        )
+    if paths:
         folder = Path(arguments.image_folder or "")
         rows = rows.map(_in_folder, input_columns=["image"], fn_kwargs={"folder": str(folder)}, desc="finding images")
     if several:
         return rows.cast_column("image", List(Image(mode="RGB"))).rename_column("image", "images")
     return rows.cast_column("image", Image(mode="RGB"))
+
+
+def _has_parts(kind: Any) -> bool:
+    """Whether it is an Image by its content, as parquet files have it that do not say so."""
+    return isinstance(kind, dict) and set(kind) == {"bytes", "path"}
 
 
 def _in_folder(image: str | list[str], *, folder: str) -> dict[str, Any]:
@@ -303,25 +304,28 @@ def _in_folder(image: str | list[str], *, folder: str) -> dict[str, Any]:
 
 
 def _whole(rows: Dataset) -> Dataset:
-    """The rows with an image and an answer. No image is decoded for it."""
-    from datasets import List
+    """The rows with a question, an image and an answer. No image is decoded for it."""
 
-    several = isinstance(rows.features["image"], List)
-
-    def are_whole(images: Any, answers: Any) -> list[bool]:
+    def are_whole(prompts: Any, images: Any, answers: Any) -> list[bool]:
         return [
-            image.is_valid and answer.as_py() not in (None, "") and (not several or len(image) > 0)
-            for image, answer in zip(images, answers, strict=True)
+            prompt.is_valid and len(prompt) > 0 and _is_there(image) and answer.as_py() not in (None, "")
+            for prompt, image, answer in zip(prompts, images, answers, strict=True)
         ]
 
     looked_at = rows.with_format("arrow")
-    options = {"batched": True, "input_columns": ["image", "answer"], "desc": "looking for whole rows"}
+    options = {"batched": True, "input_columns": ["prompt", "image", "answer"], "desc": "looking for whole rows"}
     return looked_at.filter(are_whole, **options).with_format(None)
 
 
-def _conversation(question: str, *, instruction: str = "") -> dict[str, list[dict[str, str]]]:
-    asked = f"{question.replace('<image>', '').strip()} {instruction}".strip()
-    return {"prompt": [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": asked}]}
+def _is_there(image: Any) -> bool:
+    """An image as Arrow has it, or a list of images."""
+    import pyarrow
+
+    if not image.is_valid:
+        return False
+    if isinstance(image, pyarrow.ListScalar):
+        return len(image) > 0 and all(_is_there(one) for one in image)
+    return not isinstance(image, pyarrow.StructScalar) or any(part.is_valid for part in image.values())
 
 
 def _say_left_out(name: str, split: str, before: Dataset, after: Dataset, why: str) -> None:

@@ -55,7 +55,10 @@ def main(argv: list[str]) -> None:
     check_model(model.model_name_or_path)
     rewards = find_rewards(reward_names(recipe))
     processor = load_processor(
-        str(model.model_name_or_path), revision=model.model_revision, max_pixels=recipe.max_pixels
+        str(model.model_name_or_path),
+        revision=model.model_revision,
+        min_pixels=recipe.min_pixels,
+        max_pixels=recipe.max_pixels,
     )
     with training.main_process_first(desc="loading the dataset"):
         splits = load_splits(recipe, seed=training.seed, processor=processor)

@@ -1,22 +1,24 @@
-"""How large the model sees an image, and the one knob for it.
+"""How large the model sees an image, and the knobs for it.
 
 Qwen2.5-VL resizes every image so that both sides are multiples of 28 pixels and the whole has between `min_pixels`
 and `max_pixels`; each 28 x 28 pixels are one token. The published maximum is 12.8 million pixels, 16,384 tokens for
 one image: no training fits that, and a processor saved with another limit than the training's makes the export slower
 and less accurate. So `--max_pixels` is one number that goes everywhere: the rows are resized to it (rollouts in vLLM
 then see the same image as the training forward, whatever their own processor's limits), and the processor that is
-trained with and saved has it too.
+trained with and saved has it too. `--min_pixels` goes the same way, for figures too small to read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit import InputError
+from pictures import decode
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from datasets import Dataset
 
 LARGEST_ASPECT_RATIO = 200
 """Qwen's processors refuse an image that is longer than this by its width, in the middle of a training."""
@@ -48,33 +50,74 @@ class PixelLimits:
         fitted_width, fitted_height = self.fit(width, height)
         return fitted_width * fitted_height // self.factor**2
 
+    def largest_minimum(self) -> int:
+        """The most that `min_pixels` may be for `fit` to give sizes that it leaves as they are.
+
+        It rounds an enlarged image's sides up to squares, and a reduced one's down: limits nearer than that would
+        have the processor resize once more what was resized for it. For images up to four times as long as wide,
+        whose sides add up to 2.5 times the root of their pixels.
+        """
+        return int(self.max_pixels - 2.5 * self.factor * math.sqrt(self.max_pixels) - self.factor**2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A transform for `datasets`: the images of a batch, in the size in which the model sees them."""
+    """A transform for `datasets`: the images of a batch, decoded, and in the size in which the model sees them.
 
-    limits: PixelLimits
+    Columns must be of `Image(decode=False)`: where `datasets` decodes, a damaged image is a traceback without a name.
+
+    Attributes:
+        limits: how large the model sees images; None leaves them as they are.
+    """
+
+    limits: PixelLimits | None
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         fitted = dict(batch)
-        if "image" in batch:
-            fitted["image"] = [self._fit(image) for image in batch["image"]]
-        if "images" in batch:
-            fitted["images"] = [[self._fit(image) for image in images] for images in batch["images"]]
+        for column in {"image", "images"} & set(batch):
+            asked = batch.get("prompt", [None] * len(batch[column]))
+            fitted[column] = [self._fit(row, prompt) for row, prompt in zip(batch[column], asked, strict=True)]
         return fitted
 
-    def _fit(self, image: Image) -> Image:
+    def _fit(self, row: Any, prompt: list[dict[str, Any]] | None) -> Any:
         from PIL import Image as Pillow
 
-        size = self.limits.fit(*image.size)
+        if isinstance(row, list):
+            return [self._fit(picture, prompt) for picture in row]
+        image = decode(row, name=_name(row, prompt))
+        size = image.size if self.limits is None else self.limits.fit(*image.size)
         return image if image.size == size else image.resize(size, Pillow.Resampling.BICUBIC)
 
 
-def load_processor(name: str, *, revision: str | None = None, max_pixels: int | None = None) -> Any:
-    """The model's processor (or tokenizer), as TRL would load it, with the pixel limit asked for.
+def undecoded(rows: Dataset) -> Dataset:
+    """The row form, its images as `bytes` or a `path`."""
+    from datasets import Image, List
+
+    kept = Image(mode="RGB", decode=False)
+    rows = rows.with_format(None)
+    if "images" in rows.column_names:
+        return rows.cast_column("images", List(kept))
+    return rows.cast_column("image", kept)
+
+
+def decoded(rows: Dataset, limits: PixelLimits | None = None) -> Dataset:
+    """The row form, its images decoded when they are asked for, and brought within the limits."""
+    return undecoded(rows).with_transform(Fit(limits=limits))
+
+
+def _name(picture: dict[str, Any], prompt: list[dict[str, Any]] | None) -> str:
+    """By its path and its question: rows were left out and shuffled, so that a number would say little."""
+    asked = f" of the row that asks {str(prompt[-1]['content'])[:200]!r}" if prompt else ""
+    return f"{picture['path'] or ''}{asked}".strip() or "of an unknown row"
+
+
+def load_processor(
+    name: str, *, revision: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None
+) -> Any:
+    """The model's processor (or tokenizer), as TRL would load it, with the pixel limits asked for.
 
     Raises:
-        InputError: it cannot be loaded, has no pixel limits to set, or the limit is below its minimum.
+        InputError: it cannot be loaded, has no pixel limits to set, or the limits leave no room for images.
     """
     from transformers import AutoProcessor
 
@@ -83,15 +126,37 @@ def load_processor(name: str, *, revision: str | None = None, max_pixels: int | 
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model {name}: its processor cannot be loaded ({reason})") from error
-    if max_pixels is not None:
-        limits = pixel_limits(processor)
-        if limits is None:
-            raise InputError(f"--max_pixels {max_pixels}: the processor of {name} has no such limit; leave it out")
-        least = max(limits.min_pixels, limits.factor**2)
-        if max_pixels < least:
-            raise InputError(f"--max_pixels {max_pixels}: {name} takes no image smaller than {least} pixels")
-        processor.image_processor.size = {"shortest_edge": limits.min_pixels, "longest_edge": max_pixels}
+    asked = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    flags = " ".join(f"--{limit} {pixels}" for limit, pixels in asked.items() if pixels is not None)
+    if flags:
+        own = pixel_limits(processor)
+        if own is None:
+            raise InputError(f"{flags}: the processor of {name} has no such limit; leave it out")
+        limits = replace(own, **{limit: pixels for limit, pixels in asked.items() if pixels is not None})
+        _check_limits(limits, name=name, given=min_pixels is not None)
+        processor.image_processor.size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
     return processor
+
+
+def _check_limits(limits: PixelLimits, *, name: str, given: bool) -> None:
+    """Refuse limits between which images have no size. `given`: whether the lower one was asked for.
+
+    Raises:
+        InputError: they are in the wrong order, or too near.
+    """
+    least = max(limits.min_pixels, limits.factor**2)
+    if not given:
+        if limits.max_pixels < least:
+            raise InputError(f"--max_pixels {limits.max_pixels}: {name} takes no image smaller than {least} pixels")
+        return
+    most = limits.largest_minimum()
+    if not 1 <= limits.min_pixels <= most:
+        ways = f"set 1 to {most}, or raise --max_pixels" if most >= 1 else "raise --max_pixels"
+        raise InputError(
+            f"--min_pixels {limits.min_pixels}: images have at most {limits.max_pixels} pixels (--max_pixels, or the "
+            f"limit of {name}), and one brought up to the minimum must not exceed that, its sides whole squares of "
+            f"{limits.factor} pixels; {ways}"
+        )
 
 
 def pixel_limits(processor: Any) -> PixelLimits | None:

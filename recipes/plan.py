@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from data import named_layout
 from grpo_toolkit import InputError
 from images import pixel_limits
-from measuring import longest_prompt
 from memory import GIB, Estimate, Load, ModelSize, Sharing, estimate, measure_model, vllm_bytes
 from preflight import missing_packages, server_warning, setting_errors, vllm_problem
 
@@ -110,7 +109,8 @@ def make_plan(
         str(model.model_name_or_path), revision=model.model_revision, peft_config=get_peft_config(model)
     )
     sharing = find_sharing(training)
-    prompt_tokens, image_tokens = longest_prompt(splits.train, processor)
+    assert splits.longest is not None, "a plan is of rows that were measured"
+    prompt_tokens, image_tokens = splits.longest.prompt_tokens, splits.longest.image_tokens
     per_rollout = training.per_device_train_batch_size * (training.steps_per_generation or 1)
     load = Load(
         prompt_tokens=prompt_tokens,
@@ -164,6 +164,11 @@ def make_plan(
         *_size_errors(plan, training),
     ]
     warnings = _warnings(plan, recipe, training, processor, image_tokens=image_tokens)
+    if splits.shared_images:
+        warnings.append(
+            f"{splits.shared_images} of {len(splits.held_out)} held-out rows show an image that is trained on: their "
+            "accuracy measures memory, too; choose another --dataset_test_split, or take the images out of one of them"
+        )
     if recipe.dry_run:  # which may plan for another machine
         return _with_findings(plan, errors, [*missing, *warnings])
     return _with_findings(plan, [*missing, *errors], warnings)

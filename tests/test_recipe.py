@@ -151,7 +151,8 @@ def test_plain_questions_become_conversations_that_ask_for_the_format(tmp_path: 
     from datasets import DatasetDict
 
     from arguments import RecipeArguments
-    from data import SYSTEM_PROMPT, load_splits
+    from columns import SYSTEM_PROMPT
+    from data import load_splits
 
     original = rows(4).remove_columns(["prompt"]).add_column("problem", ["<image>How many?"] * 4)
     original = original.map(lambda row: {"answer": 3})
@@ -186,7 +187,7 @@ def test_rows_without_an_image_or_answer_are_left_out_and_columns_may_be_named(
         dataset_name=str(tmp_path / "d"), prompt_column="problem", image_column="picture", held_out_size=1
     )
     splits = load_splits(arguments, seed=0)
-    assert "2 of 4 rows of 'train' lack an image or an answer; left out" in capsys.readouterr().out
+    assert "2 of 4 rows of 'train' lack a question, an image or an answer; left out" in capsys.readouterr().out
     assert sorted([splits.train[0]["answer"], splits.held_out[0]["answer"]]) == ["1", "3"]
     assert splits.train[0]["image"].mode == "RGB"
     assert splits.train[0]["prompt"][1]["content"] == "How many?"

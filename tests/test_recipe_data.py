@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,9 @@ def copies(tmp_path: Path) -> dict[str, Path]:
 def processors(qwen: Path) -> Any:
     from images import load_processor
 
-    return lambda max_pixels=None: load_processor(str(qwen), max_pixels=max_pixels)
+    return lambda max_pixels=None, min_pixels=None: load_processor(
+        str(qwen), min_pixels=min_pixels, max_pixels=max_pixels
+    )
 
 
 def load(folder: Path, processor: Any = None, **options: Any) -> Any:
@@ -194,20 +197,17 @@ def test_lengths_are_the_processors_own_and_long_prompts_are_left_out(
     copies: dict[str, Path], processors: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from evaluation import model_inputs
-    from images import pixel_limits
-    from measuring import image_sizes, prompt_length
+    from measuring import measure
 
     processor = processors(50_176)
-    limits = pixel_limits(processor)
-    assert limits is not None
-    rows = load(copies["open_r1"], processor).train
-    lengths = [
-        prompt_length(row["prompt"], sizes, processor, limits)
-        for row, sizes in zip(rows, image_sizes(rows), strict=True)
-    ]
-    assert lengths == [model_inputs([row], processor)["input_ids"].shape[1] for row in rows]
-    kept = load(copies["open_r1"], processor, max_prompt_length=min(lengths))
-    assert len(kept.train) + len(kept.held_out) < 3
+    splits = load(copies["open_r1"], processor)
+    lengths = []
+    for rows in (splits.train, splits.held_out):
+        measured = [row.prompt_tokens or 0 for row in measure(rows, processor, every_length=False)]
+        assert measured == [model_inputs([row], processor)["input_ids"].shape[1] for row in rows]
+        lengths += measured
+    kept = load(copies["open_r1"], processor, max_prompt_length=max(lengths) - 1)
+    assert len(kept.train) + len(kept.held_out) == 2
     assert "have too long a prompt or too narrow an image; left out" in capsys.readouterr().out
 
 
@@ -235,6 +235,62 @@ def test_max_pixels_is_one_knob_for_rows_and_saved_processor(
     assert (limits.min_pixels, limits.max_pixels) == (3136, 50_176)
 
 
+def test_min_pixels_goes_the_same_way(processors: Any, tmp_path: Path, qwen: Path) -> None:
+    """Into the rows, the boxes in them, what the processor makes of them, and the export."""
+    from grpo_toolkit import export_model
+    from grpo_toolkit.inference import load_model
+    from images import load_processor, pixel_limits
+
+    box = {"answer": ["[30, 20, 60, 40]"] * 3, "answer_type": ["box"] * 3}
+    processor = processors(min_pixels=100_352)
+    row = load(write_own(tmp_path / "own", **box), processor, min_pixels=100_352).train[0]
+    assert row["image"].size == (392, 280)
+    assert row["answer"] == "[196.0, 140.0, 392.0, 280.0]"
+    assert processor(text=["<|image_pad|>"], images=[row["image"]], return_tensors="pt")["input_ids"].shape[1] == 140
+    assert load(tmp_path / "own").train[0]["image"].size == (60, 40)
+    both = processors(200_704, 100_352)
+    exported = export_model(load_model(qwen)[0], tmp_path / "export", base=qwen, processing_class=both)
+    limits = pixel_limits(load_processor(str(exported.path)))
+    assert limits is not None
+    assert (limits.min_pixels, limits.max_pixels) == (100_352, 200_704)
+
+
+@pytest.mark.parametrize("max_pixels", [12_544, 50_176, 401_408, 12_845_056])
+def test_what_was_resized_is_not_resized_again(max_pixels: int) -> None:
+    """By the processor, after the rows: boxes would be in another image's frame."""
+    from dataclasses import replace
+
+    from images import PixelLimits
+
+    limits = PixelLimits(factor=28, min_pixels=1, max_pixels=max_pixels)
+    limits = replace(limits, min_pixels=limits.largest_minimum())
+    for scale in range(1, 200, 3):
+        for across, down in ((1, 1), (4, 3), (16, 9), (10, 27), (1, 4)):
+            size = limits.fit(across * scale * 10 + 3, down * scale * 10 + 7)
+            assert limits.fit(*size) == size
+            assert limits.min_pixels <= size[0] * size[1] <= max_pixels
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ((401_408, 500_000), r"--min_pixels 500000: images have at most 401408 pixels .* set 1 to 356274, or raise"),
+        ((401_408, 400_000), r"its sides whole squares of 28 pixels; set 1 to 356274, or raise --max_pixels"),
+        (
+            (None, 20_000_000),
+            r"--min_pixels 20000000: images have at most 12845056 pixels \(--max_pixels, or the limit",
+        ),
+        ((None, 0), "--min_pixels 0: "),
+        ((784, 784), r"its sides whole squares of 28 pixels; raise --max_pixels"),
+    ],
+)
+def test_limits_that_leave_no_room_are_one_line(processors: Any, limits: tuple[int | None, int], message: str) -> None:
+    from grpo_toolkit import InputError
+
+    with pytest.raises(InputError, match=message):
+        processors(*limits)
+
+
 def test_impossible_pixel_limits_are_one_line(qwen: Path, any_base: Path) -> None:
     from grpo_toolkit import InputError
     from images import load_processor
@@ -242,8 +298,10 @@ def test_impossible_pixel_limits_are_one_line(qwen: Path, any_base: Path) -> Non
     with pytest.raises(InputError, match=r"--max_pixels 784: /.* takes no image smaller than 3136 pixels"):
         load_processor(str(qwen), max_pixels=784)
     if any_base.name != "qwen2_5_vl":
-        with pytest.raises(InputError, match="has no such limit; leave it out"):
+        with pytest.raises(InputError, match=r"--max_pixels 100352: .* has no such limit; leave it out"):
             load_processor(str(any_base), max_pixels=100_352)
+        with pytest.raises(InputError, match=r"--min_pixels 3136: .* has no such limit; leave it out"):
+            load_processor(str(any_base), min_pixels=3136)
 
 
 def write_own(folder: Path, **columns: list[Any]) -> Path:
@@ -343,9 +401,9 @@ def test_a_conversation_that_nobody_answers_is_left_out(
     silent = "".join(json.dumps(row) + "\n" for row in (asked, {**asked, "conversations": []}))
     file.write_text(file.read_text() + silent)
     assert len(load(copies["referring"], **options).train) == 2
-    assert "2 of 4 rows of 'train' lack an image or an answer; left out" in capsys.readouterr().out
+    assert "2 of 4 rows of 'train' lack a question, an image or an answer; left out" in capsys.readouterr().out
     file.write_text(json.dumps(asked) + "\n")
-    with pytest.raises(InputError, match="split 'train' has no row with an image and an answer"):
+    with pytest.raises(InputError, match="split 'train' has no row with a question, an image and an answer"):
         load(copies["referring"], **options)
 
 
@@ -399,3 +457,308 @@ def test_a_file_that_is_no_image_is_one_line(copies: dict[str, Path], processors
                 dataset_layout="referring",
                 image_folder=str(broken.parents[1]),
             )
+
+
+def encoded(kind: str) -> bytes:
+    """A picture with something on it, so that its pixels take most of its file."""
+    noise = Image.effect_noise((120, 90), 60).convert("RGB")
+    buffer = io.BytesIO()
+    noise.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def damaged() -> bytes:
+    """Whole by its header and its end, but not in the middle: only decoding tells."""
+    whole = encoded("PNG")
+    at = whole.index(b"IDAT") + 40
+    return whole[:at] + bytes(64) + whole[at + 64 :]
+
+
+def write_bytes(folder: Path, pictures: list[bytes]) -> Path:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    texts = dict.fromkeys(("question", "answer"), Value("string"))
+    rows = {
+        "image": [{"bytes": content, "path": None} for content in pictures],
+        "question": [f"What is on picture {number}?" for number in range(len(pictures))],
+        "answer": ["noise"] * len(pictures),
+    }
+    Dataset.from_dict(rows, features=Features({"image": ImageFeature(), **texts})).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_an_image_that_is_cut_off_is_found_before_anything_loads(tmp_path: Path, processors: Any, kind: str) -> None:
+    """Its header is good: it ended the training in its middle."""
+    from grpo_toolkit import InputError
+
+    whole = encoded(kind)
+    assert len(load(write_bytes(tmp_path / "whole", [whole] * 3), processors()).train) == 2
+    for share in (0.5, 0.9):
+        broken = write_bytes(tmp_path / str(share), [whole, whole, whole[: int(share * len(whole))]])
+        with pytest.raises(InputError, match=r"image of row 2 \(from 0, .*\): cannot be read as an image \(.+\)"):
+            load(broken, processors())
+
+
+def test_an_image_with_more_behind_its_end_is_whole(tmp_path: Path, processors: Any) -> None:
+    """Phones append previews and films."""
+    own = write_bytes(tmp_path / "own", [encoded(kind) + bytes(500) for kind in ("JPEG", "PNG")])
+    splits = load(own, processors())
+    assert splits.train[0]["image"].size == (120, 90)
+
+
+def test_an_image_that_is_damaged_in_its_middle_is_one_line_where_it_is_trained_on(
+    tmp_path: Path, processors: Any
+) -> None:
+    from torch.utils.data import DataLoader
+
+    from grpo_toolkit import InputError
+
+    splits = load(write_bytes(tmp_path / "own", [damaged()] * 2), processors())
+    message = (
+        r"^image of the row that asks 'What is on picture \d\?': cannot be read as an image \(.+\); replace it, or "
+        "take its row out, and go on from the last checkpoint with --resume_from_checkpoint true$"
+    )
+    with pytest.raises(InputError, match=message):
+        next(iter(DataLoader(splits.train, collate_fn=list)))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "size", "sizes"),
+    [
+        ([["a"], ["b"], ["c"], ["d"]], 2, {2}),
+        ([["a"], ["a"], ["b"], ["b"], ["c"], ["c"]], 3, {2}),  # two of a pair, and not half of another
+        ([["a"], ["a"], ["b"], ["b"], ["c"], ["c"], ["c"]], 3, {3}),  # whatever comes first, three fit exactly
+        ([["a", "b"], ["b", "c"], ["c"], ["d"]], 2, {1}),  # a, b and c belong together
+        ([["a"], ["a"], ["a"], ["b"], ["b"]], 1, {2}),  # no group is small enough
+        ([["a", "b"], ["b"], ["a"]], 2, {0}),
+    ],
+)
+def test_no_picture_is_held_out_and_trained_on(pictures: list[list[str]], size: int, sizes: set[int]) -> None:
+    from holding_out import hold_out, shared
+
+    found = set()
+    for seed in range(20):
+        chosen = hold_out(pictures, size=size, seed=seed)
+        assert chosen == hold_out(pictures, size=size, seed=seed)
+        held_out = [pictures[index] for index in chosen]
+        assert shared(held_out, [row for index, row in enumerate(pictures) if index not in chosen]) == 0
+        found.add(len(chosen))
+    assert found == sizes
+
+
+def test_rows_held_out_depend_on_the_seed() -> None:
+    from holding_out import hold_out
+
+    pictures = [[str(index // 3)] for index in range(3000)]
+    chosen = [hold_out(pictures, size=200, seed=seed) for seed in range(2)]
+    assert [len(rows) for rows in chosen] == [198, 198]
+    assert len(set(chosen[0]) & set(chosen[1])) < 60
+
+
+def shown(rows: Any) -> set[bytes]:
+    return {row["image"].tobytes() for row in rows}
+
+
+@pytest.mark.parametrize("as_paths", [False, True])
+def test_rows_held_out_show_no_image_that_is_trained_on(
+    tmp_path: Path, processors: Any, as_paths: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In RefCOCO an image has several expressions."""
+    pictures = [encoded("PNG") for _ in range(10)]
+    if as_paths:
+        for number, content in enumerate(pictures):
+            (tmp_path / f"{number}.png").write_bytes(content)
+        rows = [
+            {"image": f"{number}.png", "question": f"{count}?", "answer": "yes"}
+            for count in range(3)
+            for number in range(10)
+        ]
+        own = tmp_path / "own.jsonl"
+        own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        own = write_bytes(tmp_path / "own", pictures * 3)
+    options = {"image_folder": str(tmp_path)}
+    splits = load(own, processors(), held_out_size=4, **options)
+    assert (len(splits.train), len(splits.held_out), splits.shared_images) == (27, 3, 0)
+    assert shown(splits.train).isdisjoint(shown(splits.held_out))
+    again = load(own, held_out_size=4, **options)
+    assert again.held_out["answer"][:] == splits.held_out["answer"][:]
+    assert shown(again.held_out) == shown(splits.held_out)
+    capsys.readouterr()
+    fewer = load(own, held_out_size=2, **options)
+    assert (len(fewer.train), len(fewer.held_out), fewer.shared_images) == (27, 2, 0)
+    assert (
+        "1 of 3 rows of 'train' show an image of the rows held out, more than --held_out_" in capsys.readouterr().out
+    )
+
+
+def test_rows_of_one_image_are_held_out_all_the_same(tmp_path: Path) -> None:
+    splits = load(write_bytes(tmp_path / "own", [encoded("PNG")] * 3))
+    assert (len(splits.train), len(splits.held_out), splits.shared_images) == (2, 1, 1)
+
+
+def write_shapes(folder: Path, kinds: dict[str, Any], **columns: list[Any]) -> Path:
+    """Two whole rows, but for the columns given, which have the kinds given."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    count = len(next(iter(columns.values())))
+    plain = {"question": Value("string"), "image": ImageFeature(), "answer": Value("string")}
+    rows = {"question": ["?"] * count, "image": [picture(60, 40)] * count, "answer": ["red"] * count, **columns}
+    Dataset.from_dict(rows, features=Features({**plain, **kinds})).save_to_disk(str(folder))
+    return folder
+
+
+def messages(*contents: Any, role: str = "user") -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for content in contents]
+
+
+def own_kinds() -> dict[str, Any]:
+    """Kinds of columns, by name."""
+    from datasets import ClassLabel, Json, List, Value
+    from datasets import Image as ImageFeature
+
+    return {
+        "number": Value("int64"),
+        "text": Value("string"),
+        "binary": Value("binary"),
+        "texts": List(Value("string")),
+        "numbers": List(Value("int64")),
+        "mapping": {"value": Value("string")},
+        "label": ClassLabel(names=["red", "blue"]),
+        "anything": Json(),
+        "images": List(ImageFeature()),
+        "stored": {"bytes": Value("binary"), "path": Value("string")},
+        "chat": List({"role": Value("string"), "content": Value("string")}),
+        "parts": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
+        "nested": List(List({"role": Value("string"), "content": Value("string")})),
+    }
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "values", "message"),
+    [
+        (
+            "answer",
+            "numbers",
+            [None, [1, 2]],
+            r"row 1 \(from 0\): its answer, column 'answer', is a list \(\[1, 2\]\); ex",
+        ),
+        ("answer", "mapping", [{"value": "x"}] * 2, r"row 0 \(from 0\): its answer, column 'answer', is a dict"),
+        ("answer", "binary", [b"\xff"] * 2, r"row 0 \(from 0\): its answer, column 'answer', is a bytes"),
+        ("answer", "anything", ["red", ["red"]], r"row 1 \(from 0\): its answer, column 'answer', is a list"),
+        (
+            "question",
+            "texts",
+            [["a", "b"]] * 2,
+            r"row 0 .*: its question, column 'question', is a list, but not of mess",
+        ),
+        (
+            "question",
+            "mapping",
+            [{"value": "x"}] * 2,
+            r"its question, column 'question', is a dict .*; expected a text",
+        ),
+        ("question", "nested", [[messages("?")]] * 2, "is a list, but not of messages"),
+        (
+            "question",
+            "chat",
+            [messages("?"), messages("?", role="human")],
+            r"row 1 .* whose role is 'human'; there are",
+        ),
+        ("question", "chat", [messages("?", role="system")] * 2, "has no message of a user"),
+        ("question", "chat", [messages(None)] * 2, "has a message whose content is a NoneType"),
+        (
+            "question",
+            "parts",
+            [messages([{"type": "text", "text": "?"}])] * 2,
+            r"row 0 .*: its prompt cannot be written",
+        ),
+        ("question", "anything", ["?", {"text": "?"}], r"row 1 .* is a dict"),
+        ("image", "number", [1, 2], r"its images are Value\('int64'\); expected images, or paths .*--image_column"),
+        ("image", "anything", ["a.png", ["b.png"]], r"its images are Json\(.*\); expected images, or paths"),
+        (
+            "image",
+            "stored",
+            [{"bytes": b"", "path": None}] * 2,
+            r"image of row 0 .*: cannot be read as an image; replace",
+        ),
+        ("answer_type", "texts", [["text"]] * 2, r"answer_type List\(.*; there are text, number"),
+        ("answer_type", "text", ["text", None], r"answer_type None; there are text, number"),
+    ],
+)
+def test_what_is_no_question_image_or_answer_is_one_line(
+    tmp_path: Path, processors: Any, column: str, kind: str, values: list[Any], message: str
+) -> None:
+    from grpo_toolkit import InputError
+
+    own = write_shapes(tmp_path / "own", {column: own_kinds()[kind]}, **{column: values})
+    with pytest.raises(InputError, match=message) as raised:
+        load(own, processors())
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "values"),
+    [
+        ("question", "text", ["?", "?", None]),
+        ("question", "number", [1, 2, None]),
+        ("question", "chat", [messages("?"), messages("?"), None]),
+        ("question", "chat", [messages("?"), messages("?"), []]),
+        ("question", "anything", ["?", messages("?"), None]),
+        ("answer", "number", [1, 2, None]),
+        ("answer", "anything", ["red", 1, None]),
+        ("image", "text", ["p.png", "p.png", None]),
+        ("image", "texts", [["p.png"], ["p.png", "p.png"], []]),
+        ("image", "texts", [["p.png"], ["p.png"], ["p.png", None]]),
+        ("image", "images", [[picture()], [picture()], [picture(), None]]),
+        ("image", "stored", [{"bytes": None, "path": "p.png"}, {"bytes": None, "path": "p.png"}, None]),
+    ],
+)
+def test_rows_that_lack_something_are_left_out(
+    tmp_path: Path,
+    processors: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    column: str,
+    kind: str,
+    values: list[Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(60, 40).save("p.png")
+    own = write_shapes(tmp_path / "own", {column: own_kinds()[kind]}, **{column: values})
+    splits = load(own, processors())
+    assert (len(splits.train), len(splits.held_out)) == (1, 1)
+    assert "1 of 3 rows of 'train' lack a question, an image or an answer; left out" in capsys.readouterr().out
+    for row in (*splits.train, *splits.held_out):
+        assert all(image.mode == "RGB" for image in (row["images"] if "images" in row else [row["image"]]))
+        assert isinstance(row["answer"], str)
+        assert row["prompt"][-1]["role"] == "user"
+
+
+def test_labels_are_answered_by_their_names(tmp_path: Path) -> None:
+    """As an ImageFolder has them; their numbers are nothing that a model could say."""
+    splits = load(write_shapes(tmp_path / "own", {"answer": own_kinds()["label"]}, answer=[0, 1, -1]))
+    assert sorted(row["answer"] for row in (*splits.train, *splits.held_out)) == ["blue", "red"]
+
+
+def test_one_column_does_not_play_two_parts(tmp_path: Path) -> None:
+    from grpo_toolkit import InputError
+
+    with pytest.raises(InputError, match=r"column 'answer' is both prompt and answer; name another with --prompt_col"):
+        load(write_own(tmp_path / "own"), prompt_column="answer")
+
+
+def test_a_known_layout_with_other_values_is_one_line(copies: dict[str, Path]) -> None:
+    from grpo_toolkit import InputError
+
+    file = copies["referring"] / "refcoco_train.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    row["conversations"][1]["value"] = ["left", "right"]
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        InputError, match=r"row 0 \(from 0\): its conversations are not as its layout has them \(could not"
+    ):
+        load(copies["referring"], dataset_layout="referring", image_folder=str(copies["referring"].parent / "coco"))

@@ -161,8 +161,8 @@ def test_an_adapter_leaves_the_output_layer_alone(qwen: Path, adapted: dict[str,
 @pytest.fixture
 def geometry(tmp_path: Path) -> Path:
     folder = tmp_path / "geometry3k"
-    for split in ("train", "test"):
-        columns = {"images": [[picture()]] * 4, "problem": ["<image>Find x."] * 4, "answer": ["3"] * 4}
+    for split, mode in (("train", "RGB"), ("test", "L")):
+        columns = {"images": [[picture(mode=mode)]] * 4, "problem": ["<image>Find x."] * 4, "answer": ["3"] * 4}
         write_parquet(folder, columns, split=split, several=True)
     return folder
 
@@ -184,7 +184,7 @@ def plan_of(model: Path, dataset: Path, tmp_path: Path, *flags: str) -> Any:
         "false",
     )
     recipe, training, arguments = parse([*given, "--output_dir", str(tmp_path / "out"), *flags])
-    processor = load_processor(str(model), max_pixels=recipe.max_pixels)
+    processor = load_processor(str(model), min_pixels=recipe.min_pixels, max_pixels=recipe.max_pixels)
     splits = load_splits(recipe, seed=0, processor=processor)
     return make_plan(recipe, training, arguments, splits, processor=processor)
 
@@ -203,6 +203,17 @@ def test_a_plan_counts_prompts_tokens_and_disk(qwen: Path, geometry: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_enlarged_images_count_as_large_as_they_become(qwen: Path, tmp_path: Path) -> None:
+    columns = {"images": [[picture(60, 40)]] * 4, "problem": ["<image>Find x."] * 4, "answer": ["3"] * 4}
+    write_parquet(tmp_path / "geometry3k", columns, several=True)
+    plans = [
+        plan_of(qwen, tmp_path / "geometry3k", tmp_path, "--per_device_train_batch_size", "8", *flags)
+        for flags in ((), ("--min_pixels", "262144"))
+    ]
+    small, large = 3 * 2, 23 * 15  # 84 x 56 (the model's own minimum is 56 x 56), and 644 x 420 pixels
+    assert plans[1].prompt_tokens - plans[0].prompt_tokens == large - small
+
+
 def test_a_step_is_counted_whole_where_it_takes_several_rollouts(qwen: Path, geometry: Path, tmp_path: Path) -> None:
     flags = ("--per_device_train_batch_size", "4", "--num_generations", "4", "--gradient_accumulation_steps", "8")
     plan = plan_of(qwen, geometry, tmp_path, *flags, "--steps_per_generation", "4", "--max_steps", "2")
@@ -211,12 +222,12 @@ def test_a_step_is_counted_whole_where_it_takes_several_rollouts(qwen: Path, geo
     assert plan.errors == ()  # four rows fill a rollout
 
 
-def test_the_longest_prompt_is_looked_for_in_all_rows(qwen: Path) -> None:
+def test_the_longest_prompt_is_that_of_all_rows(qwen: Path) -> None:
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
     from images import load_processor
-    from measuring import longest_prompt
+    from measuring import Longest, longest_prompt, measure
 
     prompts = [[{"role": "user", "content": "x"}]] * 400
     prompts[300] = [{"role": "user", "content": "x y " * 500}]
@@ -224,9 +235,70 @@ def test_the_longest_prompt_is_looked_for_in_all_rows(qwen: Path) -> None:
     kinds = {"prompt": [{"role": Value("string"), "content": Value("string")}], "image": ImageFeature()}
     rows = Dataset.from_dict({"prompt": prompts, "image": images}, features=Features(kinds))
     processor = load_processor(str(qwen), max_pixels=None)
-    assert longest_prompt(rows, processor) == (longest_prompt(rows.select([300]), processor)[0], 100)
-    assert longest_prompt(rows, processor)[0] > longest_prompt(rows.select([399]), processor)[0]
-    assert longest_prompt(rows, processor, looked_at=4)[1] == 4  # every hundredth
+    measured = measure(rows, processor, every_length=False)
+    assert longest_prompt(rows, measured, processor) == Longest(
+        prompt_tokens=measured[300].prompt_tokens or 0, image_tokens=100
+    )
+    assert measured[300].prompt_tokens > measured[399].prompt_tokens > measured[0].prompt_tokens  # type: ignore[operator]
+
+
+def test_a_row_is_measured_once_for_loader_and_plan(
+    qwen: Path, geometry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted at the header and at the tokenizer, the two that take the time."""
+    import measuring
+    from images import load_processor
+
+    headers, texts = [], []
+    look_at, tokenizer = measuring.look_at, type(load_processor(str(qwen)).tokenizer)
+    tokenise = tokenizer.__call__
+
+    def counted_look(*args: Any, **kwargs: Any) -> Any:
+        headers.append(args)
+        return look_at(*args, **kwargs)
+
+    def counted_tokenise(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        texts.extend([text] if isinstance(text, str) else text)
+        return tokenise(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(measuring, "look_at", counted_look)
+    monkeypatch.setattr(tokenizer, "__call__", counted_tokenise)
+    plan_of(qwen, geometry, tmp_path, "--max_prompt_length", "4096")
+    assert len(headers) == 4 + 4  # train and test
+    assert len(texts) == 1 + 1  # all of a split ask the same
+
+
+def test_held_out_rows_whose_images_are_trained_on_are_a_warning(qwen: Path, tmp_path: Path) -> None:
+    """Where the dataset says itself what is held out, nothing is moved."""
+    for split, pictures in (("train", [picture(), picture(56, 56)]), ("test", [picture(84, 84), picture(56, 56)])):
+        columns = {"images": [[one] for one in pictures], "problem": ["Find x."] * 2, "answer": ["3"] * 2}
+        write_parquet(tmp_path / "geometry3k", columns, split=split, several=True)
+    flags = ("--per_device_train_batch_size", "4", "--num_generations", "4")
+    plan = plan_of(qwen, tmp_path / "geometry3k", tmp_path, *flags)
+    assert [text.partition(":")[0] for text in plan.warnings] == [
+        "1 of 2 held-out rows show an image that is trained on"
+    ]
+
+
+def test_another_familys_prompts_are_processed_for_their_length(any_base: Path) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    from evaluation import model_inputs
+    from images import decoded, load_processor
+    from measuring import longest_prompt, measure
+
+    prompts = [[{"role": "user", "content": "x " * count}] for count in (1, 40, 7)]
+    kinds = {"prompt": [{"role": Value("string"), "content": Value("string")}], "image": ImageFeature()}
+    images = [picture(56, 56)] * 3
+    rows = Dataset.from_dict({"prompt": prompts, "image": images}, features=Features(kinds))
+    processor = load_processor(str(any_base))
+    lengths = [model_inputs([row], processor)["input_ids"].shape[1] for row in decoded(rows)]
+    measured = measure(rows, processor, every_length=True)
+    assert [row.prompt_tokens for row in measured] == lengths
+    for every in (True, False):
+        longest = longest_prompt(rows, measure(rows, processor, every_length=every), processor)
+        assert longest.prompt_tokens == max(lengths)
 
 
 @pytest.mark.parametrize(
