@@ -20,12 +20,17 @@ class CostCallback(TrainerCallback):
     """Times every step, its rollouts included, and notes the most that was allocated up to the end of the last one.
 
     A step begins where the one before it has been logged, evaluated and saved: the trainer reads the rows of all its
-    micro-batches (images are decoded and resized there) before it calls `on_step_begin`. The first step of a process also plans kernels and makes Adam's states: the median leaves it out where there are
-    more. `estimated_bytes` is the preflight's (`memory.Estimate.allocated`). Waiting for the GPU at both ends of a
-    step costs nothing: its loss is read there anyway.
+    micro-batches, images included, before it calls `on_step_begin`. The first step of a process also plans kernels and
+    makes Adam's states: the median leaves it out where there are more. Waiting for the GPU at both ends of a step costs
+    nothing: its loss is read there anyway.
+
+    Args:
+        estimated_bytes (`float`, *optional*):
+            The preflight's (`memory.Estimate.allocated`). None leaves memory out: where vLLM sleeps in this process,
+            torch counts as allocated what vLLM has given back to the GPU.
     """
 
-    def __init__(self, estimated_bytes: float) -> None:
+    def __init__(self, estimated_bytes: float | None) -> None:
         self.estimated_bytes = estimated_bytes
         self.steps_s: list[float] = []
         self.peak_bytes = 0
@@ -40,12 +45,9 @@ class CostCallback(TrainerCallback):
             import torch
 
             torch.cuda.reset_peak_memory_stats(args.device)  # the baselines before it are not training
-
         self._began = self._now()
 
-    def _begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def _begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._began = self._now()
 
     on_log = on_evaluate = on_save = _begin
@@ -81,11 +83,9 @@ class CostCallback(TrainerCallback):
         return time.perf_counter()
 
     def figures(self) -> dict[str, float | None]:
-        """For `summary.json`: seconds and GiB, of this process; None without a GPU."""
+        """For `summary.json`: seconds and GiB, of this process; None without a GPU or an estimate."""
         timed = self.steps_s[1:] or self.steps_s
-        on_gpu = self.peak_bytes > 0
-        return {
-            "step_s": statistics.median(timed) if timed else None,
-            "peak_gib": self.peak_bytes / GIB if on_gpu else None,
-            "estimated_gib": self.estimated_bytes / GIB if on_gpu else None,
-        }
+        step_s = statistics.median(timed) if timed else None
+        if not self.peak_bytes or self.estimated_bytes is None:
+            return {"step_s": step_s, "peak_gib": None, "estimated_gib": None}
+        return {"step_s": step_s, "peak_gib": self.peak_bytes / GIB, "estimated_gib": self.estimated_bytes / GIB}

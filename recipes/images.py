@@ -10,18 +10,24 @@ trained with and saved has it too. `--min_pixels` goes the same way, for figures
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit import InputError
-from pictures import decode
+from pictures import decode, told_by_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image
 
 LARGEST_ASPECT_RATIO = 200
 """Qwen's processors refuse an image that is longer than this by its width, in the middle of a training."""
+
+KEPT = 32
+"""Images that a process keeps decoded: those of one rollout. For each micro-batch of a step TRL reads all rows of the
+rollout again, and the same image for each completion: 512 readings of eight images for 64 completions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +86,20 @@ class Fit:
         return fitted
 
     def _fit(self, row: Any, prompt: list[dict[str, Any]] | None) -> Any:
-        from PIL import Image as Pillow
-
         if isinstance(row, list):
             return [self._fit(picture, prompt) for picture in row]
-        image = decode(row, name=_name(row, prompt))
-        size = image.size if self.limits is None else self.limits.fit(*image.size)
-        return image if image.size == size else image.resize(size, Pillow.Resampling.BICUBIC)
+        with told_by_name(_name(row, prompt)):
+            return _fitted(row["bytes"], row["path"], self.limits)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _fitted(content: bytes | None, path: str | None, limits: PixelLimits | None) -> Image:
+    """An image in its size. Others get the same one, so nobody may change it."""
+    from PIL import Image as Pillow
+
+    image = decode({"bytes": content, "path": path})
+    size = image.size if limits is None else limits.fit(*image.size)
+    return image if image.size == size else image.resize(size, Pillow.Resampling.BICUBIC)
 
 
 def undecoded(rows: Dataset) -> Dataset:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from answers import parse_box
+from columns import answer_types
 from grpo_toolkit import InputError
 from images import LARGEST_ASPECT_RATIO, PixelLimits, decoded, pixel_limits, undecoded
 from pictures import look_at
@@ -119,7 +120,7 @@ def fit_boxes(rows: Dataset, measured: Sequence[Measured], limits: PixelLimits) 
     Qwen2.5-VL is told of no other size than that of the resized image, and answers in its pixels
     (https://github.com/om-ai-lab/VLM-R1/issues/44).
     """
-    if "answer_type" not in rows.column_names or "box" not in rows.unique("answer_type"):
+    if "box" not in answer_types(rows):
         return rows
     answers = [
         fit_box(answer, size=row.sizes[0], limits=limits) if kind == "box" else answer

@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import BinaryIO
 
     from PIL.Image import Image
@@ -30,7 +32,7 @@ _TAIL = 64  # Bytes in which the end is looked for: some writers pad.
 
 
 def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str]:
-    """Width and height of a picture, and what it has in common with no other: the digest of its bytes, or its path.
+    """Width and height of a picture as `decode` returns it, and what is its own: the digest of its bytes, or its path.
 
     Args:
         picture (`dict`):
@@ -47,10 +49,10 @@ def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str
     try:
         with io.BytesIO(content) if content is not None else Path(picture["path"]).open("rb") as file:
             with Pillow.open(file) as opened:
-                size = opened.size
+                size = _upright_size(opened)
                 whole = _ends(file, opened.format)
             if not whole:
-                _decode(picture)
+                decode(picture)
     except _unreadable() as error:
         raise InputError(f"image {name}: {_complaint(error)}; replace it, or take its row out") from error
     if content is None:
@@ -58,14 +60,26 @@ def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str
     return size, hashlib.sha1(content, usedforsecurity=False).hexdigest()
 
 
-def decode(picture: dict[str, Any], *, name: str) -> Image:
+def decode(picture: dict[str, Any]) -> Image:
     """The pixels of a picture in RGB, turned as its EXIF says.
 
+    Args:
+        picture (`dict`):
+            `bytes` or `path`, as an `Image(decode=False)` column has it.
+
     Raises:
-        InputError: it is damaged.
+        OSError, SyntaxError, ValueError: it is damaged; see `told_by_name`.
     """
+    from datasets import Image as ImageFeature
+
+    return ImageFeature(mode="RGB").decode_example(picture)
+
+
+@contextmanager
+def told_by_name(name: str) -> Iterator[None]:
+    """Make an `InputError`, which says which picture it is, of what `decode` raises in the middle of a training."""
     try:
-        return _decode(picture)
+        yield
     except _unreadable() as error:
         raise InputError(
             f"image {name}: {_complaint(error)}; replace it, or take its row out, and go on from the last checkpoint "
@@ -73,10 +87,15 @@ def decode(picture: dict[str, Any], *, name: str) -> Image:
         ) from error
 
 
-def _decode(picture: dict[str, Any]) -> Image:
-    from datasets import Image as ImageFeature
+def _upright_size(opened: Image) -> tuple[int, int]:
+    """Width and height as `decode` returns the picture: cameras write it lying and its orientation beside it."""
+    from PIL.ExifTags import Base
 
-    return ImageFeature(mode="RGB").decode_example(picture)
+    # Not asked of other PNGs: Pillow would decode them, as it may also stand behind the pixels.
+    if opened.format == "PNG" and "exif" not in opened.info:
+        return opened.size
+    width, height = opened.size
+    return (height, width) if opened.getexif().get(Base.Orientation, 1) >= 5 else (width, height)
 
 
 def _ends(file: BinaryIO, kind: str | None) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from columns import answer_types
 from data import named_layout
 from grpo_toolkit import InputError
 from images import pixel_limits
@@ -241,8 +242,7 @@ def reward_names(recipe: RecipeArguments) -> list[str]:
 
 def has_formulas(splits: Splits) -> bool:
     """Whether any answer is compared by math-verify, which `formulas.py` cannot do without."""
-    kinds = [rows.unique("answer_type") for rows in (splits.train, splits.held_out) if "answer_type" in rows.features]
-    return any("math" in found for found in kinds)
+    return any("math" in answer_types(rows) for rows in (splits.train, splits.held_out))
 
 
 def _save_errors(training: GRPOConfig) -> list[str]:

@@ -762,3 +762,72 @@ def test_a_known_layout_with_other_values_is_one_line(copies: dict[str, Path]) -
         InputError, match=r"row 0 \(from 0\): its conversations are not as its layout has them \(could not"
     ):
         load(copies["referring"], dataset_layout="referring", image_folder=str(copies["referring"].parent / "coco"))
+
+
+@pytest.fixture
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is decoded from now on."""
+    import images
+
+    seen: list[Any] = []
+
+    def counted(picture: Any) -> Any:
+        seen.append(picture)
+        return decode(picture)
+
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", counted)
+    images._fitted.cache_clear()
+    return seen
+
+
+def image_rows(count: int) -> Any:
+    from datasets import Dataset
+
+    from images import PixelLimits, decoded
+
+    rows = {"image": [picture(64 + 8 * index, 64) for index in range(count)], "answer_type": ["math"] * count}
+    return decoded(Dataset.from_dict(rows), PixelLimits(factor=28, min_pixels=28 * 28, max_pixels=56 * 56))
+
+
+def test_an_image_is_decoded_once_for_all_readings_of_a_rollout(decodings: list[Any]) -> None:
+    rows = image_rows(2)
+    batches = [rows[[0, 0, 0, 0, 1, 1, 1, 1]] for _ in range(8)]  # as TRL reads eight micro-batches of two prompts
+    assert len(decodings) == 2
+    assert all(max(image.size) <= 56 for batch in batches for image in batch["image"])
+
+
+def test_answer_types_are_found_without_a_look_at_the_images(decodings: list[Any]) -> None:
+    from columns import answer_types
+
+    rows = image_rows(4).select([0, 2, 3])
+    assert answer_types(rows) == ["math"]
+    assert not decodings
+    assert rows.unique("answer_type") == ["math"]  # which writes all columns anew
+    assert len(decodings) == 3
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "png"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_sizes_are_those_of_the_picture_turned_upright(suffix: str, orientation: int) -> None:
+    from PIL.ExifTags import Base
+
+    from pictures import decode, look_at
+
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[Base.Orientation] = orientation
+    picture(64, 32).save(file, suffix, exif=exif)
+    lying = {"bytes": file.getvalue(), "path": None}
+    size, _ = look_at(lying, name="here")
+    assert size == decode(lying).size == ((32, 64) if orientation == 6 else (64, 32))
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import PngImagePlugin
+
+    from pictures import look_at
+
+    file = io.BytesIO()
+    picture(64, 32).save(file, "png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert look_at({"bytes": file.getvalue(), "path": None}, name="here")[0] == (64, 32)
