@@ -21,8 +21,8 @@ class CostCallback(TrainerCallback):
 
     A step begins where the one before it has been logged, evaluated and saved: the trainer reads the rows of all its
     micro-batches, images included, before it calls `on_step_begin`. The first step of a process also plans kernels and
-    makes Adam's states: the median leaves it out where there are more. Waiting for the GPU at both ends of a step costs
-    nothing: its loss is read there anyway.
+    makes Adam's states: the median leaves it out where there are more. Waiting for the GPU at both ends of a step
+    costs nothing: its loss is read there anyway.
 
     Args:
         estimated_bytes (`float`, *optional*):
