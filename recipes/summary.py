@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from grpo_toolkit import ExportResult, LatencyRow
-    from grpo_toolkit.latency.row import Ratio
 
 
 def reward_change(log_history: Sequence[dict[str, Any]], reward: str) -> tuple[float, float] | None:
@@ -48,8 +47,9 @@ def summarise(
         "tpot_ms": {arm: row.tpot_s.median * 1e3 for arm, row in fixed.items() if row.tpot_s},
         "tpot_ratios": {
             arm: asdict(ratio)
-            for arm, against in (("export", "base"), ("export_no_cache", "export"))
-            if (ratio := tpot_ratio(fixed.get(arm), fixed.get(against))) is not None
+            for arm, row in fixed.items()
+            for ratio in row.ratios
+            if (ratio.metric, ratio.against) == ("tpot_s", "base")
         },
         "export": None if export is None else str(export.path),
         "verified": export is not None and export.verification is not None and export.verification.passed,
@@ -57,22 +57,12 @@ def summarise(
     }
 
 
-def tpot_ratio(row: LatencyRow | None, against: LatencyRow | None) -> Ratio | None:
-    """An arm's time per output token over another's, with its interval and verdict; None where there are no pairs."""
-    from grpo_toolkit.latency.compare import ratios
-
-    if row is None or against is None:
-        return None
-    found = (ratio for ratio in (*row.ratios, *ratios(row, against)) if ratio.metric == "tpot_s")
-    return next((ratio for ratio in found if ratio.against == against.arm), None)
-
-
 def with_verdict(tpot_ms: float, ratio: dict[str, Any] | None) -> str:
-    """A time per token with what the measurement allows to say of it: `33.68 ms (slower: 1.20 to 1.39 times)`."""
+    """A time per token and what may be said of it: `33.68 ms (slower: 1.20 to 1.39 times the base)`."""
     if ratio is None:
         return f"{tpot_ms:.2f} ms"
     said = "cannot tell apart" if ratio["verdict"] == "cannot tell" else ratio["verdict"]
-    return f"{tpot_ms:.2f} ms ({said}: {ratio['low']:.2f} to {ratio['high']:.2f} times)"
+    return f"{tpot_ms:.2f} ms ({said}: {ratio['low']:.2f} to {ratio['high']:.2f} times the base)"
 
 
 def print_summary(summary: dict[str, Any]) -> None:

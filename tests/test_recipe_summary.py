@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from packaging.version import Version
 
-from latency_rows import arms, row
+from latency_rows import row
 
 if TYPE_CHECKING:
-    from grpo_toolkit.latency.row import LatencyRow
+    from grpo_toolkit.latency.row import LatencyRow, Ratio, Verdict
 
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
@@ -32,25 +32,30 @@ def table_of(summary: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str
     return " ".join(capsys.readouterr().out.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
 
 
+def over_base(low: float, high: float, verdict: Verdict) -> Ratio:
+    from grpo_toolkit.latency.row import Ratio
+
+    return Ratio(against="base", median=(low + high) / 2, low=low, high=high, pairs=12, verdict=verdict)
+
+
 def test_times_stand_beside_their_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = summary_of(arms())
-    export, without = summary["tpot_ratios"]["export"], summary["tpot_ratios"]["export_no_cache"]
-    assert (export["against"], export["verdict"], export["low"], export["high"]) == ("base", "same", 0.96, 1.01)
-    assert (without["against"], without["verdict"], without["pairs"]) == ("export", "slower", 12)
-    assert without["low"] < summary["tpot_ms"]["export_no_cache"] / summary["tpot_ms"]["export"] < without["high"]
-    printed = table_of(summary, capsys)
-    tpot = summary["tpot_ms"]
-    assert f"time per output token {tpot['base']:.2f} ms {tpot['export']:.2f} ms (same: 0.96 to 1.01 times)" in printed
-    interval = f"(slower: {without['low']:.2f} to {without['high']:.2f} times)"
-    assert f"the same export, cache off {tpot['export_no_cache']:.2f} ms {interval}" in printed
+    export, without = over_base(0.96, 1.01, "same"), over_base(1.88, 2.17, "slower")
+    rows = [row("base"), row("export", ratios=[export]), row("export_no_cache", ratios=[without])]
+    summary = summary_of(rows)
+    assert {arm: ratio["verdict"] for arm, ratio in summary["tpot_ratios"].items()} == {
+        "export": "same",
+        "export_no_cache": "slower",
+    }
+    printed, tpot = table_of(summary, capsys), summary["tpot_ms"]
+    of_export = f"{tpot['export']:.2f} ms (same: 0.96 to 1.01 times the base)"
+    assert f"time per output token {tpot['base']:.2f} ms {of_export}" in printed
+    of_the_rest = f"{tpot['export_no_cache']:.2f} ms (slower: 1.88 to 2.17 times the base)"
+    assert f"the same export, cache off {of_the_rest}" in printed
 
 
 def test_a_noisy_machine_is_no_regression(capsys: pytest.CaptureFixture[str]) -> None:
-    from grpo_toolkit.latency.row import Ratio
-
-    noisy = Ratio(against="base", median=1.26, low=0.99, high=1.39, pairs=12, verdict="cannot tell")
-    rows = [row("base"), row("export", ratios=[noisy])]
-    assert "ms (cannot tell apart: 0.99 to 1.39 times)" in table_of(summary_of(rows), capsys)
+    rows = [row("base"), row("export", ratios=[over_base(0.99, 1.39, "cannot tell")])]
+    assert "ms (cannot tell apart: 0.99 to 1.39 times the base)" in table_of(summary_of(rows), capsys)
 
 
 def test_times_of_no_pairs_stand_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +65,7 @@ def test_times_of_no_pairs_stand_alone(capsys: pytest.CaptureFixture[str]) -> No
     assert (
         f"time per output token {summary['tpot_ms']['base']:.2f} ms {summary['tpot_ms']['export']:.2f} ms" in printed
     )
-    assert "times" not in printed
+    assert "times the base" not in printed
     assert "time per output token" not in table_of(summary_of([]), capsys)
 
 
