@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from images import undecoded
+from pictures import content
 from trainer import measure
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class Baselines(TrainerCallback):
         self.checkpoint_name: str | None = None
         self._trainer, self._rows, self._direct = trainer, rows, direct
         self._measured_on = dict(measured_on)
-        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._checkpoint = None if checkpoint is None else Path(checkpoint).resolve()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,8 +81,11 @@ class Baselines(TrainerCallback):
             self.figures = self._measure(f"of {loaded.name}, as the base's on these rows is not known")
         else:
             self.figures = self._measure("before training")
-        if self.checkpoint_name is None and self._trainer.is_world_process_zero():
-            write_baselines(Path(self._trainer.args.output_dir), self.figures, measured_on=self._measured_on)
+        folder = Path(self._trainer.args.output_dir)
+        # What is there may say more: a direct accuracy that this run was not asked for.
+        is_there = known is not None and (folder / FILE_NAME).is_file()
+        if self.checkpoint_name is None and not is_there and self._trainer.is_world_process_zero():
+            write_baselines(folder, self.figures, measured_on=self._measured_on)
 
     def _measure(self, when: str) -> Figures:
         direct_accuracy = None
@@ -111,10 +116,12 @@ def conditions(
     recipe: RecipeArguments, training: GRPOConfig, model: ModelConfig, rows: Dataset
 ) -> dict[str, str | int | bool | None]:
     """What an accuracy depends on: the model as it is loaded, the rows, and what an answer may be."""
-    columns = [name for name in ("prompt", "answer", "answer_type") if name in rows.column_names]
+    texts = [name for name in ("prompt", "answer", "answer_type") if name in rows.column_names]
     digest = hashlib.sha256()
-    for row in rows.select_columns(columns):  # no image is decoded
-        digest.update(json.dumps(row).encode())
+    for row in undecoded(rows):
+        digest.update(json.dumps({name: row[name] for name in texts}).encode())
+        for picture in row["images"] if "images" in row else [row["image"]]:
+            digest.update(content(picture))
     return {
         "model": str(model.model_name_or_path),
         "revision": model.model_revision,
@@ -122,7 +129,7 @@ def conditions(
         "load_in_4bit": model.load_in_4bit,
         "load_in_8bit": model.load_in_8bit,
         "rows": len(rows),
-        "questions": digest.hexdigest(),
+        "content": digest.hexdigest(),
         "min_pixels": recipe.min_pixels,
         "max_pixels": recipe.max_pixels,
         "max_completion_length": training.max_completion_length,

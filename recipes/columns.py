@@ -175,9 +175,18 @@ def _problem(question: Any, contents: Any) -> str | None:
             return f"has a message whose role is {message['role']!r}; there are {', '.join(ROLES)}"
         if not isinstance(message["content"], contents):
             return f"has a message whose content is a {type(message['content']).__name__}"
+        if isinstance(message["content"], list) and not all(map(_is_part, message["content"])):
+            return "has a message with a part that is neither {'type': 'text', 'text': ...} nor {'type': 'image'}"
     if question and all(message["role"] != "user" for message in question):
         return "has no message of a user"
     return None
+
+
+def _is_part(part: Any) -> bool:
+    """Of a message's content, as TRL reads it."""
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 def _short(value: Any) -> str:

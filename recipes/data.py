@@ -308,7 +308,7 @@ def _whole(rows: Dataset) -> Dataset:
 
     def are_whole(prompts: Any, images: Any, answers: Any) -> list[bool]:
         return [
-            prompt.is_valid and len(prompt) > 0 and _is_there(image) and answer.as_py() not in (None, "")
+            prompt.is_valid and len(prompt) > 0 and _is_there(image) and bool((answer.as_py() or "").strip())
             for prompt, image, answer in zip(prompts, images, answers, strict=True)
         ]
 

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-LARGEST_ASPECT_RATIO = 200
-"""Qwen's processors refuse an image that is longer than this by its width, in the middle of a training."""
-
-KEPT = 32
+KEPT = 16
 """Images that a process keeps decoded: those of one rollout. For each micro-batch of a step TRL reads all rows of the
 rollout again, and the same image for each completion: 512 readings of eight images for 64 completions."""
 
@@ -55,6 +52,18 @@ class PixelLimits:
         """How many tokens the image takes in the prompt."""
         fitted_width, fitted_height = self.fit(width, height)
         return fitted_width * fitted_height // self.factor**2
+
+    def takes(self, width: int, height: int) -> bool:
+        """Whether an image brought to its size is left as it is by the processor, which is given it next.
+
+        It refuses one more than 200 times as long as wide, in the middle of a training, and resizes some narrow ones
+        once more.
+        """
+        try:
+            size = self.fit(width, height)
+            return self.fit(*size) == size
+        except ValueError:
+            return False
 
     def largest_minimum(self) -> int:
         """The most that `min_pixels` may be for `fit` to give sizes that it leaves as they are.
@@ -89,12 +98,13 @@ class Fit:
         if isinstance(row, list):
             return [self._fit(picture, prompt) for picture in row]
         with told_by_name(_name(row, prompt)):
-            return _fitted(row["bytes"], row["path"], self.limits)
+            # A copy: rewards get the image, too, and may draw into it.
+            return _fitted(row["bytes"], row["path"], self.limits).copy()
 
 
 @functools.lru_cache(maxsize=KEPT)
 def _fitted(content: bytes | None, path: str | None, limits: PixelLimits | None) -> Image:
-    """An image in its size. Others get the same one, so nobody may change it."""
+    """An image in its size, which stays here as it is."""
     from PIL import Image as Pillow
 
     image = decode({"bytes": content, "path": path})

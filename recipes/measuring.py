@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from answers import parse_box
 from columns import answer_types
 from grpo_toolkit import InputError
-from images import LARGEST_ASPECT_RATIO, PixelLimits, decoded, pixel_limits, undecoded
+from images import PixelLimits, decoded, pixel_limits, undecoded
 from pictures import look_at
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Measured:
         pictures: what each image is known by; rows with one in common show the same.
         image_tokens: of the images in the prompt.
         prompt_tokens: of the prompt as the trainer will write it, images included; None where it was not counted.
-        too_narrow: whether the processor would refuse an image.
+        too_narrow: whether the processor would refuse an image, or resize it once more.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -93,7 +93,7 @@ def measure(rows: Dataset, processor: Any, *, every_length: bool) -> list[Measur
             Measured(sizes=sizes, pictures=pictures, prompt_tokens=length)
             for (sizes, pictures), length in zip(seen, lengths, strict=True)
         ]
-    narrow = [any(max(size) > LARGEST_ASPECT_RATIO * min(size) for size in sizes) for sizes, _ in seen]
+    narrow = [not all(limits.takes(*size) for size in sizes) for sizes, _ in seen]
     images = [
         0 if refused else sum(limits.tokens(*size) for size in sizes)
         for (sizes, _), refused in zip(seen, narrow, strict=True)
@@ -165,8 +165,17 @@ def longest_prompt(rows: Dataset, measured: Sequence[Measured], processor: Any) 
 def _look_at_images(rows: Dataset) -> list[tuple[tuple[tuple[int, int], ...], tuple[str, ...]]]:
     """Of every row the sizes of its images, and what each is known by."""
     column = "images" if "images" in rows.column_names else "image"
-    options = {"input_columns": [column], "remove_columns": [column], "with_indices": True}
-    seen = undecoded(rows).select_columns([column]).map(_look_at_row, **options, desc="looking at images")
+    images = undecoded(rows.select_columns([column]))
+    first = images[0][column]
+    options = {
+        "input_columns": [column],
+        "remove_columns": [column],
+        "with_indices": True,
+        "desc": "looking at images",
+    }
+    # Not what was found the last time, where `datasets` knows nothing but the path: the file may be another.
+    embedded = (first[0] if isinstance(first, list) else first)["bytes"] is not None
+    seen = images.map(_look_at_row, **options, load_from_cache_file=embedded)
     return [(tuple((width, height) for width, height in row["sizes"]), tuple(row["pictures"])) for row in seen]
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +20,23 @@ from grpo_toolkit import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import BinaryIO
 
     from PIL.Image import Image
 
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """How whole files of a format end: no pixels can look like it. Other formats are rare, and decoded."""
 
+_ABOUT_PNG = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
+"""Where a PNG has its orientation, if it has one."""
+
+_LYING = (5, 6, 7, 8)
+"""Orientations, of EXIF's eight, whose width is the upright picture's height."""
+
 _TAIL = 64  # Bytes in which the end is looked for: some writers pad.
 
 
 def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str]:
-    """Width and height of a picture as `decode` returns it, and what is its own: the digest of its bytes, or its path.
+    """Width and height of a picture as `decode` returns it, and the digest of its bytes.
 
     Args:
         picture (`dict`):
@@ -45,19 +49,22 @@ def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str
     """
     from PIL import Image as Pillow
 
-    content = picture["bytes"]
     try:
-        with io.BytesIO(content) if content is not None else Path(picture["path"]).open("rb") as file:
-            with Pillow.open(file) as opened:
-                size = _upright_size(opened)
-                whole = _ends(file, opened.format)
-            if not whole:
-                decode(picture)
+        encoded = content(picture)
+        with Pillow.open(io.BytesIO(encoded)) as opened:
+            size = _upright_size(opened)
+            end = _ENDS.get(opened.format or "")
+        if end is None or end not in encoded[-_TAIL:]:
+            decode(picture)
     except _unreadable() as error:
         raise InputError(f"image {name}: {_complaint(error)}; replace it, or take its row out") from error
-    if content is None:
-        return size, str(picture["path"])
-    return size, hashlib.sha1(content, usedforsecurity=False).hexdigest()
+    return size, hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
+
+
+def content(picture: dict[str, Any]) -> bytes:
+    """The encoded picture, which is in the dataset or in a file of its own."""
+    embedded: bytes | None = picture["bytes"]
+    return Path(picture["path"]).read_bytes() if embedded is None else embedded
 
 
 def decode(picture: dict[str, Any]) -> Image:
@@ -88,23 +95,17 @@ def told_by_name(name: str) -> Iterator[None]:
 
 
 def _upright_size(opened: Image) -> tuple[int, int]:
-    """Width and height as `decode` returns the picture: cameras write it lying and its orientation beside it."""
+    """Width and height as `decode` returns the picture: cameras write it lying and its orientation beside it.
+
+    Pillow turns a TIFF as it opens it. Of PNGs only those are asked that say so before their pixels: to look behind
+    them, Pillow would decode them all.
+    """
     from PIL.ExifTags import Base
 
-    # Not asked of other PNGs: Pillow would decode them, as it may also stand behind the pixels.
-    if opened.format == "PNG" and "exif" not in opened.info:
-        return opened.size
     width, height = opened.size
-    return (height, width) if opened.getexif().get(Base.Orientation, 1) >= 5 else (width, height)
-
-
-def _ends(file: BinaryIO, kind: str | None) -> bool:
-    end = _ENDS.get(kind or "")
-    if end is None:
-        return False
-    file.seek(0, os.SEEK_END)
-    file.seek(max(0, file.tell() - _TAIL))
-    return end in file.read()
+    if opened.format == "TIFF" or (opened.format == "PNG" and not _ABOUT_PNG & opened.info.keys()):
+        return width, height
+    return (height, width) if opened.getexif().get(Base.Orientation) in _LYING else (width, height)
 
 
 def _unreadable() -> tuple[type[Exception], ...]:

@@ -102,6 +102,16 @@ def test_other_rows_answers_or_settings_are_something_else(qwen: Path, geometry:
 
     usual = found()
     assert json.loads(json.dumps(usual)) == usual == found("--learning_rate", "1")
-    for flags in (("--held_out_size", "2"), ("--max_completion_length", "9"), ("--dtype", "bfloat16")):
-        assert found(*flags) != usual
-    assert found("--held_out_size", "2")["questions"] != usual["questions"]
+    for flags in (
+        ("--held_out_size", "2"),
+        ("--max_completion_length", "9"),
+        ("--dtype", "bfloat16"),
+        ("--model_revision", "other"),
+        ("--model_name_or_path", str(tmp_path)),
+        ("--load_in_4bit", "true"),
+        ("--load_in_8bit", "true"),
+        ("--min_pixels", "3137"),
+        ("--max_pixels", "50000"),
+    ):
+        assert found(*flags) != usual, flags
+    assert found("--held_out_size", "2")["content"] != usual["content"]

@@ -43,7 +43,17 @@ class Line(torch.nn.Module):
         return {"loss": ((found - labels) ** 2).mean(), "logits": found}
 
 
-def test_a_step_has_the_reading_of_its_rows_and_no_evaluation(tmp_path: Path) -> None:
+def make_slow(trainer: Any, name: str, *, seconds: float) -> None:
+    method = getattr(trainer, name)
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return method(*args, **kwargs)
+
+    setattr(trainer, name, slow)
+
+
+def test_a_step_has_the_reading_of_its_rows_and_neither_evaluation_nor_save(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
     from cost import CostCallback
@@ -56,13 +66,17 @@ def test_a_step_has_the_reading_of_its_rows_and_no_evaluation(tmp_path: Path) ->
         gradient_accumulation_steps=4,
         eval_strategy="steps",
         eval_steps=1,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=1,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
     )
-    reading = {"train_dataset": Slow(12, seconds=0.05), "eval_dataset": Slow(1, seconds=3.0)}
-    Trainer(model=Line(), args=settings, callbacks=[cost], **reading).train()
+    reading = {"train_dataset": Slow(12, seconds=0.05), "eval_dataset": Slow(1, seconds=0.0)}
+    trainer = Trainer(model=Line(), args=settings, callbacks=[cost], **reading)
+    make_slow(trainer, "evaluate", seconds=3.0)
+    make_slow(trainer, "_save_checkpoint", seconds=3.0)
+    trainer.train()
     assert len(cost.steps_s) == 3
     assert 0.2 <= cost.steps_s[1] < 3.0
     assert cost.steps_s[2] < 3.0

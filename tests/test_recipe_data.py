@@ -11,6 +11,8 @@ import pytest
 from packaging.version import Version
 from PIL import Image
 
+from grpo_toolkit import InputError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -807,8 +809,15 @@ def test_answer_types_are_found_without_a_look_at_the_images(decodings: list[Any
     assert len(decodings) == 3
 
 
-@pytest.mark.parametrize("suffix", ["jpeg", "png"])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_who_draws_into_an_image_changes_no_later_reading() -> None:
+    rows = image_rows(1)
+    before = rows[0]["image"].tobytes()
+    rows[0]["image"].putpixel((0, 0), (0, 0, 255))
+    assert rows[0]["image"].tobytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "png", "tiff"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 9])
 def test_sizes_are_those_of_the_picture_turned_upright(suffix: str, orientation: int) -> None:
     from PIL.ExifTags import Base
 
@@ -831,3 +840,53 @@ def test_the_size_of_a_png_is_read_without_its_pixels(monkeypatch: pytest.Monkey
     picture(64, 32).save(file, "png")
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("decoded"))
     assert look_at({"bytes": file.getvalue(), "path": None}, name="here")[0] == (64, 32)
+
+
+def write_questions(folder: Path, paths: list[Path]) -> Path:
+    """A JSONL file with a question about each picture."""
+    lines = [
+        {"image": str(path), "question": f"How many, {number}?", "answer": "3"} for number, path in enumerate(paths)
+    ]
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    return file
+
+
+def splits_of(file: Path, **settings: Any) -> Any:
+    from arguments import RecipeArguments
+    from data import load_splits
+
+    return load_splits(RecipeArguments(dataset_name=str(file), **settings), seed=0)
+
+
+def test_the_same_picture_in_several_files_is_not_held_out_and_trained_on(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}_{copy}.png" for number in range(10) for copy in range(3)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (64, 64), (20 * (number // 3), 9, 9)).save(path)
+    splits = splits_of(write_questions(tmp_path, paths), held_out_size=3)
+    trained, held_out = ({row["image"].tobytes() for row in rows} for rows in (splits.train, splits.held_out))
+    assert held_out
+    assert not trained & held_out
+
+
+def test_a_file_that_was_cut_off_since_is_found(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        Image.effect_noise((64, 64), 20 + number).save(path)
+    file = write_questions(tmp_path, paths)
+    splits_of(file)
+    paths[1].write_bytes(paths[1].read_bytes()[:200])
+    with pytest.raises(InputError, match=r"1\.png"):
+        splits_of(file)
+
+
+@pytest.mark.parametrize("part", ["How many?", {"text": "How many?"}, {"type": "text"}, {"type": "video"}])
+def test_a_part_of_a_message_that_is_none_is_one_line(tmp_path: Path, part: Any) -> None:
+    from datasets import Dataset
+
+    content = [part] if isinstance(part, str) else [part, {"type": "image"}]
+    messages = [{"role": "user", "content": content}]
+    rows = Dataset.from_dict({"prompt": [messages] * 2, "image": [picture(64, 64)] * 2, "answer": ["3"] * 2})
+    rows.save_to_disk(tmp_path / "rows")
+    with pytest.raises(InputError, match=r"row 0 .* has a message with a part that is neither"):
+        splits_of(tmp_path / "rows")

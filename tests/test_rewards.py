@@ -160,6 +160,14 @@ def test_numbers_that_cannot_be_computed_are_seen_at_a_glance(formula: str) -> N
         ("5!", "120"),
         ("3!!", "720"),
         ("\\frac{7!}{5!}", "42"),
+        ("\\sum_{k=1}^{100000} k", "5000050000"),
+        ("\\int_0^{100000} x dx", "5000000000"),
+        ("(-1)^{100001}", "-1"),
+        ("1^{1000000}", "1"),
+        ("x^2 100000", "100000x^2"),
+        ("x^{100000}+1", "1+x^{100000}"),
+        ("2^{100000}-1", "-1+2^{100000}"),
+        ("\\frac{10000!}{9999!}", "10000"),
     ],
 )
 def test_ordinary_powers_and_factorials_are_computed(found: str, reference: str) -> None:
