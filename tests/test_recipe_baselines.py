@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -115,3 +116,40 @@ def test_other_rows_answers_or_settings_are_something_else(qwen: Path, geometry:
     ):
         assert found(*flags) != usual, flags
     assert found("--held_out_size", "2")["content"] != usual["content"]
+
+
+def test_other_pictures_are_something_else(qwen: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from PIL import Image
+
+    from arguments import parse
+    from baselines import conditions
+    from images import decoded
+
+    def found(colour: str) -> Any:
+        rows = {"prompt": ["Which?"], "image": [Image.new("RGB", (56, 56), colour)], "answer": ["3"]}
+        flags = [
+            "--model_name_or_path",
+            str(qwen),
+            "--output_dir",
+            str(tmp_path),
+            "--use_cpu",
+            "true",
+            "--bf16",
+            "false",
+        ]
+        return conditions(*parse(flags), decoded(Dataset.from_dict(rows)))
+
+    assert found("red") == found("red") != found("blue")
+
+
+def test_a_run_without_the_direct_baseline_leaves_what_is_known_of_it(tmp_path: Path) -> None:
+    from baselines import Baselines, Figures, read_baselines, write_baselines
+
+    write_baselines(tmp_path, Figures(accuracy=0.5, direct_accuracy=0.25), measured_on=ON)
+    trainer = SimpleNamespace(is_world_process_zero=lambda: True, args=SimpleNamespace(output_dir=str(tmp_path)))
+    checkpoint = str(tmp_path / "checkpoint-1")
+    goes_on = Baselines(trainer, [1, 2], direct=False, measured_on=ON, checkpoint=checkpoint)  # type: ignore[arg-type]
+    goes_on.take()
+    assert goes_on.figures == Figures(accuracy=0.5)
+    assert read_baselines(tmp_path, measured_on=ON, direct=True) == Figures(accuracy=0.5, direct_accuracy=0.25)

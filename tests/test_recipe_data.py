@@ -890,3 +890,16 @@ def test_a_part_of_a_message_that_is_none_is_one_line(tmp_path: Path, part: Any)
     rows.save_to_disk(tmp_path / "rows")
     with pytest.raises(InputError, match=r"row 0 .* has a message with a part that is neither"):
         splits_of(tmp_path / "rows")
+
+
+@pytest.mark.parametrize(
+    ("size", "taken"),
+    [((640, 480), True), ((1200, 400), True), ((30, 9000), False), ((48069, 2993), False)],
+)
+def test_images_that_the_processor_would_refuse_or_resize_again_are_not_taken(
+    size: tuple[int, int], taken: bool
+) -> None:
+    from images import PixelLimits
+
+    limits = PixelLimits(factor=28, min_pixels=157_616, max_pixels=200_704)
+    assert limits.takes(*size) == taken
