@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from images import undecoded
-from pictures import content
-from trainer import measure
+from trainer import measure, tell
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig, ModelConfig
 
     from arguments import RecipeArguments
+    from data import Splits
     from trainer import AccuracyTrainer
 
 FILE_NAME = "baselines.json"
@@ -104,24 +103,21 @@ class Baselines(TrainerCallback):
         return known
 
     def _say(self, known: Figures) -> None:
-        if not self._trainer.is_world_process_zero():
-            return
-        rows = f"{len(self._rows)} rows, as measured when the run began"
+        note = ", as measured when the run began"
         if known.direct_accuracy is not None:
-            print(f"held-out accuracy before training, {ALONE}: {known.direct_accuracy:.1%} of {rows}", flush=True)
-        print(f"held-out accuracy before training: {known.accuracy:.1%} of {rows}", flush=True)
+            tell(self._trainer, known.direct_accuracy, self._rows, f"before training, {ALONE}", note=note)
+        tell(self._trainer, known.accuracy, self._rows, "before training", note=note)
 
 
 def conditions(
-    recipe: RecipeArguments, training: GRPOConfig, model: ModelConfig, rows: Dataset
+    recipe: RecipeArguments, training: GRPOConfig, model: ModelConfig, splits: Splits
 ) -> dict[str, str | int | bool | None]:
     """What an accuracy depends on: the model as it is loaded, the rows, and what an answer may be."""
+    rows = splits.held_out
     texts = [name for name in ("prompt", "answer", "answer_type") if name in rows.column_names]
     digest = hashlib.sha256()
-    for row in undecoded(rows):
-        digest.update(json.dumps({name: row[name] for name in texts}).encode())
-        for picture in row["images"] if "images" in row else [row["image"]]:
-            digest.update(content(picture))
+    for row, pictures in zip(rows.select_columns(texts), splits.held_out_pictures, strict=True):
+        digest.update(json.dumps([row, pictures]).encode())
     return {
         "model": str(model.model_name_or_path),
         "revision": model.model_revision,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from columns import conversation, read_columns
 from grpo_toolkit import InputError
 from holding_out import hold_out, shared
-from images import decoded, pixel_limits
+from images import decoded, pixel_limits, undecoded
 from layouts import LAYOUTS, Layout, Question, find_layout, text_columns
 from measuring import Longest, fit_boxes, longest_prompt, measure
 
@@ -42,12 +42,14 @@ class Splits:
         train, held_out: in the row form.
         longest: of the prompts that are trained on; None where they were loaded without a processor.
         shared_images: how many rows held out show an image that is trained on.
+        held_out_pictures: of each row held out, the digests of its images.
     """
 
     train: Dataset
     held_out: Dataset
     longest: Longest | None
     shared_images: int
+    held_out_pictures: list[tuple[str, ...]]
 
 
 def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None) -> Splits:
@@ -89,11 +91,13 @@ def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None)
         _say_left_out(f"dataset {arguments.dataset_name}", arguments.dataset_train_split, held_out, asked, why)
     limited = arguments.min_pixels is not None or arguments.max_pixels is not None
     limits = pixel_limits(processor) if limited else None
+    pictures_out = [row.pictures for row in measured_out]
     return Splits(
         train=decoded(train, limits),
         held_out=decoded(asked, limits),
         longest=None if processor is None else longest_prompt(train, measured, processor),
-        shared_images=shared([row.pictures for row in measured_out], [row.pictures for row in measured]),
+        shared_images=shared(pictures_out, [row.pictures for row in measured]),
+        held_out_pictures=pictures_out,
     )
 
 
@@ -270,7 +274,7 @@ def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
 
 
 def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
-    """Image columns in RGB; paths are looked up in `--image_folder` and become pictures."""
+    """Images as bytes or a path, which is looked up in `--image_folder`."""
     from datasets import Image, List, Value
 
     kind = rows.features["image"]
@@ -285,9 +289,7 @@ def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
     if paths:
         folder = Path(arguments.image_folder or "")
         rows = rows.map(_in_folder, input_columns=["image"], fn_kwargs={"folder": str(folder)}, desc="finding images")
-    if several:
-        return rows.cast_column("image", List(Image(mode="RGB"))).rename_column("image", "images")
-    return rows.cast_column("image", Image(mode="RGB"))
+    return undecoded(rows.rename_column("image", "images") if several else rows)
 
 
 def _has_parts(kind: Any) -> bool:

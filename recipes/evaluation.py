@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from answers import extract_answer, is_right, is_right_directly
 from grpo_toolkit import inference_ready
+from images import row_images
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -99,7 +100,7 @@ def model_inputs(
     """A batch of rows in the chat format, padded on the left; `completions` are appended, to learn from."""
     from trl.data_utils import prepare_multimodal_messages
 
-    images = [row["images"] if "images" in row else [row["image"]] for row in rows]
+    images = [row_images(row) for row in rows]
     texts = [
         processor.apply_chat_template(
             prepare_multimodal_messages(row["prompt"], images=pictures), tokenize=False, add_generation_prompt=True

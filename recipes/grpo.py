@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
         rounds=max(recipe.latency_rounds, 1),
         max_new_tokens=training.max_completion_length,
     )
-    cost = CostCallback(None if training.use_vllm and plan.memory.sleeps else plan.memory.allocated)
+    cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
     callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
 
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         trainer,
         splits.held_out,
         direct=recipe.direct_baseline,
-        measured_on=conditions(recipe, training, model, splits.held_out),
+        measured_on=conditions(recipe, training, model, splits),
         checkpoint=checkpoint,
     )
     if trainer.is_sharded:

@@ -113,19 +113,23 @@ def _fitted(content: bytes | None, path: str | None, limits: PixelLimits | None)
 
 
 def undecoded(rows: Dataset) -> Dataset:
-    """The row form, its images as `bytes` or a `path`."""
+    """The row form, its images as `bytes` or a `path`; rows that have them so are not cast, which copies lists."""
     from datasets import Image, List
 
-    kept = Image(mode="RGB", decode=False)
+    one = Image(mode="RGB", decode=False)
+    column, kept = ("images", List(one)) if "images" in rows.column_names else ("image", one)
     rows = rows.with_format(None)
-    if "images" in rows.column_names:
-        return rows.cast_column("images", List(kept))
-    return rows.cast_column("image", kept)
+    return rows if rows.features[column] == kept else rows.cast_column(column, kept)
 
 
 def decoded(rows: Dataset, limits: PixelLimits | None = None) -> Dataset:
     """The row form, its images decoded when they are asked for, and brought within the limits."""
     return undecoded(rows).with_transform(Fit(limits=limits))
+
+
+def row_images(row: dict[str, Any]) -> list[Any]:
+    """The images of a row, which has one or several."""
+    return row["images"] if "images" in row else [row["image"]]
 
 
 def _name(picture: dict[str, Any], prompt: list[dict[str, Any]] | None) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from answers import parse_box
 from columns import answer_types
 from grpo_toolkit import InputError
-from images import PixelLimits, decoded, pixel_limits, undecoded
+from images import PixelLimits, decoded, pixel_limits, row_images, undecoded
 from pictures import look_at
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _written(prompt: list[dict[str, Any]], images: list[Any], processor: Any) ->
 
 
 def _processed_length(row: dict[str, Any], processor: Any) -> int:
-    images = row["images"] if "images" in row else [row["image"]]
+    images = row_images(row)
     text = _written(row["prompt"], images, processor)
     return int(processor(text=[text], images=[images], return_tensors="pt")["input_ids"].shape[1])
 

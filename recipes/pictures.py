@@ -50,7 +50,7 @@ def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str
     from PIL import Image as Pillow
 
     try:
-        encoded = content(picture)
+        encoded = _content(picture)
         with Pillow.open(io.BytesIO(encoded)) as opened:
             size = _upright_size(opened)
             end = _ENDS.get(opened.format or "")
@@ -61,7 +61,7 @@ def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str
     return size, hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
 
 
-def content(picture: dict[str, Any]) -> bytes:
+def _content(picture: dict[str, Any]) -> bytes:
     """The encoded picture, which is in the dataset or in a file of its own."""
     embedded: bytes | None = picture["bytes"]
     return Path(picture["path"]).read_bytes() if embedded is None else embedded

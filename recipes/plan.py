@@ -135,7 +135,7 @@ def make_plan(
         reshards=reshards_after_forward(training),
         reserved=share * total if total is not None else 0.0,
         share=share if total is None else 0.0,
-        sleeps=training.vllm_enable_sleep_mode,
+        sleeps=share > 0 and training.vllm_enable_sleep_mode,
     )
     completions = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     disk, free_disk = disk_needed(training, model, size), shutil.disk_usage(_existing(training.output_dir)).free

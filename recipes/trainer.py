@@ -100,9 +100,14 @@ def one_token_an_image(token_ids: Sequence[int], image_token_id: int) -> list[in
 def measure(trainer: AccuracyTrainer, rows: Dataset, when: str, *, direct: bool = False) -> float:
     """Held-out accuracy, printed."""
     accuracy = trainer.accuracy(rows, direct=direct)
-    if trainer.is_world_process_zero():
-        print(f"held-out accuracy {when}: {accuracy:.1%} of {len(rows)} rows", flush=True)
+    tell(trainer, accuracy, rows, when)
     return accuracy
+
+
+def tell(trainer: AccuracyTrainer, accuracy: float, rows: Dataset, when: str, *, note: str = "") -> None:
+    """Print a held-out accuracy, once for all processes."""
+    if trainer.is_world_process_zero():
+        print(f"held-out accuracy {when}: {accuracy:.1%} of {len(rows)} rows{note}", flush=True)
 
 
 def with_group_health(reward: RewardFunction, *, num_generations: int) -> RewardFunction:

@@ -98,8 +98,7 @@ def test_other_rows_answers_or_settings_are_something_else(qwen: Path, geometry:
     def found(*flags: str) -> dict[str, Any]:
         given = ["--model_name_or_path", str(qwen), "--dataset_name", str(geometry), "--output_dir", str(tmp_path)]
         recipe, training, model = parse([*given, "--use_cpu", "true", "--bf16", "false", *flags])
-        rows = load_splits(recipe, seed=0).held_out
-        return conditions(recipe, training, model, rows)
+        return conditions(recipe, training, model, load_splits(recipe, seed=0))
 
     usual = found()
     assert json.loads(json.dumps(usual)) == usual == found("--learning_rate", "1")
@@ -124,21 +123,15 @@ def test_other_pictures_are_something_else(qwen: Path, tmp_path: Path) -> None:
 
     from arguments import parse
     from baselines import conditions
-    from images import decoded
+    from data import load_splits
 
     def found(colour: str) -> Any:
-        rows = {"prompt": ["Which?"], "image": [Image.new("RGB", (56, 56), colour)], "answer": ["3"]}
-        flags = [
-            "--model_name_or_path",
-            str(qwen),
-            "--output_dir",
-            str(tmp_path),
-            "--use_cpu",
-            "true",
-            "--bf16",
-            "false",
-        ]
-        return conditions(*parse(flags), decoded(Dataset.from_dict(rows)))
+        pictures = [Image.new("RGB", (56, 56), colour)] * 2
+        rows = Dataset.from_dict({"prompt": ["Which?"] * 2, "image": pictures, "answer": ["3"] * 2})
+        rows.save_to_disk(tmp_path / colour)
+        given = f"--model_name_or_path {qwen} --dataset_name {tmp_path / colour} --output_dir {tmp_path / 'out'}"
+        recipe, training, model = parse(f"{given} --use_cpu true --bf16 false".split())
+        return conditions(recipe, training, model, load_splits(recipe, seed=0))
 
     assert found("red") == found("red") != found("blue")
 

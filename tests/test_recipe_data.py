@@ -169,8 +169,6 @@ def test_referring_boxes_are_in_the_frame_of_the_resized_image(copies: dict[str,
 
 
 def test_paths_that_lead_nowhere_are_one_line(copies: dict[str, Path], processors: Any) -> None:
-    from grpo_toolkit import InputError
-
     with pytest.raises(InputError, match=r"0\.jpg: no such file; name the folder .* --image_folder"):
         load(copies["referring"], processors(), dataset_layout="referring", image_folder="/nowhere")
 
@@ -189,8 +187,6 @@ def test_paths_that_lead_nowhere_are_one_line(copies: dict[str, Path], processor
 def test_wrong_layouts_and_lengths(
     copies: dict[str, Path], processors: Any, options: dict[str, Any], message: str
 ) -> None:
-    from grpo_toolkit import InputError
-
     with pytest.raises(InputError, match=message):
         load(copies["geometry3k"], processors(), **options)
 
@@ -287,14 +283,11 @@ def test_what_was_resized_is_not_resized_again(max_pixels: int) -> None:
     ],
 )
 def test_limits_that_leave_no_room_are_one_line(processors: Any, limits: tuple[int | None, int], message: str) -> None:
-    from grpo_toolkit import InputError
-
     with pytest.raises(InputError, match=message):
         processors(*limits)
 
 
 def test_impossible_pixel_limits_are_one_line(qwen: Path, any_base: Path) -> None:
-    from grpo_toolkit import InputError
     from images import load_processor
 
     with pytest.raises(InputError, match=r"--max_pixels 784: /.* takes no image smaller than 3136 pixels"):
@@ -330,8 +323,6 @@ def test_other_columns_of_ones_own_data_reach_the_rewards(tmp_path: Path, proces
 
 
 def test_boxes_of_ones_own_data_are_moved_too(tmp_path: Path, processors: Any) -> None:
-    from grpo_toolkit import InputError
-
     own = write_own(
         tmp_path / "own", image=[picture()] * 3, answer=["[320, 240, 640, 480]"] * 3, answer_type=["box"] * 3
     )
@@ -342,16 +333,12 @@ def test_boxes_of_ones_own_data_are_moved_too(tmp_path: Path, processors: Any) -
 
 
 def test_a_column_answer_type_of_another_meaning_is_one_line(tmp_path: Path) -> None:
-    from grpo_toolkit import InputError
-
     own = write_own(tmp_path / "own", answer_type=["text", "float", "text"])
     with pytest.raises(InputError, match=r"answer_type 'float'; there are text, number, .*; rename the column"):
         load(own)
 
 
 def test_a_mistyped_test_split_is_one_line(copies: dict[str, Path]) -> None:
-    from grpo_toolkit import InputError
-
     with pytest.raises(InputError, match=r"no split 'val' \(--dataset_test_split\); it has train, validation, test;"):
         load(copies["geometry3k"], dataset_test_split="val")
     assert len(load(copies["clevr_count"]).held_out) == 1  # the default, which need not be there
@@ -395,8 +382,6 @@ def test_pictures_with_a_metadata_file_are_no_jsonl_dataset(tmp_path: Path) -> N
 def test_a_conversation_that_nobody_answers_is_left_out(
     copies: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from grpo_toolkit import InputError
-
     file = copies["referring"] / "refcoco_train.jsonl"
     asked = {"id": 2, "image": "train2014/1.jpg", "conversations": [{"from": "human", "value": "the dog"}]}
     options = {"dataset_layout": "referring", "image_folder": str(copies["referring"].parent / "coco")}
@@ -425,8 +410,6 @@ def test_a_row_of_a_known_layout_without_a_solution_is_left_out(tmp_path: Path) 
     ],
 )
 def test_files_without_rows_are_one_line(tmp_path: Path, text: str, message: str) -> None:
-    from grpo_toolkit import InputError
-
     (tmp_path / "a.jsonl").write_text(text)
     for name in (tmp_path, tmp_path / "a.jsonl"):
         with pytest.raises(InputError, match=message):
@@ -439,8 +422,6 @@ def test_files_without_rows_are_one_line(tmp_path: Path, text: str, message: str
 def test_a_file_that_is_no_image_is_one_line(copies: dict[str, Path], processors: Any, embedded: bool) -> None:
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
-
-    from grpo_toolkit import InputError
 
     broken = copies["referring"].parent / "coco" / "train2014" / "1.jpg"
     broken.write_bytes(b"not a picture")
@@ -493,8 +474,6 @@ def write_bytes(folder: Path, pictures: list[bytes]) -> Path:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_an_image_that_is_cut_off_is_found_before_anything_loads(tmp_path: Path, processors: Any, kind: str) -> None:
     """Its header is good: it ended the training in its middle."""
-    from grpo_toolkit import InputError
-
     whole = encoded(kind)
     assert len(load(write_bytes(tmp_path / "whole", [whole] * 3), processors()).train) == 2
     for share in (0.5, 0.9):
@@ -514,8 +493,6 @@ def test_an_image_that_is_damaged_in_its_middle_is_one_line_where_it_is_trained_
     tmp_path: Path, processors: Any
 ) -> None:
     from torch.utils.data import DataLoader
-
-    from grpo_toolkit import InputError
 
     splits = load(write_bytes(tmp_path / "own", [damaged()] * 2), processors())
     message = (
@@ -694,8 +671,6 @@ def own_kinds() -> dict[str, Any]:
 def test_what_is_no_question_image_or_answer_is_one_line(
     tmp_path: Path, processors: Any, column: str, kind: str, values: list[Any], message: str
 ) -> None:
-    from grpo_toolkit import InputError
-
     own = write_shapes(tmp_path / "own", {column: own_kinds()[kind]}, **{column: values})
     with pytest.raises(InputError, match=message) as raised:
         load(own, processors())
@@ -747,15 +722,11 @@ def test_labels_are_answered_by_their_names(tmp_path: Path) -> None:
 
 
 def test_one_column_does_not_play_two_parts(tmp_path: Path) -> None:
-    from grpo_toolkit import InputError
-
     with pytest.raises(InputError, match=r"column 'answer' is both prompt and answer; name another with --prompt_col"):
         load(write_own(tmp_path / "own"), prompt_column="answer")
 
 
 def test_a_known_layout_with_other_values_is_one_line(copies: dict[str, Path]) -> None:
-    from grpo_toolkit import InputError
-
     file = copies["referring"] / "refcoco_train.jsonl"
     row = json.loads(file.read_text().splitlines()[0])
     row["conversations"][1]["value"] = ["left", "right"]
