@@ -14,10 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_toolkit.ahead import DecodeAhead
-    from grpo_toolkit.cache import inference_ready
     from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
-    from grpo_toolkit.distributed import unsharded_models
+    from grpo_toolkit.checkpoint.trainer_checkpoints import last_whole_checkpoint
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis, Finding
     from grpo_toolkit.doctor.repair import RepairResult, repair_checkpoint, undo_repair
@@ -34,63 +32,65 @@ if TYPE_CHECKING:
         VerificationError,
         WorkerError,
     )
-    from grpo_toolkit.export import ExportResult, export_model
-    from grpo_toolkit.inference import Request
-    from grpo_toolkit.latency.arms import Arm
-    from grpo_toolkit.latency.compare import Comparison, compare_latency
+    from grpo_toolkit.export.export import ExportResult, export_model
+    from grpo_toolkit.export.verify import VerificationResult, verify_export
+    from grpo_toolkit.latency.bench.compare import Comparison, compare_latency
+    from grpo_toolkit.latency.bench.measure import measure_latency
+    from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Options
-    from grpo_toolkit.latency.explain import explain_latency
-    from grpo_toolkit.latency.measure import measure_latency
-    from grpo_toolkit.latency.row import ExplanationRow, LatencyRow
-    from grpo_toolkit.latency.tune import tune_latency
-    from grpo_toolkit.latency.tuned import Tuning
+    from grpo_toolkit.latency.explain.explanation import explain_latency
+    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.latency.tune.tune import tune_latency
+    from grpo_toolkit.latency.tune.tuning import Tuning
     from grpo_toolkit.merge.merge import MergeResult, merge_adapter
-    from grpo_toolkit.verify import VerificationResult, verify_export
-    from grpo_toolkit.whole import last_whole_checkpoint
+    from grpo_toolkit.model.generation.decode_ahead import DecodeAhead
+    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.kv_cache import inference_ready
+    from grpo_toolkit.model.sharding.gather import unsharded_models
 
 _MODULES = {
-    "Arm": "latency.arms",
+    "Arm": "latency.engines.arms",
     "CheckpointError": "errors",
-    "Comparison": "latency.compare",
-    "DecodeAhead": "ahead",
+    "Comparison": "latency.bench.compare",
+    "DecodeAhead": "model.generation.decode_ahead",
     "Diagnosis": "doctor.findings",
-    "ExplanationRow": "latency.row",
+    "ExplanationRow": "latency.rows.row",
     "ExportCallback": "callbacks",
-    "ExportResult": "export",
+    "ExportResult": "export.export",
     "Finding": "doctor.findings",
     "GateError": "errors",
     "GrpoToolkitError": "errors",
     "InputError": "errors",
     "KVCacheCallback": "callbacks",
     "LatencyCallback": "callbacks",
-    "LatencyRow": "latency.row",
+    "LatencyRow": "latency.rows.row",
     "MergeResult": "merge.merge",
     "Options": "latency.engines.protocol",
     "OutOfMemoryError": "errors",
     "OutputExistsError": "errors",
     "PeerError": "errors",
     "RepairResult": "doctor.repair",
-    "Request": "inference",
+    "Request": "model.generation.generate",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
-    "Tuning": "latency.tuned",
+    "Tuning": "latency.tune.tuning",
     "UnsupportedError": "errors",
     "VerificationError": "errors",
-    "VerificationResult": "verify",
+    "VerificationResult": "export.verify",
     "WorkerError": "errors",
-    "compare_latency": "latency.compare",
+    "compare_latency": "latency.bench.compare",
     "diagnose_checkpoint": "doctor.diagnose",
-    "explain_latency": "latency.explain",
-    "export_model": "export",
-    "inference_ready": "cache",
-    "last_whole_checkpoint": "whole",
-    "measure_latency": "latency.measure",
+    "explain_latency": "latency.explain.explanation",
+    "export_model": "export.export",
+    "inference_ready": "model.kv_cache",
+    "last_whole_checkpoint": "checkpoint.trainer_checkpoints",
+    "measure_latency": "latency.bench.measure",
     "merge_adapter": "merge.merge",
     "repair_checkpoint": "doctor.repair",
-    "tune_latency": "latency.tune",
+    "tune_latency": "latency.tune.tune",
     "undo_repair": "doctor.repair",
-    "unsharded_models": "distributed",
-    "verify_export": "verify",
+    "unsharded_models": "model.sharding.gather",
+    "verify_export": "export.verify",
 }
 
 __all__ = [

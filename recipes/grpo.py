@@ -10,6 +10,7 @@ Every setting of TRL's `GRPOConfig` and `ModelConfig`, and of `arguments.RecipeA
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,6 @@ from typing import Any
 
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
-from arguments import RecipeArguments, parse
-from baselines import Baselines, conditions
-from cost import CostCallback
-from data import Splits, load_splits
 from grpo_toolkit import (
     ExportCallback,
     GrpoToolkitError,
@@ -30,17 +27,22 @@ from grpo_toolkit import (
     ResumeGuardCallback,
     last_whole_checkpoint,
 )
-from health import HealthCallback
-from images import load_processor
-from plan import check_plan, make_plan, reward_names
-from preflight import MARKER, check_model, check_output, check_versions, check_vllm
-from rewards import RewardFunction, find_format_reward, find_rewards
-from sharded import ShardedRolloutsCallback
-from summary import print_summary, summarise
-from trainer import AccuracyTrainer, measure, with_group_health
+from grpo_vlm.arguments import RecipeArguments, parse
+from grpo_vlm.data.image_sizes import load_processor
+from grpo_vlm.data.rows import Splits, load_splits
+from grpo_vlm.planning.plan import check_plan, make_plan, reward_names
+from grpo_vlm.planning.preflight import MARKER, check_model, check_output, check_versions, check_vllm
+from grpo_vlm.rewards.rewards import RewardFunction, find_format_reward, find_rewards
+from grpo_vlm.training.baselines import Baselines, conditions
+from grpo_vlm.training.cost import CostCallback
+from grpo_vlm.training.health import HealthCallback
+from grpo_vlm.training.sharded_rollouts import ShardedRolloutsCallback
+from grpo_vlm.training.summary import print_summary, summarise
+from grpo_vlm.training.trainer import AccuracyTrainer, measure, with_group_health
 
 TINY = "tiny"
-TINY_BUILDER = Path(__file__).resolve().parents[1] / "scripts" / "make_tiny_vlm.py"
+TINY_BUILDER = "scripts.models.tiny_vlm"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str]) -> None:
@@ -159,9 +161,12 @@ def make_trainer(
 
 def build_tiny() -> str:
     """The folder of the tiny base, built on first use (in a process of its own, shared by all ranks)."""
-    done = subprocess.run([sys.executable, str(TINY_BUILDER)], stdout=subprocess.PIPE, text=True, check=False)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "recipes"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", TINY_BUILDER]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode != 0:
-        raise InputError(f"{TINY_BUILDER.name} could not build the tiny model (see above)")
+        raise InputError(f"{TINY_BUILDER} could not build the tiny model (see above)")
     return done.stdout.strip().splitlines()[-1]
 
 

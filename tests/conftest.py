@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 # Before any import of torch, transformers or wandb: two cores thrash easily, and no test touches the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,33 +15,44 @@ os.environ["WANDB_SILENT"] = "true"
 if "TORCH_EXTENSIONS_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="grpo-toolkit-extensions-")
     os.environ["TORCH_EXTENSIONS_DIR"] = compiled.name
+# Processes that tests start import the package, the recipes and the helpers of this checkout, as the tests do.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [
+        *map(str, (Path(__file__).parents[1], Path(__file__).parents[1] / "recipes")),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
+)
 
 from typing import TYPE_CHECKING
 
 import pytest
 
-from faulty import sick_checkpoint
-from grpo_toolkit.inference import Request
-from grpo_toolkit.worker import ModelProcess
-from models import BUILDERS, build_qwen2_5_vl
-from publications import Publication, build_publications
-from warm import python
+from grpo_toolkit.model.generation.generate import Request
+from grpo_toolkit.model.generation.model_process import ModelProcess
+from tests.support.faulty import sick_checkpoint
+from tests.support.models import BUILDERS, build_qwen2_5_vl
+from tests.support.publications import Publication, build_publications
+from tests.support.warm import python
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 LONGEST = (
-    "test_recipe.py", "test_tracker_outages.py", "test_distributed.py", "test_syscall_faults.py", "test_callbacks.py",
-    "test_wandb.py", "test_export.py", "test_cli.py", "test_tune.py", "test_distributed_adapter.py",
-    "test_recipe_health.py", "test_recipe_sharded.py",
+    "recipes/test_recipe.py", "reporting/test_tracker_outages.py", "model/test_distributed.py",
+    "crashes/test_system_calls.py", "callbacks/test_callbacks.py", "reporting/test_wandb.py", "export/test_export.py",
+    "cli/test_cli.py", "latency/test_tune.py", "model/test_distributed_adapter.py", "recipes/test_health.py",
+    "recipes/test_sharded.py",
 )  # fmt: skip
 """Files of minutes or most of one. They start first: a process that began one last would be waited for."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    def place(item: pytest.Item) -> int:
+        file = f"{item.path.parent.name}/{item.path.name}"
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 class ForkedPython:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from grpo_toolkit.cache import base_model
 from grpo_toolkit.callbacks.guard import GuardedCallback
-from grpo_toolkit.callbacks.positions import restore_positions
-from grpo_toolkit.callbacks.prompts import find_requests
-from grpo_toolkit.checkpoint import check_output
-from grpo_toolkit.export import ExportResult, export_model, refuse_unsupported
-from grpo_toolkit.tracking.console import export_table, say
+from grpo_toolkit.callbacks.rotary_positions import restore_positions
+from grpo_toolkit.checkpoint.model_folder import check_output
+from grpo_toolkit.export.export import ExportResult, export_model, refuse_unsupported
+from grpo_toolkit.model.generation.request import find_requests
+from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.reporting.terminal.console import export_table, say
 
 if TYPE_CHECKING:
     import os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from grpo_toolkit.inference import Request
+    from grpo_toolkit.model.generation.generate import Request
 
 logger = logging.getLogger(__name__)
 

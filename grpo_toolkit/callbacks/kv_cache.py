@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.attention import DecodeWithoutCudnn, plans_per_length
-from grpo_toolkit.cache import (
+from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.callbacks.rotary_positions import restore_positions
+from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn, plans_per_length
+from grpo_toolkit.model.cache_probe import Decoding, RolloutWatch
+from grpo_toolkit.model.kv_cache import (
     base_model,
     disable_cache_for_training,
     enable_cache_for_generation,
@@ -14,10 +17,7 @@ from grpo_toolkit.cache import (
     leave_training,
     set_cache_flags,
 )
-from grpo_toolkit.callbacks.guard import GuardedCallback
-from grpo_toolkit.callbacks.positions import restore_positions
-from grpo_toolkit.probe import Decoding, RolloutWatch
-from grpo_toolkit.saving import capture_model_defaults, install_save_hook, remember_plain_state
+from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, remember_plain_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from grpo_toolkit.defaults import InferenceDefaults
+    from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults
 
 logger = logging.getLogger(__name__)
 

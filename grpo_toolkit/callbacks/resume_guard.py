@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from grpo_toolkit.distributed import exchange, is_sharded
 from grpo_toolkit.errors import CheckpointError, GrpoToolkitError, ResumeError
-from grpo_toolkit.resume import ResumeReport, ensure_checkpoint_weights, is_checkpoint_of
+from grpo_toolkit.model.resume_check import ResumeReport, ensure_checkpoint_weights, is_checkpoint_of
+from grpo_toolkit.model.sharding.gather import exchange, is_sharded
 
 if TYPE_CHECKING:
     import os

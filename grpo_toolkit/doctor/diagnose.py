@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, find_base
-from grpo_toolkit.doctor.files import DiskFiles, Files
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, find_base
 from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule
-from grpo_toolkit.doctor.folder import Folder, describe
 from grpo_toolkit.doctor.parse import read_folder
+from grpo_toolkit.doctor.parsed_folder import Folder, describe
+from grpo_toolkit.doctor.planned_files import DiskFiles, Files
 from grpo_toolkit.doctor.rules import adapter, cache, dialect, dtypes, files, processing, tied, weights
 from grpo_toolkit.errors import CheckpointError
 
@@ -109,7 +109,7 @@ def parse_folder(
     if found is not None and not _is_same(found, folder.path):
         folder = replace(folder, base=_read_base(found, {} if bases is None else bases, must=base is not None))
     if deep:
-        from grpo_toolkit.doctor.digests import compare_weights
+        from grpo_toolkit.doctor.compare_bytes import compare_weights
 
         folder = replace(folder, digests=compare_weights(folder))
     return folder

@@ -14,13 +14,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.reading import ABSENT, Absent
+from grpo_toolkit.checkpoint.json_files import ABSENT, Absent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from grpo_toolkit.doctor.folder import Folder
+    from grpo_toolkit.doctor.parsed_folder import Folder
 
 
 class Severity(enum.Enum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.doctor.families import FAMILIES
+from grpo_toolkit.checkpoint.model_families import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -9,8 +9,9 @@ import json
 import re
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX
-from grpo_toolkit.doctor.folder import (
+from grpo_toolkit.checkpoint.json_files import MAX_TENSORS, JsonObject, TensorInfo, parse_json
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
     MIB,
     TEMPLATE_JINJA,
@@ -21,13 +22,12 @@ from grpo_toolkit.doctor.folder import (
     plain_shards,
 )
 from grpo_toolkit.errors import CheckpointError
-from grpo_toolkit.reading import MAX_TENSORS, JsonObject, TensorInfo, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from grpo_toolkit.doctor.files import Entry, Files
+    from grpo_toolkit.doctor.planned_files import Entry, Files
 
 _CONTAINERS: Final = 50_000
 _TOKENIZER_HEAD: Final = 4 * MIB

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint import dump_json
+from grpo_toolkit.checkpoint.json_files import read_json
+from grpo_toolkit.checkpoint.model_folder import dump_json
+from grpo_toolkit.checkpoint.publish import sync_folder
 from grpo_toolkit.doctor.diagnose import base_named
-from grpo_toolkit.doctor.files import DiskFiles
-from grpo_toolkit.doctor.plan import RepairPlan, make_plan
+from grpo_toolkit.doctor.planned_files import DiskFiles
+from grpo_toolkit.doctor.repair_plan import RepairPlan, make_plan
 from grpo_toolkit.doctor.rewrite import rewrite_shard
 from grpo_toolkit.errors import CheckpointError, InputError
-from grpo_toolkit.exchange import sync_folder
-from grpo_toolkit.reading import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from grpo_toolkit.errors import UnsupportedError
-from grpo_toolkit.reading import (
+from grpo_toolkit.checkpoint.json_files import (
     DTYPE_BITS,
     TensorInfo,
     open_regular,
     read_safetensors_header,
     read_safetensors_metadata,
 )
-from grpo_toolkit.stream import encode_header
+from grpo_toolkit.checkpoint.weights.shard_writer import encode_header
+from grpo_toolkit.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from grpo_toolkit.doctor.files import Rewritten
+    from grpo_toolkit.doctor.planned_files import Rewritten
 
 _CHUNK: Final = 16 * 2**20
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint import (
+from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
+from grpo_toolkit.checkpoint.model_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     JsonObject,
@@ -21,7 +22,6 @@ from grpo_toolkit.checkpoint import (
     read_safetensors_header,
 )
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError
-from grpo_toolkit.reading import FLOAT_NAMES
 
 if TYPE_CHECKING:
     import os

@@ -10,16 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.tensor_names import EXPERT_PARTS, live_name
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.merge.adapter import is_named
-from grpo_toolkit.merge.lora import LowRank, Update, scaling
-from grpo_toolkit.names import EXPERT_PARTS, live_name
+from grpo_toolkit.merge.low_rank import LowRank, Update, scaling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from grpo_toolkit.checkpoint.weights.base_weights import Base
     from grpo_toolkit.merge.adapter import Adapter, Module
-    from grpo_toolkit.merge.base import Base
 
 
 def parameter_updates(adapter: Adapter, base: Base, name: str, modules: list[Module]) -> list[tuple[str, Update]]:

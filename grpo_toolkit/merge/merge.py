@@ -14,26 +14,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint import base_of_adapter, check_output, named_base, open_checkpoint, staged
-from grpo_toolkit.dialect import check_compat, published_renames, write_older_forms
+from grpo_toolkit.checkpoint.base_files import carried_files, copy_files, declare_dtype, write_configs
+from grpo_toolkit.checkpoint.json_files import DTYPE_BITS, FLOAT_NAMES
+from grpo_toolkit.checkpoint.manifest import write_manifest
+from grpo_toolkit.checkpoint.model_folder import base_of_adapter, check_output, named_base, open_checkpoint, staged
+from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
+from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype, plan_shards, refuse_full_disk
+from grpo_toolkit.checkpoint.weights.shard_writer import write_shards
+from grpo_toolkit.doctor.compat import check_compat, published_renames, write_older_forms
 from grpo_toolkit.errors import VerificationError
-from grpo_toolkit.manifest import write_manifest
 from grpo_toolkit.merge.adapter import Adapter, find_adapter, open_adapter
-from grpo_toolkit.merge.base import Base, open_base
-from grpo_toolkit.merge.lora import LowRank, Update
+from grpo_toolkit.merge.low_rank import LowRank, Update
 from grpo_toolkit.merge.plan import plan_updates
-from grpo_toolkit.merge.worker import TensorMerger, single_threaded, worker_count
-from grpo_toolkit.portable import carried_files, copy_files, declare_dtype, write_configs
-from grpo_toolkit.reading import DTYPE_BITS, FLOAT_NAMES
-from grpo_toolkit.shards import named_dtype, plan_shards, refuse_full_disk
-from grpo_toolkit.stream import write_shards
+from grpo_toolkit.merge.tensor_merger import TensorMerger, single_threaded, worker_count
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from grpo_toolkit.defaults import Repair
-    from grpo_toolkit.stream import Progress
+    from grpo_toolkit.checkpoint.generation_defaults import Repair
+    from grpo_toolkit.checkpoint.weights.shard_writer import Progress
 
 _ALLOW: Final = "if that is meant, allow_unchanged=True (--allow-unchanged)"
 

@@ -12,19 +12,19 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint import CONFIG
+from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
+from grpo_toolkit.checkpoint.model_folder import CONFIG
+from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, live_name
+from grpo_toolkit.checkpoint.weights.shard_writer import same_tensor
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.merge.experts import containers_without_factors, parameter_updates, scale_of
-from grpo_toolkit.merge.lora import Bias, LowRank, Update
-from grpo_toolkit.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, live_name
-from grpo_toolkit.reading import FLOAT_NAMES
-from grpo_toolkit.stream import same_tensor
+from grpo_toolkit.merge.low_rank import Bias, LowRank, Update
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from grpo_toolkit.checkpoint.weights.base_weights import Base
     from grpo_toolkit.merge.adapter import Adapter, Module
-    from grpo_toolkit.merge.base import Base
 
 
 def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:

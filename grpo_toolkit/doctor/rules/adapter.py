@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 from grpo_toolkit.doctor import names
 from grpo_toolkit.doctor.findings import Fault, Severity, rule
-from grpo_toolkit.doctor.folder import Kind
+from grpo_toolkit.doctor.parsed_folder import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from grpo_toolkit.doctor.folder import Folder
+    from grpo_toolkit.doctor.parsed_folder import Folder
 
 
 def _tail(module: str) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint import CONFIG, GENERATION_CONFIG
+from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.folder import TOKENIZER_CONFIG, Kind
-from grpo_toolkit.reading import ABSENT
+from grpo_toolkit.doctor.parsed_folder import TOKENIZER_CONFIG, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from grpo_toolkit.doctor.folder import Folder
+    from grpo_toolkit.doctor.parsed_folder import Folder
 
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "temperature": (None, 1, 1.0),

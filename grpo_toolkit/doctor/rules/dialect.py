@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint import CONFIG
+from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject
+from grpo_toolkit.checkpoint.model_folder import CONFIG
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.folder import PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, VIDEO_PREPROCESSOR
-from grpo_toolkit.reading import ABSENT, JsonObject
+from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, VIDEO_PREPROCESSOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from grpo_toolkit.doctor.folder import Folder
+    from grpo_toolkit.doctor.parsed_folder import Folder
 
 # What a nested text config says of itself rather than of the model.
 _OF_THE_NESTING: Final = frozenset(

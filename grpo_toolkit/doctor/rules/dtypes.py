@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint import CONFIG
+from grpo_toolkit.checkpoint.json_files import ABSENT, DTYPE_BITS, FLOAT_NAMES
+from grpo_toolkit.checkpoint.model_folder import CONFIG
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
-from grpo_toolkit.doctor.tensors import HEAD, base_tensors, new_names, settled, weights
-from grpo_toolkit.reading import ABSENT, DTYPE_BITS, FLOAT_NAMES
+from grpo_toolkit.doctor.rules.tensor_facts import HEAD, base_tensors, new_names, settled, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from grpo_toolkit.doctor.folder import Folder
+    from grpo_toolkit.doctor.parsed_folder import Folder
 
 
 @rule(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
 from grpo_toolkit.doctor.findings import Fault, Severity, Unmark, WholeFile, rule
-from grpo_toolkit.doctor.folder import (
+from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
     PREPROCESSOR,
     PROCESSOR,
@@ -16,12 +17,11 @@ from grpo_toolkit.doctor.folder import (
     is_plain,
     plain_shards,
 )
-from grpo_toolkit.reading import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from grpo_toolkit.doctor.folder import Folder
+    from grpo_toolkit.doctor.parsed_folder import Folder
 
 _HEADER_FORMAT = "https://github.com/huggingface/safetensors#format"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.folder import (
+from grpo_toolkit.doctor.parsed_folder import (
     PREPROCESSOR,
     PROCESSOR,
     TEMPLATE_JINJA,
@@ -14,12 +15,11 @@ from grpo_toolkit.doctor.folder import (
     VIDEO_PREPROCESSOR,
     Kind,
 )
-from grpo_toolkit.reading import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from grpo_toolkit.doctor.folder import Folder
+    from grpo_toolkit.doctor.parsed_folder import Folder
 
 _PROCESSOR_FILES = (PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR)
 
@@ -61,7 +61,7 @@ def _copies(folder: Folder, *, of_processor: bool) -> tuple[WholeFile, ...]:
     """Copies of the base's processor files, or of its other files that an export carries, where we have none."""
     if folder.base is None:
         return ()
-    from grpo_toolkit.portable import is_carried
+    from grpo_toolkit.checkpoint.base_files import is_carried
 
     template = {TEMPLATE_JSON, TEMPLATE_JINJA}
     wanted = [

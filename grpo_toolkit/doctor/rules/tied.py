@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint import CONFIG
+from grpo_toolkit.checkpoint.model_folder import CONFIG
 from grpo_toolkit.doctor import names
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
-from grpo_toolkit.doctor.tensors import EMBEDDING, HEAD, base_tensors, ends, has_lora, lone_head, tie_flags, weights
+from grpo_toolkit.doctor.rules.tensor_facts import (
+    EMBEDDING,
+    HEAD,
+    base_tensors,
+    ends,
+    has_lora,
+    lone_head,
+    tie_flags,
+    weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from grpo_toolkit.doctor.folder import Folder
+    from grpo_toolkit.doctor.parsed_folder import Folder
 
 
 @rule(

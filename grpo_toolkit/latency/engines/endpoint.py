@@ -20,16 +20,16 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, WorkerError
-from grpo_toolkit.inputs import image_messages
-from grpo_toolkit.latency.engines.extensions import (
+from grpo_toolkit.latency.engines.endpoint_extensions import (
     ALL_IDS,
     RUNNING_USAGE,
     Manner,
     find_extensions,
     with_extensions,
 )
+from grpo_toolkit.latency.engines.endpoint_stream import Stream, answer_of
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-from grpo_toolkit.latency.engines.streamed import Stream, answer_of
+from grpo_toolkit.model.generation.chat_inputs import image_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import httpx
     from PIL.Image import Image
 
-    from grpo_toolkit.inference import Request
+    from grpo_toolkit.model.generation.generate import Request
 
 _REFUSALS: Final = (400, 422)
 """What a server answers to keys that it does not take."""

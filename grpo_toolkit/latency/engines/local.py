@@ -12,13 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from grpo_toolkit.ahead import DecodeAhead
-from grpo_toolkit.cache import base_model
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.inference import GREEDY, resident_peak, rivals
-from grpo_toolkit.inputs import inputs_for, prepare_inputs
-from grpo_toolkit.latency.engines.markers import split_answer
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
+from grpo_toolkit.latency.engines.think_markers import split_answer
 from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
 from grpo_toolkit.latency.engines.toggles import (
     expected_errors,
@@ -27,17 +23,21 @@ from grpo_toolkit.latency.engines.toggles import (
     sdpa_limited_to,
     without_stored_graphs,
 )
-from grpo_toolkit.latency.environment import environment_of, probe_hardware
-from grpo_toolkit.latency.row import Proof, Timeline
-from grpo_toolkit.latency.sizes import ModelSizes, sizes_of
-from grpo_toolkit.probe import CacheProbe, cache_in
+from grpo_toolkit.latency.hardware.environment import environment_of, probe_hardware
+from grpo_toolkit.latency.hardware.model_sizes import ModelSizes, sizes_of
+from grpo_toolkit.latency.rows.row import Proof, Timeline
+from grpo_toolkit.model.cache_probe import CacheProbe, cache_in
+from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
+from grpo_toolkit.model.generation.decode_ahead import DecodeAhead
+from grpo_toolkit.model.generation.generate import GREEDY, resident_peak, rivals
+from grpo_toolkit.model.kv_cache import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import torch
 
-    from grpo_toolkit.inference import Request
+    from grpo_toolkit.model.generation.generate import Request
 
 
 class LocalEngine:

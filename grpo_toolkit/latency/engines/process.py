@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-from grpo_toolkit.latency.row import Proof, Timeline
-from grpo_toolkit.latency.sizes import ModelSizes
-from grpo_toolkit.worker import ModelProcess, answering, read_request
+from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
+from grpo_toolkit.latency.rows.row import Proof, Timeline
+from grpo_toolkit.model.generation.model_process import ModelProcess, answering, read_request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from grpo_toolkit.inference import Request
+    from grpo_toolkit.model.generation.generate import Request
 
 
 class ProcessEngine(ModelProcess):
@@ -106,9 +106,9 @@ def serve() -> None:
 def _load(path: Path, options: Options) -> Any:
     import torch
 
-    from grpo_toolkit.inference import load_model
     from grpo_toolkit.latency.engines.local import LocalEngine
     from grpo_toolkit.latency.engines.toggles import with_pixels
+    from grpo_toolkit.model.generation.generate import load_model
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

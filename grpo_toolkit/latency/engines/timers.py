@@ -6,9 +6,9 @@ import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cache import base_model
-from grpo_toolkit.inference import reset_resident_peak
-from grpo_toolkit.probe import vision_tower
+from grpo_toolkit.model.cache_probe import vision_tower
+from grpo_toolkit.model.generation.generate import reset_resident_peak
+from grpo_toolkit.model.kv_cache import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

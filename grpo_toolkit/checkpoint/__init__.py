@@ -1,0 +1,1 @@
+"""A model on disk: its files, headers, families, names, defaults, and how a folder is published."""

@@ -1,0 +1,1 @@
+"""Safetensors files: read from a base, cast, renamed, copied and written shard by shard."""

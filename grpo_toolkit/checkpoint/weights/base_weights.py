@@ -1,0 +1,65 @@
+"""A base folder as a merge sees it: its stored tensors, and where the live model's names are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from grpo_toolkit.checkpoint.model_folder import CONFIG, Checkpoint, JsonObject, Kind, TensorInfo, read_json
+from grpo_toolkit.checkpoint.tensor_names import (
+    INPUT_EMBEDDINGS,
+    OUTPUT_EMBEDDINGS,
+    Family,
+    family_of,
+    is_embedding,
+    names_by_live,
+)
+from grpo_toolkit.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base folder as a merge sees it: its stored tensors, and where the live model's names are stored."""
+
+    path: Path
+    config: JsonObject
+    family: Family
+    tensors: Mapping[str, TensorInfo]
+    stored: Mapping[str, str]
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output embeddings are the input embeddings."""
+        text = self.config.get("text_config")
+        levels = [self.config, text if isinstance(text, dict) else {}]
+        flags = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
+        has_head = any(is_embedding(name, OUTPUT_EMBEDDINGS) for name in self.stored)
+        return any(flags) or not (has_head or flags)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many rows the input embeddings have, or None where no tensor is known to be them."""
+        stored = [name for live, name in self.stored.items() if is_embedding(live, INPUT_EMBEDDINGS)]
+        return self.tensors[stored[0]].shape[0] if len(stored) == 1 else None
+
+
+def open_base(checkpoint: Checkpoint) -> Base:
+    """Read a base folder's headers.
+
+    Raises:
+        CheckpointError: not stored as safetensors.
+        UnsupportedError: an adapter itself.
+    """
+    path = checkpoint.path
+    if checkpoint.kind is Kind.ADAPTER:
+        raise UnsupportedError(f"{path}: is an adapter itself; merge it into its base first, then merge into that")
+    config = read_json(path / CONFIG)
+    tensors = checkpoint.tensors()
+    if not tensors:
+        raise CheckpointError(f"{path}: no model.safetensors and no index of one; only safetensors are read")
+    family = family_of(config.get("model_type"))
+    return Base(path=path, config=config, family=family, tensors=tensors, stored=names_by_live(tensors, family))

@@ -1,0 +1,173 @@
+"""A saved model's weights under its base's names and dtypes, from file to file: copied, linked or cast, never loaded.
+
+A trainer's full checkpoint mostly is what an export needs, byte for byte. Where a library or a distributed backend has
+saved other spellings, float32 for a bfloat16 base, or the tied head once more, that is put right on the way.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
+from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX, Checkpoint
+from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
+from grpo_toolkit.checkpoint.weights.shard_plan import plan_shards, refuse_full_disk
+from grpo_toolkit.checkpoint.weights.shard_writer import (
+    COPY_BYTES,
+    Shard,
+    Span,
+    copy_span,
+    read_at,
+    same_tensor,
+    write_at,
+    write_shards,
+)
+from grpo_toolkit.errors import VerificationError
+from grpo_toolkit.merge.low_rank import is_finite_in
+from grpo_toolkit.merge.tensor_merger import Buffer, raw_bytes, single_threaded, worker_count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from grpo_toolkit.checkpoint.weights.base_weights import Base
+    from grpo_toolkit.checkpoint.weights.shard_writer import Entry, Progress
+
+_CAST: Final = "cast"
+_VALUES: Final = 2**20
+
+
+def plan_copy(
+    source: Checkpoint,
+    base: Base,
+    *,
+    names: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+) -> list[Shard] | None:
+    """How a full model's files become an export's, or None where they hold something else than the base's tensors.
+
+    Args:
+        source: a folder with a full model.
+        base: its base, which may be the same folder: names and dtypes are the base's.
+        names: what tensors of the base are called in the output, where that is something else.
+        dtype: safetensors' name of a dtype for every floating-point tensor instead ("BF16").
+        max_shard_size: see `plan_shards`.
+    """
+    tensors = source.tensors()
+    found = names_by_live(tensors, base.family)
+    extra = found.keys() - base.stored.keys()
+    if base.stored.keys() - found.keys() or not all(_repeats_embeddings(source, found, live, base) for live in extra):
+        return None
+    kept = {found[live]: base.stored[live] for live in base.stored}
+    dtypes: dict[str, str] = {}
+    for ours, theirs in kept.items():
+        is_float = base.tensors[theirs].dtype in FLOAT_NAMES and tensors[ours].dtype in FLOAT_NAMES
+        dtypes[ours] = dtype if dtype is not None and is_float else base.tensors[theirs].dtype
+        if tensors[ours].shape != base.tensors[theirs].shape or (dtypes[ours] != tensors[ours].dtype and not is_float):
+            return None
+    return plan_shards(
+        source.path,
+        {name: tensors[name] for name in kept},
+        work={name: _CAST for name, wanted in dtypes.items() if wanted != tensors[name].dtype},
+        names={ours: (names or {}).get(theirs, theirs) for ours, theirs in kept.items()},
+        dtypes=dtypes,
+        max_shard_size=max_shard_size,
+    )
+
+
+def _repeats_embeddings(source: Checkpoint, found: dict[str, str], live: str, base: Base) -> bool:
+    """Whether a tensor that the base lacks is its tied head, stored once more (as FSDP's full state is)."""
+    inputs = [name for one, name in found.items() if is_embedding(one, INPUT_EMBEDDINGS)]
+    if not (base.is_tied and is_embedding(live, OUTPUT_EMBEDDINGS) and len(inputs) == 1):
+        return False
+    tensors = source.tensors()
+    return same_tensor(source.path, tensors[found[live]], tensors[inputs[0]])
+
+
+def copy_weights(
+    source: Checkpoint, shards: Sequence[Shard], folder: Path, *, link: bool = False, progress: Progress | None = None
+) -> None:
+    """Write what `plan_copy` planned. Files in which nothing changes are copied whole, or linked.
+
+    Args:
+        source: where they come from.
+        shards: the plan.
+        folder: an existing folder.
+        link: make hard links where the file system lets; what edits one of the two files in place then edits both.
+        progress: told the bytes done and the bytes in all.
+
+    Raises:
+        VerificationError: a value is not finite, or not in the new dtype.
+        InputError: no room, or no permission.
+    """
+    files = {path.name: path for path in source.weight_files()}
+    if _are_whole_files(shards, source):
+        total, done = sum(path.stat().st_size for path in files.values()), 0
+        for name, path in files.items():
+            if not (link and _hard_link(path, folder / name)):
+                refuse_full_disk(folder, [shard for shard in shards if shard.file == name])
+                for copied in _copy_file(path, folder / name):
+                    if progress is not None:
+                        progress(done + copied, total)
+            done += path.stat().st_size
+        if (source.path / WEIGHTS_INDEX).is_file() and len(files) > 1:
+            for _ in _copy_file(source.path / WEIGHTS_INDEX, folder / WEIGHTS_INDEX):
+                pass
+        return
+    refuse_full_disk(folder, shards)
+    with single_threaded() as setup:
+        write_shards(shards, folder, fill=_write_cast, workers=worker_count(), setup=setup, progress=progress)
+
+
+def _are_whole_files(shards: Sequence[Shard], source: Checkpoint) -> bool:
+    planned = {entry.name: shard.file for shard in shards for entry in shard.entries if entry.work is None}
+    return planned == {name: info.file for name, info in source.tensors().items()}
+
+
+def _hard_link(source: Path, target: Path) -> bool:
+    try:
+        os.link(os.path.realpath(source), target)  # a Hub snapshot's files are links themselves
+    except OSError as error:
+        # Another file system, or one without links: https://man7.org/linux/man-pages/man2/link.2.html
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
+def _copy_file(source: Path, target: Path) -> Iterator[int]:
+    """Copy a file whole, a piece at a time; yields the bytes done."""
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        size = source.stat().st_size
+        for begin in range(0, size, COPY_BYTES):
+            end = min(begin + COPY_BYTES, size)
+            copy_span(Span(path=source, begin=begin, end=end, dtype="U8"), descriptor, begin)
+            yield end
+    finally:
+        os.close(descriptor)
+
+
+def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
+    """Write a tensor in another dtype, rounded once."""
+    import torch
+
+    stored_dtype: Any = getattr(torch, FLOAT_NAMES[entry.source.dtype])
+    dtype: Any = getattr(torch, FLOAT_NAMES[entry.dtype])
+    count = (entry.source.end - entry.source.begin) // stored_dtype.itemsize
+    buffer, rounded = Buffer(), Buffer()
+    source = os.open(entry.source.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for first in range(0, count, _VALUES):
+            values = buffer.take(1, min(_VALUES, count - first), stored_dtype)
+            begin = entry.source.begin + first * stored_dtype.itemsize
+            read_at(source, raw_bytes(values), begin, entry.source.path)
+            if not is_finite_in(values, dtype):
+                raise VerificationError(f"not published: {entry.name} has values that are not finite in {dtype}")
+            block = rounded.take(1, values.shape[1], dtype).copy_(values)
+            write_at(descriptor, raw_bytes(block), offset + first * dtype.itemsize)
+    finally:
+        os.close(source)

@@ -1,0 +1,5 @@
+"""`python -m grpo_toolkit.cli`."""
+
+from grpo_toolkit.cli.main import main
+
+main()

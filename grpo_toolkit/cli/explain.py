@@ -1,0 +1,85 @@
+"""`grpo-toolkit explain`: arguments in, an explanation out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.engines.protocol import Options
+
+if TYPE_CHECKING:
+    import argparse
+
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "attn_implementation": (),
+    "device_map": (),
+    "cache_implementation": ("dynamic", "static"),
+    "sdpa_backend": ("flash", "efficient", "math", "cudnn", "no_cudnn"),
+    "use_cache": ("true", "false"),
+    "compiled": ("true", "false"),
+    "training": ("true", "false"),
+}
+"""What `--with` takes, and the values where they are few."""
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """Explain, print, and return the exit code: 1 where a cause was found."""
+    from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
+    from grpo_toolkit.latency.rows.store import append_rows
+    from grpo_toolkit.reporting.terminal.console import show, turn_progress
+
+    usual = Options(device=arguments.device)
+    row = explain_latency(
+        arguments.base,
+        arguments.trained,
+        requests=_requests(arguments),
+        max_new_tokens=arguments.max_new_tokens,
+        rounds=arguments.rounds,
+        budget_s=arguments.budget,
+        device=arguments.device,
+        options=usual,
+        trained_options=with_settings(usual, arguments.settings),
+        progress=turn_progress(),
+    )
+    if arguments.output is not None:
+        append_rows(arguments.output, [row])
+    if arguments.json:
+        print(json.dumps({**row.to_json(), "top_cause": top_cause(row), "unexplained_share": unexplained_share(row)}))
+    else:
+        from grpo_toolkit.reporting.terminal.explanation import explanation
+
+        show(explanation(row))
+    return 0 if top_cause(row) is None else 1
+
+
+def with_settings(options: Options, settings: list[str]) -> Options:
+    """Options with settings given as KEY=VALUE.
+
+    Raises:
+        InputError: a key or value that is not known.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in _CHOICES:
+            raise InputError(f"--with {setting}: expected KEY=VALUE, KEY one of {', '.join(_CHOICES)}")
+        choices = _CHOICES[key]
+        if choices and value not in choices:
+            raise InputError(f"--with {setting}: expected one of {', '.join(choices)}")
+        found[key] = value == "true" if choices == ("true", "false") else value
+    return replace(options, **found)
+
+
+def _requests(arguments: argparse.Namespace) -> list[Any]:
+    from grpo_toolkit.cli.bench import read_image
+    from grpo_toolkit.model.generation.generate import Request
+
+    if arguments.prompt is None:
+        if arguments.image is not None:
+            raise InputError("--image: say what to ask about it with --prompt")
+        return []
+    images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
+    return [Request(messages=[{"role": "user", "content": arguments.prompt}], images=images)]

@@ -1,0 +1,212 @@
+"""A model folder as the rules see it: parsed, its kind recognised, nothing trusted.
+
+Values may be of any type at any key, so the rules ask through `Folder.get`, which gives ABSENT where the way to a key
+is not made of objects.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject, TensorInfo
+from grpo_toolkit.checkpoint.model_families import FAMILIES, Family
+from grpo_toolkit.checkpoint.model_folder import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    GENERATION_CONFIG,
+    MANIFEST,
+    WEIGHTS_INDEX,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from grpo_toolkit.doctor.compare_bytes import Digests
+    from grpo_toolkit.doctor.planned_files import Entry
+
+PREPROCESSOR: Final = "preprocessor_config.json"
+PROCESSOR: Final = "processor_config.json"
+VIDEO_PREPROCESSOR: Final = "video_preprocessor_config.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+TOKENIZER: Final = "tokenizer.json"
+TEMPLATE_JSON: Final = "chat_template.json"
+TEMPLATE_JINJA: Final = "chat_template.jinja"
+
+MIB = 2**20
+JSON_LIMITS: Final = {
+    CONFIG: 2 * MIB,
+    GENERATION_CONFIG: MIB,
+    ADAPTER_CONFIG: MIB,
+    PREPROCESSOR: MIB // 2,
+    PROCESSOR: MIB // 2,
+    VIDEO_PREPROCESSOR: MIB // 2,
+    TEMPLATE_JSON: MIB,
+    TOKENIZER_CONFIG: 4 * MIB,
+    WEIGHTS_INDEX: 32 * MIB,
+}
+"""The JSON files that rules read, with the most bytes that each may have (published ones stay under a quarter)."""
+
+_TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+class Kind(enum.Enum):
+    """What a folder holds."""
+
+    MODEL = "full model"
+    ADAPTER = "adapter"
+    FSDP = "sharded FSDP checkpoint"
+    DEEPSPEED = "DeepSpeed ZeRO checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Folder:
+    """A parsed model folder. Made by `parse.read_folder`."""
+
+    path: Path
+    kind: Kind
+    entries: Mapping[str, Entry]
+    objects: Mapping[str, JsonObject]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    marked: frozenset[str] = frozenset()
+    jinja: str | None = None
+    added_tokens: Mapping[str, int] | None = None
+    card: str = ""
+    shards: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
+    base: Folder | None = None
+    digests: Digests | None = None
+
+    def get(self, file: str, *path: str) -> Any:
+        """The value at `path` in the JSON file `file`, or ABSENT."""
+        node: Any = self.objects.get(file, ABSENT)
+        for key in path:
+            node = node.get(key, ABSENT) if isinstance(node, dict) else ABSENT
+        return node
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file (not a folder) of that name, readable or not."""
+        entry = self.entries.get(name)
+        return entry is not None and not entry.is_folder
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor by name."""
+        return {name: info for shard in self.shards.values() for name, info in shard.items()}
+
+    @cached_property
+    def model_type(self) -> str:
+        value = self.get(CONFIG, "model_type")
+        return value if isinstance(value, str) else ""
+
+    @cached_property
+    def family(self) -> Family | None:
+        """The row of data about this model's family, or None for one that we know nothing of."""
+        return FAMILIES.get(self.model_type)
+
+    @cached_property
+    def is_generative(self) -> bool:
+        names = self.get(CONFIG, "architectures")
+        known = names if isinstance(names, list) else []
+        suffixes = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForVision2Seq")
+        return any(isinstance(name, str) and name.endswith(suffixes) for name in known)
+
+    @cached_property
+    def is_multimodal(self) -> bool:
+        return isinstance(self.get(CONFIG, "vision_config"), dict)
+
+    @cached_property
+    def has_tokenizer(self) -> bool:
+        return any(self.has(name) for name in _TOKENIZER_FILES)
+
+    @cached_property
+    def has_pickles(self) -> bool:
+        return any(
+            name.endswith((".bin", ".pt", ".pth")) and name.startswith(("pytorch_", "model")) for name in self.entries
+        )
+
+    @cached_property
+    def is_trainer_checkpoint(self) -> bool:
+        return self.has("trainer_state.json")
+
+    def levels(self, file: str = CONFIG) -> Iterator[tuple[tuple[str, ...], JsonObject]]:
+        """The config and every object nested in it, each with where it sits."""
+        root = self.objects.get(file)
+        todo: list[tuple[tuple[str, ...], JsonObject]] = [] if root is None else [((), root)]
+        while todo:
+            here, node = todo.pop()
+            yield here, node
+            todo.extend(((*here, key), value) for key, value in reversed(node.items()) if isinstance(value, dict))
+
+    def text_value(self, key: str) -> Any:
+        """A setting of the text model: of `text_config` where there is one that says it, else of the top."""
+        value = self.get(CONFIG, "text_config", key)
+        return self.get(CONFIG, key) if value is ABSENT else value
+
+    @cached_property
+    def stored_dtype(self) -> str | None:
+        """The dtype of most of the stored floating-point bytes, or None where no weights are known."""
+        sizes: Counter[str] = Counter()
+        for info in self.tensors.values():
+            if info.dtype in ("F32", "F16", "BF16", "F64"):
+                sizes[info.dtype] += info.nbytes
+        return sizes.most_common(1)[0][0] if sizes else None
+
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """Every copy of the chat template by the file that holds it."""
+        found: dict[str, str] = {}
+        if self.jinja is not None:
+            found[TEMPLATE_JINJA] = self.jinja
+        for file in (TEMPLATE_JSON, TOKENIZER_CONFIG):
+            value = self.get(file, "chat_template")
+            if isinstance(value, str):
+                found[file] = value
+        return found
+
+
+def plain_shards(weight_map: Mapping[str, Any]) -> list[str]:
+    """The shard names of an index that are plain names of a file in the folder."""
+    names = {name for name in weight_map.values() if isinstance(name, str)}
+    return sorted(name for name in names if is_plain(name))
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name from an index stays in the folder: no path, nothing that is not printable."""
+    return name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..") and len(name) < 256
+
+
+def describe(folder: Folder) -> tuple[str, ...]:
+    """What else was recognised, for the reader."""
+    facts = []
+    if folder.is_trainer_checkpoint:
+        has_optimizer = any(name.startswith(("optimizer", "global_step")) for name in folder.entries)
+        facts.append("trainer checkpoint with optimizer" if has_optimizer else "trainer checkpoint")
+    if folder.has(MANIFEST):
+        facts.append("export of grpo_toolkit")
+    if folder.model_type.isprintable() and folder.model_type:
+        facts.append(folder.model_type[:60])
+    if re.search(r"^[ \t]*-[ \t]*trl[ \t]*$", folder.card, re.MULTILINE):
+        facts.append("by TRL")
+    facts.append(_dialect(folder))
+    if folder.tensors:
+        size = sum(info.nbytes for info in folder.tensors.values())
+        dtype = folder.stored_dtype or "?"
+        amount = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+        facts.append(f"{len(folder.tensors):,} tensors, {amount}, mostly {dtype}")
+    return tuple(fact for fact in facts if fact)
+
+
+def _dialect(folder: Folder) -> str:
+    for file in (CONFIG, GENERATION_CONFIG):
+        version = folder.get(file, "transformers_version")
+        if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,30}", version):
+            return f"written by transformers {version}"
+    config = folder.get(TOKENIZER_CONFIG)
+    is_v5 = isinstance(config, dict) and isinstance(config.get("extra_special_tokens"), list)
+    return "written by transformers 5" if is_v5 else ""

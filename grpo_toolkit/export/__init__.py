@@ -1,0 +1,1 @@
+"""A trained model published as a folder, verified before anybody sees it."""

@@ -1,0 +1,250 @@
+"""The comparisons of a verification: pure functions from folders and records to checks, each with its figure."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint.generation_defaults import capture_defaults
+from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
+from grpo_toolkit.checkpoint.model_folder import (
+    CONFIG,
+    GENERATION_CONFIG,
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    read_json,
+)
+from grpo_toolkit.checkpoint.weights.base_weights import open_base
+from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
+from grpo_toolkit.checkpoint.weights.shard_writer import read_at
+from grpo_toolkit.doctor.compat import published_renames
+from grpo_toolkit.errors import CheckpointError
+from grpo_toolkit.merge.low_rank import is_finite_in
+from grpo_toolkit.merge.tensor_merger import Buffer, raw_bytes
+from grpo_toolkit.model.generation.evidence import Evidence, input_differences, logit_distance
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from grpo_toolkit.model.generation.generate import LoadReport, Record
+
+TIE_MARGINS: Final = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+"""Logit gap under which rounding may pick either of two tokens, by dtype.
+
+Logits of a language model lie within about +-32, where neighbouring bfloat16 values are 0.125 apart and float16 ones
+0.016; twice to three times that spacing covers two roundings. float32 leaves room for another order of summation. On a
+GPU a model need not even agree with itself: `policy_noise` measures by how much it does not.
+"""
+
+LOGIT_TOLERANCES: Final = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+"""How far the logits of an export may be from the policy's, by dtype: RMS of the difference over RMS of the logits.
+
+float16 keeps 11 bits of a value, bfloat16 8: one rounding is 5e-4 and 4e-3 of it, and some ten layers' roundings add
+up as the root of their number. A policy that is further than half of this from itself widens it (`logit_noise`).
+"""
+
+_BLOCK_BYTES: Final = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was verified: what, whether it held, and the figure that shows it; or why it was skipped."""
+
+    name: str
+    passed: bool
+    detail: str
+    skipped: bool = False
+
+
+def check_files(checkpoint: Checkpoint) -> Check:
+    config = checkpoint.json(CONFIG)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{checkpoint.path / CONFIG}: missing")
+    defaults = capture_defaults(config, checkpoint.json(GENERATION_CONFIG))
+    poisoned = ", ".join(f"{repair.file}: {repair.key} is {repair.found}" for repair in defaults.repairs)
+    return Check(
+        name="cache not switched off in the files",
+        passed=not defaults.repairs,
+        detail=poisoned or f"use_cache true or absent at every level of {CONFIG} and {GENERATION_CONFIG}",
+    )
+
+
+def check_tensors(export: Checkpoint, base: Checkpoint, dtype: str | None) -> Check:
+    found, wanted = export.tensors(), _expected_tensors(base, export.tensors(), dtype)
+    if not wanted:
+        return Check(name="tensors as in the base", passed=True, detail=f"skipped: no safetensors in {base.path}")
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    vocabularies = (_vocabulary(export), _vocabulary(base))
+    other = sorted(n for n in found.keys() & wanted.keys() if not same_form(found[n], wanted[n], vocabularies))
+    passed = not (missing or extra or other)
+    detail = f"{len(found)} tensors with the names, shapes and dtypes of {base.path}"
+    if not passed:
+        parts = {"missing": missing, "not in the base": extra, "of another shape or dtype": other}
+        detail = "; ".join(f"{len(names)} {what} ({names[0]}, ...)" for what, names in parts.items() if names)
+    return Check(name="tensors as in the base", passed=passed, detail=detail)
+
+
+def _expected_tensors(base: Checkpoint, found: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, TensorInfo]:
+    """The base's tensors in another dtype, and under published names where the export has those."""
+    tensors = base.tensors()
+    if dtype is not None:
+        stored_as = named_dtype(dtype)
+        floats = {name: info for name, info in tensors.items() if info.dtype in FLOAT_NAMES}
+        tensors |= {name: replace(info, dtype=stored_as) for name, info in floats.items()}
+    renames = published_renames(tensors, read_json(base.path / CONFIG).get("model_type"), compat="all")
+    return {name if name in found else renames.get(name, name): info for name, info in tensors.items()}
+
+
+def same_form(one: TensorInfo, other: TensorInfo, vocabularies: tuple[int, int]) -> bool:
+    # A resized vocabulary changes the first dimension of the embeddings, and of nothing else.
+    resized = (one.shape[:1], other.shape[:1]) == tuple((size,) for size in vocabularies)
+    shapes_fit = one.shape == other.shape or (resized and one.shape[1:] == other.shape[1:])
+    return one.dtype == other.dtype and shapes_fit
+
+
+def _vocabulary(checkpoint: Checkpoint) -> int:
+    config = checkpoint.json(CONFIG)
+    text = config.get("text_config", config) if isinstance(config, dict) else {}
+    size = text.get("vocab_size") if isinstance(text, dict) else None
+    return size if isinstance(size, int) else -1
+
+
+def check_values(checkpoint: Checkpoint) -> Check:
+    """Whether every stored value is finite: the whole of the weights is read once, a block at a time."""
+    import torch
+
+    tensors = {name: info for name, info in checkpoint.tensors().items() if info.dtype in FLOAT_NAMES}
+    buffer, broken = Buffer(), []
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].span)):
+        dtype: Any = getattr(torch, FLOAT_NAMES[info.dtype])
+        path = checkpoint.path / info.file
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for begin in range(*info.span, _BLOCK_BYTES):
+                count = min(_BLOCK_BYTES, info.span[1] - begin) // dtype.itemsize
+                block = buffer.take(1, count, dtype)
+                read_at(descriptor, raw_bytes(block), begin, path)
+                if not is_finite_in(block, dtype):
+                    broken.append(name)
+                    break
+        finally:
+            os.close(descriptor)
+    size = sum(info.nbytes for info in tensors.values())
+    detail = f"{len(tensors)} tensors, {size / 1e9:.2f} GB"
+    if broken:
+        detail = f"{len(broken)} of {len(tensors)} tensors have NaN or infinity in them ({broken[0]}, ...)"
+    return Check(name="every stored value is finite", passed=not broken, detail=detail)
+
+
+def check_ties(report: LoadReport, base: Path) -> Check:
+    """Whether the output embeddings are the input embeddings where, and only where, they are so in the base."""
+    name = "embeddings tied as in the base"
+    if report.tied is None:
+        return Check(name=name, passed=True, skipped=True, detail="the model does not have both of them")
+    checkpoint = open_checkpoint(base)
+    if not checkpoint.tensors():
+        return Check(name=name, passed=True, skipped=True, detail=f"no safetensors in {base}")
+    wanted = open_base(checkpoint).is_tied
+    words = {True: "tied", False: "not tied"}
+    detail = words[report.tied] if report.tied is wanted else f"{words[report.tied]}, in {base} {words[wanted]}"
+    return Check(name=name, passed=report.tied is wanted, detail=detail)
+
+
+def check_inputs(pairs: Sequence[tuple[Evidence, Evidence]]) -> Check:
+    """Whether the export's processor makes the very same token ids and pixel values as the policy's."""
+    differing = {index: list(input_differences(*pair)) for index, pair in enumerate(pairs)}
+    said = "; ".join(f"request {index}: {', '.join(words)}" for index, words in differing.items() if words)
+    ids = sum(want.inputs["input_ids"].numel() for want, _ in pairs)
+    pixels = sum(tensor.numel() for want, _ in pairs for name, tensor in want.inputs.items() if "pixel" in name)
+    detail = said or f"{ids} token ids and {pixels:,} pixel values of {len(pairs)} requests are equal"
+    return Check(name="same token ids and pixel values from the processor", passed=not said, detail=detail)
+
+
+def check_logits(pairs: Sequence[tuple[Evidence, Evidence]], *, dtype: str, noise: float) -> Check:
+    """Whether the export's logits are the policy's, along the policy's own tokens."""
+    name = "same logits as the trained policy"
+    tolerance = max(LOGIT_TOLERANCES.get(dtype, 1e-3), 2 * noise)
+    try:
+        distances = [logit_distance(*pair) for pair in pairs]
+    except ValueError as error:
+        return Check(name=name, passed=False, detail=str(error))
+    relative, largest = (max(distances) for distances in zip(*distances, strict=True))
+    tokens = sum(len(want.logits) for want, _ in pairs)
+    return Check(
+        name=name,
+        passed=relative <= tolerance,  # which NaN is not
+        detail=f"{relative:.2g} of their spread apart (allowed in {dtype}: {tolerance:.2g}), {largest:.2g} at "
+        f"the worst token; {tokens} tokens of {len(pairs)} requests",
+    )
+
+
+def check_scores(
+    name: str, score: Callable[[Sequence[Record]], list[float]], pairs: Sequence[tuple[Record, Record]]
+) -> Check:
+    """Whether the answers earn the same reward; where the tokens differ, which has its own check, they need not."""
+    title = f"same {name} on the same prompts"
+    try:
+        want, got = (score([pair[side] for pair in pairs]) for side in (0, 1))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Check(name=title, passed=True, skipped=True, detail=f"it could not be asked ({reason})")
+    wrong = [
+        index for index, (one, other) in enumerate(pairs) if one.tokens == other.tokens and want[index] != got[index]
+    ]
+    means = [sum(values) / len(values) for values in (want, got)]
+    detail = f"policy {means[0]:.3g}, export {means[1]:.3g} on average over {len(pairs)} prompts"
+    if wrong:
+        detail += f"; request {wrong[0]} has the same tokens and another reward"
+    return Check(name=title, passed=not wrong, detail=detail)
+
+
+def check_tokens(name: str, expected: Sequence[Record], found: Sequence[Record], tie_margin: float) -> Check:
+    equal, ties, broken = 0, 0, []
+    for index, (want, got) in enumerate(zip(expected, found, strict=True)):
+        where = first_difference(want.tokens, got.tokens)
+        gap = 0.0 if where is None else rival_gap(want.rivals, got.tokens, where)
+        if where is None:
+            equal += 1
+        elif gap <= tie_margin:
+            ties += 1
+        else:
+            stops = where == min(len(want.tokens), len(got.tokens))
+            how = f"logit gap {gap:.3g}, ties are <= {tie_margin:.3g}" if gap < float("inf") else "no near rival"
+            what = f"stops after {where}" if stops else f"differs from token {where} on ({how})"
+            broken.append(f"request {index} {what}")
+    detail = f"{equal} of {len(expected)} requests, {sum(len(want.tokens) for want in expected)} tokens in all"
+    if ties:
+        detail += f"; {ties} more differ from a tie on (logit gap <= {tie_margin:g})"
+    if broken:
+        detail += "; " + ", ".join(broken)
+    return Check(name=name, passed=not broken, detail=detail)
+
+
+def rival_gap(rivals: Sequence[Mapping[int, float]], tokens: Sequence[int], where: int) -> float:
+    """How far another model's token lay below the one chosen there; infinite where it was not among the next best."""
+    if where >= min(len(rivals), len(tokens)):
+        return float("inf")
+    return rivals[where].get(tokens[where], float("inf"))
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Where two sequences part, the end of the shorter one included; None where they are equal."""
+    if list(one) == list(other):
+        return None
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def check_cache(records: Sequence[Record]) -> Check:
+    longest = max(records, key=lambda record: len(record.step_lengths))
+    steps = longest.step_lengths
+    shown = ", ".join(map(str, steps[:4])) + (", ..." if len(steps) > 4 else "")
+    calls = max(record.vision_calls for record in records)
+    return Check(
+        name="KV cache in use",
+        passed=all(record.is_cached and record.vision_calls <= 1 for record in records) and len(steps) > 1,
+        detail=f"tokens fed per forward: {shown}; vision tower runs per request: {calls}",
+    )

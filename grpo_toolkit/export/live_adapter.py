@@ -1,0 +1,90 @@
+"""The adapter of a live model, as a folder that a merge can read."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.errors import UnsupportedError
+from grpo_toolkit.merge.adapter import find_adapter, refuse_options
+from grpo_toolkit.model.kv_cache import base_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from grpo_toolkit.checkpoint.weights.base_weights import Base
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Whether the model is wrapped by PEFT."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def refuse_unmergeable(model: Any) -> None:
+    """Raise, before a training, for adapters that could not be merged after it.
+
+    Raises:
+        UnsupportedError: not exactly one adapter is active, an option that is not merged, or a copy of embeddings that
+            the base ties to their other end.
+    """
+    if not is_adapted(model):
+        return
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise UnsupportedError(f"{len(active)} adapters are active ({', '.join(active)}); activate the one to export")
+    config = model.peft_config[active[0]]
+    refuse_options(config.to_dict(), Path(f"adapter {active[0]!r}"))
+    embeddings = [(n, m) for n, m in model.named_modules() if n.endswith(("embed_tokens", "lm_head"))]
+    replaced = [name for name, module in embeddings if hasattr(module, "modules_to_save")]
+    is_tied = any(getattr(level, "tie_word_embeddings", False) for level in _config_and_text(model))
+    if replaced and is_tied and not getattr(config, "ensure_weight_tying", False):
+        raise UnsupportedError(
+            f"the adapter keeps its own copy of {replaced[0]}, which the base ties to its other end: a merge would "
+            "untie them; leave embed_tokens and lm_head out of modules_to_save, or set ensure_weight_tying"
+        )
+
+
+def _config_and_text(model: Any) -> list[Any]:
+    config = base_model(model).config
+    return [config, config.get_text_config()]
+
+
+def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The live tensors that PEFT may save of an adapter: those that are trained, and factors that are frozen."""
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".lora_" in name
+    }
+
+
+@contextmanager
+def saved_adapter(model: Any, weights: dict[str, torch.Tensor] | None = None) -> Iterator[Path]:
+    """A folder with the live model's active adapter, as PEFT saves it; gone on exit.
+
+    Args:
+        model: wrapped by PEFT, with one active adapter.
+        weights: its gathered `adapter_state`, where the model is sharded.
+    """
+    [active] = model.active_adapters
+    with tempfile.TemporaryDirectory(prefix="grpo-toolkit-adapter-") as folder:
+        model.save_pretrained(folder, selected_adapters=[active], state_dict=weights)
+        yield find_adapter(folder, active)
+
+
+def refuse_resized(model: Any, base: Base) -> None:
+    """Raise where the vocabulary was resized before the adapter was added: the rows that are new lie in no folder.
+
+    Raises:
+        UnsupportedError: saying what to save.
+    """
+    embeddings = base_model(model).get_input_embeddings().weight
+    vocabulary = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # ZeRO-3 leaves a parameter empty
+    stored = base.vocabulary
+    if stored is not None and stored != vocabulary:
+        raise UnsupportedError(
+            f"the vocabulary was resized from {stored} to {vocabulary} before the adapter was added; save the resized "
+            "base, and pass its folder as base="
+        )

@@ -1,0 +1,201 @@
+"""What a live policy answers, asked as its export will be: greedily, rounded as it will be stored, and twice.
+
+The second answers show by how much the first may be off: a GPU need not agree with itself, and every dtype rounds.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.export.checks import LOGIT_TOLERANCES, TIE_MARGINS, first_difference
+from grpo_toolkit.model.generation.evidence import logit_distance
+from grpo_toolkit.model.generation.generate import Record, Request, generate
+from grpo_toolkit.model.kv_cache import base_model, inference_ready
+from grpo_toolkit.model.save_hook import inference_defaults
+from grpo_toolkit.model.sharding.gather import failing_together, is_sharded
+from grpo_toolkit.model.sharding.gathered_for_generation import whole_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyAnswers:
+    """What a trained policy was asked and answered, and by how much its logits may be off: between two runs of it, and
+    by what its dtype rounds.
+
+    Attributes:
+        requests: what it was asked.
+        records: what it answered, with evidence.
+        noise: the largest gap between two logits that changed, in logits.
+        logit_noise: how far all logits were apart, relative to their spread (`logit_distance`).
+    """
+
+    requests: tuple[Request, ...]
+    records: tuple[Record, ...]
+    noise: float
+    logit_noise: float = 0.0
+
+
+def ask_policy(
+    model: torch.nn.Module,
+    processor: Any,
+    requests: Sequence[Request],
+    *,
+    dtype: torch.dtype | None = None,
+    defaults: InferenceDefaults | None = None,
+) -> PolicyAnswers:
+    """Ask a live policy everything twice; collective where it is sharded.
+
+    Args:
+        model: the trained model.
+        processor: its processor or tokenizer; without one it cannot be asked anything.
+        requests: what to ask; a text-only request is made up where there are none.
+        dtype: what its export will be stored in.
+        defaults: the generation defaults of the export. Trainers give the live model other end-of-sequence ids for
+            their rollouts, and a policy that stops elsewhere cannot be compared.
+    """
+    if processor is None:
+        return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
+    asked = tuple(replace(request, with_rivals=True, with_evidence=True) for request in requests or [plain_request()])
+    generating = nullcontext() if defaults is None else inference_defaults(base_model(model), defaults)
+    with generating, _seen_dtype(model) as computed_in:
+        records = policy_records(model, processor, asked, dtype=dtype)
+        rounding = [TIE_MARGINS.get(name, 0.0) / 2 for name in computed_in]
+        blurring = [LOGIT_TOLERANCES.get(name, 0.0) / 2 for name in computed_in]
+        again = _records_again(model, processor, asked, dtype=dtype)
+    # FSDP2 and ZeRO compute in bfloat16 also where the export of a float32 base does not: the export's own margin is
+    # too narrow for what the policy rounds.
+    return PolicyAnswers(
+        requests=asked,
+        records=tuple(records),
+        noise=max(policy_noise(records, again), *rounding),
+        logit_noise=max(logit_noise(records, again), *blurring),
+    )
+
+
+def _records_again(
+    model: torch.nn.Module, processor: Any, asked: Sequence[Request], *, dtype: torch.dtype | None
+) -> list[Record]:
+    """The same weights on the same requests in float32, which shows what their dtype rounds; in that dtype once more
+    where the model is sharded, or float32 does not fit."""
+    import torch
+
+    if not is_sharded(model):
+        with suppress(torch.cuda.OutOfMemoryError):
+            return policy_records(model, processor, asked, dtype=dtype, computed_in=torch.float32)
+        torch.cuda.empty_cache()
+    return policy_records(model, processor, asked, dtype=dtype)
+
+
+@contextmanager
+def _seen_dtype(model: torch.nn.Module) -> Iterator[set[str]]:
+    """The dtypes in which a model's embeddings came out inside, which are those that it computed in."""
+    seen: set[str] = set()
+    embeddings = base_model(model).get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _m, _args, out: seen.add(str(out.dtype).removeprefix("torch.")))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def policy_records(
+    model: torch.nn.Module,
+    processor: Any,
+    requests: Sequence[Request],
+    *,
+    dtype: torch.dtype | None = None,
+    computed_in: torch.dtype | None = None,
+) -> list[Record]:
+    """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`.
+
+    It computes in that dtype too, or in `computed_in`. A sharded model is asked by all ranks together, in the dtype of
+    its mixed precision: its engine holds on to parameters of its own.
+
+    Raises:
+        PeerError: another rank could not ask it.
+    """
+    sharded = is_sharded(model)
+    together = failing_together() if sharded else nullcontext()
+    rounded = _parameters_as(model, *((None, None) if sharded else (dtype, computed_in or dtype)))
+    with together, inference_ready(model), _without_autocast(model), whole_weights(model), rounded:
+        return [generate(model, processor, request) for request in requests]
+
+
+def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
+    """By how much the logits of two runs of the same requests differ.
+
+    A dtype rounds, and by more where weights are wide: a tiny bfloat16 model was 0.33 away from itself in float32.
+    Kernels on a GPU may sum in another order each time: at the 3B shape in bfloat16 on an H200 the same model differed
+    from itself by up to 0.75, and said other words from such a token on.
+    """
+    gaps = [0.0]
+    for first, second in zip(once, again, strict=True):
+        where = first_difference(first.tokens, second.tokens)
+        for step in range(min(len(first.rivals), len(second.rivals)) if where is None else where):
+            shared = first.rivals[step].keys() & second.rivals[step].keys()
+            gaps += [abs(first.rivals[step][token] - second.rivals[step][token]) for token in shared]
+        if where is not None and where < min(len(first.rivals), len(second.tokens)):
+            gaps.append(first.rivals[where].get(second.tokens[where], 0.0))
+    return max(gaps)
+
+
+def logit_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
+    """How far the logits of two runs of the same requests are apart, as long as they say the same."""
+    distances = [0.0]
+    for first, second in zip(once, again, strict=True):
+        where = first_difference(first.tokens, second.tokens)
+        if first.evidence is not None and second.evidence is not None:
+            steps = {} if where is None else {"steps": where + 1}
+            distances.append(logit_distance(first.evidence, second.evidence, **steps)[0])
+    return max(distances)
+
+
+def plain_request() -> Request:
+    """A request that any language model can answer."""
+    return Request(messages=[{"role": "user", "content": "Count from one to ten."}], max_new_tokens=16)
+
+
+@contextmanager
+def _without_autocast(model: torch.nn.Module) -> Iterator[None]:
+    """Take off accelerate's mixed-precision wrapper for a while: an export runs in the dtype of its files.
+
+    `Accelerator.prepare` replaces `forward` on the instance by one inside `torch.autocast`, and keeps the original as
+    `_original_forward`; norms and softmaxes then run in another precision than they do after loading from disk.
+    """
+    wrapped = [(module, module.forward) for module in model.modules() if "_original_forward" in vars(module)]
+    try:
+        for module, _ in wrapped:
+            module.forward = vars(module)["_original_forward"]
+        yield
+    finally:
+        for module, forward in wrapped:
+            module.forward = forward
+
+
+@contextmanager
+def _parameters_as(
+    model: torch.nn.Module, dtype: torch.dtype | None, computed_in: torch.dtype | None
+) -> Iterator[None]:
+    """Round the parameters to `dtype`, hold them as `computed_in`, and put the very same tensors back.
+
+    Buffers stay, as `from_pretrained` leaves them.
+    """
+    if dtype is None or computed_in is None or base_model(model).dtype == dtype == computed_in:
+        yield
+        return
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype).to(computed_in)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data

@@ -1,0 +1,167 @@
+"""Does an export say the same as the policy that was trained, and does it decode with its cache?
+
+The export is loaded from disk in a fresh process, as its user will load it, and asked the same requests as the live
+policy was. Each check is a line with its figure; one that fails keeps the export from being published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.export.checks import (
+    TIE_MARGINS,
+    Check,
+    check_cache,
+    check_files,
+    check_inputs,
+    check_logits,
+    check_scores,
+    check_tensors,
+    check_ties,
+    check_tokens,
+    check_values,
+)
+from grpo_toolkit.export.policy_answers import plain_request
+from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
+from grpo_toolkit.model.generation.model_process import Worker
+from grpo_toolkit.model.memory import why_too_large
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from grpo_toolkit.model.generation.evidence import Evidence
+    from grpo_toolkit.model.generation.generate import Record, Request
+
+__all__ = ["VerificationResult", "plain_request", "reference_records", "verify_export"]
+
+_NEED_LOADING: Final = (
+    "loads whole",
+    "same token ids and pixel values from the processor",
+    "same logits as the trained policy",
+    "same greedy tokens as the trained policy",
+    "KV cache in use",
+    "same tokens with and without the cache",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationResult:
+    """Every check of one export, in the order in which they were made."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def skipped(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.skipped)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def verify_export(
+    export: str | os.PathLike[str],
+    *,
+    requests: Sequence[Request] = (),
+    expected: Sequence[Record] = (),
+    noise: float = 0.0,
+    logit_noise: float = 0.0,
+    scores: Mapping[str, Callable[[Sequence[Record]], list[float]]] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+) -> VerificationResult:
+    """Check an exported folder.
+
+    A model for which there is no memory is not loaded: the checks that need it are in the result as skipped, with the
+    reason.
+
+    Args:
+        export: the folder, loaded in a fresh process.
+        requests: what to ask it; a text-only request is made up where there are none.
+        expected: the records of the trained policy on the same requests (`policy_records`); without them the tokens
+            are compared between cached and uncached decoding alone.
+        noise: by how much logits of the policy differ between two runs of the same requests (`policy_noise`).
+        logit_noise: the same over all logits, relative to their spread (`policy.logit_noise`).
+        scores: reward functions by name, as functions of records: the answers have to earn what the policy's do.
+        base: the base's folder, to compare tensor names (as published), shapes, dtypes and ties with.
+        dtype: what every floating-point tensor is to be stored in ("float16"), where that is not the base's.
+        device: where the fresh process puts the model.
+        attn_implementation: the attention that the policy used, so that like is compared with like.
+
+    Raises:
+        CheckpointError: the folder cannot be read at all.
+        WorkerError: it cannot be loaded.
+    """
+    checkpoint = open_checkpoint(export)
+    checks = [check_files(checkpoint)]
+    if base is not None:
+        checks.append(check_tensors(checkpoint, open_checkpoint(base), dtype))
+    checks.append(check_values(checkpoint))
+    too_large = why_too_large(checkpoint, device)
+    if too_large is not None:
+        checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in _NEED_LOADING]
+        return VerificationResult(checks=tuple(checks))
+    requests = requests or [plain_request()]
+    with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
+        report = worker.report
+        checks.append(
+            Check(
+                name="loads whole",
+                passed=report.is_clean,
+                detail=f"{report.parameters:,} parameters in {report.dtype}; missing {report.missing or 'none'}, "
+                f"unexpected {report.unexpected or 'none'}, mismatched {report.mismatched or 'none'}",
+            )
+        )
+        if not report.is_clean:
+            return VerificationResult(checks=tuple(checks))
+        if base is not None:
+            checks.append(check_ties(report, open_checkpoint(base).path))
+        if pairs := list(_evidence(worker, requests, expected)):
+            checks.append(check_inputs(pairs))
+            checks.append(check_logits(pairs, dtype=report.dtype, noise=logit_noise))
+        records = [worker.generate(replace(request, with_evidence=False)) for request in requests]
+        # Each of the two that are compared is as noisy as the policy.
+        tie_margin = max(TIE_MARGINS.get(report.dtype, 1e-3), 2 * noise)
+        if expected:
+            checks.append(check_tokens("same greedy tokens as the trained policy", expected, records, tie_margin))
+            answers = list(zip(expected, records, strict=True))
+            checks += [check_scores(name, score, answers) for name, score in (scores or {}).items()]
+        # Exactly so many tokens: a policy may answer in one, which proves nothing about a cache.
+        probe = replace(requests[0], max_new_tokens=8, exact=True, with_rivals=True, with_evidence=False)
+        cached, uncached = (worker.generate(replace(probe, use_cache=use)) for use in (None, False))
+        checks.append(check_cache([cached, *records]))
+        checks.append(check_tokens("same tokens with and without the cache", [uncached], [cached], tie_margin))
+    return VerificationResult(checks=tuple(checks))
+
+
+def _evidence(
+    worker: Worker, requests: Sequence[Request], expected: Sequence[Record]
+) -> Iterator[tuple[Evidence, Evidence]]:
+    """The policy's evidence and the export's on the first tokens that the policy said, whatever the export prefers."""
+    for request, record in zip(requests, expected, strict=bool(expected)):
+        if record.evidence is None:
+            continue
+        forced = record.tokens[:LOGIT_STEPS]
+        asked = replace(request, forced=forced, max_new_tokens=len(forced), with_rivals=False, with_evidence=True)
+        found = worker.generate(asked).evidence
+        assert found is not None, "it was asked for"
+        yield record.evidence, found
+
+
+def reference_records(reference: str | os.PathLike[str], *, device: str = "cpu") -> tuple[list[Request], list[Record]]:
+    """What a model folder answers to the made-up requests, in a process of its own: requests and records."""
+    requests = [replace(plain_request(), with_rivals=True, with_evidence=True)]
+    with Worker(open_checkpoint(reference).path, device=device) as worker:
+        return requests, [worker.generate(request) for request in requests]

@@ -1,0 +1,1 @@
+"""Measuring latency: workloads, rounds, statistics, the gate."""

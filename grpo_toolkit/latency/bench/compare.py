@@ -1,0 +1,148 @@
+"""Which arm is faster, by how much, and whether this machine can tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.bench.measure import measure_latency, pairs_of
+from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, allow_for, paired_ratio
+from grpo_toolkit.latency.engines.arms import named_arms
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from grpo_toolkit.latency.bench.measure import Progress
+    from grpo_toolkit.latency.bench.workload import Traffic
+    from grpo_toolkit.latency.engines.arms import Arm, Engines
+    from grpo_toolkit.latency.engines.protocol import Options
+    from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
+    from grpo_toolkit.model.generation.generate import Request
+
+CONTROL: Final = "control"
+"""The arm's name of the A/A control: the first arm once more, in a process of its own."""
+
+METRICS: Final = ("tpot_s", "ttft_s", "e2e_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Arms that took turns.
+
+    Attributes:
+        rows: one per arm; the first is what the others' `ratios` are against.
+        control: the first arm once more, with its ratios against itself; None if it was not asked for.
+    """
+
+    rows: tuple[LatencyRow, ...]
+    control: LatencyRow | None = None
+
+    def ratio(self, arm: str, metric: str = "tpot_s") -> Ratio:
+        """An arm's time over the first arm's.
+
+        Raises:
+            InputError: no such arm, or it has no such ratio (it is the first, or ran out of memory).
+        """
+        for row in (*self.rows, *([] if self.control is None else [self.control])):
+            for ratio in row.ratios:
+                if row.arm == arm and ratio.metric == metric:
+                    return ratio
+        raise InputError(f"no ratio of {metric} for an arm {arm!r}: it was not measured, or against nothing")
+
+    def to_json(self) -> dict[str, Any]:
+        control = None if self.control is None else self.control.to_json()
+        return {"rows": [row.to_json() for row in self.rows], "control": control}
+
+
+def compare_latency(
+    arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]],
+    requests: Sequence[Request] | Traffic,
+    *,
+    new_tokens: int = 64,
+    rounds: int = 12,
+    warmup: int | None = None,
+    options: Options | None = None,
+    control: bool = True,
+    roofline: bool = False,
+    precision: float | None = None,
+    budget_s: float | None = None,
+    progress: Progress | None = None,
+    engines: Engines | None = None,
+) -> Comparison:
+    """Time the arms in turns and say, arm by arm, whether it is slower or faster than the first.
+
+    Args:
+        arms: what to time, or simply {name: folder}; the first is what the others are compared with.
+        requests: as for `measure_latency`.
+        new_tokens: tokens to generate per request.
+        rounds: measured requests per arm; fewer than six never give a verdict.
+        warmup: as for `measure_latency`.
+        options: how the folders of a mapping are loaded and run.
+        control: time the first arm a second time, in a process of its own; a difference that is no larger than
+            between those two is "cannot tell".
+        roofline: as for `measure_latency`.
+        precision: as for `measure_latency`.
+        budget_s: as for `measure_latency`.
+        progress: as for `measure_latency`.
+        engines: as for `measure_latency`.
+
+    Raises:
+        InputError, CheckpointError, WorkerError: as `measure_latency`.
+    """
+    asked = named_arms(arms, options)
+    count = len(asked)
+    if control and asked:
+        taken = max(arm.process for arm in asked)
+        asked.append(replace(asked[0], name=CONTROL, process=taken + 1))
+    rows = measure_latency(
+        asked,
+        requests,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        warmup=warmup,
+        roofline=roofline,
+        precision=precision,
+        budget_s=budget_s,
+        progress=progress,
+        engines=engines,
+    )
+    return compare_rows(rows[:count], control=rows[-1] if control else None)
+
+
+def compare_rows(rows: Sequence[LatencyRow], *, control: LatencyRow | None = None) -> Comparison:
+    """Compare rows that took turns, also ones read back from `latency.jsonl`.
+
+    Raises:
+        InputError: they are of different sessions.
+    """
+    if len({row.session for row in (*rows, *([] if control is None else [control]))}) > 1:
+        raise InputError("rows of different sessions did not take turns and cannot be compared round by round")
+    first = rows[0]
+    if control is not None:
+        control = replace(control, ratios=ratios(control, first))
+    floor = {} if control is None else {ratio.metric: ratio for ratio in control.ratios}
+    compared = [
+        replace(row, ratios=[allow_for(ratio, floor.get(ratio.metric)) for ratio in ratios(row, first)])
+        for row in rows[1:]
+    ]
+    return Comparison(rows=(replace(first, ratios=[]), *compared), control=control)
+
+
+def ratios(row: LatencyRow, against: LatencyRow) -> list[Ratio]:
+    """An arm's ratios against another, for every metric.
+
+    A round in which one of them has no TPOT, its answer having arrived at once, is left out of that ratio and counted;
+    where fewer than `MIN_PAIRS` are left then, there is none.
+    """
+    found: list[Ratio] = []
+    if not row.timelines or len(row.timelines) != len(against.timelines):
+        return found
+    for metric in METRICS:
+        both = pairs_of(row.timelines, against.timelines, metric)
+        left_out = len(row.timelines) - len(both)
+        if both and (left_out == 0 or len(both) >= MIN_PAIRS):
+            times, others = zip(*both, strict=True)
+            found.append(replace(paired_ratio(times, others, name=against.arm, metric=metric), left_out=left_out))
+    return found

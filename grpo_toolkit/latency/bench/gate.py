@@ -1,0 +1,123 @@
+"""A gate: how much slower than the first arm another may be before a run counts as failed, and why it was missed.
+
+An arm misses the gate if it is slower beyond doubt (the 95% interval of its paired ratio lies above 1) and by more
+than is allowed in the median, in time per token or end to end. It misses it too without its KV cache where the first
+arm has one, whatever the clock says: on a GPU both can take the same time until the context is long.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.model.generation.generate import Request
+
+MAX_SLOWDOWN: Final = "max-slowdown"
+METRICS: Final = {"tpot_s": "time per output token", "e2e_s": "end to end"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """The largest allowed ratio of times."""
+
+    max_slowdown: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missed:
+    """One arm that missed the gate, on one workload, and what shows it."""
+
+    arm: str
+    path: str
+    workload: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.arm} misses the gate ({self.workload}): {self.reason}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def gate_of(text: str) -> Gate:
+    """A gate from its text, such as `max-slowdown=1.05`.
+
+    Raises:
+        InputError: another name, or a limit that is not a number from 1 on.
+    """
+    name, _, value = text.partition("=")
+    try:
+        limit = float(value)
+    except ValueError:
+        limit = math.nan
+    if name != MAX_SLOWDOWN or not 1 <= limit < math.inf:
+        raise InputError(f"gate {text!r}: expected {MAX_SLOWDOWN}=RATIO with a ratio of 1 or more, such as 1.05")
+    return Gate(max_slowdown=limit)
+
+
+def missed_by(gate: Gate, rows: Sequence[LatencyRow]) -> list[Missed]:
+    """Which arms miss a gate.
+
+    Args:
+        gate: the limit.
+        rows: arms that took turns, with their ratios against the first. Arms whose cache was switched off by the
+            caller are left out: they are slow on purpose.
+    """
+    found = []
+    first = rows[0]
+    for row in rows[1:]:
+        reason = "" if row.settings.use_cache is False else _reason(gate, row, first)
+        if reason:
+            found.append(Missed(arm=row.arm, path=row.path, workload=row.workload.name, reason=reason))
+    return found
+
+
+def _reason(gate: Gate, row: LatencyRow, first: LatencyRow) -> str:
+    if row.error is not None and first.error is None:
+        return row.error
+    if row.proof.is_cached is False and first.proof.is_cached:
+        steps = ", ".join(map(str, row.proof.step_lengths[:4]))
+        return f"its KV cache is off (tokens fed a step: {steps}, ...), that of {first.arm} is on"
+    for ratio in row.ratios:
+        if ratio.metric in METRICS and ratio.against == first.arm and ratio.low > 1:
+            times = f"{ratio.median:.2f} times as long as {first.arm} ({ratio.low:.2f} to {ratio.high:.2f})"
+            if ratio.median > gate.max_slowdown:
+                return f"{METRICS[ratio.metric]} {times}, allowed are {gate.max_slowdown:g}"
+    return ""
+
+
+def explain_missed(
+    base: str,
+    missed: Sequence[Missed],
+    *,
+    device: str,
+    requests: Sequence[Request] = (),
+    max_new_tokens: int = 64,
+    budget_s: float | None = None,
+) -> list[ExplanationRow]:
+    """Why each folder missed its gate: one explanation a folder, none for what is no folder (an endpoint).
+
+    Args:
+        base: the first arm's folder; "" explains nothing.
+        missed: what missed the gate.
+        device, requests, max_new_tokens, budget_s: as for `explain_latency`.
+    """
+    from grpo_toolkit.latency.explain.explanation import explain_latency
+
+    if not base or not Path(base).is_dir():
+        return []
+    folders = dict.fromkeys(miss.path for miss in missed if Path(miss.path).is_dir())
+    return [
+        explain_latency(
+            base, folder, requests=requests, max_new_tokens=max_new_tokens, device=device, budget_s=budget_s
+        )
+        for folder in folders
+    ]

@@ -1,0 +1,248 @@
+"""Time the same requests on several models, fairly.
+
+Each model is loaded in a process of its own, all are warmed up until their times agree, and then they take turns in
+counterbalanced blocks (`statistics.turns`), so that a machine that drifts or is shared slows all arms alike. Medians
+and quartiles are over rounds; the raw times of every token are kept (see `row`). What needs no clock (cache, lengths)
+is asked once more after the timed rounds, because the hooks for it would slow them.
+
+On a noisy machine the times never agree, so a budget ends the warm-up too. A process that has answered already, for
+another arm or for an earlier workload, has its kernels and its memory: only what is new to it warms up.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
+from grpo_toolkit.latency.bench.build_row import new_session, row_of_arm
+from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
+from grpo_toolkit.latency.bench.workload import Traffic, traffic_of
+from grpo_toolkit.latency.engines.arms import Engines, Measured, named_arms
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.latency.engines.protocol import Engine, Options
+    from grpo_toolkit.latency.rows.row import LatencyRow, Timeline
+    from grpo_toolkit.model.generation.generate import Request
+
+    Progress = Callable[[str, int, int], None]
+
+_Found = TypeVar("_Found")
+
+MAX_WARMUP: Final = 10
+"""Requests per arm after which warm-up ends even if its times never agree."""
+
+LEAST_WARMUP: Final = 2
+"""Requests per arm before which it never ends: the first of them meets every shape and kernel for the first time."""
+
+WARMUP_SHARE: Final = 1 / 3
+"""Of a budget: what warm-up may take of it."""
+
+MOST_TIMES: Final = 20
+"""So many times the rounds asked for, and no more, are measured for the sake of precision."""
+
+
+def measure_latency(
+    arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]],
+    requests: Sequence[Request] | Traffic,
+    *,
+    new_tokens: int = 64,
+    rounds: int = 10,
+    warmup: int | None = None,
+    options: Options | None = None,
+    roofline: bool = False,
+    precision: float | None = None,
+    budget_s: float | None = None,
+    progress: Progress | None = None,
+    engines: Engines | None = None,
+) -> list[LatencyRow]:
+    """Time the arms on the same requests, in turns.
+
+    Args:
+        arms: what to time, or simply {name: folder}.
+        requests: asked one a round, from the first on, each for exactly `new_tokens` tokens; or a workload of its own
+            (`workload.made_up`, `workload.traffic_of`).
+        new_tokens: tokens to generate per request.
+        rounds: measured requests per arm.
+        warmup: unmeasured requests per arm before, exactly; None goes on until their times agree, two at least and
+            ten at most, and gives two alone to an arm whose process is warm already (`Arm.warm_key`): from an earlier
+            measurement with the same `engines`, or by another arm that shares it.
+        options: how the folders of a mapping are loaded and run; arms have their own.
+        roofline: measure the bandwidth of each arm's device, and what physics would allow.
+        precision: go on after `rounds` until the interval of every arm's TPOT over the first arm's reaches no further
+            than this to either side (0.02: two percent), or the ratio is clear by far; at most twenty times `rounds`.
+            Stopping by width favours no verdict (Chow and Robbins 1965, doi:10.1214/aoms/1177700156).
+        budget_s: seconds for warm-up and rounds together, from when all models are loaded. Warm-up (unless `warmup`
+            counts it) ends after a third of them, but not before two requests per arm; the rounds end after the block
+            that uses them up, but not before six, or `rounds` if those are fewer. The proof comes on top: one request
+            per arm.
+        progress: called with the arm's name, the round (below zero: warm-up) and the number of rounds.
+        engines: loaded models of an earlier measurement, used again and left open.
+
+    Returns:
+        One row per arm, in the order given. An arm that ran out of memory, or that no kernel can run as it was told
+        to, has a row with an `error` and no times.
+
+    Raises:
+        InputError: no arms, no requests, fewer than one round, or two arms of one name.
+        CheckpointError, WorkerError: an arm's folder cannot be read or loaded, or its endpoint does not answer.
+    """
+    arms = named_arms(arms, options)
+    if not arms or not requests or rounds < 1 or new_tokens < 1:
+        raise InputError("measure_latency needs at least one arm, one request, one round and one new token")
+    if len({arm.name for arm in arms}) < len(arms):
+        raise InputError("two arms have the same name; give them names of their own")
+    traffic = requests if isinstance(requests, Traffic) else traffic_of(requests, max_new_tokens=new_tokens)
+    with ExitStack() as stack:
+        measuring = _Measuring(engines or stack.enter_context(Engines()), arms, traffic, progress=progress)
+        measuring.warm_up(warmup, budget_s=budget_s)
+        measuring.run(rounds, budget_s=budget_s, precision=precision)
+        measuring.look_around()
+        measuring.prove()
+        if roofline:
+            measuring.probe_hardware()
+        measuring.pool.asked_s += measuring.spent_s
+        session = new_session()
+        return [row_of_arm(arm, measuring.found[arm.name], traffic, session) for arm in arms]
+
+
+class _Measuring:
+    """The engines of one session, and what they have answered."""
+
+    def __init__(self, engines: Engines, arms: Sequence[Arm], traffic: Traffic, *, progress: Progress | None) -> None:
+        self.arms = {arm.name: arm for arm in arms}
+        self.traffic = traffic
+        self.progress = progress
+        self.found = {arm.name: Measured() for arm in arms}
+        self.pool = engines
+        self.engines = {arm.name: engines.open(arm) for arm in arms}  # all begin to load before any is waited for
+        for arm in arms:
+            try:
+                self.found[arm.name].facts = self.engines[arm.name].facts()
+            except WorkerError as error:
+                if "OutOfMemoryError" not in str(error):
+                    raise
+                self.found[arm.name].error = f"out of memory while loading: {error}"
+        self._began = time.perf_counter()
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the models were loaded."""
+        return time.perf_counter() - self._began
+
+    def _alive(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if self.found[name].error is None]
+
+    def _ask(self, name: str, turn: int, rounds: int) -> float | None:
+        """What warm-up watches of one turn of one arm; None where it failed in a way that is a result."""
+        found, batch = self.found[name], self.traffic.batch(turn)
+        start = time.perf_counter()
+        try:
+            answer = self.engines[name].ask(batch, self.arms[name].options)
+        except (OutOfMemoryError, UnsupportedError) as error:
+            found.error = str(error)
+            return None
+        spent = time.perf_counter() - start
+        if turn >= 0:
+            found.answers.append(answer)
+        else:
+            found.warmup_s += spent
+        if self.progress is not None:
+            self.progress(name, turn, rounds)
+        # Natural answers are of different lengths: only their pace can agree.
+        pace = answer.timeline.tpot_s if self.traffic.kind == "natural" else None
+        return answer.timeline.e2e_s if pace is None else pace
+
+    def warm_up(self, count: int | None, *, budget_s: float | None) -> None:
+        seconds: dict[str, list[float]] = {name: [] for name in self.arms}
+        most = MAX_WARMUP if count is None else count
+        for index in range(most):
+            is_late = budget_s is not None and self.spent_s > WARMUP_SHARE * budget_s
+            waiting = self._alive(turns(list(self.arms), index))
+            if count is None:
+                waiting = [name for name in waiting if not self._is_warm(name, seconds[name], is_late=is_late)]
+            for name in waiting:
+                spent = self._ask(name, index - most, most)
+                if spent is not None:
+                    seconds[name].append(spent)
+        enough = [name for name in self._alive(list(self.arms)) if len(seconds[name]) >= LEAST_WARMUP]
+        self.pool.warm |= {self.arms[name].warm_key for name in enough}
+
+    def _is_warm(self, name: str, seconds: Sequence[float], *, is_late: bool) -> bool:
+        if len(seconds) < LEAST_WARMUP:
+            return False
+        key = self.arms[name].warm_key
+        first = next(other for other in self._alive(list(self.arms)) if self.arms[other].warm_key == key)
+        return is_late or first != name or key in self.pool.warm or is_steady(seconds)
+
+    def run(self, rounds: int, *, budget_s: float | None, precision: float | None) -> None:
+        most = rounds if precision is None else MOST_TIMES * rounds
+        look = rounds
+        for turn in range(most):
+            # Whole blocks only: an odd round is what balances the even one before it.
+            if turn >= MIN_PAIRS and turn % 2 == 0:
+                if budget_s is not None and self.spent_s > budget_s:
+                    return
+                if precision is not None and turn >= look:
+                    if self._is_precise(precision):
+                        return
+                    look = turn * 5 // 4
+            alive = self._alive(turns(list(self.arms), turn))
+            if not alive:
+                return
+            for name in alive:
+                self._ask(name, turn, rounds)
+
+    def _is_precise(self, precision: float) -> bool:
+        alive = self._alive(list(self.arms))
+        paces = _paces([[answer.timeline for answer in self.found[name].answers] for name in alive])
+        found = [paired_ratio(*zip(*pairs, strict=True), name="first") for pairs in paces]
+        return all(is_settled(ratio, precision=precision) for ratio in found)
+
+    def look_around(self) -> None:
+        """Clocks and throttling as they are while the rounds still warm the device."""
+        for found, environment in self._once_an_engine(lambda engine: engine.environment()):
+            found.facts = replace(found.facts, environment=environment)
+
+    def prove(self) -> None:
+        for name in self._alive(list(self.arms)):
+            try:
+                self.found[name].evidence = self.engines[name].prove(self.traffic.batch(0), self.arms[name].options)
+            except OutOfMemoryError:  # the timed rounds fitted; the same without compilation does not
+                continue
+
+    def probe_hardware(self) -> None:
+        for found, hardware in self._once_an_engine(lambda engine: engine.probe_hardware()):
+            found.hardware = hardware
+
+    def _once_an_engine(self, asked: Callable[[Engine], _Found]) -> Iterator[tuple[Measured, _Found]]:
+        """Every arm that is left with what its engine says; arms that share one hear the same."""
+        known: dict[int, _Found] = {}
+        for name in self._alive(list(self.arms)):
+            engine = self.engines[name]
+            if id(engine) not in known:
+                known[id(engine)] = asked(engine)
+            yield self.found[name], known[id(engine)]
+
+
+def pairs_of(
+    timelines: Sequence[Timeline], others: Sequence[Timeline], metric: str = "tpot_s"
+) -> list[tuple[float, float]]:
+    """Two arms' times in the rounds in which both have one."""
+    times = [(getattr(one, metric), getattr(other, metric)) for one, other in zip(timelines, others, strict=True)]
+    return [(one, other) for one, other in times if one is not None and other is not None]
+
+
+def _paces(arms: Sequence[Sequence[Timeline]]) -> list[list[tuple[float, float]]]:
+    """Each further arm's times per output token beside the first's; end to end where too few rounds have both."""
+    first, *others = arms
+    tpots = [pairs_of(timelines, first) for timelines in others]
+    if all(len(pairs) >= min(len(first), MIN_PAIRS) for pairs in tpots):
+        return tpots
+    return [pairs_of(timelines, first, "e2e_s") for timelines in others]

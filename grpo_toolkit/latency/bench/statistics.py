@@ -1,0 +1,180 @@
+"""From repeated measurements to a verdict.
+
+Arms take turns in counterbalanced blocks, so that a machine that drifts or is shared slows all of them alike; what is
+compared is therefore the ratio of two arms in the same round, never two medians. The interval is a bootstrap over
+rounds (Efron and Tibshirani 1993, chapter 13; `scipy.stats.bootstrap`), widened where neighbouring rounds resemble
+each other: a busy host slows one of two processes for seconds on end, and thirty such rounds know no more than ten.
+Two arms are called the same only when the whole interval lies within 3%, and different only when it lies on one side
+of 1 and its median beyond 3%. A wide one around 1 is *cannot tell*, and so is 1.014 (1.003 to 1.054).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.rows.row import Ratio, Summary, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SAME_WITHIN: Final = 1.03
+"""Two arms whose ratio lies between 1/1.03 and 1.03 are the same."""
+
+MIN_PAIRS: Final = 6
+"""The median of fewer pairs has no 95% interval: all five on one side of it happens in 1 of 16 cases."""
+
+PERCENTILES: Final = {"p90": (90, 64), "p95": (95, 130), "p99": (99, 662)}
+"""Percentile and the smallest sample that carries it: about six values lie beyond it there."""
+
+_RESAMPLES: Final = 4999
+_SEED: Final = 20240229
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Median and quartiles (inclusive method: the values are all there is, not a sample of more).
+
+    Percentiles are None unless there are enough values: p90 from 64 on, p95 from 130, p99 from 662.
+    """
+    if len(values) == 1:
+        return Summary(n=1, median=values[0], q1=values[0], q3=values[0])
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    found: dict[str, float] = {}
+    for name, (percent, least) in PERCENTILES.items():
+        if len(values) >= least:
+            found[name] = statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+    return Summary(n=len(values), median=median, q1=q1, q3=q3, **found)
+
+
+def turns(names: Sequence[str], round_: int) -> list[str]:
+    """In which order the arms run in a round: each block of two rounds begins with another arm and goes back as it
+    came, so every arm is equally often early and late, and drift within a block cancels."""
+    start = (round_ // 2) % len(names)
+    order = [*names[start:], *names[:start]]
+    return order if round_ % 2 == 0 else order[::-1]
+
+
+def is_steady(seconds: Sequence[float], *, window: int = 3, within: float = 0.05) -> bool:
+    """Whether warm-up is over: the medians of the last two windows agree."""
+    if len(seconds) < 2 * window:
+        return False
+    before = statistics.median(seconds[-2 * window : -window])
+    after = statistics.median(seconds[-window:])
+    return abs(after - before) <= within * before
+
+
+def paired_ratio(
+    times: Sequence[float], against: Sequence[float], *, name: str, metric: str = "tpot_s", confidence: float = 0.95
+) -> Ratio:
+    """How much slower `times` are than `against`, round by round.
+
+    Args:
+        times: one arm's seconds, by round.
+        against: the other's, in the same rounds.
+        name: the other arm's name.
+        metric: what was timed, such as "tpot_s".
+        confidence: of the interval.
+
+    Returns:
+        The median ratio with its bootstrap interval and the verdict. The same input gives the same result.
+
+    Raises:
+        InputError: no pairs, lists of different lengths, or a time that is not positive.
+    """
+    if len(times) != len(against) or not times:
+        raise InputError(f"{metric}: {len(times)} and {len(against)} measurements cannot be paired")
+    if min(*times, *against) <= 0 or not all(map(math.isfinite, (*times, *against))):
+        raise InputError(f"{metric}: a measured time is not a positive number")
+    logs = [math.log(one / other) for one, other in zip(times, against, strict=True)]
+    median = statistics.median(logs)
+    low, high = _interval(logs, confidence)
+    middle, least, most = math.exp(median), math.exp(low), math.exp(high)
+    found = verdict(len(logs), median=middle, low=least, high=most)
+    return Ratio(against=name, metric=metric, pairs=len(logs), verdict=found, median=middle, low=least, high=most)
+
+
+def _interval(logs: Sequence[float], confidence: float) -> tuple[float, float]:
+    if len(logs) == 1 or max(logs) == min(logs):
+        return min(logs), max(logs)
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (np.asarray(logs),),
+        np.median,
+        n_resamples=_RESAMPLES,
+        confidence_level=confidence,
+        method="percentile",
+        vectorized=True,
+        random_state=np.random.default_rng(_SEED),
+    ).confidence_interval
+    median = statistics.median(logs)
+    wider = _widening(logs, confidence)
+    return median - wider * (median - float(found.low)), median + wider * (float(found.high) - median)
+
+
+def _widening(logs: Sequence[float], confidence: float) -> float:
+    """How much wider the interval of independent rounds has to be: they count for fewer, and few have a wider t."""
+    from scipy.stats import norm, t
+
+    time = autocorrelation_time(logs)
+    tail = (1 + confidence) / 2
+    return math.sqrt(time) * float(t.ppf(tail, max(len(logs) / time - 1, 1.5)) / norm.ppf(tail))
+
+
+def autocorrelation_time(values: Sequence[float]) -> float:
+    """How many neighbouring values know as much as one of independent values; at least 1.
+
+    The sum of autocorrelations as long as pairs of them are positive (Geyer 1992, section 3.3,
+    doi:10.1214/ss/1177011137).
+    """
+    import numpy as np
+
+    around = np.asarray(values) - np.mean(values)
+    power = float(around @ around)
+    time, lag = 1.0, 1
+    while power > 0 and lag + 1 < len(around) // 2:
+        pair = float(around[lag:] @ around[:-lag] + around[lag + 1 :] @ around[: -lag - 1]) / power
+        if pair <= 0:
+            break
+        time += 2 * pair
+        lag += 2
+    return time
+
+
+def verdict(pairs: int, *, median: float, low: float, high: float) -> Verdict:
+    """What an interval of a ratio allows to say."""
+    if pairs < MIN_PAIRS or not low <= median <= high:
+        return "cannot tell"
+    if low >= 1 / SAME_WITHIN and high <= SAME_WITHIN:
+        return "same"
+    if low > 1 and median > SAME_WITHIN:
+        return "slower"
+    if high < 1 and median < 1 / SAME_WITHIN:
+        return "faster"
+    return "cannot tell"
+
+
+def is_settled(ratio: Ratio, *, precision: float) -> bool:
+    """Whether more rounds would tell nothing new: the interval is narrow, or the ratio is far from 1 beside its width.
+
+    Args:
+        ratio: so far.
+        precision: how far the interval may reach from its median, as a part of it.
+    """
+    wide = max(math.log(ratio.high / ratio.median), math.log(ratio.median / ratio.low))
+    return wide <= math.log1p(precision) or abs(math.log(ratio.median)) > max(4 * wide, math.log(1.1))
+
+
+def allow_for(ratio: Ratio, control: Ratio | None) -> Ratio:
+    """The ratio with its verdict taken back where an arm against itself (A/A) differs by as much.
+
+    Only "slower" and "faster" claim a difference; they stand if their interval lies beyond the control's.
+    """
+    if control is None or ratio.verdict not in ("slower", "faster"):
+        return ratio
+    is_beyond = ratio.low > control.high if ratio.verdict == "slower" else ratio.high < control.low
+    return ratio if is_beyond else replace(ratio, verdict="cannot tell")

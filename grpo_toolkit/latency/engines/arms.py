@@ -1,0 +1,189 @@
+"""One thing to time, the engine behind it, and what it has answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.engines.protocol import EngineFacts, Options
+from grpo_toolkit.model.memory import free_bytes, process_bytes
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One thing to time, and how it runs.
+
+    Attributes:
+        name: on charts.
+        path: a model or adapter folder; it gets a process of its own.
+        url: or an OpenAI-compatible endpoint, such as `http://localhost:8000/v1`; `path`, if given too, names its
+            model there.
+        live: or a model in this process with its processor, measured as it stands.
+        options: how it is loaded and runs.
+        process: arms of the same folder share a process if this number and what they are loaded with are the same.
+    """
+
+    name: str
+    path: Path | None = None
+    url: str | None = None
+    live: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
+    options: Options = field(default_factory=Options)
+    process: int = 0
+
+    @property
+    def place(self) -> str:
+        """Where it is: a folder, an address, or "live"."""
+        if self.url is not None:
+            return self.url if self.path is None else f"{self.url} {self.path}"
+        return "live" if self.path is None else str(self.path)
+
+    @property
+    def engine_key(self) -> tuple[object, ...]:
+        """Arms with the same key share an engine.
+
+        Compiled steps with different SDPA kernels share no process: taking turns there, each would be compiled anew at
+        every turn (see `LocalEngine`). Nor does one that keeps its cache, which is in the memory of all that do. A
+        live model is where it is.
+        """
+        if self.live is not None:
+            return (id(self.live[0]), self.process, self.options.load_key)
+        kernels = self.options.sdpa_backend if self.options.is_compiled else None
+        return (self.path, self.url, self.process, self.options.load_key, kernels, self.options.ahead)
+
+    @property
+    def warm_key(self) -> tuple[object, ...]:
+        """Arms with the same key warm up together: they share an engine, and what is compiled for their options."""
+        return (self.engine_key, self.options if self.options.is_compiled else None)
+
+
+@dataclass
+class Measured:
+    """What one arm has done so far."""
+
+    facts: EngineFacts = field(default_factory=EngineFacts)
+    answers: list[Answer] = field(default_factory=list)
+    evidence: Evidence | None = None
+    hardware: dict[str, float] = field(default_factory=dict)
+    warmup_s: float = 0.0
+    error: str | None = None
+
+
+def named_arms(
+    arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]], options: Options | None = None
+) -> list[Arm]:
+    """Arms as they are, or made from {name: folder}, all loaded and run as the options say."""
+    if isinstance(arms, Mapping):
+        return [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
+    return list(arms)
+
+
+def fitting(arms: Sequence[Arm], *, spare: Sequence[str] = ()) -> list[Arm]:
+    """The arms whose processes a GPU has room for, all at once.
+
+    Args:
+        arms: of folders, on one device; a CPU has room for all.
+        spare: names of arms to leave out for want of room, the first one first.
+
+    Raises:
+        InputError: without those there is no room either.
+    """
+    device, left = arms[0].options.device, list(arms)
+    free = free_bytes(device) if device.startswith("cuda") else None
+    if free is None:
+        return left
+    for name in (None, *spare):
+        left = [arm for arm in left if arm.name != name] or left
+        folders = {arm.engine_key: arm.path for arm in left if arm.path is not None}
+        needed = sum(map(process_bytes, folders.values()))
+        if needed <= free:
+            return left
+    raise InputError(
+        f"the arms need about {needed / 1e9:.1f} GB on {device} at once, and {free / 1e9:.1f} GB are free there; "
+        "ask for fewer (arms=), or after the training: grpo-toolkit bench base=BASE export=EXPORT --device cuda"
+    )
+
+
+class Engines:
+    """The engines of a session: arms that load alike share one. A context manager that closes them all.
+
+    Attributes:
+        warm: the keys (`Arm.warm_key`) of what has answered before.
+        asked_s: seconds that measurements have taken so far, without the loading.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[object, ...], Engine] = {}
+        self.warm: set[tuple[object, ...]] = set()
+        self.asked_s = 0.0
+
+    def open(self, arm: Arm) -> Engine:
+        """The engine of an arm, started if there is none yet."""
+        if arm.engine_key not in self._open:
+            self._open[arm.engine_key] = open_engine(arm)
+        return self._open[arm.engine_key]
+
+    def close(self) -> None:
+        """End every process that was started."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def processor_of(arms: Sequence[Arm]) -> Any:
+    """The processor (or tokenizer) of the first arm that has one here, to count tokens with; None for endpoints alone.
+
+    Raises:
+        CheckpointError: a folder that is no checkpoint, or an adapter whose base is not here.
+    """
+    from grpo_toolkit.checkpoint.model_folder import Kind, base_of_adapter, open_checkpoint
+    from grpo_toolkit.model.generation.generate import has_processor, load_processor
+
+    for arm in arms:
+        if arm.live is not None:
+            return arm.live[1]
+        if arm.url is not None or arm.path is None:
+            continue
+        checkpoint = open_checkpoint(arm.path)
+        if has_processor(arm.path):
+            return load_processor(arm.path)
+        if checkpoint.kind is Kind.ADAPTER:
+            return load_processor(base_of_adapter(arm.path))
+    return None
+
+
+def open_engine(arm: Arm) -> Engine:
+    """Start what an arm names.
+
+    Raises:
+        InputError: it names nothing, or several things.
+        CheckpointError: its folder is no checkpoint.
+    """
+    if sum(what is not None for what in (arm.url or arm.path, arm.live)) != 1:
+        raise InputError(f"arm {arm.name}: name one of a folder, an endpoint or a live model")
+    if arm.live is not None:
+        from grpo_toolkit.latency.engines.local import LocalEngine
+
+        return LocalEngine(*arm.live)
+    if arm.url is not None:
+        from grpo_toolkit.latency.engines.endpoint import EndpointEngine
+
+        return EndpointEngine(arm.url, model=None if arm.path is None else str(arm.path))
+    from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+    from grpo_toolkit.latency.engines.process import ProcessEngine
+
+    assert arm.path is not None
+    return ProcessEngine(open_checkpoint(arm.path).path, arm.options)

@@ -1,0 +1,217 @@
+"""The models of an explanation, each loaded once: folders in processes of their own or in this one, live models."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.engines.local import LocalEngine
+from grpo_toolkit.latency.engines.process import ProcessEngine
+from grpo_toolkit.latency.engines.toggles import with_pixels
+from grpo_toolkit.latency.explain.facts import Declared, declared_by_files, declared_by_model
+from grpo_toolkit.model.kv_cache import base_model, inference_ready
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence, Options
+    from grpo_toolkit.model.generation.generate import Request
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """A model that is asked: a folder, or a live model with its processor.
+
+    Attributes:
+        path: the folder; of a live model the one that it was loaded from, if that is here.
+        model, processor: of a live model.
+    """
+
+    path: Path | None
+    model: torch.nn.Module | None = None
+    processor: Any = None
+
+    @property
+    def name(self) -> str:
+        """For messages and commands."""
+        return str(self.path) if self.path is not None else "the live model"
+
+    @property
+    def is_dispatched(self) -> bool:
+        """Whether accelerate spread a live model over devices, or keeps some of it on disk."""
+        return self.model is not None and bool(getattr(base_model(self.model), "hf_device_map", None))
+
+    def declared(self, base: Path | None) -> Declared:
+        """What it says of itself."""
+        if self.model is not None:
+            return declared_by_model(self.model, self.processor)
+        assert self.path is not None
+        return declared_by_files(self.path, base)
+
+
+class Pool:
+    """Opens models as options need them, keeps them, and closes them all on exit. Use as a context manager.
+
+    Args:
+        isolated: every folder in a process of its own; else in this process, where loading is cheaper and kernel plans
+            are shared.
+    """
+
+    def __init__(self, *, isolated: bool = True) -> None:
+        self.isolated = isolated
+        self._engines: dict[tuple[object, ...], Engine] = {}
+        self._models: dict[tuple[object, ...], tuple[torch.nn.Module, Any]] = {}
+        self._merged: dict[Path, Path] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engines.clear()
+        self._models.clear()
+        self._stack.close()
+
+    def engine(self, source: Source, options: Options) -> Engine:
+        """The model of a source, loaded as the options say."""
+        if source.model is not None and source.is_dispatched and options.device_map is None:
+            assert source.path is not None
+            source = Source(path=source.path)  # as whole as it was before accelerate spread it out
+        place = id(source.model) if source.model is not None else source.path
+        key = (place, *options.load_key, options.training)
+        if key not in self._engines:
+            self._engines[key] = self._open(source, options)
+        return self._engines[key]
+
+    def release(self, source: Source) -> None:
+        """Forget the models of a source; those of this process are freed."""
+        place = id(source.model) if source.model is not None else source.path
+        merged = self._merged.pop(source.path, None) if source.path is not None else None
+        for held in (self._engines, self._models):
+            for key in [key for key in held if key[0] in (place, source.path, merged)]:
+                held.pop(key)
+
+    def merged(self, source: Source) -> Source:
+        """The source with its adapter merged: a folder in a temporary place, or a copy of a live model."""
+        if source.model is not None:
+            copied: Any = copy.deepcopy(source.model)
+            merged = copied.merge_and_unload()
+            return replace(source, model=merged)
+        assert source.path is not None
+        if source.path not in self._merged:
+            from grpo_toolkit.merge.merge import merge_adapter
+
+            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-merged-")))
+            self._merged[source.path] = merge_adapter(source.path, folder / "merged", allow_unchanged=True).path
+        return Source(path=self._merged[source.path])
+
+    def _open(self, source: Source, options: Options) -> Engine:
+        if source.model is not None:
+            return self._open_live(source, source.model, options)
+        assert source.path is not None
+        if self.isolated:
+            return self._stack.enter_context(ProcessEngine(source.path, options))
+        key = (source.path, options.device, options.device_map, options.dtype, options.attn_implementation)
+        if key not in self._models:
+            self._models[key] = _load(source.path, options)
+        model, processor = self._models[key]
+        return LocalEngine(model, _limited(processor, options))
+
+    def _open_live(self, source: Source, model: torch.nn.Module, options: Options) -> Engine:
+        inner = base_model(model)
+        dtype = str(inner.dtype).removeprefix("torch.")
+        attention = getattr(inner.config, "_attn_implementation", None)
+        processor = _limited(source.processor, options)
+        if options.dtype in (None, dtype) and options.attn_implementation in (None, attention):
+            return LiveEngine(model, processor)
+        if source.is_dispatched:  # accelerate lets nobody move or copy it
+            return LiveEngine(self._dispatched_again(source, inner, options), processor)
+        import torch
+
+        changed = copy.deepcopy(model)
+        if options.dtype is not None:
+            changed = changed.to(getattr(torch, options.dtype))
+        if options.attn_implementation not in (None, attention):
+            base_model(changed).set_attn_implementation(options.attn_implementation)
+        return LiveEngine(changed, processor)
+
+    def _dispatched_again(self, source: Source, model: Any, options: Options) -> torch.nn.Module:
+        """A dispatched model once more from its folder, laid out alike, in another dtype or with other attention."""
+        from grpo_toolkit.model.generation.generate import auto_class, dtype_argument
+
+        assert source.path is not None, "only a model with a folder is toggled"
+        settings: dict[str, Any] = {dtype_argument(): options.dtype or str(model.dtype).removeprefix("torch.")}
+        if options.attn_implementation is not None:
+            settings["attn_implementation"] = options.attn_implementation
+        offloaded = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-offloaded-"))
+        again: torch.nn.Module = auto_class(source.path).from_pretrained(
+            source.path, device_map=model.hf_device_map, offload_folder=offloaded, **settings
+        )
+        return again.eval()
+
+
+class LiveEngine(LocalEngine):
+    """A live model that may be in its training state: as it stands where the options say `training`, else ready."""
+
+    def ask(self, requests: Sequence[Request], options: Options) -> Answer:
+        with self._state(options):
+            return super().ask(requests, replace(options, training=False))
+
+    def prove(self, requests: Sequence[Request], options: Options) -> Evidence:
+        with self._state(options):
+            return super().prove(requests, replace(options, training=False))
+
+    @contextmanager
+    def _state(self, options: Options) -> Iterator[None]:
+        if options.training:
+            yield
+            return
+        config = base_model(self.model).generation_config
+        cached = None if config is None else config.use_cache
+        with inference_ready(self.model):
+            if config is not None:
+                config.use_cache = cached  # a lost cache is a cause of its own
+            yield
+
+
+def _load(path: Path, options: Options) -> tuple[torch.nn.Module, Any]:
+    from grpo_toolkit.model.generation.generate import load_model
+
+    model, processor, _ = load_model(
+        path,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        dtype=options.dtype or "auto",
+        device_map=options.device_map,
+    )
+    return model, processor
+
+
+def _limited(processor: Any, options: Options) -> Any:
+    if options.min_pixels is None and options.max_pixels is None:
+        return processor
+    return with_pixels(copy.deepcopy(processor), min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+
+
+def source_of(model: Any, processor: Any = None) -> Source:
+    """A source from what a caller passes: a folder, or a live model with its processor.
+
+    Raises:
+        CheckpointError: no model folder.
+        InputError: a live model without its processor.
+    """
+    from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+
+    if hasattr(model, "parameters"):
+        if processor is None:
+            raise InputError("a live model needs its processor (or tokenizer): pass processor=")
+        named = Path(str(getattr(base_model(model).config, "_name_or_path", "") or ""))
+        return Source(path=named if named.is_dir() and named.name else None, model=model, processor=processor)
+    return Source(path=open_checkpoint(model).path)

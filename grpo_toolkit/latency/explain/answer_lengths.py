@@ -1,0 +1,70 @@
+"""What an explanation asks, and how long the answers are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from grpo_toolkit.latency.engines.pool import Source
+    from grpo_toolkit.latency.explain.effects import Arm
+    from grpo_toolkit.model.generation.generate import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Output tokens of each of the base's answers, and what causes add to them."""
+
+    base: tuple[int, ...]
+    added: Mapping[str, tuple[int, ...]]
+
+    def changed(self, cause: str) -> bool:
+        """Whether the cause makes any answer longer or shorter."""
+        return any(self.added.get(cause, ()))
+
+    def of(self, arm: Arm) -> tuple[int, ...]:
+        """Of an arm in which these causes are on; at least two tokens, so that there is a time per token."""
+        more = [self.added[cause] for cause in self.added if cause in arm]
+        return tuple(max(2, sum(counts)) for counts in zip(self.base, *more, strict=True))
+
+
+def minus(lengths: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, ...]:
+    """Request by request."""
+    return tuple(one - other for one, other in zip(lengths, others, strict=True))
+
+
+def natural_requests(requests: Sequence[Request], sources: tuple[Source, Source], cap: int) -> list[Request]:
+    """The requests until the model ends them itself; made up where none are given."""
+    from grpo_toolkit.model.generation.generate import Request
+
+    asked = list(requests)
+    if not asked:
+        words = "Look closely, think step by step, and say what you see. " * 12
+        asked = [Request(messages=[{"role": "user", "content": words}], images=_images(sources[0]))]
+    return [replace(request, max_new_tokens=cap, exact=False) for request in asked]
+
+
+def _images(source: Source) -> list[Any]:
+    from PIL import Image
+
+    from grpo_toolkit.latency.explain.facts import live_pixel_limits
+
+    declared = source.declared(None)
+    sees = declared.pixel_limits or live_pixel_limits(source.processor)
+    return [Image.effect_noise((448, 448), 64).convert("RGB")] if sees else []
+
+
+def lengthened(request: Request, words: int) -> Request:
+    """The request with that many more words in front of its last text."""
+    if not words:
+        return request
+    messages = [dict(message) for message in request.messages]
+    more = "word " * words
+    content = messages[-1]["content"]
+    if isinstance(content, str):
+        messages[-1]["content"] = more + content
+    else:
+        messages[-1]["content"] = [*content, {"type": "text", "text": more}]
+    return replace(request, messages=messages)

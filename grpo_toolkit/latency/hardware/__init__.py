@@ -1,0 +1,1 @@
+"""The machine and the model in numbers: environment, data sheets, sizes."""

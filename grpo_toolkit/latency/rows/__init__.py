@@ -1,0 +1,1 @@
+"""The rows of `latency.jsonl`: their schema, their file, and a review of it."""

@@ -1,0 +1,78 @@
+"""`latency.jsonl`: the truth about every measurement, one row a line, on disk before anything else hears of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.rows.row import SCHEMA_VERSION, ExplanationRow, LatencyRow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+FILE_NAME: Final = "latency.jsonl"
+_KINDS: Final = {"measurement": LatencyRow, "explanation": ExplanationRow}
+
+
+def append_rows(path: Path, rows: Iterable[LatencyRow | ExplanationRow]) -> None:
+    """Append rows, each on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
+            file.write("\n")  # a crash cut the last row off: keep it from taking the next one with it
+        for row in rows:
+            file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[LatencyRow | ExplanationRow]:
+    """Read the rows back; rows that a crash cut off are left out.
+
+    Raises:
+        InputError: not readable, or a line is not a row, or one of another schema version.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            if line.startswith("{"):
+                continue
+            raise InputError(f"{path}: line {number} is not JSON ({error})") from error
+        rows.append(row_of(data, f"{path}: line {number}"))
+    return rows
+
+
+def read_measurements(path: Path) -> list[LatencyRow]:
+    """The rows of arms alone (see `read_rows`)."""
+    return [row for row in read_rows(path) if isinstance(row, LatencyRow)]
+
+
+def row_of(data: Any, where: str = "row") -> LatencyRow | ExplanationRow:
+    """One row from its JSON form.
+
+    Raises:
+        InputError: not a row, or of another schema version; the message begins with `where`.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{where}: schema_version is {found!r}, this version of grpo_toolkit reads {SCHEMA_VERSION}")
+    if data.get("kind") not in _KINDS:
+        raise InputError(f"{where}: kind is {data.get('kind')!r}, expected one of {sorted(_KINDS)}")
+    try:
+        row: LatencyRow | ExplanationRow = TypeAdapter(_KINDS[data["kind"]]).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where}: {key}: {first['msg']}") from error
+    return row

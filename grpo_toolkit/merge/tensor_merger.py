@@ -1,0 +1,238 @@
+"""The arithmetic of a merge, on files: blocks of rows are read, widened, added to, checked, rounded and written."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
+from grpo_toolkit.checkpoint.weights.shard_writer import read_at, write_at
+from grpo_toolkit.errors import VerificationError
+from grpo_toolkit.merge.low_rank import LowRank, Run, Update, add_rows, give_length, is_finite_in, matrix_shape, runs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    import torch
+
+    from grpo_toolkit.checkpoint.model_folder import TensorInfo
+    from grpo_toolkit.checkpoint.weights.base_weights import Base
+    from grpo_toolkit.checkpoint.weights.shard_writer import Entry
+    from grpo_toolkit.merge.adapter import Adapter
+
+# Values in one block: in float32 (4 MiB) it stays in a core's cache from reading to rounding.
+_BLOCK: Final = 2**20
+
+
+def worker_count() -> int:
+    """How many threads read, compute and write at once: the cores, and two at least, so that writing never waits."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(8, cores))
+
+
+@contextmanager
+def single_threaded() -> Iterator[Callable[[], None]]:
+    """What a worker calls first, so that its arithmetic stays on one core; torch's own setting is put back on exit.
+
+    torch takes seconds to load: that begins here, beside whatever needs none of it.
+    """
+    loading = threading.Thread(target=importlib.import_module, args=("torch",), daemon=True)
+    loading.start()
+    lock, before = threading.Lock(), []
+
+    def setup() -> None:
+        import torch
+
+        with lock:
+            before.append(torch.get_num_threads())
+            torch.set_num_threads(1)
+
+    try:
+        yield setup
+    finally:
+        loading.join()
+        if before:
+            import torch
+
+            torch.set_num_threads(before[0])
+
+
+class TensorFile:
+    """The tensors of one safetensors file, read by rows; safe to share between threads."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.path = path
+        self.tensors = tensors
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A whole tensor, in `dtype`."""
+        shape = self.tensors[name].shape
+        rows, columns = matrix_shape(shape)
+        return self.rows(name, 0, rows, columns, Buffer()).reshape(shape).to(dtype)
+
+    def rows(self, name: str, first: int, count: int, columns: int, buffer: Buffer) -> torch.Tensor:
+        """Some rows of a tensor as it is stored, in the memory of `buffer`: shape (count, columns)."""
+        import torch
+
+        info = self.tensors[name]
+        rows = buffer.take(count, columns, getattr(torch, FLOAT_NAMES[info.dtype]))
+        begin = info.span[0] + first * columns * rows.itemsize
+        read_at(self._descriptor, raw_bytes(rows), begin, self.path)
+        return rows
+
+
+class Buffer:
+    """Memory that is used again: what `take` gives is good until the next call."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def take(self, rows: int, columns: int, dtype: Any) -> torch.Tensor:
+        """A matrix of this shape and dtype, with any content."""
+        import torch
+
+        size = rows * columns * dtype.itemsize
+        if self._memory is None or len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size].view(dtype).view(rows, columns)
+
+
+def raw_bytes(matrix: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor (bfloat16 has no name in numpy, bytes have)."""
+    import torch
+
+    array: Any = matrix.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+class _Buffers(threading.local):
+    """A worker's own memory: stored rows, the base's where others take their place, the sums, the rounded rows."""
+
+    def __init__(self) -> None:
+        self.stored, self.original, self.work, self.rounded = Buffer(), Buffer(), Buffer(), Buffer()
+
+
+class TensorMerger:
+    """Makes the tensors that an adapter changes, or that get another dtype; `fill` may run in several threads at once.
+
+    Args:
+        adapter: what is merged.
+        base: what it is merged into.
+        names: what tensors of the base are called in the output, where that is something else.
+
+    Attributes:
+        changed: the base's names of the tensors whose values in the output are not the base's.
+    """
+
+    def __init__(self, adapter: Adapter, base: Base, names: Mapping[str, str] | None = None) -> None:
+        self.changed: set[str] = set()
+        self._stored = {new: name for name, new in (names or {}).items()}
+        self._adapter = TensorFile(adapter.weights, adapter.tensors)
+        self._base = {
+            file: TensorFile(base.path / file, {name: i for name, i in base.tensors.items() if i.file == file})
+            for file in {info.file for info in base.tensors.values()}
+        }
+        self._file_of = {name: info.file for name, info in base.tensors.items()}
+        self._buffers = _Buffers()
+
+    def __enter__(self) -> TensorMerger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._adapter, *self._base.values()):
+            file.__exit__(kind, error, trace)
+
+    def fill(self, entry: Entry, descriptor: int, offset: int) -> None:
+        """Compute one changed tensor and write it at `offset` of an open file.
+
+        Raises:
+            VerificationError: a value of it is not finite.
+        """
+        import torch
+
+        update: Update = entry.work
+        columns = _matrix(entry, update)[1]
+        dtype = getattr(torch, FLOAT_NAMES[entry.dtype])
+        precise = _precision(entry)
+        magnitude = self._adapter.read(update.magnitude, precise).flatten() if update.magnitude else None
+        lengths = self._column_lengths(entry, update) if update.lengths_by_column else None
+        for first, stored, block in self._sums(entry, update):
+            if magnitude is not None:
+                part = magnitude if lengths is not None else magnitude[first : first + len(block)]
+                give_length(block, part, lengths)
+            if not is_finite_in(block, dtype):
+                raise VerificationError(
+                    f"not published: {entry.name} has values that are not finite in {dtype}; the adapter is broken, "
+                    "or its training diverged"
+                )
+            rounded = self._buffers.rounded.take(len(block), columns, dtype).copy_(block)
+            name = self._stored_name(entry)
+            if name not in self.changed:
+                original = stored
+                if update.replaced_by is not None:
+                    file = self._base_file(entry)
+                    original = file.rows(name, first, len(block), columns, self._buffers.original)
+                if not torch.equal(rounded, original.to(dtype)):
+                    self.changed.add(name)
+            write_at(descriptor, raw_bytes(rounded), offset + first * columns * dtype.itemsize)
+
+    def _stored_name(self, entry: Entry) -> str:
+        return self._stored.get(entry.name, entry.name)
+
+    def _base_file(self, entry: Entry) -> TensorFile:
+        return self._base[self._file_of[self._stored_name(entry)]]
+
+    def _sums(self, entry: Entry, update: Update) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Row blocks of `W + scale * left @ right`: first row, the rows as stored, the sum; good until the next."""
+        rows, columns = _matrix(entry, update)
+        source, name = (
+            (self._adapter, update.replaced_by)
+            if update.replaced_by
+            else (self._base_file(entry), self._stored_name(entry))
+        )
+        read = partial(self._adapter.read, dtype=_precision(entry))
+        parts: Iterator[Run | None] = iter((None,)) if update.added is None else runs(update.added, read)
+        for run in parts:
+            begin, end = (0, rows) if run is None else (run.first, run.first + run.left.shape[0])
+            step = max(1, _BLOCK // columns)
+            for first in range(begin, end, step):
+                count = min(step, end - first)
+                stored = source.rows(name, first, count, columns, self._buffers.stored)
+                block = self._buffers.work.take(count, columns, _precision(entry)).copy_(stored)
+                yield first, stored, block if run is None else add_rows(block, run, first)
+
+    def _column_lengths(self, entry: Entry, update: Update) -> torch.Tensor:
+        import torch
+
+        squares = torch.zeros(_matrix(entry, update)[1], dtype=torch.float64)
+        for _, _, block in self._sums(entry, update):
+            squares += block.double().square_().sum(dim=0)
+        return squares.sqrt_().to(_precision(entry))
+
+
+def _precision(entry: Entry) -> torch.dtype:
+    """What is computed in: float32, but for a float64 base."""
+    import torch
+
+    return torch.float64 if entry.dtype == "F64" else torch.float32
+
+
+def _matrix(entry: Entry, update: Update) -> tuple[int, int]:
+    return matrix_shape(entry.shape, as_experts=isinstance(update.added, LowRank) and bool(update.added.experts))

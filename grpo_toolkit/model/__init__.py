@@ -1,0 +1,1 @@
+"""A model in memory: its KV cache, its saves, its resumes, and what generation with it needs."""

@@ -1,0 +1,65 @@
+"""Which attention kernel a rollout decodes with.
+
+PyTorch's SDPA prefers cuDNN's attention on Hopper, and cuDNN plans anew for every length of the KV cache that it has
+not seen in this process. A decode step adds one to that length, and rollouts of fresh prompts meet new lengths all the
+time, so a step of a few milliseconds waits for a plan of tens. Nothing reports it. Figures:
+docs/benchmarks/latency.md.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.model.kv_cache import base_model
+
+if TYPE_CHECKING:
+    import torch
+
+
+def plans_per_length(device: torch.device) -> bool:
+    """Whether cuDNN's planning slows down decoding on this device: measured on Hopper (compute capability 9)."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+class DecodeWithoutCudnn:
+    """Keeps the decode steps of a live model off cuDNN's attention; everything else of a training goes on using it.
+
+    A decode step is a forward of one token a sequence that wants no gradient. Prefill, log-probabilities and training
+    are not touched, so the loss is the same to the last bit; sampled tokens may differ as they do between any two
+    attention kernels.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        inner = base_model(model)
+        self._hooks = ExitStack()
+        self._switched_off = False
+        for handle in (
+            inner.register_forward_pre_hook(self._before, with_kwargs=True),
+            inner.register_forward_hook(self._after, always_call=True),
+        ):
+            self._hooks.callback(handle.remove)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._hooks.close()
+
+    def _before(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        import torch
+
+        tokens = kwargs.get("input_ids")
+        if tokens is None or tokens.shape[1] != 1 or torch.is_grad_enabled():
+            return
+        backends: Any = torch.backends.cuda
+        if backends.cudnn_sdp_enabled():
+            backends.enable_cudnn_sdp(False)
+            self._switched_off = True
+
+    def _after(self, *_: object) -> None:
+        import torch
+
+        if self._switched_off:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            self._switched_off = False

@@ -1,0 +1,132 @@
+"""Proof of the KV cache that needs no clock: what each forward of a generation was given."""
+
+from __future__ import annotations
+
+import enum
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.model.kv_cache import base_model
+
+if TYPE_CHECKING:
+    import torch
+
+VISION_TOWERS: Final = ("visual", "vision_tower", "vision_model")
+"""Attribute names under which model families keep their vision tower; the outermost match is the tower."""
+
+
+@dataclass
+class CacheProbe:
+    """Proof of the KV cache that needs no clock: what each forward of a `generate` call was given.
+
+    With a cache the input lengths read [prompt, 1, 1, ...], the cache holds exactly what was fed before, and the
+    vision tower runs once. Without one they read [p, p + 1, p + 2, ...], and the tower may run at every step.
+
+        with CacheProbe(model) as probe:
+            model.generate(...)
+        assert probe.is_cached
+    """
+
+    model: torch.nn.Module
+    step_lengths: list[int] = field(default_factory=list)
+    cache_lengths: list[int] = field(default_factory=list)
+    vision_calls: int = 0
+    _hooks: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    @property
+    def is_cached(self) -> bool:
+        """Every step after the first was fed one token, on top of a cache that holds all before it."""
+        fed = [sum(self.step_lengths[:step]) for step in range(len(self.step_lengths))]
+        return all(length == 1 for length in self.step_lengths[1:]) and self.cache_lengths == fed
+
+    def __enter__(self) -> CacheProbe:
+        inner = base_model(self.model)
+        handles = [inner.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
+        tower = vision_tower(inner)
+        if tower is not None:
+            handles.append(tower.register_forward_pre_hook(self._on_vision))
+        for handle in handles:
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def _on_forward(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds", args[0] if args else None)
+        if tokens is None:
+            return
+        cache = cache_in(kwargs)
+        self.step_lengths.append(int(tokens.shape[1]))
+        self.cache_lengths.append(0 if cache is None else int(cache.get_seq_length()))
+
+    def _on_vision(self, *_: object) -> None:
+        self.vision_calls += 1
+
+
+def vision_tower(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The outermost vision tower of a model, or None for a text-only one."""
+    towers = (module for name, module in model.named_modules() if name.rpartition(".")[2] in VISION_TOWERS)
+    return next(towers, None)
+
+
+def cache_in(given: Any) -> Any:
+    """The KV cache among a forward's arguments, or in what `generate` returns; None where there is none.
+
+    `cache` from transformers 5.24 on, where the old name still works, with a warning; `past_key_values` before.
+    """
+    if not isinstance(given, dict):
+        return None
+    found = dict.get(given, "cache")  # dict's own: an output of transformers' warns of the old name
+    return dict.get(given, "past_key_values") if found is None else found
+
+
+class Decoding(enum.Enum):
+    """How a generation was seen to decode."""
+
+    CACHED = "with its KV cache"
+    RECOMPUTED = "without a KV cache: every step computes the whole sequence again"
+    FORGETFUL = "one token a step, but with an empty KV cache: the text is wrong"
+
+
+class RolloutWatch:
+    """Sees how a model in training decodes, whoever calls `generate`, and lets go as soon as it knows.
+
+    The forwards of a rollout stand between those of log-probabilities and of training. They are told by their inputs:
+    no gradient is wanted, and either one token follows the prompt of the same batch, or the same batch comes again
+    with one token more.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.seen: Decoding | None = None
+        self._before: torch.Tensor | None = None
+        self._handle = base_model(model).register_forward_pre_hook(self._on_forward, with_kwargs=True)
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()
+        self._before = None
+
+    def _on_forward(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        import torch
+
+        tokens, before = kwargs.get("input_ids"), self._before
+        if tokens is None or torch.is_grad_enabled():
+            self._before = None
+            return
+        self._before = tokens
+        if before is None or before.shape[0] != tokens.shape[0] or before.shape[1] < 2:
+            return
+        cache = cache_in(kwargs)
+        held = 0 if cache is None else int(cache.get_seq_length())
+        if tokens.shape[1] == 1:
+            self._conclude(Decoding.CACHED if held == before.shape[1] else Decoding.FORGETFUL)
+        elif tokens.shape[1] == before.shape[1] + 1 and held == 0 and bool((tokens[:, :-1] == before).all()):
+            self._conclude(Decoding.RECOMPUTED)
+
+    def _conclude(self, seen: Decoding) -> None:
+        self.seen = seen
+        self.close()

@@ -1,0 +1,71 @@
+"""A request as a model's inputs: the chat template rendered, images in their places, tensors where the model is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.model.kv_cache import base_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from grpo_toolkit.model.generation.generate import Request
+
+
+def prepare_inputs(processor: Any, requests: Sequence[Request]) -> Any:
+    """Render the chat template and run the processor: a batch as tensors, several requests padded on the left."""
+    padding: dict[str, Any] = {}
+    if len(requests) > 1:
+        padding = {"padding": True, "padding_side": "left"}
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    chats = [image_messages(request) for request in requests]
+    if not hasattr(processor, "image_processor"):
+        texts = [render_chat(processor, messages) for messages in chats]
+        return processor(texts, return_tensors="pt", add_special_tokens=False, **padding)
+    texts = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    images = [image for request in requests for image in request.images]
+    return processor(text=texts, images=images or None, return_tensors="pt", **padding)
+
+
+def inputs_for(model: torch.nn.Module, inputs: Any) -> Any:
+    """A processor's output on the model's device, its pixels in the model's dtype."""
+    import torch
+
+    inner = base_model(model)
+    inputs = inputs.to(inner.device)
+    # Processors make float32 pixels; only some vision towers cast them (Qwen2.5-VL does, LLaVA does not).
+    for name, value in inputs.items():
+        if torch.is_floating_point(value):
+            inputs[name] = value.to(inner.dtype)
+    return inputs
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """The prompt as text; without a chat template, the texts one after the other."""
+    flat = [{**message, "content": _text_of(message["content"])} for message in messages]
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "\n".join(message["content"] for message in flat)
+    return str(tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=True))
+
+
+def _text_of(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def image_messages(request: Request) -> list[dict[str, Any]]:
+    """The messages with every content as typed parts, and an image part for each image that has none yet."""
+    messages = [
+        {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else list(content)}
+        for message in request.messages
+        for content in [message["content"]]
+    ]
+    placed = sum(part.get("type") == "image" for message in messages for part in message["content"])
+    for message in messages:
+        if message["role"] == "user":
+            message["content"] = [{"type": "image"}] * (len(request.images) - placed) + message["content"]
+            break
+    return messages

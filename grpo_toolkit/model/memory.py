@@ -1,0 +1,49 @@
+"""Is there room for a model? Asked before, so that one too large costs a line and not the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from grpo_toolkit.checkpoint.model_folder import Kind, base_of_adapter, open_checkpoint
+
+if TYPE_CHECKING:
+    from grpo_toolkit.checkpoint.model_folder import Checkpoint
+
+# Activations, the KV cache of a short answer, and the logits, over what the weights take.
+_HEADROOM: Final = 1.1
+
+_CONTEXT_BYTES: Final = 1_500_000_000
+"""What a process takes on a GPU beside the weights: its context, kernels, and the cache of a few requests."""
+
+
+def why_too_large(checkpoint: Checkpoint, device: str) -> str | None:
+    """Why a model cannot be loaded on a device, in a few words; None where it can, or where that is not known."""
+    needed = _HEADROOM * sum(info.nbytes for info in checkpoint.tensors().values())
+    free = free_bytes(device)
+    if free is None or needed <= free:
+        return None
+    return f"{needed / 1e9:.1f} GB are needed to load it and {free / 1e9:.1f} GB are free on {device}"
+
+
+def process_bytes(folder: Path) -> int:
+    """What a process takes on a GPU that loads a folder's model, an adapter's with its base."""
+    checkpoint = open_checkpoint(folder)
+    found = [checkpoint]
+    if checkpoint.kind is Kind.ADAPTER:
+        found.append(open_checkpoint(base_of_adapter(folder)))
+    return _CONTEXT_BYTES + sum(info.nbytes for one in found for info in one.tensors().values())
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that a new process could take on a device: what CUDA says, or Linux's MemAvailable; None: not known."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device != "cpu" or not meminfo.exists():
+        return None
+    available = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(available[0].split()[1]) * 1024 if available else None

@@ -1,0 +1,102 @@
+"""The tokenizer and processor of an export: the base's own files, unless training changed them."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+from grpo_toolkit.checkpoint.base_files import carried_files, copy_files, differing_files
+from grpo_toolkit.checkpoint.model_folder import JsonObject, dump_json, read_json
+from grpo_toolkit.model.generation.generate import has_processor, load_processor
+
+PREPROCESSOR: Final = "preprocessor_config.json"
+_PIXEL_LIMITS: Final = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # and as keys of `size`
+
+
+def processor_of(folder: Path) -> Any:
+    """The folder's processor or tokenizer, or None where it has none."""
+    return load_processor(folder) if has_processor(folder) else None
+
+
+def write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
+    """Carry the base's tokenizer and processor files, unless training changed the processor; returns what changed.
+
+    Whether it did is found by saving both with this library and comparing the files.
+    """
+    original = processor_of(base)
+    if processor is not None and original is not None:
+        trained = _without_rollout_settings(processor, original)
+        with tempfile.TemporaryDirectory(prefix="grpo-toolkit-processor-") as folder:
+            left, right = Path(folder, "base"), Path(folder, "trained")
+            original.save_pretrained(left)
+            trained.save_pretrained(right)
+            changed = differing_files(left, right)
+            limits = _pixel_limits(left, right, changed) if (base / PREPROCESSOR).is_file() else {}
+            if limits:  # the base's own file says it in a form that every version reads
+                copy_files(carried_files(base), base, staging)
+                _write_pixel_limits(staging / PREPROCESSOR, limits)
+                return [PREPROCESSOR]
+            if changed:
+                copy_files(sorted(path for path in right.rglob("*") if path.is_file()), right, staging)
+                return changed
+    elif processor is not None:
+        processor.save_pretrained(staging)
+        return ["(tokenizer and processor)"]
+    copy_files(carried_files(base), base, staging)
+    return []
+
+
+def _pixel_limits(left: Path, right: Path, changed: list[str]) -> dict[str, int]:
+    """The image processor's limits in the right folder, if they are all in which the two differ; else {}.
+
+    Both were saved by the same library: nested in `processor_config.json` by transformers 5, before that flat in
+    `preprocessor_config.json`; as `size`, or as `min_pixels` and `max_pixels`.
+    """
+    limits: dict[str, int] = {}
+    for name in changed:
+        if name not in (PREPROCESSOR, "processor_config.json"):
+            return {}
+        ours, theirs = (_split_limits(read_json(folder / name)) for folder in (left, right))
+        if ours[0] != theirs[0]:
+            return {}
+        limits |= theirs[1]
+    return limits
+
+
+def _split_limits(content: JsonObject) -> tuple[JsonObject, dict[str, int]]:
+    """A saved processor's settings without its pixel limits, and these."""
+    inner = dict(content.get("image_processor", content))
+    size = inner.pop("size", None) or {}
+    found = {key: inner.pop(key, None) or size.get(also) for key, also in _PIXEL_LIMITS.items()}
+    others = {key: value for key, value in size.items() if key not in _PIXEL_LIMITS.values()}
+    rest = {**content, "image_processor": inner} if "image_processor" in content else inner
+    return {**rest, "size": others}, {key: int(value) for key, value in found.items() if value is not None}
+
+
+def _write_pixel_limits(path: Path, limits: dict[str, int]) -> None:
+    """Set the limits in the base's own file: under the keys that 4.49 reads, and in `size` if it has them there."""
+    content = read_json(path)
+    size = content.get("size", {})
+    for key, value in limits.items():
+        content[key] = value
+        if _PIXEL_LIMITS[key] in size:
+            size[_PIXEL_LIMITS[key]] = value
+    path.write_text(dump_json(content), encoding="utf-8")
+
+
+def _without_rollout_settings(processor: Any, original: Any) -> Any:
+    """A copy of the trained processor with the padding and truncation of the original.
+
+    TRL pads and truncates on the left for its rollouts, and every padded batch leaves its settings in the tokenizer's
+    backend, from where they would be saved into tokenizer.json.
+    """
+    copied = copy.deepcopy(processor)
+    ours, theirs = (getattr(one, "tokenizer", one) for one in (copied, original))
+    ours.padding_side, ours.truncation_side = theirs.padding_side, theirs.truncation_side
+    for tokenizer in (ours, theirs):
+        if hasattr(tokenizer, "backend_tokenizer"):
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()
+    return copied

@@ -1,0 +1,100 @@
+"""Buffers that a model computes when it is built, above all the frequencies of its rotary positions.
+
+They are in no file, so an export cannot carry them: who loads it computes them anew, in float32. A training that
+rounded them has taught its policy other positions than the export will have; in bfloat16 a frequency is off by up to
+0.4%, four whole positions at position 1,000. It happens where
+
+- DeepSpeed shares the model out as it loads (ZeRO-3 with `zero3_init_flag: true`): `zero.Init` casts every float
+  tensor that is made meanwhile. Seen with transformers 5.17 to 5.22 (language model and vision tower) and 4.57 (vision
+  tower), DeepSpeed 0.19; 5.23 computes them again afterwards.
+- somebody casts the whole model (`model.to(torch.bfloat16)`, `model.half()`).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.model.sharding.gather import unsharded_models
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rounded_buffers(model: torch.nn.Module) -> list[str]:
+    """Names of the computed floating-point buffers that are in half precision."""
+    import torch
+
+    halves = (torch.bfloat16, torch.float16)
+    return sorted(name for name, buffer in _computed(base_model(model)).items() if buffer.dtype in halves)
+
+
+def right_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Those of them that the model's class makes in float32, as it makes them.
+
+    What the class itself makes in half precision is none of them: a load for an export makes it so, too.
+    """
+    import torch
+
+    inner = base_model(model)
+    live = {name: inner.get_buffer(name) for name in rounded_buffers(model)}
+    live = {name: buffer for name, buffer in live.items() if not buffer.is_meta}
+    if not live:
+        return {}
+    # In the buffers' dtype, not in the model's: training in half precision may keep its weights in float32.
+    computed = _computed(_skeleton(inner, next(iter(live.values())).dtype))
+    return {
+        name: right
+        for name, buffer in live.items()
+        if (right := computed.get(name)) is not None
+        and right.dtype == torch.float32
+        and right.shape == buffer.shape
+        and not right.is_meta
+    }
+
+
+def restore_buffers(model: torch.nn.Module) -> list[str]:
+    """Compute those buffers again, in the precision that the model's class gives them.
+
+    Returns:
+        Names of the buffers that were put right. What the class itself makes in half precision stays.
+    """
+    inner = base_model(model)
+    right = right_buffers(model)
+    for name, buffer in right.items():
+        owner, _, leaf = name.rpartition(".")
+        device = inner.get_buffer(name).device
+        module = inner.get_submodule(owner)
+        module.register_buffer(leaf, buffer.to(device), persistent=False)
+        # Dynamic RoPE: how long a text these are for (transformers.modeling_rope_utils).
+        if hasattr(module, "original_max_seq_len"):
+            for attribute in [known for known in vars(module) if known.endswith("max_seq_len_cached")]:
+                setattr(module, attribute, module.original_max_seq_len)
+    return list(right)
+
+
+def _computed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that no checkpoint has."""
+    return {
+        f"{path}.{name}" if path else name: module.get_buffer(name)
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None
+    }
+
+
+def _skeleton(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The same architecture with buffers and without weights, built as a load in that dtype builds it."""
+    import torch
+
+    from accelerate import init_empty_weights
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # Some classes draw weights as they are built (CLIP's), from the numbers that the training would draw next.
+        with torch.random.fork_rng(devices=[]), unsharded_models(), init_empty_weights(include_buffers=False):
+            return type(model)(copy.deepcopy(model.config))
+    finally:
+        torch.set_default_dtype(usual)

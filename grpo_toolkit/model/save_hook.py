@@ -1,0 +1,259 @@
+"""The save hook: whoever calls `save_pretrained`, the files carry inference defaults.
+
+Trainer checkpoints, `save_model`, Hub pushes and a user's own call all end in the model's `save_pretrained`, in every
+distributed backend. So the hook sits there, on the instance: for the duration of one save the configs say what an
+inference-ready folder must say, and afterwards they are what training needs. Nothing is edited after the fact, so a
+push that happens inside the call uploads the right files too.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import tempfile
+import types
+from contextlib import contextmanager
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults, capture_defaults
+from grpo_toolkit.checkpoint.model_folder import ABSENT, GENERATION_CONFIG, Absent, JsonObject, find_base, read_json
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.model.kv_cache import base_model, cache_flags, config_levels, set_cache_flags
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel
+
+_DEFAULTS = "_grpo_toolkit_defaults"
+_GENERATION = "_grpo_toolkit_generation_config"
+_PLAIN_STATE = "_grpo_toolkit_plain_state"
+
+
+def capture_model_defaults(
+    model: torch.nn.Module,
+    *,
+    base: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> InferenceDefaults:
+    """The inference defaults of a live model: those of its base folder, or a snapshot where there is none.
+
+    The base folder is the truth because by the time a callback first sees the model, TRL has already rewritten
+    `pad_token_id`. It is read through the model's own config class, so that the levels are those of this
+    transformers version: a published flat Qwen2.5-VL config has `use_cache` at the top, which 5.x loads into
+    `text_config`.
+
+    Args:
+        model: a transformers model or a wrapper around one.
+        base: folder or Hub name of the base; by default the one the model was loaded from.
+        overrides: keys for `generation_config.json` that win over the base's.
+    """
+    inner = base_model(model)
+    folder = base_folder(inner, base)
+    if folder is None:
+        config = _snapshot_config(inner)
+    else:
+        config = type(inner.config).from_pretrained(folder).to_dict()
+    if folder is not None and (folder / GENERATION_CONFIG).is_file():
+        generation: JsonObject | Absent = read_json(folder / GENERATION_CONFIG)
+    else:
+        generation = _snapshot_generation(inner)
+    defaults = capture_defaults(config, generation, source=str(folder or "live model"), overrides=overrides)
+    if overrides:
+        _check_overrides(defaults)
+    return defaults
+
+
+def _check_overrides(defaults: InferenceDefaults) -> None:
+    # Found out now rather than in the middle of training, where an invalid config would cost a checkpoint.
+    try:
+        config = generation_config_of(defaults)
+        assert config is not None
+        with tempfile.TemporaryDirectory(prefix="grpo-toolkit-overrides-") as folder:
+            config.save_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"generation_overrides {dict(defaults.overrides)} do not fit the base: {reason}") from error
+
+
+def base_folder(model: torch.nn.Module, base: str | Path | None = None) -> Path | None:
+    """The local folder that a live model was loaded from (or `base`, if given), or None."""
+    config = base_model(model).config
+    name = str(base) if base is not None else getattr(config, "_name_or_path", None)
+    return find_base(name, revision=getattr(config, "_commit_hash", None) if base is None else None)
+
+
+def _snapshot_config(model: PreTrainedModel) -> JsonObject:
+    # A level counts if it is true or its class declares the key; a false that the class knows nothing of was put
+    # there by Trainer.__init__ (transformers >= 5) before we were attached.
+    config: JsonObject = model.config.to_dict()
+    for level, node in config_levels(model.config):
+        if vars(node).get("use_cache") is not True and "use_cache" not in inspect.signature(type(node)).parameters:
+            reduce(lambda parent, name: parent[name], level, config).pop("use_cache", None)
+    return config
+
+
+def _snapshot_generation(model: PreTrainedModel) -> JsonObject | Absent:
+    # Without a generation_config.json the library derives one from the model config, `use_cache` included: a value
+    # that is not true came from there, and nobody chose it.
+    if model.generation_config is None:
+        return ABSENT
+    generation: JsonObject = model.generation_config.to_diff_dict()
+    if generation.get("use_cache") is not True:
+        generation.pop("use_cache", None)
+    generation.pop("transformers_version", None)
+    return generation
+
+
+def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults) -> None:
+    """Make every later `save_pretrained` of this model write `defaults`; installing again replaces them.
+
+    What a user changes in `model.generation_config` after this is written as well, and wins: only `use_cache` and the
+    token ids, which trainers align for their rollouts, are the base's whatever happens.
+
+    The hook is an instance attribute holding a bound method, so a deep copy gets a hook of its own, bound to the copy,
+    and a pickled model loads and saves plainly.
+    """
+    inner = base_model(model)
+    setattr(inner, _DEFAULTS, defaults)
+    setattr(inner, _GENERATION, _generation_values(inner))
+    inner.save_pretrained = types.MethodType(save_pretrained, inner)
+
+
+def remove_save_hook(model: torch.nn.Module) -> None:
+    """Undo `install_save_hook`; without effect where there is none."""
+    inner = base_model(model)
+    for name in ("save_pretrained", _DEFAULTS, _GENERATION):
+        inner.__dict__.pop(name, None)
+
+
+def installed_defaults(model: torch.nn.Module) -> InferenceDefaults | None:
+    """The defaults that the hook on this model writes, or None where there is no hook."""
+    defaults: InferenceDefaults | None = vars(base_model(model)).get(_DEFAULTS)
+    return defaults
+
+
+def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.save_pretrained` with inference defaults in the files (bound to a model by the hook).
+
+    The name is the method's own: pickling a bound method stores its name, and unpickling looks it up on the class.
+    """
+    if kwargs.get("state_dict") is not None:
+        kwargs["state_dict"] = tied_again(self, kwargs["state_dict"])
+    with inference_defaults(self, self.__dict__[_DEFAULTS]), published_names(self):
+        return type(self).save_pretrained(self, *args, **kwargs)
+
+
+def saved_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The live tensors that a trainer saves of a model: all of them, or of a PEFT model those that it trains."""
+    if hasattr(model, "peft_config"):
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(base_model(model).state_dict(keep_vars=True))
+
+
+def tied_again(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A gathered state dict in which tied names share one tensor, as saving needs it to store them once.
+
+    FSDP2's full state dict and DeepSpeed's copy for saving clone every name by itself: `lm_head` then comes out of a
+    checkpoint a second time, untied.
+    """
+    owner: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    first = {name: owner.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: state_dict.get(first.get(name, name), tensor) for name, tensor in state_dict.items()}
+
+
+@contextmanager
+def published_names(model: PreTrainedModel) -> Iterator[None]:
+    """Save under the names that the weights were loaded from, also under ZeRO-3.
+
+    transformers >= 5 undoes on saving the renamings of loading. Its loader keeps those that matched something, its
+    ZeRO-3 loader keeps all of them (`integrations/deepspeed.py`): undoing one that never applied turns `model.layers`
+    into `model.model.layers`, which transformers 4.x, vLLM and SGLang do not know.
+    """
+    renamings = getattr(model, "_weight_conversions", None)
+    used = [renaming for renaming in renamings or () if not hasattr(renaming, "was_used") or renaming.was_used()]
+    if not used:
+        yield
+        return
+    try:
+        model._weight_conversions = used
+        yield
+    finally:
+        model._weight_conversions = renamings
+
+
+@contextmanager
+def inference_defaults(model: PreTrainedModel, defaults: InferenceDefaults) -> Iterator[None]:
+    """The model's configs say `defaults` inside, and what they said before on exit."""
+    flags, generation_config = cache_flags(model.config), model.generation_config
+    known = vars(model).get(_GENERATION)
+    edits = {} if known is None else _edits(known, _generation_values(model))
+    try:
+        set_cache_flags(model.config, dict.fromkeys(defaults.cache_levels, True))
+        if defaults.generation is not ABSENT:
+            model.generation_config = generation_config_of(defaults)
+            for name, value in edits.items():
+                setattr(model.generation_config, name, value)
+        yield
+    finally:
+        set_cache_flags(model.config, flags)
+        model.generation_config = generation_config
+
+
+def _generation_values(model: PreTrainedModel) -> JsonObject:
+    return {} if model.generation_config is None else dict(model.generation_config.to_dict())
+
+
+def _edits(before: JsonObject, after: JsonObject) -> JsonObject:
+    kept_of_base = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
+    names = [name for name in after if not name.startswith("_") and name not in kept_of_base]
+    return {name: after[name] for name in names if after[name] != before.get(name)}
+
+
+def generation_config_of(defaults: InferenceDefaults) -> GenerationConfig | None:
+    """The defaults as a `GenerationConfig`, or None where the base has no `generation_config.json`."""
+    from transformers import GenerationConfig
+
+    if defaults.generation is ABSENT:
+        return None
+    return GenerationConfig.from_dict(copy.deepcopy(defaults.generation))
+
+
+def remember_plain_state(model: torch.nn.Module) -> None:
+    """Note what the trainer made of the configs, before we change anything: what its saves would have said."""
+    inner = base_model(model)
+    setattr(inner, _PLAIN_STATE, (cache_flags(inner.config), copy.deepcopy(inner.generation_config)))
+
+
+def save_as_plain_trainer(
+    model: torch.nn.Module,
+    folder: Path,
+    processing_class: Any = None,
+    *,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save a model as the same trainer would have without us, to measure what that costs.
+
+    Args:
+        model: the live model, PEFT-wrapped or not.
+        folder: where to.
+        processing_class: the processor or tokenizer to save with it.
+        weights: its gathered `saved_state` if it is sharded.
+    """
+    inner = base_model(model)
+    flags, generation_config = cache_flags(inner.config), inner.generation_config
+    plain_flags, plain_generation_config = vars(inner).get(_PLAIN_STATE, (flags, generation_config))
+    try:
+        set_cache_flags(inner.config, plain_flags)
+        inner.generation_config = plain_generation_config
+        plain_save: Any = type(model)  # the class's own method, past the hook on the instance
+        plain_save.save_pretrained(model, folder, state_dict=weights)
+    finally:
+        set_cache_flags(inner.config, flags)
+        inner.generation_config = generation_config
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""The output for people and trackers: terminal, charts, report, model card, trackers."""

@@ -1,0 +1,220 @@
+"""`report.html`: one file that says how fast the export is, why, and what was put right.
+
+No network and no script: SVG inside, light and dark by the reader's setting, printable. Made from `latency.jsonl`, the
+doctor's findings beside it and the export's manifest alone, so it can be made again at any time and anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.errors import InputError
+from grpo_toolkit.latency.rows.review import Review, arm_order, median_of
+from grpo_toolkit.reporting.charts.causes import arm_named
+from grpo_toolkit.reporting.charts.gallery import CHARTS
+from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, is_variant, label_of, styled
+from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
+from grpo_toolkit.reporting.report.headline import headline_of, interval
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+
+REPORT_FILE: Final = "report.html"
+_NAME_LETTERS: Final = 24
+"""Of a run's name, from its end: more would leave a chart's labels no room for the chart."""
+
+COMPARED: Final = ("tpot", "positions", "distributions", "lengths", "batches")
+"""Charts that show two runs side by side; the others are about one run."""
+
+
+def write_report(review: Review, path: Path | None = None) -> Path:
+    """Write the report of a run; `path` defaults to `report.html` beside its rows.
+
+    Explanations alone are a report too: their waterfall, causes and cures.
+
+    Raises:
+        InputError: there is neither a measurement nor an explanation to report.
+    """
+    if not review.arms and not review.explanations:
+        raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
+    manifest = export_manifest(review)
+    content = _page(review) | {
+        "diagnoses": _diagnoses(review),
+        "put_right": [] if manifest is None else [_repair(repair) for repair in manifest.get("put_right") or []],
+        "checks": [] if manifest is None else ((manifest.get("verification") or {}).get("checks") or []),
+        "has_manifest": manifest is not None,
+    }
+    return _render(content, review.path / REPORT_FILE if path is None else path)
+
+
+def write_comparison(one: Review, other: Review, path: Path) -> Path:
+    """Write the report of two runs side by side. They did not take turns, which the page says.
+
+    Raises:
+        InputError: one of them has no measurement, or they have no arm in common.
+    """
+    for review in (one, other):
+        if not review.arms:
+            lack = "only explanations are in it" if review.explanations else "no arm was measured to its end"
+            raise InputError(f"{review.path}: {lack}, and --compare needs measurements: grpo-toolkit bench makes them")
+    names = _two_names(one.path, other.path)
+    common = [row.arm for row in one.arms if row.arm in {row.arm for row in other.arms}]
+    drawn = [arm for arm in common if not is_variant(arm)] or common
+    if not common:
+        found = ", ".join(row.arm for row in one.arms), ", ".join(row.arm for row in other.arms)
+        raise InputError(f"{one.path} and {other.path} have no arm in common ({found[0]}; {found[1]})")
+    rows = [
+        replace(row, arm=f"{row.arm} ({name})", session=f"compared {row.session}", ratios=[], step=None)
+        for name, review in zip(names, (one, other), strict=True)
+        for row in review.rows
+        if row.arm in drawn
+    ]
+    newest = [
+        replace(
+            row, arm=f"{row.arm} ({name})", session="compared", ratios=[], step=None, workload=one.arms[0].workload
+        )
+        for name, review in zip(names, (one, other), strict=True)
+        for row in review.arms
+        if row.arm in drawn
+    ]
+    both = Review(path=other.path, rows=[*rows, *sorted(newest, key=lambda row: arm_order(row.arm))])
+    pairs = [({r.arm: r for r in one.arms}[arm], {r.arm: r for r in other.arms}[arm]) for arm in common]
+    content = _page(both, only=COMPARED) | {
+        "title": f"{names[0]} and {names[1]}",
+        "headline": None,
+        "compared": {"names": names, "lines": [_change(mine, theirs) for mine, theirs in pairs]},
+        "is_same_hardware": _hardware(one) == _hardware(other),
+    }
+    return _render(content, path)
+
+
+def _two_names(one: Path, other: Path) -> tuple[str, str]:
+    """What tells two runs apart: their folders' names, or as much of the paths as differs."""
+    mine, theirs = (path.resolve().parent if path.name == "latency" else path.resolve() for path in (one, other))
+    while mine.name == theirs.name and mine.parent != mine:
+        mine, theirs = mine.parent, theirs.parent
+    first, second = mine.name[-_NAME_LETTERS:] or "first", theirs.name[-_NAME_LETTERS:] or "second"
+    return (first, second) if first != second else (f"{first} 1", f"{second} 2")
+
+
+def _hardware(review: Review) -> str | None:
+    return review.arms[0].environment.get("hardware")
+
+
+def _change(before: LatencyRow, after: LatencyRow) -> dict[str, Any]:
+    cells = []
+    for metric in ("ttft_s", "tpot_s", "e2e_s"):
+        old, new = median_of(getattr(before, metric), 1e3), median_of(getattr(after, metric), 1e3)
+        cells.append({"old": old, "new": new, "ratio": None if not old or new is None else new / old})
+    return {"arm": label_of(before.arm), "cells": cells}
+
+
+def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
+    charts, missing = [], []
+    with styled():
+        for chart in CHARTS:
+            if only is not None and chart.name not in only:
+                continue
+            figure = chart.draw(review)
+            if figure is None:
+                missing.append(chart)
+            else:
+                charts.append({"about": chart, "svg": as_svg(figure, name=chart.name, title=chart.title)})
+    return {
+        "title": review.path.resolve().parent.name if review.path.name == "latency" else review.path.resolve().name,
+        "palette": PALETTE,
+        "headline": headline_of(review),
+        "facts": _facts(review.arms[0]) if review.arms else _facts_explained(review.explanations[-1]),
+        "lines": [_line(row) for row in review.arms],
+        "ratios": [(label_of(row.arm), ratio, interval(ratio)) for row, ratio in review.ratios],
+        "charts": charts,
+        "missing": missing,
+        "failed": [row for row in review.rows if row.error is not None],
+        "explanations": [
+            (explanation, *(label_of(arm_named(review, end)) for end in (explanation.base, explanation.trained)))
+            for explanation in review.explanations[-2:]
+        ],
+        "count": len(review.rows) + len(review.explanations),
+        "environment": review.arms[0].environment if review.arms else review.explanations[-1].environment,
+        "folder": str(review.path),
+        "label_of": label_of,
+    }
+
+
+def _facts(row: LatencyRow) -> list[str]:
+    work = row.workload
+    images = f" ({work.image_tokens:,} of an image)" if work.image_tokens else ""
+    facts = [
+        f"{work.max_new_tokens:,} new tokens after {work.prompt_tokens:,}{images}",
+        f"batch {work.batch_size}",
+        f"{row.rounds} rounds, arms in turns",
+        row.settings.dtype.removeprefix("torch."),
+        row.environment.get("hardware", row.settings.device),
+    ]
+    if row.parameters:
+        in_millions = row.parameters / 1e6
+        size = f"{in_millions / 1e3:.2f} B" if in_millions >= 1e3 else f"{in_millions:.1f} M"
+        facts.insert(0, f"{size} parameters")
+    if row.step is not None:
+        facts.insert(0, f"step {row.step:,}")
+    return facts
+
+
+def _facts_explained(row: ExplanationRow) -> list[str]:
+    facts = ["explained, no arms measured beside it", row.environment.get("hardware", "")]
+    return [*([] if row.step is None else [f"step {row.step:,}"]), *filter(None, facts)]
+
+
+def _line(row: LatencyRow) -> dict[str, Any]:
+    return {
+        "arm": label_of(row.arm),
+        "ttft": median_of(row.ttft_s, 1e3),
+        "tpot": row.tpot_s,
+        "e2e": median_of(row.e2e_s, 1e3),
+        "speed": median_of(row.output_tokens_per_s),
+        "memory": None if row.memory.peak_bytes is None else row.memory.peak_bytes / 1e9,
+        "cache": {None: "not seen", True: "in use", False: "off"}[row.proof.is_cached],
+        "vision": row.proof.vision_calls,
+    }
+
+
+def _diagnoses(review: Review) -> list[dict[str, Any]]:
+    found = findings_of(review)
+    return [
+        {"arm": label_of(arm), **diagnosis}
+        for arm, diagnosis in sorted(found.items(), key=lambda item: arm_order(item[0]))
+    ]
+
+
+def _repair(repair: dict[str, Any]) -> dict[str, str]:
+    return {name: str(repair.get(name, "")) for name in ("file", "key", "found", "written")}
+
+
+def _render(content: dict[str, Any], path: Path) -> Path:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    templates = Environment(
+        loader=PackageLoader("grpo_toolkit.reporting.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    defaults: dict[str, Any] = {
+        "compared": None,
+        "diagnoses": [],
+        "put_right": [],
+        "checks": [],
+        "has_manifest": False,
+    }
+    text = templates.get_template("report.html.jinja").render(defaults | {"is_same_hardware": True} | content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: the page cannot be written there ({error.strerror or error})") from error
+    return path

@@ -1,0 +1,1 @@
+"""Weights & Biases, Trackio and TensorBoard as mirrors of what is on disk."""

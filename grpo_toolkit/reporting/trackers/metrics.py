@@ -1,0 +1,143 @@
+"""What trackers are told: names, units and directions of the scalars, and the lines of the one table.
+
+`latency/<arm>/<metric>`, milliseconds and megabytes as charts want them, on the axis `train/global_step`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from grpo_toolkit.latency.rows.review import key_part, median_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from grpo_toolkit.latency.rows.review import Review, Visit
+    from grpo_toolkit.latency.rows.row import LatencyRow
+
+STEP_METRIC: Final = "train/global_step"
+TABLE_KEY: Final = "latency/table"
+REPORT_KEY: Final = "latency/report"
+IDS_KEY: Final = "latency/row_ids"
+TABLE_IDS_KEY: Final = "latency/table_row_ids"
+"""Which rows a tracker has: the ids so far, with the scalars and with the table. What a replay asks for."""
+
+BEST: Final[dict[str, Literal["min", "max"]]] = {
+    "ttft_ms_p50": "min",
+    "tpot_ms_p50": "min",
+    "e2e_ms_p50": "min",
+    "first_answer_ms_p50": "min",
+    "output_tokens_per_s_p50": "max",
+    "output_tokens_p50": "min",
+    "peak_memory_mb": "min",
+    "mbu": "max",
+    "kv_cache_in_use": "min",
+    "tpot_vs_base": "min",
+    "tpot_vs_base_low": "min",
+    "tpot_vs_base_high": "min",
+    "natural_e2e_ms_p50": "min",
+    "natural_output_tokens_p50": "min",
+}
+"""Every metric, and which value of it is the best in a summary (of `kv_cache_in_use`, 1 or 0, the worst)."""
+
+TABLE_COLUMNS: Final = (
+    "step",
+    "arm",
+    "workload",
+    "batch_size",
+    "use_cache",
+    "cache_implementation",
+    "thinking",
+    "prompt_tokens",
+    "image_tokens",
+    "new_tokens",
+    "rounds",
+    "ttft_ms_p50",
+    "tpot_ms_p50",
+    "e2e_ms_p50",
+    "output_tokens_per_s_p50",
+    "peak_memory_mb",
+    "kv_cache_in_use",
+    "vision_calls",
+    "dtype",
+    "device",
+    "error",
+    "id",
+)
+
+
+def scalars(visit: Visit, known: Collection[str] = ()) -> dict[str, float]:
+    """The figures of one visit, by key, but of rows that are `known` (ids); what was not measured is left out.
+
+    `natural_*` are of the workload that ends where the model ends it, all others of exact lengths.
+    """
+    values: dict[str, float | None] = {}
+    for row in visit.arms:
+        if row.id not in known:
+            prefix = f"latency/{key_part(row.arm)}"
+            values |= {f"{prefix}/{name}": value for name, value in _of_row(row).items()}
+    for row in visit.natural:
+        if row.id not in known and row.tokens is not None:
+            prefix = f"latency/{key_part(row.arm)}/natural"
+            values[f"{prefix}_e2e_ms_p50"] = median_of(row.e2e_s, 1e3)
+            values[f"{prefix}_output_tokens_p50"] = row.tokens.output.median
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _of_row(row: LatencyRow) -> dict[str, float | None]:
+    ratio = next((r for r in row.ratios if (r.against, r.metric) == ("base", "tpot_s")), None)
+    return {
+        "ttft_ms_p50": median_of(row.ttft_s, 1e3),
+        "tpot_ms_p50": median_of(row.tpot_s, 1e3),
+        "e2e_ms_p50": median_of(row.e2e_s, 1e3),
+        "first_answer_ms_p50": median_of(row.first_answer_s, 1e3),
+        "output_tokens_per_s_p50": median_of(row.output_tokens_per_s),
+        "output_tokens_p50": None if row.tokens is None else row.tokens.output.median,
+        "peak_memory_mb": megabytes(row.memory.peak_bytes),
+        "mbu": None if row.roofline is None else row.roofline.mbu,
+        "kv_cache_in_use": None if row.proof.is_cached is None else float(row.proof.is_cached),
+        "tpot_vs_base": None if ratio is None else ratio.median,
+        "tpot_vs_base_low": None if ratio is None else ratio.low,
+        "tpot_vs_base_high": None if ratio is None else ratio.high,
+    }
+
+
+def megabytes(count: int | None) -> float | None:
+    """Bytes as MB, None where unknown."""
+    return None if count is None else count / 1e6
+
+
+def table_rows(review: Review) -> list[list[Any]]:
+    """One line per row of `latency.jsonl` (arm, batch size, cache, thinking, step), in the order of the columns."""
+    return [
+        [
+            row.step,
+            row.arm,
+            row.workload.name,
+            row.workload.batch_size,
+            "as in the files" if row.settings.use_cache is None else str(row.settings.use_cache).lower(),
+            row.settings.cache_implementation,
+            row.workload.thinking,
+            row.workload.prompt_tokens,
+            row.workload.image_tokens,
+            row.workload.max_new_tokens,
+            row.rounds,
+            median_of(row.ttft_s, 1e3),
+            median_of(row.tpot_s, 1e3),
+            median_of(row.e2e_s, 1e3),
+            median_of(row.output_tokens_per_s),
+            megabytes(row.memory.peak_bytes),
+            row.proof.is_cached,
+            row.proof.vision_calls,
+            row.settings.dtype,
+            row.settings.device,
+            row.error,
+            row.id,
+        ]
+        for row in review.rows
+    ]
+
+
+def joined(ids: set[str]) -> str:
+    """Ids as one value that every tracker can keep."""
+    return " ".join(sorted(ids))

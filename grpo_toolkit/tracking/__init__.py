@@ -1,1 +1,0 @@
-"""Where results are shown: Weights & Biases, the console, pictures. The truth is on disk; these mirror it."""

@@ -1,0 +1,1 @@
+"""The parts of the recipe: data, rewards, planning, training."""

@@ -1,0 +1,1 @@
+"""Rows, images and prompts of a data set."""

@@ -1,0 +1,1 @@
+"""Known before the first step: memory, batches, versions."""

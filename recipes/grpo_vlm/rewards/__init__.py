@@ -1,0 +1,1 @@
+"""Answers found in completions, and what they earn."""

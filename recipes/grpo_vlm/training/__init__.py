@@ -1,0 +1,1 @@
+"""TRL's trainer with evaluation, baselines and figures of a run."""

@@ -1,0 +1,91 @@
+"""What a run costs: the time of a step, and the GPU memory at its peak beside the preflight's estimate of it."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from grpo_vlm.planning.memory import GIB
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class CostCallback(TrainerCallback):
+    """Times every step, its rollouts included, and notes the most that was allocated up to the end of the last one.
+
+    A step begins where the one before it has been logged, evaluated and saved: the trainer reads the rows of all its
+    micro-batches, images included, before it calls `on_step_begin`. The first step of a process also plans kernels and
+    makes Adam's states: the median leaves it out where there are more. Waiting for the GPU at both ends of a step
+    costs nothing: its loss is read there anyway.
+
+    Args:
+        estimated_bytes (`float`, *optional*):
+            The preflight's (`memory.Estimate.allocated`). None leaves memory out: where vLLM sleeps in this process,
+            torch counts as allocated what vLLM has given back to the GPU.
+    """
+
+    def __init__(self, estimated_bytes: float | None) -> None:
+        self.estimated_bytes = estimated_bytes
+        self.steps_s: list[float] = []
+        self.peak_bytes = 0
+        self._device: torch.device | None = None
+        self._began = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._device = args.device
+        if args.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(args.device)  # the baselines before it are not training
+        self._began = self._now()
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._began = self._now()
+
+    on_log = on_evaluate = on_save = _begin
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        now = self._now()
+        self.steps_s.append(now - self._began)
+        self._began = now
+        if args.device.type == "cuda":
+            import torch
+
+            self.peak_bytes = torch.cuda.max_memory_allocated(args.device)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the export, which takes a while."""
+        figures = self.figures()
+        if not state.is_world_process_zero or figures["step_s"] is None:
+            return
+        line = f"{len(self.steps_s)} steps of {figures['step_s']:.2f} s"
+        if figures["peak_gib"] is not None:
+            line += f", GPU memory {figures['peak_gib']:.1f} GiB at the peak, {figures['estimated_gib']:.1f} estimated"
+        print(line, file=sys.stderr, flush=True)
+
+    def _now(self) -> float:
+        if self._device is not None and self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def figures(self) -> dict[str, float | None]:
+        """For `summary.json`: seconds and GiB, of this process; None without a GPU or an estimate."""
+        timed = self.steps_s[1:] or self.steps_s
+        step_s = statistics.median(timed) if timed else None
+        if not self.peak_bytes or self.estimated_bytes is None:
+            return {"step_s": step_s, "peak_gib": None, "estimated_gib": None}
+        return {"step_s": step_s, "peak_gib": self.peak_bytes / GIB, "estimated_gib": self.estimated_bytes / GIB}

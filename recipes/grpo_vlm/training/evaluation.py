@@ -1,0 +1,112 @@
+"""Ask a model about rows of a dataset, greedily, and count the right answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit import inference_ready
+from grpo_vlm.data.image_sizes import row_images
+from grpo_vlm.rewards.answers import extract_answer, is_right, is_right_directly
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from datasets import Dataset
+
+    from accelerate import Accelerator
+
+
+DIRECT_PROMPT = "You are a helpful assistant. Give the answer alone, without any explanation."
+"""What a base is also asked: where it does better so than when it thinks, a later gain is repair of the prompt."""
+
+
+def held_out_accuracy(
+    model: Any,
+    processor: Any,
+    rows: Dataset,
+    *,
+    max_new_tokens: int,
+    direct: bool = False,
+    accelerator: Accelerator | None = None,
+) -> float:
+    """Share of rows (0 to 1) whose one answer block holds the reference answer.
+
+    Args:
+        model, processor:
+            As trained; the model may be in the middle of it.
+        rows (`Dataset`):
+            With `prompt`, `image` or `images`, `answer`, and optionally `answer_type`.
+        max_new_tokens (`int`):
+            The most tokens of an answer.
+        direct (`bool`, *optional*):
+            Ask for the answer alone instead, and look for it in all of the text, leniently.
+        accelerator (`Accelerator`, *optional*):
+            Shares the rows out among its processes. Without it every process answers every row, as it must where
+            the weights are sharded.
+    """
+    mine = rows
+    if accelerator is not None and accelerator.num_processes > 1:
+        # A list, not a range, and not `shard`: datasets takes no empty share of fewer rows than processes from those.
+        mine = rows.select(list(range(accelerator.process_index, len(rows), accelerator.num_processes)))
+    texts = generate_texts(model, processor, mine, max_new_tokens=max_new_tokens, direct=direct)
+    kinds = mine["answer_type"] if "answer_type" in mine.column_names else ["text"] * len(mine)
+    right = [
+        is_right_directly(text, reference, kind) if direct else is_right(extract_answer(text), reference, kind)
+        for text, reference, kind in zip(texts, mine["answer"], kinds, strict=True)
+    ]
+    if accelerator is not None and accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        right = gather_object(right)
+    return sum(right) / len(rows)
+
+
+def direct_prompt(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same question, asked for the answer alone."""
+    return [{"role": "system", "content": DIRECT_PROMPT}, *(turn for turn in prompt if turn["role"] != "system")]
+
+
+def generate_answers(model: Any, processor: Any, rows: Dataset, *, max_new_tokens: int) -> list[str | None]:
+    """The model's greedy answer to every row; None where it gave none, or more than one."""
+    return [extract_answer(text) for text in generate_texts(model, processor, rows, max_new_tokens=max_new_tokens)]
+
+
+def generate_texts(
+    model: Any, processor: Any, rows: Dataset, *, max_new_tokens: int, direct: bool = False, batch_size: int = 50
+) -> list[str]:
+    """The model's greedy completion of every row.
+
+    The model may be in the middle of training: `inference_ready` switches the KV cache on and gradient
+    checkpointing off for the time being, and puts everything back, the random state included.
+    """
+    import torch
+
+    texts: list[str] = []
+    with inference_ready(model), torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+            if direct:
+                batch = [{**row, "prompt": direct_prompt(row["prompt"])} for row in batch]
+            inputs = model_inputs(batch, processor).to(model.device)
+            greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            tokens = model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens)
+            texts += processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def model_inputs(
+    rows: Sequence[Mapping[str, Any]], processor: Any, *, completions: Sequence[str] | None = None
+) -> Any:
+    """A batch of rows in the chat format, padded on the left; `completions` are appended, to learn from."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    images = [row_images(row) for row in rows]
+    texts = [
+        processor.apply_chat_template(
+            prepare_multimodal_messages(row["prompt"], images=pictures), tokenize=False, add_generation_prompt=True
+        )
+        for row, pictures in zip(rows, images, strict=True)
+    ]
+    if completions is not None:
+        texts = [text + completion for text, completion in zip(texts, completions, strict=True)]
+    return processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")

@@ -1,0 +1,1 @@
+"""Builders of small and random models and of faulty folders."""

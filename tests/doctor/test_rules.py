@@ -1,0 +1,311 @@
+"""Every rule on a literal folder: what it finds, at which place, with which value."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from grpo_toolkit.checkpoint.generation_defaults import SAMPLING
+from grpo_toolkit.doctor.compare_bytes import Digests
+from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_folder
+from grpo_toolkit.doctor.names import plan_renames
+from grpo_toolkit.doctor.parse import read_folder
+from grpo_toolkit.doctor.planned_files import Entry
+from grpo_toolkit.doctor.rules.cache import NEUTRAL
+from tests.support.memory_files import MemoryFiles, folder_of, put_tensors
+
+if TYPE_CHECKING:
+    from grpo_toolkit.doctor.findings import Finding
+
+Json = dict[str, Any]
+
+CONFIG: Json = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "vocab_size": 8,
+    "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+GENERATION: Json = {"eos_token_id": 7}
+TOKENS: Json = {"7": {"content": "</s>"}, "6": {"content": "<pad>"}}
+TOKENIZER: Json = {"eos_token": "</s>", "added_tokens_decoder": TOKENS, "tokenizer_class": "LlamaTokenizer"}
+TENSORS = {
+    "model.embed_tokens.weight": ("BF16", (8, 4)),
+    "model.layers.0.mlp.up_proj.weight": ("BF16", (4, 4)),
+    "model.layers.1.mlp.up_proj.weight": ("BF16", (4, 4)),
+    "model.norm.weight": ("BF16", (4,)),
+    "lm_head.weight": ("BF16", (8, 4)),
+}
+LORA = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": "x/y"}
+FACTORS = {
+    "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": ("F32", (2, 4)),
+    "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": ("F32", (4, 2)),
+}
+VISION: Json = {"vision_config": {"depth": 1}}
+IMAGES: Json = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 2}}
+TEMPLATE: Json = {"chat_template": "{{ messages }}"}
+
+
+def model(tensors: Any = None, *, config: Any = None, **files: Any) -> MemoryFiles:
+    """A clean Llama folder with changes: `config` is merged into its config, None for a file removes it."""
+    contents: Json = {
+        "config.json": {**CONFIG, **(config or {})}, "generation_config.json": GENERATION,
+        "tokenizer_config.json": TOKENIZER, "tokenizer.json": {"added_tokens": []},
+    }  # fmt: skip
+    for name, value in files.items():
+        contents[name.replace("__", ".")] = value
+    contents = {name: value for name, value in contents.items() if value is not None}
+    return folder_of(contents, TENSORS if tensors is None else tensors)
+
+
+def without(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {key: value for key, value in TENSORS.items() if key != name}
+
+
+def strange(**entries: Entry) -> MemoryFiles:
+    files = model()
+    files.strange = {name.replace("__", "."): entry for name, entry in entries.items()}
+    return files
+
+
+def sharded(index: Any, **shards: Any) -> MemoryFiles:
+    files = model({}, model__safetensors__index__json=index)
+    del files.contents["model.safetensors"]
+    for name, tensors in shards.items():
+        put_tensors(files, name.replace("__", "."), tensors)
+    return files
+
+
+def adapter(factors: Any = None, **config: Any) -> MemoryFiles:
+    return folder_of({"adapter_config.json": {**LORA, **config}}, FACTORS if factors is None else factors)
+
+
+def cut() -> MemoryFiles:
+    files = model()
+    files.sizes["model.safetensors"] -= 1
+    return files
+
+
+def renamed(old: str, new: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name.replace(old, new, 1) if name.startswith(old) else name: info for name, info in TENSORS.items()}
+
+
+BASE = model()
+TIED = model(without("lm_head.weight"), config={"tie_word_embeddings": True})
+VLM_BASE = model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE)
+QWEN: Json = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+SPLIT = {"one__safetensors": without("lm_head.weight"), "two__safetensors": {"lm_head.weight": ("BF16", (8, 4))}}
+MAP = {**dict.fromkeys(without("lm_head.weight"), "one.safetensors"), "lm_head.weight": "two.safetensors"}
+Q_LORA = {
+    "base_model.model.visual.blocks.0.attn.qkv.lora_A.weight": ("F32", (2, 4)),
+    "base_model.model.visual.blocks.0.attn.qkv.lora_B.weight": ("F32", (4, 2)),
+}
+
+# code: (folder, base, what comparing bytes gave, file and key of the finding)
+CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str]] = {
+    "unreadable-file": (cut(), None, None, "model.safetensors", ""),
+    "link-leaves-folder": (strange(config__txt=Entry(leaves=True)), None, None, "config.txt", ""),
+    "special-file": (strange(pipe=Entry(is_regular=False)), None, None, "pipe", ""),
+    "repeated-key": (model(generation_config__json=b'{"top_k": 1, "top_k": 50, "eos_token_id": 7}'), None, None,
+                     "generation_config.json", "top_k"),
+    "byte-order-mark": (model(generation_config__json=b'\xef\xbb\xbf{"eos_token_id": 7}'), None, None,
+                        "generation_config.json", ""),
+    "wrong-type": (model(config={"vision_config": []}), None, None, "config.json", "vision_config"),
+    "index-leaves-folder": (sharded({"weight_map": {**MAP, "x": "../x"}}, **SPLIT), None, None,
+                            "model.safetensors.index.json", "weight_map"),
+    "shard-missing": (sharded({"weight_map": {**MAP, "model.layers.1.x": "three.safetensors"}}, **SPLIT), None, None,
+                      "model.safetensors.index.json", "weight_map"),
+    "index-disagrees": (sharded({"weight_map": {**MAP, "lost": "one.safetensors"}}, **SPLIT), None, None,
+                        "model.safetensors.index.json", "lost"),
+    "two-sets-of-weights": (model(model__safetensors__index__json={"weight_map": {"a": "one.safetensors"}},
+                                  one__safetensors=b""), None, None, "model.safetensors.index.json", ""),
+    "index-left-over": (model(model__safetensors__index__json={"weight_map": {"a": "one.safetensors"}}), None, None,
+                        "model.safetensors.index.json", ""),
+    "weights-missing": (folder_of({"config.json": {"model_type": "bert"}}), None, None, "model.safetensors", ""),
+    "fsdp-shards-only": (folder_of({"pytorch_model_fsdp_0": b""}), None, None, "pytorch_model_fsdp_0", ""),
+    "zero-shards-only": (folder_of({"zero_to_fp32.py": b"", "global_step3": b""}), None, None, "global_step3", ""),
+    "pickled-weights": (folder_of({"config.json": {}, "pytorch_model.bin": b""}), None, None, "pytorch_model.bin", ""),
+    "resume-starts-from-base": (model(config=QWEN, trainer_state__json={}), None, None, "trainer_state.json", ""),
+    "generation-cache-off": (model(generation_config__json={**GENERATION, "use_cache": False}), None, None,
+                             "generation_config.json", "use_cache"),
+    "config-cache-off": (model(config={"text_config": {"use_cache": None}}, generation_config__json=None), BASE, None,
+                         "config.json", "text_config.use_cache"),
+    "config-cache-off-latent": (model(config={"a": {"b": {"use_cache": False}}}), None, None,
+                                "config.json", "a.b.use_cache"),
+    "generation-config-lost": (model(generation_config__json=None), BASE, None, "generation_config.json", ""),
+    "generation-config-missing": (model(generation_config__json=None), None, None, "generation_config.json", ""),
+    "generation-defaults-lost": (model(), model(generation_config__json={**GENERATION, "repetition_penalty": 1.05}),
+                                 None, "generation_config.json", "repetition_penalty"),
+    "sampling-without-do-sample": (model(generation_config__json={**GENERATION, "temperature": 0.6}), None, None,
+                                   "generation_config.json", "do_sample"),
+    "eos-token-lost": (model(generation_config__json={"eos_token_id": [5]}), None, None,
+                       "generation_config.json", "eos_token_id"),
+    "eos-differs": (model(generation_config__json={"eos_token_id": [7, 6]}), BASE, None,
+                    "generation_config.json", "eos_token_id"),
+    "wrapped-names": (model(renamed("model.", "_orig_mod.model.")), None, None,
+                      "model.safetensors", "_orig_mod.model.embed_tokens.weight"),
+    "unpublished-names": (model(renamed("model.", "model.model.")), None, None,
+                          "model.safetensors", "model.model.embed_tokens.weight"),
+    "unmerged-lora": (model({**TENSORS, "model.layers.0.lora_A.default.weight": ("BF16", (2, 4))}), None, None,
+                      "model.safetensors", "model.layers.0.lora_A.default.weight"),
+    "empty-tensors": (model({**TENSORS, "model.norm.weight": ("BF16", (0,))}), None, None,
+                      "model.safetensors", "model.norm.weight"),
+    "tensors-missing": (model(without("model.norm.weight")), BASE, None, "model.safetensors", "model.norm.weight"),
+    "tensors-extra": (model({**TENSORS, "model.more": ("BF16", (1,))}), BASE, None, "model.safetensors", "model.more"),
+    "shapes-differ": (model({**TENSORS, "model.norm.weight": ("BF16", (5,))}), BASE, None,
+                      "model.safetensors", "model.norm.weight"),
+    "vocabulary-mismatch": (model(config={"vocab_size": 9}), None, None, "config.json", "vocab_size"),
+    "layers-missing": (model(config={"num_hidden_layers": 3}), None, None, "config.json", "num_hidden_layers"),
+    "identical-to-base": (model(), BASE, Digests(compared=5, is_the_base=True), "model.safetensors", ""),
+    "head-missing": (model(without("lm_head.weight")), None, None, "config.json", "tie_word_embeddings"),
+    "embedding-under-head": (model(without("model.embed_tokens.weight"), config={"tie_word_embeddings": True}), TIED,
+                             None, "model.safetensors", "lm_head.weight"),
+    "head-doubled": (model(config={"tie_word_embeddings": True}), None, None, "model.safetensors", "lm_head.weight"),
+    "head-differs": (model(config={"tie_word_embeddings": True}), None, Digests(heads_differ=True),
+                     "model.safetensors", "lm_head.weight"),
+    "wider-than-base": (model({n: ("F32", shape) for n, (_, shape) in TENSORS.items()}, config={"torch_dtype": None}),
+                        BASE, None, "model.safetensors", "lm_head.weight"),
+    "dtype-disagrees": (model(config={"torch_dtype": "float32"}), None, None, "config.json", "torch_dtype"),
+    "mixed-dtypes": (model({**TENSORS, "model.norm.weight": ("F32", (4,))}), None, None, "model.safetensors", ""),
+    "quantization-left-over": (model(config={"quantization_config": {"load_in_4bit": True}}), None, None,
+                               "config.json", "quantization_config"),
+    "nested-text-config": (model(config={**QWEN, "text_config": {"hidden_size": 4}}), None, None,
+                           "config.json", "text_config"),
+    "rope-parameters-alone": (
+        folder_of({"config.json": {"model_type": "llama", "rope_parameters": {"rope_theta": 5e5}},
+                   "generation_config.json": {}}, {}), None, None, "config.json", "rope_parameters"),
+    "tokenizers-backend": (model(tokenizer_config__json={**TOKENIZER, "tokenizer_class": "TokenizersBackend"}), None,
+                           None, "tokenizer_config.json", "tokenizer_class"),
+    "extra-special-tokens-list": (model(tokenizer_config__json={**TOKENIZER, "extra_special_tokens": ["<a>"]}), None,
+                                  None, "tokenizer_config.json", "extra_special_tokens"),
+    "preprocessor-config-missing": (model(processor_config__json={"image_processor": IMAGES}), None, None,
+                                    "processor_config.json", "image_processor"),
+    "unknown-image-processor": (
+        model(preprocessor_config__json={"image_processor_type": "Qwen2_5_VLImageProcessor"}), None, None,
+        "preprocessor_config.json", "image_processor_type"),
+    "remote-code": (model(config={"auto_map": {"AutoConfig": "evil.Config"}}), None, None, "config.json", "auto_map"),
+    "tokenizer-missing": (model(tokenizer__json=None), None, None, "tokenizer.json", ""),
+    "processor-missing": (model(config=VISION, chat_template__json=TEMPLATE), None, None,
+                          "preprocessor_config.json", ""),
+    "pixel-limits-differ": (
+        model(config=VISION, chat_template__json=TEMPLATE,
+              preprocessor_config__json={"min_pixels": 1, "max_pixels": 2}),
+        model(config=VISION, preprocessor_config__json={"size": {"shortest_edge": 1, "longest_edge": 3}},
+              chat_template__json=TEMPLATE), None, "preprocessor_config.json", "size"),
+    "pixel-limits-disagree": (model(preprocessor_config__json={"max_pixels": 2, "size": {"longest_edge": 3}}), None,
+                              None, "preprocessor_config.json", "max_pixels"),
+    "chat-template-lost": (model(config=VISION, preprocessor_config__json=IMAGES), VLM_BASE, None,
+                           "chat_template.json", ""),
+    "chat-template-missing": (model(config=VISION, preprocessor_config__json=IMAGES), None, None,
+                              "chat_template.jinja", ""),
+    "chat-templates-differ": (
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
+              chat_template__jinja=b"y"),
+        VLM_BASE, None, "chat_template.jinja", "chat_template"),
+    "chat-template-changed": (
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={"chat_template": "{{ other }}"}),
+        VLM_BASE, None, "chat_template.json", "chat_template"),
+    "chat-templates-unequal": (model(chat_template__json=TEMPLATE, chat_template__jinja=b"y"), None, None,
+                               "chat_template.jinja", "chat_template"),
+    "adapter-weights-missing": (folder_of({"adapter_config.json": LORA}), BASE, None, "adapter_model.safetensors", ""),
+    "adapter-alpha-zero": (adapter(lora_alpha=0), BASE, None, "adapter_config.json", "lora_alpha"),
+    "adapter-on-vision": (adapter({**FACTORS, **Q_LORA}),
+                          model({**TENSORS, "visual.blocks.0.attn.qkv.weight": ("BF16", (4, 4))}),
+                          None, "adapter_config.json", "target_modules"),
+    "adapter-with-whole-modules": (adapter(modules_to_save=["lm_head"]), BASE, None,
+                                   "adapter_config.json", "modules_to_save"),
+    "adapter-reaches-nothing": (adapter({name.replace("layers", "blocks"): info for name, info in FACTORS.items()}),
+                                BASE, None, "adapter_model.safetensors", "model.blocks.0.mlp.up_proj"),
+    "adapter-is-zero": (adapter(), BASE, Digests(is_zero=True), "adapter_model.safetensors", ""),
+    "adapter-base-elsewhere": (adapter(), None, None, "adapter_config.json", "base_model_name_or_path"),
+    "adapter-beside-model": (folder_of({"adapter_config.json": LORA, "model.safetensors": b""}, FACTORS), BASE, None,
+                             "model.safetensors", ""),
+}  # fmt: skip
+# Codes that are another side of the same fault.
+COMPANIONS = {
+    "config-cache-off": {"generation-config-lost"},
+    "wrapped-names": {"head-missing"},
+}
+
+
+def diagnose(files: MemoryFiles, base: MemoryFiles | None, digests: Digests | None = None) -> list[Finding]:
+    folder = read_folder(files)
+    folder = replace(folder, base=None if base is None else read_folder(base), digests=digests)
+    return list(diagnose_folder(folder).findings)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert sorted(CASES) == sorted(rule.code for rule in ALL_RULES)
+
+
+@pytest.mark.parametrize("files", [BASE, TIED, VLM_BASE])
+def test_the_clean_folders_are_clean(files: MemoryFiles) -> None:
+    assert diagnose(files, None) == []
+    assert diagnose(files, files) == []
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_the_rule_finds_its_fault_and_no_other_does(code: str) -> None:
+    files, base, digests, file, key = CASES[code]
+    findings = diagnose(files, base, digests)
+    found = next(finding for finding in findings if finding.code == code)
+    assert (found.file, found.key) == (file, key)
+    others = {finding.code for finding in findings} - {code}
+    assert others <= COMPANIONS.get(code, set()), others
+
+
+def test_a_base_with_the_same_setting_is_no_fault() -> None:
+    greedy: Json = {"eos_token_id": [7, 6]}
+    assert diagnose(model(generation_config__json=greedy), model(generation_config__json=greedy)) == []
+    listed = {**TOKENIZER, "extra_special_tokens": ["<a>"]}
+    assert diagnose(model(tokenizer_config__json=listed), model(tokenizer_config__json=listed)) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stored", "wanted"),
+    [
+        ("llava", "vision_tower.encoder.layers.0.x", "vision_tower.vision_model.encoder.layers.0.x"),
+        ("llava", "model.vision_tower.embeddings.x", "vision_tower.vision_model.embeddings.x"),
+        ("llava", "model.language_model.layers.0.x", "language_model.model.layers.0.x"),
+        ("llava", "vision_tower.vision_model.embeddings.x", None),
+        ("llava", "vision_tower.patch_conv.weight", None),  # a Pixtral tower has no such part
+        ("internvl", "vision_tower.embeddings.cls_token", None),
+        ("internvl", "model.vision_tower.embeddings.cls_token", "vision_tower.embeddings.cls_token"),
+        ("qwen2_5_vl", "model.visual.x", "visual.x"),
+        ("llama", "vision_tower.encoder.x", None),
+    ],
+)
+def test_published_names_of_families(model_type: str, stored: str, wanted: str | None) -> None:
+    assert plan_renames([stored], None, model_type) == ({} if wanted is None else {stored: wanted})
+    if wanted is not None:
+        assert plan_renames([stored], frozenset({wanted}), model_type) == {stored: wanted}
+        assert plan_renames([stored], frozenset({stored}), model_type) == {}  # the base has it so
+
+
+def prefixed(prefix: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name.replace("model.model.layers", prefix): info for name, info in FACTORS.items()}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "prefix", "is_reached"),
+    [
+        ("qwen2_5_vl", "model.model.layers", True),  # as 4.49 names it, and as it is published
+        ("qwen2_5_vl", "model.model.language_model.layers", True),  # as 4.52 and later name it
+        ("qwen2_5_vl", "model.language_model.layers", False),  # one prefix short: it silently does nothing
+        ("unheard_of", "model.any.prefix.layers", True),  # nothing is known of this family's live names
+        ("unheard_of", "model.model.stages", False),
+    ],
+)
+def test_an_adapter_is_held_against_live_and_published_names(model_type: str, prefix: str, is_reached: bool) -> None:
+    base = model(config={"model_type": model_type})
+    codes = {finding.code for finding in diagnose(adapter(prefixed(prefix)), base)}
+    assert ("adapter-reaches-nothing" not in codes) is is_reached
+
+
+def test_a_head_that_cannot_be_dropped_is_not_said_to_be_mendable() -> None:
+    tensors = {**TENSORS, "lm_head.weight": ("F32", (8, 4))}
+    findings = diagnose(model(tensors, config={"tie_word_embeddings": True}), None)
+    assert [f.repairable for f in findings if f.code == "head-doubled"] == [False]
+
+
+def test_settings_of_sampling_are_those_that_exports_know() -> None:
+    assert set(NEUTRAL) == SAMPLING

@@ -1,0 +1,217 @@
+"""How many requests a measurement asks: warm-up, rounds and their budget, on engines whose times are written down."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from itertools import cycle
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from grpo_toolkit.callbacks import latency as callback
+from grpo_toolkit.errors import UnsupportedError
+from grpo_toolkit.latency.bench.measure import measure_latency
+from grpo_toolkit.latency.bench.workload import traffic_of
+from grpo_toolkit.latency.engines.arms import Arm, Engines
+from grpo_toolkit.latency.engines.process import ProcessEngine
+from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
+from grpo_toolkit.latency.rows.row import Proof, Timeline
+from grpo_toolkit.model.generation.generate import Request
+from tests.support.training import grpo_trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+NOISY = tuple(1.3**turn for turn in range(60))  # no two windows agree
+FIXED = traffic_of([Request(messages=[{"role": "user", "content": "?"}])], max_new_tokens=2)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class ScriptedEngine:
+    """Answers in the seconds that it is told, on a clock that nothing else moves."""
+
+    def __init__(
+        self, clock: Clock, seconds: Sequence[float], *, load_s: float = 0.0, broken: str | None = None
+    ) -> None:
+        self.clock, self.seconds, self.load_s, self.broken = clock, cycle(seconds), load_s, broken
+
+    def facts(self) -> EngineFacts:
+        self.clock.now += self.load_s
+        return EngineFacts()
+
+    def ask(self, requests: Sequence[Request], options: Options) -> Answer:
+        if self.broken is not None and options.sdpa_backend == self.broken:
+            raise UnsupportedError("no kernel")
+        spent = next(self.seconds)
+        self.clock.now += spent
+        return Answer(
+            timeline=Timeline(
+                token_times_s=[spent / 2, spent], prompt_tokens=1, output_tokens=2, output_lengths=[2], phases_s={}
+            ),
+            tokens=[[1, 2]],
+            texts=[""],
+        )
+
+    def prove(self, requests: Sequence[Request], options: Options) -> Evidence:
+        self.clock.now += 1.0
+        return Evidence(proof=Proof())
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def probe_hardware(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("grpo_toolkit.latency.bench.measure.time", SimpleNamespace(perf_counter=clock.perf_counter))
+    return clock
+
+
+@pytest.fixture
+def scripted(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedEngine]:
+    """Engines by the address of their arm."""
+    engines: dict[str, ScriptedEngine] = {}
+    monkeypatch.setattr("grpo_toolkit.latency.engines.arms.open_engine", lambda arm: engines[arm.url])
+    return engines
+
+
+def asked(arms: Sequence[Arm], engines: Engines, **settings: Any) -> dict[str, tuple[int, int]]:
+    """Requests by arm: to warm up, and timed."""
+    count: Counter[tuple[str, bool]] = Counter()
+    measure_latency(
+        arms,
+        FIXED,
+        engines=engines,
+        progress=lambda name, turn, _: count.update([(name, turn < 0)]),
+        **{"rounds": 6, **settings},
+    )
+    return {arm.name: (count[arm.name, True], count[arm.name, False]) for arm in arms}
+
+
+def test_warm_up_goes_on_until_the_times_agree_ten_at_most(clock: Clock, scripted: dict[str, ScriptedEngine]) -> None:
+    scripted |= {"steady": ScriptedEngine(clock, [1.0]), "noisy": ScriptedEngine(clock, NOISY)}
+    arms = [Arm(name="steady", url="steady"), Arm(name="noisy", url="noisy")]
+    assert asked(arms, Engines()) == {"steady": (6, 6), "noisy": (10, 6)}
+
+
+def test_a_process_that_answered_before_warms_up_with_two(clock: Clock, scripted: dict[str, ScriptedEngine]) -> None:
+    scripted |= {"base": ScriptedEngine(clock, NOISY), "export": ScriptedEngine(clock, NOISY)}
+    export = Arm(name="export", url="export")
+    arms = [Arm(name="base", url="base"), export, Arm(name="no_cache", url="export", options=Options(use_cache=False))]
+    engines = Engines()
+    assert asked(arms, engines) == {"base": (10, 6), "export": (10, 6), "no_cache": (2, 6)}
+    assert asked(arms, engines) == {"base": (2, 6), "export": (2, 6), "no_cache": (2, 6)}
+    assert asked(arms, engines, warmup=3, rounds=1) == {"base": (3, 1), "export": (3, 1), "no_cache": (3, 1)}
+
+
+def test_what_is_compiled_warms_up_by_itself(clock: Clock, scripted: dict[str, ScriptedEngine]) -> None:
+    scripted["export"] = ScriptedEngine(clock, NOISY)
+    compiled = Options(cache_implementation="static", compiled=True)
+    arms = [Arm(name="eager", url="export"), Arm(name="compiled", url="export", options=compiled)]
+    engines = Engines()
+    assert asked(arms, engines) == {"eager": (10, 6), "compiled": (10, 6)}
+    assert asked(arms, engines) == {"eager": (2, 6), "compiled": (2, 6)}
+
+
+def test_the_next_arm_of_a_process_warms_it_up_where_the_first_fails(
+    clock: Clock, scripted: dict[str, ScriptedEngine]
+) -> None:
+    scripted["export"] = ScriptedEngine(clock, NOISY, broken="cudnn")
+    arms = [
+        Arm(name="cudnn", url="export", options=Options(sdpa_backend="cudnn")),
+        Arm(name="math", url="export", options=Options(sdpa_backend="math")),
+        Arm(name="flash", url="export", options=Options(sdpa_backend="flash")),
+    ]
+    assert asked(arms, Engines()) == {"cudnn": (0, 0), "math": (10, 6), "flash": (2, 6)}
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "rounds", "expected"),
+    [
+        (None, 20, (10, 20)),
+        (0.0, 20, (2, 6)),  # the least, and no verdict with less
+        (0.0, 3, (2, 3)),
+        (60.0, 20, (5, 8)),  # late after 21 s of warm-up; the block that ends at 61 s is the last
+        (1e9, 20, (10, 20)),  # the rounds asked for are the most
+    ],
+)
+def test_a_budget_is_for_warm_up_and_rounds_together(
+    clock: Clock, scripted: dict[str, ScriptedEngine], budget_s: float | None, rounds: int, expected: tuple[int, int]
+) -> None:
+    scripted["one"] = ScriptedEngine(clock, (1.0, 9.0, 1.0, 9.0), load_s=1000.0)
+    assert asked([Arm(name="one", url="one")], Engines(), budget_s=budget_s, rounds=rounds) == {"one": expected}
+
+
+def test_loading_is_not_counted_as_asking(clock: Clock, scripted: dict[str, ScriptedEngine]) -> None:
+    scripted["one"] = ScriptedEngine(clock, [2.0], load_s=1000.0)
+    engines = Engines()
+    asked([Arm(name="one", url="one")], engines)
+    assert engines.asked_s == 6 * 2.0 + 6 * 2.0 + 1.0  # warm-up, rounds, and the proof
+    asked([Arm(name="one", url="one")], engines)
+    assert engines.asked_s == 25.0 + 2 * 2.0 + 6 * 2.0 + 1.0
+
+
+def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_least_beyond_it(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count: Counter[str] = Counter()
+    shares: list[tuple[float, float]] = []
+    ask, prove, compare = ProcessEngine.ask, ProcessEngine.prove, callback.compare_latency
+
+    def counted_ask(self: ProcessEngine, *args: Any) -> Any:
+        count["ask"] += 1
+        return ask(self, *args)
+
+    def counted_prove(self: ProcessEngine, *args: Any) -> Any:
+        count["prove"] += 1
+        return prove(self, *args)
+
+    def seen_compare(*args: Any, **settings: Any) -> Any:
+        shares.append((settings["budget_s"], settings["engines"].asked_s))
+        return compare(*args, **settings)
+
+    monkeypatch.setattr(ProcessEngine, "ask", counted_ask)
+    monkeypatch.setattr(ProcessEngine, "prove", counted_prove)
+    monkeypatch.setattr(callback, "compare_latency", seen_compare)
+    timing = callback.LatencyCallback(arms=["base", "checkpoint"], new_tokens=3, max_new_tokens=4, strict=True)
+    trainer = grpo_trainer(qwen, tmp_path / "a_minute", [timing])
+    trainer.train()
+    (first, before), (second, spent) = shares
+    assert (first, before) == (30.0, 0.0)
+    assert second == 60.0 - spent
+    assert "timing 2 arms, fixed answers of 3 tokens (rounds: 6 to 24; limit 30 s)\n" in capsys.readouterr().err
+
+    monkeypatch.setattr(callback, "LEAST_BUDGET_S", 0.0)
+    count.clear()
+    trainer = grpo_trainer(qwen, tmp_path / "nothing", [timing])
+    trainer.train()
+    assert count == {"ask": 2 * 2 * (2 + 6), "prove": 2 * 2}
+    assert [row.rounds for row in timing.rows] == [6] * 4
+
+
+def test_what_the_end_has_taken_so_far_counts_but_a_minute_of_asking_is_left() -> None:
+    timing, engines = callback.LatencyCallback(), Engines()
+    timing._ended = time.perf_counter() - 20.0  # saving and loading
+    timing._began = timing._ended - 3 * 3600.0
+    assert timing._left_s(engines) == pytest.approx(108.0 - 20.0, abs=1.0)
+    engines.asked_s = 5.0
+    timing._began = timing._ended - 600.0  # six seconds would be one percent
+    assert timing._left_s(engines) == 55.0
+    engines.asked_s = 61.0
+    assert timing._left_s(engines) == 0.0
