@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         OutputExistsError,
         PeerError,
         ResumeError,
+        TrackerError,
         UnsupportedError,
         VerificationError,
         WorkerError,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.tune.tuning import Tuning
     from grpo_toolkit.merge.merge import MergeResult, merge_adapter
     from grpo_toolkit.model.generation.decode_ahead import DecodeAhead
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
     from grpo_toolkit.model.kv_cache import inference_ready
     from grpo_toolkit.model.sharding.gather import unsharded_models
 
@@ -70,9 +71,10 @@ _MODULES = {
     "OutputExistsError": "errors",
     "PeerError": "errors",
     "RepairResult": "doctor.repair",
-    "Request": "model.generation.generate",
+    "Request": "model.generation.request",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
+    "TrackerError": "errors",
     "Tuning": "latency.tune.tuning",
     "UnsupportedError": "errors",
     "VerificationError": "errors",
@@ -118,6 +120,7 @@ __all__ = [
     "Request",
     "ResumeError",
     "ResumeGuardCallback",
+    "TrackerError",
     "Tuning",
     "UnsupportedError",
     "VerificationError",

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from grpo_toolkit.model.generation.generate import Request
 from grpo_toolkit.model.generation.model_process import ModelProcess
+from grpo_toolkit.model.generation.request import Request
 from tests.support.faulty import sick_checkpoint
 from tests.support.models import BUILDERS, build_qwen2_5_vl
 from tests.support.publications import Publication, build_publications

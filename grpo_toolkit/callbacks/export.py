@@ -9,11 +9,12 @@ from weakref import WeakKeyDictionary
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.rotary_positions import restore_positions
-from grpo_toolkit.checkpoint.model_folder import check_output
+from grpo_toolkit.checkpoint.publish import check_output
 from grpo_toolkit.export.export import ExportResult, export_model, refuse_unsupported
 from grpo_toolkit.model.generation.request import find_requests
-from grpo_toolkit.model.kv_cache import base_model
-from grpo_toolkit.reporting.terminal.console import export_table, say
+from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.reporting.terminal.console import say
+from grpo_toolkit.reporting.terminal.tables import export_table
 
 if TYPE_CHECKING:
     import os
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from grpo_toolkit.errors import GrpoToolkitError, PeerError
-from grpo_toolkit.model.sharding.gather import exchange, rank, world_size
+from grpo_toolkit.model.sharding.ranks import exchange, rank, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,29 +12,30 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.callbacks.export import published
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.errors import GateError, InputError
-from grpo_toolkit.export.verify import plain_request
 from grpo_toolkit.latency.bench.compare import compare_latency
-from grpo_toolkit.latency.bench.gate import explain_missed, gate_of, missed_by
+from grpo_toolkit.latency.bench.gate import gate_of, missed_by
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
 from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm, Engines, fitting
 from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.explain.missed_gate import explain_missed
 from grpo_toolkit.latency.rows.review import FOLDER_NAME, Review, load_review
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
-from grpo_toolkit.model.generation.request import find_requests
-from grpo_toolkit.model.kv_cache import base_model, inference_ready
+from grpo_toolkit.model.generation.request import find_requests, plain_request
+from grpo_toolkit.model.kv_cache import inference_ready
+from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.offload_to_cpu import parked
 from grpo_toolkit.model.save_hook import base_folder, save_as_plain_trainer, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 from grpo_toolkit.reporting.charts.gallery import write_pictures
 from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, write_findings
 from grpo_toolkit.reporting.report.model_card import CARD, Training, write_model_card
-from grpo_toolkit.reporting.report.page import write_report
-from grpo_toolkit.reporting.terminal.console import latency_table, ratio_lines, say
+from grpo_toolkit.reporting.report.page import Pages, write_report
+from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.terminal.explanation import explanation
+from grpo_toolkit.reporting.terminal.tables import latency_table, ratio_lines
 from grpo_toolkit.reporting.trackers.mirror import Mirror
-from grpo_toolkit.reporting.trackers.wandb_run import Pages
 
 if TYPE_CHECKING:
     import os
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.bench.gate import Missed
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 from grpo_toolkit.errors import CheckpointError, GrpoToolkitError, ResumeError
 from grpo_toolkit.model.resume_check import ResumeReport, ensure_checkpoint_weights, is_checkpoint_of
-from grpo_toolkit.model.sharding.gather import exchange, is_sharded
+from grpo_toolkit.model.sharding.gather import is_sharded
+from grpo_toolkit.model.sharding.ranks import exchange
 
 if TYPE_CHECKING:
     import os

@@ -6,7 +6,7 @@ import logging
 import weakref
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rotary_buffers import restore_buffers, right_buffers
 
 if TYPE_CHECKING:

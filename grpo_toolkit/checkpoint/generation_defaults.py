@@ -12,7 +12,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.model_folder import ABSENT, CONFIG, GENERATION_CONFIG, Absent, JsonObject
+from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from grpo_toolkit.checkpoint.model_folder import MANIFEST
+from grpo_toolkit.errors import InputError, OutputExistsError
+
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -80,3 +85,123 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_output(output_dir: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that cannot or must not be written, before anything is done.
+
+    Raises:
+        OutputExistsError: it exists, and is not an export of ours or `overwrite` is False.
+        InputError: its parent cannot be written.
+    """
+    target = Path(os.path.realpath(output_dir))
+    # os.path.exists, unlike Path.exists before Python 3.14, also answers where a parent may not be entered.
+    existing = next(folder for folder in (target, *target.parents) if os.path.exists(folder))  # noqa: PTH110
+    if os.path.ismount(target):
+        raise OutputExistsError(f"{output_dir}: is a mount point, which cannot be replaced; name a folder in it")
+    if not existing.is_dir():
+        raise OutputExistsError(f"{output_dir}: {existing} is a file, so no folder can be made there; name another")
+    writable = target.parent if existing == target else existing
+    if not os.access(writable, os.W_OK | os.X_OK):
+        raise InputError(f"{output_dir}: no permission to write in {writable}; choose another folder or mend its mode")
+    if existing == target and any(target.iterdir()):
+        if not (output_dir / MANIFEST).is_file():
+            raise OutputExistsError(
+                f"{output_dir}: exists and is not an export of ours (no {MANIFEST} in it); "
+                "name another folder or move this one away"
+            )
+        if not overwrite:
+            raise OutputExistsError(
+                f"{output_dir}: an export is there already; pass overwrite=True (--overwrite) to replace it"
+            )
+
+
+@contextmanager
+def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Fill a folder beside `output_dir`, then rename it into place; on an exception nothing of it is left.
+
+    The staging folder's name starts with a dot and ends with the owner's pid, so it never matches the
+    `checkpoint-*` glob that trainers rotate. Every file is flushed to disk before the rename.
+    """
+    import platform
+    import shutil
+    import tempfile
+
+    check_output(output_dir, overwrite=overwrite)
+    output_dir = Path(os.path.realpath(output_dir))  # "." and links have no parent of their own to stage in
+    make_folder(output_dir.parent)
+    # The host's name keeps two machines on one file system from taking each other's exporters for dead.
+    prefix = f".{output_dir.name}.staging-{platform.node()}-"
+    _sweep(output_dir.parent, prefix)
+    staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=f"-{os.getpid()}", dir=output_dir.parent))
+    try:
+        yield staging
+        _finish_files(staging)
+        check_output(output_dir, overwrite=overwrite)
+        replace_folder(staging, output_dir)
+    except OSError as error:
+        if error.errno is not None:  # a library's own OSError would lose what it says
+            error.filename = error.filename or os.fspath(output_dir)  # a write that fails names no file
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove staging folders whose owner is dead, and put back what it moved away and never replaced."""
+    import glob
+    import shutil
+
+    for leftover in parent.glob(f"{glob.escape(prefix.replace('.staging-', '.previous-'))}*"):
+        pid, published = leftover.name.rpartition("-")[2], parent / prefix[1:].partition(".staging-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            if published.exists():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.rename(published)
+    for leftover in parent.glob(f"{glob.escape(prefix)}*"):
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _finish_files(folder: Path) -> None:
+    """Give every file the mode of the umask (safetensors >= 0.8 writes 0600) and flush it to disk."""
+    mode = _umask_mode()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_nlink == 1:  # a linked file's mode is its other name's, too
+                    os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            path.chmod(mode | 0o111 & ~_umask())
+            sync_folder(path)
+    folder.chmod(0o777 & ~_umask())
+    sync_folder(folder)
+
+
+def _umask() -> int:
+    # os.umask can only be read by setting it. /proc gives it without the race, where there is one.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+def _umask_mode() -> int:
+    return 0o666 & ~_umask()

@@ -8,23 +8,37 @@ writes. Standard library only.
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint, read_json
+from grpo_toolkit.checkpoint.json_files import read_json
+from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.errors import CheckpointError
 
-if TYPE_CHECKING:
-    import os
-
 TRAINER_STATE: Final = "trainer_state.json"
-_CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT: Final = re.compile(r"checkpoint-([0-9]{1,12})")
 _TORCH_SAVED: Final = (".pt", ".pth", ".bin")
 _FSDP_SHARDS: Final = ("pytorch_model_fsdp_0", "optimizer_0")
 _FSDP_WEIGHTS: Final = "pytorch_model_fsdp.bin"
 _DEEPSPEED_LATEST: Final = "latest"
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; empty for a folder that is no run."""
+    try:
+        with os.scandir(path) as scan:
+            found = [
+                (int(match.group(1)), Path(path, entry.name))
+                for entry in scan
+                for match in [_CHECKPOINT.fullmatch(entry.name)]
+                if match and entry.is_dir()
+            ]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be listed ({error})") from error
+    return [folder for _, folder in sorted(found)]
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, tuple[str, ...]]:
@@ -33,13 +47,9 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | No
     Returns:
         The folder (None where there is none), and one line for each newer checkpoint that was passed over.
     """
-    found = [
-        (int(match[1]), path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if path.is_dir() and (match := _CHECKPOINT.fullmatch(path.name))
-    ]
+    run = Path(output_dir)
     skipped: list[str] = []
-    for _, path in sorted(found, reverse=True):
+    for path in reversed(checkpoints_in(run) if run.is_dir() else []):
         reason = why_not_whole(path)
         if reason is None:
             return path, tuple(skipped)

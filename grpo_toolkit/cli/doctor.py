@@ -8,7 +8,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.doctor.diagnose import checkpoints_in, diagnose_checkpoint, diagnose_run
+from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
+from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.reporting.terminal.diagnosis_text import diagnosis_lines, repair_lines, run_lines
 
@@ -93,7 +94,8 @@ def run_json(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -
 
 def repair(arguments: argparse.Namespace) -> int:
     """Mend a folder, or every checkpoint of a run; 0 if all is clean afterwards, 1 if something is left."""
-    from grpo_toolkit.doctor.repair import UNDO, undo_repair
+    from grpo_toolkit.doctor.repair import undo_repair
+    from grpo_toolkit.doctor.undo import UNDO
 
     path: Path = arguments.path
     checkpoints = checkpoints_in(path) if path.is_dir() else []

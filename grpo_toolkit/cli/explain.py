@@ -74,8 +74,8 @@ def with_settings(options: Options, settings: list[str]) -> Options:
 
 
 def _requests(arguments: argparse.Namespace) -> list[Any]:
-    from grpo_toolkit.cli.bench import read_image
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.cli.bench_arguments import read_image
+    from grpo_toolkit.model.generation.request import Request
 
     if arguments.prompt is None:
         if arguments.image is not None:

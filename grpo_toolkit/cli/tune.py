@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def tune(arguments: argparse.Namespace) -> int:
     """Tune one folder and print what to do; 0, or an `InputError`."""
-    from grpo_toolkit.cli.bench import named_model
+    from grpo_toolkit.cli.bench_arguments import named_model
     from grpo_toolkit.latency.tune.tune import tune_latency
 
     if len(arguments.models) != 1:
@@ -59,7 +59,9 @@ def tuned_overrides(source: Path, base: str | None, *, device: str) -> tuple[dic
     Raises:
         InputError, CheckpointError: the base is not here.
     """
-    from grpo_toolkit.checkpoint.model_folder import CONFIG, base_of_adapter, named_base, read_json
+    from grpo_toolkit.checkpoint.base_lookup import base_of_adapter, named_base
+    from grpo_toolkit.checkpoint.json_files import read_json
+    from grpo_toolkit.checkpoint.model_folder import CONFIG
     from grpo_toolkit.latency.tune.tune import tune_latency
     from grpo_toolkit.latency.tune.tuning import keys_for_files
 
@@ -86,7 +88,7 @@ def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Mis
     """Explain what missed a gate, and print it unless JSON is wanted."""
     if not missed:
         return []
-    from grpo_toolkit.latency.bench.gate import explain_missed
+    from grpo_toolkit.latency.explain.missed_gate import explain_missed
 
     rows = explain_missed(base, missed, device=arguments.device)
     if not arguments.json:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.json_files import TensorInfo, open_regular
+from grpo_toolkit.checkpoint.json_files import open_regular
 from grpo_toolkit.doctor import names
+from grpo_toolkit.doctor.parsed_folder import Digests
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.parsed_folder import Folder
 
 _CHUNK: Final = 8 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Digests:
-    """What comparing bytes gave.
-
-    Attributes:
-        heads_differ: a stored head has other bytes than the embedding.
-        compared: how many tensors could be compared with the base's.
-        is_the_base: all of them are equal, and there was at least one.
-        is_zero: every second factor of an adapter is zero.
-    """
-
-    heads_differ: bool = False
-    compared: int = 0
-    is_the_base: bool = False
-    is_zero: bool = False
 
 
 def compare_heads(folder: Folder) -> Digests:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, find_base
+from grpo_toolkit.checkpoint.base_lookup import find_base
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG
+from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Folder, describe
@@ -28,8 +30,6 @@ ALL_RULES: Final = tuple(
 
 DIALECT_CODES: Final = frozenset(rule.code for rule in ALL_RULES if rule.check.__module__ == dialect.__name__)
 """The rules about forms that one library version writes and another cannot read."""
-
-_CHECKPOINT: Final = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
 def diagnose_checkpoint(
@@ -56,21 +56,6 @@ def diagnose_checkpoint(
         raise CheckpointError(f"{folder}: not a folder")
     named = None if base is None else base_named(str(base))
     return diagnose_files(DiskFiles(folder), base=named, deep=deep)
-
-
-def checkpoints_in(path: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first; empty for a folder that is no run."""
-    try:
-        with os.scandir(path) as scan:
-            found = [
-                (int(match.group(1)), Path(path, entry.name))
-                for entry in scan
-                for match in [_CHECKPOINT.fullmatch(entry.name)]
-                if match and entry.is_dir()
-            ]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be listed ({error})") from error
-    return [folder for _, folder in sorted(found)]
 
 
 def diagnose_run(

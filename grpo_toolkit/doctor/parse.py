@@ -9,8 +9,9 @@ import json
 import re
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.json_files import MAX_TENSORS, JsonObject, TensorInfo, parse_json
+from grpo_toolkit.checkpoint.json_files import JsonObject, parse_json
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.safetensors_header import MAX_TENSORS, TensorInfo
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
     MIB,

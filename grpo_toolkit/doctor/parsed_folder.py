@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject, TensorInfo
+from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject
 from grpo_toolkit.checkpoint.model_families import FAMILIES, Family
 from grpo_toolkit.checkpoint.model_folder import (
     ADAPTER_CONFIG,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from grpo_toolkit.doctor.compare_bytes import Digests
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.planned_files import Entry
 
 PREPROCESSOR: Final = "preprocessor_config.json"
@@ -210,3 +210,20 @@ def _dialect(folder: Folder) -> str:
     config = folder.get(TOKENIZER_CONFIG)
     is_v5 = isinstance(config, dict) and isinstance(config.get("extra_special_tokens"), list)
     return "written by transformers 5" if is_v5 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digests:
+    """What comparing bytes gave.
+
+    Attributes:
+        heads_differ: a stored head has other bytes than the embedding.
+        compared: how many tensors could be compared with the base's.
+        is_the_base: all of them are equal, and there was at least one.
+        is_zero: every second factor of an adapter is zero.
+    """
+
+    heads_differ: bool = False
+    compared: int = 0
+    is_the_base: bool = False
+    is_zero: bool = False

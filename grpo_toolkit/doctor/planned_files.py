@@ -9,13 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Protocol
 
-from grpo_toolkit.checkpoint.json_files import (
-    DTYPE_BITS,
-    TensorInfo,
-    leaves_folder,
-    read_bytes,
-    read_safetensors_header,
-)
+from grpo_toolkit.checkpoint.json_files import leaves_folder, read_bytes
+from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo, read_safetensors_header
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from grpo_toolkit.checkpoint.json_files import (
+from grpo_toolkit.checkpoint.json_files import open_regular
+from grpo_toolkit.checkpoint.safetensors_header import (
     DTYPE_BITS,
     TensorInfo,
-    open_regular,
     read_safetensors_header,
     read_safetensors_metadata,
 )

@@ -7,44 +7,31 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.generation_defaults import capture_defaults
-from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
-from grpo_toolkit.checkpoint.model_folder import (
-    CONFIG,
-    GENERATION_CONFIG,
-    Checkpoint,
-    TensorInfo,
-    open_checkpoint,
-    read_json,
-)
+from grpo_toolkit.checkpoint.json_files import read_json
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Checkpoint, open_checkpoint
+from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES, TensorInfo
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.checkpoint.weights.shard_writer import read_at
+from grpo_toolkit.checkpoint.weights.tensor_blocks import Buffer, is_finite_in, raw_bytes
 from grpo_toolkit.doctor.compat import published_renames
 from grpo_toolkit.errors import CheckpointError
-from grpo_toolkit.merge.low_rank import is_finite_in
-from grpo_toolkit.merge.tensor_merger import Buffer, raw_bytes
-from grpo_toolkit.model.generation.evidence import Evidence, input_differences, logit_distance
+from grpo_toolkit.model.generation.agreement import (
+    LOGIT_TOLERANCES,
+    first_difference,
+    input_differences,
+    logit_distance,
+    rival_gap,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from grpo_toolkit.model.generation.generate import LoadReport, Record
+    from grpo_toolkit.model.generation.evidence import Evidence
+    from grpo_toolkit.model.generation.generate import Record
+    from grpo_toolkit.model.load import LoadReport
 
-TIE_MARGINS: Final = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
-"""Logit gap under which rounding may pick either of two tokens, by dtype.
-
-Logits of a language model lie within about +-32, where neighbouring bfloat16 values are 0.125 apart and float16 ones
-0.016; twice to three times that spacing covers two roundings. float32 leaves room for another order of summation. On a
-GPU a model need not even agree with itself: `policy_noise` measures by how much it does not.
-"""
-
-LOGIT_TOLERANCES: Final = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-"""How far the logits of an export may be from the policy's, by dtype: RMS of the difference over RMS of the logits.
-
-float16 keeps 11 bits of a value, bfloat16 8: one rounding is 5e-4 and 4e-3 of it, and some ten layers' roundings add
-up as the root of their number. A policy that is further than half of this from itself widens it (`logit_noise`).
-"""
 
 _BLOCK_BYTES: Final = 16 * 2**20
 
@@ -221,21 +208,6 @@ def check_tokens(name: str, expected: Sequence[Record], found: Sequence[Record],
     if broken:
         detail += "; " + ", ".join(broken)
     return Check(name=name, passed=not broken, detail=detail)
-
-
-def rival_gap(rivals: Sequence[Mapping[int, float]], tokens: Sequence[int], where: int) -> float:
-    """How far another model's token lay below the one chosen there; infinite where it was not among the next best."""
-    if where >= min(len(rivals), len(tokens)):
-        return float("inf")
-    return rivals[where].get(tokens[where], float("inf"))
-
-
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Where two sequences part, the end of the shorter one included; None where they are equal."""
-    if list(one) == list(other):
-        return None
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def check_cache(records: Sequence[Record]) -> Check:

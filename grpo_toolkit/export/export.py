@@ -16,17 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_files import Change, config_changes, declare_dtype, write_configs
+from grpo_toolkit.checkpoint.base_lookup import base_of_adapter, named_base
 from grpo_toolkit.checkpoint.generation_defaults import Repair, with_cache_defaults
-from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
 from grpo_toolkit.checkpoint.manifest import write_manifest
-from grpo_toolkit.checkpoint.model_folder import (
-    Kind,
-    base_of_adapter,
-    check_output,
-    named_base,
-    open_checkpoint,
-    staged,
-)
+from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
+from grpo_toolkit.checkpoint.publish import check_output, staged
+from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.doctor.compat import check_compat, write_older_forms
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
@@ -38,16 +33,18 @@ from grpo_toolkit.export.export_weights import (
     unloaded_model,
     write_weights,
 )
-from grpo_toolkit.export.format_reward import format_reward_of, logged_requests, scored_by
+from grpo_toolkit.export.format_reward import format_reward_of, scored_by
 from grpo_toolkit.export.live_adapter import is_adapted, refuse_unmergeable
 from grpo_toolkit.export.policy_answers import PolicyAnswers, ask_policy
 from grpo_toolkit.export.verify import VerificationResult, verify_export
-from grpo_toolkit.model.generation.generate import load_model
-from grpo_toolkit.model.kv_cache import base_model, random_state_kept
+from grpo_toolkit.model.generation.request import logged_requests
+from grpo_toolkit.model.live_model import base_model, random_state_kept
+from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.memory import why_too_large
 from grpo_toolkit.model.processor_files import processor_of, write_processor
 from grpo_toolkit.model.save_hook import base_folder, capture_model_defaults
-from grpo_toolkit.model.sharding.gather import is_fsdp1, is_sharded, rank
+from grpo_toolkit.model.sharding.gather import is_fsdp1, is_sharded
+from grpo_toolkit.model.sharding.ranks import rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +54,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults
     from grpo_toolkit.checkpoint.weights.shard_writer import Progress
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)

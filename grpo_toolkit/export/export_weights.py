@@ -6,17 +6,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
-from grpo_toolkit.checkpoint.model_folder import (
-    CONFIG,
-    GENERATION_CONFIG,
-    WEIGHTS_INDEX,
-    Kind,
-    base_of_adapter,
-    dump_json,
-    open_checkpoint,
-    read_json,
-)
+from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.json_files import dump_json, read_json
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, Kind, open_checkpoint
+from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.copy_weights import copy_weights, plan_copy
 from grpo_toolkit.doctor.compat import published_renames
@@ -25,8 +18,8 @@ from grpo_toolkit.export.live_adapter import adapter_state, is_adapted, refuse_r
 from grpo_toolkit.merge.adapter import find_adapter, open_adapter
 from grpo_toolkit.merge.merge import merge_weights
 from grpo_toolkit.merge.plan import plan_updates
-from grpo_toolkit.model.generation.generate import auto_class
-from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.load import auto_class
 from grpo_toolkit.model.save_hook import generation_config_of, inference_defaults, published_names, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.merge.adapter import find_adapter, refuse_options
-from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,13 +9,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.export.checks import LOGIT_TOLERANCES, TIE_MARGINS, first_difference
-from grpo_toolkit.model.generation.evidence import logit_distance
-from grpo_toolkit.model.generation.generate import Record, Request, generate
-from grpo_toolkit.model.kv_cache import base_model, inference_ready
+from grpo_toolkit.model.generation.agreement import LOGIT_TOLERANCES, TIE_MARGINS, first_difference, logit_distance
+from grpo_toolkit.model.generation.generate import Record, generate
+from grpo_toolkit.model.generation.request import Request, plain_request
+from grpo_toolkit.model.kv_cache import inference_ready
+from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.save_hook import inference_defaults
-from grpo_toolkit.model.sharding.gather import failing_together, is_sharded
+from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.gathered_for_generation import whole_weights
+from grpo_toolkit.model.sharding.ranks import failing_together
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -156,11 +158,6 @@ def logit_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
             steps = {} if where is None else {"steps": where + 1}
             distances.append(logit_distance(first.evidence, second.evidence, **steps)[0])
     return max(distances)
-
-
-def plain_request() -> Request:
-    """A request that any language model can answer."""
-    return Request(messages=[{"role": "user", "content": "Count from one to ten."}], max_new_tokens=16)
 
 
 @contextmanager

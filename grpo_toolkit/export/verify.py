@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.export.checks import (
-    TIE_MARGINS,
     Check,
     check_cache,
     check_files,
@@ -23,9 +22,10 @@ from grpo_toolkit.export.checks import (
     check_tokens,
     check_values,
 )
-from grpo_toolkit.export.policy_answers import plain_request
+from grpo_toolkit.export.verification_process import Worker
+from grpo_toolkit.model.generation.agreement import TIE_MARGINS
 from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
-from grpo_toolkit.model.generation.model_process import Worker
+from grpo_toolkit.model.generation.request import plain_request
 from grpo_toolkit.model.memory import why_too_large
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from grpo_toolkit.model.generation.evidence import Evidence
-    from grpo_toolkit.model.generation.generate import Record, Request
+    from grpo_toolkit.model.generation.generate import Record
+    from grpo_toolkit.model.generation.request import Request
 
 __all__ = ["VerificationResult", "plain_request", "reference_records", "verify_export"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -138,12 +138,3 @@ def give_length(block: torch.Tensor, magnitude: torch.Tensor, lengths: torch.Ten
     if lengths is None:
         return block.mul_((magnitude / torch.linalg.vector_norm(block, dim=1))[:, None])
     return block.mul_(magnitude / lengths)
-
-
-def is_finite_in(block: torch.Tensor, dtype: Any) -> bool:
-    """Whether every value is finite, also once it is rounded to `dtype` (one pass; NaN is its own extreme)."""
-    import torch
-
-    low, high = torch.aminmax(block)
-    limit = torch.finfo(dtype).max
-    return bool((low >= -limit) & (high <= limit))

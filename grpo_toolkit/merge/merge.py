@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.base_files import carried_files, copy_files, declare_dtype, write_configs
-from grpo_toolkit.checkpoint.json_files import DTYPE_BITS, FLOAT_NAMES
+from grpo_toolkit.checkpoint.base_lookup import base_of_adapter, named_base
 from grpo_toolkit.checkpoint.manifest import write_manifest
-from grpo_toolkit.checkpoint.model_folder import base_of_adapter, check_output, named_base, open_checkpoint, staged
+from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.publish import check_output, staged
+from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype, plan_shards, refuse_full_disk
 from grpo_toolkit.checkpoint.weights.shard_writer import write_shards
+from grpo_toolkit.checkpoint.weights.tensor_blocks import single_threaded, worker_count
 from grpo_toolkit.doctor.compat import check_compat, published_renames, write_older_forms
 from grpo_toolkit.errors import VerificationError
 from grpo_toolkit.merge.adapter import Adapter, find_adapter, open_adapter
 from grpo_toolkit.merge.low_rank import LowRank, Update
 from grpo_toolkit.merge.plan import plan_updates
-from grpo_toolkit.merge.tensor_merger import TensorMerger, single_threaded, worker_count
+from grpo_toolkit.merge.tensor_merger import TensorMerger
 
 if TYPE_CHECKING:
     import os

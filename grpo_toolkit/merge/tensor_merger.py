@@ -2,65 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import threading
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
+from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.shard_writer import read_at, write_at
+from grpo_toolkit.checkpoint.weights.tensor_blocks import Buffer, is_finite_in, raw_bytes
 from grpo_toolkit.errors import VerificationError
-from grpo_toolkit.merge.low_rank import LowRank, Run, Update, add_rows, give_length, is_finite_in, matrix_shape, runs
+from grpo_toolkit.merge.low_rank import LowRank, Run, Update, add_rows, give_length, matrix_shape, runs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
     import torch
 
-    from grpo_toolkit.checkpoint.model_folder import TensorInfo
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.checkpoint.weights.base_weights import Base
     from grpo_toolkit.checkpoint.weights.shard_writer import Entry
     from grpo_toolkit.merge.adapter import Adapter
 
 # Values in one block: in float32 (4 MiB) it stays in a core's cache from reading to rounding.
 _BLOCK: Final = 2**20
-
-
-def worker_count() -> int:
-    """How many threads read, compute and write at once: the cores, and two at least, so that writing never waits."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(8, cores))
-
-
-@contextmanager
-def single_threaded() -> Iterator[Callable[[], None]]:
-    """What a worker calls first, so that its arithmetic stays on one core; torch's own setting is put back on exit.
-
-    torch takes seconds to load: that begins here, beside whatever needs none of it.
-    """
-    loading = threading.Thread(target=importlib.import_module, args=("torch",), daemon=True)
-    loading.start()
-    lock, before = threading.Lock(), []
-
-    def setup() -> None:
-        import torch
-
-        with lock:
-            before.append(torch.get_num_threads())
-            torch.set_num_threads(1)
-
-    try:
-        yield setup
-    finally:
-        loading.join()
-        if before:
-            import torch
-
-            torch.set_num_threads(before[0])
 
 
 class TensorFile:
@@ -94,30 +60,6 @@ class TensorFile:
         begin = info.span[0] + first * columns * rows.itemsize
         read_at(self._descriptor, raw_bytes(rows), begin, self.path)
         return rows
-
-
-class Buffer:
-    """Memory that is used again: what `take` gives is good until the next call."""
-
-    def __init__(self) -> None:
-        self._memory: torch.Tensor | None = None
-
-    def take(self, rows: int, columns: int, dtype: Any) -> torch.Tensor:
-        """A matrix of this shape and dtype, with any content."""
-        import torch
-
-        size = rows * columns * dtype.itemsize
-        if self._memory is None or len(self._memory) < size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
-        return self._memory[:size].view(dtype).view(rows, columns)
-
-
-def raw_bytes(matrix: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor (bfloat16 has no name in numpy, bytes have)."""
-    import torch
-
-    array: Any = matrix.view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
 
 
 class _Buffers(threading.local):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
     import torch
@@ -82,51 +81,3 @@ def cache_in(given: Any) -> Any:
         return None
     found = dict.get(given, "cache")  # dict's own: an output of transformers' warns of the old name
     return dict.get(given, "past_key_values") if found is None else found
-
-
-class Decoding(enum.Enum):
-    """How a generation was seen to decode."""
-
-    CACHED = "with its KV cache"
-    RECOMPUTED = "without a KV cache: every step computes the whole sequence again"
-    FORGETFUL = "one token a step, but with an empty KV cache: the text is wrong"
-
-
-class RolloutWatch:
-    """Sees how a model in training decodes, whoever calls `generate`, and lets go as soon as it knows.
-
-    The forwards of a rollout stand between those of log-probabilities and of training. They are told by their inputs:
-    no gradient is wanted, and either one token follows the prompt of the same batch, or the same batch comes again
-    with one token more.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.seen: Decoding | None = None
-        self._before: torch.Tensor | None = None
-        self._handle = base_model(model).register_forward_pre_hook(self._on_forward, with_kwargs=True)
-
-    def close(self) -> None:
-        """Take the hook off the model."""
-        self._handle.remove()
-        self._before = None
-
-    def _on_forward(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        import torch
-
-        tokens, before = kwargs.get("input_ids"), self._before
-        if tokens is None or torch.is_grad_enabled():
-            self._before = None
-            return
-        self._before = tokens
-        if before is None or before.shape[0] != tokens.shape[0] or before.shape[1] < 2:
-            return
-        cache = cache_in(kwargs)
-        held = 0 if cache is None else int(cache.get_seq_length())
-        if tokens.shape[1] == 1:
-            self._conclude(Decoding.CACHED if held == before.shape[1] else Decoding.FORGETFUL)
-        elif tokens.shape[1] == before.shape[1] + 1 and held == 0 and bool((tokens[:, :-1] == before).all()):
-            self._conclude(Decoding.RECOMPUTED)
-
-    def _conclude(self, seen: Decoding) -> None:
-        self.seen = seen
-        self.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.model_folder import Kind, base_of_adapter, open_checkpoint
+from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
 
 if TYPE_CHECKING:
     from grpo_toolkit.checkpoint.model_folder import Checkpoint
@@ -47,3 +48,27 @@ def free_bytes(device: str) -> int | None:
         return None
     available = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
     return int(available[0].split()[1]) * 1024 if available else None
+
+
+def reset_resident_peak() -> None:
+    """Begin a new resident peak, where the kernel allows it."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 (a kernel switch, not a path to read)
+            file.write("5")
+    except OSError:  # not Linux, or not allowed: the peak is then that of the whole process
+        return
+
+
+def resident_peak() -> int:
+    """The process's resident peak in bytes since the last reset."""
+    import resource
+    import sys
+    from pathlib import Path
+
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from grpo_toolkit.checkpoint.base_files import carried_files, copy_files, differing_files
-from grpo_toolkit.checkpoint.model_folder import JsonObject, dump_json, read_json
-from grpo_toolkit.model.generation.generate import has_processor, load_processor
+from grpo_toolkit.checkpoint.json_files import JsonObject, dump_json, read_json
+from grpo_toolkit.model.load import has_processor, load_processor
 
 PREPROCESSOR: Final = "preprocessor_config.json"
 _PIXEL_LIMITS: Final = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # and as keys of `size`

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.sharding.gather import unsharded_models
 
 if TYPE_CHECKING:

@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.checkpoint.base_lookup import find_base
 from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults, capture_defaults
-from grpo_toolkit.checkpoint.model_folder import ABSENT, GENERATION_CONFIG, Absent, JsonObject, find_base, read_json
+from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject, read_json
+from grpo_toolkit.checkpoint.model_folder import GENERATION_CONFIG
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.model.kv_cache import base_model, cache_flags, config_levels, set_cache_flags
+from grpo_toolkit.model.kv_cache import cache_flags, set_cache_flags
+from grpo_toolkit.model.live_model import base_model, config_levels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

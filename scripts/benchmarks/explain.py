@@ -28,7 +28,7 @@ from scripts.models.random_vlm import SHAPES, make_random_vlm
 
 if TYPE_CHECKING:
     from grpo_toolkit.latency.rows.row import ExplanationRow
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 PAIRS: Final = (
     ("cache-off", "longer-answers"),
@@ -134,7 +134,7 @@ def _ms(seconds: float | None) -> str:
 
 def _request(base: Path, arguments: argparse.Namespace) -> Request:
     from grpo_toolkit.latency.bench.workload import made_up
-    from grpo_toolkit.model.generation.generate import load_processor
+    from grpo_toolkit.model.load import load_processor
 
     traffic = made_up(
         load_processor(base),

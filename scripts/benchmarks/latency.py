@@ -44,7 +44,7 @@ from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.hardware.environment import environment_of
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
-from grpo_toolkit.model.generation.generate import load_model, load_processor
+from grpo_toolkit.model.load import load_model, load_processor
 from scripts.benchmarks.decode_steps import after_each_step
 from scripts.models.random_vlm import make_random_vlm
 

@@ -17,13 +17,16 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.model.generation.generate import Request, load_model, load_processor
+from grpo_toolkit.model.load import load_model, load_processor
 from scripts.benchmarks.decode_steps import after_each_step
+
+if TYPE_CHECKING:
+    from grpo_toolkit.model.generation.request import Request
 
 SKIPPED, PROFILED = 8, 16
 HOST_GAP_US = 50.0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from grpo_toolkit.latency.engines.pool import Pool
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 NEVER = 3
 """A token that is never said (it is suppressed): what should not end by itself ends there."""
@@ -129,7 +129,7 @@ def _adapter(base: Path, folder: Path, *, device: str) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from grpo_toolkit.model.generation.generate import load_model
+    from grpo_toolkit.model.load import load_model
 
     model, _, _ = load_model(base, device=device)
     torch.manual_seed(0)
@@ -144,8 +144,8 @@ def _adapter(base: Path, folder: Path, *, device: str) -> Path:
 
 
 def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[Any, Any]:
-    from grpo_toolkit.model.generation.generate import auto_class, dtype_argument, load_model, load_processor
-    from grpo_toolkit.model.kv_cache import base_model
+    from grpo_toolkit.model.live_model import base_model
+    from grpo_toolkit.model.load import auto_class, dtype_argument, load_model, load_processor
 
     if "device-map" in causes:
         away = "cpu" if device.startswith("cuda") else "disk"

@@ -288,7 +288,7 @@ def copy_processor(base: Path, folder: Path) -> None:
 def make_exports(work: Path) -> dict[str, Path]:
     """This package's exports under transformers 5: of a published base, and of one that transformers 5 wrote."""
     from grpo_toolkit import export_model
-    from grpo_toolkit.model.generation.generate import load_model
+    from grpo_toolkit.model.load import load_model
     from tests.support.models import build_qwen2_5_vl
 
     published = build_qwen2_5_vl(work / "published")

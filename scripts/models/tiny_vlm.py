@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_vlm.data import digits
 from grpo_vlm.training import evaluation
 from scripts.models import tiny_vlm_files
-from scripts.models.tiny_vlm_files import Shape
+from scripts.models.tiny_vlm_files import TinyRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,38 +44,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 FOLDER_NAME = "Qwen2.5-VL-tiny"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TinyRecipe(Shape):
-    """Shape and supervision of the tiny model; part of the cache key, so an edit here makes a new folder."""
-
-    bpe_vocab_size: int = 384
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_layers: int = 3
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    mrope_section: tuple[int, ...] = (4, 6, 6)  # Sums to half of head_dim, in the published 16 : 24 : 24.
-    initializer_range: float = 0.09  # The published 0.02 suits wide layers; narrow ones then start too quiet.
-    vision_depth: int = 2
-    vision_hidden_size: int = 128
-    vision_intermediate_size: int = 256
-    vision_num_heads: int = 4
-    window_size: int = 56  # Pixels: an 84-pixel image has 3 x 3 image tokens, in windows of 4, 2, 2 and 1.
-    fullatt_block_indexes: tuple[int, ...] = (1,)  # Block 0 is windowed, block 1 sees the whole image.
-
-    seed: int = 0
-    misread_rate: float = 0.65  # Over 0.5 the mistake is the first choice; under 1 GRPO can mend it.
-    validation_rows: int = 100
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    warmup_steps: int = 10
-    check_every: int = 10
-    min_steps: int = 100  # Below, the format is not yet sure enough to be sampled at temperature 1.
-    max_steps: int = 300
-    wanted_accuracy: tuple[float, float] = (0.42, 0.58)
-    wanted_agreement: float = 0.8
 
 
 MISREADINGS = {"0": "6", "1": "7", "3": "8", "4": "9"}

@@ -15,7 +15,9 @@ import trl
 from packaging.version import Version
 
 from grpo_toolkit import ExportCallback, KVCacheCallback
-from grpo_toolkit.model.generation.generate import Request, generate, load_model
+from grpo_toolkit.model.generation.generate import generate
+from grpo_toolkit.model.generation.request import Request
+from grpo_toolkit.model.load import load_model
 from tests.support.models import build_llama
 from tests.support.training import LANGUAGE_Q, grpo_trainer, v5_only
 

@@ -25,7 +25,9 @@ from transformers import (
 from grpo_toolkit import ExportCallback, KVCacheCallback, inference_ready
 from grpo_toolkit.model.cache_probe import CacheProbe
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
-from grpo_toolkit.model.generation.generate import Request, generate, load_model
+from grpo_toolkit.model.generation.generate import generate
+from grpo_toolkit.model.generation.request import Request
+from grpo_toolkit.model.load import load_model
 from tests.support.training import rows
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from grpo_toolkit.checkpoint.base_files import (
     merge_changes,
     write_configs,
 )
-from grpo_toolkit.checkpoint.model_folder import ABSENT
+from grpo_toolkit.checkpoint.json_files import ABSENT
 
 if TYPE_CHECKING:
     from pathlib import Path

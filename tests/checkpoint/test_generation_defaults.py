@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from grpo_toolkit.checkpoint.generation_defaults import capture_defaults, with_cache_defaults
-from grpo_toolkit.checkpoint.model_folder import ABSENT
+from grpo_toolkit.checkpoint.json_files import ABSENT
 
 # As Qwen publishes Qwen2.5-VL-3B-Instruct: do_sample and the rest, no use_cache.
 GENERATION = {

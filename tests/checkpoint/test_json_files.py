@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from grpo_toolkit.checkpoint.json_files import open_regular, parse_json, read_json, read_safetensors_header
-from grpo_toolkit.checkpoint.model_folder import find_base
+from grpo_toolkit.checkpoint.base_lookup import find_base
+from grpo_toolkit.checkpoint.json_files import open_regular, parse_json, read_json
+from grpo_toolkit.checkpoint.safetensors_header import read_safetensors_header
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import CheckpointError
 from tests.support.faulty import unpack

@@ -13,17 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from grpo_toolkit.checkpoint.model_folder import (
-    ABSENT,
-    Kind,
-    TensorInfo,
-    check_output,
-    find_base,
-    open_checkpoint,
-    read_json,
-    read_safetensors_header,
-    staged,
-)
+from grpo_toolkit.checkpoint.base_lookup import find_base
+from grpo_toolkit.checkpoint.json_files import ABSENT, read_json
+from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
+from grpo_toolkit.checkpoint.publish import check_output, staged
+from grpo_toolkit.checkpoint.safetensors_header import TensorInfo, read_safetensors_header
 from grpo_toolkit.errors import CheckpointError, OutputExistsError
 
 
@@ -267,7 +261,7 @@ def test_output_without_permission_is_refused(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     code = (
-        "import os, sys; from pathlib import Path; from grpo_toolkit.checkpoint.model_folder import check_output\n"
+        "import os, sys; from pathlib import Path; from grpo_toolkit.checkpoint.publish import check_output\n"
         "os.geteuid() == 0 and os.setuid(65534)\n"
         f"try: check_output(Path({str(locked / 'export')!r}), overwrite=False)\n"
         "except Exception as error: print(type(error).__name__, error)"

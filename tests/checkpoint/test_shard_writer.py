@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from grpo_toolkit.checkpoint.model_folder import read_safetensors_header
+from grpo_toolkit.checkpoint.safetensors_header import read_safetensors_header
 from grpo_toolkit.checkpoint.weights import shard_writer
 from grpo_toolkit.checkpoint.weights.shard_plan import plan_shards
 from grpo_toolkit.checkpoint.weights.shard_writer import Entry, write_at, write_shards

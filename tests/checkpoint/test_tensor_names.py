@@ -14,7 +14,7 @@ from grpo_toolkit.checkpoint.tensor_names import FAMILIES, family_of, live_name,
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.merge.merge import merge_adapter
-from grpo_toolkit.model.generation.generate import auto_class
+from grpo_toolkit.model.load import auto_class
 from tests.support.models import MERGE_BUILDERS
 from tests.support.training import v5_only
 

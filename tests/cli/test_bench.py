@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.cli import main
-from grpo_toolkit.cli.bench import named_model
+from grpo_toolkit.cli.bench_arguments import named_model
 from grpo_toolkit.latency.rows.store import read_measurements
 
 if TYPE_CHECKING:

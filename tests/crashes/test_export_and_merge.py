@@ -88,7 +88,7 @@ def test_killed_at_any_step_it_leaves_the_old_or_the_new(
 def test_what_a_dead_owner_moved_away_is_put_back(publications: dict[str, Publication], tmp_path: Path) -> None:
     import platform
 
-    from grpo_toolkit.checkpoint.model_folder import staged
+    from grpo_toolkit.checkpoint.publish import staged
 
     merge_adapter(publications["merge"].old, tmp_path / "merged")
     before = content(tmp_path / "merged")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.cli import main
-from grpo_toolkit.doctor.repair import UNDO, repair_checkpoint, undo_repair
+from grpo_toolkit.doctor.repair import repair_checkpoint, undo_repair
+from grpo_toolkit.doctor.undo import UNDO
 from grpo_toolkit.errors import InputError
 from tests.support.steps import before_step, content, count_steps, die, failing, run_child
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from grpo_toolkit.cli import main
-from grpo_toolkit.doctor.repair import UNDO, undo_repair
+from grpo_toolkit.doctor.repair import undo_repair
+from grpo_toolkit.doctor.undo import UNDO
 from tests.crashes.test_repair import assert_old_or_new, visible
 from tests.support.publications import Publication, plain
 from tests.support.steps import content, run_child

@@ -23,7 +23,8 @@ from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.export.verify import verify_export
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
-from grpo_toolkit.model.generation.generate import generate, load_model
+from grpo_toolkit.model.generation.generate import generate
+from grpo_toolkit.model.load import load_model
 from tests.support.faulty import DATA, fill, randomize, unpack
 from tests.support.models import build_qwen2_5_vl
 from tests.support.served import VLLM_PARAMETERS, VLLM_PREFIXES, VLLM_PREFIXES_OF_OLD, VLLM_STACKED
@@ -32,7 +33,7 @@ from tests.support.training import v5_only
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 WEIGHTS = "model.safetensors"
 TOKENS = [133, 262, 201, 162, 162, 162, 162, 162]

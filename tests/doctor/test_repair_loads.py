@@ -14,13 +14,14 @@ import transformers
 from packaging.version import Version
 
 from grpo_toolkit import diagnose_checkpoint, export_model, repair_checkpoint
-from grpo_toolkit.model.generation.generate import generate, load_model
+from grpo_toolkit.model.generation.generate import generate
+from grpo_toolkit.model.load import load_model
 from tests.support.faulty import fill, fill_at_random, unpack
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 LLAVA_TOKENS = [187, 185, 182, 90, 182, 90, 182, 90]
 IS_V5 = Version(transformers.__version__) >= Version("5.0")

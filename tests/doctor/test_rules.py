@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.checkpoint.generation_defaults import SAMPLING
-from grpo_toolkit.doctor.compare_bytes import Digests
 from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_folder
 from grpo_toolkit.doctor.names import plan_renames
 from grpo_toolkit.doctor.parse import read_folder
+from grpo_toolkit.doctor.parsed_folder import Digests
 from grpo_toolkit.doctor.planned_files import Entry
 from grpo_toolkit.doctor.rules.cache import NEUTRAL
 from tests.support.memory_files import MemoryFiles, folder_of, put_tensors

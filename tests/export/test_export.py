@@ -20,15 +20,16 @@ from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError, UnsupportedError, VerificationError
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.export.verify import verify_export
-from grpo_toolkit.latency.bench.workload import requests_from_rows
 from grpo_toolkit.merge.merge import merge_adapter
-from grpo_toolkit.model.generation.generate import generate, load_model
+from grpo_toolkit.model.generation.generate import generate
+from grpo_toolkit.model.generation.request import requests_from_rows
+from grpo_toolkit.model.load import load_model
 from tests.support.training import LANGUAGE_Q, grpo_trainer, rows, v5_only
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 
 def shaken(model: Any, scale: float = 0.05) -> Any:

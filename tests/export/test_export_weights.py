@@ -16,7 +16,7 @@ from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError, VerificationError
 from grpo_toolkit.export.export import export_model
-from grpo_toolkit.model.generation.generate import load_model
+from grpo_toolkit.model.load import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,15 +13,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from grpo_toolkit.checkpoint.model_folder import TensorInfo, open_checkpoint
+from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
 from grpo_toolkit.export.checks import check_cache, check_inputs, check_logits, check_scores, check_tokens, same_form
 from grpo_toolkit.export.export import export_model
-from grpo_toolkit.export.format_reward import logged_requests
 from grpo_toolkit.export.policy_answers import PolicyAnswers, ask_policy, logit_noise, policy_noise
 from grpo_toolkit.export.verify import verify_export
 from grpo_toolkit.model import memory
 from grpo_toolkit.model.generation.evidence import Evidence
-from grpo_toolkit.model.generation.generate import Record, Request, load_model, rivals
+from grpo_toolkit.model.generation.generate import Record, rivals
+from grpo_toolkit.model.generation.request import Request, logged_requests
+from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.memory import why_too_large
 from tests.support.training import grpo_trainer
 

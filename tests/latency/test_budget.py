@@ -18,7 +18,7 @@ from grpo_toolkit.latency.engines.arms import Arm, Engines
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.rows.row import Proof, Timeline
-from grpo_toolkit.model.generation.generate import Request
+from grpo_toolkit.model.generation.request import Request
 from tests.support.training import grpo_trainer
 
 if TYPE_CHECKING:

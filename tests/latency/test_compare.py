@@ -18,7 +18,7 @@ from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.arms import Arm, Engines
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.store import append_rows, read_measurements
-from grpo_toolkit.model.generation.generate import load_model, load_processor
+from grpo_toolkit.model.load import load_model, load_processor
 from scripts.docs.latency_schema import json_schema
 from tests.latency.test_engines import leave_memory
 

@@ -24,7 +24,7 @@ from grpo_toolkit.model.cache_probe import cache_in
 from grpo_toolkit.model.generation import decode_ahead
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.decode_ahead import deferred_stops
-from grpo_toolkit.model.generation.generate import load_model
+from grpo_toolkit.model.load import load_model
 from tests.support.models import build_llama
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.engines.think_markers import SplitAnswer, split_answer
-from grpo_toolkit.model.generation.generate import Request, load_model, load_processor
+from grpo_toolkit.model.generation.request import Request
+from grpo_toolkit.model.load import load_model, load_processor
 from tests.support.training import forgets_in_training
 
 OLDEST = Version(transformers.__version__) < Version("4.57")

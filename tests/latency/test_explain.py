@@ -23,7 +23,8 @@ from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
 from grpo_toolkit.latency.rows.row import Effect, ExplanationRow, Timeline
 from grpo_toolkit.latency.rows.store import append_rows, read_rows
 from grpo_toolkit.latency.tune.tuning import STATIC_SINCE
-from grpo_toolkit.model.generation.generate import Request, load_model
+from grpo_toolkit.model.generation.request import Request
+from grpo_toolkit.model.load import load_model
 from grpo_toolkit.reporting.terminal.explanation import explanation
 from scripts.benchmarks.seeded_causes import ABOUT_LENGTHS, ALL, bases, seed_causes
 from tests.support.models import build_qwen2_5_vl

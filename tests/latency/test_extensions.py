@@ -17,7 +17,7 @@ from grpo_toolkit.latency.engines import endpoint
 from grpo_toolkit.latency.engines.endpoint import EndpointEngine
 from grpo_toolkit.latency.engines.endpoint_extensions import Manner, find_extensions, with_extensions
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.model.generation.generate import Request
+from grpo_toolkit.model.generation.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

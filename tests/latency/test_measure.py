@@ -11,17 +11,20 @@ import pytest
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.errors import InputError, WorkerError
+from grpo_toolkit.export.verification_process import Worker
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.bench.statistics import summary
-from grpo_toolkit.latency.bench.workload import requests_from_rows, traffic_of
+from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines import arms as arms_module
 from grpo_toolkit.latency.engines.arms import Arm, fitting
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.row import LatencyRow, Summary
 from grpo_toolkit.latency.rows.store import append_rows, read_measurements, read_rows, row_of
 from grpo_toolkit.model.generation.chat_inputs import image_messages
-from grpo_toolkit.model.generation.generate import Record, Request, load_model
-from grpo_toolkit.model.generation.model_process import Worker, worker_environment
+from grpo_toolkit.model.generation.generate import Record
+from grpo_toolkit.model.generation.model_process import worker_environment
+from grpo_toolkit.model.generation.request import Request, requests_from_rows
+from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.memory import process_bytes
 
 if TYPE_CHECKING:

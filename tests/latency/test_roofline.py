@@ -14,7 +14,7 @@ from grpo_toolkit.latency.engines.local import live_sizes
 from grpo_toolkit.latency.hardware.data_sheets import DATA_SHEETS, data_sheet
 from grpo_toolkit.latency.hardware.environment import throttle_reasons
 from grpo_toolkit.latency.hardware.model_sizes import ModelSizes, sizes_of
-from grpo_toolkit.model.generation.generate import load_model
+from grpo_toolkit.model.load import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path

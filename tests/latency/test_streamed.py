@@ -14,7 +14,7 @@ from grpo_toolkit.latency.bench.statistics import summary
 from grpo_toolkit.latency.engines.endpoint_stream import Stream, answer_of
 from grpo_toolkit.latency.rows.row import LatencyRow, Timeline, Tokens
 from grpo_toolkit.reporting.charts.arms import _gaps
-from grpo_toolkit.reporting.terminal.console import ratio_lines
+from grpo_toolkit.reporting.terminal.tables import ratio_lines
 from grpo_toolkit.reporting.trackers.wandb_plots import _gaps_ms
 from tests.support.latency_rows import row
 

@@ -22,7 +22,7 @@ from grpo_toolkit.latency.rows.row import LatencyRow, Proof, Ratio, Settings, Wo
 from grpo_toolkit.latency.rows.store import read_rows
 from grpo_toolkit.latency.tune.tune import _ahead, _Bench, _Limits, tune_latency
 from grpo_toolkit.latency.tune.tuning import Trial, Tuning, keys_for_files
-from grpo_toolkit.model.generation.generate import Request
+from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.reporting.terminal.console import say, show
 from scripts.benchmarks.seeded_causes import FILES
 from tests.support.models import build_llama
@@ -66,7 +66,7 @@ def test_batches_grow_within_the_limits(tuning: Tuning) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_the_printed_code_runs(tuning: Tuning, llama: Path, ahead: bool) -> None:
-    from grpo_toolkit.model.generation.generate import load_processor
+    from grpo_toolkit.model.load import load_processor
 
     inputs = load_processor(llama)("a text", return_tensors="pt")
     scope: dict[str, Any] = {"inputs": inputs}

@@ -8,7 +8,8 @@ import pytest
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.bench.workload import THINKING, count_tokens, image_size, made_up, traffic_of
-from grpo_toolkit.model.generation.generate import Request, load_processor
+from grpo_toolkit.model.generation.request import Request
+from grpo_toolkit.model.load import load_processor
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,7 +23,7 @@ from grpo_toolkit.errors import (
     VerificationError,
 )
 from grpo_toolkit.merge.merge import merge_adapter
-from grpo_toolkit.model.generation.generate import auto_class, dtype_argument
+from grpo_toolkit.model.load import auto_class, dtype_argument
 from tests.support.models import MERGE_BUILDERS
 from tests.support.training import v5_only
 

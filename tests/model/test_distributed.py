@@ -11,7 +11,8 @@ import pytest
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.trainer_checkpoints import why_not_whole
-from grpo_toolkit.model.generation.generate import generate, load_model
+from grpo_toolkit.model.generation.generate import generate
+from grpo_toolkit.model.load import load_model
 from tests.support.launch import ALONE, KINDS, launch, stored_weights
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 Report = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from grpo_toolkit.model.generation.generate import load_model
+from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.memory import free_bytes
 from grpo_toolkit.model.offload_to_cpu import movable, parked
 

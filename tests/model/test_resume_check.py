@@ -11,7 +11,7 @@ import torch
 from grpo_toolkit import ExportCallback, KVCacheCallback, ResumeGuardCallback
 from grpo_toolkit.checkpoint.trainer_checkpoints import last_whole_checkpoint, why_not_whole
 from grpo_toolkit.errors import ResumeError
-from grpo_toolkit.model.generation.generate import load_model
+from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.resume_check import ensure_checkpoint_weights
 from tests.support.training import LANGUAGE_QV, grpo_trainer, v5_only
 

@@ -16,7 +16,8 @@ from transformers import TrainerState
 
 from grpo_toolkit import ExportCallback, KVCacheCallback
 from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
-from grpo_toolkit.model.generation.generate import Request, dtype_argument, load_model
+from grpo_toolkit.model.generation.request import Request
+from grpo_toolkit.model.load import dtype_argument, load_model
 from grpo_toolkit.model.rotary_buffers import restore_buffers, rounded_buffers
 from tests.support.ports import free_port
 from tests.support.training import grpo_trainer, nested_config_only
@@ -83,7 +84,7 @@ SHARED_OUT = """
 import json, sys
 import deepspeed, transformers
 from grpo_toolkit.model.rotary_buffers import restore_buffers, rounded_buffers
-from grpo_toolkit.model.generation.generate import load_model
+from grpo_toolkit.model.load import load_model
 from pathlib import Path
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -127,7 +128,7 @@ from pathlib import Path
 import deepspeed
 from grpo_toolkit import KVCacheCallback
 from grpo_toolkit.model.rotary_buffers import rounded_buffers
-from grpo_toolkit.model.generation.generate import load_model
+from grpo_toolkit.model.load import load_model
 from transformers import TrainerCallback
 from tests.support.training import grpo_trainer
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.callbacks import KVCacheCallback
-from grpo_toolkit.model.generation.generate import generate, load_model
+from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.kv_cache import cache_flags
+from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.save_hook import (
     capture_model_defaults,
     install_save_hook,
@@ -25,7 +26,7 @@ from tests.support.training import grpo_trainer, nested_config_only, v5_only
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_a_config_may_set_environment_variables(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_adapter_config_names_no_module_of_the_vision_tower(qwen: Path) -> None:
-    from grpo_toolkit.model.generation.generate import load_model
+    from grpo_toolkit.model.load import load_model
 
     config = yaml.safe_load((RECIPES / "configs" / "qwen2_5_vl_3b_lora.yaml").read_text())
     model = load_model(qwen)[0]

@@ -236,7 +236,7 @@ def test_max_pixels_is_one_knob_for_rows_and_saved_processor(
 def test_min_pixels_goes_the_same_way(processors: Any, tmp_path: Path, qwen: Path) -> None:
     """Into the rows, the boxes in them, what the processor makes of them, and the export."""
     from grpo_toolkit import export_model
-    from grpo_toolkit.model.generation.generate import load_model
+    from grpo_toolkit.model.load import load_model
     from grpo_vlm.data.image_sizes import load_processor, pixel_limits
 
     box = {"answer": ["[30, 20, 60, 40]"] * 3, "answer_type": ["box"] * 3}

@@ -16,7 +16,7 @@ from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.rows.review import Review, comparisons, key_part, load_review, visits_of
 from grpo_toolkit.latency.rows.row import Effect, ExplanationRow
 from grpo_toolkit.latency.rows.store import append_rows
-from grpo_toolkit.model.generation.generate import Request
+from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.reporting.charts.causes import waterfall_bars
 from grpo_toolkit.reporting.charts.gallery import CHARTS, write_pictures
 from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, new_figure, styled

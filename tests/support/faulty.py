@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from grpo_toolkit.checkpoint.json_files import read_safetensors_header
+from grpo_toolkit.checkpoint.safetensors_header import read_safetensors_header
 from grpo_toolkit.doctor import names
 
 DATA = Path(__file__).parents[1] / "data"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.checkpoint.json_files import TensorInfo, parse_safetensors_header
+from grpo_toolkit.checkpoint.safetensors_header import TensorInfo, parse_safetensors_header
 from grpo_toolkit.doctor.planned_files import Entry
 from grpo_toolkit.errors import CheckpointError
 from tests.support.faulty import DATA

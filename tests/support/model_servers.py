@@ -59,7 +59,7 @@ def build_adapter(base: Path, target_modules: str | list[str]) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from grpo_toolkit.model.generation.generate import load_model
+    from grpo_toolkit.model.load import load_model
 
     model, processor, _ = load_model(base)
     torch.manual_seed(1)

@@ -24,8 +24,7 @@ def build_qwen2_5_vl(folder: Path, *, dtype: str = "float32", head_dim: int = 8)
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from scripts.models.tiny_vlm import TinyRecipe
-    from scripts.models.tiny_vlm_files import write_hub_files
+    from scripts.models.tiny_vlm_files import TinyRecipe, write_hub_files
 
     folder.mkdir(parents=True)
     recipe = TinyRecipe(

@@ -145,7 +145,8 @@ def resumes(folder: Path, *, model: str, **options: Any) -> tuple[dict[str, Any]
 def digest(trainer: Any) -> str | None:
     """What the weights are, told by rank 0 for all."""
     from grpo_toolkit.model.save_hook import saved_state
-    from grpo_toolkit.model.sharding.gather import gather, rank
+    from grpo_toolkit.model.sharding.gather import gather
+    from grpo_toolkit.model.sharding.ranks import rank
 
     state = gather(saved_state(trainer.model))
     found = hashlib.sha256()
@@ -181,7 +182,7 @@ def asked_midway(
 
     from grpo_toolkit import KVCacheCallback
     from grpo_toolkit.export.policy_answers import policy_records
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
     from grpo_toolkit.model.sharding import gathered_for_generation
 
     if not has_room:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint.model_folder import CONFIG, Checkpoint, JsonObject, Kind, TensorInfo, read_json
+from grpo_toolkit.checkpoint.json_files import JsonObject, read_json
+from grpo_toolkit.checkpoint.model_folder import CONFIG, Checkpoint, Kind
 from grpo_toolkit.checkpoint.tensor_names import (
     INPUT_EMBEDDINGS,
     OUTPUT_EMBEDDINGS,
@@ -19,6 +20,8 @@ from grpo_toolkit.errors import CheckpointError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
 
 
 @dataclass(frozen=True, kw_only=True)

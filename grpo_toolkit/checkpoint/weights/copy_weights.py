@@ -10,8 +10,8 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES
 from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX, Checkpoint
+from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.checkpoint.weights.shard_plan import plan_shards, refuse_full_disk
 from grpo_toolkit.checkpoint.weights.shard_writer import (
@@ -24,9 +24,14 @@ from grpo_toolkit.checkpoint.weights.shard_writer import (
     write_at,
     write_shards,
 )
+from grpo_toolkit.checkpoint.weights.tensor_blocks import (
+    Buffer,
+    is_finite_in,
+    raw_bytes,
+    single_threaded,
+    worker_count,
+)
 from grpo_toolkit.errors import VerificationError
-from grpo_toolkit.merge.low_rank import is_finite_in
-from grpo_toolkit.merge.tensor_merger import Buffer, raw_bytes, single_threaded, worker_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_files import FLOAT_NAMES, read_safetensors_metadata
+from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES, read_safetensors_metadata
 from grpo_toolkit.checkpoint.weights.shard_writer import Entry, Shard, Span
 from grpo_toolkit.errors import CheckpointError, InputError
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from grpo_toolkit.checkpoint.model_folder import TensorInfo
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
 
 # In the format, but no dtype of torch's that a model could be loaded into.
 _UNKNOWN: Final = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2FNUZ", "F8_E4M3FNUZ"})

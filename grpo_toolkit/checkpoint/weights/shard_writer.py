@@ -21,15 +21,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_files import DTYPE_BITS
-from grpo_toolkit.checkpoint.model_folder import WEIGHTS, WEIGHTS_INDEX, dump_json
+from grpo_toolkit.checkpoint.json_files import dump_json
+from grpo_toolkit.checkpoint.model_folder import WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS
 from grpo_toolkit.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from grpo_toolkit.checkpoint.json_files import TensorInfo
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
 
     Fill = Callable[["Entry", int, int], None]
     Progress = Callable[[int, int], None]

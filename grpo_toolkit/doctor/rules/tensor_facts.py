@@ -13,7 +13,7 @@ from grpo_toolkit.doctor.parsed_folder import Kind
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from grpo_toolkit.checkpoint.json_files import TensorInfo
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.parsed_folder import Folder
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from grpo_toolkit.latency.bench.workload import Traffic
-    from grpo_toolkit.latency.engines.arms import Arm, Measured
-    from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts
+    from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Measured
 
 
 def new_session() -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.engines.arms import Arm, Engines
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 CONTROL: Final = "control"
 """The arm's name of the A/A control: the first arm once more, in a process of its own."""

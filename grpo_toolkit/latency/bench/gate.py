@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
@@ -17,8 +16,7 @@ from grpo_toolkit.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.latency.rows.row import LatencyRow
 
 MAX_SLOWDOWN: Final = "max-slowdown"
 METRICS: Final = {"tpot_s": "time per output token", "e2e_s": "end to end"}
@@ -92,32 +90,3 @@ def _reason(gate: Gate, row: LatencyRow, first: LatencyRow) -> str:
             if ratio.median > gate.max_slowdown:
                 return f"{METRICS[ratio.metric]} {times}, allowed are {gate.max_slowdown:g}"
     return ""
-
-
-def explain_missed(
-    base: str,
-    missed: Sequence[Missed],
-    *,
-    device: str,
-    requests: Sequence[Request] = (),
-    max_new_tokens: int = 64,
-    budget_s: float | None = None,
-) -> list[ExplanationRow]:
-    """Why each folder missed its gate: one explanation a folder, none for what is no folder (an endpoint).
-
-    Args:
-        base: the first arm's folder; "" explains nothing.
-        missed: what missed the gate.
-        device, requests, max_new_tokens, budget_s: as for `explain_latency`.
-    """
-    from grpo_toolkit.latency.explain.explanation import explain_latency
-
-    if not base or not Path(base).is_dir():
-        return []
-    folders = dict.fromkeys(miss.path for miss in missed if Path(miss.path).is_dir())
-    return [
-        explain_latency(
-            base, folder, requests=requests, max_new_tokens=max_new_tokens, device=device, budget_s=budget_s
-        )
-        for folder in folders
-    ]

@@ -20,7 +20,8 @@ from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, 
 from grpo_toolkit.latency.bench.build_row import new_session, row_of_arm
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
 from grpo_toolkit.latency.bench.workload import Traffic, traffic_of
-from grpo_toolkit.latency.engines.arms import Engines, Measured, named_arms
+from grpo_toolkit.latency.engines.arms import Engines, named_arms
+from grpo_toolkit.latency.engines.protocol import Measured
 
 if TYPE_CHECKING:
     import os
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Engine, Options
     from grpo_toolkit.latency.rows.row import LatencyRow, Timeline
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
     Progress = Callable[[str, int, int], None]
 

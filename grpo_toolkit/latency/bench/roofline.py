@@ -20,7 +20,7 @@ from grpo_toolkit.latency.hardware.data_sheets import data_sheet
 from grpo_toolkit.latency.rows.row import Roofline
 
 if TYPE_CHECKING:
-    from grpo_toolkit.latency.engines.arms import Measured
+    from grpo_toolkit.latency.engines.protocol import Measured
     from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
 
 

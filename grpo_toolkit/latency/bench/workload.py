@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.export.format_reward import request_of
 from grpo_toolkit.model.generation.chat_inputs import image_messages, render_chat
-from grpo_toolkit.model.generation.generate import Request
+from grpo_toolkit.model.generation.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from PIL.Image import Image
 
@@ -285,24 +283,3 @@ def _marked(request: Request, number: str) -> Request:
             )
             break
     return replace(request, messages=messages)
-
-
-def requests_from_rows(rows: Iterable[Mapping[str, Any]], *, limit: int, max_new_tokens: int = 64) -> list[Request]:
-    """Turn dataset rows, as TRL's trainers take them, into requests.
-
-    Args:
-        rows: mappings with `prompt` (chat messages, or plain text) and, outside it, optionally `image` or `images`.
-        limit: the most rows to read.
-        max_new_tokens: of each request.
-    """
-    found = []
-    for row in islice(iter(rows), limit):
-        beside = row.get("images") or row.get("image")
-        found.append(request_of(_without_answer(row["prompt"]), beside, max_new_tokens=max_new_tokens))
-    return found
-
-
-def _without_answer(prompt: Any) -> Any:
-    while not isinstance(prompt, str) and prompt and prompt[-1]["role"] == "assistant":
-        prompt = prompt[:-1]
-    return prompt

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.engines.protocol import EngineFacts, Options
+from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.model.memory import free_bytes, process_bytes
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence
+    from grpo_toolkit.latency.engines.protocol import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +63,6 @@ class Arm:
     def warm_key(self) -> tuple[object, ...]:
         """Arms with the same key warm up together: they share an engine, and what is compiled for their options."""
         return (self.engine_key, self.options if self.options.is_compiled else None)
-
-
-@dataclass
-class Measured:
-    """What one arm has done so far."""
-
-    facts: EngineFacts = field(default_factory=EngineFacts)
-    answers: list[Answer] = field(default_factory=list)
-    evidence: Evidence | None = None
-    hardware: dict[str, float] = field(default_factory=dict)
-    warmup_s: float = 0.0
-    error: str | None = None
 
 
 def named_arms(
@@ -149,8 +137,9 @@ def processor_of(arms: Sequence[Arm]) -> Any:
     Raises:
         CheckpointError: a folder that is no checkpoint, or an adapter whose base is not here.
     """
-    from grpo_toolkit.checkpoint.model_folder import Kind, base_of_adapter, open_checkpoint
-    from grpo_toolkit.model.generation.generate import has_processor, load_processor
+    from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+    from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
+    from grpo_toolkit.model.load import has_processor, load_processor
 
     for arm in arms:
         if arm.live is not None:

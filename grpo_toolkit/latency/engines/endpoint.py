@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import httpx
     from PIL.Image import Image
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 _REFUSALS: Final = (400, 422)
 """What a server answers to keys that it does not take."""

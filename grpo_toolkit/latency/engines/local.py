@@ -29,15 +29,16 @@ from grpo_toolkit.latency.rows.row import Proof, Timeline
 from grpo_toolkit.model.cache_probe import CacheProbe, cache_in
 from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
 from grpo_toolkit.model.generation.decode_ahead import DecodeAhead
-from grpo_toolkit.model.generation.generate import GREEDY, resident_peak, rivals
-from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.model.generation.generate import GREEDY, rivals
+from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.memory import resident_peak
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import torch
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 
 class LocalEngine:

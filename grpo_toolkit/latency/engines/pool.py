@@ -13,8 +13,8 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.toggles import with_pixels
-from grpo_toolkit.latency.explain.facts import Declared, declared_by_files, declared_by_model
-from grpo_toolkit.model.kv_cache import base_model, inference_ready
+from grpo_toolkit.model.kv_cache import inference_ready
+from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence, Options
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,13 +47,6 @@ class Source:
     def is_dispatched(self) -> bool:
         """Whether accelerate spread a live model over devices, or keeps some of it on disk."""
         return self.model is not None and bool(getattr(base_model(self.model), "hf_device_map", None))
-
-    def declared(self, base: Path | None) -> Declared:
-        """What it says of itself."""
-        if self.model is not None:
-            return declared_by_model(self.model, self.processor)
-        assert self.path is not None
-        return declared_by_files(self.path, base)
 
 
 class Pool:
@@ -144,7 +137,7 @@ class Pool:
 
     def _dispatched_again(self, source: Source, model: Any, options: Options) -> torch.nn.Module:
         """A dispatched model once more from its folder, laid out alike, in another dtype or with other attention."""
-        from grpo_toolkit.model.generation.generate import auto_class, dtype_argument
+        from grpo_toolkit.model.load import auto_class, dtype_argument
 
         assert source.path is not None, "only a model with a folder is toggled"
         settings: dict[str, Any] = {dtype_argument(): options.dtype or str(model.dtype).removeprefix("torch.")}
@@ -182,7 +175,7 @@ class LiveEngine(LocalEngine):
 
 
 def _load(path: Path, options: Options) -> tuple[torch.nn.Module, Any]:
-    from grpo_toolkit.model.generation.generate import load_model
+    from grpo_toolkit.model.load import load_model
 
     model, processor, _ = load_model(
         path,

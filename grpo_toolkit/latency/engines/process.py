@@ -18,7 +18,7 @@ from grpo_toolkit.model.generation.model_process import ModelProcess, answering,
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 
 class ProcessEngine(ModelProcess):
@@ -108,7 +108,7 @@ def _load(path: Path, options: Options) -> Any:
 
     from grpo_toolkit.latency.engines.local import LocalEngine
     from grpo_toolkit.latency.engines.toggles import with_pixels
-    from grpo_toolkit.model.generation.generate import load_model
+    from grpo_toolkit.model.load import load_model
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
     from grpo_toolkit.latency.rows.row import Proof, Timeline
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 SdpaBackend = Literal["flash", "efficient", "math", "cudnn", "no_cudnn"]
 
@@ -161,3 +161,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+
+
+@dataclass
+class Measured:
+    """What one arm has done so far."""
+
+    facts: EngineFacts = field(default_factory=EngineFacts)
+    answers: list[Answer] = field(default_factory=list)
+    evidence: Evidence | None = None
+    hardware: dict[str, float] = field(default_factory=dict)
+    warmup_s: float = 0.0
+    error: str | None = None

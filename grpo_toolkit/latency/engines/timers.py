@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.model.cache_probe import vision_tower
-from grpo_toolkit.model.generation.generate import reset_resident_peak
-from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.memory import reset_resident_peak
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

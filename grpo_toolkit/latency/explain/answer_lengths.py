@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.engines.pool import Source
     from grpo_toolkit.latency.explain.effects import Arm
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def minus(lengths: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, ...]:
 
 def natural_requests(requests: Sequence[Request], sources: tuple[Source, Source], cap: int) -> list[Request]:
     """The requests until the model ends them itself; made up where none are given."""
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
     asked = list(requests)
     if not asked:
@@ -49,9 +49,9 @@ def natural_requests(requests: Sequence[Request], sources: tuple[Source, Source]
 def _images(source: Source) -> list[Any]:
     from PIL import Image
 
-    from grpo_toolkit.latency.explain.facts import live_pixel_limits
+    from grpo_toolkit.latency.explain.facts import declared_by, live_pixel_limits
 
-    declared = source.declared(None)
+    declared = declared_by(source, None)
     sees = declared.pixel_limits or live_pixel_limits(source.processor)
     return [Image.effect_noise((448, 448), 64).convert("RGB")] if sees else []
 

@@ -24,7 +24,7 @@ from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.explain.answer_lengths import Lengths, lengthened, minus, natural_requests
 from grpo_toolkit.latency.explain.causes import BY_NAME, CAUSES, Cause, blanks
 from grpo_toolkit.latency.explain.exact_split import median_round, split_exactly
-from grpo_toolkit.latency.explain.facts import Facts, facts_of, mean
+from grpo_toolkit.latency.explain.facts import Facts, declared_by, facts_of, mean
 from grpo_toolkit.latency.rows.row import Effect, ExplanationRow
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.explain.effects import Arm
     from grpo_toolkit.latency.rows.row import Timeline
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 BASE: Final = "base"
 UNEXPLAINED: Final = "unexplained"
@@ -178,7 +178,7 @@ class _Lab:
                 f"{source.name}: generate fails as the model stands ({reason}), so there is nothing to time; "
                 "leave a live model's training state first: with grpo_toolkit.inference_ready(model)"
             ) from error
-        return facts_of(source.name, options, source.declared(base), engine.facts(), evidence, answers)
+        return facts_of(source.name, options, declared_by(source, base), engine.facts(), evidence, answers)
 
     def plan(self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]) -> _Plan:
         """Which arms are timed: every combination of causes on the trained model, and the base."""
@@ -272,7 +272,7 @@ class _Lab:
 
 def _as_it_stands(source: Source, options: Options) -> Options:
     """Options that say what the files, or the state of a live model, say: only what is said can be toggled."""
-    declared = source.declared(None)
+    declared = declared_by(source, None)
     if options.cache_implementation is None and declared.cache_implementation is not None:
         options = replace(options, cache_implementation=declared.cache_implementation)
     if source.model is None:

@@ -11,13 +11,15 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, base_of_adapter
+from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, Folder, Kind
 from grpo_toolkit.doctor.planned_files import DiskFiles
 from grpo_toolkit.doctor.rules.processing import pixel_limits
-from grpo_toolkit.model.kv_cache import base_model, is_checkpointing
+from grpo_toolkit.model.kv_cache import is_checkpointing
+from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from grpo_toolkit.doctor.findings import Finding
+    from grpo_toolkit.latency.engines.pool import Source
     from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
     from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
     from grpo_toolkit.latency.rows.row import Proof
@@ -134,6 +137,14 @@ class Facts:
     def finding(self, *codes: str) -> Finding | None:
         """The doctor's first finding of these codes."""
         return next((finding for finding in self.declared.findings if finding.code in codes), None)
+
+
+def declared_by(source: Source, base: Path | None) -> Declared:
+    """Return what a source says of itself: a live model by its settings, a folder by its files."""
+    if source.model is not None:
+        return declared_by_model(source.model, source.processor)
+    assert source.path is not None
+    return declared_by_files(source.path, base)
 
 
 def declared_by_files(path: Path, base: Path | None) -> Declared:

@@ -17,13 +17,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
-from grpo_toolkit.export.checks import TIE_MARGINS, first_difference, rival_gap
 from grpo_toolkit.latency.bench.statistics import paired_ratio, turns
 from grpo_toolkit.latency.bench.sweep import doubling
 from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.pool import Pool, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.tune.tuning import Trial, Tuning
+from grpo_toolkit.model.generation.agreement import TIE_MARGINS, first_difference, rival_gap
 from grpo_toolkit.model.generation.decode_ahead import DEVICES
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from grpo_toolkit.latency.engines.protocol import Answer, SdpaBackend
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 COMPILE_MODES: Final[dict[bool, tuple[str | None, ...]]] = {False: (None,), True: (None, "max-autotune")}
 """Modes of a compiled step that are tried, without and with a GPU; None is transformers' own."""
@@ -272,7 +272,7 @@ def _tpot(answers: Sequence[Answer]) -> float:
 
 
 def _request(source: Source, processor: Any, new_tokens: int, prompt_tokens: int, image_tokens: int | None) -> Request:
-    from grpo_toolkit.model.generation.generate import load_processor
+    from grpo_toolkit.model.load import load_processor
 
     if processor is None:
         assert source.path is not None
@@ -282,8 +282,10 @@ def _request(source: Source, processor: Any, new_tokens: int, prompt_tokens: int
 
 
 def _model_type(source: Source) -> str:
-    from grpo_toolkit.checkpoint.model_folder import CONFIG, base_of_adapter, read_json
-    from grpo_toolkit.model.kv_cache import base_model
+    from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+    from grpo_toolkit.checkpoint.json_files import read_json
+    from grpo_toolkit.checkpoint.model_folder import CONFIG
+    from grpo_toolkit.model.live_model import base_model
 
     if source.model is not None:
         return str(base_model(source.model).config.model_type)

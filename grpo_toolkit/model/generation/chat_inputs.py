@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.model.kv_cache import base_model
+from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-    from grpo_toolkit.model.generation.generate import Request
+    from grpo_toolkit.model.generation.request import Request
 
 
 def prepare_inputs(processor: Any, requests: Sequence[Request]) -> Any:

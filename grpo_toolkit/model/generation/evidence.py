@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -54,30 +54,3 @@ def read_evidence(path: Path) -> Evidence:
     tensors = load_file(path)
     logits = tensors.pop("logits")
     return Evidence(inputs={name.removeprefix("inputs."): tensor for name, tensor in tensors.items()}, logits=logits)
-
-
-def input_differences(expected: Evidence, found: Evidence) -> Iterator[str]:
-    """A few words on each of the processor's tensors that is not the same in both."""
-    for name in sorted(expected.inputs.keys() | found.inputs.keys()):
-        want, got = expected.inputs.get(name), found.inputs.get(name)
-        if want is None or got is None:
-            yield f"{name} is only there with the {'export' if want is None else 'policy'}"
-        elif want.shape != got.shape:
-            yield f"{name} has the shape {tuple(got.shape)} and not {tuple(want.shape)}"
-        elif not want.equal(got):
-            yield f"{name} differs by up to {float((want.double() - got.double()).abs().max()):.3g}"
-
-
-def logit_distance(expected: Evidence, found: Evidence, *, steps: int = LOGIT_STEPS) -> tuple[float, float]:
-    """How far the logits of the first `steps` tokens are apart: relative to their spread (RMS over RMS), and at most.
-
-    Raises:
-        ValueError: another vocabulary.
-    """
-    count = min(steps, len(expected.logits), len(found.logits))
-    want, got = expected.logits[:count].double(), found.logits[:count].double()
-    if want.shape != got.shape:
-        raise ValueError(f"{got.shape[1]} logits and not {want.shape[1]}")
-    spread = (want - want.mean(dim=1, keepdim=True)).norm()
-    apart = want - got
-    return float(apart.norm() / spread), float(apart.abs().max())

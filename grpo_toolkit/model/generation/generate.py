@@ -11,21 +11,18 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from grpo_toolkit.checkpoint.model_folder import CONFIG, Kind, base_of_adapter, open_checkpoint, read_json
 from grpo_toolkit.model.cache_probe import CacheProbe
 from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
 from grpo_toolkit.model.generation.evidence import Evidence, collect
-from grpo_toolkit.model.kv_cache import base_model
-from grpo_toolkit.model.sharding.gather import world_size
+from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.memory import reset_resident_peak, resident_peak
 from grpo_toolkit.model.sharding.gathered_for_generation import is_collective
+from grpo_toolkit.model.sharding.ranks import world_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     import torch
-    from PIL.Image import Image
-    from transformers import PreTrainedModel
+
+    from grpo_toolkit.model.generation.request import Request
 
 
 GREEDY: Final[dict[str, Any]] = {
@@ -37,32 +34,6 @@ GREEDY: Final[dict[str, Any]] = {
     "repetition_penalty": 1.0,
 }
 """Greedy decoding for `generate`, with every sampling setting and penalty off: the same weights say the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One generation request.
-
-    Attributes:
-        messages: the conversation in chat form, `[{"role": ..., "content": str | parts}]`.
-        images: images for the conversation's image parts, in order; where the contents are plain strings they go in
-            front of the first user text.
-        max_new_tokens: the most tokens to generate.
-        exact: generate exactly `max_new_tokens`, ignoring the end-of-sequence token.
-        use_cache: None leaves it to the model's own files, which is what a user gets.
-        with_rivals: also record by how much each token won, and over which (costs keeping the logits).
-        with_evidence: also keep what the processor gave and the first logits, to compare another model with.
-        forced: tokens to say whatever the logits are: two models can be compared where they would part.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    images: Sequence[Image] = ()
-    max_new_tokens: int = 64
-    exact: bool = False
-    use_cache: bool | None = None
-    with_rivals: bool = False
-    with_evidence: bool = False
-    forced: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,129 +74,6 @@ class Record:
         found = asdict(replace(self, evidence=None))
         del found["evidence"]
         return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadReport:
-    """What loading a folder said: keys that the model missed, did not expect, or that had another shape.
-
-    `tied` says whether the output embeddings are the input embeddings; None where the model does not have both.
-    """
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-    dtype: str = ""
-    parameters: int = 0
-    tied: bool | None = None
-
-    @property
-    def is_clean(self) -> bool:
-        return not (self.missing or self.unexpected or self.mismatched)
-
-
-def load_model(
-    path: Path,
-    *,
-    device: str = "cpu",
-    attn_implementation: str | None = None,
-    base: Path | None = None,
-    dtype: str = "auto",
-    device_map: str | None = None,
-) -> tuple[PreTrainedModel, Any, LoadReport]:
-    """Load a model folder (or an adapter on its base, unmerged) with its processor.
-
-    Args:
-        path: a folder with a full model, or with an adapter.
-        device: where to put it.
-        attn_implementation: None leaves it to the library.
-        base: for an adapter, the base's folder; by default the one that the adapter names.
-        dtype: "auto" is that of its files.
-        device_map: accelerate's, such as "auto"; it then decides where the model goes.
-
-    Returns:
-        The model in eval mode on `device`, its processor (or tokenizer, for a text model), and what loading said.
-
-    Raises:
-        CheckpointError: not a checkpoint, or an adapter whose base is not here.
-    """
-    checkpoint = open_checkpoint(path)
-    if checkpoint.kind is Kind.ADAPTER:
-        settings = {"attn_implementation": attn_implementation, "dtype": dtype, "device_map": device_map}
-        return _load_adapter(path, device=device, base=base, settings=settings)
-    extra = {"attn_implementation": attn_implementation, "device_map": device_map}
-    model, info = auto_class(path).from_pretrained(
-        path,
-        output_loading_info=True,
-        **{dtype_argument(): dtype},
-        **{name: value for name, value in extra.items() if value is not None},
-    )
-    report = LoadReport(
-        missing=sorted(info["missing_keys"]),
-        unexpected=sorted(info["unexpected_keys"]),
-        mismatched=sorted(str(key) for key in info["mismatched_keys"]),
-        dtype=str(model.dtype).removeprefix("torch."),
-        parameters=model.num_parameters(),
-        tied=_is_tied(model),
-    )
-    return (model if device_map else model.to(device)).eval(), load_processor(path), report
-
-
-def _is_tied(model: PreTrainedModel) -> bool | None:
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    return None if inputs is None or outputs is None else getattr(outputs, "weight", None) is inputs.weight
-
-
-def _load_adapter(
-    path: Path, *, device: str, base: Path | None, settings: Mapping[str, Any]
-) -> tuple[PreTrainedModel, Any, LoadReport]:
-    from peft import PeftModel, get_peft_model_state_dict
-
-    base = base or base_of_adapter(path)
-    model, processor, report = load_model(base, device=device, **settings)
-    adapted = PeftModel.from_pretrained(model, path).eval()
-    if not settings["device_map"]:
-        adapted = adapted.to(device)
-    # PEFT only warns about keys that fit nowhere, and leaves fresh random weights in their place.
-    stored, wanted = set(open_checkpoint(path).tensors()), set(get_peft_model_state_dict(adapted))
-    report = replace(
-        report,
-        missing=[*report.missing, *sorted(wanted - stored)],
-        unexpected=[*report.unexpected, *sorted(stored - wanted)],
-    )
-    return adapted, load_processor(path) if has_processor(path) else processor, report
-
-
-def has_processor(path: Path) -> bool:
-    """Whether the folder carries a tokenizer or processor of its own."""
-    return any((path / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
-
-
-def load_processor(path: Path) -> Any:
-    """The folder's processor, or its tokenizer where it has no image side."""
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(path)
-
-
-def auto_class(path: Path) -> Any:
-    """The Auto class that loads this folder for generation: image-text-to-text if the model type has one."""
-    import transformers
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    model_type = read_json(path / CONFIG).get("model_type")
-    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return transformers.AutoModelForImageTextToText
-    return AutoModelForCausalLM
-
-
-def dtype_argument() -> str:
-    """`dtype` since transformers 4.56, `torch_dtype` before (huggingface/transformers#39782)."""
-    import transformers
-    from packaging.version import Version
-
-    return "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 
 def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record:
@@ -325,27 +173,3 @@ class Stopwatch:
 
             return int(torch.cuda.max_memory_allocated(self.device))
         return resident_peak()
-
-
-def reset_resident_peak() -> None:
-    """Begin a new resident peak, where the kernel allows it."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 (a kernel switch, not a path to read)
-            file.write("5")
-    except OSError:  # not Linux, or not allowed: the peak is then that of the whole process
-        return
-
-
-def resident_peak() -> int:
-    """The process's resident peak in bytes since the last reset."""
-    import resource
-    import sys
-    from pathlib import Path
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

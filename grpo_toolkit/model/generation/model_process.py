@@ -18,13 +18,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import WorkerError
-from grpo_toolkit.model.generation.evidence import read_evidence, write_evidence
-from grpo_toolkit.model.generation.generate import LoadReport, Record, Request
+from grpo_toolkit.model.generation.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -153,49 +151,6 @@ class ModelProcess:
         return WorkerError(f"{self.path}: the process that loads it {what} (exit code {code}): " + " | ".join(tail))
 
 
-class Worker(ModelProcess):
-    """A folder, loaded in a process of its own, that answers one request at a time.
-
-    Args:
-        path: the model or adapter folder.
-        device: "cpu", "cuda", "cuda:1", ...
-        attn_implementation: None leaves it to the library.
-        timeout_s: how long one answer may take.
-
-    Raises:
-        WorkerError: the process failed or went silent; the message ends with the last lines of its log.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        device: str = "cpu",
-        attn_implementation: str | None = None,
-        timeout_s: float = 1800.0,
-    ) -> None:
-        self._report: LoadReport | None = None
-        setup = {"device": device, "attn_implementation": attn_implementation}
-        super().__init__(path, setup, module=__name__, timeout_s=timeout_s)
-
-    @property
-    def report(self) -> LoadReport:
-        """What loading said; waits for it the first time, so several workers can load side by side."""
-        if self._report is None:
-            self._report = LoadReport(**self._receive())
-        return self._report
-
-    def generate(self, request: Request) -> Record:
-        """Answer one request in the worker."""
-        _ = self.report
-        evidence = self._scratch / "evidence" if request.with_evidence else None
-        self._send(self._write_request(request) | {"evidence": None if evidence is None else str(evidence)})
-        answer = self._receive()
-        # JSON has text for keys.
-        rivals = [{int(token): gap for token, gap in step.items()} for step in answer.pop("rivals")]
-        return Record(**answer, rivals=rivals, evidence=None if evidence is None else read_evidence(evidence))
-
-
 def worker_environment() -> dict[str, str]:
     """This process's environment without what a distributed launcher put there."""
     kept = {
@@ -234,23 +189,3 @@ def read_request(message: dict[str, Any]) -> Request:
 
     images = [Image.open(file).convert("RGB") for file in message.pop("images")]
     return Request(images=images, **message)
-
-
-def serve() -> None:
-    """The worker's side: load what the first line of standard input names, then answer a request a line."""
-    with answering() as answer:
-        from grpo_toolkit.model.generation.generate import generate, load_model
-
-        setup = json.loads(sys.stdin.readline())
-        model, processor, report = load_model(
-            Path(setup["path"]), device=setup["device"], attn_implementation=setup["attn_implementation"]
-        )
-        answer(asdict(report))
-        for line in sys.stdin:
-            message = json.loads(line)
-            evidence = message.pop("evidence")
-            request = replace(read_request(message), with_evidence=evidence is not None)
-            record = generate(model, processor, request)
-            if record.evidence is not None:
-                write_evidence(record.evidence, Path(evidence))
-            answer(record.to_json())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.latency.bench.workload import requests_from_rows
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from grpo_toolkit.model.generation.generate import Request
+    from PIL.Image import Image
 
 
 def find_requests(
@@ -26,3 +26,95 @@ def find_requests(
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) and "prompt" in dataset[0]:
             return requests_from_rows((dataset[i] for i in range(min(limit, len(dataset)))), limit=limit)
     return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One generation request.
+
+    Attributes:
+        messages: the conversation in chat form, `[{"role": ..., "content": str | parts}]`.
+        images: images for the conversation's image parts, in order; where the contents are plain strings they go in
+            front of the first user text.
+        max_new_tokens: the most tokens to generate.
+        exact: generate exactly `max_new_tokens`, ignoring the end-of-sequence token.
+        use_cache: None leaves it to the model's own files, which is what a user gets.
+        with_rivals: also record by how much each token won, and over which (costs keeping the logits).
+        with_evidence: also keep what the processor gave and the first logits, to compare another model with.
+        forced: tokens to say whatever the logits are: two models can be compared where they would part.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    images: Sequence[Image] = ()
+    max_new_tokens: int = 64
+    exact: bool = False
+    use_cache: bool | None = None
+    with_rivals: bool = False
+    with_evidence: bool = False
+    forced: Sequence[int] = ()
+
+
+def logged_requests(trainer: Any, *, limit: int = 4, max_new_tokens: int = 64) -> list[Request]:
+    """The last prompts that a trainer has logged, each once; none where it keeps no such log.
+
+    TRL's GRPOTrainer has kept it in `_logs` since 0.16, images inside the prompts or beside them
+    (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/grpo_trainer.py).
+    """
+    logs = getattr(trainer, "_logs", None)
+    if not isinstance(logs, dict) or "prompt" not in logs:
+        return []
+    prompts = list(logs["prompt"])
+    images = list(logs.get("images") or [])
+    images = images if len(images) == len(prompts) else [()] * len(prompts)
+    found: dict[str, Request] = {}
+    for prompt, beside in zip(reversed(prompts), reversed(images), strict=True):
+        request = request_of(prompt, beside, max_new_tokens=max_new_tokens)
+        found.setdefault(f"{request.messages} {[id(image) for image in request.images]}", request)
+    return list(found.values())[:limit]
+
+
+def request_of(prompt: Any, beside: Any = (), *, max_new_tokens: int) -> Request:
+    """A request from a prompt as TRL's trainers take it.
+
+    Args:
+        prompt: a text, or chat messages, whose parts may hold their images.
+        beside: the image or images beside it, where there are none inside.
+        max_new_tokens: of the request.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    inside: list[Any] = []
+    messages = []
+    for turn in turns:
+        content = turn["content"]
+        if not isinstance(content, str):
+            inside += [part["image"] for part in content if part.get("image") is not None]
+            content = [{key: value for key, value in part.items() if key in ("type", "text")} for part in content]
+        messages.append({**turn, "content": content})
+    images = inside or (beside if isinstance(beside, (list, tuple)) else [beside] if beside is not None else [])
+    return Request(messages=messages, images=images, max_new_tokens=max_new_tokens)
+
+
+def plain_request() -> Request:
+    """A request that any language model can answer."""
+    return Request(messages=[{"role": "user", "content": "Count from one to ten."}], max_new_tokens=16)
+
+
+def requests_from_rows(rows: Iterable[Mapping[str, Any]], *, limit: int, max_new_tokens: int = 64) -> list[Request]:
+    """Turn dataset rows, as TRL's trainers take them, into requests.
+
+    Args:
+        rows: mappings with `prompt` (chat messages, or plain text) and, outside it, optionally `image` or `images`.
+        limit: the most rows to read.
+        max_new_tokens: of each request.
+    """
+    found = []
+    for row in islice(iter(rows), limit):
+        beside = row.get("images") or row.get("image")
+        found.append(request_of(_without_answer(row["prompt"]), beside, max_new_tokens=max_new_tokens))
+    return found
+
+
+def _without_answer(prompt: Any) -> Any:
+    while not isinstance(prompt, str) and prompt and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    return prompt

@@ -11,7 +11,8 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.model.memory import free_bytes
-from grpo_toolkit.model.sharding.gather import exchange, is_sharded, world_size
+from grpo_toolkit.model.sharding.gather import is_sharded
+from grpo_toolkit.model.sharding.ranks import exchange, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.json_files import dump_json, read_json
 from grpo_toolkit.checkpoint.manifest import manifest_of, sha256
-from grpo_toolkit.checkpoint.model_folder import MANIFEST, dump_json, open_checkpoint, read_json
+from grpo_toolkit.checkpoint.model_folder import MANIFEST, open_checkpoint
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.rows.review import median_of
 from grpo_toolkit.reporting.charts.gallery import write_pictures

@@ -6,7 +6,8 @@ doctor's findings beside it and the export's manifest alone, so it can be made a
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
@@ -18,7 +19,7 @@ from grpo_toolkit.reporting.report.folder_findings import export_manifest, findi
 from grpo_toolkit.reporting.report.headline import headline_of, interval
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
@@ -218,3 +219,11 @@ def _render(content: dict[str, Any], path: Path) -> Path:
     except OSError as error:
         raise InputError(f"{path}: the page cannot be written there ({error.strerror or error})") from error
     return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """What was drawn for the review: the report's file and the pictures by chart."""
+
+    report: Path | None
+    pictures: Mapping[str, Path]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.rows.review import load_review, visits_of
-from grpo_toolkit.model.kv_cache import random_state_kept
+from grpo_toolkit.model.live_model import random_state_kept
 from grpo_toolkit.reporting.terminal.console import wandb_hint
 from grpo_toolkit.reporting.trackers import tensorboard, tracker_runs, trackio, wandb_run
 from grpo_toolkit.reporting.trackers.bounded_calls import BUDGET_S, Breaker, Budget, one_line
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
 
     from grpo_toolkit.latency.rows.review import Review
-    from grpo_toolkit.reporting.trackers.wandb_run import Pages
+    from grpo_toolkit.reporting.report.page import Pages
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.errors import InputError, TrackerError
 from grpo_toolkit.latency.rows.review import FOLDER_NAME, visits_of
 from grpo_toolkit.reporting.charts.gallery import write_pictures
-from grpo_toolkit.reporting.report.page import REPORT_FILE, write_report
+from grpo_toolkit.reporting.report.page import REPORT_FILE, Pages, write_report
 from grpo_toolkit.reporting.terminal.console import wandb_hint
 from grpo_toolkit.reporting.trackers import tracker_runs
 from grpo_toolkit.reporting.trackers.bounded_calls import Breaker, Budget
 from grpo_toolkit.reporting.trackers.metrics import IDS_KEY, TABLE_IDS_KEY
 from grpo_toolkit.reporting.trackers.wandb_environment import prepare_environment
-from grpo_toolkit.reporting.trackers.wandb_run import Pages, log_review, logged_ids, run_facts
+from grpo_toolkit.reporting.trackers.wandb_run import log_review, logged_ids, run_facts
 
 if TYPE_CHECKING:
     from grpo_toolkit.latency.rows.review import Review

@@ -23,7 +23,7 @@ from grpo_toolkit.reporting.trackers.metrics import (
 
 if TYPE_CHECKING:
     from grpo_toolkit.latency.rows.review import Review
-    from grpo_toolkit.reporting.trackers.wandb_run import Pages
+    from grpo_toolkit.reporting.report.page import Pages
 
 
 def open_run() -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ scalars first, media next and tables last, because only tables and artifacts wai
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -32,20 +31,13 @@ from grpo_toolkit.reporting.trackers.metrics import (
 from grpo_toolkit.reporting.trackers.wandb_plots import box_plots, tpot_bars, tpot_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from grpo_toolkit.latency.rows.review import Review, Visit
+    from grpo_toolkit.reporting.report.page import Pages
     from grpo_toolkit.reporting.trackers.bounded_calls import Breaker
 
 CHART_KEY: Final = "latency/charts"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pages:
-    """What was drawn for the review: the report's file and the pictures by chart."""
-
-    report: Path | None
-    pictures: Mapping[str, Path]
 
 
 def active_run() -> Any | None:
