@@ -13,6 +13,7 @@ from grpo_toolkit.cache import base_model, inference_ready
 from grpo_toolkit.checks import LOGIT_TOLERANCES, TIE_MARGINS, first_difference
 from grpo_toolkit.distributed import failing_together, is_sharded
 from grpo_toolkit.evidence import logit_distance
+from grpo_toolkit.hooks import LookingHooks
 from grpo_toolkit.inference import Record, Request, generate
 from grpo_toolkit.saving import inference_defaults
 from grpo_toolkit.whole_weights import whole_weights
@@ -99,11 +100,12 @@ def _seen_dtype(model: torch.nn.Module) -> Iterator[set[str]]:
     """The dtypes in which a model's embeddings came out inside, which are those that it computed in."""
     seen: set[str] = set()
     embeddings = base_model(model).get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda _m, _args, out: seen.add(str(out.dtype).removeprefix("torch.")))
+    hooks = LookingHooks("seeing in which dtype the policy computes")
+    hooks.after(embeddings, lambda _m, _args, out: seen.add(str(out.dtype).removeprefix("torch.")))
     try:
         yield seen
     finally:
-        handle.remove()
+        hooks.close()
 
 
 def policy_records(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.cache import base_model
+from grpo_toolkit.hooks import LookingHooks
 
 if TYPE_CHECKING:
     import torch
@@ -30,24 +30,27 @@ class CacheProbe:
 
     model: torch.nn.Module
     step_lengths: list[int] = field(default_factory=list)
-    cache_lengths: list[int] = field(default_factory=list)
+    cache_lengths: list[int | None] = field(default_factory=list)
     vision_calls: int = 0
-    _hooks: ExitStack = field(default_factory=ExitStack, repr=False)
+    _hooks: LookingHooks = field(default_factory=lambda: LookingHooks("proving the KV cache"), repr=False)
 
     @property
-    def is_cached(self) -> bool:
-        """Every step after the first was fed one token, on top of a cache that holds all before it."""
+    def is_cached(self) -> bool | None:
+        """Every step after the first was fed one token, on top of a cache that holds all before it.
+
+        None where it was not seen: of a cache that does not tell its length, or where looking failed.
+        """
         fed = [sum(self.step_lengths[:step]) for step in range(len(self.step_lengths))]
-        return all(length == 1 for length in self.step_lengths[1:]) and self.cache_lengths == fed
+        if any(length != 1 for length in self.step_lengths[1:]):
+            return False
+        return None if self._hooks.failed or None in self.cache_lengths else self.cache_lengths == fed
 
     def __enter__(self) -> CacheProbe:
         inner = base_model(self.model)
-        handles = [inner.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
+        self._hooks.before(inner, self._on_forward)
         tower = vision_tower(inner)
         if tower is not None:
-            handles.append(tower.register_forward_pre_hook(self._on_vision))
-        for handle in handles:
-            self._hooks.callback(handle.remove)
+            self._hooks.before(tower, self._on_vision)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,9 +62,8 @@ class CacheProbe:
             tokens = kwargs.get("inputs_embeds", args[0] if args else None)
         if tokens is None:
             return
-        cache = cache_in(kwargs)
         self.step_lengths.append(int(tokens.shape[1]))
-        self.cache_lengths.append(0 if cache is None else int(cache.get_seq_length()))
+        self.cache_lengths.append(tokens_held(cache_in(kwargs)))
 
     def _on_vision(self, *_: object) -> None:
         self.vision_calls += 1
@@ -84,6 +86,16 @@ def cache_in(given: Any) -> Any:
     return dict.get(given, "past_key_values") if found is None else found
 
 
+def tokens_held(cache: Any) -> int | None:
+    """Return how many tokens a KV cache holds, or None for one that does not tell.
+
+    Continuous batching keeps the tokens of many requests in one `PagedAttentionCache`, which has no length.
+    """
+    if cache is None:
+        return 0
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+
+
 class Decoding(enum.Enum):
     """How a generation was seen to decode."""
 
@@ -97,17 +109,18 @@ class RolloutWatch:
 
     The forwards of a rollout stand between those of log-probabilities and of training. They are told by their inputs:
     no gradient is wanted, and either one token follows the prompt of the same batch, or the same batch comes again
-    with one token more.
+    with one token more. It lets go, too, of a rollout by continuous batching, which has a cache of its own.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.seen: Decoding | None = None
         self._before: torch.Tensor | None = None
-        self._handle = base_model(model).register_forward_pre_hook(self._on_forward, with_kwargs=True)
+        self._hooks = LookingHooks("watching how rollouts decode")
+        self._hooks.before(base_model(model), self._on_forward)
 
     def close(self) -> None:
         """Take the hook off the model."""
-        self._handle.remove()
+        self._hooks.close()
         self._before = None
 
     def _on_forward(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,11 +130,13 @@ class RolloutWatch:
         if tokens is None or torch.is_grad_enabled():
             self._before = None
             return
+        held = tokens_held(cache_in(kwargs))
+        if held is None:
+            self.close()
+            return
         self._before = tokens
         if before is None or before.shape[0] != tokens.shape[0] or before.shape[1] < 2:
             return
-        cache = cache_in(kwargs)
-        held = 0 if cache is None else int(cache.get_seq_length())
         if tokens.shape[1] == 1:
             self._conclude(Decoding.CACHED if held == before.shape[1] else Decoding.FORGETFUL)
         elif tokens.shape[1] == before.shape[1] + 1 and held == 0 and bool((tokens[:, :-1] == before).all()):
