@@ -105,9 +105,7 @@ class Engine:
         self.random = torch.Generator().manual_seed(seed)
         runner = SimpleNamespace(model_runner=SimpleNamespace(model=self))
         executor = SimpleNamespace(driver_worker=runner)
-        self.llm_engine = SimpleNamespace(
-            model_executor=executor, model_config=SimpleNamespace(max_model_len=256)
-        )
+        self.llm_engine = SimpleNamespace(model_executor=executor, model_config=SimpleNamespace(max_model_len=256))
         self.loaded = 0
 
     def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
