@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.model.generation.agreement import LOGIT_TOLERANCES, TIE_MARGINS, first_difference, logit_distance
 from grpo_toolkit.model.generation.generate import Record, generate
 from grpo_toolkit.model.generation.request import Request, plain_request
+from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.save_hook import inference_defaults
@@ -101,11 +102,12 @@ def _seen_dtype(model: torch.nn.Module) -> Iterator[set[str]]:
     """The dtypes in which a model's embeddings came out inside, which are those that it computed in."""
     seen: set[str] = set()
     embeddings = base_model(model).get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda _m, _args, out: seen.add(str(out.dtype).removeprefix("torch.")))
+    hooks = LookingHooks("seeing in which dtype the policy computes")
+    hooks.after(embeddings, lambda _m, _args, out: seen.add(str(out.dtype).removeprefix("torch.")))
     try:
         yield seen
     finally:
-        handle.remove()
+        hooks.close()
 
 
 def policy_records(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
@@ -29,24 +29,27 @@ class CacheProbe:
 
     model: torch.nn.Module
     step_lengths: list[int] = field(default_factory=list)
-    cache_lengths: list[int] = field(default_factory=list)
+    cache_lengths: list[int | None] = field(default_factory=list)
     vision_calls: int = 0
-    _hooks: ExitStack = field(default_factory=ExitStack, repr=False)
+    _hooks: LookingHooks = field(default_factory=lambda: LookingHooks("proving the KV cache"), repr=False)
 
     @property
-    def is_cached(self) -> bool:
-        """Every step after the first was fed one token, on top of a cache that holds all before it."""
+    def is_cached(self) -> bool | None:
+        """Every step after the first was fed one token, on top of a cache that holds all before it.
+
+        None where it was not seen: of a cache that does not tell its length, or where looking failed.
+        """
         fed = [sum(self.step_lengths[:step]) for step in range(len(self.step_lengths))]
-        return all(length == 1 for length in self.step_lengths[1:]) and self.cache_lengths == fed
+        if any(length != 1 for length in self.step_lengths[1:]):
+            return False
+        return None if self._hooks.failed or None in self.cache_lengths else self.cache_lengths == fed
 
     def __enter__(self) -> CacheProbe:
         inner = base_model(self.model)
-        handles = [inner.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
+        self._hooks.before(inner, self._on_forward)
         tower = vision_tower(inner)
         if tower is not None:
-            handles.append(tower.register_forward_pre_hook(self._on_vision))
-        for handle in handles:
-            self._hooks.callback(handle.remove)
+            self._hooks.before(tower, self._on_vision)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,9 +61,8 @@ class CacheProbe:
             tokens = kwargs.get("inputs_embeds", args[0] if args else None)
         if tokens is None:
             return
-        cache = cache_in(kwargs)
         self.step_lengths.append(int(tokens.shape[1]))
-        self.cache_lengths.append(0 if cache is None else int(cache.get_seq_length()))
+        self.cache_lengths.append(tokens_held(cache_in(kwargs)))
 
     def _on_vision(self, *_: object) -> None:
         self.vision_calls += 1
@@ -81,3 +83,13 @@ def cache_in(given: Any) -> Any:
         return None
     found = dict.get(given, "cache")  # dict's own: an output of transformers' warns of the old name
     return dict.get(given, "past_key_values") if found is None else found
+
+
+def tokens_held(cache: Any) -> int | None:
+    """Return how many tokens a KV cache holds, or None for one that does not tell.
+
+    Continuous batching keeps the tokens of many requests in one `PagedAttentionCache`, which has no length.
+    """
+    if cache is None:
+        return 0
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import tempfile
 import types
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import GenerationConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 _DEFAULTS = "_grpo_toolkit_defaults"
 _GENERATION = "_grpo_toolkit_generation_config"
@@ -144,9 +147,19 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
     The name is the method's own: pickling a bound method stores its name, and unpickling looks it up on the class.
     """
-    if kwargs.get("state_dict") is not None:
-        kwargs["state_dict"] = tied_again(self, kwargs["state_dict"])
-    with inference_defaults(self, self.__dict__[_DEFAULTS]), published_names(self):
+    with ExitStack() as ours:
+        try:
+            if kwargs.get("state_dict") is not None:
+                kwargs["state_dict"] = tied_again(self, kwargs["state_dict"])
+            ours.enter_context(inference_defaults(self, self.__dict__[_DEFAULTS]))
+            ours.enter_context(published_names(self))
+        except Exception as error:  # a checkpoint without our defaults is better than none
+            ours.close()
+            logger.error(
+                "grpo_toolkit: preparing a save failed (%s: %s); its files say what the trainer's configs say",
+                type(error).__name__,
+                error,
+            )
         return type(self).save_pretrained(self, *args, **kwargs)
 
 
@@ -203,8 +216,8 @@ def inference_defaults(model: PreTrainedModel, defaults: InferenceDefaults) -> I
                 setattr(model.generation_config, name, value)
         yield
     finally:
-        set_cache_flags(model.config, flags)
         model.generation_config = generation_config
+        set_cache_flags(model.config, flags)
 
 
 def _generation_values(model: PreTrainedModel) -> JsonObject:

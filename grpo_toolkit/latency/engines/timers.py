@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.model.cache_probe import vision_tower
+from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.memory import reset_resident_peak
 
@@ -64,12 +65,12 @@ class VisionTimer:
         self._tower = vision_tower(base_model(model))
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[float, Any]] = []
-        self._hooks = ExitStack()
+        self._hooks = LookingHooks("timing the vision tower")
 
     def __enter__(self) -> VisionTimer:
         if self._tower is not None:
-            self._hooks.callback(self._tower.register_forward_pre_hook(self._mark).remove)
-            self._hooks.callback(self._tower.register_forward_hook(self._mark).remove)
+            self._hooks.before(self._tower, self._mark)
+            self._hooks.after(self._tower, self._mark)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,8 +86,10 @@ class VisionTimer:
         self._marks.append((time.perf_counter(), event))
 
     def seconds(self, *, first_token: float) -> tuple[float, float]:
-        """What the tower took before the first token, and after it."""
+        """What the tower took before the first token, and after it; zeros where timing it failed."""
         before = after = 0.0
+        if self._hooks.failed:  # perhaps between a begin and its end
+            return before, after
         for (begin, first), (end, last) in zip(self._marks[::2], self._marks[1::2], strict=True):
             spent = first.elapsed_time(last) / 1e3 if self._on_gpu else end - begin
             if begin < first_token:

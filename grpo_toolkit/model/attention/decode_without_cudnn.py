@@ -8,9 +8,9 @@ docs/benchmarks/latency.md.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
@@ -34,13 +34,10 @@ class DecodeWithoutCudnn:
 
     def __init__(self, model: torch.nn.Module) -> None:
         inner = base_model(model)
-        self._hooks = ExitStack()
         self._switched_off = False
-        for handle in (
-            inner.register_forward_pre_hook(self._before, with_kwargs=True),
-            inner.register_forward_hook(self._after, always_call=True),
-        ):
-            self._hooks.callback(handle.remove)
+        self._hooks = LookingHooks("keeping decode steps off cuDNN's attention", put_back=self._after)
+        self._hooks.before(inner, self._before)
+        self._hooks.after(inner, self._after, always=True)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -54,8 +51,8 @@ class DecodeWithoutCudnn:
             return
         backends: Any = torch.backends.cuda
         if backends.cudnn_sdp_enabled():
-            backends.enable_cudnn_sdp(False)
             self._switched_off = True
+            backends.enable_cudnn_sdp(False)
 
     def _after(self, *_: object) -> None:
         import torch

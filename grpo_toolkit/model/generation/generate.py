@@ -47,7 +47,7 @@ class Record:
     tokens: list[int]
     token_times_s: list[float]
     step_lengths: list[int]
-    is_cached: bool
+    is_cached: bool | None
     vision_calls: int
     peak_memory_bytes: int
     rivals: list[dict[int, float]] = field(default_factory=list)
