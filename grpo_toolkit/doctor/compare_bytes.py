@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.json_files import open_regular
-from grpo_toolkit.doctor import names
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, plan_renames
 from grpo_toolkit.doctor.parsed_folder import Digests
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _CHUNK: Final = 8 * 2**20
 def compare_heads(folder: Folder) -> Digests:
     """Compare only the stored head with the embedding."""
     tensors = folder.tensors
-    head, embedding = names.find_suffix(tensors, "lm_head.weight"), names.find_suffix(tensors, "embed_tokens.weight")
+    head, embedding = find_suffix(tensors, "lm_head.weight"), find_suffix(tensors, "embed_tokens.weight")
     if head is None or embedding is None:
         return Digests()
     return Digests(heads_differ=not equal_tensors(folder.path, tensors[head], folder.path, tensors[embedding]))
@@ -43,7 +43,7 @@ def _compare_with_base(folder: Folder) -> tuple[int, bool]:
     base = folder.base
     if base is None:
         return 0, False
-    renames = names.plan_renames(folder.tensors, frozenset(base.tensors), folder.model_type)
+    renames = plan_renames(folder.tensors, frozenset(base.tensors), folder.model_type)
     compared = 0
     for name, info in folder.tensors.items():
         other = base.tensors.get(renames.get(name, name))

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.model_folder import CONFIG
+from grpo_toolkit.checkpoint.tensor_names import plan_renames
 from grpo_toolkit.doctor.findings import RULES
-from grpo_toolkit.doctor.names import plan_renames
 from grpo_toolkit.doctor.planned_files import DiskFiles
 from grpo_toolkit.doctor.repair_plan import plan_older_forms
 from grpo_toolkit.errors import InputError

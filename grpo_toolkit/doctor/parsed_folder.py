@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject
-from grpo_toolkit.checkpoint.model_families import FAMILIES, Family
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from grpo_toolkit.checkpoint.model_families import Family
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.planned_files import Entry
 
@@ -106,8 +107,9 @@ class Folder:
 
     @cached_property
     def family(self) -> Family | None:
-        """The row of data about this model's family, or None for one that we know nothing of."""
-        return FAMILIES.get(self.model_type)
+        """The row of this model's family, or None for one that transformers 4 does not know."""
+        family = family_of(self.model_type)
+        return family if family.is_in_v4 else None
 
     @cached_property
     def is_generative(self) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_folder import CONFIG
-from grpo_toolkit.doctor import names
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, plan_renames
 from grpo_toolkit.doctor.parsed_folder import Kind
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def base_tensors(folder: Folder) -> Mapping[str, TensorInfo]:
 def new_names(folder: Folder) -> dict[str, str]:
     """New names for the tensors whose names are not the published ones."""
     known = frozenset(base_tensors(folder)) or None
-    return names.plan_renames(weights(folder), known, folder.model_type)
+    return plan_renames(weights(folder), known, folder.model_type)
 
 
 @lru_cache(maxsize=4)
@@ -47,7 +47,7 @@ def settled(folder: Folder) -> dict[str, TensorInfo]:
 @lru_cache(maxsize=4)
 def has_lora(folder: Folder) -> bool:
     """Whether factors of an adapter are among the weights."""
-    return any(names.is_lora(name) for name in folder.tensors)
+    return any(is_lora(name) for name in folder.tensors)
 
 
 def tie_flags(folder: Folder) -> dict[tuple[str, ...], Any]:
@@ -61,7 +61,7 @@ def tie_flags(folder: Folder) -> dict[tuple[str, ...], Any]:
 def ends(folder: Folder) -> tuple[str | None, str | None]:
     """The stored names of the output head and of the embedding."""
     ours = weights(folder)
-    return names.find_suffix(ours, HEAD), names.find_suffix(ours, EMBEDDING)
+    return find_suffix(ours, HEAD), find_suffix(ours, EMBEDDING)
 
 
 def lone_head(folder: Folder) -> str | None:
