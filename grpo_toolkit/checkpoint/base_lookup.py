@@ -9,7 +9,7 @@ from typing import Final
 
 from grpo_toolkit.checkpoint.json_files import read_json
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG
-from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.errors import CheckpointError
 
 
 def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path | None:
@@ -40,14 +40,14 @@ def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path 
 
 
 def named_base(name: str | os.PathLike[str]) -> Path:
-    """The folder of a base that the caller named.
+    """Return the folder of a base that the caller named.
 
     Raises:
-        InputError: it is not here.
+        CheckpointError: it is not here.
     """
     folder = find_base(os.fspath(name))
     if folder is None:
-        raise InputError(f"base {os.fspath(name)}: neither a model folder nor in the local Hub cache")
+        raise CheckpointError(f"--base {os.fspath(name)}: neither a model folder nor in the local Hub cache")
     return folder
 
 

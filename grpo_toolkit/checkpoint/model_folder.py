@@ -29,10 +29,12 @@ ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 
 
 class Kind(enum.Enum):
-    """What a folder holds."""
+    """The content of a folder."""
 
-    MODEL = "model"
+    MODEL = "full model"
     ADAPTER = "adapter"
+    FSDP = "sharded FSDP checkpoint"
+    DEEPSPEED = "DeepSpeed ZeRO checkpoint"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(folder, Kind.ADAPTER)
     if (folder / CONFIG).is_file():
         return Checkpoint(folder, Kind.MODEL)
-    nested = sorted(child.name for child in folder.glob("checkpoint-*") if child.is_dir())
-    hint = f"; did you mean {folder / nested[-1]}?" if nested else ""
+    nested = [child for child in folder.glob("checkpoint-*") if child.is_dir()]
+    newest = max(nested, key=lambda child: (len(child.name), child.name), default=None)
+    hint = "" if newest is None else f"; did you mean {newest}?"
     raise CheckpointError(f"{folder}: no {CONFIG} and no {ADAPTER_CONFIG}, so this is no checkpoint{hint}")

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.json_files import JsonObject, parse_json
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX, Kind
 from grpo_toolkit.checkpoint.safetensors_header import MAX_TENSORS, TensorInfo
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
@@ -19,7 +19,6 @@ from grpo_toolkit.doctor.parsed_folder import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     Folder,
-    Kind,
     plain_shards,
 )
 from grpo_toolkit.errors import CheckpointError

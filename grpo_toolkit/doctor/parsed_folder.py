@@ -6,7 +6,6 @@ is not made of objects.
 
 from __future__ import annotations
 
-import enum
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from grpo_toolkit.checkpoint.model_folder import (
     GENERATION_CONFIG,
     MANIFEST,
     WEIGHTS_INDEX,
+    Kind,
 )
 
 if TYPE_CHECKING:
@@ -54,15 +54,6 @@ JSON_LIMITS: Final = {
 """The JSON files that rules read, with the most bytes that each may have (published ones stay under a quarter)."""
 
 _TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-
-
-class Kind(enum.Enum):
-    """What a folder holds."""
-
-    MODEL = "full model"
-    ADAPTER = "adapter"
-    FSDP = "sharded FSDP checkpoint"
-    DEEPSPEED = "DeepSpeed ZeRO checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

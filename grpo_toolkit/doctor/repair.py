@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_toolkit.checkpoint.base_lookup import named_base
 from grpo_toolkit.checkpoint.publish import sync_folder
-from grpo_toolkit.doctor.diagnose import base_named
 from grpo_toolkit.doctor.planned_files import DiskFiles
 from grpo_toolkit.doctor.repair_plan import RepairPlan, make_plan
 from grpo_toolkit.doctor.rewrite import rewrite_shard
@@ -78,7 +78,7 @@ def repair_checkpoint(
     folder = Path(path)
     if not os.path.isdir(folder):  # noqa: PTH112
         raise CheckpointError(f"{folder}: not a folder")
-    named = None if base is None else base_named(str(base))
+    named = None if base is None else named_base(base)
     try:
         finished = not dry_run and _finish(folder)
         plan = make_plan(DiskFiles(folder), base=named, rewrite_weights=rewrite_weights)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, Kind
 from grpo_toolkit.checkpoint.tensor_names import is_lora, is_vision, published_name
 from grpo_toolkit.doctor.findings import Fault, Severity, rule
-from grpo_toolkit.doctor.parsed_folder import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

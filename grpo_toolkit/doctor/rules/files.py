@@ -6,14 +6,20 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.model_folder import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    GENERATION_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Kind,
+)
 from grpo_toolkit.doctor.findings import Fault, Severity, Unmark, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
     PREPROCESSOR,
     PROCESSOR,
     TOKENIZER_CONFIG,
-    Kind,
     is_plain,
     plain_shards,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.checkpoint.model_folder import Kind
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import (
     PREPROCESSOR,
@@ -13,7 +14,6 @@ from grpo_toolkit.doctor.parsed_folder import (
     TEMPLATE_JSON,
     TOKENIZER_CONFIG,
     VIDEO_PREPROCESSOR,
-    Kind,
 )
 
 if TYPE_CHECKING:

@@ -6,9 +6,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.checkpoint.model_folder import CONFIG
+from grpo_toolkit.checkpoint.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, plan_renames
-from grpo_toolkit.doctor.parsed_folder import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.doctor.parse import read_folder
-from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, Folder, Kind
+from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, Folder
 from grpo_toolkit.doctor.planned_files import DiskFiles
 from grpo_toolkit.doctor.rules.processing import pixel_limits
 from grpo_toolkit.model.kv_cache import is_checkpointing
