@@ -1,4 +1,4 @@
-"""The checkpoints of a run: listed, and passed over, without a trainer (`tests/model/test_resume_check.py` has one)."""
+"""The checkpoints of a run: listed, and passed over, without a trainer (see `tests/model/test_resume_check.py`)."""
 
 from __future__ import annotations
 

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
-
     Fill = Callable[["Entry", int, int], None]
     Progress = Callable[[int, int], None]
 
@@ -316,17 +314,3 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 def _cut_off(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: ended while it was read; it is cut off, or something else is writing it")
-
-
-def same_tensor(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two stored tensors of a folder have the same dtype, shape and bytes."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    with (folder / one.file).open("rb") as left, (folder / other.file).open("rb") as right:
-        left.seek(one.span[0])
-        right.seek(other.span[0])
-        for done in range(0, one.nbytes, 2**22):
-            size = min(2**22, one.nbytes - done)
-            if left.read(size) != right.read(size):
-                return False
-    return True
