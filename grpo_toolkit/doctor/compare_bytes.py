@@ -1,4 +1,7 @@
-"""Weights compared byte by byte, on request: the only part of a diagnosis that reads them. Standard library only."""
+"""The comparison of weights by their bytes, on request: only this part of a diagnosis reads weights.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 

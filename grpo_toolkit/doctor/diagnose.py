@@ -1,4 +1,4 @@
-"""A folder in, findings out: reads JSON and headers, asks every rule, prints nothing."""
+"""The diagnosis of a folder: JSON and headers are read, every rule is asked, nothing is printed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DIALECT_CODES: Final = frozenset(rule.code for rule in ALL_RULES if rule.check._
 def diagnose_checkpoint(
     path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, deep: bool = False
 ) -> Diagnosis:
-    """Say what is wrong with a model folder, from its JSON files and safetensors headers.
+    """Find what is wrong with a model folder, from its JSON files and safetensors headers.
 
     No code of the folder is run, no pickle opened, no network asked; without `deep` no weight is read either.
 
@@ -46,7 +46,7 @@ def diagnose_checkpoint(
         deep: also compare the bytes of weights: copies of the head, the base's weights, an adapter's zeros.
 
     Returns:
-        What the folder is and what was found, worst first.
+        The kind of the folder and its findings, worst first.
 
     Raises:
         CheckpointError: no folder, or nothing in it that could be examined; or `base` is not a model folder here.
@@ -81,7 +81,7 @@ def diagnose_run(
 def diagnose_files(
     source: Files, *, base: Path | None = None, deep: bool = False, bases: dict[Path, Folder] | None = None
 ) -> Diagnosis:
-    """`diagnose_checkpoint` for files from anywhere; `bases` remembers bases that were read before."""
+    """Diagnose files from anywhere; `bases` remembers bases that were read before."""
     return diagnose_folder(parse_folder(source, base=base, deep=deep, bases=bases))
 
 
@@ -101,7 +101,7 @@ def parse_folder(
 
 
 def diagnose_folder(folder: Folder) -> Diagnosis:
-    """Ask every rule about a parsed folder. Pure."""
+    """Ask every rule about a parsed folder; a pure function."""
     findings = [_finding(rule, fault) for rule in ALL_RULES for fault in rule.check(folder)]
     return Diagnosis(
         path=folder.path,

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def _tail(module: str) -> str:
-    """The part of a module's name that no wrapper changes: from its layer on."""
+    """Return the part of a module's name that no wrapper changes: from its layer on."""
     return re.split(r"(?:^|\.)(?=(?:layers|blocks|h)\.\d)", module)[-1]
 
 
 def _modules(folder: Folder) -> list[str]:
-    """The modules that the adapter's factors belong to, as the base's live model names them."""
+    """Return the modules that the adapter's factors belong to, as the base's live model names them."""
     if folder.kind is not Kind.ADAPTER:
         return []
     bare = (name.removeprefix("base_model.model.") for name in folder.tensors if is_lora(name))

@@ -169,7 +169,7 @@ def index_leaves_folder(folder: Folder) -> Iterator[Fault]:
 
 
 def _shard_names(folder: Folder) -> list[Any]:
-    """Each name once, then what is no name at all."""
+    """Return each name once, then the values that are no names at all."""
     weight_map = folder.get(WEIGHTS_INDEX, "weight_map")
     values = weight_map.values() if isinstance(weight_map, dict) else ()
     names = sorted({value for value in values if isinstance(value, str)})
@@ -178,7 +178,7 @@ def _shard_names(folder: Folder) -> list[Any]:
 
 @lru_cache(maxsize=4)  # several rules ask
 def _indexed(folder: Folder) -> dict[str, str]:
-    """The index as far as it is sound: tensor to shard."""
+    """Return the sound entries of the index: tensor to shard."""
     weight_map = folder.get(WEIGHTS_INDEX, "weight_map")
     known = weight_map.items() if isinstance(weight_map, dict) else ()
     return {name: shard for name, shard in known if isinstance(shard, str)}

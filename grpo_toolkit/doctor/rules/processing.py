@@ -59,7 +59,7 @@ def processor_missing(folder: Folder) -> Iterator[Fault]:
 
 
 def _copies(folder: Folder, *, of_processor: bool) -> tuple[WholeFile, ...]:
-    """Copies of the base's processor files, or of its other files that an export carries, where we have none."""
+    """Return copies of the base's processor files, or of its other carried files, that the folder lacks."""
     if folder.base is None:
         return ()
     from grpo_toolkit.checkpoint.base_files import is_carried

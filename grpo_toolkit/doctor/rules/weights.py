@@ -1,4 +1,4 @@
-"""What safetensors headers say beside the base's: names, shapes, what is missing."""
+"""Tensors in the safetensors headers, compared with the base's: names, shapes, missing ones."""
 
 from __future__ import annotations
 
