@@ -99,12 +99,14 @@ def test_spellings(model_type: str, name: str, live: str) -> None:
 
 def build_small_vlm(model_type: str) -> Any:
     """A model of random weights, as small as its config class allows."""
-    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+    import transformers
+    from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {model_type}")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0}
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    text = {**sizes, **tokens, "num_key_value_heads": 2}
     vision = {**sizes, "image_size": 28, "patch_size": 14, "projection_dim": 16}
     text_types = {"aya_vision": "cohere2", "got_ocr2": "qwen2"}
     if model_type == "got_ocr2":
@@ -116,13 +118,12 @@ def build_small_vlm(model_type: str) -> Any:
             "num_global_layers": 1,
             "intermediate_layers_indices": [0],
             "vision_output_dim": 32,
-            "max_num_tiles": 1,
         }
     else:
         text["model_type"] = text_types.get(model_type, "llama")
     config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision)
     config.image_token_index = config.image_token_id = 63
-    return AutoModelForImageTextToText.from_config(config)
+    return getattr(transformers, type(config).__name__.replace("Config", "ForConditionalGeneration"))(config)
 
 
 @pytest.mark.parametrize("model_type", ["aya_vision", "got_ocr2", "llava_next_video", "mllama", "vipllava"])
