@@ -86,12 +86,12 @@ class Shard:
         return sum(entry.nbytes for entry in self.entries)
 
     def header(self) -> bytes:
-        """Return length and JSON, padded so that the data is aligned."""
+        """Length and JSON, padded so that the data is aligned."""
         return encode_header(((e.name, e.dtype, e.shape, e.nbytes) for e in self.entries), self.metadata)
 
 
 def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
-    """Return the beginning of a safetensors file: length and JSON, padded so that the data is aligned.
+    """How a safetensors file begins: length and JSON, padded so that the data is aligned.
 
     Args:
         tensors: name, dtype, shape and bytes of each, in the order of their data.
