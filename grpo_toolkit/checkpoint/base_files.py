@@ -75,7 +75,7 @@ class Change:
 
 
 def config_changes(base: JsonObject, trained: JsonObject) -> tuple[Change, ...]:
-    """What differs between two configs, both described by the same library version."""
+    """Return the values that differ between two configs, both described by the same library version."""
     before, after = dict(_leaves(base)), dict(_leaves(trained))
     keys = [key for key in {**before, **after} if before.get(key, ABSENT) != after.get(key, ABSENT)]
     resized = any(key[-1] == "vocab_size" for key in keys)
@@ -131,7 +131,7 @@ def write_configs(
 
 
 def declare_dtype(folder: Path, dtype: str) -> None:
-    """Let the config of a folder of our own say, at every level that says any, that its weights are in `dtype`."""
+    """Write `dtype` into the config of a folder of our own, at every level that has a dtype."""
     config = read_json(folder / CONFIG)
     written = _with_dtype(config, dtype)
     if not _DTYPE_KEYS & written.keys():
@@ -154,19 +154,19 @@ def _write_json(source: Path, target: Path, found: JsonObject, wanted: JsonObjec
 
 
 def is_carried(name: str) -> bool:
-    """Whether a file of that name belongs to a tokenizer, a processor, a template or the license."""
+    """Return whether a file of that name belongs to a tokenizer, a processor, a template or the license."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _CARRIED)
 
 
 def carried_files(base: Path) -> list[Path]:
-    """The base's tokenizer, processor, chat template and license files."""
+    """Return the base's tokenizer, processor, chat template and license files."""
     folders = [base, *(base / name for name in _CARRIED_FOLDERS if (base / name).is_dir())]
     found = {path for folder in folders for pattern in _CARRIED for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
 
 
 def differing_files(left: Path, right: Path) -> list[str]:
-    """Names of the files that two folders saved by the same library do not agree on."""
+    """Return the names of the files that differ between two folders saved by the same library."""
     names = sorted({path.name for folder in (left, right) for path in folder.iterdir() if path.is_file()})
     return [name for name in names if _content(left / name) != _content(right / name)]
 

@@ -1,4 +1,7 @@
-"""The base that a checkpoint or an adapter names, looked up on disk and in the cache of the Hub."""
+"""The folder of a base, found by the name that a caller or an adapter gives: on disk or in the Hub's cache.
+
+Nothing is downloaded. Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import Final
 
 from grpo_toolkit.checkpoint.json_files import read_json
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG
-from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.errors import CheckpointError
 
 
 def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path | None:
-    """The local folder behind a model's name: the path itself, or its snapshot in the Hub cache. Never downloads.
+    """Return the local folder behind a model's name, or None: the path itself, or its snapshot in the Hub cache.
 
     The cache is read by its documented layout (`models--org--name/refs/main`, `snapshots/<commit>`), not through
     huggingface_hub, whose import would double the time to an answer:
@@ -40,19 +43,19 @@ def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path 
 
 
 def named_base(name: str | os.PathLike[str]) -> Path:
-    """The folder of a base that the caller named.
+    """Return the folder of a base that the caller named.
 
     Raises:
-        InputError: it is not here.
+        CheckpointError: it is not here.
     """
     folder = find_base(os.fspath(name))
     if folder is None:
-        raise InputError(f"base {os.fspath(name)}: neither a model folder nor in the local Hub cache")
+        raise CheckpointError(f"--base {os.fspath(name)}: neither a model folder nor in the local Hub cache")
     return folder
 
 
 def base_of_adapter(adapter: Path) -> Path:
-    """The folder of the base that an adapter's config names.
+    """Return the folder of the base that an adapter's config names.
 
     Raises:
         CheckpointError: it is not here.
@@ -69,13 +72,14 @@ def base_of_adapter(adapter: Path) -> Path:
 
 
 _HUB_NAME: Final = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
-
-
 _COMMIT: Final = re.compile(r"[0-9a-zA-Z][\w.-]{0,95}", re.ASCII)
 
 
 def _hub_cache() -> Path:
-    """Where the Hub cache lies: https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables."""
+    """Return the folder of the Hub cache.
+
+    Source: https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables.
+    """
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
             return Path(os.environ[variable]).expanduser()

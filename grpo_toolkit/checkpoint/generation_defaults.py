@@ -1,4 +1,4 @@
-"""Inference defaults: what a model's files say about generating, captured before training touches them.
+"""The inference defaults of a model: its files' settings for generation, captured before training touches them.
 
 Pure functions over JSON objects, standard library only. Three states are kept apart throughout: a key that is
 absent, a key that is null, and a key that is false. For `use_cache` the rule is short: a level of the config that
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 SAMPLING: Final = frozenset({"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"})
-"""Keys of a generation config that say how to sample, and are invalid where `do_sample` is false."""
+"""The keys of a generation config that only sampling uses; they are invalid where `do_sample` is false."""
 
 Level = tuple[str, ...]
-"""Where a (nested) config sits in its JSON: () is the top, ("text_config",) one below."""
+"""The place of a (nested) config in its JSON: () is the top, ("text_config",) one below."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repair:
-    """One value that was put right: `file` and `key` (dotted), the value found and the value written."""
+    """A value that was put right: `file` and `key` (dotted), the value found and the value written."""
 
     file: str
     key: str
@@ -40,7 +40,7 @@ class Repair:
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceDefaults:
-    """What an inference-ready save of a model must say.
+    """The settings that an inference-ready save of a model must have.
 
     Attributes:
         cache_levels: levels of the config that carry `use_cache` (and carry it as true).
@@ -91,7 +91,7 @@ def capture_defaults(
 
 
 def with_cache_defaults(config: JsonObject, defaults: InferenceDefaults) -> JsonObject:
-    """A copy of `config` whose `use_cache` is true at the base's levels and absent at every other."""
+    """Return a copy of `config` whose `use_cache` is true at the base's levels and absent at every other."""
     return _with_cache(config, defaults.cache_levels, ())
 
 

@@ -1,13 +1,8 @@
-"""Strict readers for the files of a model folder that may come from a stranger.
+"""Strict readers for the JSON files of a model folder that may come from a stranger, and the writer of ours.
 
-Standard library only, and nothing here reads a weight: a safetensors file begins with eight bytes of length and a
-JSON header, which says every tensor's name, dtype, shape and place
-(https://github.com/huggingface/safetensors#format).
-
-What a reader refuses it refuses with one `CheckpointError` that names the file: a pipe or a device; JSON that is too
-large, nested too deeply or says one key twice; a header that is longer than its file, has tensors that overlap, leave
-holes or end after the file, or an unknown dtype; and with `inside`, for folders from strangers, a link that leads out
-of the folder (a user's own base may well be made of links). No pickle is ever opened.
+A reader refuses, with a `CheckpointError` that names the file: a pipe or a device; JSON that is too large, is nested
+too deeply or has one key twice; and with `inside`, for folders from strangers, a link that leads out of the folder (a
+user's own base may well be made of links). Standard library only.
 """
 
 from __future__ import annotations
@@ -44,7 +39,7 @@ ABSENT: Final = Absent.ABSENT
 
 
 def leaves_folder(path: Path) -> bool:
-    """Whether `path` is a link to something outside its folder.
+    """Return whether `path` is a link to something outside its folder.
 
     A Hub-cache snapshot is links into the repository's `blobs`, and folders downloaded by older versions are links to
     there from anywhere: those do not count (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
@@ -95,7 +90,7 @@ def read_json(path: Path) -> JsonObject:
 
 
 def read_bytes(path: Path, *, limit: int, inside: bool = False) -> bytes:
-    """The bytes of a small file.
+    """Return the bytes of a small file.
 
     Raises:
         CheckpointError: as `open_regular`, or larger than `limit` bytes.
@@ -171,5 +166,5 @@ def _is_deeper(data: JsonObject, limit: int) -> bool:
 
 
 def dump_json(data: Mapping[str, Any]) -> str:
-    """JSON text as the field's libraries write it: two spaces, no escaped letters, a final newline."""
+    """Return JSON text as the field's libraries write it: two spaces, no escaped letters, a final newline."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

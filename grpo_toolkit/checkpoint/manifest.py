@@ -1,4 +1,4 @@
-"""`grpo_toolkit.json`: what a published folder is, where it came from and what its files are."""
+"""The manifest of a published folder, `grpo_toolkit.json`: its origin, its versions and its files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], *, sums: bool = True)
 
 
 def compare_manifest(path: str | os.PathLike[str]) -> tuple[int, dict[str, str]]:
-    """Hold a published folder's files against its manifest.
+    """Compare a published folder's files with its manifest.
 
     Returns:
         How many files the manifest lists, and what is wrong with those that are not as it says, or that it lacks.
@@ -68,7 +68,7 @@ def compare_manifest(path: str | os.PathLike[str]) -> tuple[int, dict[str, str]]
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
+    """Return the file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):
@@ -85,7 +85,7 @@ def _versions() -> dict[str, str]:
 
 
 def manifest_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of an export.
+    """Return the manifest of an export.
 
     Raises:
         CheckpointError: the folder is no model folder.

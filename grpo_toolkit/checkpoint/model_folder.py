@@ -1,7 +1,7 @@
-"""A saved model folder as data: its JSON files, its safetensors headers, what kind of folder it is; atomic publish.
+"""A saved model folder as data: its kind, its JSON files and its safetensors headers.
 
-Standard library only. Folders come from strangers, so everything is read by the strict readers of `reading.py`, and
-names may not leave the folder.
+Standard library only. Folders come from strangers, so everything is read by the strict readers of `json_files.py` and
+`safetensors_header.py`, and names may not leave the folder.
 """
 
 from __future__ import annotations
@@ -29,26 +29,28 @@ ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 
 
 class Kind(enum.Enum):
-    """What a folder holds."""
+    """The content of a folder."""
 
-    MODEL = "model"
+    MODEL = "full model"
     ADAPTER = "adapter"
+    FSDP = "sharded FSDP checkpoint"
+    DEEPSPEED = "DeepSpeed ZeRO checkpoint"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that holds a model or an adapter. Make one with `open_checkpoint`."""
+    """A folder that holds a model or an adapter, made by `open_checkpoint`."""
 
     path: Path
     kind: Kind
 
     def json(self, name: str) -> JsonObject | Absent:
-        """The JSON object in the file `name`, or `ABSENT` where there is no such file."""
+        """Return the JSON object in the file `name`, or `ABSENT` where there is no such file."""
         path = self.path / name
         return read_json(path) if path.is_file() else ABSENT
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files that hold the weights, in name order; empty where there are none."""
+        """Return the safetensors files that hold the weights, in name order; empty where there are none."""
         single = self.path / (ADAPTER_WEIGHTS if self.kind is Kind.ADAPTER else WEIGHTS)
         if single.is_file():
             return [single]
@@ -69,7 +71,7 @@ class Checkpoint:
         return path
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every stored tensor by name, read from the headers alone."""
+        """Return every stored tensor by name, read from the headers alone."""
         found: dict[str, TensorInfo] = {}
         for file in self.weight_files():
             found.update(read_safetensors_header(file))
@@ -93,6 +95,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(folder, Kind.ADAPTER)
     if (folder / CONFIG).is_file():
         return Checkpoint(folder, Kind.MODEL)
-    nested = sorted(child.name for child in folder.glob("checkpoint-*") if child.is_dir())
-    hint = f"; did you mean {folder / nested[-1]}?" if nested else ""
+    nested = [child for child in folder.glob("checkpoint-*") if child.is_dir()]
+    newest = max(nested, key=lambda child: (len(child.name), child.name), default=None)
+    hint = "" if newest is None else f"; did you mean {newest}?"
     raise CheckpointError(f"{folder}: no {CONFIG} and no {ADAPTER_CONFIG}, so this is no checkpoint{hint}")

@@ -1,4 +1,8 @@
-"""A folder takes the place of another, in one step where the kernel can: its name is the old or the new one, whole."""
+"""The atomic publication of a folder: filled beside its place, flushed to the disk, then renamed into it.
+
+At every moment the name leads to the whole old folder or to the whole new one; where the kernel can exchange two
+names, it does so in one step.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _CANNOT: Final = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two existing paths of one file system change places, atomically.
+    """Exchange two existing paths of one file system, atomically.
 
     Returns:
         False where the C library, the kernel or the file system cannot (Linux alone can:
@@ -51,7 +55,7 @@ def make_folder(folder: Path) -> None:
 
 
 def replace_folder(staging: Path, output_dir: Path) -> None:
-    """Give a staged folder its name on the disk; where that fails, what was there before has it again."""
+    """Give a staged folder its name; where that fails, the folder that was there before has it again."""
     import shutil
 
     if output_dir.exists() and exchange(staging, output_dir):
@@ -79,7 +83,7 @@ def replace_folder(staging: Path, output_dir: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk: what was made, renamed or removed in it."""
+    """Flush a folder's list of names to the disk, so that files made, renamed or removed in it stay so."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,9 @@
-"""The header of a safetensors file, read within bounds and without torch."""
+"""The header of a safetensors file, read within bounds and without torch; no weight is read.
+
+A file begins with eight bytes of length and a JSON object that gives every tensor's name, dtype, shape and place
+(https://github.com/huggingface/safetensors#format). A header is refused if it is longer than its file, has an unknown
+dtype, or has tensors that overlap, leave holes or end after the file. Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +19,8 @@ from grpo_toolkit.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-
 MAX_HEADER_BYTES: Final = 16 * 2**20
-
-
 MAX_TENSORS: Final = 250_000
-
-
 DTYPE_BITS: Final = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
@@ -37,7 +37,7 @@ FLOAT_NAMES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """One tensor as its header describes it.
+    """A tensor as its header describes it.
 
     `dtype` is safetensors' name ("BF16", "F32"), `shape` in elements, `file` the shard's name in the folder, `span`
     the tensor's first byte and the byte after its last, counted from the start of the file.
@@ -54,7 +54,7 @@ class TensorInfo:
 
 
 def read_safetensors_header(path: Path, *, inside: bool = False) -> dict[str, TensorInfo]:
-    """The tensors that a safetensors file says it holds.
+    """Read the tensors that a safetensors file lists in its header.
 
     Raises:
         CheckpointError: truncated, a header over 16 MiB or longer than the file, or not in the format.
@@ -72,7 +72,7 @@ def read_safetensors_header(path: Path, *, inside: bool = False) -> dict[str, Te
 
 
 def read_safetensors_metadata(path: Path, *, inside: bool = False) -> dict[str, str] | None:
-    """The `__metadata__` of a file that `read_safetensors_header` has accepted; None where it has none."""
+    """Read the `__metadata__` of a file that `read_safetensors_header` has accepted; None where it has none."""
     with open_regular(path, inside=inside) as file:
         (length,) = struct.unpack("<Q", file.read(8))
         metadata: dict[str, str] | None = json.loads(file.read(length)).get("__metadata__")

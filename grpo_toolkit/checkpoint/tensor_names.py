@@ -1,127 +1,53 @@
-"""One tensor, many spellings: where an adapter's names find a base's tensors.
+"""Names of tensors: wrappers taken off, every spelling led to the live model's, live names to the published ones.
 
-Qwen2.5-VL is published as `model.layers.*` and `visual.*`; since transformers 4.52 the live model says
-`model.language_model.layers.*` and `model.visual.*`, servers say `language_model.model.layers.*`, and an adapter
-carries the spelling of the library that trained it. A family is a row of renames that lead every spelling to one, the
-live model's. Pure functions over strings, standard library only.
+The spellings of each family are rows of `model_families.py`. Pure functions over strings, standard library only.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-# What wrappers put in front of, or in the middle of, a name: PEFT, torch.compile, FSDP, activation checkpointing.
+    from grpo_toolkit.checkpoint.model_families import Family
+
+# What wrappers put in front of a name or into it: DDP, PEFT, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS: Final = re.compile(
-    r"^base_model\.model\.|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"^(?:(?:module|base_model\.model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+    r"|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"|\.(?:base_layer|modules_to_save\.default)(?=\.|$)"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Model types whose tensors are spelled alike.
-
-    Attributes:
-        model_types: `model_type` of their `config.json`.
-        renames: pattern and replacement, each applied to the outcome of the one before; the last spelling is the live
-            model's since transformers 4.52. A name that is spelled so already stays as it is.
-        source: where the spellings are written down.
-    """
-
-    model_types: frozenset[str]
-    renames: tuple[tuple[str, str], ...]
-    source: str
-
-
-_CONVERSIONS: Final = "https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/conversion_mapping.py"
-
-FAMILIES: Final = (
-    Family(
-        model_types=frozenset({"qwen2_vl", "qwen2_5_vl"}),
-        renames=(
-            (r"^language_model\.lm_head\.", "lm_head."),
-            (r"^language_model\.(?:model\.)?", "model.language_model."),
-            (r"^visual\.", "model.visual."),
-            (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
-        ),
-        source="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/qwen2_5_vl/"
-        "modeling_qwen2_5_vl.py (_checkpoint_conversion_mapping); `language_model.model` is vLLM's: https://github.com/"
-        "vllm-project/vllm/blob/002d181a55a0/vllm/model_executor/models/qwen2_5_vl.py (hf_to_vllm_mapper)",
-    ),
-    Family(
-        model_types=frozenset(
-            {
-                "aya_vision", "gemma3", "got_ocr2", "internvl", "llava", "llava_next", "llava_next_video",
-                "llava_onevision", "mistral3", "paligemma", "vipllava",
-            }
-        ),
-        renames=(
-            (r"^language_model\.lm_head\.", "lm_head."),
-            (r"^(?:model\.)?language_model\.(?:model\.)?", "model.language_model."),
-            (r"^(?:model\.)?(vision_tower|multi_modal_projector)\.(?:vision_model\.)?", r"model.\1."),
-            (r"^image_newline$", "model.image_newline"),
-        ),
-        source=f"{_CONVERSIONS} "
-        "(llava, llava_next, CLIPVisionModel)",
-    ),
-    Family(
-        model_types=frozenset({"mllama"}),
-        renames=(
-            (r"^language_model\.lm_head\.", "lm_head."),
-            (r"^(?:model\.)?language_model\.(?:model\.)?", "model.language_model."),
-            (r"^(vision_model|multi_modal_projector)\.", r"model.\1."),
-        ),
-        source=f"{_CONVERSIONS} (mllama)",
-    ),
-    Family(
-        model_types=frozenset({"mixtral", "minimax", "minimax_m2"}),
-        renames=(
-            (r"^(layers|embed_tokens|norm)\.", r"model.\1."),
-            (r"\.block_sparse_moe\.", ".mlp."),
-        ),
-        source=f"{_CONVERSIONS} (mixtral)",
-    ),
-)  # fmt: skip
-
-# Every other model type: published as the live model spells it, but for a body that was trained without its head.
-_OTHERS: Final = Family(
-    model_types=frozenset(),
-    renames=((r"^(layers|embed_tokens|norm)\.", r"model.\1."),),
-    source="https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/llama/modeling_llama.py",
-)
-
-# How a stacked parameter of transformers 5 is published: a tensor per expert and part, the parts one above the other.
-# Source: the WeightConverters of qwen2_moe and mixtral in transformers' conversion_mapping.py.
-EXPERT_PARTS: Final = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
+# A name that has none of these needs no closer look; almost none has.
+_SUSPECT: Final = re.compile(r"_fsdp_|_orig_mod|_checkpoint_wrapped|base_layer|modules_to_save")
+_SUSPECT_STARTS: Final = ("module.", "base_model.", "model.model.")
+_LORA: Final = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?=\.|$)")
+_LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d{1,5})\.")
+_VISION: Final = re.compile(r"(?:^|\.)(?:visual|vision_tower|vision_model|vision_encoder|audio_tower)\.")
 
 INPUT_EMBEDDINGS: Final = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in"})
 OUTPUT_EMBEDDINGS: Final = frozenset({"lm_head", "embed_out"})
 
 
-def family_of(model_type: str | None) -> Family:
-    """The family of a `model_type`; one without renames for those that are published as they live."""
-    return next((family for family in FAMILIES if model_type in family.model_types), _OTHERS)
+def without_wrappers(name: str) -> str:
+    """Return a name as the model itself has it."""
+    return _WRAPPERS.sub("", name)
 
 
 def live_name(name: str, family: Family) -> str:
-    """A tensor's or module's name as the live model spells it, wrappers taken off."""
-    name = _WRAPPERS.sub("", name)
-    for pattern, replacement in family.renames:
+    """Return a tensor's or module's name as the live model spells it, wrappers taken off."""
+    name = without_wrappers(name)
+    for pattern, replacement in family.live:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def names_by_live(stored: Iterable[str], family: Family) -> dict[str, str]:
-    """Stored names by the live model's spelling of them.
+    """Return stored names by the live model's spelling of them.
 
     Raises:
         CheckpointError: two stored tensors are one and the same to the live model.
@@ -135,7 +61,66 @@ def names_by_live(stored: Iterable[str], family: Family) -> dict[str, str]:
     return found
 
 
+def published_name(name: str, model_type: str) -> str:
+    """Return a live tensor name as its family publishes it; the name itself where it is published already."""
+    for live, published in family_of(model_type).published:
+        if name.startswith(live):
+            return published + name.removeprefix(live)
+    return name
+
+
+def plan_renames(names: Iterable[str], known: frozenset[str] | None, model_type: str) -> dict[str, str]:
+    """Return new names for tensors that a wrapper or a library renamed; names that are right are not among them.
+
+    Args:
+        names: the stored names.
+        known: the base's names; without them a family's row alone decides.
+        model_type: of the config.
+    """
+    starts = (*_SUSPECT_STARTS, *(live for live, _ in family_of(model_type).published))
+    renames = {}
+    for name in names:
+        if not name.startswith(starts) and not _SUSPECT.search(name):
+            continue
+        if known is not None and name in known:
+            continue
+        new = _best_name(without_wrappers(name), known, model_type)
+        if new != name:
+            renames[name] = new
+    return renames
+
+
+def _best_name(bare: str, known: frozenset[str] | None, model_type: str) -> str:
+    single = bare.removeprefix("model.") if bare.startswith("model.model.") else bare
+    candidates = (published_name(bare, model_type), bare, single, published_name(single, model_type))
+    if known is None:
+        return candidates[-1]
+    return next((candidate for candidate in candidates if candidate in known), bare)
+
+
 def is_embedding(name: str, ends: frozenset[str]) -> bool:
-    """Whether a tensor is the weight of one of the modules `ends`."""
+    """Return whether a tensor is the weight of one of the modules `ends`."""
     module, _, leaf = name.rpartition(".")
     return leaf == "weight" and module.rpartition(".")[2] in ends
+
+
+def is_lora(name: str) -> bool:
+    """Return whether a tensor is a factor of an adapter."""
+    return ".lora_" in name and _LORA.search(name) is not None
+
+
+def is_vision(name: str) -> bool:
+    """Return whether a tensor belongs to a vision (or audio) tower."""
+    return _VISION.search(name) is not None
+
+
+def stored_layers(names: Iterable[str]) -> set[int]:
+    """Return the numbers of the text model's layers that have a tensor."""
+    matches = ((name, _LAYER.search(name)) for name in names if "layers." in name)
+    return {int(match.group(1)) for name, match in matches if match and not is_vision(name)}
+
+
+def find_suffix(names: Mapping[str, object], suffix: str) -> str | None:
+    """Return the shortest name outside the vision tower that ends with `suffix`, or None."""
+    matching = [name for name in names if name.endswith(suffix)]
+    return min((name for name in matching if not is_vision(name) and not is_lora(name)), key=len, default=None)

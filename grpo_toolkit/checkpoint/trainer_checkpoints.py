@@ -1,9 +1,9 @@
-"""Which checkpoints of a run are whole.
+"""The checkpoints of a run, and the newest of them that is complete.
 
 A trainer's saves are not crash-safe: a run that is killed while saving leaves a half-written newest checkpoint, on
-which `resume_from_checkpoint=True` stops although the one before it is good. Whole is told without opening a pickle:
-by headers, by the files that a format writes last, and by the directory at the end of every zip that `torch.save`
-writes. Standard library only.
+which `resume_from_checkpoint=True` stops although the one before it is good. Completeness is checked without opening
+a pickle: by headers, by the files that a format writes last, and by the directory at the end of every zip that
+`torch.save` writes. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DEEPSPEED_LATEST: Final = "latest"
 
 
 def checkpoints_in(path: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first; empty for a folder that is no run."""
+    """Return the checkpoint folders of a run, oldest first; none for a folder that is no run."""
     try:
         with os.scandir(path) as scan:
             found = [
@@ -42,7 +42,7 @@ def checkpoints_in(path: Path) -> list[Path]:
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, tuple[str, ...]]:
-    """The newest checkpoint of a run that is whole, and what was skipped, with the reason.
+    """Find the newest complete checkpoint of a run.
 
     Returns:
         The folder (None where there is none), and one line for each newer checkpoint that was passed over.
@@ -58,9 +58,10 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | No
 
 
 def why_not_whole(checkpoint: Path) -> str | None:
-    """Why a trainer checkpoint cannot be resumed from, or None if it can: readable state and all of its parts.
+    """Return the reason why a trainer checkpoint cannot be resumed from, or None if it can.
 
-    Full checkpoints, adapters, FSDP's full and sharded state dicts and DeepSpeed's folders are known.
+    Its state must be readable and all of its parts there. Full checkpoints, adapters, FSDP's full and sharded state
+    dicts and DeepSpeed's folders are known.
     """
     try:
         state = read_json(checkpoint / TRAINER_STATE)

@@ -1,1 +1,1 @@
-"""The doctor: what is wrong with a model folder, said in plain words, and mended."""
+"""The doctor: it finds the faults of a model folder, names them in plain words, and repairs them."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.model_folder import CONFIG
+from grpo_toolkit.checkpoint.tensor_names import plan_renames
 from grpo_toolkit.doctor.findings import RULES
-from grpo_toolkit.doctor.names import plan_renames
 from grpo_toolkit.doctor.planned_files import DiskFiles
 from grpo_toolkit.doctor.repair_plan import plan_older_forms
 from grpo_toolkit.errors import InputError
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMPATIBILITIES: Final = ("all", "v5")
-"""Who can read an export: every version that knows the model, or transformers 5 at least (the base's forms)."""
+"""The readers of an export: every version that knows the model, or transformers 5 alone (the base's forms)."""
 
 
 def check_compat(compat: str) -> None:
-    """Raise for a word that means nothing.
+    """Raise for a word that is not one of `COMPATIBILITIES`.
 
     Raises:
-        InputError: naming those that do.
+        InputError: `compat` is another word.
     """
     if compat not in COMPATIBILITIES:
         raise InputError(f"compat {compat!r}: not one of {', '.join(COMPATIBILITIES)}")
 
 
 def published_renames(names: Iterable[str], model_type: object, *, compat: str) -> dict[str, str]:
-    """New names for tensors that are not called as their family is published, and as servers expect them."""
+    """Return new names for tensors whose names are not their family's published ones, which servers expect."""
     if compat != "all" or not isinstance(model_type, str):
         return {}
     return plan_renames(names, None, model_type)

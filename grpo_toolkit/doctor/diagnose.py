@@ -1,4 +1,4 @@
-"""A folder in, findings out: reads JSON and headers, asks every rule, prints nothing."""
+"""The diagnosis of a folder: JSON and headers are read, every rule is asked, nothing is printed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.base_lookup import find_base
+from grpo_toolkit.checkpoint.base_lookup import find_base, named_base
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG
 from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule
@@ -35,7 +35,7 @@ DIALECT_CODES: Final = frozenset(rule.code for rule in ALL_RULES if rule.check._
 def diagnose_checkpoint(
     path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, deep: bool = False
 ) -> Diagnosis:
-    """Say what is wrong with a model folder, from its JSON files and safetensors headers.
+    """Find what is wrong with a model folder, from its JSON files and safetensors headers.
 
     No code of the folder is run, no pickle opened, no network asked; without `deep` no weight is read either.
 
@@ -46,7 +46,7 @@ def diagnose_checkpoint(
         deep: also compare the bytes of weights: copies of the head, the base's weights, an adapter's zeros.
 
     Returns:
-        What the folder is and what was found, worst first.
+        The kind of the folder and its findings, worst first.
 
     Raises:
         CheckpointError: no folder, or nothing in it that could be examined; or `base` is not a model folder here.
@@ -54,7 +54,7 @@ def diagnose_checkpoint(
     folder = Path(path)
     if not os.path.isdir(folder):  # noqa: PTH112 - says no to names that Path cannot ask about
         raise CheckpointError(f"{folder}: not a folder")
-    named = None if base is None else base_named(str(base))
+    named = None if base is None else named_base(base)
     return diagnose_files(DiskFiles(folder), base=named, deep=deep)
 
 
@@ -68,7 +68,7 @@ def diagnose_run(
     """
     diagnoses, empty = [], []
     bases: dict[Path, Folder] = {}
-    named = None if base is None else base_named(str(base))
+    named = None if base is None else named_base(base)
     for folder in (*checkpoints_in(path), path):
         try:
             diagnoses.append(diagnose_files(DiskFiles(folder), base=named, deep=deep, bases=bases))
@@ -81,7 +81,7 @@ def diagnose_run(
 def diagnose_files(
     source: Files, *, base: Path | None = None, deep: bool = False, bases: dict[Path, Folder] | None = None
 ) -> Diagnosis:
-    """`diagnose_checkpoint` for files from anywhere; `bases` remembers bases that were read before."""
+    """Diagnose files from anywhere; `bases` remembers bases that were read before."""
     return diagnose_folder(parse_folder(source, base=base, deep=deep, bases=bases))
 
 
@@ -90,7 +90,7 @@ def parse_folder(
 ) -> Folder:
     """Read a folder with its base, ready for the rules."""
     folder = read_folder(source)
-    found = base if base is not None else _base_named_in(folder)
+    found = base if base is not None else _base_in_files(folder)
     if found is not None and not _is_same(found, folder.path):
         folder = replace(folder, base=_read_base(found, {} if bases is None else bases, must=base is not None))
     if deep:
@@ -101,7 +101,7 @@ def parse_folder(
 
 
 def diagnose_folder(folder: Folder) -> Diagnosis:
-    """Ask every rule about a parsed folder. Pure."""
+    """Ask every rule about a parsed folder; a pure function."""
     findings = [_finding(rule, fault) for rule in ALL_RULES for fault in rule.check(folder)]
     return Diagnosis(
         path=folder.path,
@@ -129,21 +129,7 @@ def _finding(rule: Rule, fault: Fault) -> Finding:
     )
 
 
-def base_named(name: str) -> Path:
-    """The folder of a base that the caller named.
-
-    Raises:
-        CheckpointError: it is not here.
-    """
-    folder = find_base(name)
-    if folder is None:
-        raise CheckpointError(
-            f"--base {name}: neither a model folder (no {CONFIG} in it) nor a model in the local Hub cache"
-        )
-    return folder
-
-
-def _base_named_in(folder: Folder) -> Path | None:
+def _base_in_files(folder: Folder) -> Path | None:
     for name in _names_of_base(folder):
         found = find_base(name)
         if found is not None:

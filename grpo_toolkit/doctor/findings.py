@@ -1,4 +1,4 @@
-"""What the doctor says: severities, findings, and the register of rules that give them.
+"""The findings of the doctor, their severities, and the register of rules that give them.
 
 A rule is a small pure function from a `Folder` to faults, registered as data by the decorator `rule`. Everything that
 is the same for all its faults (code, severity, effect, evidence) stands in the decorator, so the table in the README
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Severity(enum.Enum):
-    """How bad a finding is, worst first."""
+    """The severity of a finding, worst first."""
 
     UNLOADABLE = "unloadable"  # some supported library cannot load the folder
     WRONG = "wrong"  # it loads, and says or does something else than it should
@@ -34,13 +34,13 @@ class Severity(enum.Enum):
 
     @property
     def rank(self) -> int:
-        """0 for the worst."""
+        """The place in the order of severities, 0 for the worst."""
         return list(Severity).index(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """One key of one JSON file, set to `value` or, where that is ABSENT, deleted; `path` leads to it."""
+    """A key of a JSON file, set to `value` or, where that is ABSENT, deleted; `path` leads to it."""
 
     file: str
     path: tuple[str, ...]
@@ -75,7 +75,7 @@ Remedy = Edit | WholeFile | Unmark | Weights
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What a rule found at one place; `remedies` mend it, and are empty where nothing can."""
+    """A fault that a rule found at one place; `remedies` repair it, and are empty where nothing can."""
 
     file: str
     key: str = ""
@@ -86,7 +86,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One fault that the doctor knows.
+    """A kind of fault that the doctor knows.
 
     Attributes:
         code: stable name in kebab-case.
@@ -138,7 +138,7 @@ def rule(
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One fault of one folder.
+    """A fault of a folder.
 
     Attributes:
         code, severity, title, effect, evidence: of the rule.
@@ -164,7 +164,7 @@ class Finding:
 
     @property
     def needs_rewriting(self) -> bool:
-        """Whether mending it rewrites weights."""
+        """Return whether its repair rewrites weights."""
         return any(isinstance(remedy, Weights) for remedy in self.remedies)
 
     def to_json(self) -> dict[str, Any]:
@@ -184,11 +184,11 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the doctor found in one folder.
+    """The findings of the doctor in one folder.
 
     Attributes:
         path: the folder.
-        kind: what it holds ("full model", "LoRA adapter", "FSDP shards", "DeepSpeed ZeRO-3 checkpoint", ...).
+        kind: its content ("full model", "adapter", "sharded FSDP checkpoint", "DeepSpeed ZeRO checkpoint").
         facts: more that was recognised: trainer checkpoint, dialect, size.
         base: the base folder it was compared with, or None.
         findings: worst first.
@@ -204,7 +204,7 @@ class Diagnosis:
 
     @property
     def is_clean(self) -> bool:
-        """Nothing worse than a note was found."""
+        """Return whether nothing worse than a note was found."""
         return all(finding.severity is Severity.NOTE for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
@@ -223,7 +223,7 @@ _SAYS_NO_NUMBER: Final = re.compile(r"NaN|Infinity|\\u|[0-9]{16}")
 
 
 def show(value: Any, *, limit: int = 100) -> Any:
-    """A value from an untrusted file as something safe to print and to put into JSON: short, finite, plain text."""
+    """Return a value from an untrusted file in a form that is safe to print and to put into JSON: short and finite."""
     if value is None or isinstance(value, bool):
         return value
     if value is ABSENT:

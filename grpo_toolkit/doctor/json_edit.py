@@ -1,4 +1,4 @@
-"""Change one key in JSON text and leave every other byte as it is: key order, indentation, number forms, newlines."""
+"""Edits of one key in JSON text that leave every other byte as it is: order, indentation, numbers, newlines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DECODER: Final = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Member:
-    """One `"key": value` of an object, as places in the text."""
+    """A `"key": value` of an object, as places in the text."""
 
     key: str
     start: int
@@ -26,7 +26,7 @@ class Member:
 
 
 def set_value(text: str, path: Sequence[str], value: Any) -> str:
-    """The text with the key at `path` set to `value`; a new key is put after the last one of its object.
+    """Return the text with the key at `path` set to `value`; a new key is put after the last one of its object.
 
     Raises:
         KeyError: a parent in `path` is not an object in the text.
@@ -45,7 +45,7 @@ def set_value(text: str, path: Sequence[str], value: Any) -> str:
 
 
 def delete_key(text: str, path: Sequence[str]) -> str:
-    """The text without the key at `path`; the text itself where there is no such key."""
+    """Return the text without the key at `path`; the text itself where there is no such key."""
     start = _find_object(text, path[:-1])
     members = _members(text, start)
     for place, member in reversed(list(enumerate(members))):
@@ -62,7 +62,7 @@ def delete_key(text: str, path: Sequence[str]) -> str:
 
 
 def dumps(value: Any, *, indent: int | str | None = None) -> str:
-    """JSON text with letters as they are; a lone half of a surrogate pair, which UTF-8 cannot say, stays escaped."""
+    """Return JSON text with letters as they are; a lone half of a surrogate pair, which is no UTF-8, stays escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     try:
         text.encode()
@@ -72,7 +72,7 @@ def dumps(value: Any, *, indent: int | str | None = None) -> str:
 
 
 def _find_object(text: str, path: Sequence[str]) -> int:
-    """Where the object at `path` begins."""
+    """Return the offset at which the object at `path` begins."""
     start = _skip(text, 0)
     for key in path:
         places = [member.value for member in _members(text, start) if member.key == key]
@@ -105,7 +105,7 @@ def _skip(text: str, place: int) -> int:
 
 
 def _indent(text: str, start: int, members: list[Member]) -> str:
-    """The white space before a key of this object, newline included; empty where it is all on one line."""
+    """Return the white space before a key of this object, newline included; empty where it is all on one line."""
     if not members:
         return ""
     space = text[start + 1 : members[0].start]

@@ -1,6 +1,6 @@
-"""From a folder's files to the `Folder` that rules see. Nothing is trusted, and nothing in the folder raises.
+"""The reading of a folder's files into the `Folder` that rules see: nothing in the folder is trusted, or raises.
 
-What cannot be read is kept with its reason in `Folder.refused`, for a rule to report.
+A file that cannot be read is kept with the reason in `Folder.refused`, for a rule to report.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.json_files import JsonObject, parse_json
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX, Kind
 from grpo_toolkit.checkpoint.safetensors_header import MAX_TENSORS, TensorInfo
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
@@ -19,7 +19,6 @@ from grpo_toolkit.doctor.parsed_folder import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     Folder,
-    Kind,
     plain_shards,
 )
 from grpo_toolkit.errors import CheckpointError
@@ -37,7 +36,7 @@ _MAX_SHARDS: Final = 2_000
 
 
 def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
-    """Read what the rules need of a folder.
+    """Read the files of a folder that the rules need.
 
     Raises:
         CheckpointError: it is no model folder of any kind.
@@ -80,7 +79,7 @@ def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
 
 
 def _reason(error: CheckpointError) -> str:
-    """The error without its path, which the finding names already."""
+    """Return the error without its path, which the finding names already."""
     return str(error).partition(": ")[2] or str(error)
 
 
@@ -113,7 +112,7 @@ def _read_text(files: Files, name: str, refused: dict[str, str]) -> str | None:
 
 
 def _read_card(files: Files) -> str:
-    """The YAML part of the model card, where trainers name themselves and the base."""
+    """Return the YAML part of the model card, where trainers name themselves and the base."""
     if not _may_read(files, "README.md"):
         return ""
     try:
@@ -130,7 +129,7 @@ def _may_read(files: Files, name: str) -> bool:
 
 
 def _read_added_tokens(files: Files, tokenizer_config: JsonObject | None) -> dict[str, int] | None:
-    """Token to id for the tokens added to the vocabulary, or None where no file says it."""
+    """Return the ids of the tokens added to the vocabulary, or None where no file has them."""
     decoder = (tokenizer_config or {}).get("added_tokens_decoder")
     if isinstance(decoder, dict):
         return {

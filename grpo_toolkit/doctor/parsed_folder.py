@@ -1,12 +1,11 @@
-"""A model folder as the rules see it: parsed, its kind recognised, nothing trusted.
+"""A model folder as the rules see it: parsed, of a known kind, with what a comparison of bytes gave.
 
-Values may be of any type at any key, so the rules ask through `Folder.get`, which gives ABSENT where the way to a key
-is not made of objects.
+Nothing in it is trusted: values may be of any type at any key, so the rules ask through `Folder.get`, which gives
+ABSENT where the way to a key is not made of objects.
 """
 
 from __future__ import annotations
 
-import enum
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,19 +13,21 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject
-from grpo_toolkit.checkpoint.model_families import FAMILIES, Family
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import (
     ADAPTER_CONFIG,
     CONFIG,
     GENERATION_CONFIG,
     MANIFEST,
     WEIGHTS_INDEX,
+    Kind,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from grpo_toolkit.checkpoint.model_families import Family
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.planned_files import Entry
 
@@ -55,18 +56,9 @@ JSON_LIMITS: Final = {
 _TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
-class Kind(enum.Enum):
-    """What a folder holds."""
-
-    MODEL = "full model"
-    ADAPTER = "adapter"
-    FSDP = "sharded FSDP checkpoint"
-    DEEPSPEED = "DeepSpeed ZeRO checkpoint"
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Folder:
-    """A parsed model folder. Made by `parse.read_folder`."""
+    """A parsed model folder, made by `parse.read_folder`."""
 
     path: Path
     kind: Kind
@@ -83,14 +75,14 @@ class Folder:
     digests: Digests | None = None
 
     def get(self, file: str, *path: str) -> Any:
-        """The value at `path` in the JSON file `file`, or ABSENT."""
+        """Return the value at `path` in the JSON file `file`, or ABSENT."""
         node: Any = self.objects.get(file, ABSENT)
         for key in path:
             node = node.get(key, ABSENT) if isinstance(node, dict) else ABSENT
         return node
 
     def has(self, name: str) -> bool:
-        """Whether there is a file (not a folder) of that name, readable or not."""
+        """Return whether there is a file (not a folder) of that name, readable or not."""
         entry = self.entries.get(name)
         return entry is not None and not entry.is_folder
 
@@ -106,8 +98,9 @@ class Folder:
 
     @cached_property
     def family(self) -> Family | None:
-        """The row of data about this model's family, or None for one that we know nothing of."""
-        return FAMILIES.get(self.model_type)
+        """The row of this model's family, or None for one that transformers 4 does not know."""
+        family = family_of(self.model_type)
+        return family if family.is_in_v4 else None
 
     @cached_property
     def is_generative(self) -> bool:
@@ -135,7 +128,7 @@ class Folder:
         return self.has("trainer_state.json")
 
     def levels(self, file: str = CONFIG) -> Iterator[tuple[tuple[str, ...], JsonObject]]:
-        """The config and every object nested in it, each with where it sits."""
+        """Yield the config and every object nested in it, each with the path to it."""
         root = self.objects.get(file)
         todo: list[tuple[tuple[str, ...], JsonObject]] = [] if root is None else [((), root)]
         while todo:
@@ -144,7 +137,7 @@ class Folder:
             todo.extend(((*here, key), value) for key, value in reversed(node.items()) if isinstance(value, dict))
 
     def text_value(self, key: str) -> Any:
-        """A setting of the text model: of `text_config` where there is one that says it, else of the top."""
+        """Return a setting of the text model: from `text_config` where it has it, else from the top."""
         value = self.get(CONFIG, "text_config", key)
         return self.get(CONFIG, key) if value is ABSENT else value
 
@@ -171,18 +164,18 @@ class Folder:
 
 
 def plain_shards(weight_map: Mapping[str, Any]) -> list[str]:
-    """The shard names of an index that are plain names of a file in the folder."""
+    """Return the shard names of an index that are plain names of a file in the folder."""
     names = {name for name in weight_map.values() if isinstance(name, str)}
     return sorted(name for name in names if is_plain(name))
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name from an index stays in the folder: no path, nothing that is not printable."""
+    """Return whether a name from an index stays in the folder: it is no path, and printable."""
     return name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..") and len(name) < 256
 
 
 def describe(folder: Folder) -> tuple[str, ...]:
-    """What else was recognised, for the reader."""
+    """Return what else was recognised, in a few words each."""
     facts = []
     if folder.is_trainer_checkpoint:
         has_optimizer = any(name.startswith(("optimizer", "global_step")) for name in folder.entries)
@@ -214,7 +207,7 @@ def _dialect(folder: Folder) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Digests:
-    """What comparing bytes gave.
+    """The outcome of comparing bytes.
 
     Attributes:
         heads_differ: a stored head has other bytes than the embedding.

@@ -1,4 +1,4 @@
-"""Where a folder's bytes come from: the disk, or the disk with planned changes laid over it."""
+"""The source of a folder's bytes: the disk, or the disk with planned changes laid over it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_ENTRIES: Final = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One name in a folder. `leaves`: a link to something outside; `is_regular`: a file that may be read."""
+    """A name in a folder. `leaves`: a link to something outside; `is_regular`: a file that may be read."""
 
     size: int = 0
     is_folder: bool = False
@@ -40,13 +40,13 @@ class Files(Protocol):
     def entries(self) -> Mapping[str, Entry]: ...
 
     def read(self, name: str, *, limit: int) -> bytes:
-        """The bytes of the file `name`; CheckpointError where it cannot or must not be read."""
+        """Return the bytes of the file `name`; CheckpointError where it cannot or must not be read."""
 
     def head(self, name: str, *, limit: int) -> bytes:
-        """At most the first `limit` bytes."""
+        """Return at most the first `limit` bytes."""
 
     def tensors(self, name: str) -> dict[str, TensorInfo]:
-        """The header of a safetensors file."""
+        """Return the tensors in the header of a safetensors file."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A plan carried out, file by file and atomically, with everything kept that was there.
+"""The repair of a folder: a plan carried out file by file, atomically, with the old files kept.
 
 Each file is written beside its place, flushed and renamed, so that at every moment the folder holds the old or the new
 file, whole. What was there lies under `.grpo_toolkit/undo` (as a hard link where the file system has them, so keeping
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_toolkit.checkpoint.base_lookup import named_base
 from grpo_toolkit.checkpoint.publish import sync_folder
-from grpo_toolkit.doctor.diagnose import base_named
 from grpo_toolkit.doctor.planned_files import DiskFiles
 from grpo_toolkit.doctor.repair_plan import RepairPlan, make_plan
 from grpo_toolkit.doctor.rewrite import rewrite_shard
@@ -43,7 +43,7 @@ from grpo_toolkit.errors import CheckpointError, InputError
 
 @dataclass(frozen=True, kw_only=True)
 class RepairResult:
-    """What `repair_checkpoint` did: the plan, and whether it was carried out (not with `dry_run`, nor if empty)."""
+    """The outcome of a repair: the plan, and whether it was carried out (not with `dry_run`, nor if empty)."""
 
     plan: RepairPlan
     applied: bool
@@ -59,14 +59,14 @@ def repair_checkpoint(
     dry_run: bool = False,
     rewrite_weights: bool = False,
 ) -> RepairResult:
-    """Mend what the doctor found and can mend.
+    """Repair what the doctor found and can repair.
 
     Args:
         path: the folder.
-        base: folder or Hub name (in the local cache) of the model it was trained from; many faults can only be mended
-            with what the base says.
+        base: folder or Hub name (in the local cache) of the model it was trained from; many faults can only be
+            repaired with its values.
         dry_run: plan only; `result.plan.diff` shows every change.
-        rewrite_weights: also mend what needs new safetensors files (names, dtypes, a doubled head), shard by shard.
+        rewrite_weights: also repair what needs new safetensors files (names, dtypes, a doubled head), shard by shard.
 
     Returns:
         The plan and whether it was carried out. Repairing a second time changes nothing.
@@ -78,7 +78,7 @@ def repair_checkpoint(
     folder = Path(path)
     if not os.path.isdir(folder):  # noqa: PTH112
         raise CheckpointError(f"{folder}: not a folder")
-    named = None if base is None else base_named(str(base))
+    named = None if base is None else named_base(base)
     try:
         finished = not dry_run and _finish(folder)
         plan = make_plan(DiskFiles(folder), base=named, rewrite_weights=rewrite_weights)
@@ -98,7 +98,7 @@ def repair_checkpoint(
 
 
 def undo_repair(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Put back, byte for byte, what repairs of this folder replaced; returns the files.
+    """Put back, byte for byte, the files that repairs of this folder replaced, and return their names.
 
     Raises:
         InputError: no repair to undo, or a file was changed since (it is named, and nothing is touched).

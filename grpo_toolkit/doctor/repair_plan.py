@@ -1,7 +1,8 @@
-"""From findings to a plan of changes, without touching the disk.
+"""The plan of a repair, made from findings without touching the disk.
 
-The plan is found by mending and examining in turn: the first finding that can be mended is, in memory, and the folder
-as it would then be is examined again. So remedies cannot contradict each other, and a repaired folder needs no repair.
+The plan is found by repairing and examining in turn: the first finding that can be repaired is, in memory, and the
+folder as it would then be is examined again. So remedies cannot contradict each other, and a repaired folder needs no
+repair.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ _UNPRINTABLE = re.compile(r"[^\t\x20-\x7e\xa0-\U0010ffff]")
 
 @dataclass(frozen=True, kw_only=True)
 class FileChange:
-    """One file before and after; None where there is none."""
+    """A file before and after the repair; None where there is none."""
 
     file: str
     before: bytes | None
     after: bytes | None
 
     def diff(self) -> Iterator[str]:
-        """The change as a unified diff, a line at a time."""
+        """Yield the change as a unified diff, a line at a time."""
         names = (
             (f"a/{self.file}" if self.before is not None else "/dev/null"),
             (f"b/{self.file}" if self.after is not None else "/dev/null"),
@@ -63,7 +64,7 @@ def _lines(content: bytes | None) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RepairPlan:
-    """What `repair` will do.
+    """The changes that `repair` will make.
 
     Attributes:
         path: the folder.
@@ -128,7 +129,7 @@ def make_plan(source: Files, *, base: Path | None = None, rewrite_weights: bool 
 
 
 def plan_older_forms(source: Files) -> RepairPlan:
-    """Plan what lets older versions read a folder: the rules of dialect.py alone, whatever its base has of the same.
+    """Plan the changes that let older versions read a folder: by the rules of dialect.py alone, whatever its base has.
 
     Raises:
         CheckpointError: nothing in the folder that could be examined.

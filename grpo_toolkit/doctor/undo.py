@@ -1,4 +1,7 @@
-"""The copies from which a repair is undone."""
+"""The old files that a repair keeps under `.grpo_toolkit/undo`, their manifest, and the way back from both.
+
+The manifest is also the journal of a repair that was killed between two renames: `_finish` completes it.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,8 @@ if TYPE_CHECKING:
 
 UNDO: Final = Path(".grpo_toolkit", "undo")
 
-
 _MANIFEST: Final = "undo.json"
-
-
 _STAGING: Final = ".staging-"
-
-
 _HASHED: Final = 64 * 2**20
 
 
@@ -37,7 +35,7 @@ def _refuse_changed(folder: Path, kept: dict[str, dict[str, Any]]) -> None:
 
 
 def _remove(undo: Path) -> None:
-    """Remove what is left when all is put back: the list, and the folders."""
+    """Remove the manifest and the folders when every file is put back."""
     if undo.is_symlink() or undo.parent.is_symlink():
         return
     if undo.is_dir():
@@ -70,10 +68,10 @@ def _put_back(path: Path, kept: Path, entry: dict[str, Any]) -> None:
 
 
 def _finish(folder: Path) -> bool:
-    """Give the files that a repair has staged their names, and remove what one left that never came so far.
+    """Give the files that a repair has staged their names; remove the files of one that never came so far.
 
     Returns:
-        Whether there was anything to finish.
+        True where there was anything to finish.
     """
     undo = folder / UNDO
     if not undo.is_dir() or undo.is_symlink() or undo.parent.is_symlink():
@@ -116,7 +114,7 @@ def _unfinished(undo: Path) -> dict[str, Any] | None:
 
 
 def _keep(path: Path, kept: Path) -> dict[str, Any]:
-    """Keep the file as it is for `--undo`; returns its entry of the manifest."""
+    """Keep the file as it is for `--undo` and return its entry of the manifest."""
     if path.is_symlink():
         return {"before": _fingerprint(path), "link": os.readlink(path)}  # noqa: PTH115 - as text, not as a Path
     if not path.exists():
@@ -145,7 +143,7 @@ def _write_manifest(undo: Path, kept: dict[str, dict[str, Any]], *, unfinished: 
 
 
 def _fingerprint(path: Path) -> str | None:
-    """What tells whether a file was changed: its digest, or for weights its size and time; None for no file."""
+    """Return what identifies a file's content: its digest, for weights size and time; None for no file."""
     if path.is_symlink():
         return f"link:{os.readlink(path)}"  # noqa: PTH115
     if not path.exists():
@@ -158,7 +156,7 @@ def _fingerprint(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def _times_kept(folder: Path) -> Iterator[None]:
-    """Put the folder's times back on exit: trainers rotate checkpoints by them."""
+    """Keep the folder's times: trainers rotate checkpoints by them."""
     status = folder.stat()
     try:
         yield

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint.tensor_names import EXPERT_PARTS, live_name
+from grpo_toolkit.checkpoint.model_families import EXPERT_PARTS
+from grpo_toolkit.checkpoint.tensor_names import live_name
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.merge.adapter import is_named
 from grpo_toolkit.merge.low_rank import LowRank, Update, scaling

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from grpo_toolkit.checkpoint.model_folder import CONFIG
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, live_name
-from grpo_toolkit.checkpoint.weights.shard_writer import same_tensor
+from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.merge.experts import containers_without_factors, parameter_updates, scale_of
 from grpo_toolkit.merge.low_rank import Bias, LowRank, Update
@@ -148,7 +148,7 @@ def _without_tied_heads(adapter: Adapter, base: Base, homeless: list[str]) -> li
 
 
 def _is_same(adapter: Adapter, one: str, other: str) -> bool:
-    return same_tensor(adapter.path, adapter.tensors[one], adapter.tensors[other])
+    return equal_tensors(adapter.path, adapter.tensors[one], adapter.path, adapter.tensors[other])
 
 
 def _refuse_untying(adapter: Adapter, base: Base, updates: Mapping[str, Update]) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from grpo_toolkit.checkpoint.base_files import carried_files, copy_files, differing_files
-from grpo_toolkit.checkpoint.json_files import JsonObject, dump_json, read_json
+from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject, dump_json, read_json
+from grpo_toolkit.checkpoint.pixel_limits import PIXEL_LIMITS, pixel_limits
 from grpo_toolkit.model.load import has_processor, load_processor
 
 PREPROCESSOR: Final = "preprocessor_config.json"
-_PIXEL_LIMITS: Final = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # and as keys of `size`
 
 
 def processor_of(folder: Path) -> Any:
@@ -67,12 +67,12 @@ def _pixel_limits(left: Path, right: Path, changed: list[str]) -> dict[str, int]
 
 def _split_limits(content: JsonObject) -> tuple[JsonObject, dict[str, int]]:
     """A saved processor's settings without its pixel limits, and these."""
-    inner = dict(content.get("image_processor", content))
+    found = zip(PIXEL_LIMITS, pixel_limits(content), strict=True)
+    inner = {key: value for key, value in content.get("image_processor", content).items() if key not in PIXEL_LIMITS}
     size = inner.pop("size", None) or {}
-    found = {key: inner.pop(key, None) or size.get(also) for key, also in _PIXEL_LIMITS.items()}
-    others = {key: value for key, value in size.items() if key not in _PIXEL_LIMITS.values()}
+    others = {key: value for key, value in size.items() if key not in PIXEL_LIMITS.values()}
     rest = {**content, "image_processor": inner} if "image_processor" in content else inner
-    return {**rest, "size": others}, {key: int(value) for key, value in found.items() if value is not None}
+    return {**rest, "size": others}, {key: int(value) for key, value in found if value is not ABSENT}
 
 
 def _write_pixel_limits(path: Path, limits: dict[str, int]) -> None:
@@ -81,8 +81,8 @@ def _write_pixel_limits(path: Path, limits: dict[str, int]) -> None:
     size = content.get("size", {})
     for key, value in limits.items():
         content[key] = value
-        if _PIXEL_LIMITS[key] in size:
-            size[_PIXEL_LIMITS[key]] = value
+        if PIXEL_LIMITS[key] in size:
+            size[PIXEL_LIMITS[key]] = value
     path.write_text(dump_json(content), encoding="utf-8")
 
 

@@ -84,6 +84,7 @@ def test_kinds(tmp_path: Path) -> None:
 
 def test_a_run_folder_points_at_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-9").mkdir()
     with pytest.raises(CheckpointError, match=r"did you mean .*checkpoint-20"):
         open_checkpoint(tmp_path)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors import safe_open
 
+from grpo_toolkit.checkpoint.model_families import FAMILIES, family_of
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-from grpo_toolkit.checkpoint.tensor_names import FAMILIES, family_of, live_name, names_by_live
+from grpo_toolkit.checkpoint.tensor_names import live_name, names_by_live, plan_renames
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.merge.merge import merge_adapter
@@ -78,6 +79,11 @@ def test_what_is_saved_and_what_lives_come_to_the_same_names(builder: str, tmp_p
         ("qwen2_5_vl", "base_model.model.visual.blocks.1.attn.qkv", "model.visual.blocks.1.attn.qkv"),
         ("qwen2_5_vl", "language_model.lm_head.weight", "lm_head.weight"),
         ("qwen2_5_vl", "_orig_mod.model.norm.weight", "model.language_model.norm.weight"),
+        ("qwen2_5_vl", "module.visual.merger.mlp.0.bias", "model.visual.merger.mlp.0.bias"),
+        ("llama", "_fsdp_wrapped_module.model.layers.0._checkpoint_wrapped_module.mlp.x", "model.layers.0.mlp.x"),
+        ("llama", "base_model.model.lm_head.modules_to_save.default.weight", "lm_head.weight"),
+        ("llama", "model.layers.0.mlp.up_proj.base_layer.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("llama", "model.layers.0.mlp.up_proj.base_layer", "model.layers.0.mlp.up_proj"),
         ("llava", "language_model.model.norm.weight", "model.language_model.norm.weight"),
         ("llava", "vision_tower.vision_model.encoder.layers.0.fc1", "model.vision_tower.encoder.layers.0.fc1"),
         ("gemma3", "model.multi_modal_projector.weight", "model.multi_modal_projector.weight"),
@@ -89,6 +95,55 @@ def test_what_is_saved_and_what_lives_come_to_the_same_names(builder: str, tmp_p
 def test_spellings(model_type: str, name: str, live: str) -> None:
     assert live_name(name, family_of(model_type)) == live
     assert live_name(live, family_of(model_type)) == live
+
+
+def build_small_vlm(model_type: str) -> Any:
+    """A model of random weights, as small as its config class allows."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    text = {**sizes, **tokens, "num_key_value_heads": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14, "projection_dim": 16}
+    text_types = {"aya_vision": "cohere2", "got_ocr2": "qwen2"}
+    if model_type == "got_ocr2":
+        vision |= {"mlp_dim": 16, "output_channels": 16, "global_attn_indexes": [0], "window_size": 2}
+    if model_type == "mllama":
+        text |= {"cross_attention_layers": [0], "rope_scaling": {"rope_type": "default"}}
+        vision |= {
+            "attention_heads": 2,
+            "num_global_layers": 1,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 32,
+        }
+    else:
+        text["model_type"] = text_types.get(model_type, "llama")
+    config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision)
+    config.image_token_index = config.image_token_id = 63
+    return getattr(transformers, type(config).__name__.replace("Config", "ForConditionalGeneration"))(config)
+
+
+@pytest.mark.parametrize("model_type", ["aya_vision", "got_ocr2", "llava_next_video", "mllama", "vipllava"])
+def test_the_published_names_of_a_live_model_load_whole_and_lead_back_to_it(model_type: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = build_small_vlm(model_type)
+    model.save_pretrained(tmp_path)
+    for path in tmp_path.glob("*.safetensors*"):
+        path.unlink()
+    live = model.state_dict()
+    renames = plan_renames(live, None, model_type)
+    published = {renames.get(name, name): tensor.clone() for name, tensor in live.items()}
+    save_file(published, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]] == []
+    assert {live_name(name, family_of(model_type)) for name in published} >= {
+        live_name(name, family_of(model_type)) for name in live
+    }
+    assert all(name.startswith(("language_model.", "vision_", "multi_modal_", "image_newline")) for name in published)
 
 
 def test_every_family_says_where_its_names_are_written_down() -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.checkpoint.generation_defaults import SAMPLING
+from grpo_toolkit.checkpoint.tensor_names import plan_renames
 from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_folder
-from grpo_toolkit.doctor.names import plan_renames
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Digests
 from grpo_toolkit.doctor.planned_files import Entry
@@ -271,6 +271,13 @@ def test_a_base_with_the_same_setting_is_no_fault() -> None:
         ("internvl", "vision_tower.embeddings.cls_token", None),
         ("internvl", "model.vision_tower.embeddings.cls_token", "vision_tower.embeddings.cls_token"),
         ("qwen2_5_vl", "model.visual.x", "visual.x"),
+        ("aya_vision", "model.vision_tower.encoder.x", "vision_tower.vision_model.encoder.x"),
+        ("got_ocr2", "model.vision_tower.layers.0.x", "vision_tower.layers.0.x"),
+        ("llava_next_video", "model.image_newline", "image_newline"),
+        ("vipllava", "lm_head.weight", "language_model.lm_head.weight"),
+        ("mllama", "model.vision_model.x", "vision_model.x"),
+        ("mllama", "model.language_model.norm.weight", "language_model.model.norm.weight"),
+        ("minimax", "model.layers.0.mlp.gate.weight", None),
         ("llama", "vision_tower.encoder.x", None),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_toolkit.checkpoint.safetensors_header import read_safetensors_header
-from grpo_toolkit.doctor import names
+from grpo_toolkit.checkpoint.tensor_names import plan_renames
 
 DATA = Path(__file__).parents[1] / "data"
 ROUTES = sorted(path.name for path in DATA.iterdir() if path.is_dir() and path.name[-3:].isdigit())
@@ -62,7 +62,7 @@ def fill(folder: Path, base: Path) -> Path:
     weights = load_file(base / "model.safetensors")
     path = folder / "model.safetensors"
     header = read_safetensors_header(path)
-    renames = names.plan_renames(header, frozenset(weights), "qwen2_5_vl")
+    renames = plan_renames(header, frozenset(weights), "qwen2_5_vl")
     filled: dict[str, Any] = {}
     for name, info in header.items():
         known = renames.get(name, name)

@@ -6,15 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.json_files import JsonObject, read_json
+from grpo_toolkit.checkpoint.model_families import Family, family_of
 from grpo_toolkit.checkpoint.model_folder import CONFIG, Checkpoint, Kind
-from grpo_toolkit.checkpoint.tensor_names import (
-    INPUT_EMBEDDINGS,
-    OUTPUT_EMBEDDINGS,
-    Family,
-    family_of,
-    is_embedding,
-    names_by_live,
-)
+from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX, Checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
+from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors
 from grpo_toolkit.checkpoint.weights.shard_plan import plan_shards, refuse_full_disk
 from grpo_toolkit.checkpoint.weights.shard_writer import (
     COPY_BYTES,
@@ -20,7 +21,6 @@ from grpo_toolkit.checkpoint.weights.shard_writer import (
     Span,
     copy_span,
     read_at,
-    same_tensor,
     write_at,
     write_shards,
 )
@@ -89,7 +89,7 @@ def _repeats_embeddings(source: Checkpoint, found: dict[str, str], live: str, ba
     if not (base.is_tied and is_embedding(live, OUTPUT_EMBEDDINGS) and len(inputs) == 1):
         return False
     tensors = source.tensors()
-    return same_tensor(source.path, tensors[found[live]], tensors[inputs[0]])
+    return equal_tensors(source.path, tensors[found[live]], source.path, tensors[inputs[0]])
 
 
 def copy_weights(

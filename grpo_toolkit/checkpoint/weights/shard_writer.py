@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
-
     Fill = Callable[["Entry", int, int], None]
     Progress = Callable[[int, int], None]
 
@@ -41,7 +39,7 @@ COPY_BYTES: Final = 32 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Bytes of a file that hold a tensor."""
+    """The bytes of a file that hold a tensor."""
 
     path: Path
     begin: int
@@ -51,7 +49,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor to be written: as what, from where, and by whom if its bytes are not simply the source's.
+    """A tensor to be written.
 
     Attributes:
         name: the tensor's name in the output.
@@ -77,7 +75,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One output file: its tensors in the order of their bytes."""
+    """An output file: its tensors in the order of their bytes."""
 
     file: str
     entries: tuple[Entry, ...]
@@ -152,7 +150,7 @@ def write_shards(
 
 @dataclass(frozen=True)
 class _Task:
-    """A part of a file: what writes it, and where."""
+    """A part of a file to be written: the function that does it, and the place."""
 
     write: Callable[[int, int], None]
     descriptor: int
@@ -162,7 +160,7 @@ class _Task:
 
 
 def _prepared(fill: Fill, setup: Callable[[], None] | None) -> Fill:
-    """`fill`, with `setup` run before the first time in each thread."""
+    """Return `fill` with `setup` run before the first time in each thread."""
     ready = threading.local()
 
     def prepared(entry: Entry, descriptor: int, offset: int) -> None:
@@ -175,7 +173,7 @@ def _prepared(fill: Fill, setup: Callable[[], None] | None) -> Fill:
 
 
 def _open_shard(shard: Shard, folder: Path, opened: ExitStack, fill: Fill) -> list[_Task]:
-    """Make a file of its full length with its header; what is then to be written into it."""
+    """Make a file of its full length with its header; return the tasks that write the rest."""
     header = shard.header()
     descriptor = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     opened.callback(os.close, descriptor)
@@ -188,7 +186,7 @@ def _open_shard(shard: Shard, folder: Path, opened: ExitStack, fill: Fill) -> li
 
 
 def _carry_out(tasks: Sequence[_Task], pool: ThreadPoolExecutor) -> Iterator[int]:
-    """Do all of them, copies first: they need no library, which is loaded meanwhile. Yields the bytes of each."""
+    """Do all tasks, copies first (they need no library, which is loaded meanwhile); yield the bytes of each."""
     queue = _Queue(tasks)
     pending = [pool.submit(queue.do_next) for _ in tasks]
     try:
@@ -204,7 +202,7 @@ def _carry_out(tasks: Sequence[_Task], pool: ThreadPoolExecutor) -> Iterator[int
 
 
 class _Queue:
-    """Hands out tasks so that workers write into different files where they can.
+    """A queue that hands out tasks so that workers write into different files where they can.
 
     The kernel lets one thread at a time write into a file, and the others spin: with two workers on one file that was
     a tenth of a merge's processor time (ext4).
@@ -219,7 +217,7 @@ class _Queue:
         self._writers = Counter[int]()
 
     def do_next(self) -> int:
-        """Take a task and do it; returns its bytes."""
+        """Do the next task and return its bytes."""
         with self._lock:
             left = self._copies or self._fills
             file = min(left, key=lambda descriptor: self._writers[descriptor])
@@ -236,7 +234,7 @@ class _Queue:
 
 
 def _tasks(shard: Shard, offset: int, fill: Fill) -> Iterator[tuple[Callable[[int, int], None], int, int, bool]]:
-    """What to do, where in the file, and how many bytes that is; neighbours that are copied are copied together."""
+    """Yield each task's function, offset, bytes and whether it is a copy; neighbours are copied together."""
     copied: list[Entry] = []
     begin = offset
     for entry in shard.entries:
@@ -316,17 +314,3 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 def _cut_off(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: ended while it was read; it is cut off, or something else is writing it")
-
-
-def same_tensor(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two stored tensors of a folder have the same dtype, shape and bytes."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    with (folder / one.file).open("rb") as left, (folder / other.file).open("rb") as right:
-        left.seek(one.span[0])
-        right.seek(other.span[0])
-        for done in range(0, one.nbytes, 2**22):
-            size = min(2**22, one.nbytes - done)
-            if left.read(size) != right.read(size):
-                return False
-    return True

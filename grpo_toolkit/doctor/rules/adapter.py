@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
-from grpo_toolkit.doctor import names
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, Kind
+from grpo_toolkit.checkpoint.tensor_names import is_lora, is_vision, published_name
 from grpo_toolkit.doctor.findings import Fault, Severity, rule
-from grpo_toolkit.doctor.parsed_folder import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def _tail(module: str) -> str:
-    """The part of a module's name that no wrapper changes: from its layer on."""
+    """Return the part of a module's name that no wrapper changes: from its layer on."""
     return re.split(r"(?:^|\.)(?=(?:layers|blocks|h)\.\d)", module)[-1]
 
 
 def _modules(folder: Folder) -> list[str]:
-    """The modules that the adapter's factors belong to, as the base's live model names them."""
+    """Return the modules that the adapter's factors belong to, as the base's live model names them."""
     if folder.kind is not Kind.ADAPTER:
         return []
-    bare = (name.removeprefix("base_model.model.") for name in folder.tensors if names.is_lora(name))
+    bare = (name.removeprefix("base_model.model.") for name in folder.tensors if is_lora(name))
     return sorted({re.split(r"\.lora_", name, maxsplit=1)[0] for name in bare})
 
 
@@ -64,7 +63,7 @@ def adapter_alpha_zero(folder: Folder) -> Iterator[Fault]:
 )
 def adapter_on_vision(folder: Folder) -> Iterator[Fault]:
     modules = _modules(folder)
-    seeing = [module for module in modules if names.is_vision(module + ".")]
+    seeing = [module for module in modules if is_vision(module + ".")]
     if seeing:
         yield Fault(
             file=ADAPTER_CONFIG,
@@ -105,9 +104,9 @@ def adapter_reaches_nothing(folder: Folder) -> Iterator[Fault]:
         module
         for module in modules
         if module not in known
-        and names.published(module + ".", base.model_type)[:-1] not in known
+        and published_name(module + ".", base.model_type)[:-1] not in known
         # Where we do not know how the live model names its parts, only a layer that is nowhere is unreached.
-        and not (_tail(module) in tails and (names.is_vision(module + ".") or not (base.family and base.family.names)))
+        and not (_tail(module) in tails and (is_vision(module + ".") or not (base.family and base.family.published)))
     ]
     if unreached:
         yield Fault(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.parsed_folder import TOKENIZER_CONFIG, Kind
+from grpo_toolkit.doctor.parsed_folder import TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "epsilon_cutoff": (None, 0, 0.0),
     "eta_cutoff": (None, 0, 0.0),
 }
-"""The settings of sampling, each with the values at which it says nothing (GenerationConfig.validate)."""
+"""The settings of sampling, each with the values at which it has no effect (GenerationConfig.validate)."""
 
 
 @rule(
@@ -181,13 +181,13 @@ def sampling_without_do_sample(folder: Folder) -> Iterator[Fault]:
 
 
 def _ids(value: Any) -> list[int] | None:
-    """Token ids of a config value that may be one id, a list, or nonsense (None)."""
+    """Return the token ids of a config value that may be one id, a list, or nonsense (None)."""
     values = value if isinstance(value, list) else [value]
     return values if values and all(type(item) is int for item in values) else None
 
 
 def _eos_place(folder: Folder) -> tuple[str, tuple[str, ...], list[int]] | None:
-    """Where the end-of-sequence ids that generate uses are said, and which they are."""
+    """Return the end-of-sequence ids that generate uses, with the file and the path that they are read from."""
     places: list[tuple[str, tuple[str, ...]]] = [(GENERATION_CONFIG, ("eos_token_id",))]
     places += [(CONFIG, ("eos_token_id",)), (CONFIG, ("text_config", "eos_token_id"))]
     for file, path in places:

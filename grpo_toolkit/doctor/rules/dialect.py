@@ -97,7 +97,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _older_scaling(rope: JsonObject) -> JsonObject | None:
-    """The `rope_scaling` of 4.x that says the same; null where there is nothing but a theta."""
+    """Return the `rope_scaling` of 4.x that means the same; None where there is nothing but a theta."""
     scaling = {key: copy.deepcopy(value) for key, value in rope.items() if key != "rope_theta"}
     if scaling.get("rope_type", "default") in _ROPE_TYPES_WITHOUT_SETTINGS and set(scaling) <= {"rope_type", "type"}:
         return None
@@ -193,7 +193,7 @@ def preprocessor_config_missing(folder: Folder) -> Iterator[Fault]:
 
 
 def _stand_alone(nested: JsonObject, outer: JsonObject) -> JsonObject:
-    """A nested processor as a file of its own, its pixel limits in both spellings: 4.49 reads only min/max_pixels."""
+    """Return a nested processor as a file of its own, with both spellings of pixel limits: 4.49 reads only one."""
     content = copy.deepcopy(nested)
     size = content.get("size")
     if isinstance(size, dict) and {"shortest_edge", "longest_edge"} <= set(size) and "merge_size" in content:

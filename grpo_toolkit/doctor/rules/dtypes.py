@@ -57,7 +57,7 @@ def _is_wider(dtype: str, other: str) -> bool:
 
 
 def _declare(folder: Folder, dtype: str | None) -> tuple[Edit, ...]:
-    """Edits that make every dtype said in the config the one stored."""
+    """Return the edits that make every dtype in the config the stored one."""
     if dtype is None:
         return ()
     wanted = FLOAT_NAMES[dtype]

@@ -6,14 +6,20 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.model_folder import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    GENERATION_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Kind,
+)
 from grpo_toolkit.doctor.findings import Fault, Severity, Unmark, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
     PREPROCESSOR,
     PROCESSOR,
     TOKENIZER_CONFIG,
-    Kind,
     is_plain,
     plain_shards,
 )
@@ -163,7 +169,7 @@ def index_leaves_folder(folder: Folder) -> Iterator[Fault]:
 
 
 def _shard_names(folder: Folder) -> list[Any]:
-    """Each name once, then what is no name at all."""
+    """Return each name once, then the values that are no names at all."""
     weight_map = folder.get(WEIGHTS_INDEX, "weight_map")
     values = weight_map.values() if isinstance(weight_map, dict) else ()
     names = sorted({value for value in values if isinstance(value, str)})
@@ -172,7 +178,7 @@ def _shard_names(folder: Folder) -> list[Any]:
 
 @lru_cache(maxsize=4)  # several rules ask
 def _indexed(folder: Folder) -> dict[str, str]:
-    """The index as far as it is sound: tensor to shard."""
+    """Return the sound entries of the index: tensor to shard."""
     weight_map = folder.get(WEIGHTS_INDEX, "weight_map")
     known = weight_map.items() if isinstance(weight_map, dict) else ()
     return {name: shard for name, shard in known if isinstance(shard, str)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.checkpoint.model_folder import Kind
+from grpo_toolkit.checkpoint.pixel_limits import PIXEL_LIMITS, pixel_limits
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import (
     PREPROCESSOR,
@@ -13,7 +15,6 @@ from grpo_toolkit.doctor.parsed_folder import (
     TEMPLATE_JSON,
     TOKENIZER_CONFIG,
     VIDEO_PREPROCESSOR,
-    Kind,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def processor_missing(folder: Folder) -> Iterator[Fault]:
 
 
 def _copies(folder: Folder, *, of_processor: bool) -> tuple[WholeFile, ...]:
-    """Copies of the base's processor files, or of its other files that an export carries, where we have none."""
+    """Return copies of the base's processor files, or of its other carried files, that the folder lacks."""
     if folder.base is None:
         return ()
     from grpo_toolkit.checkpoint.base_files import is_carried
@@ -73,17 +74,6 @@ def _copies(folder: Folder, *, of_processor: bool) -> tuple[WholeFile, ...]:
         and (name in _PROCESSOR_FILES or name in template if of_processor else name not in _PROCESSOR_FILES)
     ]
     return tuple(WholeFile(file=name, content=None) for name in wanted)
-
-
-def pixel_limits(settings: Any) -> tuple[Any, Any]:
-    """The smallest and largest number of pixels that an image processor's settings say, under either spelling."""
-    size = settings.get("size") if isinstance(settings, dict) else None
-    size = size if isinstance(size, dict) else {}
-    if not isinstance(settings, dict):
-        return ABSENT, ABSENT
-    low = settings.get("min_pixels", size.get("shortest_edge", size.get("min_pixels", ABSENT)))
-    high = settings.get("max_pixels", size.get("longest_edge", size.get("max_pixels", ABSENT)))
-    return low, high
 
 
 def _image_settings(folder: Folder) -> tuple[str, Any]:
@@ -118,7 +108,7 @@ def pixel_limits_differ(folder: Folder) -> Iterator[Fault]:
 )
 def pixel_limits_disagree(folder: Folder) -> Iterator[Fault]:
     for file, path in ((PREPROCESSOR, ()), (PROCESSOR, ("image_processor",))):
-        for short, long in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        for short, long in PIXEL_LIMITS.items():
             one, other = folder.get(file, *path, short), folder.get(file, *path, "size", long)
             if ABSENT not in (one, other) and None not in (one, other) and one != other:
                 yield Fault(

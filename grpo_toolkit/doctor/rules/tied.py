@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.model_folder import CONFIG
-from grpo_toolkit.doctor import names
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, without_wrappers
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
@@ -62,8 +62,8 @@ def head_missing(folder: Folder) -> Iterator[Fault]:
 )
 def embedding_under_head(folder: Folder) -> Iterator[Fault]:
     head, base = lone_head(folder), base_tensors(folder)
-    embedding = names.find_suffix(base, EMBEDDING)
-    if head and embedding and names.find_suffix(base, HEAD) is None and names.without_wrappers(head) == head:
+    embedding = find_suffix(base, EMBEDDING)
+    if head and embedding and find_suffix(base, HEAD) is None and without_wrappers(head) == head:
         yield Fault(
             file=folder.tensors[head].file,
             key=head,
@@ -87,7 +87,7 @@ def head_doubled(folder: Folder) -> Iterator[Fault]:
     if not head or not embedding or not flags or not all(value is True for value in flags.values()):
         return
     base = base_tensors(folder)
-    if base and names.find_suffix(base, HEAD):
+    if base and find_suffix(base, HEAD):
         return  # published that way
     if folder.digests is not None and folder.digests.heads_differ:
         return  # `head_differs`

@@ -1,11 +1,11 @@
-"""What safetensors headers say beside the base's: names, shapes, what is missing."""
+"""Tensors in the safetensors headers, compared with the base's: names, shapes, missing ones."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.model_folder import CONFIG
-from grpo_toolkit.doctor import names
+from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
 from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     mend="prefixes of PEFT, DDP, FSDP, torch.compile stripped (--rewrite-weights)",
 )
 def wrapped_names(folder: Folder) -> Iterator[Fault]:
-    renames = {old: new for old, new in new_names(folder).items() if names.without_wrappers(old) != old}
+    renames = {old: new for old, new in new_names(folder).items() if without_wrappers(old) != old}
     if not renames or has_lora(folder):
         return  # `unmerged_lora` says what to do about the latter
     yield _naming(folder, renames)
@@ -47,7 +47,7 @@ def wrapped_names(folder: Folder) -> Iterator[Fault]:
     mend="the published names (--rewrite-weights)",
 )
 def unpublished_names(folder: Folder) -> Iterator[Fault]:
-    renames = {old: new for old, new in new_names(folder).items() if names.without_wrappers(old) == old}
+    renames = {old: new for old, new in new_names(folder).items() if without_wrappers(old) == old}
     if renames and not has_lora(folder):
         yield _naming(folder, renames)
 
@@ -72,7 +72,7 @@ def _naming(folder: Folder, renames: dict[str, str]) -> Fault:
     evidence="https://github.com/huggingface/peft/issues/2368",
 )
 def unmerged_lora(folder: Folder) -> Iterator[Fault]:
-    factors = sorted(name for name in weights(folder) if names.is_lora(name)) if has_lora(folder) else []
+    factors = sorted(name for name in weights(folder) if is_lora(name)) if has_lora(folder) else []
     if factors:
         yield Fault(
             file=folder.tensors[factors[0]].file,
@@ -135,7 +135,7 @@ def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
 )
 def tensors_extra(folder: Folder) -> Iterator[Fault]:
     ours, base = settled(folder), base_tensors(folder)
-    extra = sorted(name for name in set(ours) - set(base) if not names.is_lora(name) and not name.endswith(HEAD))
+    extra = sorted(name for name in set(ours) - set(base) if not is_lora(name) and not name.endswith(HEAD))
     if base and extra:
         yield Fault(
             file=ours[extra[0]].file,
@@ -187,7 +187,7 @@ def vocabulary_mismatch(folder: Folder) -> Iterator[Fault]:
     evidence="https://github.com/Neph0s/CoSER/issues/3",
 )
 def layers_missing(folder: Folder) -> Iterator[Fault]:
-    stored, wanted = names.stored_layers(weights(folder)), folder.text_value("num_hidden_layers")
+    stored, wanted = stored_layers(weights(folder)), folder.text_value("num_hidden_layers")
     if not stored:
         return
     count = max(stored) + 1

@@ -13,6 +13,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from grpo_toolkit.checkpoint.pixel_limits import pixel_limits
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.model.generation.chat_inputs import image_messages, render_chat
 from grpo_toolkit.model.generation.request import Request
@@ -181,25 +182,13 @@ def image_size(processor: Any, tokens: int) -> tuple[int, int]:
         return 336, 336
     width, height = _nearest_square(tokens, images.patch_size * merge)
     low, high = pixel_limits(images)
+    low, high = low if isinstance(low, int) else 0, high if isinstance(high, int) else float("inf")
     if tokens < 1 or not low <= width * height <= high or max(width, height) > 200 * min(width, height):
         raise InputError(
             f"no image of this model has {tokens} tokens ({width} x {height} pixels; {low} to {high} pixels are "
             "allowed, and sides up to 200 to 1); ask for another number"
         )
     return width, height
-
-
-def pixel_limits(images: Any) -> tuple[int, float]:
-    """The fewest and most pixels of an image processor, in whichever form its release keeps them."""
-    size = getattr(images, "size", None) or {}
-    low = getattr(images, "min_pixels", None) or _edge(size, "shortest_edge") or 0
-    high = getattr(images, "max_pixels", None) or _edge(size, "longest_edge") or float("inf")
-    return low, high
-
-
-def _edge(size: Any, name: str) -> int | None:
-    found = size.get(name) if hasattr(size, "get") else getattr(size, name, None)
-    return found if isinstance(found, int) else None
 
 
 def _nearest_square(tokens: int, side: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.checkpoint.pixel_limits import PIXEL_LIMITS
 from grpo_toolkit.errors import OutOfMemoryError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def with_pixels(processor: Any, *, min_pixels: int | None, max_pixels: int | Non
     """Overrule the pixel limits of a processor, in both forms in which releases keep them."""
     images: Any = getattr(processor, "image_processor", None)
     size: dict[str, int] = {}
-    for name, edge, value in (("min_pixels", "shortest_edge", min_pixels), ("max_pixels", "longest_edge", max_pixels)):
+    for (name, edge), value in zip(PIXEL_LIMITS.items(), (min_pixels, max_pixels), strict=True):
         if value is not None and images is not None:
             setattr(images, name, value)
             size[edge] = value

@@ -49,10 +49,11 @@ def natural_requests(requests: Sequence[Request], sources: tuple[Source, Source]
 def _images(source: Source) -> list[Any]:
     from PIL import Image
 
-    from grpo_toolkit.latency.explain.facts import declared_by, live_pixel_limits
+    from grpo_toolkit.checkpoint.pixel_limits import known_pixel_limits
+    from grpo_toolkit.latency.explain.facts import declared_by
 
     declared = declared_by(source, None)
-    sees = declared.pixel_limits or live_pixel_limits(source.processor)
+    sees = declared.pixel_limits or known_pixel_limits(source.processor)
     return [Image.effect_noise((448, 448), 64).convert("RGB")] if sees else []
 
 

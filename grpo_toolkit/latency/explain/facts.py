@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
+from grpo_toolkit.checkpoint.pixel_limits import known_pixel_limits
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.doctor.parse import read_folder
-from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, Folder, Kind
+from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, Folder
 from grpo_toolkit.doctor.planned_files import DiskFiles
-from grpo_toolkit.doctor.rules.processing import pixel_limits
 from grpo_toolkit.model.kv_cache import is_checkpointing
 from grpo_toolkit.model.live_model import base_model
 
@@ -172,8 +172,7 @@ def declared_by_files(path: Path, base: Path | None) -> Declared:
 
 def _limits(folder: Folder) -> tuple[int, int] | None:
     nested = folder.get(PROCESSOR, "image_processor")
-    low, high = pixel_limits(folder.objects.get(PREPROCESSOR, nested))
-    return (low, high) if isinstance(low, int) and isinstance(high, int) else None
+    return known_pixel_limits(folder.objects.get(PREPROCESSOR, nested))
 
 
 def _ids(*values: Any) -> tuple[int, ...]:
@@ -188,26 +187,15 @@ def declared_by_model(model: torch.nn.Module, processor: Any) -> Declared:
     """What a live model says, and the state that it is in."""
     inner = base_model(model)
     config = inner.generation_config
-    limits = live_pixel_limits(processor)
     return Declared(
         is_adapter=any(
             hasattr(module, "lora_A") and not getattr(module, "merged", False) for module in model.modules()
         ),
         eos_token_ids=_ids(getattr(config, "eos_token_id", None), getattr(inner.config, "eos_token_id", None)),
-        pixel_limits=limits,
+        pixel_limits=known_pixel_limits(processor),
         cache_implementation=getattr(config, "cache_implementation", None),
         is_training=model.training or (is_checkpointing(model) and any(m.training for m in model.modules())),
     )
-
-
-def live_pixel_limits(processor: Any) -> tuple[int, int] | None:
-    """The smallest and largest number of pixels of a live processor's images; None where it has no such limits."""
-    image_processor = getattr(processor, "image_processor", None)
-    size = getattr(image_processor, "size", None)
-    size = dict(size) if size else {}
-    low = getattr(image_processor, "min_pixels", None) or size.get("shortest_edge")
-    high = getattr(image_processor, "max_pixels", None) or size.get("longest_edge")
-    return (int(low), int(high)) if low and high else None
 
 
 def facts_of(
