@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
 from grpo_toolkit.export.checks import (
     Check,
     check_cache,
@@ -78,7 +79,7 @@ def verify_export(
     noise: float = 0.0,
     logit_noise: float = 0.0,
     scores: Mapping[str, Callable[[Sequence[Record]], list[float]]] | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | Base | None = None,
     dtype: str | None = None,
     device: str = "cpu",
     attn_implementation: str | None = None,
@@ -96,7 +97,8 @@ def verify_export(
         noise: by how much logits of the policy differ between two runs of the same requests (`policy_noise`).
         logit_noise: the same over all logits, relative to their spread (`policy.logit_noise`).
         scores: reward functions by name, as functions of records: the answers have to earn what the policy's do.
-        base: the base's folder, to compare tensor names (as published), shapes, dtypes and ties with.
+        base: the base's folder, or its headers as `open_base` read them, to compare tensor names (as published),
+            shapes, dtypes and ties with.
         dtype: what every floating-point tensor is to be stored in ("float16"), where that is not the base's.
         device: where the fresh process puts the model.
         attn_implementation: the attention that the policy used, so that like is compared with like.
@@ -106,11 +108,12 @@ def verify_export(
         WorkerError: it cannot be loaded.
     """
     checkpoint = open_checkpoint(export)
-    checks = [check_files(checkpoint)]
-    if base is not None:
-        checks.append(check_tensors(checkpoint, open_checkpoint(base), dtype))
-    checks.append(check_values(checkpoint))
-    too_large = why_too_large(checkpoint, device)
+    origin = base if base is None or isinstance(base, Base) else open_base(open_checkpoint(base))
+    checks, tensors = [check_files(checkpoint)], checkpoint.tensors()
+    if origin is not None:
+        checks.append(check_tensors(checkpoint, tensors, origin, dtype))
+    checks.append(check_values(checkpoint.path, tensors))
+    too_large = why_too_large(tensors, device)
     if too_large is not None:
         checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in _NEED_LOADING]
         return VerificationResult(checks=tuple(checks))
@@ -127,8 +130,8 @@ def verify_export(
         )
         if not report.is_clean:
             return VerificationResult(checks=tuple(checks))
-        if base is not None:
-            checks.append(check_ties(report, open_checkpoint(base).path))
+        if origin is not None:
+            checks.append(check_ties(report, origin))
         if pairs := list(_evidence(worker, requests, expected)):
             checks.append(check_inputs(pairs))
             checks.append(check_logits(pairs, dtype=report.dtype, noise=logit_noise))

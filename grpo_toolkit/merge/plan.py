@@ -34,6 +34,8 @@ def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:
         CheckpointError: tensors that do not fit the base, or an adapter that is not whole.
         UnsupportedError: a merge would untie embeddings, or the weights are of a kind that is not merged.
     """
+    if not base.tensors:
+        raise CheckpointError(f"{base.path}: no model.safetensors and no index of one; only safetensors are read")
     if base.config.get("quantization_config"):
         raise UnsupportedError(f"{base.path / CONFIG}: quantization_config is set; name the unquantised base (--base)")
     updates: dict[str, Update] = {}

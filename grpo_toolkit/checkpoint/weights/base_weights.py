@@ -15,7 +15,7 @@ from grpo_toolkit.checkpoint.tensor_names import (
     is_embedding,
     names_by_live,
 )
-from grpo_toolkit.errors import CheckpointError, UnsupportedError
+from grpo_toolkit.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,10 +51,10 @@ class Base:
 
 
 def open_base(checkpoint: Checkpoint) -> Base:
-    """Read a base folder's headers.
+    """Read a base folder's headers; `tensors` is empty where nothing is stored as safetensors.
 
     Raises:
-        CheckpointError: not stored as safetensors.
+        CheckpointError: damaged.
         UnsupportedError: an adapter itself.
     """
     path = checkpoint.path
@@ -62,7 +62,5 @@ def open_base(checkpoint: Checkpoint) -> Base:
         raise UnsupportedError(f"{path}: is an adapter itself; merge it into its base first, then merge into that")
     config = read_json(path / CONFIG)
     tensors = checkpoint.tensors()
-    if not tensors:
-        raise CheckpointError(f"{path}: no model.safetensors and no index of one; only safetensors are read")
     family = family_of(config.get("model_type"))
     return Base(path=path, config=config, family=family, tensors=tensors, stored=names_by_live(tensors, family))

@@ -10,7 +10,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX, Checkpoint
+from grpo_toolkit.checkpoint.model_folder import WEIGHTS, WEIGHTS_INDEX
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.checkpoint.weights.shard_plan import plan_shards, refuse_full_disk
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.checkpoint.weights.base_weights import Base
     from grpo_toolkit.checkpoint.weights.shard_writer import Entry, Progress
 
@@ -45,7 +46,8 @@ _VALUES: Final = 2**20
 
 
 def plan_copy(
-    source: Checkpoint,
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
     base: Base,
     *,
     names: Mapping[str, str] | None = None,
@@ -55,16 +57,24 @@ def plan_copy(
     """How a full model's files become an export's, or None where they hold something else than the base's tensors.
 
     Args:
-        source: a folder with a full model.
+        folder: a folder with a full model.
+        tensors: its tensors, as `Checkpoint.tensors` gives them.
         base: its base, which may be the same folder: names and dtypes are the base's.
         names: what tensors of the base are called in the output, where that is something else.
         dtype: safetensors' name of a dtype for every floating-point tensor instead ("BF16").
         max_shard_size: see `plan_shards`.
     """
-    tensors = source.tensors()
     found = names_by_live(tensors, base.family)
-    extra = found.keys() - base.stored.keys()
-    if base.stored.keys() - found.keys() or not all(_repeats_embeddings(source, found, live, base) for live in extra):
+    extra = {found[live]: live for live in found.keys() - base.stored.keys()}
+    inputs = [name for live, name in found.items() if is_embedding(live, INPUT_EMBEDDINGS)]
+
+    def is_tied_head(name: str) -> bool:
+        """Whether a tensor that the base lacks is its tied head, stored once more (as FSDP's full state is)."""
+        if not (base.is_tied and is_embedding(extra[name], OUTPUT_EMBEDDINGS) and len(inputs) == 1):
+            return False
+        return same_tensor(folder, tensors[name], tensors[inputs[0]])
+
+    if base.stored.keys() - found.keys() or not all(map(is_tied_head, extra)):
         return None
     kept = {found[live]: base.stored[live] for live in base.stored}
     dtypes: dict[str, str] = {}
@@ -74,7 +84,7 @@ def plan_copy(
         if tensors[ours].shape != base.tensors[theirs].shape or (dtypes[ours] != tensors[ours].dtype and not is_float):
             return None
     return plan_shards(
-        source.path,
+        folder,
         {name: tensors[name] for name in kept},
         work={name: _CAST for name, wanted in dtypes.items() if wanted != tensors[name].dtype},
         names={ours: (names or {}).get(theirs, theirs) for ours, theirs in kept.items()},
@@ -83,53 +93,51 @@ def plan_copy(
     )
 
 
-def _repeats_embeddings(source: Checkpoint, found: dict[str, str], live: str, base: Base) -> bool:
-    """Whether a tensor that the base lacks is its tied head, stored once more (as FSDP's full state is)."""
-    inputs = [name for one, name in found.items() if is_embedding(one, INPUT_EMBEDDINGS)]
-    if not (base.is_tied and is_embedding(live, OUTPUT_EMBEDDINGS) and len(inputs) == 1):
-        return False
-    tensors = source.tensors()
-    return same_tensor(source.path, tensors[found[live]], tensors[inputs[0]])
-
-
 def copy_weights(
-    source: Checkpoint, shards: Sequence[Shard], folder: Path, *, link: bool = False, progress: Progress | None = None
+    source: Path,
+    tensors: Mapping[str, TensorInfo],
+    shards: Sequence[Shard],
+    folder: Path,
+    *,
+    link: bool = False,
+    progress: Progress | None = None,
 ) -> None:
-    """Write what `plan_copy` planned. Files in which nothing changes are copied whole, or linked.
+    """Write what `plan_copy` planned. Files in which nothing changes are copied or linked as they are.
 
     Args:
-        source: where they come from.
+        source: the folder that the weights come from.
+        tensors: its tensors.
         shards: the plan.
         folder: an existing folder.
         link: make hard links where the file system lets; what edits one of the two files in place then edits both.
-        progress: told the bytes done and the bytes in all.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
         VerificationError: a value is not finite, or not in the new dtype.
         InputError: no room, or no permission.
     """
-    files = {path.name: path for path in source.weight_files()}
-    if _are_whole_files(shards, source):
-        total, done = sum(path.stat().st_size for path in files.values()), 0
-        for name, path in files.items():
-            if not (link and _hard_link(path, folder / name)):
-                refuse_full_disk(folder, [shard for shard in shards if shard.file == name])
-                for copied in _copy_file(path, folder / name):
-                    if progress is not None:
-                        progress(done + copied, total)
-            done += path.stat().st_size
-        if (source.path / WEIGHTS_INDEX).is_file() and len(files) > 1:
-            for _ in _copy_file(source.path / WEIGHTS_INDEX, folder / WEIGHTS_INDEX):
-                pass
+    planned = {entry.name: shard.file for shard in shards for entry in shard.entries if entry.work is None}
+    if planned == {name: info.file for name, info in tensors.items()}:
+        _copy_files(source, shards, folder, link=link, progress=progress)
         return
     refuse_full_disk(folder, shards)
     with single_threaded() as setup:
         write_shards(shards, folder, fill=_write_cast, workers=worker_count(), setup=setup, progress=progress)
 
 
-def _are_whole_files(shards: Sequence[Shard], source: Checkpoint) -> bool:
-    planned = {entry.name: shard.file for shard in shards for entry in shard.entries if entry.work is None}
-    return planned == {name: info.file for name, info in source.tensors().items()}
+def _copy_files(source: Path, shards: Sequence[Shard], folder: Path, *, link: bool, progress: Progress | None) -> None:
+    files = [source / shard.file for shard in shards]
+    total, done = sum(path.stat().st_size for path in files), 0
+    for shard, path in zip(shards, files, strict=True):
+        if not (link and _hard_link(path, folder / path.name)):
+            refuse_full_disk(folder, [shard])
+            for copied in _copy_file(path, folder / path.name):
+                if progress is not None:
+                    progress(done + copied, total)
+        done += path.stat().st_size
+    if [path.name for path in files] != [WEIGHTS]:
+        for _ in _copy_file(source / WEIGHTS_INDEX, folder / WEIGHTS_INDEX):
+            pass
 
 
 def _hard_link(source: Path, target: Path) -> bool:
