@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
 from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
-from grpo_toolkit.checkpoint.weights.copy_weights import copy_weights
+from grpo_toolkit.checkpoint.weights.copy_weights import copy_weights, rewrite_shard
+from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.export.live_adapter import adapter_state, refuse_resized, saved_adapter
 from grpo_toolkit.merge.adapter import find_adapter, open_adapter
@@ -101,29 +102,26 @@ def _write_saved(plan: ExportPlan, weights: dict[str, torch.Tensor] | None, stag
 
 
 def _recast_files(plan: ExportPlan, folder: Path) -> None:
-    """Rewrite saved weights, shard by shard, with new names and the base's dtypes, where they have others."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
+    """Rewrite saved weights, file by file, with new names and the base's dtypes, where they have others."""
     saved = open_checkpoint(folder)
     tensors = saved.tensors()
     renames = plan.storage.renames(tensors, plan.source.plain.config.model_type)
     usual = str(plan.dtype).removeprefix("torch.")
-    floats = {name: FLOAT_NAMES[info.dtype] for name, info in tensors.items() if info.dtype in FLOAT_NAMES}
-    if not renames and all(dtype == plan.stored.get(name, usual) for name, dtype in floats.items()):
+    dtypes = {
+        name: named_dtype(plan.stored.get(renames.get(name, name), usual))
+        for name, info in tensors.items()
+        if info.dtype in FLOAT_NAMES
+    }
+    if not renames and all(dtype == tensors[name].dtype for name, dtype in dtypes.items()):
         return
-    total = 0
     for path in saved.weight_files():
-        loaded = {renames.get(name, name): tensor for name, tensor in load_file(path).items()}
-        weights = {
-            name: tensor.to(getattr(torch, plan.stored.get(name, usual))) if tensor.is_floating_point() else tensor
-            for name, tensor in loaded.items()
-        }
-        total += sum(tensor.nbytes for tensor in weights.values())
-        save_file(weights, path, metadata={"format": "pt"})
+        original = path.rename(path.with_suffix(".original"))
+        rewrite_shard(original, path, renames=renames, dtypes=dtypes)
+        original.unlink()
     index = folder / WEIGHTS_INDEX
     if index.is_file():
         data = read_json(index)
+        total = sum(info.nbytes for info in saved.tensors().values())
         data["metadata"] = {**data.get("metadata", {}), "total_size": total}
         data["weight_map"] = {renames.get(name, name): file for name, file in data["weight_map"].items()}
         index.write_text(dump_json(data), encoding="utf-8")

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.model_folder import WEIGHTS, WEIGHTS_INDEX
-from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
+from grpo_toolkit.checkpoint.safetensors_header import (
+    FLOAT_NAMES,
+    read_safetensors_header,
+    read_safetensors_metadata,
+)
 from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.checkpoint.weights.shard_plan import plan_shards, refuse_full_disk
 from grpo_toolkit.checkpoint.weights.shard_writer import (
     COPY_BYTES,
+    Entry,
     Shard,
     Span,
     copy_span,
+    fill_shards,
     read_at,
     same_tensor,
     write_at,
@@ -31,7 +38,7 @@ from grpo_toolkit.checkpoint.weights.tensor_blocks import (
     single_threaded,
     worker_count,
 )
-from grpo_toolkit.errors import VerificationError
+from grpo_toolkit.errors import UnsupportedError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +46,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.checkpoint.weights.base_weights import Base
-    from grpo_toolkit.checkpoint.weights.shard_writer import Entry, Progress
+    from grpo_toolkit.checkpoint.weights.shard_writer import Progress
 
 _CAST: Final = "cast"
 _VALUES: Final = 2**20
@@ -113,7 +120,7 @@ def copy_weights(
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        VerificationError: a value is not finite, or not in the new dtype.
+        VerificationError: a value does not fit into the new dtype.
         InputError: no room, or no permission.
     """
     planned = {entry.name: shard.file for shard in shards for entry in shard.entries if entry.work is None}
@@ -123,6 +130,47 @@ def copy_weights(
     refuse_full_disk(folder, shards)
     with single_threaded() as setup:
         write_shards(shards, folder, fill=_write_cast, workers=worker_count(), setup=setup, progress=progress)
+
+
+def rewrite_shard(
+    source: Path, target: Path, *, renames: Mapping[str, str | None], dtypes: Mapping[str, str], inside: bool = False
+) -> int:
+    """Write a safetensors file anew with its tensors renamed, dropped or cast; returns how many were written.
+
+    Args:
+        source: the file.
+        target: another one, which must not be there.
+        renames: new names of tensors by their present ones; None drops a tensor.
+        dtypes: safetensors' names of new dtypes, by present names; floating-point tensors alone can be cast.
+        inside: refuse a file that is a link out of its folder.
+
+    Raises:
+        CheckpointError: the source is damaged.
+        UnsupportedError: a cast from or to a dtype that is not floating-point.
+        VerificationError: a value does not fit into the new dtype; the target is incomplete.
+        OSError: the target cannot be written.
+    """
+    entries = []
+    for name, info in sorted(read_safetensors_header(source, inside=inside).items(), key=lambda item: item[1].span):
+        new, dtype = renames.get(name, name), dtypes.get(name, info.dtype)
+        if new is not None:
+            is_cast = dtype != info.dtype
+            if is_cast and not {dtype, info.dtype} <= FLOAT_NAMES.keys():
+                raise UnsupportedError(f"{source}: {name}: no cast from {info.dtype} to {dtype}; only floats are cast")
+            span = Span(path=source, begin=info.span[0], end=info.span[1], dtype=info.dtype)
+            work = _CAST if is_cast else None
+            entries.append(Entry(name=new, dtype=dtype, shape=info.shape, source=span, work=work))
+    metadata = read_safetensors_metadata(source, inside=inside)
+    shard = Shard(
+        file=target.name, entries=tuple(entries), metadata={"format": "pt"} if metadata is None else metadata
+    )
+    is_cast = any(entry.work for entry in entries)
+    with single_threaded() if is_cast else nullcontext() as setup:  # torch is loaded for a cast alone
+        for _ in fill_shards([shard], target.parent, fill=_write_cast, workers=worker_count(), setup=setup):
+            pass
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return len(entries)
 
 
 def _copy_files(source: Path, shards: Sequence[Shard], folder: Path, *, link: bool, progress: Progress | None) -> None:
@@ -165,7 +213,11 @@ def _copy_file(source: Path, target: Path) -> Iterator[int]:
 
 
 def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
-    """Write a tensor in another dtype, rounded once."""
+    """Write a tensor in another dtype, rounded once.
+
+    A cast makes no finite value infinite: that is refused. What is NaN or infinite already stays so, as in a copy; the
+    checks of stored values find it.
+    """
     import torch
 
     stored_dtype: Any = getattr(torch, FLOAT_NAMES[entry.source.dtype])
@@ -178,9 +230,12 @@ def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
             values = buffer.take(1, min(_VALUES, count - first), stored_dtype)
             begin = entry.source.begin + first * stored_dtype.itemsize
             read_at(source, raw_bytes(values), begin, entry.source.path)
-            if not is_finite_in(values, dtype):
-                raise VerificationError(f"not published: {entry.name} has values that are not finite in {dtype}")
             block = rounded.take(1, values.shape[1], dtype).copy_(values)
+            if not is_finite_in(values, dtype) and not torch.equal(block.isfinite(), values.isfinite()):
+                raise VerificationError(
+                    f"{entry.source.path.name}: {entry.name} has values that are not finite in {dtype}, so it is not "
+                    "cast; keep its dtype"
+                )
             write_at(descriptor, raw_bytes(block), offset + first * dtype.itemsize)
     finally:
         os.close(source)
