@@ -36,7 +36,7 @@ class ExportCallback(GuardedCallback):
     """Exports the trained model at the end of training: merged, verified, published atomically.
 
     Before the training it sees to it that an export can be equal to the policy at all: rotary frequencies that loading
-    has rounded (see `buffers`) are computed again, as by `KVCacheCallback`.
+    has rounded (see `model/rotary_buffers.py`) are computed again, as by `KVCacheCallback`.
 
     Args:
         output_dir: the folder to publish.

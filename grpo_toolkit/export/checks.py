@@ -142,7 +142,7 @@ def check_ties(report: LoadReport, base: Base) -> Check:
 
 
 def check_inputs(pairs: Sequence[tuple[Evidence, Evidence]]) -> Check:
-    """Whether the export's processor makes the very same token ids and pixel values as the policy's."""
+    """Check that the export's processor makes the very same token ids and pixel values as the trained model's."""
     differing = {index: list(input_differences(*pair)) for index, pair in enumerate(pairs)}
     said = "; ".join(f"request {index}: {', '.join(words)}" for index, words in differing.items() if words)
     ids = sum(want.inputs["input_ids"].numel() for want, _ in pairs)
@@ -152,7 +152,7 @@ def check_inputs(pairs: Sequence[tuple[Evidence, Evidence]]) -> Check:
 
 
 def check_logits(pairs: Sequence[tuple[Evidence, Evidence]], *, dtype: str, noise: float) -> Check:
-    """Whether the export's logits are the policy's, along the policy's own tokens."""
+    """Check that the export's logits are the trained model's, along the trained model's own tokens."""
     name = "same logits as the trained policy"
     tolerance = max(LOGIT_TOLERANCES.get(dtype, 1e-3), 2 * noise)
     try:
@@ -172,7 +172,7 @@ def check_logits(pairs: Sequence[tuple[Evidence, Evidence]], *, dtype: str, nois
 def check_scores(
     name: str, score: Callable[[Sequence[Record]], list[float]], pairs: Sequence[tuple[Record, Record]]
 ) -> Check:
-    """Whether the answers earn the same reward; where the tokens differ, which has its own check, they need not."""
+    """Check that equal answers earn the same reward; other tokens have a check of their own."""
     title = f"same {name} on the same prompts"
     try:
         want, got = (score([pair[side] for pair in pairs]) for side in (0, 1))

@@ -1,4 +1,4 @@
-"""Does an export say the same as the policy that was trained, and does it decode with its cache?
+"""The verification of an export: it answers as the trained model does, and decodes with its cache.
 
 The export is loaded from disk in a fresh process, as its user will load it, and asked the same requests as the live
 policy was. Each check is a line with its figure; one that fails keeps the export from being published.
@@ -95,7 +95,7 @@ def verify_export(
         expected: the records of the trained policy on the same requests (`policy_records`); without them the tokens
             are compared between cached and uncached decoding alone.
         noise: by how much logits of the policy differ between two runs of the same requests (`policy_noise`).
-        logit_noise: the same over all logits, relative to their spread (`policy.logit_noise`).
+        logit_noise: the same over all logits, relative to their spread (`policy_answers.logit_noise`).
         scores: reward functions by name, as functions of records: the answers have to earn what the policy's do.
         base: the base's folder, or its headers as `open_base` read them, to compare tensor names (as published),
             shapes, dtypes and ties with.
@@ -153,7 +153,7 @@ def verify_export(
 def _evidence(
     worker: Worker, requests: Sequence[Request], expected: Sequence[Record]
 ) -> Iterator[tuple[Evidence, Evidence]]:
-    """The policy's evidence and the export's on the first tokens that the policy said, whatever the export prefers."""
+    """Yield the logits of both models along the first tokens that the trained one generated."""
     for request, record in zip(requests, expected, strict=bool(expected)):
         if record.evidence is None:
             continue
@@ -165,7 +165,7 @@ def _evidence(
 
 
 def reference_records(reference: str | os.PathLike[str], *, device: str = "cpu") -> tuple[list[Request], list[Record]]:
-    """What a model folder answers to the made-up requests, in a process of its own: requests and records."""
+    """Return made-up requests and a model folder's answers to them, generated in a process of its own."""
     requests = [replace(plain_request(), with_rivals=True, with_evidence=True)]
     with Worker(open_checkpoint(reference).path, device=device) as worker:
         return requests, [worker.generate(request) for request in requests]

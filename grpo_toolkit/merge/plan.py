@@ -1,4 +1,4 @@
-"""Which stored tensor of a base each tensor of an adapter changes, and how: decided from headers and configs alone.
+"""The plan of a merge: the stored tensors that an adapter changes, and how, from headers and configs alone.
 
 Everything that would make a merge something else than what was trained is found here, before a weight is read: a
 module that the base does not have, factors of another shape, a layer of the adapter that is missing, tied embeddings
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:
-    """What happens to each stored tensor that the adapter changes.
+    """Plan what happens to each stored tensor that the adapter changes.
 
     Raises:
         CheckpointError: tensors that do not fit the base, or an adapter that is not whole.

@@ -1,4 +1,4 @@
-"""A base folder as a merge sees it: its stored tensors, and where the live model's names are stored."""
+"""A base folder's headers: its stored tensors, and where the live model's names are stored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A base folder as a merge sees it: its stored tensors, and where the live model's names are stored."""
+    """A base folder's stored tensors, and their names by those of the live model."""
 
     path: Path
     config: JsonObject
@@ -36,7 +36,7 @@ class Base:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the output embeddings are the input embeddings."""
+        """True if the output embeddings are the input embeddings."""
         text = self.config.get("text_config")
         levels = [self.config, text if isinstance(text, dict) else {}]
         flags = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
@@ -45,7 +45,7 @@ class Base:
 
     @property
     def vocabulary(self) -> int | None:
-        """How many rows the input embeddings have, or None where no tensor is known to be them."""
+        """The rows of the input embeddings, or None where no tensor is known to be them."""
         stored = [name for live, name in self.stored.items() if is_embedding(live, INPUT_EMBEDDINGS)]
         return self.tensors[stored[0]].shape[0] if len(stored) == 1 else None
 

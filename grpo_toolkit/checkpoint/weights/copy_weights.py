@@ -61,7 +61,7 @@ def plan_copy(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
 ) -> list[Shard] | None:
-    """How a full model's files become an export's, or None where they hold something else than the base's tensors.
+    """Plan how a full model's files become an export's; None where they hold other tensors than the base's.
 
     Args:
         folder: a folder with a full model.
@@ -76,7 +76,7 @@ def plan_copy(
     inputs = [name for live, name in found.items() if is_embedding(live, INPUT_EMBEDDINGS)]
 
     def is_tied_head(name: str) -> bool:
-        """Whether a tensor that the base lacks is its tied head, stored once more (as FSDP's full state is)."""
+        """Return whether a tensor that the base lacks is its tied head, stored again (as FSDP's full state does)."""
         if not (base.is_tied and is_embedding(extra[name], OUTPUT_EMBEDDINGS) and len(inputs) == 1):
             return False
         return same_tensor(folder, tensors[name], tensors[inputs[0]])

@@ -116,7 +116,7 @@ def write_shards(
         fill: makes an entry that is not a plain copy: the entry, the open file, the offset to write at.
         workers: threads that copy and fill.
         setup: run once in each of them, before its first `fill`.
-        progress: told the bytes done and the bytes in all.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
         InputError: a file cannot be written (no space, no permission); what is there is incomplete.
@@ -166,7 +166,7 @@ class _Task:
 
 
 def _prepared(fill: Fill, setup: Callable[[], None] | None) -> Fill:
-    """`fill`, with `setup` run before the first time in each thread."""
+    """Return `fill`, with `setup` run before its first call in each thread."""
     ready = threading.local()
 
     def prepared(entry: Entry, descriptor: int, offset: int) -> None:
@@ -179,7 +179,7 @@ def _prepared(fill: Fill, setup: Callable[[], None] | None) -> Fill:
 
 
 def _open_shard(shard: Shard, folder: Path, opened: ExitStack, fill: Fill) -> list[_Task]:
-    """Make a file of its full length with its header; what is then to be written into it."""
+    """Make a file of its full length with its header; return the parts still to be written."""
     header = shard.header()
     descriptor = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     opened.callback(os.close, descriptor)
@@ -240,7 +240,7 @@ class _Queue:
 
 
 def _tasks(shard: Shard, offset: int, fill: Fill) -> Iterator[tuple[Callable[[int, int], None], int, int, bool]]:
-    """What to do, where in the file, and how many bytes that is; neighbours that are copied are copied together."""
+    """Yield each part of a file: what writes it, where, its bytes; neighbours that are copied are copied together."""
     copied: list[Entry] = []
     begin = offset
     for entry in shard.entries:
@@ -323,7 +323,7 @@ def _cut_off(path: Path) -> CheckpointError:
 
 
 def same_tensor(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two stored tensors of a folder have the same dtype, shape and bytes."""
+    """Return whether two stored tensors of a folder have the same dtype, shape and bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with (folder / one.file).open("rb") as left, (folder / other.file).open("rb") as right:
