@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.rotary_positions import restore_positions
 from grpo_toolkit.checkpoint.publish import check_output
-from grpo_toolkit.export.export import ExportResult, export_model, refuse_unsupported
+from grpo_toolkit.export.export import ExportResult, export_model
+from grpo_toolkit.export.export_plan import refuse_unsupported
 from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.reporting.terminal.console import say
@@ -35,7 +36,7 @@ class ExportCallback(GuardedCallback):
     """Exports the trained model at the end of training: merged, verified, published atomically.
 
     Before the training it sees to it that an export can be equal to the policy at all: rotary frequencies that loading
-    has rounded (see `buffers`) are computed again, as by `KVCacheCallback`.
+    has rounded (see `model/rotary_buffers.py`) are computed again, as by `KVCacheCallback`.
 
     Args:
         output_dir: the folder to publish.

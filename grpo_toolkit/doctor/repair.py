@@ -19,9 +19,9 @@ from typing import Any
 
 from grpo_toolkit.checkpoint.base_lookup import named_base
 from grpo_toolkit.checkpoint.publish import sync_folder
+from grpo_toolkit.checkpoint.weights.copy_weights import rewrite_shard
 from grpo_toolkit.doctor.planned_files import DiskFiles
 from grpo_toolkit.doctor.repair_plan import RepairPlan, make_plan
-from grpo_toolkit.doctor.rewrite import rewrite_shard
 from grpo_toolkit.doctor.undo import (
     _MANIFEST,
     _STAGING,
@@ -74,6 +74,7 @@ def repair_checkpoint(
     Raises:
         CheckpointError: nothing in the folder that could be examined, or `base` is not here.
         InputError: the folder cannot be written, or the disk has no room for rewritten weights.
+        VerificationError: a rewritten weight would not fit into the base's dtype; nothing was changed.
     """
     folder = Path(path)
     if not os.path.isdir(folder):  # noqa: PTH112
@@ -152,7 +153,8 @@ def _carry_out(folder: Path, plan: RepairPlan) -> None:
             if change.after is not None:
                 _write(staging / change.file, change.after)
         for shard in plan.shards:
-            if rewrite_shard(folder / shard, staging / shard, plan.weights) == 0:
+            renames, dtypes = plan.weights.renames, plan.weights.dtypes
+            if rewrite_shard(folder / shard, staging / shard, renames=renames, dtypes=dtypes, inside=True) == 0:
                 (staging / shard).unlink()
         names = [*(change.file for change in plan.changes), *plan.shards]
         for name in names:
@@ -166,6 +168,8 @@ def _carry_out(folder: Path, plan: RepairPlan) -> None:
     except BaseException:
         if (_unfinished(undo) or {}).get("staging") != staging.name:  # else the next repair goes on from here
             shutil.rmtree(staging, ignore_errors=True)
+            if not (undo / _MANIFEST).is_file():
+                _remove(undo)
         raise
     _finish(folder)
 

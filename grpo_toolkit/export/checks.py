@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.generation_defaults import capture_defaults
-from grpo_toolkit.checkpoint.json_files import read_json
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Checkpoint, open_checkpoint
-from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES, TensorInfo
-from grpo_toolkit.checkpoint.weights.base_weights import open_base
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
+from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.checkpoint.weights.shard_writer import read_at
 from grpo_toolkit.checkpoint.weights.tensor_blocks import Buffer, is_finite_in, raw_bytes
@@ -28,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from grpo_toolkit.checkpoint.model_folder import Checkpoint
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
+    from grpo_toolkit.checkpoint.weights.base_weights import Base
     from grpo_toolkit.model.generation.evidence import Evidence
     from grpo_toolkit.model.generation.generate import Record
     from grpo_toolkit.model.load import LoadReport
@@ -59,12 +60,13 @@ def check_files(checkpoint: Checkpoint) -> Check:
     )
 
 
-def check_tensors(export: Checkpoint, base: Checkpoint, dtype: str | None) -> Check:
-    found, wanted = export.tensors(), _expected_tensors(base, export.tensors(), dtype)
+def check_tensors(export: Checkpoint, found: Mapping[str, TensorInfo], base: Base, dtype: str | None) -> Check:
+    """Check names, shapes and dtypes of an export's tensors, `found` in its headers, against its base's."""
+    wanted = _expected_tensors(base, found, dtype)
     if not wanted:
         return Check(name="tensors as in the base", passed=True, detail=f"skipped: no safetensors in {base.path}")
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    vocabularies = (_vocabulary(export), _vocabulary(base))
+    vocabularies = (_vocabulary(export.json(CONFIG)), _vocabulary(base.config))
     other = sorted(n for n in found.keys() & wanted.keys() if not same_form(found[n], wanted[n], vocabularies))
     passed = not (missing or extra or other)
     detail = f"{len(found)} tensors with the names, shapes and dtypes of {base.path}"
@@ -74,14 +76,14 @@ def check_tensors(export: Checkpoint, base: Checkpoint, dtype: str | None) -> Ch
     return Check(name="tensors as in the base", passed=passed, detail=detail)
 
 
-def _expected_tensors(base: Checkpoint, found: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, TensorInfo]:
-    """The base's tensors in another dtype, and under published names where the export has those."""
-    tensors = base.tensors()
+def _expected_tensors(base: Base, found: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, TensorInfo]:
+    """Return the base's tensors in another dtype, and under published names where the export has those."""
+    tensors = dict(base.tensors)
     if dtype is not None:
         stored_as = named_dtype(dtype)
         floats = {name: info for name, info in tensors.items() if info.dtype in FLOAT_NAMES}
         tensors |= {name: replace(info, dtype=stored_as) for name, info in floats.items()}
-    renames = published_renames(tensors, read_json(base.path / CONFIG).get("model_type"), compat="all")
+    renames = published_renames(tensors, base.config.get("model_type"), compat="all")
     return {name if name in found else renames.get(name, name): info for name, info in tensors.items()}
 
 
@@ -92,22 +94,21 @@ def same_form(one: TensorInfo, other: TensorInfo, vocabularies: tuple[int, int])
     return one.dtype == other.dtype and shapes_fit
 
 
-def _vocabulary(checkpoint: Checkpoint) -> int:
-    config = checkpoint.json(CONFIG)
+def _vocabulary(config: object) -> int:
     text = config.get("text_config", config) if isinstance(config, dict) else {}
     size = text.get("vocab_size") if isinstance(text, dict) else None
     return size if isinstance(size, int) else -1
 
 
-def check_values(checkpoint: Checkpoint) -> Check:
-    """Whether every stored value is finite: the whole of the weights is read once, a block at a time."""
+def check_values(folder: Path, tensors: Mapping[str, TensorInfo]) -> Check:
+    """Check that every stored value is finite; the weights are read once, a block at a time."""
     import torch
 
-    tensors = {name: info for name, info in checkpoint.tensors().items() if info.dtype in FLOAT_NAMES}
+    tensors = {name: info for name, info in tensors.items() if info.dtype in FLOAT_NAMES}
     buffer, broken = Buffer(), []
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].span)):
         dtype: Any = getattr(torch, FLOAT_NAMES[info.dtype])
-        path = checkpoint.path / info.file
+        path = folder / info.file
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             for begin in range(*info.span, _BLOCK_BYTES):
@@ -126,22 +127,22 @@ def check_values(checkpoint: Checkpoint) -> Check:
     return Check(name="every stored value is finite", passed=not broken, detail=detail)
 
 
-def check_ties(report: LoadReport, base: Path) -> Check:
-    """Whether the output embeddings are the input embeddings where, and only where, they are so in the base."""
+def check_ties(report: LoadReport, base: Base) -> Check:
+    """Check that the output embeddings are the input embeddings where, and only where, they are in the base."""
     name = "embeddings tied as in the base"
     if report.tied is None:
         return Check(name=name, passed=True, skipped=True, detail="the model does not have both of them")
-    checkpoint = open_checkpoint(base)
-    if not checkpoint.tensors():
-        return Check(name=name, passed=True, skipped=True, detail=f"no safetensors in {base}")
-    wanted = open_base(checkpoint).is_tied
+    if not base.tensors:
+        return Check(name=name, passed=True, skipped=True, detail=f"no safetensors in {base.path}")
     words = {True: "tied", False: "not tied"}
-    detail = words[report.tied] if report.tied is wanted else f"{words[report.tied]}, in {base} {words[wanted]}"
-    return Check(name=name, passed=report.tied is wanted, detail=detail)
+    detail = words[report.tied]
+    if report.tied is not base.is_tied:
+        detail += f", in {base.path} {words[base.is_tied]}"
+    return Check(name=name, passed=report.tied is base.is_tied, detail=detail)
 
 
 def check_inputs(pairs: Sequence[tuple[Evidence, Evidence]]) -> Check:
-    """Whether the export's processor makes the very same token ids and pixel values as the policy's."""
+    """Check that the export's processor makes the very same token ids and pixel values as the trained model's."""
     differing = {index: list(input_differences(*pair)) for index, pair in enumerate(pairs)}
     said = "; ".join(f"request {index}: {', '.join(words)}" for index, words in differing.items() if words)
     ids = sum(want.inputs["input_ids"].numel() for want, _ in pairs)
@@ -151,7 +152,7 @@ def check_inputs(pairs: Sequence[tuple[Evidence, Evidence]]) -> Check:
 
 
 def check_logits(pairs: Sequence[tuple[Evidence, Evidence]], *, dtype: str, noise: float) -> Check:
-    """Whether the export's logits are the policy's, along the policy's own tokens."""
+    """Check that the export's logits are the trained model's, along the trained model's own tokens."""
     name = "same logits as the trained policy"
     tolerance = max(LOGIT_TOLERANCES.get(dtype, 1e-3), 2 * noise)
     try:
@@ -171,7 +172,7 @@ def check_logits(pairs: Sequence[tuple[Evidence, Evidence]], *, dtype: str, nois
 def check_scores(
     name: str, score: Callable[[Sequence[Record]], list[float]], pairs: Sequence[tuple[Record, Record]]
 ) -> Check:
-    """Whether the answers earn the same reward; where the tokens differ, which has its own check, they need not."""
+    """Check that equal answers earn the same reward; other tokens have a check of their own."""
     title = f"same {name} on the same prompts"
     try:
         want, got = (score([pair[side] for pair in pairs]) for side in (0, 1))

@@ -8,52 +8,39 @@ under the target's name has passed every check.
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_files import Change, config_changes, declare_dtype, write_configs
-from grpo_toolkit.checkpoint.base_lookup import base_of_adapter, named_base
+from grpo_toolkit.checkpoint.base_lookup import named_base
 from grpo_toolkit.checkpoint.generation_defaults import Repair, with_cache_defaults
 from grpo_toolkit.checkpoint.manifest import write_manifest
-from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
 from grpo_toolkit.checkpoint.publish import check_output, staged
-from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.doctor.compat import check_compat, write_older_forms
-from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
-from grpo_toolkit.export.export_weights import (
-    Storage,
-    copied_shards,
-    gather_weights,
-    stored_dtypes,
-    unloaded_model,
-    write_weights,
-)
-from grpo_toolkit.export.format_reward import format_reward_of, scored_by
-from grpo_toolkit.export.live_adapter import is_adapted, refuse_unmergeable
+from grpo_toolkit.errors import VerificationError
+from grpo_toolkit.export.export_plan import ExportPlan, Storage, plan_export
+from grpo_toolkit.export.export_weights import gather_weights, write_weights
+from grpo_toolkit.export.format_reward import format_reward_of, format_scores
 from grpo_toolkit.export.policy_answers import PolicyAnswers, ask_policy
 from grpo_toolkit.export.verify import VerificationResult, verify_export
 from grpo_toolkit.model.generation.request import logged_requests
-from grpo_toolkit.model.live_model import base_model, random_state_kept
-from grpo_toolkit.model.load import load_model
-from grpo_toolkit.model.memory import why_too_large
-from grpo_toolkit.model.processor_files import processor_of, write_processor
-from grpo_toolkit.model.save_hook import base_folder, capture_model_defaults
-from grpo_toolkit.model.sharding.gather import is_fsdp1, is_sharded
+from grpo_toolkit.model.live_model import random_state_kept
+from grpo_toolkit.model.processor_files import write_processor
+from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    import os
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
-    from transformers import PreTrainedModel, Trainer
+    from transformers import Trainer
 
-    from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults
     from grpo_toolkit.checkpoint.weights.shard_writer import Progress
+    from grpo_toolkit.export.format_reward import Score
     from grpo_toolkit.model.generation.request import Request
 
 
@@ -153,88 +140,37 @@ def export_model(
         link=link,
         progress=progress,
     )
-    named = None if base is None else named_base(base)
     with random_state_kept():
-        folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
-        copied = () if folder is None else copied_shards(folder, named or folder, storage)
-        is_streamed = folder is not None and (bool(copied) or open_checkpoint(folder).kind is Kind.ADAPTER)
-        is_loaded = not is_streamed or (verify and not _is_too_large(folder, named, device))
-        if folder is not None and not is_loaded:
-            model, processor = _open_unloaded(folder, processing_class, named)
-        else:
-            model, processor = _open_source(source, processing_class, device, named)
-        refuse_unsupported(model)
-        origin = named or base_folder(model)
-        processor = processor if processor is not None or origin is None else processor_of(origin)
-        stored = {} if origin is None else stored_dtypes(origin, storage)
-        stored_as = _export_dtype(model, stored, storage)
-        defaults = capture_model_defaults(model, base=origin, overrides=generation_overrides)
-        answers = PolicyAnswers(requests=tuple(requests), records=(), noise=0.0) if verify else None
-        if verify and is_loaded:
-            asked = [*requests, *logged_requests(source)]
-            answers = ask_policy(model, processor, asked, dtype=stored_as, defaults=defaults)
-        reward = format_reward or format_reward_of(source)
-        scores = {} if reward is None or processor is None else {"format reward": scored_by(reward, processor)}
-        weights = gather_weights(model, dtype=stored_as, stored=stored) if folder is None else None
+        plan = plan_export(
+            source,
+            storage,
+            base=None if base is None else named_base(base),
+            processing_class=processing_class,
+            overrides=generation_overrides,
+            device=device,
+            load=verify,
+        )
+        answers = _ask(plan, requests, logged_requests(source)) if verify else None
+        scores = format_scores(format_reward or format_reward_of(source), plan.source.processor)
+        weights = gather_weights(plan)
         if rank() != 0:
             return None
         with staged(target, overwrite=overwrite) as staging:
-            write_weights(
-                model,
-                weights,
-                staging,
-                origin,
-                folder=folder,
-                copied=copied,
-                stored=stored,
-                dtype=stored_as,
-                defaults=defaults,
-                storage=storage,
-            )
-            repairs, changes = _write_files(base_model(model), processor, staging, origin, defaults)
-            if storage.dtype is not None:
-                declare_dtype(staging, FLOAT_NAMES[storage.dtype])
-            made_portable = write_older_forms(staging) if compat == "all" else ()
-            verification = (
-                None
-                if answers is None
-                else _verify(
-                    staging,
-                    answers,
-                    scores=scores,
-                    base=origin,
-                    dtype=None if storage.dtype is None else FLOAT_NAMES[storage.dtype],
-                    device=device if folder is not None else str(base_model(model).device),
-                    attn_implementation=getattr(base_model(model).config, "_attn_implementation", None),
-                )
-            )
+            write_weights(plan, weights, staging)
+            repairs, changes, made_portable = _write_files(plan, staging)
             result = ExportResult(
                 path=target,
-                base=origin,
+                base=plan.base_folder,
                 repairs=repairs,
                 changes=changes,
                 made_portable=made_portable,
-                sources=_sources(source, model, origin),
+                sources={"source": str(plan.source), "base": str(plan.base_folder or "none on disk")},
+                verification=None if answers is None else _verify(plan, staging, answers, scores),
                 bytes=sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
-                verification=verification,
                 seconds=time.monotonic() - started,
             )
             _write_manifest(staging, result, notes or {})
     return result
-
-
-def refuse_unsupported(model: torch.nn.Module) -> None:
-    """Raise for models that cannot be exported; the callback asks before training.
-
-    Raises:
-        UnsupportedError: FSDP1, or an adapter that cannot be merged.
-    """
-    if is_fsdp1(model):
-        raise UnsupportedError(
-            "the model is wrapped by FSDP1, which cannot be exported live; set `fsdp_version: 2` in the accelerate "
-            "config, or save a full checkpoint with trainer.save_model() and export that folder"
-        )
-    refuse_unmergeable(model)
 
 
 def _takes_all_ranks(source: Any) -> bool:
@@ -242,102 +178,59 @@ def _takes_all_ranks(source: Any) -> bool:
     return hasattr(model, "parameters") and is_sharded(model)
 
 
-def _is_too_large(folder: Path | None, base: Path | None, device: str) -> bool:
-    """Whether there is no memory to load a folder's model, or an adapter's base: it is then exported unasked."""
-    if folder is None:
-        return False
-    if open_checkpoint(folder).kind is Kind.ADAPTER:
-        folder = base or base_of_adapter(folder)
-    return why_too_large(open_checkpoint(folder), device) is not None
+def _ask(plan: ExportPlan, requests: Sequence[Request], logged: Sequence[Request]) -> PolicyAnswers:
+    """Ask the trained model what the export will be asked; a model that was not loaded has no answers."""
+    source = plan.source
+    if not source.is_loaded:
+        return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
+    return ask_policy(source.model, source.processor, [*requests, *logged], dtype=plan.dtype, defaults=plan.defaults)
 
 
-def _open_unloaded(folder: Path, processing_class: Any, base: Path | None) -> tuple[torch.nn.Module, Any]:
-    """A folder's model without its weights: what is not verified is copied or merged from file to file."""
-    with _named_if_unloadable(folder):
-        model = unloaded_model(folder, base=base)
-        return model, processing_class if processing_class is not None else processor_of(folder)
+def _write_files(plan: ExportPlan, staging: Path) -> tuple[tuple[Repair, ...], tuple[Change, ...], tuple[str, ...]]:
+    """Lay the base's own files over what the library saved.
 
-
-def _open_source(source: Any, processing_class: Any, device: str, base: Path | None) -> tuple[torch.nn.Module, Any]:
-    if isinstance(source, (str, os.PathLike)):
-        folder = Path(source)
-        open_checkpoint(folder).tensors()  # a header that is damaged or cut off is named before anything is loaded
-        with _named_if_unloadable(folder):
-            model, processor, report = load_model(folder, device=device, base=base)
-        if not report.is_clean:
-            raise InputError(
-                f"{folder}: its weights do not fit its config (missing {report.missing[:2]}, "
-                f"unexpected {report.unexpected[:2]}, mismatched {report.mismatched[:2]}); nothing was exported"
-            )
-        return model, processing_class if processing_class is not None else processor
-    if hasattr(source, "model") and hasattr(source, "processing_class"):
-        return source.model, processing_class if processing_class is not None else source.processing_class
-    return source, processing_class
-
-
-@contextmanager
-def _named_if_unloadable(folder: Path) -> Iterator[None]:
-    """What the libraries raise about a folder becomes one error that names it."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
-
-
-def _export_dtype(model: torch.nn.Module, stored: Mapping[str, str], storage: Storage) -> torch.dtype:
-    """The dtype that was asked for, else the one that most tensors are `stored` in, else (no base) the model's own.
-
-    TRL loads a model given by name in float32 unless told otherwise: a bfloat16 base would come out twice its size.
+    Returns:
+        What was put right, what training changed, and what was rewritten for older readers.
     """
-    import torch
-
-    dtypes = list(stored.values()) if storage.dtype is None else [FLOAT_NAMES[storage.dtype]]
-    dtype: torch.dtype = base_model(model).dtype
-    return getattr(torch, max(set(dtypes), key=dtypes.count)) if dtypes else dtype
-
-
-def _write_files(
-    model: PreTrainedModel, processor: Any, staging: Path, base: Path | None, defaults: InferenceDefaults
-) -> tuple[tuple[Repair, ...], tuple[Change, ...]]:
-    """Lay the base's own files over what the library saved; returns what was put right and what training changed."""
-    if base is None:
-        if processor is not None:
-            processor.save_pretrained(staging)
-        return defaults.repairs, ()
-    loaded = with_cache_defaults(type(model.config).from_pretrained(base).to_dict(), defaults)
-    trained = with_cache_defaults(model.config.to_dict(), defaults)
-    changes = config_changes(loaded, trained)
-    written = write_configs(base, staging, changes=changes, overrides=defaults.overrides)
-    changed = write_processor(processor, base, staging)
-    changes += tuple(Change(file=name) for name in changed)
-    return written.repairs, changes
+    model, processor, defaults = plan.source.plain, plan.source.processor, plan.defaults
+    repairs = defaults.repairs
+    changes: tuple[Change, ...] = ()
+    if plan.base_folder is not None:
+        loaded = with_cache_defaults(type(model.config).from_pretrained(plan.base_folder).to_dict(), defaults)
+        changes = config_changes(loaded, with_cache_defaults(model.config.to_dict(), defaults))
+        repairs = write_configs(plan.base_folder, staging, changes=changes, overrides=defaults.overrides).repairs
+        changes += tuple(Change(file=name) for name in write_processor(processor, plan.base_folder, staging))
+    elif processor is not None:
+        processor.save_pretrained(staging)
+    if plan.storage.dtype_name is not None:
+        declare_dtype(staging, plan.storage.dtype_name)
+    return repairs, changes, write_older_forms(staging) if plan.storage.compat == "all" else ()
 
 
-def _verify(staging: Path, answers: PolicyAnswers, **options: Any) -> VerificationResult:
+def _verify(
+    plan: ExportPlan, staging: Path, answers: PolicyAnswers, scores: Mapping[str, Score]
+) -> VerificationResult:
+    """Check the staged export in a fresh process, against what the trained model answered.
+
+    Raises:
+        VerificationError: a check failed.
+    """
     result = verify_export(
         staging,
         requests=answers.requests,
         expected=answers.records,
         noise=answers.noise,
         logit_noise=answers.logit_noise,
-        **options,
+        scores=scores,
+        base=plan.source.base,
+        dtype=plan.storage.dtype_name,
+        device=plan.source.device,
+        attn_implementation=getattr(plan.source.plain.config, "_attn_implementation", None),
     )
     if not result.passed:
         failed = "; ".join(f"{check.name}: {check.detail}" for check in result.failures)
         raise VerificationError(f"not published, because the export failed verification: {failed}")
     return result
-
-
-def _sources(source: Any, model: torch.nn.Module, base: Path | None) -> dict[str, str]:
-    """What an export is made of, for its table."""
-    if isinstance(source, (str, os.PathLike)):
-        kind = "adapter" if open_checkpoint(source).kind is Kind.ADAPTER else "model"
-        named = f"{kind} {os.fspath(source)}"
-    else:
-        kind = "adapter" if is_adapted(model) else "model"
-        named = f"live {kind} ({type(base_model(model)).__name__}, {str(base_model(model).dtype)[6:]})"
-    return {"source": named, "base": "none on disk" if base is None else str(base)}
 
 
 def _write_manifest(staging: Path, result: ExportResult, notes: Mapping[str, Any]) -> None:

@@ -3,235 +3,125 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, Kind, open_checkpoint
+from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
-from grpo_toolkit.checkpoint.weights.base_weights import open_base
-from grpo_toolkit.checkpoint.weights.copy_weights import copy_weights, plan_copy
-from grpo_toolkit.doctor.compat import published_renames
+from grpo_toolkit.checkpoint.weights.copy_weights import copy_weights, rewrite_shard
+from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.errors import UnsupportedError
-from grpo_toolkit.export.live_adapter import adapter_state, is_adapted, refuse_resized, saved_adapter
+from grpo_toolkit.export.live_adapter import adapter_state, refuse_resized, saved_adapter
 from grpo_toolkit.merge.adapter import find_adapter, open_adapter
 from grpo_toolkit.merge.merge import merge_weights
 from grpo_toolkit.merge.plan import plan_updates
-from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.load import auto_class
 from grpo_toolkit.model.save_hook import generation_config_of, inference_defaults, published_names, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     import torch
-    from transformers import PreTrainedModel
 
-    from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults
-    from grpo_toolkit.checkpoint.weights.shard_writer import Progress, Shard
+    from grpo_toolkit.export.export_plan import ExportPlan
 
 
-@dataclass(frozen=True, kw_only=True)
-class Storage:
-    """How the weights of an export are stored.
+def gather_weights(plan: ExportPlan) -> dict[str, torch.Tensor] | None:
+    """Gather the weights on rank 0, of a sharded model's adapter alone; None where they are taken from files.
 
-    Attributes:
-        dtype: safetensors' name of the dtype of every floating-point tensor ("BF16"); None for the base's own.
-        compat: "all" for the names that the family is published with, "v5" for the base's.
-        max_shard_size: largest weight file, such as "5GB"; None for a folder's (or the base's) own files.
-        link: hard links in place of copies, where the file system has them.
-        progress: told the bytes done and the bytes in all.
+    Collective where the model is sharded; other ranks get an empty dict.
     """
-
-    dtype: str | None = None
-    compat: str = "all"
-    max_shard_size: str | int | None = None
-    link: bool = False
-    progress: Progress | None = None
-
-    def renames(self, names: Iterable[str], model_type: object) -> dict[str, str]:
-        """New names for tensors that are called otherwise than published."""
-        return published_renames(names, model_type, compat=self.compat)
+    model = plan.source.model
+    if plan.source.is_adapter:
+        return gather(adapter_state(model)) if is_sharded(model) else None
+    if plan.source.shards:
+        return None
+    # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
+    return gather(saved_state(model), dtype=None if len(set(plan.stored.values())) > 1 else plan.dtype)
 
 
-def stored_dtypes(folder: Path, storage: Storage = Storage()) -> dict[str, str]:
-    """torch's name for the dtype of every floating-point tensor, as an export of the folder's tensors stores them."""
-    checkpoint = open_checkpoint(folder)
-    tensors = checkpoint.tensors()
-    renames = storage.renames(tensors, read_json(folder / CONFIG).get("model_type"))
-    floats = {name: info.dtype for name, info in tensors.items() if info.dtype in FLOAT_NAMES}
-    return {renames.get(name, name): FLOAT_NAMES[storage.dtype or dtype] for name, dtype in floats.items()}
-
-
-def unloaded_model(folder: Path, *, base: Path | None = None) -> PreTrainedModel:
-    """A folder's model (an adapter's base) with its configs and without its weights, on the meta device.
-
-    Raises:
-        CheckpointError: an adapter whose base is not here.
-    """
-    import torch
-    from transformers import AutoConfig, GenerationConfig
-
-    if open_checkpoint(folder).kind is Kind.ADAPTER:
-        folder = base or base_of_adapter(folder)
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(folder).from_config(AutoConfig.from_pretrained(folder))
-    if (folder / GENERATION_CONFIG).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-
-def write_weights(
-    model: torch.nn.Module,
-    weights: dict[str, torch.Tensor] | None,
-    staging: Path,
-    base: Path | None,
-    *,
-    folder: Path | None,
-    copied: Sequence[Shard],
-    stored: Mapping[str, str],
-    dtype: torch.dtype,
-    defaults: InferenceDefaults,
-    storage: Storage,
-) -> None:
+def write_weights(plan: ExportPlan, weights: dict[str, torch.Tensor] | None, staging: Path) -> None:
     """Write weights and generation config into `staging`.
 
     Args:
-        model: what is exported; its weights are read only where there is no folder to take them from.
-        weights: those of a live model, or of a sharded model's adapter, as `gather_weights` gives them.
+        plan: an adapter is merged, a folder's files are copied where they can be, any other model is saved.
+        weights: as `gather_weights` returned them.
         staging: an existing folder.
-        base: the base's folder: its names and dtypes are the export's.
-        folder: where `model` came from, if it was a folder.
-        copied: how to take that folder's own files (`copied_shards`); empty where that cannot be.
-        stored: what the base's tensors are stored as (`stored_dtypes`).
-        dtype: for a model that is saved: what its floating-point weights are stored as.
-        defaults: what the generation config says, where the base has none to carry.
-        storage: how they are stored.
     """
-    if is_adapted(model) or (folder is not None and open_checkpoint(folder).kind is Kind.ADAPTER):
-        _write_merged(model, weights, staging, base, folder=folder, storage=storage)
-    elif folder is not None and copied:
-        copy_weights(open_checkpoint(folder), copied, staging, link=storage.link, progress=storage.progress)
+    source, storage = plan.source, plan.storage
+    if source.is_adapter:
+        _write_merged(plan, weights, staging)
+    elif source.shards and source.folder is not None:
+        copy_weights(
+            source.folder, source.tensors, source.shards, staging, link=storage.link, progress=storage.progress
+        )
     else:
-        _write_saved(base_model(model), weights, staging, stored, dtype=dtype, defaults=defaults, storage=storage)
+        _write_saved(plan, weights, staging)
         return
-    generation_config = generation_config_of(defaults)
+    generation_config = generation_config_of(plan.defaults)
     if generation_config is not None:
         generation_config.save_pretrained(staging)
 
 
-def _write_merged(
-    model: torch.nn.Module,
-    weights: dict[str, torch.Tensor] | None,
-    staging: Path,
-    base: Path | None,
-    *,
-    folder: Path | None,
-    storage: Storage,
-) -> None:
-    """Merge an adapter (of a live model, or a folder's) into the base's files, streamed.
+def _write_merged(plan: ExportPlan, weights: dict[str, torch.Tensor] | None, staging: Path) -> None:
+    """Merge an adapter (a live model's, or a folder's) into the base's files, streamed.
 
     What the adapter leaves as it is may stay so: modules that no gradient reached, a run without a reward.
     """
-    if base is None:
-        name = getattr(base_model(model).config, "_name_or_path", None)
+    source, storage = plan.source, plan.storage
+    if source.base is None:
+        name = getattr(source.plain.config, "_name_or_path", None)
         raise UnsupportedError(
             f"an adapter is merged into its base from disk, and the base {name!r} is no folder here; pass base="
         )
-    origin = open_base(open_checkpoint(base))
-    refuse_resized(model, origin)
-    with nullcontext(find_adapter(folder)) if folder is not None else saved_adapter(model, weights) as saved:
-        adapter = open_adapter(saved)
-        updates = plan_updates(adapter, origin)
+    refuse_resized(source.model, source.base)
+    saved = saved_adapter(source.model, weights) if source.folder is None else nullcontext(find_adapter(source.folder))
+    with saved as folder:
+        adapter = open_adapter(folder)
         merge_weights(
             adapter,
-            origin,
+            source.base,
             staging,
-            updates=updates,
+            updates=plan_updates(adapter, source.base),
             allow_unchanged=True,
-            names=storage.renames(origin.tensors, origin.config.get("model_type")),
+            names=source.renames,
             dtype=storage.dtype,
             max_shard_size=storage.max_shard_size,
             progress=storage.progress,
         )
 
 
-def copied_shards(folder: Path, base: Path, storage: Storage = Storage()) -> list[Shard]:
-    """How to take a folder's own files for an export.
-
-    Empty for an adapter, and where the weights can only be exported by loading them: others than the base's, or none
-    in safetensors.
-    """
-    source, origin = open_checkpoint(folder), open_checkpoint(base)
-    if source.kind is Kind.ADAPTER or not (source.tensors() and origin.tensors()):
-        return []
-    known = open_base(origin)
-    names = storage.renames(known.tensors, known.config.get("model_type"))
-    return plan_copy(source, known, names=names, dtype=storage.dtype, max_shard_size=storage.max_shard_size) or []
-
-
-def gather_weights(
-    model: torch.nn.Module, *, dtype: torch.dtype, stored: Mapping[str, str]
-) -> dict[str, torch.Tensor] | None:
-    """What is to be exported, whole on rank 0: the weights, or a sharded model's adapter; None for any other adapter.
-
-    Collective where the model is sharded; other ranks get an empty dict.
-    """
-    if is_adapted(model):
-        return gather(adapter_state(model)) if is_sharded(model) else None
-    # A base of mixed dtypes (float32 norms, say) is cast after saving, when the names are the published ones.
-    return gather(saved_state(model), dtype=None if len(set(stored.values())) > 1 else dtype)
-
-
-def _write_saved(
-    plain: PreTrainedModel,
-    weights: dict[str, torch.Tensor] | None,
-    staging: Path,
-    stored: Mapping[str, str],
-    *,
-    dtype: torch.dtype,
-    defaults: InferenceDefaults,
-    storage: Storage,
-) -> None:
+def _write_saved(plan: ExportPlan, weights: dict[str, torch.Tensor] | None, staging: Path) -> None:
     """Let the library save a model under published names, then give every tensor the base's dtype."""
-    weights = weights if weights is not None else gather_weights(plain, dtype=dtype, stored=stored)
-    sizes: dict[str, Any] = {} if storage.max_shard_size is None else {"max_shard_size": storage.max_shard_size}
-    with inference_defaults(plain, defaults), published_names(plain):
+    plain, size = plan.source.plain, plan.storage.max_shard_size
+    sizes: dict[str, Any] = {} if size is None else {"max_shard_size": size}
+    with inference_defaults(plain, plan.defaults), published_names(plain):
         # The class's own method: a save hook on the instance would do the same again, with other overrides.
         type(plain).save_pretrained(plain, staging, state_dict=weights, **sizes)
-    saved = open_checkpoint(staging).tensors()
-    _recast_files(staging, stored, dtype, renames=storage.renames(saved, plain.config.model_type))
+    _recast_files(plan, staging)
 
 
-def _recast_files(
-    folder: Path, wanted: Mapping[str, str], default: torch.dtype, *, renames: Mapping[str, str]
-) -> None:
-    """Rewrite saved weights, shard by shard, with new names and the dtypes that `wanted` gives each of those.
-
-    Nothing is written where they have them already.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    usual = str(default).removeprefix("torch.")
-    found = stored_dtypes(folder, Storage(compat="v5"))  # under the names that they have
-    if not renames and all(dtype == wanted.get(name, usual) for name, dtype in found.items()):
+def _recast_files(plan: ExportPlan, folder: Path) -> None:
+    """Rewrite saved weights, file by file, with new names and the base's dtypes, where they have others."""
+    saved = open_checkpoint(folder)
+    tensors = saved.tensors()
+    renames = plan.storage.renames(tensors, plan.source.plain.config.model_type)
+    usual = str(plan.dtype).removeprefix("torch.")
+    dtypes = {
+        name: named_dtype(plan.stored.get(renames.get(name, name), usual))
+        for name, info in tensors.items()
+        if info.dtype in FLOAT_NAMES
+    }
+    if not renames and all(dtype == tensors[name].dtype for name, dtype in dtypes.items()):
         return
-    total = 0
-    for path in open_checkpoint(folder).weight_files():
-        loaded = {renames.get(name, name): tensor for name, tensor in load_file(path).items()}
-        weights = {
-            name: tensor.to(getattr(torch, wanted.get(name, usual))) if tensor.is_floating_point() else tensor
-            for name, tensor in loaded.items()
-        }
-        total += sum(tensor.nbytes for tensor in weights.values())
-        save_file(weights, path, metadata={"format": "pt"})
+    for path in saved.weight_files():
+        original = path.rename(path.with_suffix(".original"))
+        rewrite_shard(original, path, renames=renames, dtypes=dtypes)
+        original.unlink()
     index = folder / WEIGHTS_INDEX
     if index.is_file():
         data = read_json(index)
+        total = sum(info.nbytes for info in saved.tensors().values())
         data["metadata"] = {**data.get("metadata", {}), "total_size": total}
         data["weight_map"] = {renames.get(name, name): file for name, file in data["weight_map"].items()}
         index.write_text(dump_json(data), encoding="utf-8")

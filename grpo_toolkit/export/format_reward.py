@@ -1,4 +1,4 @@
-"""Prompts as a training has them, in its rows or its own log, and the reward that values the form of an answer."""
+"""The reward that values the form of an answer, for a check that an export earns what the trained model does."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.model.generation.generate import Record
 
+    Score = Callable[[Sequence[Record]], list[float]]
+
 
 def format_reward_of(trainer: Any) -> Callable[..., list[float]] | None:
-    """The trainer's own reward function that judges the form of an answer, told by its name."""
+    """Return the trainer's own reward function that judges the form of an answer, known by its name, or None."""
     functions = getattr(trainer, "reward_funcs", None) or []
     named = [function for function in functions if "format" in getattr(function, "__name__", "")]
     return named[0] if named else None
 
 
-def scored_by(reward: Callable[..., list[float]], processor: Any) -> Callable[[Sequence[Record]], list[float]]:
-    """A reward function as trainers call it (completions in chat form), asked about records."""
+def format_scores(reward: Callable[..., list[float]] | None, processor: Any) -> dict[str, Score]:
+    """Return a reward function, as trainers call it (completions in chat form), as a score of records; {} without."""
+    if reward is None or processor is None:
+        return {}
     tokenizer = getattr(processor, "tokenizer", processor)
 
     def score(records: Sequence[Record]) -> list[float]:
@@ -26,4 +30,4 @@ def scored_by(reward: Callable[..., list[float]], processor: Any) -> Callable[[S
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         return [float(value) for value in reward(completions=completions)]
 
-    return score
+    return {"format reward": score}

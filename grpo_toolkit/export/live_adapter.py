@@ -1,4 +1,4 @@
-"""The adapter of a live model, as a folder that a merge can read."""
+"""A live model's adapter: checked before training, and saved as a folder that a merge can read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def is_adapted(model: torch.nn.Module) -> bool:
-    """Whether the model is wrapped by PEFT."""
+    """Return whether the model is wrapped by PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
@@ -54,7 +54,7 @@ def _config_and_text(model: Any) -> list[Any]:
 
 
 def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The live tensors that PEFT may save of an adapter: those that are trained, and factors that are frozen."""
+    """Return the tensors that PEFT may save of a live adapter: those that are trained, and frozen factors."""
     return {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".lora_" in name
     }
@@ -62,7 +62,7 @@ def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def saved_adapter(model: Any, weights: dict[str, torch.Tensor] | None = None) -> Iterator[Path]:
-    """A folder with the live model's active adapter, as PEFT saves it; gone on exit.
+    """Yield a folder with the live model's active adapter, as PEFT saves it; it is removed on exit.
 
     Args:
         model: wrapped by PEFT, with one active adapter.

@@ -1,4 +1,4 @@
-"""What a live policy answers, asked as its export will be: greedily, rounded as it will be stored, and twice.
+"""A trained model's answers, generated as its export will: greedily, with weights rounded as stored, and twice.
 
 The second answers show by how much the first may be off: a GPU need not agree with itself, and every dtype rounds.
 """
@@ -54,7 +54,7 @@ def ask_policy(
     dtype: torch.dtype | None = None,
     defaults: InferenceDefaults | None = None,
 ) -> PolicyAnswers:
-    """Ask a live policy everything twice; collective where it is sharded.
+    """Generate a trained model's answers to all requests, twice; collective where it is sharded.
 
     Args:
         model: the trained model.
@@ -99,7 +99,7 @@ def _records_again(
 
 @contextmanager
 def _seen_dtype(model: torch.nn.Module) -> Iterator[set[str]]:
-    """The dtypes in which a model's embeddings came out inside, which are those that it computed in."""
+    """Yield the dtypes of a model's embeddings, filled while it runs: those that it computed in."""
     seen: set[str] = set()
     embeddings = base_model(model).get_input_embeddings()
     hooks = LookingHooks("seeing in which dtype the policy computes")
@@ -118,7 +118,7 @@ def policy_records(
     dtype: torch.dtype | None = None,
     computed_in: torch.dtype | None = None,
 ) -> list[Record]:
-    """What the trained policy answers, greedily, with its weights rounded to the export's `dtype`.
+    """Return a trained model's greedy answers, with its weights rounded to the export's `dtype`.
 
     It computes in that dtype too, or in `computed_in`. A sharded model is asked by all ranks together, in the dtype of
     its mixed precision: its engine holds on to parameters of its own.
@@ -134,7 +134,7 @@ def policy_records(
 
 
 def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
-    """By how much the logits of two runs of the same requests differ.
+    """Return by how much the logits of two runs of the same requests differ.
 
     A dtype rounds, and by more where weights are wide: a tiny bfloat16 model was 0.33 away from itself in float32.
     Kernels on a GPU may sum in another order each time: at the 3B shape in bfloat16 on an H200 the same model differed
@@ -152,7 +152,7 @@ def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
 
 
 def logit_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
-    """How far the logits of two runs of the same requests are apart, as long as they say the same."""
+    """Return how far apart the logits of two runs of the same requests are, up to the first other token."""
     distances = [0.0]
     for first, second in zip(once, again, strict=True):
         where = first_difference(first.tokens, second.tokens)

@@ -1,4 +1,4 @@
-"""The process in which an export is loaded and asked."""
+"""The process in which an export is loaded and generates."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Worker(ModelProcess):
 
     @property
     def report(self) -> LoadReport:
-        """What loading said; waits for it the first time, so several workers can load side by side."""
+        """What loading reported; waits for it the first time, so several processes can load side by side."""
         if self._report is None:
             self._report = LoadReport(**self._receive())
         return self._report
 
     def generate(self, request: Request) -> Record:
-        """Answer one request in the worker."""
+        """Answer one request in the process."""
         _ = self.report
         evidence = self._scratch / "evidence" if request.with_evidence else None
         self._send(self._write_request(request) | {"evidence": None if evidence is None else str(evidence)})
@@ -61,7 +61,7 @@ class Worker(ModelProcess):
 
 
 def serve() -> None:
-    """The worker's side: load what the first line of standard input names, then answer a request a line."""
+    """Serve as the process: load what the first line of standard input names, then answer a request a line."""
     with answering() as answer:
         from grpo_toolkit.model.generation.generate import generate
         from grpo_toolkit.model.load import load_model

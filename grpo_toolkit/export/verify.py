@@ -1,4 +1,4 @@
-"""Does an export say the same as the policy that was trained, and does it decode with its cache?
+"""The verification of an export: it answers as the trained model does, and decodes with its cache.
 
 The export is loaded from disk in a fresh process, as its user will load it, and asked the same requests as the live
 policy was. Each check is a line with its figure; one that fails keeps the export from being published.
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
 from grpo_toolkit.export.checks import (
     Check,
     check_cache,
@@ -78,7 +79,7 @@ def verify_export(
     noise: float = 0.0,
     logit_noise: float = 0.0,
     scores: Mapping[str, Callable[[Sequence[Record]], list[float]]] | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | Base | None = None,
     dtype: str | None = None,
     device: str = "cpu",
     attn_implementation: str | None = None,
@@ -94,9 +95,10 @@ def verify_export(
         expected: the records of the trained policy on the same requests (`policy_records`); without them the tokens
             are compared between cached and uncached decoding alone.
         noise: by how much logits of the policy differ between two runs of the same requests (`policy_noise`).
-        logit_noise: the same over all logits, relative to their spread (`policy.logit_noise`).
+        logit_noise: the same over all logits, relative to their spread (`policy_answers.logit_noise`).
         scores: reward functions by name, as functions of records: the answers have to earn what the policy's do.
-        base: the base's folder, to compare tensor names (as published), shapes, dtypes and ties with.
+        base: the base's folder, or its headers as `open_base` read them, to compare tensor names (as published),
+            shapes, dtypes and ties with.
         dtype: what every floating-point tensor is to be stored in ("float16"), where that is not the base's.
         device: where the fresh process puts the model.
         attn_implementation: the attention that the policy used, so that like is compared with like.
@@ -106,11 +108,12 @@ def verify_export(
         WorkerError: it cannot be loaded.
     """
     checkpoint = open_checkpoint(export)
-    checks = [check_files(checkpoint)]
-    if base is not None:
-        checks.append(check_tensors(checkpoint, open_checkpoint(base), dtype))
-    checks.append(check_values(checkpoint))
-    too_large = why_too_large(checkpoint, device)
+    origin = base if base is None or isinstance(base, Base) else open_base(open_checkpoint(base))
+    checks, tensors = [check_files(checkpoint)], checkpoint.tensors()
+    if origin is not None:
+        checks.append(check_tensors(checkpoint, tensors, origin, dtype))
+    checks.append(check_values(checkpoint.path, tensors))
+    too_large = why_too_large(tensors, device)
     if too_large is not None:
         checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in _NEED_LOADING]
         return VerificationResult(checks=tuple(checks))
@@ -127,8 +130,8 @@ def verify_export(
         )
         if not report.is_clean:
             return VerificationResult(checks=tuple(checks))
-        if base is not None:
-            checks.append(check_ties(report, open_checkpoint(base).path))
+        if origin is not None:
+            checks.append(check_ties(report, origin))
         if pairs := list(_evidence(worker, requests, expected)):
             checks.append(check_inputs(pairs))
             checks.append(check_logits(pairs, dtype=report.dtype, noise=logit_noise))
@@ -150,7 +153,7 @@ def verify_export(
 def _evidence(
     worker: Worker, requests: Sequence[Request], expected: Sequence[Record]
 ) -> Iterator[tuple[Evidence, Evidence]]:
-    """The policy's evidence and the export's on the first tokens that the policy said, whatever the export prefers."""
+    """Yield the logits of both models along the first tokens that the trained one generated."""
     for request, record in zip(requests, expected, strict=bool(expected)):
         if record.evidence is None:
             continue
@@ -162,7 +165,7 @@ def _evidence(
 
 
 def reference_records(reference: str | os.PathLike[str], *, device: str = "cpu") -> tuple[list[Request], list[Record]]:
-    """What a model folder answers to the made-up requests, in a process of its own: requests and records."""
+    """Return made-up requests and a model folder's answers to them, generated in a process of its own."""
     requests = [replace(plain_request(), with_rivals=True, with_evidence=True)]
     with Worker(open_checkpoint(reference).path, device=device) as worker:
         return requests, [worker.generate(request) for request in requests]

@@ -1,4 +1,4 @@
-"""What a LoRA adapter adds to a weight: rows of a matrix, in float32, a block at a time.
+"""The sum that a LoRA adapter adds to a weight, in blocks of rows.
 
 Every flavour is the same sum, `W + scale * left @ right`, over a run of rows of the stored tensor seen as a matrix;
 only what is left and what is right differs. DoRA then gives every output (a row, or a column where the matrix is
@@ -71,7 +71,7 @@ class Update:
 
     @property
     def lengths_by_column(self) -> bool:
-        """Whether DoRA's lengths are those of the stored matrix's columns."""
+        """True if DoRA's lengths are those of the stored matrix's columns."""
         return self.magnitude is not None and isinstance(self.added, LowRank) and self.added.is_transposed
 
 
@@ -86,12 +86,12 @@ class Run:
 
 
 def scaling(*, alpha: float, rank: int, use_rslora: bool) -> float:
-    """LoRA's factor; rsLoRA divides by the root of the rank (https://arxiv.org/abs/2312.03732)."""
+    """Return LoRA's factor; rsLoRA divides by the root of the rank (https://arxiv.org/abs/2312.03732)."""
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 def matrix_shape(shape: tuple[int, ...], *, as_experts: bool = False) -> tuple[int, int]:
-    """A tensor as rows and columns: outputs by the rest, a vector as one row, stacked experts one below the other."""
+    """Return a tensor's rows and columns: outputs by the rest, a vector as one row, experts one below the other."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     if as_experts:
@@ -100,7 +100,7 @@ def matrix_shape(shape: tuple[int, ...], *, as_experts: bool = False) -> tuple[i
 
 
 def runs(added: LowRank | Bias, read: Read) -> Iterator[Run]:
-    """What is added, from the first row to the last."""
+    """Yield what is added, from the first row to the last."""
     import torch
 
     if isinstance(added, Bias):
@@ -132,7 +132,7 @@ def add_rows(block: torch.Tensor, run: Run, first: int) -> torch.Tensor:
 
 
 def give_length(block: torch.Tensor, magnitude: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """DoRA's scaling, in place: by row, or by column where the columns' `lengths` are given."""
+    """Scale as DoRA does, in place: by row, or by column where the columns' `lengths` are given."""
     import torch
 
     if lengths is None:

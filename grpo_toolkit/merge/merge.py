@@ -87,7 +87,7 @@ def merge_adapter(
 
     Supported: LoRA, rsLoRA and DoRA on linear, Conv1D, convolution and embedding layers, ranks and alphas by pattern,
     `modules_to_save`, trained biases, `target_parameters` (stacked experts, stored stacked or one by one), in any
-    spelling of the names that `names.py` lists. Peak memory is that of the imports and of some blocks of a tensor.
+    spelling of the names that `tensor_names.py` lists. Peak memory is the imports and some blocks of a tensor.
 
     Args:
         adapter: a folder as PEFT saves it; one with several adapters needs `adapter_name`.

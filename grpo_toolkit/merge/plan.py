@@ -1,4 +1,4 @@
-"""Which stored tensor of a base each tensor of an adapter changes, and how: decided from headers and configs alone.
+"""The plan of a merge: the stored tensors that an adapter changes, and how, from headers and configs alone.
 
 Everything that would make a merge something else than what was trained is found here, before a weight is read: a
 module that the base does not have, factors of another shape, a layer of the adapter that is missing, tied embeddings
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 
 
 def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:
-    """What happens to each stored tensor that the adapter changes.
+    """Plan what happens to each stored tensor that the adapter changes.
 
     Raises:
         CheckpointError: tensors that do not fit the base, or an adapter that is not whole.
         UnsupportedError: a merge would untie embeddings, or the weights are of a kind that is not merged.
     """
+    if not base.tensors:
+        raise CheckpointError(f"{base.path}: no model.safetensors and no index of one; only safetensors are read")
     if base.config.get("quantization_config"):
         raise UnsupportedError(f"{base.path / CONFIG}: quantization_config is set; name the unquantised base (--base)")
     updates: dict[str, Update] = {}

@@ -46,13 +46,13 @@ class TensorFile:
         os.close(self._descriptor)
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A whole tensor, in `dtype`."""
+        """Return a whole tensor, in `dtype`."""
         shape = self.tensors[name].shape
         rows, columns = matrix_shape(shape)
         return self.rows(name, 0, rows, columns, Buffer()).reshape(shape).to(dtype)
 
     def rows(self, name: str, first: int, count: int, columns: int, buffer: Buffer) -> torch.Tensor:
-        """Some rows of a tensor as it is stored, in the memory of `buffer`: shape (count, columns)."""
+        """Return some rows of a tensor as it is stored, in the memory of `buffer`: shape (count, columns)."""
         import torch
 
         info = self.tensors[name]
@@ -170,7 +170,7 @@ class TensorMerger:
 
 
 def _precision(entry: Entry) -> torch.dtype:
-    """What is computed in: float32, but for a float64 base."""
+    """Return the dtype to compute in: float32, but for a float64 base."""
     import torch
 
     return torch.float64 if entry.dtype == "F64" else torch.float32

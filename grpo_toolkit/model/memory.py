@@ -9,7 +9,9 @@ from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
 from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
 
 if TYPE_CHECKING:
-    from grpo_toolkit.checkpoint.model_folder import Checkpoint
+    from collections.abc import Mapping
+
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
 
 # Activations, the KV cache of a short answer, and the logits, over what the weights take.
 _HEADROOM: Final = 1.1
@@ -18,9 +20,9 @@ _CONTEXT_BYTES: Final = 1_500_000_000
 """What a process takes on a GPU beside the weights: its context, kernels, and the cache of a few requests."""
 
 
-def why_too_large(checkpoint: Checkpoint, device: str) -> str | None:
+def why_too_large(tensors: Mapping[str, TensorInfo], device: str) -> str | None:
     """Why a model cannot be loaded on a device, in a few words; None where it can, or where that is not known."""
-    needed = _HEADROOM * sum(info.nbytes for info in checkpoint.tensors().values())
+    needed = _HEADROOM * sum(info.nbytes for info in tensors.values())
     free = free_bytes(device)
     if free is None or needed <= free:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from grpo_toolkit import diagnose_checkpoint, repair_checkpoint, undo_repair
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.doctor.repair_plan import FileChange
 from grpo_toolkit.doctor.undo import UNDO
-from grpo_toolkit.errors import CheckpointError, InputError
+from grpo_toolkit.errors import CheckpointError, InputError, VerificationError
 from tests.support.faulty import fill, unpack
 
 if TYPE_CHECKING:
@@ -135,31 +136,6 @@ def test_weights_are_rewritten_only_if_asked(base: Path, tmp_path: Path) -> None
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_casts_are_those_of_torch(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from grpo_toolkit.doctor.planned_files import Rewritten
-    from grpo_toolkit.doctor.rewrite import rewrite_shard
-
-    torch.manual_seed(0)
-    odd = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45, 3.4e38, 1.00390625, 1.01171875])
-    wide = {"a": torch.cat([torch.randn(4093) * 10, odd]), "kept": torch.arange(3), "gone": torch.zeros(2)}
-    save_file(wide, tmp_path / "in.safetensors", metadata={"format": "pt"})
-    casts = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    for name, dtype in casts.items():
-        rewritten = Rewritten(renames={"a": "b", "gone": None}, dtypes={"a": name})
-        assert rewrite_shard(tmp_path / "in.safetensors", tmp_path / f"{name}.safetensors", rewritten) == 2
-        back = load_file(tmp_path / f"{name}.safetensors")
-        assert sorted(back) == ["b", "kept"]
-        assert torch.equal(back["kept"], wide["kept"])
-        assert torch.equal(back["b"].nan_to_num(7.0), wide["a"].to(dtype).nan_to_num(7.0))
-        up = Rewritten(renames={}, dtypes={"b": "F32"})
-        rewrite_shard(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.up.safetensors", up)
-        widened = load_file(tmp_path / f"{name}.up.safetensors")["b"]
-        assert torch.equal(widened.nan_to_num(7.0), back["b"].float().nan_to_num(7.0))
-
-
 def test_sharded_weights_are_rewritten_with_their_index(base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base, tmp_path / "x")
     (folder / "model.safetensors").unlink()
@@ -173,6 +149,23 @@ def test_sharded_weights_are_rewritten_with_their_index(base: Path, tmp_path: Pa
     assert diagnose_checkpoint(folder, base=base).findings == ()
     undo_repair(folder)
     assert [finding.code for finding in diagnose_checkpoint(folder, base=base).findings] == ["wrapped-names"]
+
+
+def test_a_value_that_the_bases_dtype_cannot_hold_is_refused(base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = unpack("trl_grpo_523", tmp_path / "x")
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = 3.4e38  # finite in float32, and not in bfloat16
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    before = contents(folder)
+    with pytest.raises(
+        VerificationError, match=rf"{re.escape(name)} has values that are not finite in torch.bfloat16"
+    ):
+        repair_checkpoint(folder, base=base, rewrite_weights=True)
+    assert contents(folder) == before
+    assert not (folder / UNDO.parts[0]).exists()
 
 
 def test_a_doubled_head_is_dropped_only_if_it_is_a_copy(qwen: Path, tmp_path: Path) -> None:
@@ -224,7 +217,7 @@ def test_a_failure_leaves_the_folder_as_it_was(base: Path, tmp_path: Path, monke
     folder = unpack("zero3_523", tmp_path / "x")
     before = contents(folder)
 
-    def full(*_: object) -> int:
+    def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("grpo_toolkit.doctor.repair.rewrite_shard", full)

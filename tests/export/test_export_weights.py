@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.safetensors_header import read_safetensors_header
+from grpo_toolkit.checkpoint.weights.base_weights import open_base
+from grpo_toolkit.checkpoint.weights.copy_weights import plan_copy
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError, VerificationError
 from grpo_toolkit.export.export import export_model
@@ -20,6 +23,9 @@ from grpo_toolkit.model.load import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
+    from grpo_toolkit.checkpoint.weights.shard_writer import Shard
 
 WEIGHTS = "model.safetensors"
 
@@ -75,6 +81,22 @@ def test_an_adapter_is_exported_without_loading_anything(
     )
 
 
+def test_headers_are_read_once(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.merge.test_merge import make_adapter
+
+    read: list[Path] = []
+
+    def reading(path: Path, **options: Any) -> dict[str, TensorInfo]:
+        read.append(path)
+        return read_safetensors_header(path, **options)
+
+    adapter = make_adapter(qwen, tmp_path / "adapter", target_modules=["q_proj"])
+    monkeypatch.setattr("grpo_toolkit.checkpoint.model_folder.read_safetensors_header", reading)
+    export_model(adapter, tmp_path / "export")
+    assert read.count(qwen / WEIGHTS) == 1
+    assert [path.name for path in read if path.parent not in (qwen, adapter)] == [WEIGHTS]  # the export's own
+
+
 def test_a_link_costs_nothing_and_leaves_its_source_alone(qwen: Path, trained: Path, tmp_path: Path) -> None:
     (trained / WEIGHTS).chmod(0o640)
     export = tmp_path / "export"
@@ -121,13 +143,14 @@ def test_names_dtypes_and_a_head_stored_twice_are_put_right_on_the_way(
 
 
 def test_a_head_of_its_own_is_not_dropped(qwen: Path, trained: Path, tmp_path: Path) -> None:
-    from grpo_toolkit.export.export_weights import copied_shards
+    def planned(folder: Path) -> list[Shard] | None:
+        return plan_copy(folder, open_checkpoint(folder).tensors(), open_base(open_checkpoint(qwen)))
 
     weights = load_file(trained / WEIGHTS)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, trained / WEIGHTS, metadata={"format": "pt"})
-    assert copied_shards(trained, qwen) == []
-    assert len(copied_shards(qwen, qwen)) == 1
+    assert planned(trained) is None
+    assert [shard.file for shard in planned(qwen) or ()] == [WEIGHTS]
 
 
 def test_values_that_the_dtype_cannot_hold_are_refused(qwen: Path, trained: Path, tmp_path: Path) -> None:

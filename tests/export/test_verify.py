@@ -251,9 +251,9 @@ def test_a_model_too_large_to_load_says_what_was_not_checked(
     }
     assert len(result.skipped) == 6
     assert {check.detail for check in result.skipped} == {"0.0 GB are needed to load it and 0.0 GB are free on cpu"}
-    assert why_too_large(open_checkpoint(qwen), "cpu") is not None
+    assert why_too_large(open_checkpoint(qwen).tensors(), "cpu") is not None
     monkeypatch.setattr(memory, "free_bytes", lambda device: 500_000)
-    assert why_too_large(open_checkpoint(qwen), "cpu") is None
+    assert why_too_large(open_checkpoint(qwen).tensors(), "cpu") is None
 
 
 def test_prompts_that_a_training_logged_are_replayed_and_their_form_is_valued(qwen: Path, tmp_path: Path) -> None:

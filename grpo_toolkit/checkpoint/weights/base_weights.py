@@ -1,4 +1,4 @@
-"""A base folder as a merge sees it: its stored tensors, and where the live model's names are stored."""
+"""A base folder's headers: its stored tensors, and where the live model's names are stored."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING
 from grpo_toolkit.checkpoint.json_files import JsonObject, read_json
 from grpo_toolkit.checkpoint.model_families import Family, family_of
 from grpo_toolkit.checkpoint.model_folder import CONFIG, Checkpoint, Kind
-from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
-from grpo_toolkit.errors import CheckpointError, UnsupportedError
+from grpo_toolkit.checkpoint.tensor_names import (
+    INPUT_EMBEDDINGS,
+    OUTPUT_EMBEDDINGS,
+    is_embedding,
+    names_by_live,
+)
+from grpo_toolkit.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A base folder as a merge sees it: its stored tensors, and where the live model's names are stored."""
+    """A base folder's stored tensors, and their names by those of the live model."""
 
     path: Path
     config: JsonObject
@@ -30,7 +35,7 @@ class Base:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the output embeddings are the input embeddings."""
+        """True if the output embeddings are the input embeddings."""
         text = self.config.get("text_config")
         levels = [self.config, text if isinstance(text, dict) else {}]
         flags = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
@@ -39,16 +44,16 @@ class Base:
 
     @property
     def vocabulary(self) -> int | None:
-        """How many rows the input embeddings have, or None where no tensor is known to be them."""
+        """The rows of the input embeddings, or None where no tensor is known to be them."""
         stored = [name for live, name in self.stored.items() if is_embedding(live, INPUT_EMBEDDINGS)]
         return self.tensors[stored[0]].shape[0] if len(stored) == 1 else None
 
 
 def open_base(checkpoint: Checkpoint) -> Base:
-    """Read a base folder's headers.
+    """Read a base folder's headers; `tensors` is empty where nothing is stored as safetensors.
 
     Raises:
-        CheckpointError: not stored as safetensors.
+        CheckpointError: damaged.
         UnsupportedError: an adapter itself.
     """
     path = checkpoint.path
@@ -56,7 +61,5 @@ def open_base(checkpoint: Checkpoint) -> Base:
         raise UnsupportedError(f"{path}: is an adapter itself; merge it into its base first, then merge into that")
     config = read_json(path / CONFIG)
     tensors = checkpoint.tensors()
-    if not tensors:
-        raise CheckpointError(f"{path}: no model.safetensors and no index of one; only safetensors are read")
     family = family_of(config.get("model_type"))
     return Base(path=path, config=config, family=family, tensors=tensors, stored=names_by_live(tensors, family))

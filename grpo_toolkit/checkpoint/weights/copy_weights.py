@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX, Checkpoint
-from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
+from grpo_toolkit.checkpoint.model_folder import WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.safetensors_header import (
+    FLOAT_NAMES,
+    read_safetensors_header,
+    read_safetensors_metadata,
+)
 from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors
 from grpo_toolkit.checkpoint.weights.shard_plan import plan_shards, refuse_full_disk
 from grpo_toolkit.checkpoint.weights.shard_writer import (
     COPY_BYTES,
+    Entry,
     Shard,
     Span,
     copy_span,
+    fill_shards,
     read_at,
     write_at,
     write_shards,
@@ -31,40 +38,50 @@ from grpo_toolkit.checkpoint.weights.tensor_blocks import (
     single_threaded,
     worker_count,
 )
-from grpo_toolkit.errors import VerificationError
+from grpo_toolkit.errors import UnsupportedError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.checkpoint.weights.base_weights import Base
-    from grpo_toolkit.checkpoint.weights.shard_writer import Entry, Progress
+    from grpo_toolkit.checkpoint.weights.shard_writer import Progress
 
 _CAST: Final = "cast"
 _VALUES: Final = 2**20
 
 
 def plan_copy(
-    source: Checkpoint,
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
     base: Base,
     *,
     names: Mapping[str, str] | None = None,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
 ) -> list[Shard] | None:
-    """How a full model's files become an export's, or None where they hold something else than the base's tensors.
+    """Plan how a full model's files become an export's; None where they hold other tensors than the base's.
 
     Args:
-        source: a folder with a full model.
+        folder: a folder with a full model.
+        tensors: its tensors, as `Checkpoint.tensors` gives them.
         base: its base, which may be the same folder: names and dtypes are the base's.
         names: what tensors of the base are called in the output, where that is something else.
         dtype: safetensors' name of a dtype for every floating-point tensor instead ("BF16").
         max_shard_size: see `plan_shards`.
     """
-    tensors = source.tensors()
     found = names_by_live(tensors, base.family)
-    extra = found.keys() - base.stored.keys()
-    if base.stored.keys() - found.keys() or not all(_repeats_embeddings(source, found, live, base) for live in extra):
+    extra = {found[live]: live for live in found.keys() - base.stored.keys()}
+    inputs = [name for live, name in found.items() if is_embedding(live, INPUT_EMBEDDINGS)]
+
+    def is_tied_head(name: str) -> bool:
+        """Return whether a tensor that the base lacks is its tied head, stored again (as FSDP's full state does)."""
+        if not (base.is_tied and is_embedding(extra[name], OUTPUT_EMBEDDINGS) and len(inputs) == 1):
+            return False
+        return equal_tensors(folder, tensors[name], folder, tensors[inputs[0]])
+
+    if base.stored.keys() - found.keys() or not all(map(is_tied_head, extra)):
         return None
     kept = {found[live]: base.stored[live] for live in base.stored}
     dtypes: dict[str, str] = {}
@@ -74,7 +91,7 @@ def plan_copy(
         if tensors[ours].shape != base.tensors[theirs].shape or (dtypes[ours] != tensors[ours].dtype and not is_float):
             return None
     return plan_shards(
-        source.path,
+        folder,
         {name: tensors[name] for name in kept},
         work={name: _CAST for name, wanted in dtypes.items() if wanted != tensors[name].dtype},
         names={ours: (names or {}).get(theirs, theirs) for ours, theirs in kept.items()},
@@ -83,53 +100,92 @@ def plan_copy(
     )
 
 
-def _repeats_embeddings(source: Checkpoint, found: dict[str, str], live: str, base: Base) -> bool:
-    """Whether a tensor that the base lacks is its tied head, stored once more (as FSDP's full state is)."""
-    inputs = [name for one, name in found.items() if is_embedding(one, INPUT_EMBEDDINGS)]
-    if not (base.is_tied and is_embedding(live, OUTPUT_EMBEDDINGS) and len(inputs) == 1):
-        return False
-    tensors = source.tensors()
-    return equal_tensors(source.path, tensors[found[live]], source.path, tensors[inputs[0]])
-
-
 def copy_weights(
-    source: Checkpoint, shards: Sequence[Shard], folder: Path, *, link: bool = False, progress: Progress | None = None
+    source: Path,
+    tensors: Mapping[str, TensorInfo],
+    shards: Sequence[Shard],
+    folder: Path,
+    *,
+    link: bool = False,
+    progress: Progress | None = None,
 ) -> None:
-    """Write what `plan_copy` planned. Files in which nothing changes are copied whole, or linked.
+    """Write what `plan_copy` planned. Files in which nothing changes are copied or linked as they are.
 
     Args:
-        source: where they come from.
+        source: the folder that the weights come from.
+        tensors: its tensors.
         shards: the plan.
         folder: an existing folder.
         link: make hard links where the file system lets; what edits one of the two files in place then edits both.
-        progress: told the bytes done and the bytes in all.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
-        VerificationError: a value is not finite, or not in the new dtype.
+        VerificationError: a value does not fit into the new dtype.
         InputError: no room, or no permission.
     """
-    files = {path.name: path for path in source.weight_files()}
-    if _are_whole_files(shards, source):
-        total, done = sum(path.stat().st_size for path in files.values()), 0
-        for name, path in files.items():
-            if not (link and _hard_link(path, folder / name)):
-                refuse_full_disk(folder, [shard for shard in shards if shard.file == name])
-                for copied in _copy_file(path, folder / name):
-                    if progress is not None:
-                        progress(done + copied, total)
-            done += path.stat().st_size
-        if (source.path / WEIGHTS_INDEX).is_file() and len(files) > 1:
-            for _ in _copy_file(source.path / WEIGHTS_INDEX, folder / WEIGHTS_INDEX):
-                pass
+    planned = {entry.name: shard.file for shard in shards for entry in shard.entries if entry.work is None}
+    if planned == {name: info.file for name, info in tensors.items()}:
+        _copy_files(source, shards, folder, link=link, progress=progress)
         return
     refuse_full_disk(folder, shards)
     with single_threaded() as setup:
         write_shards(shards, folder, fill=_write_cast, workers=worker_count(), setup=setup, progress=progress)
 
 
-def _are_whole_files(shards: Sequence[Shard], source: Checkpoint) -> bool:
-    planned = {entry.name: shard.file for shard in shards for entry in shard.entries if entry.work is None}
-    return planned == {name: info.file for name, info in source.tensors().items()}
+def rewrite_shard(
+    source: Path, target: Path, *, renames: Mapping[str, str | None], dtypes: Mapping[str, str], inside: bool = False
+) -> int:
+    """Write a safetensors file anew with its tensors renamed, dropped or cast; returns how many were written.
+
+    Args:
+        source: the file.
+        target: another one, which must not be there.
+        renames: new names of tensors by their present ones; None drops a tensor.
+        dtypes: safetensors' names of new dtypes, by present names; floating-point tensors alone can be cast.
+        inside: refuse a file that is a link out of its folder.
+
+    Raises:
+        CheckpointError: the source is damaged.
+        UnsupportedError: a cast from or to a dtype that is not floating-point.
+        VerificationError: a value does not fit into the new dtype; the target is incomplete.
+        OSError: the target cannot be written.
+    """
+    entries = []
+    for name, info in sorted(read_safetensors_header(source, inside=inside).items(), key=lambda item: item[1].span):
+        new, dtype = renames.get(name, name), dtypes.get(name, info.dtype)
+        if new is not None:
+            is_cast = dtype != info.dtype
+            if is_cast and not {dtype, info.dtype} <= FLOAT_NAMES.keys():
+                raise UnsupportedError(f"{source}: {name}: no cast from {info.dtype} to {dtype}; only floats are cast")
+            span = Span(path=source, begin=info.span[0], end=info.span[1], dtype=info.dtype)
+            work = _CAST if is_cast else None
+            entries.append(Entry(name=new, dtype=dtype, shape=info.shape, source=span, work=work))
+    metadata = read_safetensors_metadata(source, inside=inside)
+    shard = Shard(
+        file=target.name, entries=tuple(entries), metadata={"format": "pt"} if metadata is None else metadata
+    )
+    is_cast = any(entry.work for entry in entries)
+    with single_threaded() if is_cast else nullcontext() as setup:  # torch is loaded for a cast alone
+        for _ in fill_shards([shard], target.parent, fill=_write_cast, workers=worker_count(), setup=setup):
+            pass
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return len(entries)
+
+
+def _copy_files(source: Path, shards: Sequence[Shard], folder: Path, *, link: bool, progress: Progress | None) -> None:
+    files = [source / shard.file for shard in shards]
+    total, done = sum(path.stat().st_size for path in files), 0
+    for shard, path in zip(shards, files, strict=True):
+        if not (link and _hard_link(path, folder / path.name)):
+            refuse_full_disk(folder, [shard])
+            for copied in _copy_file(path, folder / path.name):
+                if progress is not None:
+                    progress(done + copied, total)
+        done += path.stat().st_size
+    if [path.name for path in files] != [WEIGHTS]:
+        for _ in _copy_file(source / WEIGHTS_INDEX, folder / WEIGHTS_INDEX):
+            pass
 
 
 def _hard_link(source: Path, target: Path) -> bool:
@@ -157,7 +213,11 @@ def _copy_file(source: Path, target: Path) -> Iterator[int]:
 
 
 def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
-    """Write a tensor in another dtype, rounded once."""
+    """Write a tensor in another dtype, rounded once.
+
+    A cast makes no finite value infinite: that is refused. What is NaN or infinite already stays so, as in a copy; the
+    checks of stored values find it.
+    """
     import torch
 
     stored_dtype: Any = getattr(torch, FLOAT_NAMES[entry.source.dtype])
@@ -170,9 +230,12 @@ def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
             values = buffer.take(1, min(_VALUES, count - first), stored_dtype)
             begin = entry.source.begin + first * stored_dtype.itemsize
             read_at(source, raw_bytes(values), begin, entry.source.path)
-            if not is_finite_in(values, dtype):
-                raise VerificationError(f"not published: {entry.name} has values that are not finite in {dtype}")
             block = rounded.take(1, values.shape[1], dtype).copy_(values)
+            if not is_finite_in(values, dtype) and not torch.equal(block.isfinite(), values.isfinite()):
+                raise VerificationError(
+                    f"{entry.source.path.name}: {entry.name} has values that are not finite in {dtype}, so it is not "
+                    "cast; keep its dtype"
+                )
             write_at(descriptor, raw_bytes(block), offset + first * dtype.itemsize)
     finally:
         os.close(source)

@@ -1,4 +1,4 @@
-"""Which tensor goes into which weight file: as in the folder they come from, or in files of a given size."""
+"""The plan of weight files: each tensor in the file it comes from, or in files of a given size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plan_shards(
     dtypes: Mapping[str, str] | None = None,
     max_shard_size: str | int | None = None,
 ) -> list[Shard]:
-    """The output files for the tensors of a folder: its own files and order, unless a size is given.
+    """Plan the output files for the tensors of a folder: its own files and order, unless a size is given.
 
     Args:
         folder: where the tensors are.
@@ -61,7 +61,7 @@ def plan_shards(
 
 
 def named_dtype(name: str) -> str:
-    """safetensors' name of a floating-point dtype that is named as torch does ("bfloat16", "torch.bfloat16").
+    """Return safetensors' name of a floating-point dtype, given torch's ("bfloat16", "torch.bfloat16").
 
     Raises:
         InputError: there is none of that name.

@@ -27,7 +27,7 @@ from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS
 from grpo_toolkit.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     Fill = Callable[["Entry", int, int], None]
@@ -86,25 +86,15 @@ class Shard:
         return sum(entry.nbytes for entry in self.entries)
 
     def header(self) -> bytes:
-        """Length and JSON, padded so that the data is aligned."""
-        return encode_header(((e.name, e.dtype, e.shape, e.nbytes) for e in self.entries), self.metadata)
-
-
-def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
-    """How a safetensors file begins: length and JSON, padded so that the data is aligned.
-
-    Args:
-        tensors: name, dtype, shape and bytes of each, in the order of their data.
-        metadata: what stands under `__metadata__`.
-    """
-    described: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, dtype, shape, nbytes in tensors:
-        begin, end = end, end + nbytes
-        described[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+        """Return length and JSON, padded so that the data is aligned."""
+        described: dict[str, Any] = {"__metadata__": self.metadata}
+        end = 0
+        for entry in self.entries:
+            begin, end = end, end + entry.nbytes
+            described[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
+        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
 
 
 def write_shards(
@@ -124,7 +114,7 @@ def write_shards(
         fill: makes an entry that is not a plain copy: the entry, the open file, the offset to write at.
         workers: threads that copy and fill.
         setup: run once in each of them, before its first `fill`.
-        progress: told the bytes done and the bytes in all.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
         InputError: a file cannot be written (no space, no permission); what is there is incomplete.
@@ -132,12 +122,10 @@ def write_shards(
     """
     total, done = sum(shard.nbytes for shard in shards), 0
     try:
-        with ExitStack() as opened, ThreadPoolExecutor(workers) as pool:
-            planned = [task for shard in shards for task in _open_shard(shard, folder, opened, _prepared(fill, setup))]
-            for written in _carry_out(planned, pool):
-                done += written
-                if progress is not None:
-                    progress(done, total)
+        for written in fill_shards(shards, folder, fill=fill, workers=workers, setup=setup):
+            done += written
+            if progress is not None:
+                progress(done, total)
     except OSError as error:
         reason = error.strerror or str(error)
         hint = "; make room and run it again" if error.errno == errno.ENOSPC else ""
@@ -146,6 +134,22 @@ def write_shards(
         weight_map = {entry.name: shard.file for shard in shards for entry in shard.entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / WEIGHTS_INDEX).write_text(dump_json(index), encoding="utf-8")
+
+
+def fill_shards(
+    shards: Sequence[Shard], folder: Path, *, fill: Fill, workers: int = 2, setup: Callable[[], None] | None = None
+) -> Iterator[int]:
+    """Write every shard into `folder`, without an index; yields the bytes of each part that is done.
+
+    Args: see `write_shards`.
+
+    Raises:
+        OSError: a file cannot be written.
+        CheckpointError: a source ends early.
+    """
+    with ExitStack() as opened, ThreadPoolExecutor(workers) as pool:
+        tasks = [task for shard in shards for task in _open_shard(shard, folder, opened, _prepared(fill, setup))]
+        yield from _carry_out(tasks, pool)
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class _Task:
 
 
 def _prepared(fill: Fill, setup: Callable[[], None] | None) -> Fill:
-    """Return `fill` with `setup` run before the first time in each thread."""
+    """Return `fill`, with `setup` run before its first call in each thread."""
     ready = threading.local()
 
     def prepared(entry: Entry, descriptor: int, offset: int) -> None:
@@ -173,7 +177,7 @@ def _prepared(fill: Fill, setup: Callable[[], None] | None) -> Fill:
 
 
 def _open_shard(shard: Shard, folder: Path, opened: ExitStack, fill: Fill) -> list[_Task]:
-    """Make a file of its full length with its header; return the tasks that write the rest."""
+    """Make a file of its full length with its header; return the parts still to be written."""
     header = shard.header()
     descriptor = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     opened.callback(os.close, descriptor)
@@ -234,7 +238,7 @@ class _Queue:
 
 
 def _tasks(shard: Shard, offset: int, fill: Fill) -> Iterator[tuple[Callable[[int, int], None], int, int, bool]]:
-    """Yield each task's function, offset, bytes and whether it is a copy; neighbours are copied together."""
+    """Yield each part of a file: what writes it, where, its bytes; neighbours that are copied are copied together."""
     copied: list[Entry] = []
     begin = offset
     for entry in shard.entries:

@@ -1,4 +1,4 @@
-"""Blocks of tensors in memory: how many workers share them, and their raw bytes."""
+"""Blocks of tensors in memory: reused buffers, raw bytes, a check for finite values, and threads that share them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def worker_count() -> int:
-    """How many threads read, compute and write at once: the cores, and two at least, so that writing never waits."""
+    """Return how many threads read, compute and write at once: the cores, at least two, so writing never waits."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(2, min(8, cores))
 
 
 @contextmanager
 def single_threaded() -> Iterator[Callable[[], None]]:
-    """What a worker calls first, so that its arithmetic stays on one core; torch's own setting is put back on exit.
+    """Yield what a thread calls first to keep its arithmetic on one core; torch's own setting is put back on exit.
 
     torch takes seconds to load: that begins here, beside whatever needs none of it.
     """
@@ -48,13 +48,13 @@ def single_threaded() -> Iterator[Callable[[], None]]:
 
 
 class Buffer:
-    """Memory that is used again: what `take` gives is good until the next call."""
+    """Memory that is used again: what `take` returns is good until the next call."""
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
 
     def take(self, rows: int, columns: int, dtype: Any) -> torch.Tensor:
-        """A matrix of this shape and dtype, with any content."""
+        """Return a matrix of this shape and dtype, with any content."""
         import torch
 
         size = rows * columns * dtype.itemsize
@@ -64,7 +64,7 @@ class Buffer:
 
 
 def raw_bytes(matrix: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor (bfloat16 has no name in numpy, bytes have)."""
+    """Return the memory of a contiguous tensor as bytes (NumPy has no bfloat16)."""
     import torch
 
     array: Any = matrix.view(-1).view(torch.uint8).numpy()
@@ -72,7 +72,7 @@ def raw_bytes(matrix: torch.Tensor) -> memoryview:
 
 
 def is_finite_in(block: torch.Tensor, dtype: Any) -> bool:
-    """Whether every value is finite, also once it is rounded to `dtype` (one pass; NaN is its own extreme)."""
+    """Return whether every value is finite, also when rounded to `dtype` (one pass; NaN is its own extreme)."""
     import torch
 
     low, high = torch.aminmax(block)
