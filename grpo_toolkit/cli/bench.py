@@ -95,14 +95,13 @@ def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
 def _measured(
     arguments: argparse.Namespace, arms: Sequence[Arm], make: Callable[[int], Traffic], engines: Engines
 ) -> Iterator[Comparison]:
-    """Comparisons over the batch sizes; arms that ran out of memory are asked nothing larger."""
+    """Compare the arms at each batch size."""
     from grpo_toolkit.latency.bench.compare import compare_latency
-    from grpo_toolkit.latency.bench.sweep import doubling, without_failed
+    from grpo_toolkit.latency.bench.sweep import doubling, sweep_batches
     from grpo_toolkit.reporting.terminal.console import turn_progress
 
-    left = list(arms)
-    for size in doubling() if arguments.batch_size == ["max"] else arguments.batch_size:
-        comparison = compare_latency(
+    def compare(left: Sequence[Arm], size: int) -> Comparison:
+        return compare_latency(
             left,
             make(size),
             rounds=arguments.rounds,
@@ -113,10 +112,8 @@ def _measured(
             engines=engines,
             progress=turn_progress(),
         )
-        yield comparison
-        left = without_failed(left, comparison.rows)
-        if not left:
-            return
+
+    return sweep_batches(arms, doubling() if arguments.batch_size == ["max"] else arguments.batch_size, compare)
 
 
 def _show(rows: Sequence[LatencyRow]) -> None:

@@ -18,7 +18,7 @@ from grpo_toolkit.latency.rows.row import Effect
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from grpo_toolkit.latency.rows.row import LatencyRow, Timeline
+    from grpo_toolkit.latency.rows.row import Timeline
 
 PHASES: Final = {
     "tokenize_s": "tokenising",
@@ -35,21 +35,6 @@ PER_TOKEN: Final = "time per token"
 DETOKENIZE: Final = "detokenising"
 PARTS: Final = (*PHASES.values(), PREFILL, NUMBER, PER_TOKEN, DETOKENIZE)
 """The parts of a split, in the order in which a request goes through them."""
-
-
-def split_rows(base: LatencyRow, trained: LatencyRow) -> list[Effect]:
-    """Split the difference of two measured rows, also of old ones read back from a file.
-
-    Raises:
-        InputError: a row has no timelines, or the two asked for another number of requests.
-    """
-    return split_exactly(_by_request(base), _by_request(trained))
-
-
-def _by_request(row: LatencyRow) -> list[Timeline]:
-    if not row.timelines:
-        raise InputError(f"row {row.arm}: it has no timelines, so its time cannot be split")
-    return [median_round(row.timelines)]
 
 
 def median_round(timelines: Sequence[Timeline]) -> Timeline:
