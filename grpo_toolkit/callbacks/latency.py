@@ -17,7 +17,8 @@ from grpo_toolkit.latency.bench.gate import gate_of, missed_by
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
 from grpo_toolkit.latency.bench.workload import traffic_of
-from grpo_toolkit.latency.engines.arms import Arm, Engines, fitting
+from grpo_toolkit.latency.engines.arms import Arm, fitting
+from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.explain.missed_gate import explain_missed
 from grpo_toolkit.latency.rows.review import FOLDER_NAME, Review, load_review

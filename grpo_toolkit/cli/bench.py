@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.bench.compare import Comparison
     from grpo_toolkit.latency.bench.gate import Gate
     from grpo_toolkit.latency.bench.workload import Traffic
-    from grpo_toolkit.latency.engines.arms import Arm, Engines
+    from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.rows.row import LatencyRow
 
 
 def bench(arguments: argparse.Namespace) -> int:
     """Time models side by side; 0, or an `InputError`."""
     from grpo_toolkit.latency.bench.gate import gate_of
-    from grpo_toolkit.latency.engines.arms import Engines, processor_of
+    from grpo_toolkit.latency.engines.arms import processor_of
+    from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
 
     if arguments.tune:

@@ -39,8 +39,9 @@ from grpo_toolkit.latency.bench.compare import compare_latency
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.bench.sweep import CACHES, doubling, sweep_batches
 from grpo_toolkit.latency.bench.workload import made_up
-from grpo_toolkit.latency.engines.arms import Arm, Engines
+from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.local import LocalEngine
+from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.hardware.environment import environment_of
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows

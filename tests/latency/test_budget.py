@@ -14,7 +14,8 @@ from grpo_toolkit.callbacks import latency as callback
 from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.bench.workload import traffic_of
-from grpo_toolkit.latency.engines.arms import Arm, Engines
+from grpo_toolkit.latency.engines.arms import Arm
+from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.rows.row import Proof, Timeline
@@ -87,7 +88,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def scripted(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedEngine]:
     """Engines by the address of their arm."""
     engines: dict[str, ScriptedEngine] = {}
-    monkeypatch.setattr("grpo_toolkit.latency.engines.arms.open_engine", lambda arm: engines[arm.url])
+    monkeypatch.setattr("grpo_toolkit.latency.engines.pool.open_engine", lambda arm: engines[arm.url])
     return engines
 
 

@@ -15,7 +15,8 @@ from grpo_toolkit.latency.bench.compare import Comparison, compare_latency, comp
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.bench.sweep import doubling, sweep_batches, with_setting
 from grpo_toolkit.latency.bench.workload import made_up
-from grpo_toolkit.latency.engines.arms import Arm, Engines
+from grpo_toolkit.latency.engines.arms import Arm
+from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.store import append_rows, read_measurements
 from grpo_toolkit.model.load import load_model, load_processor

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.bench.measure import Progress
     from grpo_toolkit.latency.bench.workload import Traffic
-    from grpo_toolkit.latency.engines.arms import Arm, Engines
+    from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
     from grpo_toolkit.model.generation.request import Request

@@ -20,7 +20,8 @@ from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, 
 from grpo_toolkit.latency.bench.build_row import new_session, row_of_arm
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
 from grpo_toolkit.latency.bench.workload import Traffic, traffic_of
-from grpo_toolkit.latency.engines.arms import Engines, named_arms
+from grpo_toolkit.latency.engines.arms import named_arms
+from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Measured
 
 if TYPE_CHECKING:

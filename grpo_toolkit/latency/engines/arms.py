@@ -1,4 +1,4 @@
-"""One thing to time, the engine behind it, and what it has answered."""
+"""The things that are timed: folders, endpoints, live models, and how each runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from grpo_toolkit.model.memory import free_bytes, process_bytes
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
-
-    from grpo_toolkit.latency.engines.protocol import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,37 +98,6 @@ def fitting(arms: Sequence[Arm], *, spare: Sequence[str] = ()) -> list[Arm]:
     )
 
 
-class Engines:
-    """The engines of a session: arms that load alike share one. A context manager that closes them all.
-
-    Attributes:
-        warm: the keys (`Arm.warm_key`) of what has answered before.
-        asked_s: seconds that measurements have taken so far, without the loading.
-    """
-
-    def __init__(self) -> None:
-        self._open: dict[tuple[object, ...], Engine] = {}
-        self.warm: set[tuple[object, ...]] = set()
-        self.asked_s = 0.0
-
-    def open(self, arm: Arm) -> Engine:
-        """The engine of an arm, started if there is none yet."""
-        if arm.engine_key not in self._open:
-            self._open[arm.engine_key] = open_engine(arm)
-        return self._open[arm.engine_key]
-
-    def close(self) -> None:
-        """End every process that was started."""
-        while self._open:
-            self._open.popitem()[1].close()
-
-    def __enter__(self) -> Engines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def processor_of(arms: Sequence[Arm]) -> Any:
     """The processor (or tokenizer) of the first arm that has one here, to count tokens with; None for endpoints alone.
 
@@ -152,27 +119,3 @@ def processor_of(arms: Sequence[Arm]) -> Any:
         if checkpoint.kind is Kind.ADAPTER:
             return load_processor(base_of_adapter(arm.path))
     return None
-
-
-def open_engine(arm: Arm) -> Engine:
-    """Start what an arm names.
-
-    Raises:
-        InputError: it names nothing, or several things.
-        CheckpointError: its folder is no checkpoint.
-    """
-    if sum(what is not None for what in (arm.url or arm.path, arm.live)) != 1:
-        raise InputError(f"arm {arm.name}: name one of a folder, an endpoint or a live model")
-    if arm.live is not None:
-        from grpo_toolkit.latency.engines.local import LocalEngine
-
-        return LocalEngine(*arm.live)
-    if arm.url is not None:
-        from grpo_toolkit.latency.engines.endpoint import EndpointEngine
-
-        return EndpointEngine(arm.url, model=None if arm.path is None else str(arm.path))
-    from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-    from grpo_toolkit.latency.engines.process import ProcessEngine
-
-    assert arm.path is not None
-    return ProcessEngine(open_checkpoint(arm.path).path, arm.options)

@@ -35,6 +35,7 @@ from grpo_toolkit.model.memory import resident_peak
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -227,6 +228,20 @@ class LocalEngine:
         generation_config = base_model(self.model).generation_config
         found: Any = options.eos_token_ids or getattr(generation_config, "eos_token_id", None)
         return set() if found is None else set(found if isinstance(found, list | tuple) else [found])
+
+
+def load_as(path: Path, options: Options) -> tuple[torch.nn.Module, Any]:
+    """Load a folder as options say; returns the model and its processor."""
+    from grpo_toolkit.model.load import load_model
+
+    model, processor, _ = load_model(
+        path,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        dtype=options.dtype or "auto",
+        device_map=options.device_map,
+    )
+    return model, processor
 
 
 def live_sizes(model: torch.nn.Module) -> ModelSizes | None:

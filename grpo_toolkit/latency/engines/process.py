@@ -106,19 +106,12 @@ def serve() -> None:
 def _load(path: Path, options: Options) -> Any:
     import torch
 
-    from grpo_toolkit.latency.engines.local import LocalEngine
+    from grpo_toolkit.latency.engines.local import LocalEngine, load_as
     from grpo_toolkit.latency.engines.toggles import with_pixels
-    from grpo_toolkit.model.load import load_model
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, processor, _ = load_model(
-        path,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        dtype=options.dtype or "auto",
-        device_map=options.device_map,
-    )
+    model, processor = load_as(path, options)
     return LocalEngine(model, with_pixels(processor, min_pixels=options.min_pixels, max_pixels=options.max_pixels))
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, UnsupportedError
 from grpo_toolkit.latency.bench.statistics import SAME_WITHIN, turns
-from grpo_toolkit.latency.engines.pool import Pool, Source, source_of
+from grpo_toolkit.latency.engines.pool import Engines, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.explain.answer_lengths import Lengths, lengthened, minus, natural_requests
 from grpo_toolkit.latency.explain.causes import BY_NAME, CAUSES, Cause, blanks
@@ -70,7 +70,7 @@ def explain_latency(
     options: Options | None = None,
     trained_options: Options | None = None,
     isolated: bool = True,
-    pool: Pool | None = None,
+    pool: Engines | None = None,
     budget_s: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ExplanationRow:
@@ -105,7 +105,7 @@ def explain_latency(
         raise InputError("explain_latency needs at least one round and two new tokens")
     sources = source_of(base, processor), source_of(trained, processor)
     usual = _as_it_stands(sources[0], replace(options or Options(), device=device))
-    with nullcontext(pool) if pool is not None else Pool(isolated=isolated) as opened:
+    with nullcontext(pool) if pool is not None else Engines(isolated=isolated) as opened:
         lab = _Lab(pool=opened, requests=natural_requests(requests, sources, max_new_tokens), progress=progress)
         ours = _as_it_stands(sources[1], replace(trained_options or options or Options(), device=device))
         known, seen = lab.look(sources[0], usual, sources[0].path), lab.look(sources[1], ours, sources[0].path)
@@ -161,7 +161,7 @@ class _Plan:
 class _Lab:
     """Open models, and what they are asked."""
 
-    pool: Pool
+    pool: Engines
     requests: list[Request]
     progress: Callable[[str, int, int], None] | None
 

@@ -20,7 +20,7 @@ from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
 from grpo_toolkit.latency.bench.statistics import paired_ratio, turns
 from grpo_toolkit.latency.bench.sweep import doubling
 from grpo_toolkit.latency.bench.workload import made_up
-from grpo_toolkit.latency.engines.pool import Pool, Source, source_of
+from grpo_toolkit.latency.engines.pool import Engines, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.tune.tuning import Trial, Tuning
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS, first_difference, rival_gap
@@ -79,7 +79,7 @@ def tune_latency(
     if new_tokens < 2 or rounds < 1:
         raise InputError("tune_latency needs at least two new tokens and one round")
     source = source_of(model, processor)
-    with Pool(isolated=isolated) as pool:
+    with Engines(isolated=isolated) as pool:
         bench = _Bench(
             pool=pool,
             source=source,
@@ -166,7 +166,7 @@ class _Limits:
 class _Bench:
     """A model under trial: what the default says, what was tried, what is best so far."""
 
-    pool: Pool
+    pool: Engines
     source: Source
     request: Request
     limits: _Limits
