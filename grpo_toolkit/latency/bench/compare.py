@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.bench.measure import measure_latency, pairs_of
+from grpo_toolkit.latency.bench.measure import Plan, pairs_of, traffic_for
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, allow_for, paired_ratio
 from grpo_toolkit.latency.engines.arms import named_arms
 
@@ -92,24 +92,21 @@ def compare_latency(
     Raises:
         InputError, CheckpointError, WorkerError: as `measure_latency`.
     """
-    asked = named_arms(arms, options)
-    count = len(asked)
-    if control and asked:
-        taken = max(arm.process for arm in asked)
-        asked.append(replace(asked[0], name=CONTROL, process=taken + 1))
-    rows = measure_latency(
-        asked,
-        requests,
-        new_tokens=new_tokens,
+    plan = Plan(
+        arms=named_arms(arms, options),
+        traffic=traffic_for(requests, new_tokens),
         rounds=rounds,
         warmup=warmup,
         roofline=roofline,
         precision=precision,
         budget_s=budget_s,
         progress=progress,
-        engines=engines,
     )
-    return compare_rows(rows[:count], control=rows[-1] if control else None)
+    if not control:
+        return compare_rows(plan.measured(engines))
+    again = replace(plan.arms[0], name=CONTROL, process=1 + max(arm.process for arm in plan.arms))
+    *rows, last = replace(plan, arms=[*plan.arms, again]).measured(engines)
+    return compare_rows(rows, control=last)
 
 
 def compare_rows(rows: Sequence[LatencyRow], *, control: LatencyRow | None = None) -> Comparison:
