@@ -12,7 +12,7 @@ import pytest
 
 from grpo_toolkit import LatencyCallback
 from grpo_toolkit.cli import main
-from grpo_toolkit.cli.tune import report_missed
+from grpo_toolkit.cli.bench import report_missed
 from grpo_toolkit.errors import GateError, InputError
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.latency.bench.gate import Gate, Missed, gate_of, missed_by
