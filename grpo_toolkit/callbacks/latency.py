@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LIVE: Final = "live"
-"""The arm's name of the policy itself, measured between two steps."""
+"""The arm's name of the model in training, measured between two steps."""
 
 
 class LatencyCallback(GuardedCallback):
-    """Measures base, plain checkpoint and export at the end of training, in processes of their own.
+    """A callback that times base, plain checkpoint and export at the end of training, in processes of their own.
 
     The arms: `base` as it was loaded; `checkpoint` as a plain trainer would have saved it (for LoRA: the adapter,
     unmerged, on its base); `export`; and `export_no_cache`, the export with its KV cache switched off, which shows
@@ -74,7 +74,7 @@ class LatencyCallback(GuardedCallback):
         new_tokens: tokens generated per request.
         rounds: measured requests per arm at most; all arms take turns. Fewer than six give no verdict.
         max_new_tokens: the cap of natural answers; None leaves that workload out.
-        every_steps: also time the policy itself, between steps, every so many; training waits for it, four answers
+        every_steps: also time the model in training, between steps, every so many; training waits for it, four answers
             each time.
         prompts: dataset rows to ask; by default the first of the evaluation or training dataset.
         num_prompts: how many of them.
@@ -127,7 +127,7 @@ class LatencyCallback(GuardedCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before W&B starts: its files into `output_dir`, offline without a key; a user's `WANDB_*` wins."""
+        """Prepare W&B before it starts: files into `output_dir`, offline without a key; a user's `WANDB_*` wins."""
         with self._guarded("preparing W&B"):
             self.mirror.prepare(args)
 
@@ -144,10 +144,10 @@ class LatencyCallback(GuardedCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Only when asked: the policy itself, on rank 0, while the others wait."""
+        """Time the model in training, only when asked, on rank 0 while the others wait."""
         if self.every_steps is None or state.global_step % self.every_steps:
             return
-        with self._guarded("timing the policy between steps"):
+        with self._guarded("timing the model between steps"):
             if is_sharded(kwargs["model"]):  # it cannot generate on one rank
                 raise InputError("every_steps needs a model that is whole on every rank; this one is sharded")
             if state.is_world_process_zero:
@@ -225,7 +225,7 @@ class LatencyCallback(GuardedCallback):
             raise GateError("; ".join(dict.fromkeys(map(str, missed))))
 
     def _show(self, args: TrainingArguments, folder: Path) -> None:
-        """The report and the pictures, then the trackers: from what is on disk."""
+        """Write the report and the pictures, then log to the trackers, all from what is on disk."""
         review = self._review(folder, [*self.live_rows, *self.rows])
         self._write_card(args, review)
         pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
@@ -241,7 +241,7 @@ class LatencyCallback(GuardedCallback):
             return Review(path=folder, rows=rows)
 
     def _write_card(self, args: TrainingArguments, review: Review) -> None:
-        """The section in the export's README.md: before the artifact, which records the manifest's sum."""
+        """Write the section in the export's README.md, before the artifact, which records the manifest's sum."""
         export = next((row for row in self.rows if row.arm == "export"), None)
         if export is None or self._training is None:
             return

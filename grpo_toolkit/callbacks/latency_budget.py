@@ -48,7 +48,7 @@ LEAST_BUDGET_S: Final = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `LatencyCallback` was asked to measure at the end (see there)."""
+    """The settings of `LatencyCallback` for the end of a training (see there)."""
 
     arms: tuple[str, ...]
     new_tokens: int

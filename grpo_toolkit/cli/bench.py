@@ -100,7 +100,7 @@ def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Mis
 
 
 def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
-    """Rows of earlier measurements, compared again: those of one session and workload with each other."""
+    """Compare rows of earlier measurements again: those of one session and workload with each other."""
     from grpo_toolkit.latency.bench.compare import CONTROL, compare_rows
     from grpo_toolkit.latency.rows.store import read_measurements
 

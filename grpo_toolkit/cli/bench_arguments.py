@@ -26,7 +26,7 @@ DEFAULT_IMAGE_TOKENS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `bench`; several values, with commas between, are measured one after the other."""
+    """Add the flags of `bench`; several values, with commas between, are measured one after the other."""
     add = parser.add_argument
     add(
         "models",
@@ -209,7 +209,7 @@ def _word(setting: str, value: Any) -> str:
 
 
 def named_model(item: str) -> tuple[str, str]:
-    """`NAME=MODEL` as name and model; a folder's own name, or an address's host, where none is given."""
+    """Split `NAME=MODEL`; without a name it is the folder's own, or the address's host."""
     name, equals, place = item.partition("=")
     if equals and os.sep not in name:
         return name, place
@@ -254,7 +254,7 @@ def _prompt_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_image(path: Path, where: str) -> Any:
-    """An image in RGB.
+    """Read an image as RGB.
 
     Raises:
         InputError: it cannot be read as one.

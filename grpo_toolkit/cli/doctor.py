@@ -54,7 +54,7 @@ def _doctor(path: Path, arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Nothing here is cyclic and the process ends soon: collecting would take a third of the time of a large index."""
+    """Switch the garbage collector off: nothing here is cyclic, and it would take a third of a large index's time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -91,7 +91,7 @@ def _say_run(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str], *
 
 
 def run_json(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -> dict[str, Any]:
-    """A run as one object; each finding says its checkpoint."""
+    """Return a run as one object; each finding names its checkpoint."""
     return {
         "path": str(path),
         "kind": "run",

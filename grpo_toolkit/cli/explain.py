@@ -1,4 +1,4 @@
-"""`grpo-toolkit explain`: arguments in, an explanation out."""
+"""`grpo-toolkit explain`: say why a trained model is slower than its base."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def explain(arguments: argparse.Namespace) -> int:
 
 
 def with_settings(options: Options, settings: list[str]) -> Options:
-    """Options with settings given as KEY=VALUE.
+    """Return options with settings given as KEY=VALUE.
 
     Raises:
         InputError: a key or value that is not known.

@@ -31,7 +31,7 @@ def add_command(commands: Commands) -> None:
 
 
 def repair(arguments: argparse.Namespace) -> int:
-    """Mend a folder, or every checkpoint of a run; 0 if all is clean afterwards, 1 if something is left."""
+    """Repair a folder, or every checkpoint of a run; 0 if all is clean afterwards, 1 if something is left."""
     from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
     from grpo_toolkit.doctor.repair import undo_repair
     from grpo_toolkit.doctor.undo import UNDO

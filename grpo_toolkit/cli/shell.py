@@ -1,4 +1,4 @@
-"""What all commands have in common: exit codes, one-line errors, flags of several, quiet libraries."""
+"""The parts that commands share: exit codes, one-line errors, common flags, quiet libraries."""
 
 from __future__ import annotations
 

@@ -363,7 +363,8 @@ class Bench:
         rows: list[LatencyRow] = []
         with Engines() as engines:
             for lengths in ("repeated", "new"):
-                rows += measure_latency(arms, make(lengths=lengths), rounds=6, warmup=3, engines=engines)
+                traffic = replace(make(lengths=lengths), name=f"fixed_lengths_{lengths}")
+                rows += measure_latency(arms, traffic, rounds=6, warmup=3, engines=engines)
         append_rows(self.options.output / FILE_NAME, rows)
         for row in rows:
             assert row.tpot_s is not None
@@ -388,7 +389,7 @@ class Bench:
             began = time.perf_counter()
 
             def compare(arms: Sequence[Arm], size: int) -> Comparison:
-                traffic = make(batch_size=size)
+                traffic = replace(make(batch_size=size), name=f"fixed_batch_size_{size}")
                 return compare_latency(arms, traffic, rounds=1, warmup=0, control=False, engines=engines)
 
             rows = [row for found in sweep_batches([arm], doubling(), compare) for row in found.rows]

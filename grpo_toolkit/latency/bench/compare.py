@@ -1,4 +1,4 @@
-"""Which arm is faster, by how much, and whether this machine can tell."""
+"""The comparison of arms: the faster one, by how much, and whether this machine can tell."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Comparison:
     control: LatencyRow | None = None
 
     def ratio(self, arm: str, metric: str = "tpot_s") -> Ratio:
-        """An arm's time over the first arm's.
+        """Return an arm's time over the first arm's.
 
         Raises:
             InputError: no such arm, or it has no such ratio (it is the first, or ran out of memory).
@@ -72,7 +72,7 @@ def compare_latency(
     progress: Progress | None = None,
     engines: Engines | None = None,
 ) -> Comparison:
-    """Time the arms in turns and say, arm by arm, whether it is slower or faster than the first.
+    """Time the arms in turns and compare each with the first: slower, faster, the same, or undecided.
 
     Args:
         arms: what to time, or simply {name: folder}; the first is what the others are compared with.
@@ -129,7 +129,7 @@ def compare_rows(rows: Sequence[LatencyRow], *, control: LatencyRow | None = Non
 
 
 def ratios(row: LatencyRow, against: LatencyRow) -> list[Ratio]:
-    """An arm's ratios against another, for every metric.
+    """Return an arm's ratios against another, for every metric.
 
     A round in which one of them has no TPOT, its answer having arrived at once, is left out of that ratio and counted;
     where fewer than `MIN_PAIRS` are left then, there is none.

@@ -1,4 +1,4 @@
-"""Time the same requests on several models, fairly.
+"""The measurement: the same requests on several models, timed fairly.
 
 Each model is loaded in a process of its own, all are warmed up until their times agree, and then they take turns in
 counterbalanced blocks (`statistics.turns`), so that a machine that drifts or is shared slows all arms alike. Medians
@@ -187,7 +187,7 @@ class _Measuring:
         return [name for name in names if self.found[name].error is None]
 
     def _ask(self, name: str, turn: int, rounds: int) -> float | None:
-        """What warm-up watches of one turn of one arm; None where it failed in a way that is a result."""
+        """Ask one arm once; returns the time that warm-up watches, or None where the failure is a result."""
         found, batch = self.found[name], self.plan.traffic.batch(turn)
         start = time.perf_counter()
         try:
@@ -257,7 +257,7 @@ class _Measuring:
         return all(is_settled(ratio, precision=precision) for ratio in found)
 
     def look_around(self) -> None:
-        """Clocks and throttling as they are while the rounds still warm the device."""
+        """Read clocks and throttling while the device is still warm from the rounds."""
         for found, environment in self._once_an_engine(lambda engine: engine.environment()):
             found.facts = replace(found.facts, environment=environment)
 
@@ -275,7 +275,7 @@ class _Measuring:
             found.hardware = hardware
 
     def _once_an_engine(self, asked: Callable[[Engine], _Found]) -> Iterator[tuple[Measured, _Found]]:
-        """Every arm that is left with what its engine says; arms that share one hear the same."""
+        """Ask each engine once; yields what it answered for every arm that is left and uses it."""
         known: dict[int, _Found] = {}
         for name in self._alive(list(self.arms)):
             engine = self.engines[name]
@@ -287,13 +287,13 @@ class _Measuring:
 def pairs_of(
     timelines: Sequence[Timeline], others: Sequence[Timeline], metric: str = "tpot_s"
 ) -> list[tuple[float, float]]:
-    """Two arms' times in the rounds in which both have one."""
+    """Return two arms' times in the rounds in which both have one."""
     times = [(getattr(one, metric), getattr(other, metric)) for one, other in zip(timelines, others, strict=True)]
     return [(one, other) for one, other in times if one is not None and other is not None]
 
 
 def _paces(arms: Sequence[Sequence[Timeline]]) -> list[list[tuple[float, float]]]:
-    """Each further arm's times per output token beside the first's; end to end where too few rounds have both."""
+    """Return each further arm's times per token beside the first's; end to end where too few rounds have both."""
     first, *others = arms
     tpots = [pairs_of(timelines, first) for timelines in others]
     if all(len(pairs) >= min(len(first), MIN_PAIRS) for pairs in tpots):

@@ -39,14 +39,14 @@ class Arm:
 
     @property
     def place(self) -> str:
-        """Where it is: a folder, an address, or "live"."""
+        """The folder, the address, or "live"."""
         if self.url is not None:
             return self.url if self.path is None else f"{self.url} {self.path}"
         return "live" if self.path is None else str(self.path)
 
     @property
     def engine_key(self) -> tuple[object, ...]:
-        """Arms with the same key share an engine.
+        """The key of the engine: arms with the same one share it.
 
         Compiled steps with different SDPA kernels share no process: taking turns there, each would be compiled anew at
         every turn (see `LocalEngine`). Nor does one that keeps its cache, which is in the memory of all that do. A
@@ -59,21 +59,21 @@ class Arm:
 
     @property
     def warm_key(self) -> tuple[object, ...]:
-        """Arms with the same key warm up together: they share an engine, and what is compiled for their options."""
+        """The key of the warm-up: arms with the same one share an engine, and what is compiled for their options."""
         return (self.engine_key, self.options if self.options.is_compiled else None)
 
 
 def named_arms(
     arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]], options: Options | None = None
 ) -> list[Arm]:
-    """Arms as they are, or made from {name: folder}, all loaded and run as the options say."""
+    """Return arms as they are, or made from {name: folder}, all loaded and run as the options say."""
     if isinstance(arms, Mapping):
         return [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
     return list(arms)
 
 
 def fitting(arms: Sequence[Arm], *, spare: Sequence[str] = ()) -> list[Arm]:
-    """The arms whose processes a GPU has room for, all at once.
+    """Return the arms whose processes fit on the GPU all at once.
 
     Args:
         arms: of folders, on one device; a CPU has room for all.
@@ -99,7 +99,7 @@ def fitting(arms: Sequence[Arm], *, spare: Sequence[str] = ()) -> list[Arm]:
 
 
 def processor_of(arms: Sequence[Arm]) -> Any:
-    """The processor (or tokenizer) of the first arm that has one here, to count tokens with; None for endpoints alone.
+    """Return the processor (or tokenizer) of the first arm that has one here; None for endpoints alone.
 
     Raises:
         CheckpointError: a folder that is no checkpoint, or an adapter whose base is not here.

@@ -42,12 +42,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """For messages and commands."""
+        """The name in messages and commands."""
         return str(self.path) if self.path is not None else "the live model"
 
     @property
     def is_dispatched(self) -> bool:
-        """Whether accelerate spread a live model over devices, or keeps some of it on disk."""
+        """Return whether accelerate spread a live model over devices, or keeps some of it on disk."""
         return self.model is not None and bool(getattr(base_model(self.model), "hf_device_map", None))
 
 
@@ -115,7 +115,7 @@ class Engines:
             self._models.pop(key)
 
     def merged(self, source: Source) -> Source:
-        """The source with its adapter merged: a folder in a temporary place, or a copy of a live model."""
+        """Merge the adapter of a source, in a temporary folder or in a copy of a live model."""
         if source.model is not None:
             copied: Any = copy.deepcopy(source.model)
             merged = copied.merge_and_unload()
@@ -159,7 +159,7 @@ class Engines:
         return LiveEngine(changed, processor)
 
     def _dispatched_again(self, source: Source, model: Any, options: Options) -> torch.nn.Module:
-        """A dispatched model once more from its folder, laid out alike, in another dtype or with other attention."""
+        """Load a dispatched model once more, laid out alike, in another dtype or with other attention."""
         from grpo_toolkit.model.load import auto_class, dtype_argument
 
         assert source.path is not None, "only a model with a folder is toggled"
@@ -223,7 +223,7 @@ def open_engine(arm: Arm) -> Engine:
 
 
 def source_of(model: Any, processor: Any = None) -> Source:
-    """A source from what a caller passes: a folder, or a live model with its processor.
+    """Return the source of a folder, or of a live model with its processor.
 
     Raises:
         CheckpointError: no model folder.

@@ -1,4 +1,4 @@
-"""Why a trained model takes another time than its base: found without a clock, split exactly, toggled cause by cause.
+"""The explanation of a latency: causes found without a clock, an exact split, causes toggled one by one.
 
     audit -> natural answers (how long they are) -> arms with some causes on, in turns -> split, effects, physics
 
@@ -103,8 +103,11 @@ def explain_latency(
 
 
 def top_cause(row: ExplanationRow) -> str | None:
-    """What to mend first: what makes the text wrong, then the largest effect that is beyond doubt, then what was found
-    without a clock although it cost nothing here; None where nothing was found."""
+    """Return what to repair first; None where nothing was found.
+
+    First comes what makes the text wrong, then the largest effect that is beyond doubt, then what was found without a
+    clock although it cost nothing here.
+    """
     audited = [effect.cause for effect in row.audit]
     for cause in audited:
         if cause in BY_NAME and BY_NAME[cause].is_wrong:
@@ -123,7 +126,7 @@ def top_cause(row: ExplanationRow) -> str | None:
 
 
 def unexplained_share(row: ExplanationRow) -> float:
-    """How much of the difference has no cause: |unexplained| / |difference|; 0 where there is no difference."""
+    """Return the share of the difference without a cause: |unexplained| / |difference|; 0 where there is none."""
     left = next((effect.effect_s for effect in row.effects if effect.layer == "unexplained"), 0.0)
     difference = row.trained_s - row.base_s
     return abs(left / difference) if difference else 0.0
@@ -131,14 +134,14 @@ def unexplained_share(row: ExplanationRow) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Lab:
-    """Open models, and what they are asked."""
+    """The open models, and their requests."""
 
     pool: Engines
     requests: list[Request]
     progress: Callable[[str, int, int], None] | None
 
     def look(self, source: Source, options: Options, base: Path | None) -> Facts:
-        """Everything that is known of an arm without a clock."""
+        """Return everything that is known of a model without a clock."""
         engine = self.pool.engine(source, options)
         short = replace(self.requests[0], max_new_tokens=_PROOF_TOKENS, exact=True)
         try:
@@ -153,7 +156,7 @@ class _Lab:
         return facts_of(source.name, options, declared_by(source, base), engine.facts(), evidence, answers)
 
     def plan(self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]) -> Plan:
-        """Which arms are timed: every combination of causes on the trained model, and the base."""
+        """Plan the arms: every combination of causes on the trained model, and the base."""
         from grpo_toolkit.latency.explain.effects import arms_of
 
         lengths = self._lengths(sources[1], known, seen, found)
@@ -170,7 +173,7 @@ class _Lab:
         return Plan(sources=sources, known=known, seen=seen, found=found, toggled=toggled, arms=arms)
 
     def _lengths(self, trained: Source, known: Facts, seen: Facts, found: Mapping[str, str]) -> Lengths:
-        """How long answers are, and what each cause adds to that: asked with it cured too, one after the other.
+        """Measure the lengths of answers and what each cause adds to them, by curing one after the other.
 
         Some causes move the end of an answer (another end of sequence, wrong text), others change its words by their
         rounding: these are cured first, while nothing ends the answer elsewhere. What is left when all are cured is
@@ -190,7 +193,7 @@ class _Lab:
         return Lengths(base=known.output_tokens, added=added)
 
     def _cured(self, name: str, source: Source, options: Options, known: Facts) -> tuple[Source, Options]:
-        """Without that cause."""
+        """Return source and options without that cause."""
         cure = BY_NAME[name].options
         if name == UNMERGED:
             source = self.pool.merged(source)
@@ -245,7 +248,7 @@ class _Lab:
 
 
 def _as_it_stands(source: Source, options: Options) -> Options:
-    """Options that say what the files, or the state of a live model, say: only what is said can be toggled."""
+    """Return options that spell out what the files or a live model's state say: only that can be toggled."""
     declared = declared_by(source, None)
     if options.cache_implementation is None and declared.cache_implementation is not None:
         options = replace(options, cache_implementation=declared.cache_implementation)

@@ -1,4 +1,4 @@
-"""From timed arms to the row of an explanation: effects of causes, the exact split, what physics predicts."""
+"""The row of an explanation, built from timed arms: effects of causes, the exact split, predictions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TimedArm:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is timed, and why."""
+    """The arms that are timed, and the causes behind them."""
 
     sources: tuple[Source, Source]
     known: Facts
@@ -86,7 +86,7 @@ def row_of(
 
 
 def _seconds(times: Mapping[Arm | str, list[list[Timeline]]]) -> Any:
-    """E2E as an array of shape (arms, rounds, requests)."""
+    """Return E2E as an array of shape (arms, rounds, requests)."""
     import numpy as np
 
     return np.array([[[line.e2e_s for line in rounds] for rounds in lines] for lines in times.values()]).swapaxes(1, 2)

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def environment_of(device: str) -> dict[str, str]:
-    """Return what the times of this process depend on, as text: hardware, threads, load, versions, and of a GPU its
-    state (see `gpu_state`)."""
+    """Return what the times of this process depend on, as text.
+
+    That is hardware, threads, load, versions, and of a GPU its state (see `gpu_state`).
+    """
     import torch
     import transformers
 
