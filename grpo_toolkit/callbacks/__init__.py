@@ -1,4 +1,4 @@
-"""The callbacks: thin, with no policy of their own.
+"""The callbacks, thin over the rest of the package.
 
 Give them in the order of the README: a resumed or best model is put right before it is exported, and an export is
 there before it is timed. All of them keep the rule that training is sacred: they do not change a loss by a bit, raise

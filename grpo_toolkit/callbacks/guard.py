@@ -1,4 +1,4 @@
-"""How our callbacks fail: said once, survived, and raised at the end only if asked."""
+"""The base of callbacks whose failures are logged once, survived, and raised at the end only if asked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedCallback(TrainerCallback):  # type: ignore[misc]
-    """Reports a failure once instead of raising it into the trainer; with `strict`, raises it at the end."""
+    """A callback that logs a failure once and lets training go on; with `strict` it raises at the end."""
 
     def __init__(self, *, strict: bool) -> None:
         self.strict = strict
@@ -36,7 +36,7 @@ class GuardedCallback(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def _guarded(self, what: str, *, is_vital: bool = True) -> Iterator[None]:
-        """Survive what goes wrong inside; what is not vital is said alone, and counts as no failure."""
+        """Survive what goes wrong inside; what is not vital is logged and counts as no failure."""
         try:
             yield
         except Exception as error:  # the one place where anything may be caught: training must go on
@@ -52,7 +52,7 @@ class GuardedCallback(TrainerCallback):  # type: ignore[misc]
             self._first_error = self._first_error or error
 
     def _agree(self) -> bool:
-        """Whether no rank has failed so far; waits until all of them are here, so call it on every rank."""
+        """Return whether no rank has failed so far; waits for all ranks, so call it on every one."""
         said: list[str | None] = ["no answer"]
         with self._guarded("agreeing with the other ranks"):
             said = exchange(self.failures[0] if self.failures else None)

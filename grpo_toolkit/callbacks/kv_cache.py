@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class KVCacheCallback(GuardedCallback):
-    """Keeps the KV cache where it belongs: off in the training forward, on in rollouts, on in every saved file.
+    """A callback that keeps the KV cache off in the training forward, on in rollouts, on in every saved file.
 
     A saved model is also to mean what was trained: rotary frequencies that loading has rounded (see `buffers`) are
     computed again before the first step.
@@ -104,7 +104,7 @@ class KVCacheCallback(GuardedCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After the first step: say so if its rollout decoded without a cache."""
+        """Print a warning after the first step if its rollout decoded without a cache."""
         if self._watch is None:
             return
         self.decoding = self._watch.seen

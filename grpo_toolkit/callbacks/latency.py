@@ -9,32 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.callbacks.export import published
 from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.callbacks.latency_budget import ARMS, Budget, EndMeasurement, Settings, find_arms
 from grpo_toolkit.errors import GateError, InputError
-from grpo_toolkit.latency.bench.compare import compare_latency
-from grpo_toolkit.latency.bench.gate import gate_of, missed_by
+from grpo_toolkit.latency.bench.gate import gate_of
 from grpo_toolkit.latency.bench.measure import measure_latency
-from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
-from grpo_toolkit.latency.bench.workload import traffic_of
-from grpo_toolkit.latency.engines.arms import Arm, Engines, fitting
+from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.explain.missed_gate import explain_missed
 from grpo_toolkit.latency.rows.review import FOLDER_NAME, Review, load_review
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
 from grpo_toolkit.model.generation.request import find_requests, plain_request
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.offload_to_cpu import parked
-from grpo_toolkit.model.save_hook import base_folder, save_as_plain_trainer, saved_state
+from grpo_toolkit.model.save_hook import save_as_plain_trainer, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 from grpo_toolkit.reporting.charts.gallery import write_pictures
 from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, write_findings
 from grpo_toolkit.reporting.report.model_card import CARD, Training, write_model_card
 from grpo_toolkit.reporting.report.page import Pages, write_report
 from grpo_toolkit.reporting.terminal.console import say
-from grpo_toolkit.reporting.terminal.explanation import explanation
-from grpo_toolkit.reporting.terminal.tables import latency_table, ratio_lines
 from grpo_toolkit.reporting.trackers.mirror import Mirror
 
 if TYPE_CHECKING:
@@ -44,27 +38,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from grpo_toolkit.latency.bench.gate import Missed
-    from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
     from grpo_toolkit.model.generation.request import Request
 
 logger = logging.getLogger(__name__)
 
-NO_CACHE: Final = "export_no_cache"
-ARMS: Final = ("base", "checkpoint", "export", NO_CACHE)
 LIVE: Final = "live"
-"""The arm's name of the policy itself, measured between two steps."""
-
-COST: Final = 0.01
-"""How much of the training's own time the end may take, from the saving of the plain checkpoint to the last round."""
-
-LEAST_BUDGET_S: Final = 60.0
-"""What warm-up and rounds of all workloads may take together after a training so short that less would be left."""
+"""The arm's name of the model in training, measured between two steps."""
 
 
 class LatencyCallback(GuardedCallback):
-    """Measures base, plain checkpoint and export at the end of training, in processes of their own.
+    """A callback that times base, plain checkpoint and export at the end of training, in processes of their own.
 
     The arms: `base` as it was loaded; `checkpoint` as a plain trainer would have saved it (for LoRA: the adapter,
     unmerged, on its base); `export`; and `export_no_cache`, the export with its KV cache switched off, which shows
@@ -90,7 +74,7 @@ class LatencyCallback(GuardedCallback):
         new_tokens: tokens generated per request.
         rounds: measured requests per arm at most; all arms take turns. Fewer than six give no verdict.
         max_new_tokens: the cap of natural answers; None leaves that workload out.
-        every_steps: also time the policy itself, between steps, every so many; training waits for it, four answers
+        every_steps: also time the model in training, between steps, every so many; training waits for it, four answers
             each time.
         prompts: dataset rows to ask; by default the first of the evaluation or training dataset.
         num_prompts: how many of them.
@@ -122,15 +106,17 @@ class LatencyCallback(GuardedCallback):
             raise ValueError(f"unknown arms {unknown}; choose from {list(ARMS)}")
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"every_steps is {every_steps}; it counts steps, from 1 on")
-        self.arms = tuple(arms)
-        self.new_tokens = new_tokens
-        self.rounds = rounds
-        self.max_new_tokens = max_new_tokens
+        self.settings = Settings(
+            arms=tuple(arms),
+            new_tokens=new_tokens,
+            rounds=rounds,
+            max_new_tokens=max_new_tokens,
+            gate=None if gate is None else gate_of(gate),
+        )
         self.every_steps = every_steps
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.output_dir = output_dir
-        self.gate = None if gate is None else gate_of(gate)
         self.explanations: list[ExplanationRow] = []
         self.mirror = Mirror(artifact=log_artifact)
         self.rows: list[LatencyRow] = []
@@ -141,7 +127,7 @@ class LatencyCallback(GuardedCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before W&B starts: its files into `output_dir`, offline without a key; a user's `WANDB_*` wins."""
+        """Prepare W&B before it starts: files into `output_dir`, offline without a key; a user's `WANDB_*` wins."""
         with self._guarded("preparing W&B"):
             self.mirror.prepare(args)
 
@@ -158,10 +144,10 @@ class LatencyCallback(GuardedCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Only when asked: the policy itself, on rank 0, while the others wait."""
+        """Time the model in training, only when asked, on rank 0 while the others wait."""
         if self.every_steps is None or state.global_step % self.every_steps:
             return
-        with self._guarded("timing the policy between steps"):
+        with self._guarded("timing the model between steps"):
             if is_sharded(kwargs["model"]):  # it cannot generate on one rank
                 raise InputError("every_steps needs a model that is whole on every rank; this one is sharded")
             if state.is_world_process_zero:
@@ -174,7 +160,7 @@ class LatencyCallback(GuardedCallback):
         self._ended = time.perf_counter()
         weights: dict[str, torch.Tensor] | None = None
         with self._guarded("gathering the checkpoint to time"):
-            if "checkpoint" in self.arms and is_sharded(kwargs["model"]):
+            if "checkpoint" in self.settings.arms and is_sharded(kwargs["model"]):
                 weights = gather(saved_state(kwargs["model"]))
         if state.is_world_process_zero:
             with self._guarded("the latency measurement"):
@@ -198,7 +184,9 @@ class LatencyCallback(GuardedCallback):
             options=Options(device=str(base_model(model).device)),
         )
         with inference_ready(model):
-            rows = measure_latency([arm], self._requests(kwargs), new_tokens=self.new_tokens, rounds=2, warmup=1)
+            rows = measure_latency(
+                [arm], self._requests(kwargs), new_tokens=self.settings.new_tokens, rounds=2, warmup=1
+            )
         rows = [replace(row, step=state.global_step) for row in rows]
         self.live_rows += rows
         append_rows(self._folder(args) / FILE_NAME, rows)
@@ -212,95 +200,32 @@ class LatencyCallback(GuardedCallback):
         weights: dict[str, torch.Tensor] | None,
     ) -> None:
         model, folder = kwargs["model"], self._folder(args)
-        requests = self._requests(kwargs)
+        end = EndMeasurement(
+            settings=self.settings,
+            budget=Budget(began=self._began, ended=self._ended),
+            requests=self._requests(kwargs),
+            folder=folder,
+            step=state.global_step,
+        )
+        self.rows, self.explanations = end.rows, end.explanations
         with tempfile.TemporaryDirectory(prefix=".plain-checkpoint-", dir=folder) as plain:
-            if "checkpoint" in self.arms:
+            if "checkpoint" in self.settings.arms:
                 save_as_plain_trainer(model, Path(plain), kwargs.get("processing_class"), weights=weights)
-            arms = self._find_arms(model, Path(plain))
+            arms = find_arms(self.settings.arms, model, Path(plain))
             if not arms:
                 return
             as_saved = {arm.name: arm.place for arm in arms if arm.options.use_cache is None}
             write_findings(folder, diagnose_arms(as_saved))
             with parked(model, kwargs.get("optimizer")):
-                timed = fitting(arms, spare=["checkpoint"])
-                if len(timed) < len(arms):
-                    say("no room on the GPU for all arms at once: the plain checkpoint is not timed")
-                missed = self._time(timed, self._workloads(requests), folder, step=state.global_step)
-                self._explain(missed, timed[0], requests, state, folder)
+                missed = end.run(arms)
         self._training = Training.of(state.global_step, state.log_history)
         with self._guarded("the latency report"):
             self._show(args, folder)
         if missed:
             raise GateError("; ".join(dict.fromkeys(map(str, missed))))
 
-    def _workloads(self, requests: Sequence[Request]) -> list[Traffic]:
-        workloads = [traffic_of(requests, max_new_tokens=self.new_tokens)]
-        if self.max_new_tokens is not None:
-            workloads.append(traffic_of(requests, kind="natural", max_new_tokens=self.max_new_tokens))
-        return workloads
-
-    @property
-    def _allowed_s(self) -> float:
-        return COST * (self._ended - self._began)
-
-    def _left_s(self, engines: Engines) -> float:
-        """For warm-up and rounds: what the one percent leaves now, or what is left of the minute."""
-        spent_s = time.perf_counter() - self._ended
-        return max(self._allowed_s - spent_s, LEAST_BUDGET_S - engines.asked_s, 0.0)
-
-    def _time(self, arms: Sequence[Arm], workloads: Sequence[Traffic], folder: Path, *, step: int) -> list[Missed]:
-        """Time the arms on each workload, and put the rows on disk as they come; what missed the gate."""
-        missed: list[Missed] = []
-        say(f"loading {len(arms)} arms to time them: {', '.join(arm.name for arm in arms)}")
-        with Engines() as engines:
-            for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
-                share_s = self._left_s(engines) / left
-                timed = [arm for arm in arms if traffic.kind == "fixed" or arm.name != NO_CACHE]
-                if not timed:
-                    continue
-                say(self._announcement(traffic, len(timed), share_s))
-                compared = compare_latency(
-                    timed, traffic, rounds=self.rounds, control=False, budget_s=share_s, engines=engines
-                )
-                rows = [replace(row, step=step) for row in compared.rows]
-                append_rows(folder / FILE_NAME, rows)
-                say(latency_table(rows), *ratio_lines(rows))
-                self.rows += rows
-                missed += self._missed(rows)
-        return missed
-
-    def _announcement(self, traffic: Traffic, arms: int, budget_s: float) -> str:
-        tokens = f"{'up to ' if traffic.kind == 'natural' else ''}{traffic.max_new_tokens} tokens"
-        rounds = f"{MIN_PAIRS} to {self.rounds}" if self.rounds > MIN_PAIRS else str(self.rounds)
-        return f"timing {arms} arms, {traffic.name} answers of {tokens} (rounds: {rounds}; limit {budget_s:.0f} s)"
-
-    def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
-        """What misses the gate: the export, or where none was measured any arm but the first."""
-        if self.gate is None:
-            return []
-        missed = missed_by(self.gate, rows)
-        has_export = any(row.arm == "export" for row in rows[1:])
-        return [miss for miss in missed if miss.arm == "export" or not has_export]
-
-    def _explain(
-        self,
-        missed: Sequence[Missed],
-        first: Arm,
-        requests: Sequence[Request],
-        state: TrainerState,
-        folder: Path,
-    ) -> None:
-        device, budget_s = first.options.device, max(LEAST_BUDGET_S, self._allowed_s)
-        rows = explain_missed(
-            first.place, missed, device=device, requests=requests, max_new_tokens=self.new_tokens, budget_s=budget_s
-        )
-        self.explanations = [replace(row, step=state.global_step) for row in rows]
-        append_rows(folder / FILE_NAME, self.explanations)
-        for row in self.explanations:
-            say(explanation(row))
-
     def _show(self, args: TrainingArguments, folder: Path) -> None:
-        """The report and the pictures, then the trackers: from what is on disk."""
+        """Write the report and the pictures, then log to the trackers, all from what is on disk."""
         review = self._review(folder, [*self.live_rows, *self.rows])
         self._write_card(args, review)
         pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
@@ -316,7 +241,7 @@ class LatencyCallback(GuardedCallback):
             return Review(path=folder, rows=rows)
 
     def _write_card(self, args: TrainingArguments, review: Review) -> None:
-        """The section in the export's README.md: before the artifact, which records the manifest's sum."""
+        """Write the section in the export's README.md, before the artifact, which records the manifest's sum."""
         export = next((row for row in self.rows if row.arm == "export"), None)
         if export is None or self._training is None:
             return
@@ -325,24 +250,3 @@ class LatencyCallback(GuardedCallback):
             write_model_card(
                 export.path, review, training=self._training, base=base, around=Path(args.output_dir, CARD)
             )
-
-    def _find_arms(self, model: torch.nn.Module, plain: Path) -> list[Arm]:
-        inner = base_model(model)
-        export = published.get(inner)
-        base = export.base if export is not None else base_folder(model)
-        folders = {
-            "base": base,
-            "checkpoint": plain,
-            "export": None if export is None else export.path,
-            NO_CACHE: None if export is None else export.path,
-        }
-        missing = [arm for arm in self.arms if folders[arm] is None]
-        if missing:
-            logger.warning("grpo_toolkit: nothing to measure for %s (no such folder in this run)", ", ".join(missing))
-        attention = getattr(inner.config, "_attn_implementation", None)
-        options = Options(device=str(inner.device), attn_implementation=attention)
-        return [
-            Arm(name=arm, path=path, options=replace(options, use_cache=False if arm == NO_CACHE else None))
-            for arm in self.arms
-            if (path := folders[arm]) is not None
-        ]

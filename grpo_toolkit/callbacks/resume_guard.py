@@ -1,4 +1,4 @@
-"""The callback that proves a resume."""
+"""The callback that checks a resumed training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ResumeGuardCallback(TrainerCallback):  # type: ignore[misc]
-    """Makes a resumed training go on from its checkpoint's weights, and proves that it does.
+    """A callback that makes a resumed training go on from its checkpoint's weights, and proves that it does.
 
     On a resume the live weights are held against the checkpoint's, tensor by tensor; those that the trainer could
     not match are loaded before the first step. `load_best_model_at_end` is checked the same way. Sharded models (FSDP,

@@ -1,4 +1,4 @@
-"""Before the first step: positions as whoever loads the saved model will have them (see `buffers`)."""
+"""The rotary positions that a saved model will have once it is loaded, set before the first step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _looked_at: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[TrainerState]
 
 
 def restore_positions(model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
-    """Compute buffers again that loading has rounded, and say so; once for each training, whichever callback asks.
+    """Compute buffers again that loading has rounded, and log it; once a training, whichever callback asks.
 
     A class that is not built from its config alone raises what it likes.
     """

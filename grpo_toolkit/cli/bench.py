@@ -1,4 +1,4 @@
-"""`grpo-toolkit bench`: its flags, and a thin command over the lab. Standard library only at import."""
+"""`grpo-toolkit bench`: time models side by side."""
 
 from __future__ import annotations
 
@@ -6,43 +6,57 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.bench_arguments import _arms, _given_requests, _workloads
+from grpo_toolkit.cli.bench_arguments import add_arguments, find_arms, find_workloads, given_requests
+from grpo_toolkit.cli.shell import add_device, add_json, quiet_libraries
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
 
+    from grpo_toolkit.cli.shell import Commands
     from grpo_toolkit.latency.bench.compare import Comparison
-    from grpo_toolkit.latency.bench.gate import Gate
+    from grpo_toolkit.latency.bench.gate import Gate, Missed
     from grpo_toolkit.latency.bench.workload import Traffic
-    from grpo_toolkit.latency.engines.arms import Arm, Engines
-    from grpo_toolkit.latency.rows.row import LatencyRow
+    from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.latency.engines.pool import Engines
+    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+
+
+def add_command(commands: Commands) -> None:
+    """Add `bench` and its flags."""
+    parser = commands.add_parser("bench", help="time models side by side, taking turns")
+    add_arguments(parser)
+    parser.set_defaults(run=bench)
+    add_json(parser)
+    add_device(parser)
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Time models side by side; 0, or an `InputError`."""
+    """Time models side by side, print a table of each workload (or JSON), and return the exit code."""
     from grpo_toolkit.latency.bench.gate import gate_of
-    from grpo_toolkit.latency.engines.arms import Engines, processor_of
+    from grpo_toolkit.latency.engines.arms import processor_of
+    from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
 
+    quiet_libraries()
     if arguments.tune:
-        from grpo_toolkit.cli.tune import tune
+        from grpo_toolkit.cli.tune import tune_of_bench
 
-        return tune(arguments)
+        return tune_of_bench(arguments)
     gate = None if arguments.gate is None else gate_of(arguments.gate)
     if any(item.endswith(".jsonl") for item in arguments.models):
         return _finish(arguments, gate, _replayed(arguments), base="")  # explaining would measure anew
-    arms = _arms(arguments)
+    arms = find_arms(arguments)
     if len({arm.name for arm in arms}) < len(arms):
         raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
     if arguments.rounds < 1:
         raise InputError("bench needs at least one arm, one request, one round and one new token")
-    given = _given_requests(arguments)
+    given = given_requests(arguments)
     processor = processor_of(arms)
     found: list[Comparison] = []
     with Engines() as engines:
-        for make in _workloads(arguments, given, processor):
+        for make in find_workloads(arguments, given, processor):
             for comparison in _measured(arguments, arms, make, engines):
                 found.append(comparison)
                 rows = [*comparison.rows, *([] if comparison.control is None else [comparison.control])]
@@ -55,7 +69,6 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def _finish(arguments: argparse.Namespace, gate: Gate | None, found: Sequence[Comparison], *, base: str) -> int:
     """Hold what was measured against the gate, and explain what missed it; print JSON if that is wanted."""
-    from grpo_toolkit.cli.tune import report_missed
     from grpo_toolkit.latency.bench.gate import missed_by
 
     missed = [] if gate is None else [miss for comparison in found for miss in missed_by(gate, comparison.rows)]
@@ -69,8 +82,25 @@ def _finish(arguments: argparse.Namespace, gate: Gate | None, found: Sequence[Co
     return 1 if missed else 0
 
 
+def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Missed]) -> list[ExplanationRow]:
+    """Explain what missed a gate, and print it unless JSON is wanted."""
+    if not missed:
+        return []
+    from grpo_toolkit.latency.explain.missed_gate import explain_missed
+
+    rows = explain_missed(base, missed, device=arguments.device)
+    if not arguments.json:
+        from grpo_toolkit.reporting.terminal.console import show
+        from grpo_toolkit.reporting.terminal.explanation import explanation
+
+        show(*map(str, missed), style="bold red")
+        for row in rows:
+            show("", explanation(row))
+    return rows
+
+
 def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
-    """Rows of earlier measurements, compared again: those of one session and workload with each other."""
+    """Compare rows of earlier measurements again: those of one session and workload with each other."""
     from grpo_toolkit.latency.bench.compare import CONTROL, compare_rows
     from grpo_toolkit.latency.rows.store import read_measurements
 
@@ -95,14 +125,13 @@ def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
 def _measured(
     arguments: argparse.Namespace, arms: Sequence[Arm], make: Callable[[int], Traffic], engines: Engines
 ) -> Iterator[Comparison]:
-    """Comparisons over the batch sizes; arms that ran out of memory are asked nothing larger."""
+    """Compare the arms at each batch size."""
     from grpo_toolkit.latency.bench.compare import compare_latency
-    from grpo_toolkit.latency.bench.sweep import doubling, without_failed
+    from grpo_toolkit.latency.bench.sweep import doubling, sweep_batches
     from grpo_toolkit.reporting.terminal.console import turn_progress
 
-    left = list(arms)
-    for size in doubling() if arguments.batch_size == ["max"] else arguments.batch_size:
-        comparison = compare_latency(
+    def compare(left: Sequence[Arm], size: int) -> Comparison:
+        return compare_latency(
             left,
             make(size),
             rounds=arguments.rounds,
@@ -113,10 +142,8 @@ def _measured(
             engines=engines,
             progress=turn_progress(),
         )
-        yield comparison
-        left = without_failed(left, comparison.rows)
-        if not left:
-            return
+
+    return sweep_batches(arms, doubling() if arguments.batch_size == ["max"] else arguments.batch_size, compare)
 
 
 def _show(rows: Sequence[LatencyRow]) -> None:

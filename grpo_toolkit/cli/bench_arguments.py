@@ -26,7 +26,7 @@ DEFAULT_IMAGE_TOKENS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `bench`; several values, with commas between, are measured one after the other."""
+    """Add the flags of `bench`; several values, with commas between, are measured one after the other."""
     add = parser.add_argument
     add(
         "models",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--workload", choices=["fixed", "natural", "both"], default="both", help="exact lengths, live ends, or both")
     add("--new-tokens", type=_counts, default=[64], metavar="N,...", help="of each fixed answer (default 64)")
-    add("--max-new-tokens", type=_count, default=256, metavar="N", help="the cap of natural answers (default 256)")
+    add("--max-new-tokens", type=count, default=256, metavar="N", help="the cap of natural answers (default 256)")
     add("--prompt-tokens", type=_counts, default=[512], metavar="N,...", help="of each made-up prompt (default 512)")
     add("--image-tokens", type=_counts, metavar="N,...", help="of each made-up image; 0: none (default 256, if any)")
     add("--batch-size", type=_batches, default=[1], metavar="N,...", help='or "max": 1, 2, 4, ... until out of memory')
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sdpa", type=_words, metavar="NAME,...", help="SDPA kernels: flash, efficient, math, cudnn, no_cudnn")
     add("--dtype", help="of the weights (default: that of the files)")
     add("--sample", action="store_true", help="decode as the generation config says, not greedily")
-    add("--tune", action="store_true", help="find the fastest setting that gives one model's tokens, and print it")
+    add("--tune", action="store_true", help="the older spelling of grpo-toolkit tune")
     add("--max-tpot", type=float, metavar="MS", help="with --tune: batches as long as a token takes no longer")
     add("--max-memory", type=float, metavar="GB", help="with --tune: batches as long as they need no more memory")
     add("--gate", metavar="max-slowdown=RATIO", help="exit 1, with the reason, if a model is slower than the first")
@@ -74,10 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="DIR", help="append the rows to DIR/latency.jsonl")
 
 
-def _workloads(
+def find_workloads(
     arguments: argparse.Namespace, given: Sequence[Request], processor: Any
 ) -> Iterator[Callable[[int], Traffic]]:
-    """What is asked, as functions of the batch size."""
+    """Yield the workloads that the flags name, as functions of the batch size."""
     if arguments.workload != "natural":
         yield from _fixed(arguments, given, processor)
     if arguments.workload != "fixed":
@@ -167,7 +167,8 @@ def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | N
     return [count or None for count in arguments.image_tokens]
 
 
-def _arms(arguments: argparse.Namespace) -> list[Arm]:
+def find_arms(arguments: argparse.Namespace) -> list[Arm]:
+    """Return every model in every setting that the flags name."""
     from grpo_toolkit.checkpoint.model_folder import open_checkpoint
     from grpo_toolkit.latency.bench.sweep import with_setting
     from grpo_toolkit.latency.engines.arms import Arm
@@ -208,7 +209,7 @@ def _word(setting: str, value: Any) -> str:
 
 
 def named_model(item: str) -> tuple[str, str]:
-    """`NAME=MODEL` as name and model; a folder's own name, or an address's host, where none is given."""
+    """Split `NAME=MODEL`; without a name it is the folder's own, or the address's host."""
     name, equals, place = item.partition("=")
     if equals and os.sep not in name:
         return name, place
@@ -218,7 +219,8 @@ def named_model(item: str) -> tuple[str, str]:
     return Path(item).resolve().name, item
 
 
-def _given_requests(arguments: argparse.Namespace) -> list[Request]:
+def given_requests(arguments: argparse.Namespace) -> list[Request]:
+    """Return the requests of `--prompt`, `--image` and `--prompts`; none where prompts are made up."""
     from grpo_toolkit.model.generation.request import Request, requests_from_rows
 
     if arguments.prompts is not None:
@@ -252,7 +254,7 @@ def _prompt_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_image(path: Path, where: str) -> Any:
-    """An image in RGB.
+    """Read an image as RGB.
 
     Raises:
         InputError: it cannot be read as one.
@@ -265,7 +267,8 @@ def read_image(path: Path, where: str) -> Any:
         raise InputError(f"{where} {path}: cannot be read as an image ({error})") from error
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Return a flag's number, from 1 on."""
     try:
         value = int(text)
     except ValueError:
@@ -276,11 +279,11 @@ def _count(text: str) -> int:
 
 
 def _counts(text: str) -> list[int]:
-    return [0 if part == "0" else _count(part) for part in text.split(",")]
+    return [0 if part == "0" else count(part) for part in text.split(",")]
 
 
 def _batches(text: str) -> list[int] | list[str]:
-    return ["max"] if text == "max" else [_count(part) for part in text.split(",")]
+    return ["max"] if text == "max" else [count(part) for part in text.split(",")]
 
 
 def _words(text: str) -> list[str]:

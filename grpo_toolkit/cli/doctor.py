@@ -1,4 +1,4 @@
-"""`grpo-toolkit doctor` and `grpo-toolkit repair`: thin commands over the library."""
+"""`grpo-toolkit doctor`: say what is wrong with a folder."""
 
 from __future__ import annotations
 
@@ -6,30 +6,40 @@ import gc
 import json
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
-from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run
+from grpo_toolkit.cli.shell import add_json, print_lines
 from grpo_toolkit.errors import CheckpointError
-from grpo_toolkit.reporting.terminal.diagnosis_text import diagnosis_lines, repair_lines, run_lines
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
+    from grpo_toolkit.cli.shell import Commands
     from grpo_toolkit.doctor.findings import Diagnosis
-    from grpo_toolkit.doctor.repair import RepairResult
+
+
+def add_command(commands: Commands) -> None:
+    """Add `doctor` and its flags."""
+    parser = commands.add_parser("doctor", help="say what is wrong with a model folder, or with a run's checkpoints")
+    parser.add_argument("path", type=Path, help="a model, an adapter, a checkpoint, or a run folder with many")
+    parser.add_argument("--base", help="folder or Hub name (in the local cache) of the model it was trained from")
+    parser.add_argument("--deep", action="store_true", help="also compare weights byte by byte")
+    parser.set_defaults(run=doctor)
+    add_json(parser)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Diagnose a folder, or every checkpoint of a run; 0 clean, 1 with findings worse than a note."""
-    path: Path = arguments.path
     with _no_collector():
-        return _doctor(path, arguments)
+        return _doctor(arguments.path, arguments)
 
 
 def _doctor(path: Path, arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
+    from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run
+
     options = {"base": arguments.base, "deep": arguments.deep}
     if path.is_dir() and checkpoints_in(path):
         diagnoses, empty = diagnose_run(path, **options)
@@ -44,7 +54,7 @@ def _doctor(path: Path, arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Nothing here is cyclic and the process ends soon: collecting would take a third of the time of a large index."""
+    """Switch the garbage collector off: nothing here is cyclic, and it would take a third of a large index's time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -62,7 +72,9 @@ def _say_one(diagnosis: Diagnosis, *, as_json: bool) -> None:
 
         print_diagnosis(diagnosis)
     else:
-        _print_lines(diagnosis_lines(diagnosis))
+        from grpo_toolkit.reporting.terminal.diagnosis_text import diagnosis_lines
+
+        print_lines(diagnosis_lines(diagnosis))
 
 
 def _say_run(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str], *, as_json: bool) -> None:
@@ -73,11 +85,13 @@ def _say_run(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str], *
 
         print_run(diagnoses, empty)
     else:
-        _print_lines(run_lines(diagnoses, empty))
+        from grpo_toolkit.reporting.terminal.diagnosis_text import run_lines
+
+        print_lines(run_lines(diagnoses, empty))
 
 
 def run_json(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -> dict[str, Any]:
-    """A run as one object; each finding says its checkpoint."""
+    """Return a run as one object; each finding names its checkpoint."""
     return {
         "path": str(path),
         "kind": "run",
@@ -90,67 +104,3 @@ def run_json(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -
             for finding in diagnosis.findings
         ],
     }
-
-
-def repair(arguments: argparse.Namespace) -> int:
-    """Mend a folder, or every checkpoint of a run; 0 if all is clean afterwards, 1 if something is left."""
-    from grpo_toolkit.doctor.repair import undo_repair
-    from grpo_toolkit.doctor.undo import UNDO
-
-    path: Path = arguments.path
-    checkpoints = checkpoints_in(path) if path.is_dir() else []
-    folders = [*checkpoints, path]
-    if arguments.undo:
-        mended = [folder for folder in folders if (folder / UNDO).is_dir()] or [path]
-        _say_undone(path, {str(folder): undo_repair(folder) for folder in mended}, as_json=arguments.json)
-        return 0
-    results = list(_repair_each(folders, arguments))
-    if arguments.json:
-        said = [result.to_json() for result in results]
-        print(json.dumps({"path": str(path), "repairs": said} if checkpoints else said[0]))
-    else:
-        for result in results:
-            _say_repair(result)
-    return 0 if all(result.plan.is_clean_afterwards for result in results) else 1
-
-
-def _repair_each(folders: Sequence[Path], arguments: argparse.Namespace) -> Iterator[RepairResult]:
-    """Repair the folders of a run in turn (the run itself comes last); what holds no model is passed over."""
-    from grpo_toolkit.doctor.repair import repair_checkpoint
-
-    options = {"dry_run": arguments.dry_run, "rewrite_weights": arguments.rewrite_weights}
-    found = False
-    for folder in folders:
-        try:
-            yield repair_checkpoint(folder, base=arguments.base, **options)
-            found = True
-        except CheckpointError as error:
-            if folder != folders[-1]:
-                print(f"grpo-toolkit: passed over: {error}", file=sys.stderr)
-            elif not found:
-                raise
-
-
-def _say_undone(path: Path, undone: Mapping[str, Sequence[str]], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"path": str(path), "put_back": undone}))
-    else:
-        _print_lines(f"{folder}: put back {', '.join(files)}" for folder, files in undone.items())
-
-
-def _say_repair(result: RepairResult) -> None:
-    if sys.stdout.isatty():
-        from grpo_toolkit.reporting.terminal.diagnosis import print_repair
-
-        print_repair(result)
-    else:
-        if not result.applied and not result.plan.is_empty:
-            _print_lines(result.plan.diff.splitlines())
-        _print_lines(repair_lines(result))
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    # A stranger's text may hold what this terminal cannot say: it is escaped rather than an error.
-    encoding = sys.stdout.encoding or "utf-8"
-    for line in lines:
-        print(line.encode(encoding, errors="backslashreplace").decode(encoding))

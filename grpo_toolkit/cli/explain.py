@@ -1,16 +1,20 @@
-"""`grpo-toolkit explain`: arguments in, an explanation out."""
+"""`grpo-toolkit explain`: say why a trained model is slower than its base."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.cli.shell import add_device, add_json
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.engines.protocol import Options
 
 if TYPE_CHECKING:
     import argparse
+
+    from grpo_toolkit.cli.shell import Commands
+    from grpo_toolkit.latency.engines.protocol import Options
 
 _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "dtype": ("float32", "bfloat16", "float16"),
@@ -25,8 +29,33 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
 """What `--with` takes, and the values where they are few."""
 
 
+def add_command(commands: Commands) -> None:
+    """Add `explain` and its flags."""
+    parser = commands.add_parser("explain", help="say why a trained model is slower than its base")
+    parser.add_argument("base", type=Path, help="the base model's folder")
+    parser.add_argument("trained", type=Path, help="the trained model's or adapter's folder")
+    parser.add_argument(
+        "--with",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="how the trained model is run, such as dtype=float32 or sdpa_backend=math",
+    )
+    parser.add_argument("--prompt", help="what to ask (default: made up)")
+    parser.add_argument("--image", type=Path, help="an image to ask about")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="cap of an answer (default 128)")
+    parser.add_argument("--rounds", type=int, default=6, help="measured rounds (default 6)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long, but not before 3 rounds")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="append the explanation to this latency.jsonl")
+    parser.set_defaults(run=explain)
+    add_json(parser)
+    add_device(parser)
+
+
 def explain(arguments: argparse.Namespace) -> int:
     """Explain, print, and return the exit code: 1 where a cause was found."""
+    from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
     from grpo_toolkit.latency.rows.store import append_rows
     from grpo_toolkit.reporting.terminal.console import show, turn_progress
@@ -56,7 +85,7 @@ def explain(arguments: argparse.Namespace) -> int:
 
 
 def with_settings(options: Options, settings: list[str]) -> Options:
-    """Options with settings given as KEY=VALUE.
+    """Return options with settings given as KEY=VALUE.
 
     Raises:
         InputError: a key or value that is not known.

@@ -1,21 +1,43 @@
-"""`grpo-toolkit export`, `merge` and `verify`."""
+"""`grpo-toolkit export`: publish a trained folder."""
 
 from __future__ import annotations
 
 import json
-import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import EXIT_FINDINGS, _quiet_libraries
+from grpo_toolkit.cli.shell import COMPAT_HELP, add_device, add_json, quiet_libraries
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
+
+    from grpo_toolkit.cli.shell import Commands
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def add_command(commands: Commands) -> None:
+    """Add `export` and its flags."""
+    parser = commands.add_parser("export", help="publish a trained folder for inference: merged, verified, portable")
+    parser.add_argument("source", type=Path, help="a full checkpoint or a LoRA adapter")
+    parser.add_argument("output", type=Path, help="the folder to publish")
+    parser.add_argument("--base", help="folder or Hub name of the base model whose files are carried")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--link", action="store_true", help="hard links to the source's weight files where they fit")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
+    parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor, such as float16")
+    parser.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the verified folder (a new repo is private)")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
+    parser.add_argument("--tuned", action="store_true", help="find the fastest setting, and write what files can hold")
+    parser.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
+    parser.set_defaults(run=export)
+    add_json(parser)
+    add_device(parser)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Export, print the folder (or JSON), and return the exit code."""
     from grpo_toolkit.checkpoint.manifest import manifest_of
     from grpo_toolkit.checkpoint.model_folder import open_checkpoint
     from grpo_toolkit.checkpoint.publish import check_output
@@ -27,7 +49,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise InputError("--push-to-hub sends what was verified: leave out --no-verify")
     check_output(arguments.output, overwrite=arguments.overwrite)
     open_checkpoint(arguments.source)
-    _quiet_libraries()
+    quiet_libraries()
     overrides: dict[str, Any] = {}
     notes: dict[str, Any] = {}
     if arguments.tuned:
@@ -70,72 +92,3 @@ def _pushed(repository: str, path: Path) -> str:
     url = push_export(path, repository)
     say(f"uploaded to {url}")
     return url
-
-
-def _merge(arguments: argparse.Namespace) -> int:
-    from grpo_toolkit.merge.merge import merge_adapter
-    from grpo_toolkit.reporting.terminal.console import byte_progress, say
-    from grpo_toolkit.reporting.terminal.tables import merge_table
-
-    is_talking = not (arguments.quiet or arguments.json)
-    with byte_progress("merging", is_shown=is_talking and sys.stderr.isatty()) as progress:
-        result = merge_adapter(
-            arguments.adapter,
-            arguments.output,
-            base=arguments.base,
-            adapter_name=arguments.adapter_name,
-            overwrite=arguments.overwrite,
-            allow_unchanged=arguments.allow_unchanged,
-            max_shard_size=arguments.max_shard_size,
-            dtype=arguments.dtype,
-            compat=arguments.compat,
-            progress=progress,
-        )
-    if arguments.json:
-        facts = {"path": str(result.path), "base": str(result.base), "adapter": str(result.adapter)}
-        counts = {"changed": len(result.changed), "unchanged": list(result.unchanged), "copied": result.copied}
-        print(json.dumps({**facts, **counts, "bytes": result.bytes, "seconds": result.seconds}))
-        return 0
-    if is_talking:
-        say(merge_table(result))
-        say(f"not verified yet: grpo-toolkit verify {shlex.quote(str(result.path))}")
-    print(result.path)
-    return 0
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from grpo_toolkit.checkpoint.base_lookup import named_base
-    from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-    from grpo_toolkit.export.verify import reference_records, verify_export
-
-    if arguments.manifest:
-        return _verify_manifest(arguments)
-    open_checkpoint(arguments.export)
-    _quiet_libraries()
-    requests: list[Any] = []
-    expected: list[Any] = []
-    if arguments.reference is not None:
-        requests, expected = reference_records(arguments.reference, device=arguments.device)
-    base = None if arguments.base is None else named_base(arguments.base)
-    result = verify_export(arguments.export, requests=requests, expected=expected, base=base, device=arguments.device)
-    if arguments.json:
-        print(json.dumps({"path": str(arguments.export), **result.to_json()}))
-    else:
-        for check in result.checks:
-            verdict = "skip" if check.skipped else "ok  " if check.passed else "FAIL"
-            print(f"{verdict}  {check.name}: {check.detail}")
-    return 0 if result.passed else EXIT_FINDINGS
-
-
-def _verify_manifest(arguments: argparse.Namespace) -> int:
-    from grpo_toolkit.checkpoint.manifest import compare_manifest
-
-    checked, differing = compare_manifest(arguments.export)
-    if arguments.json:
-        facts = {"path": str(arguments.export), "passed": not differing, "files": checked}
-        print(json.dumps({**facts, "findings": [{"file": file, "problem": what} for file, what in differing.items()]}))
-    else:
-        for file, what in differing.items():
-            print(f"FAIL  {file}: {what}")
-        print(f"{'FAIL' if differing else 'ok  '}  {checked} files compared with the manifest")
-    return EXIT_FINDINGS if differing else 0

@@ -1,22 +1,39 @@
-"""`grpo-toolkit report` and `workspace`: a run's page and pictures, two runs side by side, rows logged again."""
+"""`grpo-toolkit report`: a run's page and pictures, two runs side by side, rows logged again."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.cli.shell import add_json
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.rows.review import load_review
-from grpo_toolkit.reporting.charts.gallery import write_pictures
-from grpo_toolkit.reporting.report.page import write_comparison, write_report
 
 if TYPE_CHECKING:
     import argparse
 
+    from grpo_toolkit.cli.shell import Commands
+
+
+def add_command(commands: Commands) -> None:
+    """Add `report` and its flags."""
+    parser = commands.add_parser("report", help="make a run's report.html and pictures again, or log its rows again")
+    parser.add_argument("path", type=Path, nargs="?", help="an output folder with latency/latency.jsonl, or that file")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar="RUN", help="two runs side by side, in one page")
+    parser.add_argument("--replay", choices=("wandb", "trackio"), help="log what the tracker does not have yet")
+    parser.add_argument("--card", action="store_true", help="also write the section into the export's README.md")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page")
+    parser.set_defaults(run=report)
+    add_json(parser)
+
 
 def report(arguments: argparse.Namespace) -> int:
-    """The command; prints the page's path, or with `--json` all that was written."""
+    """Write the page, print its path (or with `--json` all that was written), and return the exit code."""
+    from grpo_toolkit.latency.rows.review import load_review
+    from grpo_toolkit.reporting.charts.gallery import write_pictures
+    from grpo_toolkit.reporting.report.page import write_comparison, write_report
+
     if (arguments.path is None) == (arguments.compare is None):
         raise InputError("give one run's folder, or two with --compare RUN RUN")
     if arguments.compare is not None:
@@ -46,18 +63,4 @@ def report(arguments: argparse.Namespace) -> int:
         facts["replayed"] = [result.to_json() for result in results]
         print(*results, sep="\n", file=sys.stderr)
     print(json.dumps(facts) if arguments.json else page)
-    return 0
-
-
-def workspace(arguments: argparse.Namespace) -> int:
-    """The command; prints the workspace's address, or its JSON with `--dry-run`."""
-    from grpo_toolkit.reporting.trackers.wandb_workspace import build_workspace, save_workspace, workspace_json
-
-    built = build_workspace(arguments.entity, arguments.project)
-    if arguments.dry_run:
-        print(json.dumps(workspace_json(built), indent=None if arguments.json else 2))
-        return 0
-    saved = save_workspace(built)
-    print(f"{'updated' if saved.was_there else 'created'}: {built.name}", file=sys.stderr)
-    print(json.dumps({"url": saved.url, "was_there": saved.was_there}) if arguments.json else saved.url)
     return 0

@@ -1,19 +1,43 @@
-"""The manners of every command: exit codes, errors in one line, quiet libraries."""
+"""The parts that commands share: exit codes, one-line errors, common flags, quiet libraries."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError
 
-EXIT_FINDINGS = 1
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+EXIT_FINDINGS: Final = 1
+EXIT_INPUT: Final = 2
+
+COMPAT_HELP: Final = (
+    "who can read it: all (also transformers 4 and servers, whatever wrote the base), v5 (the base's forms)"
+)
 
 
-EXIT_INPUT = 2
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
-def _check_device(device: str) -> None:
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    parser.add_argument("--device", default="cpu", help='"cpu", "cuda", "cuda:1", ... (default cpu)')
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not on this machine.
+
+    Raises:
+        InputError: torch cannot put a tensor there.
+    """
     if device == "cpu":
         return
     import torch
@@ -24,7 +48,7 @@ def _check_device(device: str) -> None:
         raise InputError(f"--device {device}: not here ({str(error).splitlines()[0]})") from error
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep the libraries' progress bars off the terminal; their warnings and errors stay."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
@@ -32,6 +56,15 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _fail(error: object, code: int) -> int:
+def fail(error: object, code: int) -> int:
+    """Print an error in one line and return the exit code."""
     print(f"grpo-toolkit: {error}", file=sys.stderr)
     return code
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines, with what this terminal cannot show escaped."""
+    # Text of a stranger's folder may hold any character.
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in lines:
+        print(line.encode(encoding, errors="backslashreplace").decode(encoding))

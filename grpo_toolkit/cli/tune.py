@@ -1,39 +1,50 @@
-"""`bench --tune`, `bench --gate` and `export --tuned`: what they print, and what they exit with."""
+"""`grpo-toolkit tune`, the older spelling `bench --tune`, and `export --tuned`."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.cli.bench_arguments import count, named_model
+from grpo_toolkit.cli.shell import add_device, add_json, quiet_libraries
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
     from pathlib import Path
 
-    from grpo_toolkit.latency.bench.gate import Missed
-    from grpo_toolkit.latency.rows.row import ExplanationRow
-    from grpo_toolkit.latency.tune.tuning import Trial, Tuning
+    from grpo_toolkit.cli.shell import Commands
+    from grpo_toolkit.latency.tune.tuning import Trial
+
+
+def add_command(commands: Commands) -> None:
+    """Add `tune` and its flags."""
+    parser = commands.add_parser("tune", help="find the fastest setting that gives a model's own tokens")
+    parser.add_argument("model", metavar="FOLDER", help="a model or adapter folder")
+    parser.add_argument("--new-tokens", type=count, default=64, metavar="N", help="of each answer (default 64)")
+    parser.add_argument("--prompt-tokens", type=count, default=512, metavar="N", help="of the prompt (default 512)")
+    parser.add_argument("--image-tokens", type=count, metavar="N", help="of its image (default: no image)")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of the best with the default (default 12)")
+    parser.add_argument("--max-tpot", type=float, metavar="MS", help="batches as long as a token takes no longer")
+    parser.add_argument("--max-memory", type=float, metavar="GB", help="batches as long as they need no more memory")
+    parser.set_defaults(run=tune)
+    add_json(parser)
+    add_device(parser)
 
 
 def tune(arguments: argparse.Namespace) -> int:
-    """Tune one folder and print what to do; 0, or an `InputError`."""
-    from grpo_toolkit.cli.bench_arguments import named_model
+    """Tune one folder, print what to do (or JSON), and return the exit code."""
     from grpo_toolkit.latency.tune.tune import tune_latency
 
-    if len(arguments.models) != 1:
-        raise InputError(f"--tune takes one model, not {len(arguments.models)}")
-    _, place = named_model(arguments.models[0])
-    if place.startswith(("http://", "https://")):
-        raise InputError(f"--tune {place}: a server has settings of its own; name the folder that it serves")
-    images = [None] if arguments.image_tokens is None else arguments.image_tokens
+    if arguments.model.startswith(("http://", "https://")):
+        raise InputError(f"{arguments.model}: a server has settings of its own; name the folder that it serves")
+    quiet_libraries()
     tuning = tune_latency(
-        place,
-        new_tokens=arguments.new_tokens[0],
-        prompt_tokens=arguments.prompt_tokens[0],
-        image_tokens=images[0] or None,
+        arguments.model,
+        new_tokens=arguments.new_tokens,
+        prompt_tokens=arguments.prompt_tokens,
+        image_tokens=arguments.image_tokens,
         device=arguments.device,
         rounds=arguments.rounds,
         max_tpot_s=None if arguments.max_tpot is None else arguments.max_tpot / 1e3,
@@ -48,6 +59,17 @@ def tune(arguments: argparse.Namespace) -> int:
 
         show(tuned(tuning))
     return 0
+
+
+def tune_of_bench(arguments: argparse.Namespace) -> int:
+    """Tune by the flags of `bench --tune`, where some are lists of which the first counts."""
+    if len(arguments.models) != 1:
+        raise InputError(f"--tune takes one model, not {len(arguments.models)}")
+    given = argparse.Namespace(**vars(arguments))
+    given.model = named_model(arguments.models[0])[1]
+    given.new_tokens, given.prompt_tokens = arguments.new_tokens[0], arguments.prompt_tokens[0]
+    given.image_tokens = (arguments.image_tokens or [None])[0] or None
+    return tune(given)
 
 
 def tuned_overrides(source: Path, base: str | None, *, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,32 +95,14 @@ def tuned_overrides(source: Path, base: str | None, *, device: str) -> tuple[dic
     keys, left_out = keys_for_files(tuning, read_json((named or folder) / CONFIG))
     for line in left_out:
         print(line, file=sys.stderr)
-    said: Tuning = tuning
     note = {
-        "setting": said.best.name,
-        "speedup": round(said.speedup, 3),
+        "setting": tuning.best.name,
+        "speedup": round(tuning.speedup, 3),
         "generation_config": keys,
         "left_out": left_out,
-        "environment": dict(said.environment),
+        "environment": dict(tuning.environment),
     }
     return keys, note
-
-
-def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Missed]) -> list[ExplanationRow]:
-    """Explain what missed a gate, and print it unless JSON is wanted."""
-    if not missed:
-        return []
-    from grpo_toolkit.latency.explain.missed_gate import explain_missed
-
-    rows = explain_missed(base, missed, device=arguments.device)
-    if not arguments.json:
-        from grpo_toolkit.reporting.terminal.console import show
-        from grpo_toolkit.reporting.terminal.explanation import explanation
-
-        show(*map(str, missed), style="bold red")
-        for row in rows:
-            show("", explanation(row))
-    return rows
 
 
 def _say_trial(trial: Trial) -> None:

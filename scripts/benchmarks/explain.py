@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.latency.engines.pool import Pool, Source, source_of
+from grpo_toolkit.latency.engines.pool import Engines, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
 from grpo_toolkit.latency.rows.store import append_rows
@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace, log: Log) -> int:
     log(f"{log.seconds:5.0f} s  base: {base}")
     wanted = arguments.cases or [*(c for c in ALL if c not in LAST), *LAST, *("+".join(pair) for pair in PAIRS)]
     lines, is_right = [], True
-    with Pool(isolated=False) as pool:
+    with Engines(isolated=False) as pool:
         request = _request(base, arguments)
         both = bases(base, work, request, pool, device=arguments.device)
         log(f"{log.seconds:5.0f} s  bases ready, prompt of {arguments.prompt_tokens} tokens")
@@ -150,7 +150,7 @@ def _case(
     both: tuple[Path, Path],
     folder: Path,
     request: Request,
-    pool: Pool,
+    pool: Engines,
     arguments: argparse.Namespace,
 ) -> tuple[ExplanationRow, bool]:
     seeded = seed_causes(both[bool(ABOUT_LENGTHS & set(causes))], folder, causes, device=arguments.device)

@@ -37,10 +37,11 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from grpo_toolkit.latency.bench.compare import compare_latency
 from grpo_toolkit.latency.bench.measure import measure_latency
-from grpo_toolkit.latency.bench.sweep import CACHES, sweep_workload
+from grpo_toolkit.latency.bench.sweep import CACHES, doubling, sweep_batches
 from grpo_toolkit.latency.bench.workload import made_up
-from grpo_toolkit.latency.engines.arms import Arm, Engines
+from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.local import LocalEngine
+from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.hardware.environment import environment_of
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
@@ -49,8 +50,9 @@ from scripts.benchmarks.decode_steps import after_each_step
 from scripts.models.random_vlm import make_random_vlm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from grpo_toolkit.latency.bench.compare import Comparison
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
 
@@ -358,7 +360,11 @@ class Bench:
             image_tokens=64,
             max_new_tokens=24,
         )
-        rows = sweep_workload(arms, "lengths", ["repeated", "new"], make_traffic=make, rounds=6, warmup=3)
+        rows: list[LatencyRow] = []
+        with Engines() as engines:
+            for lengths in ("repeated", "new"):
+                traffic = replace(make(lengths=lengths), name=f"fixed_lengths_{lengths}")
+                rows += measure_latency(arms, traffic, rounds=6, warmup=3, engines=engines)
         append_rows(self.options.output / FILE_NAME, rows)
         for row in rows:
             assert row.tpot_s is not None
@@ -381,7 +387,12 @@ class Bench:
         )
         with Engines() as engines:
             began = time.perf_counter()
-            rows = sweep_workload([arm], "batch_size", None, make_traffic=make, rounds=1, warmup=0, engines=engines)
+
+            def compare(arms: Sequence[Arm], size: int) -> Comparison:
+                traffic = replace(make(batch_size=size), name=f"fixed_batch_size_{size}")
+                return compare_latency(arms, traffic, rounds=1, warmup=0, control=False, engines=engines)
+
+            rows = [row for found in sweep_batches([arm], doubling(), compare) for row in found.rows]
             spent = time.perf_counter() - began
             [after] = measure_latency([arm], make(batch_size=1), rounds=1, warmup=0, engines=engines)
         append_rows(given.output / FILE_NAME, [*rows, after])

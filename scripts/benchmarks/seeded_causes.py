@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from grpo_toolkit.latency.engines.pool import Pool
+    from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.model.generation.request import Request
 
 NEVER = 3
@@ -82,7 +82,7 @@ ABOUT_LENGTHS = frozenset({"eos", "longer-answers"})
 """Causes that need a base whose answers end before the cap."""
 
 
-def bases(base: Path, folder: Path, request: Request, pool: Pool, *, device: str = "cpu") -> tuple[Path, Path]:
+def bases(base: Path, folder: Path, request: Request, pool: Engines, *, device: str = "cpu") -> tuple[Path, Path]:
     """Two copies of a base: one whose answers go on to the cap, and one that ends its answer to `request` early."""
     endless, ending = (_copied(base, folder / name) for name in ("endless", "ending"))
     config = json.loads((base / "config.json").read_text())
@@ -168,7 +168,7 @@ def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[
     return model, processor
 
 
-def early_token(base: Path, request: Request, pool: Pool, *, device: str) -> int:
+def early_token(base: Path, request: Request, pool: Engines, *, device: str) -> int:
     """A token that the base says first in its fourth place or soon after, where its answer could end.
 
     Random weights soon repeat themselves; then it is the last token that is new.

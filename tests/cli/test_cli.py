@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.cli import main
+from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,6 +73,10 @@ def test_verify_exits_1_on_a_poisoned_folder(qwen: Path, tmp_path: Path, capsys:
         (["verify", "{qwen}", "--device", "cuda:77"], "--device cuda:77: not here"),
         (["bench", "{qwen}", "{qwen}"], "two models have the same name"),
         (["bench", "{qwen}", "--rounds", "0"], "at least one arm"),
+        (["bench", "{qwen}", "{qwen}", "--tune"], "--tune takes one model, not 2"),
+        (["bench", "name=http://127.0.0.1:9/v1", "--tune"], "http://127.0.0.1:9/v1: a server has settings of its own"),
+        (["tune", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1: a server has settings of its own"),
+        (["tune", "{tmp}/nowhere"], "not a folder"),
         (["bench", "{qwen}", "--image", "{tmp}/full/file"], "cannot be read as an image"),
     ],
 )
@@ -99,6 +105,28 @@ def test_wrong_use_is_one_line_and_exit_code_2(
 def test_no_command_prints_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "usage: grpo-toolkit" in capsys.readouterr().err
+
+
+def test_the_module_exits_as_the_console_script_does() -> None:
+    for arguments, code in ((["doctor", "nowhere"], 2), (["--help"], 0)):
+        done = subprocess.run([sys.executable, "-m", "grpo_toolkit.cli", *arguments], capture_output=True, check=False)
+        assert done.returncode == code
+
+
+def test_tune_has_an_older_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def tune_latency(model: str, **settings: Any) -> None:
+        asked.append({"model": model, **settings})
+        raise InputError("asked")
+
+    monkeypatch.setattr("grpo_toolkit.latency.tune.tune.tune_latency", tune_latency)
+    for flags in ([], ["--new-tokens", "8", "--image-tokens", "16", "--max-tpot", "20", "--rounds", "7"]):
+        assert main(["tune", "folder", *flags]) == main(["bench", "name=folder", "--tune", *flags]) == 2
+        assert asked[-1] == asked[-2]
+    assert asked[0]["model"] == "folder"
+    assert (asked[0]["new_tokens"], asked[0]["prompt_tokens"], asked[0]["image_tokens"]) == (64, 512, None)
+    assert (asked[2]["new_tokens"], asked[2]["image_tokens"], asked[2]["max_tpot_s"]) == (8, 16, 0.02)
 
 
 def test_env_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,11 +36,9 @@ def record(tokens: list[int], rivals: list[dict[int, float]] | None = None) -> R
     return Record(
         prompt_tokens=3,
         tokens=tokens,
-        token_times_s=[0.1] * len(tokens),
         step_lengths=[3, *[1] * (len(tokens) - 1)],
         is_cached=True,
         vision_calls=1,
-        peak_memory_bytes=0,
         rivals=rivals or [{0: 1.0}] * len(tokens),
     )
 

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from grpo_toolkit.callbacks import latency as callback
+from grpo_toolkit import LatencyCallback
+from grpo_toolkit.callbacks import latency_budget
+from grpo_toolkit.callbacks.latency_budget import Budget
 from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.bench.workload import traffic_of
-from grpo_toolkit.latency.engines.arms import Arm, Engines
+from grpo_toolkit.latency.engines.arms import Arm
+from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.rows.row import Proof, Timeline
@@ -87,7 +90,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def scripted(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedEngine]:
     """Engines by the address of their arm."""
     engines: dict[str, ScriptedEngine] = {}
-    monkeypatch.setattr("grpo_toolkit.latency.engines.arms.open_engine", lambda arm: engines[arm.url])
+    monkeypatch.setattr("grpo_toolkit.latency.engines.pool.open_engine", lambda arm: engines[arm.url])
     return engines
 
 
@@ -172,7 +175,7 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
 ) -> None:
     count: Counter[str] = Counter()
     shares: list[tuple[float, float]] = []
-    ask, prove, compare = ProcessEngine.ask, ProcessEngine.prove, callback.compare_latency
+    ask, prove, compare = ProcessEngine.ask, ProcessEngine.prove, latency_budget.compare_latency
 
     def counted_ask(self: ProcessEngine, *args: Any) -> Any:
         count["ask"] += 1
@@ -188,8 +191,8 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
 
     monkeypatch.setattr(ProcessEngine, "ask", counted_ask)
     monkeypatch.setattr(ProcessEngine, "prove", counted_prove)
-    monkeypatch.setattr(callback, "compare_latency", seen_compare)
-    timing = callback.LatencyCallback(arms=["base", "checkpoint"], new_tokens=3, max_new_tokens=4, strict=True)
+    monkeypatch.setattr(latency_budget, "compare_latency", seen_compare)
+    timing = LatencyCallback(arms=["base", "checkpoint"], new_tokens=3, max_new_tokens=4, strict=True)
     trainer = grpo_trainer(qwen, tmp_path / "a_minute", [timing])
     trainer.train()
     (first, before), (second, spent) = shares
@@ -197,7 +200,7 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
     assert second == 60.0 - spent
     assert "timing 2 arms, fixed answers of 3 tokens (rounds: 6 to 24; limit 30 s)\n" in capsys.readouterr().err
 
-    monkeypatch.setattr(callback, "LEAST_BUDGET_S", 0.0)
+    monkeypatch.setattr(latency_budget, "LEAST_BUDGET_S", 0.0)
     count.clear()
     trainer = grpo_trainer(qwen, tmp_path / "nothing", [timing])
     trainer.train()
@@ -206,12 +209,8 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
 
 
 def test_what_the_end_has_taken_so_far_counts_but_a_minute_of_asking_is_left() -> None:
-    timing, engines = callback.LatencyCallback(), Engines()
-    timing._ended = time.perf_counter() - 20.0  # saving and loading
-    timing._began = timing._ended - 3 * 3600.0
-    assert timing._left_s(engines) == pytest.approx(108.0 - 20.0, abs=1.0)
-    engines.asked_s = 5.0
-    timing._began = timing._ended - 600.0  # six seconds would be one percent
-    assert timing._left_s(engines) == 55.0
-    engines.asked_s = 61.0
-    assert timing._left_s(engines) == 0.0
+    ended = time.perf_counter() - 20.0  # saving and loading
+    assert Budget(began=ended - 3 * 3600.0, ended=ended).left_s(0.0) == pytest.approx(108.0 - 20.0, abs=1.0)
+    short = Budget(began=ended - 600.0, ended=ended)  # six seconds would be one percent
+    assert short.left_s(5.0) == 55.0
+    assert short.left_s(61.0) == 0.0

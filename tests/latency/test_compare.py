@@ -13,9 +13,10 @@ import pytest
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.bench.compare import Comparison, compare_latency, compare_rows
 from grpo_toolkit.latency.bench.measure import measure_latency
-from grpo_toolkit.latency.bench.sweep import doubling, sweep_settings, sweep_workload
+from grpo_toolkit.latency.bench.sweep import doubling, sweep_batches, with_setting
 from grpo_toolkit.latency.bench.workload import made_up
-from grpo_toolkit.latency.engines.arms import Arm, Engines
+from grpo_toolkit.latency.engines.arms import Arm
+from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.store import append_rows, read_measurements
 from grpo_toolkit.model.load import load_model, load_processor
@@ -23,6 +24,8 @@ from scripts.docs.latency_schema import json_schema
 from tests.latency.test_engines import leave_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from grpo_toolkit.latency.rows.row import LatencyRow
 
 SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "latency.schema.json"
@@ -155,30 +158,40 @@ def test_a_budget_ends_after_whole_blocks_but_not_before_six_rounds(live: Arm) -
 
 def test_a_sweep_over_what_is_asked(live: Arm) -> None:
     make = partial(made_up, live.live[1], prompt_tokens=200, max_new_tokens=3)  # type: ignore[index]
-    rows = sweep_workload([live], "batch_size", [1, 2, 4], make_traffic=make, rounds=1, warmup=1)
-    assert [(row.workload.name, row.workload.batch_size) for row in rows] == [
-        ("fixed_batch_size_1", 1),
-        ("fixed_batch_size_2", 2),
-        ("fixed_batch_size_4", 4),
-    ]
+
+    def swept(key: str, values: list[Any], rounds: int = 1) -> list[LatencyRow]:
+        return [
+            row for value in values for row in measure_latency([live], make(**{key: value}), rounds=rounds, warmup=1)
+        ]
+
+    rows = swept("batch_size", [1, 2, 4])
+    assert [row.workload.batch_size for row in rows] == [1, 2, 4]
     assert [row.tokens.output.n for row in rows if row.tokens] == [1, 2, 4]
-    rows = sweep_workload([live], "new_tokens", [2, 5], make_traffic=partial(make), rounds=1, warmup=1)
+    rows = swept("max_new_tokens", [2, 5])
     assert [row.tokens.output.median for row in rows if row.tokens] == [2, 5]
-    rows = sweep_workload([live], "image_tokens", [4, 16], make_traffic=make, rounds=1, warmup=1)
+    rows = swept("image_tokens", [4, 16])
     assert [row.workload.image_tokens for row in rows] == [4, 16]
-    rows = sweep_workload([live], "lengths", ["repeated", "new"], make_traffic=make, rounds=2, warmup=1)
+    rows = swept("lengths", ["repeated", "new"], rounds=2)
     assert [[t.prompt_tokens for t in row.timelines] for row in rows] == [[200, 200], [203, 206]]
+
+
+def settings_of(arm: Arm, setting: Any, values: list[Any]) -> list[Arm]:
+    return [
+        replace(arm, name=f"{arm.name}_{value}", options=with_setting(arm.options, setting, value)) for value in values
+    ]
 
 
 def test_a_sweep_over_how_it_runs(live: Arm) -> None:
     traffic = made_up(live.live[1], prompt_tokens=200, max_new_tokens=3)  # type: ignore[index]
-    rows = sweep_settings(live, "cache", ["dynamic", "static"], traffic, rounds=2, warmup=1)
+    arms = settings_of(live, "cache", ["dynamic", "static"])
+    rows = compare_latency(arms, traffic, rounds=2, warmup=1, control=False).rows
     assert [(row.arm, row.settings.cache_implementation) for row in rows] == [
         ("live_dynamic", "dynamic"),
         ("live_static", "static"),
     ]
     assert rows[1].ratios[0].against == "live_dynamic"
-    rows = sweep_settings(live, "sdpa_backend", [None, "math", "cudnn"], traffic, rounds=2, warmup=1)
+    arms = settings_of(live, "sdpa_backend", [None, "math", "cudnn"])
+    rows = compare_latency(arms, traffic, rounds=2, warmup=1, control=False).rows
     assert [row.error is None for row in rows] == [True, True, False]
     assert "no SDPA kernel of those allowed" in str(rows[2].error)
     assert (rows[2].rounds, rows[2].tpot_s, rows[2].timelines) == (0, None, [])
@@ -191,7 +204,8 @@ def test_decoding_is_compiled_where_it_is_asked_for(live: Arm) -> None:
     traffic = made_up(live.live[1], prompt_tokens=200, max_new_tokens=4)  # type: ignore[index]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    rows = sweep_settings(live, "cache", ["static", "static+compile"], traffic, rounds=1, warmup=2)
+    arms = settings_of(live, "cache", ["static", "static+compile"])
+    rows = compare_latency(arms, traffic, rounds=1, warmup=2, control=False).rows
     assert [row.settings.compiled for row in rows] == [False, True]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert rows[0].proof == rows[1].proof
@@ -205,9 +219,12 @@ def test_batch_sizes_double_until_out_of_memory_which_is_a_row(qwen: Path, fresh
     arm = Arm(name="base", path=qwen, options=Options(attn_implementation="eager", threads=1))
     with Engines() as engines:
         leave_memory(engines.open(arm), 1_000_000_000)  # type: ignore[arg-type]
-        rows: list[LatencyRow] = sweep_workload(
-            [arm], "batch_size", None, make_traffic=make, rounds=1, warmup=1, engines=engines
-        )
+
+        def compare(arms: Sequence[Arm], size: int) -> Comparison:
+            traffic = make(batch_size=size)
+            return compare_latency(arms, traffic, rounds=1, warmup=1, control=False, engines=engines)
+
+        rows = [row for found in sweep_batches([arm], doubling(), compare) for row in found.rows]
     sizes = [row.workload.batch_size for row in rows]
     assert sizes == list(doubling())[: len(sizes)]
     assert 2 <= len(sizes) <= 6
@@ -218,10 +235,8 @@ def test_batch_sizes_double_until_out_of_memory_which_is_a_row(qwen: Path, fresh
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda arm: sweep_workload([arm], "colour", [1], make_traffic=made_up), "nothing to sweep called 'colour'"),
-        (lambda arm: sweep_workload([arm], "new_tokens", None, make_traffic=made_up), "needs its values"),
-        (lambda arm: sweep_settings(arm, "colour", [1], None), "no setting called 'colour'"),
-        (lambda arm: sweep_settings(arm, "cache", ["paged"], None), "no cache called 'paged'"),
+        (lambda arm: with_setting(arm.options, "colour", 1), "no setting called 'colour'"),
+        (lambda arm: with_setting(arm.options, "cache", "paged"), "no cache called 'paged'"),
         (lambda arm: compare_latency([], []), "at least one arm"),
         (lambda arm: measure_latency([arm, arm], [object()]), "two arms have the same name"),
     ],

@@ -15,8 +15,9 @@ from packaging.version import Version
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError
 from grpo_toolkit.latency.bench.workload import made_up, traffic_of
-from grpo_toolkit.latency.engines.arms import Arm, open_engine, processor_of
+from grpo_toolkit.latency.engines.arms import Arm, processor_of
 from grpo_toolkit.latency.engines.local import LocalEngine
+from grpo_toolkit.latency.engines.pool import open_engine
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.engines.think_markers import SplitAnswer, split_answer

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError, UnsupportedError
-from grpo_toolkit.latency.engines.pool import Pool, source_of
+from grpo_toolkit.latency.engines.pool import Engines, source_of
 from grpo_toolkit.latency.explain.effects import arms_of, shares
 from grpo_toolkit.latency.explain.exact_split import split_exactly
 from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
@@ -56,19 +56,19 @@ def asked() -> Request:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(isolated=False) as opened:
+def pool() -> Iterator[Engines]:
+    with Engines(isolated=False) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def two_bases(tmp_path_factory: pytest.TempPathFactory, asked: Request, pool: Pool) -> tuple[Path, Path]:
+def two_bases(tmp_path_factory: pytest.TempPathFactory, asked: Request, pool: Engines) -> tuple[Path, Path]:
     base = build_qwen2_5_vl(tmp_path_factory.mktemp("explained") / "base", dtype="bfloat16")
     return bases(base, base.parent, asked, pool)
 
 
 def explained(
-    two_bases: tuple[Path, Path], folder: Path, causes: tuple[str, ...], asked: Request, pool: Pool, rounds: int = 4
+    two_bases: tuple[Path, Path], folder: Path, causes: tuple[str, ...], asked: Request, pool: Engines, rounds: int = 4
 ) -> ExplanationRow:
     if "static-cache" in causes and Version(transformers.__version__) < Version(STATIC_SINCE["qwen2_5_vl"]):
         pytest.skip("generate takes no static cache for this model here")
@@ -89,7 +89,7 @@ def explained(
 
 @pytest.mark.parametrize("cause", ALL)
 def test_a_cause_alone_is_the_top_cause_and_all_that_is_found(
-    cause: str, two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+    cause: str, two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Engines
 ) -> None:
     rounds = 6 if cause in STRONG else 4
     row = explained(two_bases, tmp_path, (cause,), asked, pool, rounds)
@@ -105,7 +105,7 @@ def test_a_cause_alone_is_the_top_cause_and_all_that_is_found(
 
 @pytest.mark.parametrize("causes", PAIRS, ids="+".join)
 def test_of_two_causes_both_are_found_and_one_of_them_is_the_top_cause(
-    causes: tuple[str, str], two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+    causes: tuple[str, str], two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Engines
 ) -> None:
     row = explained(two_bases, tmp_path, causes, asked, pool, rounds=3)
     assert {effect.cause for effect in row.audit} == set(causes)
@@ -120,7 +120,7 @@ def assert_sums_up(row: ExplanationRow) -> None:
 
 
 def test_a_model_beside_itself_has_no_cause(
-    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Engines
 ) -> None:
     row = explained(two_bases, tmp_path, (), asked, pool, rounds=2)
     assert row.audit == []
@@ -131,7 +131,7 @@ def test_a_model_beside_itself_has_no_cause(
 
 
 def test_a_base_without_a_cache_is_said_although_it_is_no_difference(
-    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Engines
 ) -> None:
     slow = seed_causes(two_bases[0], tmp_path, ("cache-off",)).trained
     row = explain_latency(slow, slow, requests=[asked], max_new_tokens=4, rounds=1, pool=pool)
@@ -143,7 +143,7 @@ def test_a_base_without_a_cache_is_said_although_it_is_no_difference(
 
 
 def test_another_chat_template_is_seen_by_the_tokens_that_it_makes(
-    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Pool
+    two_bases: tuple[Path, Path], tmp_path: Path, asked: Request, pool: Engines
 ) -> None:
     folder = seed_causes(two_bases[0], tmp_path, ()).trained
     template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
@@ -158,7 +158,7 @@ def test_another_chat_template_is_seen_by_the_tokens_that_it_makes(
 
 
 def test_a_model_that_cannot_generate_is_one_clear_error(
-    two_bases: tuple[Path, Path], asked: Request, pool: Pool
+    two_bases: tuple[Path, Path], asked: Request, pool: Engines
 ) -> None:
     model, processor, _ = load_model(two_bases[0])
 

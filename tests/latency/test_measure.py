@@ -18,10 +18,9 @@ from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines import arms as arms_module
 from grpo_toolkit.latency.engines.arms import Arm, fitting
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.rows.row import LatencyRow, Summary
+from grpo_toolkit.latency.rows.row import LatencyRow, Summary, Timeline
 from grpo_toolkit.latency.rows.store import append_rows, read_measurements, read_rows, row_of
 from grpo_toolkit.model.generation.chat_inputs import image_messages
-from grpo_toolkit.model.generation.generate import Record
 from grpo_toolkit.model.generation.model_process import worker_environment
 from grpo_toolkit.model.generation.request import Request, requests_from_rows
 from grpo_toolkit.model.load import load_model
@@ -105,17 +104,14 @@ def test_a_summary_is_median_and_quartiles() -> None:
     assert summary([2.0]) == Summary(n=1, median=2.0, q1=2.0, q3=2.0)
 
 
-def record(times: list[float]) -> Record:
-    return Record(
-        prompt_tokens=1, tokens=[0] * len(times), token_times_s=times, step_lengths=[1], is_cached=True,
-        vision_calls=0, peak_memory_bytes=0,
-    )  # fmt: skip
+def of_tokens(times: list[float]) -> Timeline:
+    return Timeline(token_times_s=times, prompt_tokens=1, output_tokens=len(times))
 
 
 def test_tpot_leaves_the_first_token_out_and_is_null_for_one() -> None:
-    assert record([0.5, 0.6, 0.8]).tpot_s == pytest.approx(0.15)
-    assert record([0.5, 0.6, 0.8]).ttft_s == 0.5
-    assert record([0.5]).tpot_s is None
+    assert of_tokens([0.5, 0.6, 0.8]).tpot_s == pytest.approx(0.15)
+    assert of_tokens([0.5, 0.6, 0.8]).ttft_s == 0.5
+    assert of_tokens([0.5]).tpot_s is None
 
 
 @pytest.mark.parametrize("change", [{"rounds": 0}, {"new_tokens": 0}, {"requests": []}, {"arms": []}])

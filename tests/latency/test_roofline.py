@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+import sys
+from collections import defaultdict
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,7 +15,7 @@ from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.latency.bench.roofline import roofline
 from grpo_toolkit.latency.engines.local import live_sizes
 from grpo_toolkit.latency.hardware.data_sheets import DATA_SHEETS, data_sheet
-from grpo_toolkit.latency.hardware.environment import throttle_reasons
+from grpo_toolkit.latency.hardware.gpu_state import by_nvidia_smi, by_nvml, throttle_reasons
 from grpo_toolkit.latency.hardware.model_sizes import ModelSizes, sizes_of
 from grpo_toolkit.model.load import load_model
 
@@ -176,3 +179,40 @@ def test_every_data_sheet_names_its_source() -> None:
 )
 def test_throttling_in_words(bits: str, words: str) -> None:
     assert throttle_reasons(bits) == words
+
+
+def test_a_gpus_state_is_what_nvml_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def broken(*_: object) -> None:
+        raise NVMLError("not supported")
+
+    # An H200's answers, read there on 2026-11-29; nvidia-smi said the same. Every other sensor is missing.
+    nvml: Any = defaultdict(lambda: broken)
+    nvml |= {
+        "NVMLError": NVMLError,
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda card: card,
+        "nvmlSystemGetDriverVersion": lambda: "580.159.04",
+        "nvmlDeviceGetPowerUsage": lambda _: 88460,
+        "nvmlDeviceGetMemoryInfo": lambda *_: SimpleNamespace(used=1_722_500_000),
+        "nvmlDeviceGetCurrentClocksThrottleReasons": lambda _: 4,
+    }
+    module = ModuleType("pynvml")
+    module.__getattr__ = nvml.__getitem__  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert by_nvml("GPU-1") == {
+        "driver": "580.159.04",
+        "power_w": "88.46",
+        "gpu_memory_used_mib": "1643",
+        "throttle_reasons": "power cap",
+    }
+    nvml["nvmlInit"] = broken
+    assert by_nvml("GPU-1") == {}
+
+
+def test_a_machine_without_nvidias_programs_has_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setenv("PATH", "")
+    assert by_nvml("GPU-1") == by_nvidia_smi("GPU-1") == {}

@@ -12,11 +12,11 @@ import pytest
 
 from grpo_toolkit import LatencyCallback
 from grpo_toolkit.cli import main
-from grpo_toolkit.cli.tune import report_missed
+from grpo_toolkit.cli.bench import report_missed
 from grpo_toolkit.errors import GateError, InputError
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.latency.bench.gate import Gate, Missed, gate_of, missed_by
-from grpo_toolkit.latency.engines.pool import Pool, Source
+from grpo_toolkit.latency.engines.pool import Engines, Source
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.row import LatencyRow, Proof, Ratio, Settings, Workload
 from grpo_toolkit.latency.rows.store import read_rows
@@ -159,7 +159,7 @@ def test_files_get_only_what_every_version_that_loads_the_base_can_read(
 )
 def test_other_tokens_count_as_the_same_only_after_a_tie(tokens: list[int], is_same: bool) -> None:
     bench = _Bench(
-        pool=Pool(),
+        pool=Engines(),
         source=Source(path=None),
         request=Request(messages=[]),
         limits=_Limits(tpot_s=None, memory_bytes=None),

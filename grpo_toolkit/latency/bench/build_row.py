@@ -1,4 +1,4 @@
-"""What an arm answered, made into a row of `latency.jsonl`."""
+"""The row of `latency.jsonl` that is built from an arm's answers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def new_session() -> str:
-    """What rows that took turns have in common."""
+    """Return a new id for rows that take turns."""
     return uuid.uuid4().hex
 
 
 def row_of_arm(arm: Arm, found: Measured, traffic: Traffic, session: str) -> LatencyRow:
-    """The row of one arm; after an error without its times, which are of fewer rounds than the others'."""
+    """Return the row of one arm; after an error without its times, which are of fewer rounds than the others'."""
     timelines = [] if found.error else [answer.timeline for answer in found.answers]
     row_roofline = None if found.error else roofline_of(found, batch_size=traffic.batch_size)
     return LatencyRow(

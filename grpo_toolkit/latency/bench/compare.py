@@ -1,4 +1,4 @@
-"""Which arm is faster, by how much, and whether this machine can tell."""
+"""The comparison of arms: the faster one, by how much, and whether this machine can tell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.bench.measure import measure_latency, pairs_of
+from grpo_toolkit.latency.bench.measure import Plan, pairs_of, traffic_for
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, allow_for, paired_ratio
 from grpo_toolkit.latency.engines.arms import named_arms
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.bench.measure import Progress
     from grpo_toolkit.latency.bench.workload import Traffic
-    from grpo_toolkit.latency.engines.arms import Arm, Engines
+    from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
     from grpo_toolkit.model.generation.request import Request
@@ -40,7 +41,7 @@ class Comparison:
     control: LatencyRow | None = None
 
     def ratio(self, arm: str, metric: str = "tpot_s") -> Ratio:
-        """An arm's time over the first arm's.
+        """Return an arm's time over the first arm's.
 
         Raises:
             InputError: no such arm, or it has no such ratio (it is the first, or ran out of memory).
@@ -71,7 +72,7 @@ def compare_latency(
     progress: Progress | None = None,
     engines: Engines | None = None,
 ) -> Comparison:
-    """Time the arms in turns and say, arm by arm, whether it is slower or faster than the first.
+    """Time the arms in turns and compare each with the first: slower, faster, the same, or undecided.
 
     Args:
         arms: what to time, or simply {name: folder}; the first is what the others are compared with.
@@ -91,24 +92,21 @@ def compare_latency(
     Raises:
         InputError, CheckpointError, WorkerError: as `measure_latency`.
     """
-    asked = named_arms(arms, options)
-    count = len(asked)
-    if control and asked:
-        taken = max(arm.process for arm in asked)
-        asked.append(replace(asked[0], name=CONTROL, process=taken + 1))
-    rows = measure_latency(
-        asked,
-        requests,
-        new_tokens=new_tokens,
+    plan = Plan(
+        arms=named_arms(arms, options),
+        traffic=traffic_for(requests, new_tokens),
         rounds=rounds,
         warmup=warmup,
         roofline=roofline,
         precision=precision,
         budget_s=budget_s,
         progress=progress,
-        engines=engines,
     )
-    return compare_rows(rows[:count], control=rows[-1] if control else None)
+    if not control:
+        return compare_rows(plan.measured(engines))
+    again = replace(plan.arms[0], name=CONTROL, process=1 + max(arm.process for arm in plan.arms))
+    *rows, last = replace(plan, arms=[*plan.arms, again]).measured(engines)
+    return compare_rows(rows, control=last)
 
 
 def compare_rows(rows: Sequence[LatencyRow], *, control: LatencyRow | None = None) -> Comparison:
@@ -131,7 +129,7 @@ def compare_rows(rows: Sequence[LatencyRow], *, control: LatencyRow | None = Non
 
 
 def ratios(row: LatencyRow, against: LatencyRow) -> list[Ratio]:
-    """An arm's ratios against another, for every metric.
+    """Return an arm's ratios against another, for every metric.
 
     A round in which one of them has no TPOT, its answer having arrived at once, is left out of that ratio and counted;
     where fewer than `MIN_PAIRS` are left then, there is none.

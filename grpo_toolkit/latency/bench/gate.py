@@ -1,4 +1,4 @@
-"""A gate: how much slower than the first arm another may be before a run counts as failed, and why it was missed.
+"""The gate: the largest slowdown against the first arm with which a run does not count as failed.
 
 An arm misses the gate if it is slower beyond doubt (the 95% interval of its paired ratio lies above 1) and by more
 than is allowed in the median, in time per token or end to end. It misses it too without its KV cache where the first
@@ -46,7 +46,7 @@ class Missed:
 
 
 def gate_of(text: str) -> Gate:
-    """A gate from its text, such as `max-slowdown=1.05`.
+    """Return the gate of a text such as `max-slowdown=1.05`.
 
     Raises:
         InputError: another name, or a limit that is not a number from 1 on.
@@ -62,7 +62,7 @@ def gate_of(text: str) -> Gate:
 
 
 def missed_by(gate: Gate, rows: Sequence[LatencyRow]) -> list[Missed]:
-    """Which arms miss a gate.
+    """Return the arms that miss a gate.
 
     Args:
         gate: the limit.

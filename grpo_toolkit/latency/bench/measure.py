@@ -1,4 +1,4 @@
-"""Time the same requests on several models, fairly.
+"""The measurement: the same requests on several models, timed fairly.
 
 Each model is loaded in a process of its own, all are warmed up until their times agree, and then they take turns in
 counterbalanced blocks (`statistics.turns`), so that a machine that drifts or is shared slows all arms alike. Medians
@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.bench.build_row import new_session, row_of_arm
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
 from grpo_toolkit.latency.bench.workload import Traffic, traffic_of
-from grpo_toolkit.latency.engines.arms import Engines, named_arms
+from grpo_toolkit.latency.engines.arms import named_arms
+from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Measured
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ LEAST_WARMUP: Final = 2
 
 WARMUP_SHARE: Final = 1 / 3
 """Of a budget: what warm-up may take of it."""
+
+_TOO_LITTLE: Final = "measure_latency needs at least one arm, one request, one round and one new token"
 
 MOST_TIMES: Final = 20
 """So many times the rounds asked for, and no more, are measured for the sake of precision."""
@@ -94,32 +97,75 @@ def measure_latency(
         InputError: no arms, no requests, fewer than one round, or two arms of one name.
         CheckpointError, WorkerError: an arm's folder cannot be read or loaded, or its endpoint does not answer.
     """
-    arms = named_arms(arms, options)
-    if not arms or not requests or rounds < 1 or new_tokens < 1:
-        raise InputError("measure_latency needs at least one arm, one request, one round and one new token")
-    if len({arm.name for arm in arms}) < len(arms):
-        raise InputError("two arms have the same name; give them names of their own")
-    traffic = requests if isinstance(requests, Traffic) else traffic_of(requests, max_new_tokens=new_tokens)
-    with ExitStack() as stack:
-        measuring = _Measuring(engines or stack.enter_context(Engines()), arms, traffic, progress=progress)
-        measuring.warm_up(warmup, budget_s=budget_s)
-        measuring.run(rounds, budget_s=budget_s, precision=precision)
-        measuring.look_around()
-        measuring.prove()
-        if roofline:
-            measuring.probe_hardware()
-        measuring.pool.asked_s += measuring.spent_s
-        session = new_session()
-        return [row_of_arm(arm, measuring.found[arm.name], traffic, session) for arm in arms]
+    plan = Plan(
+        arms=named_arms(arms, options),
+        traffic=traffic_for(requests, new_tokens),
+        rounds=rounds,
+        warmup=warmup,
+        roofline=roofline,
+        precision=precision,
+        budget_s=budget_s,
+        progress=progress,
+    )
+    return plan.measured(engines)
+
+
+def traffic_for(requests: Sequence[Request] | Traffic, new_tokens: int) -> Traffic:
+    """Return the workload that `measure_latency` means: requests for `new_tokens` each, or a workload as it is.
+
+    Raises:
+        InputError: no requests, or no tokens.
+    """
+    if not requests or new_tokens < 1:
+        raise InputError(_TOO_LITTLE)
+    return requests if isinstance(requests, Traffic) else traffic_of(requests, max_new_tokens=new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A measurement before it runs (see `measure_latency`).
+
+    Raises:
+        InputError: no arms, fewer than one round, or two arms of one name.
+    """
+
+    arms: Sequence[Arm]
+    traffic: Traffic
+    rounds: int
+    warmup: int | None
+    roofline: bool
+    precision: float | None
+    budget_s: float | None
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        if not self.arms or self.rounds < 1:
+            raise InputError(_TOO_LITTLE)
+        if len({arm.name for arm in self.arms}) < len(self.arms):
+            raise InputError("two arms have the same name; give them names of their own")
+
+    def measured(self, engines: Engines | None) -> list[LatencyRow]:
+        """Carry the plan out, on open engines or on new ones that are closed afterwards."""
+        with ExitStack() as stack:
+            measuring = _Measuring(engines or stack.enter_context(Engines()), self)
+            measuring.warm_up()
+            measuring.run()
+            measuring.look_around()
+            measuring.prove()
+            if self.roofline:
+                measuring.probe_hardware()
+            measuring.pool.asked_s += measuring.spent_s
+            session = new_session()
+            return [row_of_arm(arm, measuring.found[arm.name], self.traffic, session) for arm in self.arms]
 
 
 class _Measuring:
     """The engines of one session, and what they have answered."""
 
-    def __init__(self, engines: Engines, arms: Sequence[Arm], traffic: Traffic, *, progress: Progress | None) -> None:
+    def __init__(self, engines: Engines, plan: Plan) -> None:
+        arms = plan.arms
+        self.plan = plan
         self.arms = {arm.name: arm for arm in arms}
-        self.traffic = traffic
-        self.progress = progress
         self.found = {arm.name: Measured() for arm in arms}
         self.pool = engines
         self.engines = {arm.name: engines.open(arm) for arm in arms}  # all begin to load before any is waited for
@@ -141,8 +187,8 @@ class _Measuring:
         return [name for name in names if self.found[name].error is None]
 
     def _ask(self, name: str, turn: int, rounds: int) -> float | None:
-        """What warm-up watches of one turn of one arm; None where it failed in a way that is a result."""
-        found, batch = self.found[name], self.traffic.batch(turn)
+        """Ask one arm once; returns the time that warm-up watches, or None where the failure is a result."""
+        found, batch = self.found[name], self.plan.traffic.batch(turn)
         start = time.perf_counter()
         try:
             answer = self.engines[name].ask(batch, self.arms[name].options)
@@ -154,13 +200,15 @@ class _Measuring:
             found.answers.append(answer)
         else:
             found.warmup_s += spent
-        if self.progress is not None:
-            self.progress(name, turn, rounds)
+        if self.plan.progress is not None:
+            self.plan.progress(name, turn, rounds)
         # Natural answers are of different lengths: only their pace can agree.
-        pace = answer.timeline.tpot_s if self.traffic.kind == "natural" else None
+        pace = answer.timeline.tpot_s if self.plan.traffic.kind == "natural" else None
         return answer.timeline.e2e_s if pace is None else pace
 
-    def warm_up(self, count: int | None, *, budget_s: float | None) -> None:
+    def warm_up(self) -> None:
+        """Ask until the times agree, or as often as the plan says."""
+        count, budget_s = self.plan.warmup, self.plan.budget_s
         seconds: dict[str, list[float]] = {name: [] for name in self.arms}
         most = MAX_WARMUP if count is None else count
         for index in range(most):
@@ -182,7 +230,9 @@ class _Measuring:
         first = next(other for other in self._alive(list(self.arms)) if self.arms[other].warm_key == key)
         return is_late or first != name or key in self.pool.warm or is_steady(seconds)
 
-    def run(self, rounds: int, *, budget_s: float | None, precision: float | None) -> None:
+    def run(self) -> None:
+        """Make the timed rounds."""
+        rounds, budget_s, precision = self.plan.rounds, self.plan.budget_s, self.plan.precision
         most = rounds if precision is None else MOST_TIMES * rounds
         look = rounds
         for turn in range(most):
@@ -207,14 +257,16 @@ class _Measuring:
         return all(is_settled(ratio, precision=precision) for ratio in found)
 
     def look_around(self) -> None:
-        """Clocks and throttling as they are while the rounds still warm the device."""
+        """Read clocks and throttling while the device is still warm from the rounds."""
         for found, environment in self._once_an_engine(lambda engine: engine.environment()):
             found.facts = replace(found.facts, environment=environment)
 
     def prove(self) -> None:
         for name in self._alive(list(self.arms)):
             try:
-                self.found[name].evidence = self.engines[name].prove(self.traffic.batch(0), self.arms[name].options)
+                self.found[name].evidence = self.engines[name].prove(
+                    self.plan.traffic.batch(0), self.arms[name].options
+                )
             except OutOfMemoryError:  # the timed rounds fitted; the same without compilation does not
                 continue
 
@@ -223,7 +275,7 @@ class _Measuring:
             found.hardware = hardware
 
     def _once_an_engine(self, asked: Callable[[Engine], _Found]) -> Iterator[tuple[Measured, _Found]]:
-        """Every arm that is left with what its engine says; arms that share one hear the same."""
+        """Ask each engine once; yields what it answered for every arm that is left and uses it."""
         known: dict[int, _Found] = {}
         for name in self._alive(list(self.arms)):
             engine = self.engines[name]
@@ -235,13 +287,13 @@ class _Measuring:
 def pairs_of(
     timelines: Sequence[Timeline], others: Sequence[Timeline], metric: str = "tpot_s"
 ) -> list[tuple[float, float]]:
-    """Two arms' times in the rounds in which both have one."""
+    """Return two arms' times in the rounds in which both have one."""
     times = [(getattr(one, metric), getattr(other, metric)) for one, other in zip(timelines, others, strict=True)]
     return [(one, other) for one, other in times if one is not None and other is not None]
 
 
 def _paces(arms: Sequence[Sequence[Timeline]]) -> list[list[tuple[float, float]]]:
-    """Each further arm's times per output token beside the first's; end to end where too few rounds have both."""
+    """Return each further arm's times per token beside the first's; end to end where too few rounds have both."""
     first, *others = arms
     tpots = [pairs_of(timelines, first) for timelines in others]
     if all(len(pairs) >= min(len(first), MIN_PAIRS) for pairs in tpots):

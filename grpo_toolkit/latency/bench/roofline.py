@@ -1,4 +1,4 @@
-"""What physics allows, beside what was measured.
+"""The roofline: the time that physics allows, beside the time that was measured.
 
 A decode step of a small batch is bound by memory: it reads every weight of the language model once, and the KV cache
 of every sequence.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def roofline_of(found: Measured, *, batch_size: int) -> Roofline | None:
-    """The roofline of a measured arm; None where the hardware was not probed or the shape is not known."""
+    """Return the roofline of a measured arm; None where the hardware was not probed or the shape is not known."""
     sizes, bandwidth = found.facts.sizes, found.hardware.get("bandwidth_bytes_per_s")
     timelines = [answer.timeline for answer in found.answers]
     if sizes is None or bandwidth is None or not timelines:
@@ -64,7 +64,7 @@ def roofline(
     tpot_s: float | None = None,
     first_s: float | None = None,
 ) -> Roofline:
-    """What a shape could do on a device.
+    """Return the roofline of a model's shape on a device.
 
     Args:
         sizes: the model's.

@@ -1,4 +1,4 @@
-"""From repeated measurements to a verdict.
+"""The statistics from repeated measurements to a verdict.
 
 Arms take turns in counterbalanced blocks, so that a machine that drifts or is shared slows all of them alike; what is
 compared is therefore the ratio of two arms in the same round, never two medians. The interval is a bootstrap over
@@ -35,7 +35,7 @@ _SEED: Final = 20240229
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """Median and quartiles (inclusive method: the values are all there is, not a sample of more).
+    """Return median and quartiles (inclusive method: the values are all there is, not a sample of more).
 
     Percentiles are None unless there are enough values: p90 from 64 on, p95 from 130, p99 from 662.
     """
@@ -50,15 +50,18 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def turns(names: Sequence[str], round_: int) -> list[str]:
-    """In which order the arms run in a round: each block of two rounds begins with another arm and goes back as it
-    came, so every arm is equally often early and late, and drift within a block cancels."""
+    """Return the order of the arms in a round.
+
+    Each block of two rounds begins with another arm and goes back as it came, so every arm is equally often early and
+    late, and drift within a block cancels.
+    """
     start = (round_ // 2) % len(names)
     order = [*names[start:], *names[:start]]
     return order if round_ % 2 == 0 else order[::-1]
 
 
 def is_steady(seconds: Sequence[float], *, window: int = 3, within: float = 0.05) -> bool:
-    """Whether warm-up is over: the medians of the last two windows agree."""
+    """Return whether warm-up is over: the medians of the last two windows agree."""
     if len(seconds) < 2 * window:
         return False
     before = statistics.median(seconds[-2 * window : -window])
@@ -69,7 +72,7 @@ def is_steady(seconds: Sequence[float], *, window: int = 3, within: float = 0.05
 def paired_ratio(
     times: Sequence[float], against: Sequence[float], *, name: str, metric: str = "tpot_s", confidence: float = 0.95
 ) -> Ratio:
-    """How much slower `times` are than `against`, round by round.
+    """Return the ratio of `times` to `against`, paired by round.
 
     Args:
         times: one arm's seconds, by round.
@@ -117,7 +120,7 @@ def _interval(logs: Sequence[float], confidence: float) -> tuple[float, float]:
 
 
 def _widening(logs: Sequence[float], confidence: float) -> float:
-    """How much wider the interval of independent rounds has to be: they count for fewer, and few have a wider t."""
+    """Return the factor by which the interval of independent rounds is widened for few or dependent ones."""
     from scipy.stats import norm, t
 
     time = autocorrelation_time(logs)
@@ -126,7 +129,7 @@ def _widening(logs: Sequence[float], confidence: float) -> float:
 
 
 def autocorrelation_time(values: Sequence[float]) -> float:
-    """How many neighbouring values know as much as one of independent values; at least 1.
+    """Return the number of neighbouring values that tell as much as one independent value; at least 1.
 
     The sum of autocorrelations as long as pairs of them are positive (Geyer 1992, section 3.3,
     doi:10.1214/ss/1177011137).
@@ -146,7 +149,7 @@ def autocorrelation_time(values: Sequence[float]) -> float:
 
 
 def verdict(pairs: int, *, median: float, low: float, high: float) -> Verdict:
-    """What an interval of a ratio allows to say."""
+    """Return the verdict that the interval of a ratio allows."""
     if pairs < MIN_PAIRS or not low <= median <= high:
         return "cannot tell"
     if low >= 1 / SAME_WITHIN and high <= SAME_WITHIN:
@@ -159,7 +162,7 @@ def verdict(pairs: int, *, median: float, low: float, high: float) -> Verdict:
 
 
 def is_settled(ratio: Ratio, *, precision: float) -> bool:
-    """Whether more rounds would tell nothing new: the interval is narrow, or the ratio is far from 1 beside its width.
+    """Return whether more rounds would tell nothing new: the interval is narrow, or far from 1 beside its width.
 
     Args:
         ratio: so far.
@@ -170,7 +173,7 @@ def is_settled(ratio: Ratio, *, precision: float) -> bool:
 
 
 def allow_for(ratio: Ratio, control: Ratio | None) -> Ratio:
-    """The ratio with its verdict taken back where an arm against itself (A/A) differs by as much.
+    """Return the ratio, undecided where an arm against itself (A/A) differs by as much.
 
     Only "slower" and "faster" claim a difference; they stand if their interval lies beyond the control's.
     """

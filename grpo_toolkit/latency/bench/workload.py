@@ -1,4 +1,4 @@
-"""What is asked: the same requests for every arm, round by round.
+"""The workloads: the same requests for every arm, round by round.
 
 Two kinds, because each hides what the other shows. *Fixed* asks for exactly so many tokens: speed alone. *Natural*
 lets the model end by itself, under a cap: a model that learnt to think longer is slower at the same speed.
@@ -71,7 +71,7 @@ class Traffic:
     lengths: Literal["repeated", "new"] = "repeated"
 
     def batch(self, turn: int) -> list[Request]:
-        """The requests of one turn; turns below zero warm up."""
+        """Return the requests of one turn; turns below zero warm up."""
         made = (self.make(turn * self.batch_size + place) for place in range(self.batch_size))
         exact = self.kind == "fixed"
         return [replace(request, max_new_tokens=self.max_new_tokens, exact=exact) for request in made]
@@ -86,7 +86,7 @@ def traffic_of(
     thinking: bool | None = None,
     seed: int = 0,
 ) -> Traffic:
-    """Traffic from given requests, one after the other and then again.
+    """Return traffic of the given requests, one after the other and then again.
 
     Each begins with a number of its own (six digits, so that its length stays the same); a natural request only where
     it is asked again.
@@ -122,7 +122,7 @@ def made_up(
     seed: int = 0,
     lengths: Literal["repeated", "new"] = "repeated",
 ) -> Traffic:
-    """Traffic made up from a seed.
+    """Make traffic up from a seed.
 
     Fixed: random words, cut to a prompt of exactly `prompt_tokens` in all (template and image included). Natural:
     everyday questions. Both about an image of their own where `image_tokens` are asked for.
@@ -165,7 +165,7 @@ def made_up(
 
 
 def image_size(processor: Any, tokens: int) -> tuple[int, int]:
-    """Width and height of an image that becomes so many tokens, as near to a square as they allow.
+    """Return width and height of an image of so many tokens, as near to a square as possible.
 
     Where every image becomes the same number of tokens (LLaVA), any size does.
 
@@ -197,7 +197,7 @@ def _nearest_square(tokens: int, side: int) -> tuple[int, int]:
 
 
 def _fit(empty: Request, words: str, wanted: int, processor: Any, image_tokens: int | None) -> Request:
-    """The request with as much of the words as makes it exactly that long, if any length of them does."""
+    """Return the request with as many of the words as make it exactly that long, if any number does."""
 
     def filled(count: int) -> Request:
         *before, last = empty.messages
@@ -229,7 +229,7 @@ def _fit(empty: Request, words: str, wanted: int, processor: Any, image_tokens: 
 
 
 def count_tokens(request: Request, processor: Any, image_tokens: int | None = None) -> int:
-    """Tokens of a prompt, its template and images included."""
+    """Count the tokens of a prompt, its template and images included."""
     images = len(request.images) * (image_tokens or 0)
     messages = image_messages(request)
     if processor is None:
@@ -249,7 +249,7 @@ def _words(seed: int, number: int, count: int) -> str:
 
 
 def _picture(size: tuple[int, int], seed: int, number: int) -> Image:
-    """Patches of random colours: nothing that two requests share, and quick to write."""
+    """Draw patches of random colours: nothing that two requests share, and quick to write."""
     from PIL import Image
 
     small = (max(size[0] // 14, 1), max(size[1] // 14, 1))

@@ -1,1 +1,1 @@
-"""What can be asked: a live model, a folder in a fresh process, an OpenAI-compatible endpoint. One protocol."""
+"""The engines, of one protocol: a live model, a folder in a fresh process, an OpenAI-compatible endpoint."""

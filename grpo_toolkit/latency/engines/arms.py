@@ -1,4 +1,4 @@
-"""One thing to time, the engine behind it, and what it has answered."""
+"""The things that are timed: folders, endpoints, live models, and how each runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from grpo_toolkit.model.memory import free_bytes, process_bytes
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
-
-    from grpo_toolkit.latency.engines.protocol import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +39,14 @@ class Arm:
 
     @property
     def place(self) -> str:
-        """Where it is: a folder, an address, or "live"."""
+        """The folder, the address, or "live"."""
         if self.url is not None:
             return self.url if self.path is None else f"{self.url} {self.path}"
         return "live" if self.path is None else str(self.path)
 
     @property
     def engine_key(self) -> tuple[object, ...]:
-        """Arms with the same key share an engine.
+        """The key of the engine: arms with the same one share it.
 
         Compiled steps with different SDPA kernels share no process: taking turns there, each would be compiled anew at
         every turn (see `LocalEngine`). Nor does one that keeps its cache, which is in the memory of all that do. A
@@ -61,21 +59,21 @@ class Arm:
 
     @property
     def warm_key(self) -> tuple[object, ...]:
-        """Arms with the same key warm up together: they share an engine, and what is compiled for their options."""
+        """The key of the warm-up: arms with the same one share an engine, and what is compiled for their options."""
         return (self.engine_key, self.options if self.options.is_compiled else None)
 
 
 def named_arms(
     arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]], options: Options | None = None
 ) -> list[Arm]:
-    """Arms as they are, or made from {name: folder}, all loaded and run as the options say."""
+    """Return arms as they are, or made from {name: folder}, all loaded and run as the options say."""
     if isinstance(arms, Mapping):
         return [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
     return list(arms)
 
 
 def fitting(arms: Sequence[Arm], *, spare: Sequence[str] = ()) -> list[Arm]:
-    """The arms whose processes a GPU has room for, all at once.
+    """Return the arms whose processes fit on the GPU all at once.
 
     Args:
         arms: of folders, on one device; a CPU has room for all.
@@ -100,39 +98,8 @@ def fitting(arms: Sequence[Arm], *, spare: Sequence[str] = ()) -> list[Arm]:
     )
 
 
-class Engines:
-    """The engines of a session: arms that load alike share one. A context manager that closes them all.
-
-    Attributes:
-        warm: the keys (`Arm.warm_key`) of what has answered before.
-        asked_s: seconds that measurements have taken so far, without the loading.
-    """
-
-    def __init__(self) -> None:
-        self._open: dict[tuple[object, ...], Engine] = {}
-        self.warm: set[tuple[object, ...]] = set()
-        self.asked_s = 0.0
-
-    def open(self, arm: Arm) -> Engine:
-        """The engine of an arm, started if there is none yet."""
-        if arm.engine_key not in self._open:
-            self._open[arm.engine_key] = open_engine(arm)
-        return self._open[arm.engine_key]
-
-    def close(self) -> None:
-        """End every process that was started."""
-        while self._open:
-            self._open.popitem()[1].close()
-
-    def __enter__(self) -> Engines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def processor_of(arms: Sequence[Arm]) -> Any:
-    """The processor (or tokenizer) of the first arm that has one here, to count tokens with; None for endpoints alone.
+    """Return the processor (or tokenizer) of the first arm that has one here; None for endpoints alone.
 
     Raises:
         CheckpointError: a folder that is no checkpoint, or an adapter whose base is not here.
@@ -152,27 +119,3 @@ def processor_of(arms: Sequence[Arm]) -> Any:
         if checkpoint.kind is Kind.ADAPTER:
             return load_processor(base_of_adapter(arm.path))
     return None
-
-
-def open_engine(arm: Arm) -> Engine:
-    """Start what an arm names.
-
-    Raises:
-        InputError: it names nothing, or several things.
-        CheckpointError: its folder is no checkpoint.
-    """
-    if sum(what is not None for what in (arm.url or arm.path, arm.live)) != 1:
-        raise InputError(f"arm {arm.name}: name one of a folder, an endpoint or a live model")
-    if arm.live is not None:
-        from grpo_toolkit.latency.engines.local import LocalEngine
-
-        return LocalEngine(*arm.live)
-    if arm.url is not None:
-        from grpo_toolkit.latency.engines.endpoint import EndpointEngine
-
-        return EndpointEngine(arm.url, model=None if arm.path is None else str(arm.path))
-    from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-    from grpo_toolkit.latency.engines.process import ProcessEngine
-
-    assert arm.path is not None
-    return ProcessEngine(open_checkpoint(arm.path).path, arm.options)

@@ -53,7 +53,7 @@ _LONGEST_WAIT_S: Final = 30.0
 
 
 class _StatusError(WorkerError):
-    """An answer that is none, and its status."""
+    """A refused request, with its status."""
 
     def __init__(self, message: str, *, status: int, said: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class _StatusError(WorkerError):
 
 
 class _BrokenError(WorkerError):
-    """A connection that broke off: it may hold the next time."""
+    """A connection that broke off and may hold the next time."""
 
 
 class EndpointEngine:
@@ -101,7 +101,7 @@ class EndpointEngine:
             raise
 
     def facts(self) -> EngineFacts:
-        """Its address, and its version where it tells (vLLM and SGLang do)."""
+        """Return the address, and the version where the server tells it (vLLM and SGLang do)."""
         facts = {"hardware": f"endpoint {self.url}"}
         above = self.url.rpartition("/")[0]
         root = self.url if above.endswith("/") else above  # an address without its version has nothing above it
@@ -129,15 +129,15 @@ class EndpointEngine:
         return answer_of(streams)
 
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
-        """None: a server cannot be looked into."""
+        """Return None: a server cannot be looked into."""
         return None
 
     def environment(self) -> dict[str, str]:
-        """The same as in `facts`."""
+        """Return the same as in `facts`."""
         return self.facts().environment
 
     def probe_hardware(self) -> dict[str, float]:
-        """{}: its device is out of reach."""
+        """Return {}: its device is out of reach."""
         return {}
 
     def close(self) -> None:
@@ -190,7 +190,7 @@ class EndpointEngine:
         }
 
     def _find_extensions(self, body: dict[str, Any]) -> frozenset[str]:
-        """Which keys this server takes, by short requests with all that may be sent later."""
+        """Find the keys that this server takes, by short requests with all that may be sent later."""
         short, refused, named = body | {"max_tokens": 1}, [], False
 
         def refusal(keys: frozenset[str]) -> str | None:
@@ -211,7 +211,7 @@ class EndpointEngine:
         return found - {RUNNING_USAGE, ALL_IDS} if named else found  # it says more: no need for the server to count
 
     def _patient(self, body: dict[str, Any]) -> Stream:
-        """An answer to a short request, asked for again where the server is busy or the connection breaks."""
+        """Send a short request, again where the server is busy or the connection breaks."""
         for wait_s in _WAITS_S:
             try:
                 return self._stream(body, 0.0)
@@ -258,7 +258,7 @@ class EndpointEngine:
             raise WorkerError(f"{self.url}: sent what is no chunk of an answer: {str(chunk)[:200]}") from error
 
     def _broke_off(self, chunk: dict[str, Any]) -> WorkerError:
-        """SGLang says in the stream that its queue is full: the status of the answer was sent long before."""
+        """Return the error that a stream sent: SGLang reports a full queue there, after the answer's status."""
         error = chunk["error"] if isinstance(chunk.get("error"), dict) else chunk
         said, status = json.dumps(chunk), error.get("code")
         message = f"{self.url}: broke off: {_reason(said)}"
@@ -292,7 +292,7 @@ def _json_of(answer: httpx.Response) -> Any:
 
 
 def _cards_of(answer: httpx.Response) -> list[dict[str, Any]]:
-    """The models that a server lists; none where it sent another page."""
+    """Return the models that a server lists; none where it sent another page."""
     said = _json_of(answer)
     cards = said.get("data") if isinstance(said, dict) else None
     return [card for card in cards if isinstance(card, dict) and card.get("id")] if isinstance(cards, list) else []
@@ -303,7 +303,7 @@ def _is_sglang(cards: Sequence[dict[str, Any]]) -> bool:
 
 
 def _name_for_sglang(name: str, cards: Sequence[dict[str, Any]], url: str) -> str:
-    """SGLang answers by its base to any name, also to that of an adapter alone: it wants BASE:ADAPTER."""
+    """Return a model's name for SGLang, BASE:ADAPTER for an adapter: to other names it answers by its base."""
     parents = {str(card["id"]): card.get("parent") for card in cards}
     base, _, adapter = name.rpartition(":")
     if name not in parents and not (base in parents and adapter in parents):
@@ -314,7 +314,7 @@ def _name_for_sglang(name: str, cards: Sequence[dict[str, Any]], url: str) -> st
 
 
 def _reason(text: str) -> str:
-    """What a refusal says: the message in it, or its beginning, on one line."""
+    """Return the message of a refusal, or its beginning, on one line."""
     try:
         said: Any = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which extensions of the chat completions protocol a server takes: each key by itself, found out by asking.
+"""The extensions of the chat completions protocol that a server takes: each key by itself, found by asking.
 
 vLLM 0.31 takes all of the first ones (and passes over keys that it does not know). SGLang 0.5.23 takes all but
 `return_token_ids`, which it refuses in a stream; it counts the tokens of every piece instead and names all of them at
@@ -33,7 +33,7 @@ _OFFERED: Final = (TOKEN_IDS, ALL_IDS, USAGE, RUNNING_USAGE, SALT, NO_PENALTY, L
 
 @dataclass(frozen=True, kw_only=True)
 class Manner:
-    """How a request is to be answered.
+    """The manner in which a request is to be answered.
 
     Attributes:
         exact: with exactly as many tokens as it may have.
@@ -45,7 +45,7 @@ class Manner:
 
 
 def with_extensions(body: dict[str, Any], taken: frozenset[str], manner: Manner) -> dict[str, Any]:
-    """A request with all of the keys that apply to it."""
+    """Return a request with all of the keys that apply to it."""
     found = dict(body)
     for key in _OFFERED:
         value = _value(key, int(body["max_tokens"]), manner) if key in taken else None
@@ -71,7 +71,7 @@ def _value(key: str, tokens: int, manner: Manner) -> Any:
 
 
 def find_extensions(refusal: Callable[[frozenset[str]], str | None]) -> frozenset[str] | None:
-    """Which keys a server takes, in few requests: all at once, without those that it names, then each left out alone.
+    """Find the keys that a server takes: all at once, without those that it names, then each left out alone.
 
     Args:
         refusal: asks with these keys, and says what the server has against it, None if it answered.

@@ -1,4 +1,4 @@
-"""What an endpoint streams, chunk by chunk, made into an answer with a time for every token.
+"""The stream of an endpoint, chunk by chunk, made into an answer with a time for every token.
 
 A server sends pieces of text, not tokens. vLLM says which tokens a piece holds (`return_token_ids`): then every token
 has its time, also one that is half a character or no text at all. SGLang counts them (`continuous_usage_stats`): half
@@ -25,7 +25,7 @@ _REASONING: Final = ("reasoning_content", "reasoning")
 
 @dataclass
 class Stream:
-    """What one request has sent back so far.
+    """The part of one answer that has arrived so far.
 
     Attributes:
         pieces: text, as it came.
@@ -52,7 +52,7 @@ class Stream:
     ended_s: float = 0.0
 
     def add(self, chunk: dict[str, Any], moment: float) -> None:
-        """A chunk that arrived.
+        """Add a chunk that arrived.
 
         Raises:
             AttributeError, TypeError, ValueError: it is none.
@@ -82,24 +82,24 @@ class Stream:
             self.is_reasoning.append(thought is not None)
 
     def close(self) -> None:
-        """It is over. An end of sequence at once is all that arrived where nothing else did."""
+        """End the stream. Where nothing arrived, the answer was an end of sequence alone."""
         if not self.pieces:
             self.pieces, self.tokens, self.times_s, self.is_reasoning = [""], [[]], [self.ended_s], [False]
             self.counts = [None]
 
     @property
     def length(self) -> int:
-        """Tokens of the answer: as the server counts them, else as they came."""
+        """The number of tokens: as the server counts them, else as they came."""
         return self.usage.get("completion_tokens") or sum(self._sizes())
 
     def token_times_s(self) -> list[float]:
-        """One for each token of each piece, as far as the server says how many those are."""
+        """Return a time for each token of each piece, as far as the server says how many those are."""
         times = [moment for moment, size in zip(self.times_s, self._sizes(), strict=True) for _ in range(size)]
         unseen = self.length - len(times) if self._is_counted() else 0
         return times + [max(self.finished_s, self.times_s[-1])] * unseen
 
     def _is_counted(self) -> bool:
-        """Whether every piece came with a count: a server that counts once, with its last piece, tells no times."""
+        """Return whether every piece came with a count: a server that counts once, at the end, tells no times."""
         counts = [count for count in self.counts if count is not None]
         if any(self.tokens) or len(counts) < len(self.counts):
             return False
@@ -112,7 +112,7 @@ class Stream:
         return [max(0, count - before) for before, count in zip([0, *counts], counts, strict=False)]
 
     def split(self) -> tuple[int | None, int | None, float | None]:
-        """Think and answer tokens, and when the answer began. To the piece where those are counted; None where not."""
+        """Return think and answer tokens, and when the answer began; None where pieces are not counted."""
         if any(self.is_reasoning):
             # A piece without text is a marker that the server's parser took out: it counts as thinking.
             begun, pieces = self.is_reasoning.index(True), zip(self.is_reasoning, self.pieces, strict=True)
@@ -130,7 +130,7 @@ class Stream:
 
 
 def answer_of(streams: Sequence[Stream]) -> Answer:
-    """The answer to a batch. Of several streams every one keeps its times, and `token_times_s` are those of all."""
+    """Return the answer to a batch; each of several streams keeps its times, and `token_times_s` has them all."""
     lengths = [stream.length for stream in streams]
     times = [stream.token_times_s() for stream in streams]
     think = answer = first_s = None

@@ -35,6 +35,7 @@ from grpo_toolkit.model.memory import resident_peak
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -52,7 +53,7 @@ class LocalEngine:
         self._ahead = DecodeAhead(model)
 
     def facts(self) -> EngineFacts:
-        """Dtype, sizes, attention and the environment of this process."""
+        """Return dtype, sizes, attention and the environment of this process."""
         inner = base_model(self.model)
         return EngineFacts(
             dtype=str(inner.dtype).removeprefix("torch."),
@@ -143,15 +144,15 @@ class LocalEngine:
             )
 
     def environment(self) -> dict[str, str]:
-        """The environment of this process, now."""
+        """Return the environment of this process, now."""
         return environment_of(str(base_model(self.model).device))
 
     def probe_hardware(self) -> dict[str, float]:
-        """Bandwidth and matrix throughput of the model's device, measured now."""
+        """Measure bandwidth and matrix throughput of the model's device."""
         return probe_hardware(base_model(self.model).device, base_model(self.model).dtype)
 
     def close(self) -> None:
-        """Nothing: the model is its owner's."""
+        """Do nothing: the model is its owner's."""
 
     def __enter__(self) -> LocalEngine:
         return self
@@ -214,7 +215,7 @@ class LocalEngine:
         return None if token is None else int((tokens[0] == token).sum())
 
     def _cut(self, rows: list[list[int]], *, exact: bool, options: Options) -> list[list[int]]:
-        """Each sequence up to its own end: `generate` pads those that end before the longest."""
+        """Cut each sequence at its own end: `generate` pads those that end before the longest."""
         if exact:
             return rows
         ends = self._eos(options)
@@ -229,14 +230,28 @@ class LocalEngine:
         return set() if found is None else set(found if isinstance(found, list | tuple) else [found])
 
 
+def load_as(path: Path, options: Options) -> tuple[torch.nn.Module, Any]:
+    """Load a folder as options say; returns the model and its processor."""
+    from grpo_toolkit.model.load import load_model
+
+    model, processor, _ = load_model(
+        path,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        dtype=options.dtype or "auto",
+        device_map=options.device_map,
+    )
+    return model, processor
+
+
 def live_sizes(model: torch.nn.Module) -> ModelSizes | None:
-    """The sizes of a live model, adapters included."""
+    """Return the sizes of a live model, adapters included."""
     tensors = {name: (tuple(p.shape), p.numel() * p.element_size()) for name, p in model.named_parameters()}
     return sizes_of(base_model(model).config.to_dict(), tensors)
 
 
 def cache_bytes(cache: Any) -> int | None:
-    """What a KV cache holds: allocated keys and values of every layer."""
+    """Return the bytes of a KV cache: allocated keys and values of every layer."""
     if cache is None:
         return None
     layers = getattr(cache, "layers", None)

@@ -1,4 +1,4 @@
-"""The models of an explanation, each loaded once: folders in processes of their own or in this one, live models."""
+"""The open models of a measurement or an explanation, each loaded once: folders, live models, endpoints."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.engines.local import LocalEngine
+from grpo_toolkit.latency.engines.local import LocalEngine, load_as
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.toggles import with_pixels
 from grpo_toolkit.model.kv_cache import inference_ready
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence, Options
     from grpo_toolkit.model.generation.request import Request
 
@@ -40,59 +42,80 @@ class Source:
 
     @property
     def name(self) -> str:
-        """For messages and commands."""
+        """The name in messages and commands."""
         return str(self.path) if self.path is not None else "the live model"
 
     @property
     def is_dispatched(self) -> bool:
-        """Whether accelerate spread a live model over devices, or keeps some of it on disk."""
+        """Return whether accelerate spread a live model over devices, or keeps some of it on disk."""
         return self.model is not None and bool(getattr(base_model(self.model), "hf_device_map", None))
 
 
-class Pool:
-    """Opens models as options need them, keeps them, and closes them all on exit. Use as a context manager.
+class Engines:
+    """The models that are open, each loaded once. A context manager that closes them all.
 
     Args:
-        isolated: every folder in a process of its own; else in this process, where loading is cheaper and kernel plans
-            are shared.
+        isolated: for `engine`: every folder in a process of its own; else in this process, where loading is cheaper
+            and kernel plans are shared.
+
+    Attributes:
+        warm: the keys (`Arm.warm_key`) of what has answered before.
+        asked_s: seconds that measurements have taken so far, without the loading.
     """
 
     def __init__(self, *, isolated: bool = True) -> None:
         self.isolated = isolated
-        self._engines: dict[tuple[object, ...], Engine] = {}
+        self.warm: set[tuple[object, ...]] = set()
+        self.asked_s = 0.0
+        # The first item of a key is the place: a folder, or the id of a live model.
+        self._open: dict[tuple[object, ...], Engine] = {}
         self._models: dict[tuple[object, ...], tuple[torch.nn.Module, Any]] = {}
         self._merged: dict[Path, Path] = {}
-        self._stack = ExitStack()
+        self._folders = ExitStack()
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Engines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._engines.clear()
-        self._models.clear()
-        self._stack.close()
+        self.close()
+
+    def close(self) -> None:
+        """End every process that was started, and remove temporary folders."""
+        with self._folders:
+            while self._open:
+                self._open.popitem()[1].close()
+            self._models.clear()
+            self._merged.clear()
+
+    def open(self, arm: Arm) -> Engine:
+        """Return the engine of an arm, started if there is none yet; arms that load alike share one."""
+        if arm.engine_key not in self._open:
+            self._open[arm.engine_key] = open_engine(arm)
+        return self._open[arm.engine_key]
 
     def engine(self, source: Source, options: Options) -> Engine:
-        """The model of a source, loaded as the options say."""
+        """Return the engine of a source, loaded as the options say."""
         if source.model is not None and source.is_dispatched and options.device_map is None:
             assert source.path is not None
             source = Source(path=source.path)  # as whole as it was before accelerate spread it out
         place = id(source.model) if source.model is not None else source.path
         key = (place, *options.load_key, options.training)
-        if key not in self._engines:
-            self._engines[key] = self._open(source, options)
-        return self._engines[key]
+        if key not in self._open:
+            self._open[key] = self._opened(source, options)
+        return self._open[key]
 
     def release(self, source: Source) -> None:
-        """Forget the models of a source; those of this process are freed."""
+        """Close the models of a source."""
         place = id(source.model) if source.model is not None else source.path
         merged = self._merged.pop(source.path, None) if source.path is not None else None
-        for held in (self._engines, self._models):
-            for key in [key for key in held if key[0] in (place, source.path, merged)]:
-                held.pop(key)
+        places = {place, source.path, merged} - {None}  # an endpoint's place is None
+        for key in [key for key in self._open if key[0] in places]:
+            self._open.pop(key).close()
+        for key in [key for key in self._models if key[0] in places]:
+            self._models.pop(key)
 
     def merged(self, source: Source) -> Source:
-        """The source with its adapter merged: a folder in a temporary place, or a copy of a live model."""
+        """Merge the adapter of a source, in a temporary folder or in a copy of a live model."""
         if source.model is not None:
             copied: Any = copy.deepcopy(source.model)
             merged = copied.merge_and_unload()
@@ -101,19 +124,19 @@ class Pool:
         if source.path not in self._merged:
             from grpo_toolkit.merge.merge import merge_adapter
 
-            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-merged-")))
+            folder = Path(self._folders.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-merged-")))
             self._merged[source.path] = merge_adapter(source.path, folder / "merged", allow_unchanged=True).path
         return Source(path=self._merged[source.path])
 
-    def _open(self, source: Source, options: Options) -> Engine:
+    def _opened(self, source: Source, options: Options) -> Engine:
         if source.model is not None:
             return self._open_live(source, source.model, options)
         assert source.path is not None
         if self.isolated:
-            return self._stack.enter_context(ProcessEngine(source.path, options))
+            return ProcessEngine(source.path, options)
         key = (source.path, options.device, options.device_map, options.dtype, options.attn_implementation)
         if key not in self._models:
-            self._models[key] = _load(source.path, options)
+            self._models[key] = load_as(source.path, options)
         model, processor = self._models[key]
         return LocalEngine(model, _limited(processor, options))
 
@@ -136,14 +159,14 @@ class Pool:
         return LiveEngine(changed, processor)
 
     def _dispatched_again(self, source: Source, model: Any, options: Options) -> torch.nn.Module:
-        """A dispatched model once more from its folder, laid out alike, in another dtype or with other attention."""
+        """Load a dispatched model once more, laid out alike, in another dtype or with other attention."""
         from grpo_toolkit.model.load import auto_class, dtype_argument
 
         assert source.path is not None, "only a model with a folder is toggled"
         settings: dict[str, Any] = {dtype_argument(): options.dtype or str(model.dtype).removeprefix("torch.")}
         if options.attn_implementation is not None:
             settings["attn_implementation"] = options.attn_implementation
-        offloaded = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-offloaded-"))
+        offloaded = self._folders.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-offloaded-"))
         again: torch.nn.Module = auto_class(source.path).from_pretrained(
             source.path, device_map=model.hf_device_map, offload_folder=offloaded, **settings
         )
@@ -174,34 +197,38 @@ class LiveEngine(LocalEngine):
             yield
 
 
-def _load(path: Path, options: Options) -> tuple[torch.nn.Module, Any]:
-    from grpo_toolkit.model.load import load_model
-
-    model, processor, _ = load_model(
-        path,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        dtype=options.dtype or "auto",
-        device_map=options.device_map,
-    )
-    return model, processor
-
-
 def _limited(processor: Any, options: Options) -> Any:
     if options.min_pixels is None and options.max_pixels is None:
         return processor
     return with_pixels(copy.deepcopy(processor), min_pixels=options.min_pixels, max_pixels=options.max_pixels)
 
 
+def open_engine(arm: Arm) -> Engine:
+    """Start what an arm names.
+
+    Raises:
+        InputError: it names nothing, or several things.
+        CheckpointError: its folder is no checkpoint.
+    """
+    if sum(what is not None for what in (arm.url or arm.path, arm.live)) != 1:
+        raise InputError(f"arm {arm.name}: name one of a folder, an endpoint or a live model")
+    if arm.live is not None:
+        return LocalEngine(*arm.live)
+    if arm.url is not None:
+        from grpo_toolkit.latency.engines.endpoint import EndpointEngine
+
+        return EndpointEngine(arm.url, model=None if arm.path is None else str(arm.path))
+    assert arm.path is not None
+    return ProcessEngine(open_checkpoint(arm.path).path, arm.options)
+
+
 def source_of(model: Any, processor: Any = None) -> Source:
-    """A source from what a caller passes: a folder, or a live model with its processor.
+    """Return the source of a folder, or of a live model with its processor.
 
     Raises:
         CheckpointError: no model folder.
         InputError: a live model without its processor.
     """
-    from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-
     if hasattr(model, "parameters"):
         if processor is None:
             raise InputError("a live model needs its processor (or tokenizer): pass processor=")

@@ -1,4 +1,4 @@
-"""A folder in a fresh process: nothing of the training, and nothing of another arm, is in it."""
+"""A folder in a fresh process, with nothing of the training or of another arm in it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ProcessEngine(ModelProcess):
         super().__init__(path, {"options": options.to_json()}, module=__name__, timeout_s=timeout_s)
 
     def facts(self) -> EngineFacts:
-        """What was loaded; waits for it the first time, so several processes can load side by side."""
+        """Return what was loaded; waits for it the first time, so several processes can load side by side."""
         if self._facts is None:
             facts = self._receive()
             sizes = facts.pop("sizes")
@@ -55,11 +55,11 @@ class ProcessEngine(ModelProcess):
         return Evidence(proof=Proof(**evidence.pop("proof")), rivals=rivals, **evidence)
 
     def environment(self) -> dict[str, str]:
-        """The environment of the process, now (see `Engine.environment`)."""
+        """Return the environment of the process, now (see `Engine.environment`)."""
         return self._call("environment", (), Options())
 
     def probe_hardware(self) -> dict[str, float]:
-        """Bandwidth and matrix throughput, measured in the process (see `Engine.probe_hardware`)."""
+        """Measure bandwidth and matrix throughput in the process (see `Engine.probe_hardware`)."""
         return self._call("probe_hardware", (), Options())
 
     def _call(self, what: str, requests: Sequence[Request], options: Options) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class ProcessEngine(ModelProcess):
 
 
 def serve() -> None:
-    """The process's side: load what the first line names, then do what each further line says."""
+    """Run the process's side: load what the first line names, then do what each further line says."""
     with answering() as answer:
         setup = json.loads(sys.stdin.readline())
         engine = _load(Path(setup["path"]), _options(setup["options"]))
@@ -106,19 +106,12 @@ def serve() -> None:
 def _load(path: Path, options: Options) -> Any:
     import torch
 
-    from grpo_toolkit.latency.engines.local import LocalEngine
+    from grpo_toolkit.latency.engines.local import LocalEngine, load_as
     from grpo_toolkit.latency.engines.toggles import with_pixels
-    from grpo_toolkit.model.load import load_model
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, processor, _ = load_model(
-        path,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        dtype=options.dtype or "auto",
-        device_map=options.device_map,
-    )
+    model, processor = load_as(path, options)
     return LocalEngine(model, with_pixels(processor, min_pixels=options.min_pixels, max_pixels=options.max_pixels))
 
 

@@ -17,7 +17,7 @@ SdpaBackend = Literal["flash", "efficient", "math", "cudnn", "no_cudnn"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a model is loaded and runs. None leaves a setting to the model's files, or to the library.
+    """The way in which a model is loaded and run. None leaves a setting to the model's files, or to the library.
 
     Attributes:
         device: "cpu", "cuda", "cuda:1", ...
@@ -56,13 +56,13 @@ class Options:
 
     @property
     def load_key(self) -> tuple[object, ...]:
-        """Arms that differ in these need a model of their own; in the others they can share one."""
+        """The options that arms must share to share a model."""
         pixels = (self.min_pixels, self.max_pixels)
         return (self.device, self.device_map, self.dtype, self.attn_implementation, pixels, self.threads)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether decoding runs compiled: transformers does so by itself for a static cache on a GPU."""
+        """Return whether decoding runs compiled: transformers does so by itself for a static cache on a GPU."""
         wanted = self.device.startswith("cuda") if self.compiled is None else self.compiled
         return wanted and self.cache_implementation in ("static", "hybrid", "sliding_window")
 
@@ -72,7 +72,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """What an engine says of itself: None is "does not say".
+    """The facts that an engine tells of itself; None where it does not say.
 
     Attributes:
         dtype: of the weights, "" behind an endpoint.
@@ -97,7 +97,7 @@ class EngineFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one batch of requests did: its timeline, and what was said.
+    """The answer to one batch of requests: its timeline, tokens and texts.
 
     Attributes:
         timeline: all times.
@@ -118,7 +118,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What was seen without a clock: one more answer to the same requests, with hooks on the model.
+    """The observations of one more answer to the same requests, with hooks on the model and without a clock.
 
     Attributes:
         proof: lengths, cache, runs of the vision tower.
@@ -140,7 +140,7 @@ class Engine(Protocol):
     """A model that can be asked. `close` frees what it holds; an engine is also a context manager."""
 
     def facts(self) -> EngineFacts:
-        """What is running; waits until it is loaded."""
+        """Return what is running; waits until it is loaded."""
 
     def ask(self, requests: Sequence[Request], options: Options) -> Answer:
         """Answer a batch. Requests of one batch have the same `max_new_tokens` and `exact`.
@@ -154,10 +154,10 @@ class Engine(Protocol):
         """Answer a batch under observation, untimed; None where nothing can be observed."""
 
     def environment(self) -> dict[str, str]:
-        """Versions and hardware as in `facts`, with clocks, throttling and load as they are now."""
+        """Return versions and hardware as in `facts`, with clocks, throttling and load as they are now."""
 
     def probe_hardware(self) -> dict[str, float]:
-        """Bandwidth (bytes/s) and matrix throughput (FLOP/s) of the device, measured now; {} if out of reach."""
+        """Measure bandwidth (bytes/s) and matrix throughput (FLOP/s) of the device; {} if out of reach."""
 
     def close(self) -> None:
         """Free everything."""
@@ -165,7 +165,7 @@ class Engine(Protocol):
 
 @dataclass
 class Measured:
-    """What one arm has done so far."""
+    """The results of one arm so far."""
 
     facts: EngineFacts = field(default_factory=EngineFacts)
     answers: list[Answer] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Where the thinking of an answer ends: `<think>...</think>` and `<answer>...</answer>`, found in pieces of text."""
+"""The end of an answer's thinking: `<think>...</think>` and `<answer>...</answer>`, found in pieces of text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANSWER: Final = "<answer>"
 
 @dataclass(frozen=True, kw_only=True)
 class SplitAnswer:
-    """How many pieces think, how many answer, and which is the first that answers (None: it never got there).
+    """The numbers of pieces that think and that answer, and the first that answers (None: it never got there).
 
     Markers count as thinking: they are what stands before the first piece that a reader waits for.
     """

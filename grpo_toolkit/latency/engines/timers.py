@@ -1,4 +1,4 @@
-"""What times an answer without slowing it: tokens by a streamer, the vision tower by events, images by a proxy."""
+"""The clocks that do not slow an answer: a streamer for tokens, events for the vision tower, a proxy for images."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class TokenClock:
         self._start = time.perf_counter()
 
     def now(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.perf_counter() - self._start
 
     def put(self, value: torch.Tensor) -> None:
-        """`generate` hands over the prompt first, then each step's tokens."""
+        """Note a step: `generate` hands over the prompt first, then each step's tokens."""
         if not self._saw_prompt:
             self._saw_prompt = True
             return
@@ -47,10 +47,10 @@ class TokenClock:
         self.first_token = min(self.first_token, moment)
 
     def end(self) -> None:
-        """Nothing to do: the last token has been noted."""
+        """Do nothing: the last token has been noted."""
 
     def peaks(self) -> tuple[int, int]:
-        """Allocated and reserved bytes of the GPU; zeros on a CPU."""
+        """Return the GPU's peaks of allocated and reserved bytes; zeros on a CPU."""
         import torch
 
         if self.device.type != "cuda":
@@ -59,7 +59,7 @@ class TokenClock:
 
 
 class VisionTimer:
-    """Times the vision tower: on a GPU with events on its stream, which make nobody wait."""
+    """A timer of the vision tower: on a GPU with events on its stream, which make nobody wait."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self._tower = vision_tower(base_model(model))
@@ -86,7 +86,7 @@ class VisionTimer:
         self._marks.append((time.perf_counter(), event))
 
     def seconds(self, *, first_token: float) -> tuple[float, float]:
-        """What the tower took before the first token, and after it; zeros where timing it failed."""
+        """Return the tower's seconds before the first token, and after it; zeros where timing it failed."""
         before = after = 0.0
         if self._hooks.failed:  # perhaps between a begin and its end
             return before, after

@@ -61,7 +61,7 @@ def without_stored_graphs() -> Iterator[None]:
 
 @contextmanager
 def left_in_training(model: torch.nn.Module) -> Iterator[None]:
-    """Train mode with gradient checkpointing, as `train()` leaves its model; put back on exit.
+    """Put the model in train mode with gradient checkpointing, as `train()` leaves it; put back on exit.
 
     Flag by flag: `gradient_checkpointing_enable` would leave hooks on the embeddings.
     """

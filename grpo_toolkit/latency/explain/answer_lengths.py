@@ -1,4 +1,4 @@
-"""What an explanation asks, and how long the answers are."""
+"""The requests of an explanation, and the lengths of their answers."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Lengths:
     added: Mapping[str, tuple[int, ...]]
 
     def changed(self, cause: str) -> bool:
-        """Whether the cause makes any answer longer or shorter."""
+        """Return whether the cause makes any answer longer or shorter."""
         return any(self.added.get(cause, ()))
 
     def of(self, arm: Arm) -> tuple[int, ...]:
-        """Of an arm in which these causes are on; at least two tokens, so that there is a time per token."""
+        """Return the lengths with these causes on; at least two tokens, so that there is a time per token."""
         more = [self.added[cause] for cause in self.added if cause in arm]
         return tuple(max(2, sum(counts)) for counts in zip(self.base, *more, strict=True))
 
 
 def minus(lengths: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, ...]:
-    """Request by request."""
+    """Subtract lengths request by request."""
     return tuple(one - other for one, other in zip(lengths, others, strict=True))
 
 
 def natural_requests(requests: Sequence[Request], sources: tuple[Source, Source], cap: int) -> list[Request]:
-    """The requests until the model ends them itself; made up where none are given."""
+    """Return the requests, to be answered until the model ends; made up where none are given."""
     from grpo_toolkit.model.generation.request import Request
 
     asked = list(requests)
@@ -58,7 +58,7 @@ def _images(source: Source) -> list[Any]:
 
 
 def lengthened(request: Request, words: int) -> Request:
-    """The request with that many more words in front of its last text."""
+    """Return the request with that many more words in front of its last text."""
     if not words:
         return request
     messages = [dict(message) for message in request.messages]

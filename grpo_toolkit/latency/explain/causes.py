@@ -1,4 +1,4 @@
-"""Why a trained model may be slower than its base: one row a cause, with how it is seen, toggled and cured.
+"""The causes for which a trained model may be slower than its base: one row each, with its signs and its cure.
 
 A cause is found without a clock, by comparing the facts of two arms. Toggling it means running the trained model with
 that one thing as in the base; what the clock then says is its effect.
@@ -260,7 +260,7 @@ BY_NAME: Final = {cause.name: cause for cause in CAUSES}
 
 
 def blanks(base: Facts, trained: Facts) -> dict[str, object]:
-    """What fills the blanks of a cause's command."""
+    """Return what fills the blanks of a cause's command."""
     low, high = base.pixel_limits or (None, None)
     return {
         "base": base.path or "BASE",

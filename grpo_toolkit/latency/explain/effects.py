@@ -1,4 +1,4 @@
-"""From arms with some of the causes on to the effect of each.
+"""The effect of each cause, from arms with some of the causes on.
 
 With causes that act on each other (no cache costs more where answers are longer) an effect depends on what was on
 before. Up to three causes every combination is measured and an effect is the mean over all orders (Shapley 1953);
@@ -26,20 +26,20 @@ _Value = TypeVar("_Value", float, "np.ndarray")
 
 
 def orders_of(causes: Sequence[str]) -> list[tuple[str, ...]]:
-    """The orders in which causes are switched on, from none to all."""
+    """Return the orders in which causes are switched on, from none to all."""
     if len(causes) <= MOST_EXACT:
         return list(permutations(causes))
     return [tuple(causes), tuple(reversed(causes))]
 
 
 def arms_of(causes: Sequence[str]) -> list[Arm]:
-    """Every combination that is measured, each once, from none to all."""
+    """Return every combination that is measured, each once, from none to all."""
     found = {frozenset(order[:count]): None for order in orders_of(causes) for count in range(len(order) + 1)}
     return sorted(found, key=lambda arm: (len(arm), sorted(arm)))
 
 
 def shares(causes: Sequence[str], values: Mapping[Arm, _Value]) -> dict[str, _Value]:
-    """Each cause's effect: what switching it on added, averaged over the orders."""
+    """Return each cause's effect: what switching it on added, averaged over the orders."""
     orders = orders_of(causes)
     sums: dict[str, _Value] = {}
     for order in orders:
@@ -67,7 +67,7 @@ def resampled_medians(times: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def interval_of(samples: np.ndarray) -> tuple[float, float]:
-    """The middle 95% of bootstrap values."""
+    """Return the middle 95% of bootstrap values."""
     import numpy as np
 
     low, high = np.percentile(samples, (2.5, 97.5))

@@ -1,4 +1,4 @@
-"""The exact split: where the difference between two measurements lies, to the last digit.
+"""The exact split of the difference between two measurements, to the last digit.
 
     E2E = TTFT + (n - 1) x TPOT + detokenising, and TTFT is the sum of its phases
 
@@ -18,7 +18,7 @@ from grpo_toolkit.latency.rows.row import Effect
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from grpo_toolkit.latency.rows.row import LatencyRow, Timeline
+    from grpo_toolkit.latency.rows.row import Timeline
 
 PHASES: Final = {
     "tokenize_s": "tokenising",
@@ -37,23 +37,8 @@ PARTS: Final = (*PHASES.values(), PREFILL, NUMBER, PER_TOKEN, DETOKENIZE)
 """The parts of a split, in the order in which a request goes through them."""
 
 
-def split_rows(base: LatencyRow, trained: LatencyRow) -> list[Effect]:
-    """Split the difference of two measured rows, also of old ones read back from a file.
-
-    Raises:
-        InputError: a row has no timelines, or the two asked for another number of requests.
-    """
-    return split_exactly(_by_request(base), _by_request(trained))
-
-
-def _by_request(row: LatencyRow) -> list[Timeline]:
-    if not row.timelines:
-        raise InputError(f"row {row.arm}: it has no timelines, so its time cannot be split")
-    return [median_round(row.timelines)]
-
-
 def median_round(timelines: Sequence[Timeline]) -> Timeline:
-    """Of several rounds of one request, the one whose E2E is the (lower) median."""
+    """Return the round of one request whose E2E is the (lower) median."""
     middle = statistics.median_low(timeline.e2e_s for timeline in timelines)
     return next(timeline for timeline in timelines if timeline.e2e_s == middle)
 
@@ -96,7 +81,7 @@ def _split(base: Timeline, trained: Timeline) -> dict[str, float]:
 
 
 def _decode(timeline: Timeline) -> tuple[int, float]:
-    """Steps after the first token, and the time that they took, runs of the vision tower not counted."""
+    """Return the steps after the first token and their time, runs of the vision tower not counted."""
     longest = max(timeline.output_lengths, default=timeline.output_tokens)
     span = timeline.token_times_s[-1] - timeline.token_times_s[0]
     return max(longest - 1, 0), timeline.phases_s.get("decode_s", span)

@@ -1,4 +1,4 @@
-"""Why a trained model takes another time than its base: found without a clock, split exactly, toggled cause by cause.
+"""The explanation of a latency: causes found without a clock, an exact split, causes toggled one by one.
 
     audit -> natural answers (how long they are) -> arms with some causes on, in turns -> split, effects, physics
 
@@ -9,23 +9,19 @@ with every cause cured; what that one still differs from the base by is printed 
 
 from __future__ import annotations
 
-import statistics
 import time
-import uuid
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, UnsupportedError
 from grpo_toolkit.latency.bench.statistics import SAME_WITHIN, turns
-from grpo_toolkit.latency.engines.pool import Pool, Source, source_of
+from grpo_toolkit.latency.engines.pool import Engines, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.explain.answer_lengths import Lengths, lengthened, minus, natural_requests
-from grpo_toolkit.latency.explain.causes import BY_NAME, CAUSES, Cause, blanks
-from grpo_toolkit.latency.explain.exact_split import median_round, split_exactly
-from grpo_toolkit.latency.explain.facts import Facts, declared_by, facts_of, mean
-from grpo_toolkit.latency.rows.row import Effect, ExplanationRow
+from grpo_toolkit.latency.explain.causes import BY_NAME, CAUSES, Cause
+from grpo_toolkit.latency.explain.explanation_row import BASE, Plan, TimedArm, row_of
+from grpo_toolkit.latency.explain.facts import Facts, declared_by, facts_of
 
 if TYPE_CHECKING:
     import os
@@ -35,27 +31,15 @@ if TYPE_CHECKING:
     import torch
 
     from grpo_toolkit.latency.explain.effects import Arm
-    from grpo_toolkit.latency.rows.row import Timeline
+    from grpo_toolkit.latency.rows.row import ExplanationRow, Timeline
     from grpo_toolkit.model.generation.request import Request
 
-BASE: Final = "base"
-UNEXPLAINED: Final = "unexplained"
 LONGER: Final = "longer-answers"
 UNMERGED: Final = "unmerged-adapter"
 _MOVE_ENDS: Final = ("eos", "training-state")
 """Causes that decide where an answer ends: cured last."""
 _PROOF_TOKENS: Final = 6
 _LEAST_ROUNDS: Final = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Arm:
-    """One thing that is timed: a model, how it runs, and how many tokens each answer has."""
-
-    name: str
-    source: Source
-    options: Options
-    tokens: tuple[int, ...]
 
 
 def explain_latency(
@@ -70,7 +54,7 @@ def explain_latency(
     options: Options | None = None,
     trained_options: Options | None = None,
     isolated: bool = True,
-    pool: Pool | None = None,
+    pool: Engines | None = None,
     budget_s: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ExplanationRow:
@@ -105,7 +89,7 @@ def explain_latency(
         raise InputError("explain_latency needs at least one round and two new tokens")
     sources = source_of(base, processor), source_of(trained, processor)
     usual = _as_it_stands(sources[0], replace(options or Options(), device=device))
-    with nullcontext(pool) if pool is not None else Pool(isolated=isolated) as opened:
+    with nullcontext(pool) if pool is not None else Engines(isolated=isolated) as opened:
         lab = _Lab(pool=opened, requests=natural_requests(requests, sources, max_new_tokens), progress=progress)
         ours = _as_it_stands(sources[1], replace(trained_options or options or Options(), device=device))
         known, seen = lab.look(sources[0], usual, sources[0].path), lab.look(sources[1], ours, sources[0].path)
@@ -115,12 +99,15 @@ def explain_latency(
         times = lab.time(plan.arms, rounds=rounds, is_static=is_static, budget_s=budget_s)
         hardware = opened.engine(sources[0], usual).probe_hardware()
         environment = opened.engine(sources[0], usual).facts().environment
-    return _row(plan, times, hardware, environment)
+    return row_of(plan, times, hardware, environment)
 
 
 def top_cause(row: ExplanationRow) -> str | None:
-    """What to mend first: what makes the text wrong, then the largest effect that is beyond doubt, then what was found
-    without a clock although it cost nothing here; None where nothing was found."""
+    """Return what to repair first; None where nothing was found.
+
+    First comes what makes the text wrong, then the largest effect that is beyond doubt, then what was found without a
+    clock although it cost nothing here.
+    """
     audited = [effect.cause for effect in row.audit]
     for cause in audited:
         if cause in BY_NAME and BY_NAME[cause].is_wrong:
@@ -139,34 +126,22 @@ def top_cause(row: ExplanationRow) -> str | None:
 
 
 def unexplained_share(row: ExplanationRow) -> float:
-    """How much of the difference has no cause: |unexplained| / |difference|; 0 where there is no difference."""
+    """Return the share of the difference without a cause: |unexplained| / |difference|; 0 where there is none."""
     left = next((effect.effect_s for effect in row.effects if effect.layer == "unexplained"), 0.0)
     difference = row.trained_s - row.base_s
     return abs(left / difference) if difference else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What is timed, and why."""
-
-    sources: tuple[Source, Source]
-    known: Facts
-    seen: Facts
-    found: Mapping[str, str]
-    toggled: tuple[str, ...]
-    arms: Mapping[Arm | str, _Arm]
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Lab:
-    """Open models, and what they are asked."""
+    """The open models, and their requests."""
 
-    pool: Pool
+    pool: Engines
     requests: list[Request]
     progress: Callable[[str, int, int], None] | None
 
     def look(self, source: Source, options: Options, base: Path | None) -> Facts:
-        """Everything that is known of an arm without a clock."""
+        """Return everything that is known of a model without a clock."""
         engine = self.pool.engine(source, options)
         short = replace(self.requests[0], max_new_tokens=_PROOF_TOKENS, exact=True)
         try:
@@ -180,8 +155,8 @@ class _Lab:
             ) from error
         return facts_of(source.name, options, declared_by(source, base), engine.facts(), evidence, answers)
 
-    def plan(self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]) -> _Plan:
-        """Which arms are timed: every combination of causes on the trained model, and the base."""
+    def plan(self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]) -> Plan:
+        """Plan the arms: every combination of causes on the trained model, and the base."""
         from grpo_toolkit.latency.explain.effects import arms_of
 
         lengths = self._lengths(sources[1], known, seen, found)
@@ -190,15 +165,15 @@ class _Lab:
             told[LONGER] = "answers would have another length but for what else is wrong"
         found = told
         toggled = tuple(name for name in found if self._can_toggle(sources[1], BY_NAME[name], known))
-        arms: dict[Arm | str, _Arm] = {
-            BASE: _Arm(name=BASE, source=sources[0], options=known.options, tokens=lengths.base)
+        arms: dict[Arm | str, TimedArm] = {
+            BASE: TimedArm(name=BASE, source=sources[0], options=known.options, tokens=lengths.base)
         }
         for arm in arms_of(toggled):
             arms[arm] = self._arm(arm, toggled, sources[1], known, seen, lengths)
-        return _Plan(sources=sources, known=known, seen=seen, found=found, toggled=toggled, arms=arms)
+        return Plan(sources=sources, known=known, seen=seen, found=found, toggled=toggled, arms=arms)
 
     def _lengths(self, trained: Source, known: Facts, seen: Facts, found: Mapping[str, str]) -> Lengths:
-        """How long answers are, and what each cause adds to that: asked with it cured too, one after the other.
+        """Measure the lengths of answers and what each cause adds to them, by curing one after the other.
 
         Some causes move the end of an answer (another end of sequence, wrong text), others change its words by their
         rounding: these are cured first, while nothing ends the answer elsewhere. What is left when all are cured is
@@ -218,7 +193,7 @@ class _Lab:
         return Lengths(base=known.output_tokens, added=added)
 
     def _cured(self, name: str, source: Source, options: Options, known: Facts) -> tuple[Source, Options]:
-        """Without that cause."""
+        """Return source and options without that cause."""
         cure = BY_NAME[name].options
         if name == UNMERGED:
             source = self.pool.merged(source)
@@ -235,15 +210,17 @@ class _Lab:
 
     def _arm(
         self, arm: Arm, toggled: tuple[str, ...], source: Source, known: Facts, seen: Facts, lengths: Lengths
-    ) -> _Arm:
+    ) -> TimedArm:
         options = seen.options
         for name in toggled:
             if name not in arm:
                 source, options = self._cured(name, source, options, known)
-        return _Arm(name=" + ".join(sorted(arm)) or "cured", source=source, options=options, tokens=lengths.of(arm))
+        return TimedArm(
+            name=" + ".join(sorted(arm)) or "cured", source=source, options=options, tokens=lengths.of(arm)
+        )
 
     def time(
-        self, arms: Mapping[Arm | str, _Arm], *, rounds: int, is_static: bool, budget_s: float | None
+        self, arms: Mapping[Arm | str, TimedArm], *, rounds: int, is_static: bool, budget_s: float | None
     ) -> dict[Arm | str, list[list[Timeline]]]:
         """Time all arms in turns, after one answer each that is not counted.
 
@@ -271,7 +248,7 @@ class _Lab:
 
 
 def _as_it_stands(source: Source, options: Options) -> Options:
-    """Options that say what the files, or the state of a live model, say: only what is said can be toggled."""
+    """Return options that spell out what the files or a live model's state say: only that can be toggled."""
     declared = declared_by(source, None)
     if options.cache_implementation is None and declared.cache_implementation is not None:
         options = replace(options, cache_implementation=declared.cache_implementation)
@@ -280,88 +257,3 @@ def _as_it_stands(source: Source, options: Options) -> Options:
     if source.is_dispatched and options.device_map is None:
         options = replace(options, device_map="as dispatched")
     return replace(options, training=options.training or declared.is_training)
-
-
-def _row(
-    plan: _Plan,
-    times: Mapping[Arm | str, list[list[Timeline]]],
-    hardware: Mapping[str, float],
-    environment: dict[str, str],
-) -> ExplanationRow:
-    from grpo_toolkit.latency.explain.effects import interval_of, resampled_medians, shares
-
-    everything: Arm = frozenset(plan.toggled)
-    chosen = {key: [median_round(rounds) for rounds in lines] for key, lines in times.items()}
-    values = {key: statistics.fmean(line.e2e_s for line in lines) for key, lines in chosen.items()}
-    samples = dict(zip(times, resampled_medians(_seconds(times)), strict=True))
-    effects = shares(plan.toggled, {arm: value for arm, value in values.items() if not isinstance(arm, str)})
-    spreads = shares(plan.toggled, {arm: value for arm, value in samples.items() if not isinstance(arm, str)})
-    predicted = _predicted(plan, values, chosen, hardware)
-    toggled = [
-        _effect(plan, name, effects[name], interval_of(spreads[name]), predicted.get(name)) for name in plan.toggled
-    ]
-    left, spread = values[frozenset()] - values[BASE], samples[frozenset()] - samples[BASE]
-    low, high = interval_of(spread)
-    toggled.sort(key=lambda effect: -abs(effect.effect_s))
-    rest = Effect(layer="unexplained", cause=UNEXPLAINED, effect_s=left, low_s=low, high_s=high)
-    measured = {effect.cause: effect for effect in toggled}
-    return ExplanationRow(
-        base=plan.sources[0].name,
-        trained=plan.sources[1].name,
-        metric="e2e_s",
-        base_s=values[BASE],
-        trained_s=values[everything],
-        audit=[measured.get(name) or _effect(plan, name, 0.0, None, None) for name in plan.found],
-        split=split_exactly(chosen[BASE], chosen[everything]),
-        effects=[*toggled, rest],
-        environment=environment,
-        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        session=uuid.uuid4().hex,
-    )
-
-
-def _seconds(times: Mapping[Arm | str, list[list[Timeline]]]) -> Any:
-    """E2E as an array of shape (arms, rounds, requests)."""
-    import numpy as np
-
-    return np.array([[[line.e2e_s for line in rounds] for rounds in lines] for lines in times.values()]).swapaxes(1, 2)
-
-
-def _effect(
-    plan: _Plan, name: str, seconds: float, interval: tuple[float, float] | None, predicted: float | None
-) -> Effect:
-    cause = BY_NAME[name]
-    low, high = interval or (None, None)
-    return Effect(
-        layer="toggled",
-        cause=name,
-        effect_s=seconds,
-        low_s=low,
-        high_s=high,
-        predicted_s=predicted,
-        evidence=plan.found[name],
-        cure=cause.cure,
-        command=cause.command.format(**blanks(plan.known, plan.seen)),
-    )
-
-
-def _predicted(
-    plan: _Plan,
-    values: Mapping[Arm | str, float],
-    chosen: Mapping[Arm | str, list[Timeline]],
-    hardware: Mapping[str, float],
-) -> dict[str, float]:
-    from grpo_toolkit.latency.explain.physics import Machine, predicted_effects
-
-    if not hardware:
-        return {}
-    lines = chosen[BASE]
-    machine = Machine(
-        bandwidth=hardware["bandwidth_bytes_per_s"],
-        flops=hardware["flops_per_s"],
-        overlaps=plan.known.options.device.startswith("cuda"),
-        base_ttft_s=statistics.fmean(line.ttft_s for line in lines),
-        base_tpot_s=statistics.fmean(line.tpot_s or 0.0 for line in lines),
-    )
-    tokens = {key: mean(arm.tokens) for key, arm in plan.arms.items() if not isinstance(key, str)}
-    return predicted_effects(plan.toggled, plan.known, plan.seen, tokens, machine)

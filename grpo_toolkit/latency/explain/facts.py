@@ -1,4 +1,4 @@
-"""The audit without a clock: what a model is, how it runs, and what it was seen to do.
+"""The audit without a clock: a model's files, its settings, and what it was seen to do.
 
 On a GPU a lost KV cache can take the same time as a working one, because launching kernels takes longer than running
 them. So the first layer of an explanation asks no clock: it reads the files, the loaded model and the lengths of its
@@ -38,7 +38,7 @@ _OFF_DEVICE: Final = ("cpu", "disk", "meta")
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """What the files of a model, or a live model, say about running it.
+    """The settings for running a model that its files, or the live model, declare.
 
     Attributes:
         is_adapter: an adapter that is not merged.
@@ -59,7 +59,7 @@ class Declared:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Everything that is known about an arm without a clock.
+    """The facts about an arm that need no clock.
 
     Attributes:
         path: its folder; empty for a live model without one.
@@ -92,33 +92,33 @@ class Facts:
 
     @property
     def cache_implementation(self) -> str:
-        """What `generate` keeps the cache in."""
+        """The implementation of the cache that `generate` uses."""
         return self.options.cache_implementation or self.declared.cache_implementation or "dynamic"
 
     @property
     def is_static(self) -> bool:
-        """Whether the cache has one size, which a compiled decode step is built for."""
+        """Return whether the cache has one size, which a compiled decode step is built for."""
         return "static" in self.cache_implementation
 
     @property
     def forgets(self) -> bool:
-        """One token is fed a step, on top of an empty cache: the text is wrong."""
+        """Return whether one token is fed a step on top of an empty cache, so that the text is wrong."""
         steps = self.proof.step_lengths
         return self.proof.is_cached is False and len(steps) > 1 and all(length == 1 for length in steps[1:])
 
     @property
     def recomputes(self) -> bool:
-        """Every step is fed the whole sequence."""
+        """Return whether every step is fed the whole sequence."""
         return self.proof.is_cached is False and not self.forgets
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer."""
+        """The ids that end an answer."""
         return tuple(sorted(self.options.eos_token_ids or self.declared.eos_token_ids))
 
     @property
     def pixel_limits(self) -> tuple[int | None, int | None] | None:
-        """Smallest and largest number of pixels of an image."""
+        """The smallest and largest number of pixels of an image."""
         if self.options.min_pixels is None and self.options.max_pixels is None:
             return self.declared.pixel_limits
         low, high = self.declared.pixel_limits or (None, None)
@@ -126,16 +126,16 @@ class Facts:
 
     @property
     def off_device(self) -> tuple[str, ...]:
-        """Where else than on the device weights lie: "cpu", "disk"."""
+        """The places of weights that are not on the device: "cpu", "disk"."""
         return tuple(place for place in self.places if place in _OFF_DEVICE and place != self.options.device)
 
     @property
     def is_training(self) -> bool:
-        """Whether the model runs in the state that training left it in."""
+        """Return whether the model runs in the state that training left it in."""
         return self.options.training or self.declared.is_training
 
     def finding(self, *codes: str) -> Finding | None:
-        """The doctor's first finding of these codes."""
+        """Return the doctor's first finding of these codes."""
         return next((finding for finding in self.declared.findings if finding.code in codes), None)
 
 
@@ -148,7 +148,7 @@ def declared_by(source: Source, base: Path | None) -> Declared:
 
 
 def declared_by_files(path: Path, base: Path | None) -> Declared:
-    """What a folder says; of an adapter, what its base says, which is what runs.
+    """Return what a folder declares; of an adapter, what its base does, which is what runs.
 
     Raises:
         CheckpointError: no model folder, or an adapter whose base is not here.
@@ -184,7 +184,7 @@ def _ids(*values: Any) -> tuple[int, ...]:
 
 
 def declared_by_model(model: torch.nn.Module, processor: Any) -> Declared:
-    """What a live model says, and the state that it is in."""
+    """Return what a live model declares, and the state that it is in."""
     inner = base_model(model)
     config = inner.generation_config
     return Declared(
@@ -237,5 +237,5 @@ def facts_of(
 
 
 def mean(values: Iterable[int]) -> float:
-    """The mean of token counts; 0 where there are none."""
+    """Return the mean of token counts; 0 where there are none."""
     return statistics.fmean(list(values) or [0])

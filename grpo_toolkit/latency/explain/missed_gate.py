@@ -1,4 +1,4 @@
-"""Why a gate was missed."""
+"""The explanation of a missed gate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def explain_missed(
     max_new_tokens: int = 64,
     budget_s: float | None = None,
 ) -> list[ExplanationRow]:
-    """Why each folder missed its gate: one explanation a folder, none for what is no folder (an endpoint).
+    """Explain each folder that missed its gate; what is no folder (an endpoint) is left out.
 
     Args:
         base: the first arm's folder; "" explains nothing.

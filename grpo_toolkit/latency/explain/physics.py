@@ -1,4 +1,4 @@
-"""What physics predicts a cause to cost: bytes over bandwidth, FLOPs over throughput, on top of the base's own time.
+"""The cost of a cause by physics: bytes over bandwidth, FLOPs over throughput, on top of the base's own time.
 
     prefill: FLOPs of the prompt and of the vision tower / FLOP/s
     a step:  bytes of weights and KV cache / bandwidth; without a cache the FLOPs of the whole sequence / FLOP/s
@@ -29,7 +29,7 @@ PREDICTABLE: Final = frozenset({"cache-off", "float32", "unmerged-adapter", "pix
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What an arm has to do for one answer.
+    """The work of an arm for one answer.
 
     Attributes:
         parameters: of the language model that every step reads.
@@ -52,7 +52,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the device does in a second, measured, and what the base takes on it. `overlaps`: launching runs beside
+    """The measured speed of a device, and the base's times on it. `overlaps`: launching runs beside
     computing."""
 
     bandwidth: float
@@ -69,7 +69,7 @@ def predicted_effects(
     tokens: Mapping[Arm, float],
     machine: Machine,
 ) -> dict[str, float]:
-    """What each predictable cause should cost, split among causes as measured effects are.
+    """Return what each predictable cause should cost, split among causes as measured effects are.
 
     Args:
         causes: those that were toggled.
@@ -86,7 +86,7 @@ def predicted_effects(
 
 
 def _work(arm: Arm, base: Facts, trained: Facts, ours: ModelSizes, theirs: ModelSizes, tokens: float) -> Work:
-    """The trained model's work with the causes of `arm` on and everything else as in the base."""
+    """Return the trained model's work with the causes of `arm` on and everything else as in the base."""
     pixels = trained if "pixel-limits" in arm else base
     wide = theirs if "float32" in arm else ours
     return Work(

@@ -1,4 +1,4 @@
-"""What the maker says of its GPUs: memory bandwidth and dense matrix throughput, with where it says so."""
+"""The maker's figures of its GPUs: memory bandwidth and dense matrix throughput, with their sources."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ DATA_SHEETS: Final = {
 
 
 def data_sheet(hardware: str) -> DataSheet | None:
-    """The data sheet of a GPU by the name that its driver gives; None for one that is not in the table."""
+    """Return the data sheet of a GPU by the name that its driver gives; None for one that is not in the table."""
     found = (sheet for name, sheet in DATA_SHEETS.items() if re.search(rf"\b{re.escape(name)}\b", hardware))
     return next(found, None)

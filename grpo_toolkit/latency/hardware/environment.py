@@ -1,52 +1,28 @@
-"""What figures depend on and a reader must know: hardware, clocks, throttling, who else uses the GPU, versions."""
+"""The facts that measured times depend on: hardware, versions, load, the state of the GPU."""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.latency.hardware.gpu_state import gpu_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-_QUERY: Final = {
-    "driver": "driver_version",
-    "clock_sm_mhz": "clocks.sm",
-    "clock_sm_max_mhz": "clocks.max.sm",
-    "clock_memory_mhz": "clocks.mem",
-    "temperature_c": "temperature.gpu",
-    "power_w": "power.draw",
-    "gpu_utilization_percent": "utilization.gpu",
-    "gpu_memory_used_mib": "memory.used",
-}
-"""Our names and nvidia-smi's."""
-
-_THROTTLING: Final = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-"""What newer and older drivers call it; a name that nvidia-smi does not know makes it answer nothing at all."""
-
-_IDLE: Final = 0x1
-_THROTTLE_REASONS: Final = {
-    0x2: "application clocks",
-    0x4: "power cap",
-    0x8: "hardware slowdown",
-    0x20: "software thermal",
-    0x40: "hardware thermal",
-    0x80: "power brake",
-}
-"""Bits of `clocks_throttle_reasons.active` (nvml.h, nvmlClocksEventReasons)."""
-
 
 def environment_of(device: str) -> dict[str, str]:
-    """What the figures of this process depend on, as text: hardware, threads, load, versions; of a GPU also clocks,
-    throttling and other processes on it, where nvidia-smi is there."""
+    """Return what the times of this process depend on, as text.
+
+    That is hardware, threads, load, versions, and of a GPU its state (see `gpu_state`).
+    """
     import torch
     import transformers
 
@@ -67,45 +43,8 @@ def environment_of(device: str) -> dict[str, str]:
     return facts
 
 
-def gpu_state(device: torch.device) -> dict[str, str]:
-    """Clocks, throttling, temperature, memory in use and processes of a GPU, now; {} without nvidia-smi.
-
-    Processes are all that compute there, the measured ones among them: inside a container their numbers are others.
-    """
-    import torch
-
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return {}
-    # CUDA_VISIBLE_DEVICES renumbers; the UUID does not.
-    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
-    if not uuid:
-        return {}
-    card = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
-    state = _smi(program, card, f"--query-gpu={','.join(_QUERY.values())}")
-    values = [part.strip() for part in state[0].split(",")] if state else []
-    facts = dict(zip(_QUERY, values, strict=False))
-    bits = next((found for name in _THROTTLING if (found := _smi(program, card, f"--query-gpu={name}"))), None)
-    if bits:
-        facts["throttle_reasons"] = throttle_reasons(bits[0].strip())
-    facts["gpu_processes"] = str(len(_smi(program, card, "--query-compute-apps=pid")))
-    return {
-        name: value for name, value in facts.items() if value and "N/A" not in value and "Not Supported" not in value
-    }
-
-
-def throttle_reasons(bits: str) -> str:
-    """nvidia-smi's bit field in words; "none" for an idle or free-running GPU."""
-    try:
-        value = int(bits, 16)
-    except ValueError:
-        return bits
-    names = [name for bit, name in _THROTTLE_REASONS.items() if value & bit]
-    return ", ".join(names) or ("none" if value & ~_IDLE == 0 else f"other ({bits})")
-
-
 def probe_hardware(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The device's bandwidth and matrix throughput, measured on the spot; medians of seven.
+    """Measure the device's bandwidth and matrix throughput; medians of seven.
 
     Returns:
         `bandwidth_bytes_per_s`: of copying one buffer into another, reads and writes counted; a decode step mostly
@@ -148,15 +87,6 @@ def _median_seconds(work: Callable[[], object], device: torch.device, *, repeats
         if index >= 2:
             seconds.append(spent)
     return statistics.median(seconds)
-
-
-def _smi(program: str, card: str, query: str) -> list[str]:
-    command = [program, "-i", card, query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def _processor_name() -> str:

@@ -1,4 +1,4 @@
-"""What a model's shape says about its cost: bytes that a decode step reads, FLOPs of the prefill and the vision tower.
+"""The cost of a model by its shape: bytes that a decode step reads, FLOPs of the prefill and the vision tower.
 
 Read from `config.json` and tensor shapes, of a live model or of safetensors headers alike.
 
@@ -65,22 +65,24 @@ class ModelSizes:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Of one sequence: 2 (keys and values) x layers x KV heads x head dim x bytes."""
+        """The bytes for one sequence: 2 (keys and values) x layers x KV heads x head dim x bytes."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.element_bytes
 
     def step_bytes(self, *, tokens: float, batch_size: int = 1) -> int:
-        """What a decode step reads when each of the sequences has so many tokens before it."""
+        """Return the bytes that a decode step reads where each sequence has so many tokens before it."""
         return self.decode_bytes + round(self.kv_bytes_per_token * tokens * batch_size)
 
     def prefill_flops(self, tokens: int, *, batch_size: int = 1) -> float:
-        """Of the language model's first forward: linear layers, causal attention (half of all pairs), one row of
-        logits."""
+        """Return the FLOPs of the language model's first forward.
+
+        They are those of linear layers, causal attention (half of all pairs) and one row of logits.
+        """
         linear = 2 * (self.decode_parameters - self.head_parameters) * tokens
         attention = 4 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1) / 2
         return float(batch_size * (linear + attention + 2 * self.head_parameters))
 
     def vision_flops(self, patches: int) -> float:
-        """Of the vision tower over so many patches of one image."""
+        """Return the FLOPs of the vision tower over so many patches of one image."""
         linear = 2 * self.vision_parameters * patches + 2 * self.projector_parameters * patches / self.merge
         windowed = self.vision_layers - self.vision_full_layers if self.vision_window else 0
         seen = windowed * min(self.vision_window or patches, patches) + (self.vision_layers - windowed) * patches
@@ -88,7 +90,7 @@ class ModelSizes:
 
 
 def sizes_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[Sequence[int], int]]) -> ModelSizes | None:
-    """The sizes of a model.
+    """Return the sizes of a model.
 
     Args:
         config: `config.json`, or a live config's `to_dict()`.

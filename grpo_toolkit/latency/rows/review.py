@@ -1,4 +1,4 @@
-"""Which rows of `latency.jsonl` answer which question: the arms side by side, the sweeps, the course over training.
+"""The review of `latency.jsonl`: the rows for each question (arms side by side, sweeps, course over training).
 
 Only rows that took turns (one session, one workload) are compared with each other; a sweep shows the newest row of
 each point.
@@ -54,11 +54,11 @@ class Review:
 
     @property
     def ratios(self) -> list[tuple[LatencyRow, Ratio]]:
-        """Every ratio that the newest comparison holds, with the row whose it is."""
+        """Every ratio of the newest comparison, with its row."""
         return [(row, ratio) for row in self.arms for ratio in row.ratios]
 
     def ratio(self, arm: str = "export", against: str = "base", metric: str = "tpot_s") -> Ratio | None:
-        """The newest paired ratio of one arm against another, None where it was not computed."""
+        """Return the newest paired ratio of one arm against another, None where it was not computed."""
         found = (r for row, r in self.ratios if (row.arm, r.against, r.metric) == (arm, against, metric))
         return next(found, None)
 
@@ -107,7 +107,7 @@ def load_review(path: str | os.PathLike[str]) -> Review:
 
 
 def comparisons(rows: Iterable[LatencyRow]) -> list[list[LatencyRow]]:
-    """Rows that took turns (one session, one workload) and ended well, base first; in the order of measuring."""
+    """Group rows that took turns (one session, one workload) and ended well, base first, in measured order."""
     groups: dict[Hashable, dict[str, LatencyRow]] = {}
     for row in rows:
         if row.error is None and row.e2e_s is not None and row.arm != CONTROL:
@@ -116,20 +116,20 @@ def comparisons(rows: Iterable[LatencyRow]) -> list[list[LatencyRow]]:
 
 
 def _workload_key(row: LatencyRow) -> tuple[Hashable, ...]:
-    """What makes two rows answers to the same question; live ends come with images of any size."""
+    """Return the key of rows that answer one question; with natural ends, images may be of any size."""
     work = row.workload
     image = None if work.kind == "natural" else work.image_tokens
     return work.name, work.kind, work.batch_size, work.thinking, work.max_new_tokens, work.lengths, image
 
 
 def _rank(group: Sequence[LatencyRow]) -> tuple[bool, bool, int, bool]:
-    """How fit a comparison is to stand for its visit: exact lengths, no point of a sweep, many arms, one sequence."""
+    """Rank a comparison as the one to show: exact lengths, no point of a sweep, many arms, one sequence."""
     work = group[0].workload
     return work.kind == "fixed", _SWEPT.search(work.name) is None, len(group), work.batch_size == 1
 
 
 def arm_order(arm: str) -> tuple[int, str]:
-    """Base, checkpoint, export, each followed by its variants; then the others by name."""
+    """Order arms: base, checkpoint, export, each followed by its variants; then the others by name."""
     for place, name in enumerate(_ORDER):
         if arm == name or arm.startswith((f"{name}_", f"{name} (")):
             return place, arm
@@ -137,12 +137,12 @@ def arm_order(arm: str) -> tuple[int, str]:
 
 
 def key_part(name: str) -> str:
-    """A name as part of a metric's key: no slash and no dot, which trackers read as levels."""
+    """Return a name for use in a metric's key: no slash and no dot, which trackers read as levels."""
     return re.sub(r"[^A-Za-z0-9_\-]+", "_", name).strip("_") or "unnamed"
 
 
 def median_of(summary: Summary | None, factor: float = 1.0) -> float | None:
-    """A figure's median in another unit, None where it was not measured."""
+    """Return a figure's median in another unit, None where it was not measured."""
     return None if summary is None else summary.median * factor
 
 
@@ -157,7 +157,7 @@ def _prompt(row: LatencyRow) -> tuple[int, int | None]:
 def _sweep(
     rows: Iterable[LatencyRow], point: Callable[[LatencyRow], int], other: Callable[[LatencyRow], Hashable]
 ) -> list[LatencyRow]:
-    """Of the workloads that differ in `point` alone, the first of those with most points."""
+    """Return the sweep with most points, of workloads that differ in `point` alone; the first of equals."""
     series: dict[Hashable, list[LatencyRow]] = {}
     for row in rows:
         if row.workload.kind == "fixed" and row.arm != CONTROL:
@@ -178,12 +178,12 @@ def _sweep(
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
-    """What was measured at one step of a training, or in one session without a training.
+    """The rows of one step of a training, or of one session without a training.
 
     Attributes:
         step: of the training; 0 without one.
         main: the comparison that stands for it: exact lengths, most arms.
-        arms: the same, with what was timed at that step besides (the policy itself, between two steps).
+        arms: the same, with what was timed at that step besides (the model in training, between two steps).
         natural: the arms on the workload that ends where the model ends it.
         ids: of all rows.
     """
@@ -196,7 +196,7 @@ class Visit:
 
 
 def visits_of(review: Review) -> list[Visit]:
-    """One per step, or per session where there was no training; oldest first."""
+    """Group rows by step, or by session where there was no training; oldest first."""
     found: dict[Hashable, list[LatencyRow]] = {}
     for row in review.rows:
         found.setdefault(row.session if row.step is None else row.step, []).append(row)

@@ -1,4 +1,4 @@
-"""What a line of `latency.jsonl` is: one arm, measured on one workload, with its raw timelines (schema version 2).
+"""The lines of `latency.jsonl`: one arm each, measured on one workload, with raw timelines (schema version 2).
 
 Times in seconds, memory in bytes, throughput in tokens per second. None is "was not measured" everywhere: an engine
 behind an endpoint shows no phases and no memory, a run out of memory has an `error` and no times.
@@ -38,7 +38,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the arm ran. None (of `use_cache`, `cache_implementation`, ...): as its files or the library say.
+    """The settings with which the arm ran; None leaves one to its files or to the library.
 
     `ahead`: with `DecodeAhead`; `eos_token_ids`, `min_pixels`, `max_pixels` overrule the folder's; `training`: train
     mode and gradient checkpointing left on, as after `train()`; `sample`: as the generation config says, instead of
@@ -64,7 +64,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What was asked. `fixed`: exactly `max_new_tokens` each; `natural`: until the model's own end of sequence.
+    """The requests. `fixed`: exactly `max_new_tokens` each; `natural`: until the model's own end of sequence.
 
     Prompt and image tokens are medians over the requests. `thinking` None: the prompts do not say. `lengths`: whether
     every request has lengths of the KV cache that its process has not met before.
@@ -84,7 +84,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Phases:
-    """Where a request's time went, in seconds. They add up to E2E: `prefill_s` ends with the first token.
+    """The parts of a request's time, in seconds. They add up to E2E: `prefill_s` ends with the first token.
 
     `vision_s` is the vision tower's, all its runs together; what ran before the first token is taken out of
     `prefill_s`, what ran after it (a lost cache) out of `decode_s`. With `ahead`, `detokenize_s` has the forward that
@@ -102,7 +102,7 @@ class Phases:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Output tokens of a request, and how many requests ended at the cap instead of an end of sequence.
+    """The output tokens of a request, and the number of requests that ended at the cap.
 
     `at_once`: how many rounds have no TPOT because their tokens arrived at once (see `Timeline.tpot_s`).
     """
@@ -116,7 +116,10 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes. `kv_theory_bytes`: 2 x layers x KV heads x head dim x bytes x tokens x batch, at the longest request."""
+    """The memory, in bytes.
+
+    `kv_theory_bytes`: 2 x layers x KV heads x head dim x bytes x tokens x batch, at the longest request.
+    """
 
     weights_bytes: int | None = None
     kv_theory_bytes: int | None = None
@@ -133,7 +136,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What needs no clock: see `probe.CacheProbe`. `step_lengths` are those of the first request."""
+    """The observations that need no clock (see `model.cache_probe`). `step_lengths` are those of the first request."""
 
     is_cached: bool | None = None
     step_lengths: list[int] = field(default_factory=list)
@@ -142,7 +145,7 @@ class Proof:
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """What physics allows. MBU = floor_tpot_s / tpot_s; MFU = FLOPs of the prefill / (time x peak FLOP/s)."""
+    """The time that physics allows. MBU = floor_tpot_s / tpot_s; MFU = FLOPs of the prefill / (time x peak FLOP/s)."""
 
     bytes_per_step: int
     bandwidth_bytes_per_s: float
@@ -207,8 +210,10 @@ class Timeline:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token of one sequence: of a batch that steps together its longest, of several streams the
-        median over them, each by its own first and last token. Where streams step together, both are the same.
+        """Time per output token of one sequence.
+
+        Of a batch that steps together it is the longest sequence's, of several streams the median over them, each by
+        its own first and last token. Where streams step together, both are the same.
 
         None where no sequence has two tokens, or where they arrived at once (`AT_ONCE_S`): something on the way held
         the answer back, a server with few cores or a proxy that buffers, and nothing is known of its tokens' times.
@@ -221,7 +226,7 @@ class Timeline:
 
     @property
     def is_at_once(self) -> bool:
-        """Whether it has no TPOT although it has the tokens for one."""
+        """Return whether it has no TPOT although it has the tokens for one."""
         return self.tpot_s is None and max(self.output_lengths or [self.output_tokens]) > 1
 
     @property
@@ -309,7 +314,7 @@ class Effect:
 
 @dataclass(frozen=True, kw_only=True)
 class ExplanationRow:
-    """Why `trained` takes another time than `base`: one line of `latency.jsonl`.
+    """The explanation of the time of `trained` beside that of `base`: one line of `latency.jsonl`.
 
     `audit` is what was found without a clock, also where it cost no time here. `split` are the exact effects: they
     sum to `trained_s - base_s`. `effects` are toggled causes, largest first, and end with what is left unexplained:

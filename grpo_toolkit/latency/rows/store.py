@@ -1,4 +1,4 @@
-"""`latency.jsonl`: the truth about every measurement, one row a line, on disk before anything else hears of it."""
+"""The file `latency.jsonl`: one measurement a line, on disk before it is shown or logged anywhere."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def read_rows(path: Path) -> list[LatencyRow | ExplanationRow]:
 
 
 def read_measurements(path: Path) -> list[LatencyRow]:
-    """The rows of arms alone (see `read_rows`)."""
+    """Read the rows of arms alone (see `read_rows`)."""
     return [row for row in read_rows(path) if isinstance(row, LatencyRow)]
 
 
 def row_of(data: Any, where: str = "row") -> LatencyRow | ExplanationRow:
-    """One row from its JSON form.
+    """Return one row from its JSON form.
 
     Raises:
         InputError: not a row, or of another schema version; the message begins with `where`.

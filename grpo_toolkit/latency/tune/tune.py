@@ -1,4 +1,4 @@
-"""The fastest setting that says the same: caches, compilation, attention, SDPA kernels, batch size.
+"""The search for the fastest setting with the same tokens: cache, compilation, attention, kernels, batch size.
 
 A coordinate at a time: first the cache and whether (and how) decoding is compiled, then `DecodeAhead`, attention and
 kernels on top of the best of these, then the batch size as far as the limits go. A setting counts only if it gives the
@@ -20,7 +20,7 @@ from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
 from grpo_toolkit.latency.bench.statistics import paired_ratio, turns
 from grpo_toolkit.latency.bench.sweep import doubling
 from grpo_toolkit.latency.bench.workload import made_up
-from grpo_toolkit.latency.engines.pool import Pool, Source, source_of
+from grpo_toolkit.latency.engines.pool import Engines, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.tune.tuning import Trial, Tuning
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS, first_difference, rival_gap
@@ -79,7 +79,7 @@ def tune_latency(
     if new_tokens < 2 or rounds < 1:
         raise InputError("tune_latency needs at least two new tokens and one round")
     source = source_of(model, processor)
-    with Pool(isolated=isolated) as pool:
+    with Engines(isolated=isolated) as pool:
         bench = _Bench(
             pool=pool,
             source=source,
@@ -119,7 +119,7 @@ def _caches(usual: Options, modes: Sequence[str | None]) -> list[tuple[str, Opti
 
 
 def _ahead(best: Options) -> list[tuple[str, Options]]:
-    """Of an eager step Python takes longer than the GPU, and nothing is gained."""
+    """Return the best setting with `DecodeAhead`; none for an eager step, where Python takes longer than the GPU."""
     return (
         [("decoding ahead", replace(best, ahead=True))] if best.is_compiled and best.device.startswith(DEVICES) else []
     )
@@ -133,7 +133,7 @@ def _attentions(best: Options) -> list[tuple[str, Options]]:
 
 
 def _kernels(best: Options) -> list[tuple[str, Options]]:
-    """SDPA's kernels. Of a compiled step only the one that matters on Hopper, since each is compiled anew."""
+    """Return SDPA's kernels; of a compiled step only the one that matters on Hopper: each is compiled anew."""
     if best.attn_implementation not in (None, "sdpa"):
         return []
     if not best.device.startswith("cuda"):
@@ -154,7 +154,7 @@ class _Limits:
         return self.tpot_s is not None or self.memory_bytes is not None
 
     def broken_by(self, trial: Trial) -> str:
-        """Why a trial is beyond them; empty where it is not."""
+        """Return why a trial is beyond the limits; empty where it is not."""
         if self.tpot_s is not None and trial.tpot_s is not None and trial.tpot_s > self.tpot_s:
             return f"slower than {self.tpot_s * 1e3:g} ms a token"
         if self.memory_bytes is not None and (trial.peak_bytes or 0) > self.memory_bytes:
@@ -164,9 +164,9 @@ class _Limits:
 
 @dataclass(kw_only=True)
 class _Bench:
-    """A model under trial: what the default says, what was tried, what is best so far."""
+    """A model under trial: the default's tokens, all trials, the best so far."""
 
-    pool: Pool
+    pool: Engines
     source: Source
     request: Request
     limits: _Limits
@@ -183,7 +183,7 @@ class _Bench:
         return max(eligible, key=lambda trial: trial.tokens_per_s or 0.0, default=self.trials[0])
 
     def learn(self, usual: Options) -> None:
-        """What the default says, by how much each token won, and how fast it is."""
+        """Run the default: its tokens, by how much each won, and its speed."""
         engine = self.pool.engine(self.source, usual)
         evidence = engine.prove([replace(self.request, with_rivals=True)], usual)
         assert evidence is not None, "a model can be observed"
@@ -213,7 +213,7 @@ class _Bench:
                 return
 
     def compare(self, usual: Options, rounds: int) -> Any:
-        """The best setting's TPOT over the default's at batch 1, in turns."""
+        """Return the best setting's TPOT over the default's at batch 1, measured in turns."""
         best = self.best.options
         if best == usual:
             return None

@@ -1,4 +1,4 @@
-"""What a tuning says to do: as code, as keys of `generation_config.json`, as serving commands."""
+"""The result of a tuning: as code, as keys of `generation_config.json`, as serving commands."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class Trial:
 
     @property
     def is_eligible(self) -> bool:
-        """It ran, said the same, and is within the limits."""
+        """Return whether it ran, gave the same tokens, and is within the limits."""
         return self.is_same and self.tpot_s is not None and not self.note
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The fastest setting that says the same.
+    """The fastest setting that gives the same tokens.
 
     Attributes:
         path: the folder.
@@ -84,11 +84,11 @@ class Tuning:
 
     @property
     def speedup(self) -> float:
-        """How many times faster than the default, per token of a sequence."""
+        """The default's time per token of a sequence over this setting's."""
         return 1.0 if self.ratio is None else 1 / self.ratio.median
 
     def generation_keys(self) -> dict[str, Any]:
-        """Keys of a generation config that make `generate` run so by itself.
+        """Return the keys of a generation config that make `generate` run so by itself.
 
         None where decoding is compiled on a CPU: `generate` does that only when it is told, and the static cache alone
         would be no faster.
@@ -101,7 +101,7 @@ class Tuning:
         return self.best.options.device.startswith("cuda")
 
     def code(self) -> str:
-        """Python that loads and runs the model so."""
+        """Return Python that loads and runs the model so."""
         options = self.best.options
         loading = [f'dtype="{self.dtype}"', f'device_map="{options.device}"']
         if options.attn_implementation is not None:
@@ -136,7 +136,7 @@ class Tuning:
         return "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
 
     def serving_commands(self) -> list[str]:
-        """Servers with as many sequences at once; their caches and CUDA graphs are their own."""
+        """Return commands for servers with as many sequences at once; their caches and CUDA graphs are their own."""
         batch = self.best.batch_size
         ours = f"transformers serve {self.path} --dtype {self.dtype}"
         if self.best.options.attn_implementation is not None:
@@ -171,7 +171,7 @@ _KERNELS: Final = {
 
 
 def keys_for_files(tuning: Tuning, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Which keys of a tuning may stand in an export's `generation_config.json`.
+    """Return the keys of a tuning that may stand in an export's `generation_config.json`.
 
     An export loads wherever its base loads, so a key is left out if an older transformers that loads the base would
     fail on it.

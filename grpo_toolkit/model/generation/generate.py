@@ -1,13 +1,12 @@
-"""Load a saved folder as its user would, generate, and keep a record of every token.
+"""Greedy generation with a record of every token.
 
-One request in, one record out: the tokens, the time of each, the length of every forward's input, how often the
-vision tower ran. Verification reads the tokens and lengths, the latency lab reads the times; both ask the same
-functions, in this process or in a fresh one (`worker.py`).
+One request in, one record out: the tokens, the length of every forward's input, how often the vision tower ran.
+Verification compares the records of the trained model and of its export, from this process or from a fresh one
+(`model_process`). Nothing is timed here: the latency lab has a clock of its own (`latency.engines.timers`).
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -15,7 +14,6 @@ from grpo_toolkit.model.cache_probe import CacheProbe
 from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
 from grpo_toolkit.model.generation.evidence import Evidence, collect
 from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.memory import reset_resident_peak, resident_peak
 from grpo_toolkit.model.sharding.gathered_for_generation import is_collective
 from grpo_toolkit.model.sharding.ranks import world_size
 
@@ -32,45 +30,28 @@ GREEDY: Final[dict[str, Any]] = {
     "top_k": None,
     "min_p": None,
     "repetition_penalty": 1.0,
+    "num_beams": 1,
 }
-"""Greedy decoding for `generate`, with every sampling setting and penalty off: the same weights say the same."""
+"""Greedy decoding for `generate`, with sampling, beams and penalties off: the same weights give the same tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What one request did. Times are seconds since the request began; lists run over tokens or forwards.
+    """The answer to one request, and what was observed on the way; lists run over tokens or forwards.
 
     `rivals` has, per token, the next best tokens and how far their logits were below that of the token chosen.
     """
 
     prompt_tokens: int
     tokens: list[int]
-    token_times_s: list[float]
     step_lengths: list[int]
     is_cached: bool | None
     vision_calls: int
-    peak_memory_bytes: int
     rivals: list[dict[int, float]] = field(default_factory=list)
     evidence: Evidence | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def ttft_s(self) -> float:
-        """Time to first token, preprocessing included."""
-        return self.token_times_s[0]
-
-    @property
-    def e2e_s(self) -> float:
-        """Time to the last token."""
-        return self.token_times_s[-1]
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Time per output token, (t_last - t_first) / (n - 1); None where n < 2."""
-        count = len(self.token_times_s)
-        return (self.token_times_s[-1] - self.token_times_s[0]) / (count - 1) if count > 1 else None
-
     def to_json(self) -> dict[str, Any]:
-        """Everything but the evidence, which is tensors."""
+        """Return all fields but the evidence, which is tensors."""
         found = asdict(replace(self, evidence=None))
         del found["evidence"]
         return found
@@ -79,13 +60,11 @@ class Record:
 def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record:
     """Answer one request greedily and record it.
 
-    Greedy with every sampling setting and penalty switched off, so that two models with the same weights must say
-    the same; `eos_token_id`, `pad_token_id` and `use_cache` come from the model's own generation config.
+    Greedy with every sampling setting and penalty switched off, so that two models with the same weights must
+    give the same tokens; `eos_token_id`, `pad_token_id` and `use_cache` come from the model's own generation config.
     """
     import torch
 
-    device = base_model(model).device
-    stopwatch = Stopwatch(device)
     with torch.no_grad(), CacheProbe(model) as probe:
         prepared = prepare_inputs(processor, [request])
         given = dict(prepared) if request.with_evidence else {}
@@ -107,18 +86,15 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
             options["use_cache"] = request.use_cache
         if world_size() > 1:  # where forwards are collective every rank makes as many as the one that says most
             options["synced_gpus"] = is_collective(model)
-        output = cast("Any", model).generate(**inputs, **options, streamer=stopwatch)
-        peak = stopwatch.peak_memory_bytes()
+        output = cast("Any", model).generate(**inputs, **options)
     prompt_tokens = int(inputs["input_ids"].shape[1])
     tokens = output.sequences[0, prompt_tokens:].tolist()
     return Record(
         prompt_tokens=prompt_tokens,
         tokens=tokens,
-        token_times_s=stopwatch.times_s,
         step_lengths=probe.step_lengths,
         is_cached=probe.is_cached,
         vision_calls=probe.vision_calls,
-        peak_memory_bytes=peak,
         rivals=_rivals_of(output, tokens) if request.with_rivals else [],
         evidence=collect(given, output.logits) if request.with_evidence else None,
     )
@@ -135,41 +111,3 @@ def rivals(logits: torch.Tensor, chosen: int, count: int = 4) -> dict[int, float
     gaps = (best.values[0] - best.values).tolist()
     others = [(token, gap) for token, gap in zip(best.indices.tolist(), gaps, strict=True) if token != chosen]
     return dict(others[:count])
-
-
-class Stopwatch:
-    """A `generate` streamer that notes the time and the peak memory of every token.
-
-    `generate` hands over the prompt first, then each token after it has reached the host, so on a GPU a token's
-    time includes its computation. Memory is CUDA's allocator peak on a GPU; on a CPU it is the process's resident
-    peak, reset at the start where the kernel allows it (Linux, /proc/self/clear_refs).
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self.device = device
-        self.times_s: list[float] = []
-        self._saw_prompt = False
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            reset_resident_peak()
-        self._start = time.perf_counter()
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._saw_prompt:
-            self._saw_prompt = True
-            return
-        self.times_s.append(time.perf_counter() - self._start)
-
-    def end(self) -> None:
-        """Nothing to do: the last token has been noted."""
-
-    def peak_memory_bytes(self) -> int:
-        if self.device.type == "cuda":
-            import torch
-
-            return int(torch.cuda.max_memory_allocated(self.device))
-        return resident_peak()

@@ -1,0 +1,183 @@
+"""The measurement at the end of a training: its arms, its budget, its rounds, and the gate."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+from grpo_toolkit.callbacks.export import published
+from grpo_toolkit.latency.bench.compare import compare_latency
+from grpo_toolkit.latency.bench.gate import missed_by
+from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
+from grpo_toolkit.latency.bench.workload import traffic_of
+from grpo_toolkit.latency.engines.arms import Arm, fitting
+from grpo_toolkit.latency.engines.pool import Engines
+from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.latency.explain.missed_gate import explain_missed
+from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
+from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.save_hook import base_folder
+from grpo_toolkit.reporting.terminal.console import say
+from grpo_toolkit.reporting.terminal.explanation import explanation
+from grpo_toolkit.reporting.terminal.tables import latency_table, ratio_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+
+    from grpo_toolkit.latency.bench.gate import Gate, Missed
+    from grpo_toolkit.latency.bench.workload import Traffic
+    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.model.generation.request import Request
+
+logger = logging.getLogger(__name__)
+
+NO_CACHE: Final = "export_no_cache"
+ARMS: Final = ("base", "checkpoint", "export", NO_CACHE)
+
+COST: Final = 0.01
+"""The share of the training's own time that the end may take, from saving the plain checkpoint to the last round."""
+
+LEAST_BUDGET_S: Final = 60.0
+"""What warm-up and rounds of all workloads may take together after a training so short that less would be left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of `LatencyCallback` for the end of a training (see there)."""
+
+    arms: tuple[str, ...]
+    new_tokens: int
+    rounds: int
+    max_new_tokens: int | None
+    gate: Gate | None
+
+    def workloads(self, requests: Sequence[Request]) -> list[Traffic]:
+        """Return the fixed workload and, unless it is left out, the natural one."""
+        workloads = [traffic_of(requests, max_new_tokens=self.new_tokens)]
+        if self.max_new_tokens is not None:
+            workloads.append(traffic_of(requests, kind="natural", max_new_tokens=self.max_new_tokens))
+        return workloads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The time that the end of a training may take, by when the training began and ended (`time.perf_counter`)."""
+
+    began: float
+    ended: float
+
+    @property
+    def allowed_s(self) -> float:
+        """`COST` of the training's own time."""
+        return COST * (self.ended - self.began)
+
+    def left_s(self, asked_s: float) -> float:
+        """Return what is left for warm-up and rounds: of the one percent by now, or of the minute after `asked_s`."""
+        spent_s = time.perf_counter() - self.ended
+        return max(self.allowed_s - spent_s, LEAST_BUDGET_S - asked_s, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndMeasurement:
+    """One measurement at the end of a training; its rows are on disk as soon as they are known."""
+
+    settings: Settings
+    budget: Budget
+    requests: Sequence[Request]
+    folder: Path
+    step: int
+    rows: list[LatencyRow] = field(default_factory=list)
+    explanations: list[ExplanationRow] = field(default_factory=list)
+
+    def run(self, arms: Sequence[Arm]) -> list[Missed]:
+        """Time the arms and explain what missed the gate; returns what did."""
+        timed = fitting(arms, spare=["checkpoint"])
+        if len(timed) < len(arms):
+            say("no room on the GPU for all arms at once: the plain checkpoint is not timed")
+        missed = self._time(timed)
+        self._explain(missed, timed[0])
+        return missed
+
+    def _time(self, arms: Sequence[Arm]) -> list[Missed]:
+        missed: list[Missed] = []
+        workloads = self.settings.workloads(self.requests)
+        say(f"loading {len(arms)} arms to time them: {', '.join(arm.name for arm in arms)}")
+        with Engines() as engines:
+            for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
+                share_s = self.budget.left_s(engines.asked_s) / left
+                timed = [arm for arm in arms if traffic.kind == "fixed" or arm.name != NO_CACHE]
+                if not timed:
+                    continue
+                say(self._announcement(traffic, len(timed), share_s))
+                rounds = self.settings.rounds
+                compared = compare_latency(
+                    timed, traffic, rounds=rounds, control=False, budget_s=share_s, engines=engines
+                )
+                rows = [replace(row, step=self.step) for row in compared.rows]
+                append_rows(self.folder / FILE_NAME, rows)
+                say(latency_table(rows), *ratio_lines(rows))
+                self.rows.extend(rows)
+                missed += self._missed(rows)
+        return missed
+
+    def _announcement(self, traffic: Traffic, arms: int, budget_s: float) -> str:
+        most = self.settings.rounds
+        tokens = f"{'up to ' if traffic.kind == 'natural' else ''}{traffic.max_new_tokens} tokens"
+        rounds = f"{MIN_PAIRS} to {most}" if most > MIN_PAIRS else str(most)
+        return f"timing {arms} arms, {traffic.name} answers of {tokens} (rounds: {rounds}; limit {budget_s:.0f} s)"
+
+    def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
+        """Return what misses the gate: the export, or where none was measured any arm but the first."""
+        if self.settings.gate is None:
+            return []
+        missed = missed_by(self.settings.gate, rows)
+        has_export = any(row.arm == "export" for row in rows[1:])
+        return [miss for miss in missed if miss.arm == "export" or not has_export]
+
+    def _explain(self, missed: Sequence[Missed], first: Arm) -> None:
+        rows = explain_missed(
+            first.place,
+            missed,
+            device=first.options.device,
+            requests=self.requests,
+            max_new_tokens=self.settings.new_tokens,
+            budget_s=max(LEAST_BUDGET_S, self.budget.allowed_s),
+        )
+        self.explanations.extend(replace(row, step=self.step) for row in rows)
+        append_rows(self.folder / FILE_NAME, self.explanations)
+        for row in self.explanations:
+            say(explanation(row))
+
+
+def find_arms(names: Sequence[str], model: torch.nn.Module, plain: Path) -> list[Arm]:
+    """Return the arms that can be timed after this training.
+
+    Args:
+        names: some of `ARMS`, in the order wanted; one without a folder in this run is left out with a warning.
+        model: the trained model.
+        plain: the folder of the checkpoint as a plain trainer would have saved it.
+    """
+    inner = base_model(model)
+    export = published.get(inner)
+    base = export.base if export is not None else base_folder(model)
+    folders = {
+        "base": base,
+        "checkpoint": plain,
+        "export": None if export is None else export.path,
+        NO_CACHE: None if export is None else export.path,
+    }
+    missing = [name for name in names if folders[name] is None]
+    if missing:
+        logger.warning("grpo_toolkit: nothing to measure for %s (no such folder in this run)", ", ".join(missing))
+    attention = getattr(inner.config, "_attn_implementation", None)
+    options = Options(device=str(inner.device), attn_implementation=attention)
+    return [
+        Arm(name=name, path=path, options=replace(options, use_cache=False if name == NO_CACHE else None))
+        for name in names
+        if (path := folders[name]) is not None
+    ]

@@ -1,0 +1,35 @@
+"""`grpo-toolkit env`: versions and hardware."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from grpo_toolkit.cli.shell import add_json
+
+if TYPE_CHECKING:
+    import argparse
+
+    from grpo_toolkit.cli.shell import Commands
+
+
+def add_command(commands: Commands) -> None:
+    """Add `env` and its flags."""
+    parser = commands.add_parser("env", help="versions and hardware, for a bug report")
+    parser.set_defaults(run=env)
+    add_json(parser)
+
+
+def env(arguments: argparse.Namespace) -> int:
+    """Print versions and hardware, and return the exit code."""
+    import torch
+
+    from grpo_toolkit.latency.hardware.environment import environment_of
+
+    facts = environment_of("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            print(f"{name}: {value}")
+    return 0
