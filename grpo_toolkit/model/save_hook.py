@@ -126,19 +126,6 @@ def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults) -> No
     inner.save_pretrained = types.MethodType(save_pretrained, inner)
 
 
-def remove_save_hook(model: torch.nn.Module) -> None:
-    """Undo `install_save_hook`; without effect where there is none."""
-    inner = base_model(model)
-    for name in ("save_pretrained", _DEFAULTS, _GENERATION):
-        inner.__dict__.pop(name, None)
-
-
-def installed_defaults(model: torch.nn.Module) -> InferenceDefaults | None:
-    """The defaults that the hook on this model writes, or None where there is no hook."""
-    defaults: InferenceDefaults | None = vars(base_model(model)).get(_DEFAULTS)
-    return defaults
-
-
 def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """`PreTrainedModel.save_pretrained` with inference defaults in the files (bound to a model by the hook).
 

@@ -17,7 +17,7 @@ from grpo_toolkit.reporting.charts.style import as_png, styled
 from grpo_toolkit.reporting.charts.sweeps import draw_batches, draw_images
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from matplotlib.figure import Figure
@@ -108,12 +108,6 @@ CHARTS: Final = (
         draw=draw_trend,
     ),
 )
-
-
-def draw_all(review: Review) -> Iterator[tuple[Chart, Figure | None]]:
-    """Every chart with its figure, None where the rows hold nothing for it. Keep `styled()` around its use."""
-    for chart in CHARTS:
-        yield chart, chart.draw(review)
 
 
 def write_pictures(review: Review, folder: Path, names: Sequence[str] | None = None) -> dict[str, Path]:
