@@ -37,19 +37,21 @@ def process_bytes(folder: Path) -> int:
 
 
 def free_bytes(device: str) -> int | None:
-    """Memory that a new process could take on a device: what CUDA says, or Linux's MemAvailable; None: not known."""
+    """Return the memory that a new process could take on a device, or None where that is not known."""
     if device.startswith("cuda"):
         import torch
 
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device != "cpu" or not meminfo.exists():
+    if device != "cpu":
         return None
-    available = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
-    return int(available[0].split()[1]) * 1024 if available else None
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
+# psutil has neither a peak nor its reset. On Linux `ru_maxrss` will not do: it begins with the peak of the process
+# that this one was forked from, which no reset takes away.
 def reset_resident_peak() -> None:
     """Begin a new resident peak, where the kernel allows it."""
     try:
@@ -60,10 +62,9 @@ def reset_resident_peak() -> None:
 
 
 def resident_peak() -> int:
-    """The process's resident peak in bytes since the last reset."""
+    """Return the process's resident peak in bytes since the last reset."""
     import resource
     import sys
-    from pathlib import Path
 
     status = Path("/proc/self/status")
     if status.exists():
