@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run
 from grpo_toolkit.errors import CheckpointError
-from grpo_toolkit.reporting.terminal.diagnosis_text import diagnosis_lines, repair_lines, run_lines
+from grpo_toolkit.reporting.terminal.diagnosis import diagnosis_lines, paper, print_lines, repair_lines, run_lines
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from grpo_toolkit.doctor.findings import Diagnosis
@@ -57,23 +57,15 @@ def _no_collector() -> Iterator[None]:
 def _say_one(diagnosis: Diagnosis, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(diagnosis.to_json()))
-    elif sys.stdout.isatty():
-        from grpo_toolkit.reporting.terminal.diagnosis import print_diagnosis
-
-        print_diagnosis(diagnosis)
     else:
-        _print_lines(diagnosis_lines(diagnosis))
+        print_lines(diagnosis_lines(diagnosis, paper()))
 
 
 def _say_run(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(run_json(path, diagnoses, empty)))
-    elif sys.stdout.isatty():
-        from grpo_toolkit.reporting.terminal.diagnosis import print_run
-
-        print_run(diagnoses, empty)
     else:
-        _print_lines(run_lines(diagnoses, empty))
+        print_lines(run_lines(diagnoses, empty, paper()))
 
 
 def run_json(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -> dict[str, Any]:
@@ -110,7 +102,7 @@ def repair(arguments: argparse.Namespace) -> int:
         print(json.dumps({"path": str(path), "repairs": said} if checkpoints else said[0]))
     else:
         for result in results:
-            _say_repair(result)
+            print_lines(repair_lines(result, paper()))
     return 0 if all(result.plan.is_clean_afterwards for result in results) else 1
 
 
@@ -135,22 +127,4 @@ def _say_undone(path: Path, undone: Mapping[str, Sequence[str]], *, as_json: boo
     if as_json:
         print(json.dumps({"path": str(path), "put_back": undone}))
     else:
-        _print_lines(f"{folder}: put back {', '.join(files)}" for folder, files in undone.items())
-
-
-def _say_repair(result: RepairResult) -> None:
-    if sys.stdout.isatty():
-        from grpo_toolkit.reporting.terminal.diagnosis import print_repair
-
-        print_repair(result)
-    else:
-        if not result.applied and not result.plan.is_empty:
-            _print_lines(result.plan.diff.splitlines())
-        _print_lines(repair_lines(result))
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    # A stranger's text may hold what this terminal cannot say: it is escaped rather than an error.
-    encoding = sys.stdout.encoding or "utf-8"
-    for line in lines:
-        print(line.encode(encoding, errors="backslashreplace").decode(encoding))
+        print_lines(f"{folder}: put back {', '.join(files)}" for folder, files in undone.items())

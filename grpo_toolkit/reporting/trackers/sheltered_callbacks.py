@@ -2,8 +2,8 @@
 
 They stand before ours in the trainer's list and are asked first, and a callback is not told who else is in that list:
 so their classes are wrapped, once, when a trainer with our callback is made. The wrapper acts in that trainer alone,
-which it knows by its `args`; everywhere else the methods do what they did. There is no public way: neither transformers
-nor W&B has a setting that keeps a tracker's error out of `trainer.train()`.
+which it knows by its `args`; everywhere else the methods do what they did. There is no public way: neither
+transformers nor W&B has a setting that keeps a tracker's error out of `trainer.train()`.
 """
 
 from __future__ import annotations
