@@ -1,4 +1,4 @@
-"""Is there room for a model? Asked before, so that one too large costs a line and not the machine."""
+"""Free memory and its peaks: asked before a load, so that a model too large costs a line and not the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONTEXT_BYTES: Final = 1_500_000_000
 
 
 def why_too_large(checkpoint: Checkpoint, device: str) -> str | None:
-    """Why a model cannot be loaded on a device, in a few words; None where it can, or where that is not known."""
+    """Return why a model cannot be loaded on a device, in a few words; None where it can, or that is not known."""
     needed = _HEADROOM * sum(info.nbytes for info in checkpoint.tensors().values())
     free = free_bytes(device)
     if free is None or needed <= free:
@@ -28,7 +28,7 @@ def why_too_large(checkpoint: Checkpoint, device: str) -> str | None:
 
 
 def process_bytes(folder: Path) -> int:
-    """What a process takes on a GPU that loads a folder's model, an adapter's with its base."""
+    """Return the bytes that a process takes on a GPU if it loads a folder's model, an adapter's with its base."""
     checkpoint = open_checkpoint(folder)
     found = [checkpoint]
     if checkpoint.kind is Kind.ADAPTER:

@@ -1,4 +1,4 @@
-"""Every chart there is: what it shows, and what has to be measured for it."""
+"""The list of all charts: what each shows, and what has to be measured for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One chart.
+    """A chart, its words and the function that draws it.
 
     Attributes:
         name: of its file and its key in trackers.
@@ -111,7 +111,7 @@ CHARTS: Final = (
 
 
 def write_pictures(review: Review, folder: Path, names: Sequence[str] | None = None) -> dict[str, Path]:
-    """PNGs of the charts that can be drawn (`names`: these alone), by name."""
+    """Write PNGs of the charts that can be drawn (`names`: these alone); returns them by name."""
     written: dict[str, Path] = {}
     with styled():
         for chart in CHARTS:

@@ -27,12 +27,12 @@ _IS_SHELTERED: Final = "_grpo_toolkit_is_sheltered"
 
 
 class Failed(Protocol):
-    """What is done about an event of a tracker's callback that raised."""
+    """An answer to an event of a tracker's callback that raised."""
 
     def __call__(
         self, callback: TrainerCallback, tracker: str, error: Exception, *, took_s: float, had_begun: bool
     ) -> AbstractContextManager[None] | None:
-        """The state in which to try the event once more; None: the callback rests from now on.
+        """Return the state in which to try the event once more; None: the callback rests from now on.
 
         Args:
             callback: whose event it was.
@@ -48,7 +48,7 @@ _resting: weakref.WeakSet[TrainerCallback] = weakref.WeakSet()
 
 
 def shelter(args: TrainingArguments, failed: Failed) -> None:
-    """From now on no tracker's callback raises into the training of these `args`; `failed` hears of it instead."""
+    """Keep every tracker's callback from raising into the training of these `args`; `failed` is called instead."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     key = id(args)

@@ -43,7 +43,7 @@ EXIT_S: Final = _QUICK_S + PROBE_S
 
 
 def bound_exit(run: Any) -> bool:
-    """Keep the end of this process short where the server is gone; whether that can be done here.
+    """Keep the end of this process short where the server is gone; returns whether that can be done here.
 
     Where the user set `WANDB_FINISH_TIMEOUT`, W&B waits as long as that says. A service that someone else started, or
     a W&B that is built otherwise than 0.31, is left alone.
