@@ -1,5 +1,7 @@
-"""`python -m grpo_toolkit.cli`."""
+"""`python -m grpo_toolkit.cli`: the command line without its console script."""
+
+import sys
 
 from grpo_toolkit.cli.main import main
 
-main()
+sys.exit(main())
