@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cli.shell import add_json, print_lines
 from grpo_toolkit.errors import CheckpointError
+from grpo_toolkit.reporting.terminal.diagnosis import diagnosis_lines, paper, run_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -67,27 +67,15 @@ def _no_collector() -> Iterator[None]:
 def _say_one(diagnosis: Diagnosis, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(diagnosis.to_json()))
-    elif sys.stdout.isatty():
-        from grpo_toolkit.reporting.terminal.diagnosis import print_diagnosis
-
-        print_diagnosis(diagnosis)
     else:
-        from grpo_toolkit.reporting.terminal.diagnosis_text import diagnosis_lines
-
-        print_lines(diagnosis_lines(diagnosis))
+        print_lines(diagnosis_lines(diagnosis, paper()))
 
 
 def _say_run(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(run_json(path, diagnoses, empty)))
-    elif sys.stdout.isatty():
-        from grpo_toolkit.reporting.terminal.diagnosis import print_run
-
-        print_run(diagnoses, empty)
     else:
-        from grpo_toolkit.reporting.terminal.diagnosis_text import run_lines
-
-        print_lines(run_lines(diagnoses, empty))
+        print_lines(run_lines(diagnoses, empty, paper()))
 
 
 def run_json(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -> dict[str, Any]:

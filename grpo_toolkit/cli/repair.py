@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from grpo_toolkit.cli.shell import add_json, print_lines
 from grpo_toolkit.errors import CheckpointError
+from grpo_toolkit.reporting.terminal.diagnosis import paper, repair_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -49,7 +50,7 @@ def repair(arguments: argparse.Namespace) -> int:
         print(json.dumps({"path": str(path), "repairs": said} if checkpoints else said[0]))
     else:
         for result in results:
-            _say_repair(result)
+            print_lines(repair_lines(result, paper()))
     return 0 if all(result.plan.is_clean_afterwards for result in results) else 1
 
 
@@ -75,16 +76,3 @@ def _say_undone(path: Path, undone: Mapping[str, Sequence[str]], *, as_json: boo
         print(json.dumps({"path": str(path), "put_back": undone}))
     else:
         print_lines(f"{folder}: put back {', '.join(files)}" for folder, files in undone.items())
-
-
-def _say_repair(result: RepairResult) -> None:
-    if sys.stdout.isatty():
-        from grpo_toolkit.reporting.terminal.diagnosis import print_repair
-
-        print_repair(result)
-    else:
-        from grpo_toolkit.reporting.terminal.diagnosis_text import repair_lines
-
-        if not result.applied and not result.plan.is_empty:
-            print_lines(result.plan.diff.splitlines())
-        print_lines(repair_lines(result))

@@ -1,4 +1,4 @@
-"""Proof of the KV cache that needs no clock: what each forward of a generation was given."""
+"""A proof of the KV cache that needs no clock: the inputs of each forward of a generation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VISION_TOWERS: Final = ("visual", "vision_tower", "vision_model")
 
 @dataclass
 class CacheProbe:
-    """Proof of the KV cache that needs no clock: what each forward of a `generate` call was given.
+    """A record of what each forward of a `generate` call was given, which shows whether a KV cache was in use.
 
     With a cache the input lengths read [prompt, 1, 1, ...], the cache holds exactly what was fed before, and the
     vision tower runs once. Without one they read [p, p + 1, p + 2, ...], and the tower may run at every step.
@@ -35,9 +35,9 @@ class CacheProbe:
 
     @property
     def is_cached(self) -> bool | None:
-        """Every step after the first was fed one token, on top of a cache that holds all before it.
+        """Return whether every step after the first was fed one token, on top of a cache of all before it.
 
-        None where it was not seen: of a cache that does not tell its length, or where looking failed.
+        None where that was not seen: with a cache that does not tell its length, or where looking failed.
         """
         fed = [sum(self.step_lengths[:step]) for step in range(len(self.step_lengths))]
         if any(length != 1 for length in self.step_lengths[1:]):
@@ -69,13 +69,13 @@ class CacheProbe:
 
 
 def vision_tower(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The outermost vision tower of a model, or None for a text-only one."""
+    """Return the outermost vision tower of a model, or None for a text-only one."""
     towers = (module for name, module in model.named_modules() if name.rpartition(".")[2] in VISION_TOWERS)
     return next(towers, None)
 
 
 def cache_in(given: Any) -> Any:
-    """The KV cache among a forward's arguments, or in what `generate` returns; None where there is none.
+    """Return the KV cache among a forward's arguments, or in what `generate` returns; None where there is none.
 
     `cache` from transformers 5.24 on, where the old name still works, with a warning; `past_key_values` before.
     """

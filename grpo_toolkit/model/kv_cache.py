@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def cache_flags(config: PretrainedConfig) -> dict[Level, Any]:
-    """`use_cache` at every level that has one now, as {level: value}."""
+    """Return `use_cache` at every level that has one now, as {level: value}."""
     return {level: vars(node)["use_cache"] for level, node in config_levels(config) if "use_cache" in vars(node)}
 
 
@@ -48,7 +48,7 @@ def set_cache_flags(config: PretrainedConfig, flags: dict[Level, Any]) -> None:
 
 
 def is_checkpointing(model: torch.nn.Module) -> bool:
-    """Whether gradient checkpointing is on anywhere in the model."""
+    """Return whether gradient checkpointing is on anywhere in the model."""
     return bool(_checkpointed(model))
 
 
@@ -65,7 +65,7 @@ def disable_cache_for_training(model: torch.nn.Module) -> None:
 
 
 def enable_cache_for_generation(model: torch.nn.Module) -> bool:
-    """Make `generate` use the cache whatever the base said; True if something had to change.
+    """Make `generate` use the cache whatever the base says; returns whether something had to change.
 
     `_from_model_config` is cleared because transformers 4.x otherwise rebuilds the generation config from the model
     config, where training has just switched the cache off.

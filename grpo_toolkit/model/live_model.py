@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP, `torch.compile` and PEFT wrappers: the owner of config and `generate`."""
+    """Return the transformers model inside DDP, `torch.compile` and PEFT wrappers: it has config and `generate`."""
     from transformers import PreTrainedModel
 
     inner: Any = model
@@ -33,7 +33,7 @@ def base_model(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def config_levels(config: PretrainedConfig, here: Level = ()) -> Iterator[tuple[Level, PretrainedConfig]]:
-    """The config and every config nested in it, each with where it sits."""
+    """Return the config and every config nested in it, each with its path."""
     from transformers import PretrainedConfig
 
     yield here, config

@@ -1,4 +1,4 @@
-"""Loading a model and its processor from a folder, with a report of what was missing."""
+"""The loading of a model and its processor from a folder, with a report of what was missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What loading a folder said: keys that the model missed, did not expect, or that had another shape.
+    """The keys that a loaded model missed, did not expect, or found in another shape.
 
     `tied` says whether the output embeddings are the input embeddings; None where the model does not have both.
     """
@@ -108,19 +108,19 @@ def _load_adapter(
 
 
 def has_processor(path: Path) -> bool:
-    """Whether the folder carries a tokenizer or processor of its own."""
+    """Return whether the folder carries a tokenizer or processor of its own."""
     return any((path / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
 
 
 def load_processor(path: Path) -> Any:
-    """The folder's processor, or its tokenizer where it has no image side."""
+    """Load the folder's processor, or its tokenizer where it has no image side."""
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(path)
 
 
 def auto_class(path: Path) -> Any:
-    """The Auto class that loads this folder for generation: image-text-to-text if the model type has one."""
+    """Return the Auto class that loads this folder for generation: image-text-to-text if the type has one."""
     import transformers
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -132,7 +132,7 @@ def auto_class(path: Path) -> Any:
 
 
 def dtype_argument() -> str:
-    """`dtype` since transformers 4.56, `torch_dtype` before (huggingface/transformers#39782)."""
+    """Return the name of the argument: `dtype` since transformers 4.56, before `torch_dtype` (transformers#39782)."""
     import transformers
     from packaging.version import Version
 

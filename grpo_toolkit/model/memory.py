@@ -1,4 +1,4 @@
-"""Is there room for a model? Asked before, so that one too large costs a line and not the machine."""
+"""Free memory and its peaks: asked before a load, so that a model too large costs a line and not the machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CONTEXT_BYTES: Final = 1_500_000_000
 
 
 def why_too_large(tensors: Mapping[str, TensorInfo], device: str) -> str | None:
-    """Why a model cannot be loaded on a device, in a few words; None where it can, or where that is not known."""
+    """Return why a model cannot be loaded on a device, in a few words; None where it can, or that is not known."""
     needed = _HEADROOM * sum(info.nbytes for info in tensors.values())
     free = free_bytes(device)
     if free is None or needed <= free:
@@ -30,7 +30,7 @@ def why_too_large(tensors: Mapping[str, TensorInfo], device: str) -> str | None:
 
 
 def process_bytes(folder: Path) -> int:
-    """What a process takes on a GPU that loads a folder's model, an adapter's with its base."""
+    """Return the bytes that a process takes on a GPU if it loads a folder's model, an adapter's with its base."""
     checkpoint = open_checkpoint(folder)
     found = [checkpoint]
     if checkpoint.kind is Kind.ADAPTER:
@@ -39,19 +39,21 @@ def process_bytes(folder: Path) -> int:
 
 
 def free_bytes(device: str) -> int | None:
-    """Memory that a new process could take on a device: what CUDA says, or Linux's MemAvailable; None: not known."""
+    """Return the memory that a new process could take on a device, or None where that is not known."""
     if device.startswith("cuda"):
         import torch
 
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device != "cpu" or not meminfo.exists():
+    if device != "cpu":
         return None
-    available = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
-    return int(available[0].split()[1]) * 1024 if available else None
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
+# psutil has neither a peak nor its reset. On Linux `ru_maxrss` will not do: it begins with the peak of the process
+# that this one was forked from, which no reset takes away.
 def reset_resident_peak() -> None:
     """Begin a new resident peak, where the kernel allows it."""
     try:
@@ -62,10 +64,9 @@ def reset_resident_peak() -> None:
 
 
 def resident_peak() -> int:
-    """The process's resident peak in bytes since the last reset."""
+    """Return the process's resident peak in bytes since the last reset."""
     import resource
     import sys
-    from pathlib import Path
 
     status = Path("/proc/self/status")
     if status.exists():

@@ -56,7 +56,7 @@ def parked(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
 
 
 def movable(model: torch.nn.Module, optimizer: Any = None) -> list[Place]:
-    """Every tensor that a training holds, with how to put another one in its place; none where that is not safe."""
+    """Return every tensor of a training, with a function that replaces it; none where that is not safe."""
     import torch
 
     # Asked first: a shard of FSDP2 has no storage to look at.

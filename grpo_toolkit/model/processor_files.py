@@ -16,12 +16,12 @@ PREPROCESSOR: Final = "preprocessor_config.json"
 
 
 def processor_of(folder: Path) -> Any:
-    """The folder's processor or tokenizer, or None where it has none."""
+    """Load the folder's processor or tokenizer, or return None where it has none."""
     return load_processor(folder) if has_processor(folder) else None
 
 
 def write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
-    """Carry the base's tokenizer and processor files, unless training changed the processor; returns what changed.
+    """Copy the base's tokenizer and processor files, unless training changed the processor; returns what changed.
 
     Whether it did is found by saving both with this library and comparing the files.
     """
@@ -49,7 +49,7 @@ def write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
 
 
 def _pixel_limits(left: Path, right: Path, changed: list[str]) -> dict[str, int]:
-    """The image processor's limits in the right folder, if they are all in which the two differ; else {}.
+    """Return the image processor's limits in the right folder, if the two differ in nothing else; else {}.
 
     Both were saved by the same library: nested in `processor_config.json` by transformers 5, before that flat in
     `preprocessor_config.json`; as `size`, or as `min_pixels` and `max_pixels`.
@@ -66,7 +66,7 @@ def _pixel_limits(left: Path, right: Path, changed: list[str]) -> dict[str, int]
 
 
 def _split_limits(content: JsonObject) -> tuple[JsonObject, dict[str, int]]:
-    """A saved processor's settings without its pixel limits, and these."""
+    """Split a saved processor's settings from its pixel limits."""
     found = zip(PIXEL_LIMITS, pixel_limits(content), strict=True)
     inner = {key: value for key, value in content.get("image_processor", content).items() if key not in PIXEL_LIMITS}
     size = inner.pop("size", None) or {}
@@ -87,7 +87,7 @@ def _write_pixel_limits(path: Path, limits: dict[str, int]) -> None:
 
 
 def _without_rollout_settings(processor: Any, original: Any) -> Any:
-    """A copy of the trained processor with the padding and truncation of the original.
+    """Return a copy of the trained processor with the padding and truncation of the original.
 
     TRL pads and truncates on the left for its rollouts, and every padded batch leaves its settings in the tokenizer's
     backend, from where they would be saved into tokenizer.json.

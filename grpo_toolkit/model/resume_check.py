@@ -1,4 +1,4 @@
-"""Proves that a resume loaded the checkpoint's weights, or loads them.
+"""A check that a resume loaded the checkpoint's weights, and their loading where it did not.
 
 A full fine-tune of Qwen2.5-VL resumes from the *base*, silently: its checkpoints carry the published names
 (`visual.*`, `model.layers.*`), the live model has others (`model.visual.*`, `model.language_model.*`), and
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeReport:
-    """What was found when live weights were held against a checkpoint's: how many tensors, and which differed."""
+    """The outcome of comparing live weights with a checkpoint's: how many tensors, and which differed."""
 
     checkpoint: Path
     compared: int
@@ -112,7 +112,7 @@ def _adapter_states(model: Any, checkpoint: Path) -> tuple[dict[str, Any], dict[
 
 
 def is_checkpoint_of(checkpoint: Path, state: TrainerState) -> bool:
-    """Whether a folder is the checkpoint that a resumed trainer's state was read from.
+    """Return whether a folder is the checkpoint that a resumed trainer's state was read from.
 
     A trainer does not tell its callbacks which folder it resumes from, and another run's `checkpoint-N` of the same
     step may lie where it is looked for: so the state on disk has to be the live one, log and all.

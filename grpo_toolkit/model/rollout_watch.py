@@ -1,4 +1,4 @@
-"""How the rollouts of a training decode, seen from the inputs of the forwards."""
+"""A watch over the rollouts of a training: with or without a cache, seen from the inputs of the forwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Decoding(enum.Enum):
-    """How a generation was seen to decode."""
+    """The way in which a generation was seen to decode."""
 
     CACHED = "with its KV cache"
     RECOMPUTED = "without a KV cache: every step computes the whole sequence again"
@@ -22,7 +22,7 @@ class Decoding(enum.Enum):
 
 
 class RolloutWatch:
-    """Sees how a model in training decodes, whoever calls `generate`, and lets go as soon as it knows.
+    """A hook that sees how a model in training decodes, whoever calls `generate`, until it knows.
 
     The forwards of a rollout stand between those of log-probabilities and of training. They are told by their inputs:
     no gradient is wanted, and either one token follows the prompt of the same batch, or the same batch comes again

@@ -1,7 +1,7 @@
 """Buffers that a model computes when it is built, above all the frequencies of its rotary positions.
 
 They are in no file, so an export cannot carry them: who loads it computes them anew, in float32. A training that
-rounded them has taught its policy other positions than the export will have; in bfloat16 a frequency is off by up to
+rounded them has taught its model other positions than the export will have; in bfloat16 a frequency is off by up to
 0.4%, four whole positions at position 1,000. It happens where
 
 - DeepSpeed shares the model out as it loads (ZeRO-3 with `zero3_init_flag: true`): `zero.Init` casts every float
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def rounded_buffers(model: torch.nn.Module) -> list[str]:
-    """Names of the computed floating-point buffers that are in half precision."""
+    """Return the names of the computed floating-point buffers that are in half precision."""
     import torch
 
     halves = (torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ def rounded_buffers(model: torch.nn.Module) -> list[str]:
 
 
 def right_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Those of them that the model's class makes in float32, as it makes them.
+    """Return those of them that the model's class makes in float32, as it makes them.
 
     What the class itself makes in half precision is none of them: a load for an export makes it so, too.
     """
@@ -75,7 +75,7 @@ def restore_buffers(model: torch.nn.Module) -> list[str]:
 
 
 def _computed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that no checkpoint has."""
+    """Return the buffers that no checkpoint has."""
     return {
         f"{path}.{name}" if path else name: module.get_buffer(name)
         for path, module in model.named_modules()
@@ -85,7 +85,7 @@ def _computed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _skeleton(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The same architecture with buffers and without weights, built as a load in that dtype builds it."""
+    """Build the same architecture with buffers and without weights, as a load in that dtype does."""
     import torch
 
     from accelerate import init_empty_weights

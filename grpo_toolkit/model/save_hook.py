@@ -1,4 +1,4 @@
-"""The save hook: whoever calls `save_pretrained`, the files carry inference defaults.
+"""The save hook: whoever calls `save_pretrained`, the files get inference defaults.
 
 Trainer checkpoints, `save_model`, Hub pushes and a user's own call all end in the model's `save_pretrained`, in every
 distributed backend. So the hook sits there, on the instance: for the duration of one save the configs say what an
@@ -45,7 +45,7 @@ def capture_model_defaults(
     base: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> InferenceDefaults:
-    """The inference defaults of a live model: those of its base folder, or a snapshot where there is none.
+    """Return the inference defaults of a live model: its base folder's, or a snapshot where there is none.
 
     The base folder is the truth because by the time a callback first sees the model, TRL has already rewritten
     `pad_token_id`. It is read through the model's own config class, so that the levels are those of this
@@ -86,7 +86,7 @@ def _check_overrides(defaults: InferenceDefaults) -> None:
 
 
 def base_folder(model: torch.nn.Module, base: str | Path | None = None) -> Path | None:
-    """The local folder that a live model was loaded from (or `base`, if given), or None."""
+    """Return the local folder that a live model was loaded from (or `base`, if given), or None."""
     config = base_model(model).config
     name = str(base) if base is not None else getattr(config, "_name_or_path", None)
     return find_base(name, revision=getattr(config, "_commit_hash", None) if base is None else None)
@@ -129,21 +129,8 @@ def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults) -> No
     inner.save_pretrained = types.MethodType(save_pretrained, inner)
 
 
-def remove_save_hook(model: torch.nn.Module) -> None:
-    """Undo `install_save_hook`; without effect where there is none."""
-    inner = base_model(model)
-    for name in ("save_pretrained", _DEFAULTS, _GENERATION):
-        inner.__dict__.pop(name, None)
-
-
-def installed_defaults(model: torch.nn.Module) -> InferenceDefaults | None:
-    """The defaults that the hook on this model writes, or None where there is no hook."""
-    defaults: InferenceDefaults | None = vars(base_model(model)).get(_DEFAULTS)
-    return defaults
-
-
 def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """`PreTrainedModel.save_pretrained` with inference defaults in the files (bound to a model by the hook).
+    """Do `PreTrainedModel.save_pretrained` with inference defaults in the files (bound to a model by the hook).
 
     The name is the method's own: pickling a bound method stores its name, and unpickling looks it up on the class.
     """
@@ -164,14 +151,14 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def saved_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The live tensors that a trainer saves of a model: all of them, or of a PEFT model those that it trains."""
+    """Return the live tensors that a trainer saves of a model: all, or of a PEFT model those that it trains."""
     if hasattr(model, "peft_config"):
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return dict(base_model(model).state_dict(keep_vars=True))
 
 
 def tied_again(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A gathered state dict in which tied names share one tensor, as saving needs it to store them once.
+    """Return a gathered state dict in which tied names share one tensor, so that saving stores them once.
 
     FSDP2's full state dict and DeepSpeed's copy for saving clone every name by itself: `lm_head` then comes out of a
     checkpoint a second time, untied.
@@ -204,7 +191,7 @@ def published_names(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def inference_defaults(model: PreTrainedModel, defaults: InferenceDefaults) -> Iterator[None]:
-    """The model's configs say `defaults` inside, and what they said before on exit."""
+    """Put `defaults` into the model's configs, and put back on exit what they held before."""
     flags, generation_config = cache_flags(model.config), model.generation_config
     known = vars(model).get(_GENERATION)
     edits = {} if known is None else _edits(known, _generation_values(model))
@@ -231,7 +218,7 @@ def _edits(before: JsonObject, after: JsonObject) -> JsonObject:
 
 
 def generation_config_of(defaults: InferenceDefaults) -> GenerationConfig | None:
-    """The defaults as a `GenerationConfig`, or None where the base has no `generation_config.json`."""
+    """Return the defaults as a `GenerationConfig`, or None where the base has no `generation_config.json`."""
     from transformers import GenerationConfig
 
     if defaults.generation is ABSENT:
@@ -240,7 +227,7 @@ def generation_config_of(defaults: InferenceDefaults) -> GenerationConfig | None
 
 
 def remember_plain_state(model: torch.nn.Module) -> None:
-    """Note what the trainer made of the configs, before we change anything: what its saves would have said."""
+    """Note the configs as the trainer left them, before we change anything: its saves would have held that."""
     inner = base_model(model)
     setattr(inner, _PLAIN_STATE, (cache_flags(inner.config), copy.deepcopy(inner.generation_config)))
 

@@ -21,7 +21,7 @@ from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_files
 from grpo_toolkit.doctor.planned_files import PlannedFiles
 from grpo_toolkit.doctor.repair_plan import make_plan
 from grpo_toolkit.errors import CheckpointError
-from grpo_toolkit.reporting.terminal.diagnosis_text import diagnosis_lines
+from grpo_toolkit.reporting.terminal.diagnosis import diagnosis_lines
 from tests.support.memory_files import MemoryFiles, copied, load_seed
 from tests.support.mutations import SEEDS, Mutation, mutate, mutations
 

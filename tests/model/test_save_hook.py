@@ -17,8 +17,6 @@ from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.save_hook import (
     capture_model_defaults,
     install_save_hook,
-    installed_defaults,
-    remove_save_hook,
     save_as_plain_trainer,
 )
 from tests.support.training import grpo_trainer, nested_config_only, v5_only
@@ -198,15 +196,6 @@ def test_a_pickled_model_loads_and_saves(qwen: Path, tmp_path: Path) -> None:
     loaded = pickle.loads(pickle.dumps(model))
     loaded.save_pretrained(tmp_path / "loaded")
     assert (tmp_path / "loaded" / "model.safetensors").is_file()
-
-
-def test_removing_the_hook_leaves_the_class_method(qwen: Path) -> None:
-    model = load_model(qwen)[0]
-    install_save_hook(model, capture_model_defaults(model))
-    assert installed_defaults(model) is not None
-    remove_save_hook(model)
-    assert installed_defaults(model) is None
-    assert "save_pretrained" not in vars(model)
 
 
 @nested_config_only

@@ -1,1 +1,1 @@
-"""How the attention of a live model is computed."""
+"""The attention of a live model."""

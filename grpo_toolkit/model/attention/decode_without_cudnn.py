@@ -1,4 +1,4 @@
-"""Which attention kernel a rollout decodes with.
+"""The attention kernel that a rollout decodes with.
 
 PyTorch's SDPA prefers cuDNN's attention on Hopper, and cuDNN plans anew for every length of the KV cache that it has
 not seen in this process. A decode step adds one to that length, and rollouts of fresh prompts meet new lengths all the
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def plans_per_length(device: torch.device) -> bool:
-    """Whether cuDNN's planning slows down decoding on this device: measured on Hopper (compute capability 9)."""
+    """Return whether cuDNN's planning slows down decoding on this device: measured on Hopper (capability 9)."""
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 class DecodeWithoutCudnn:
-    """Keeps the decode steps of a live model off cuDNN's attention; everything else of a training goes on using it.
+    """A hook that keeps decode steps of a live model off cuDNN's attention; all else in a training goes on using it.
 
     A decode step is a forward of one token a sequence that wants no gradient. Prefill, log-probabilities and training
     are not touched, so the loss is the same to the last bit; sampled tokens may differ as they do between any two

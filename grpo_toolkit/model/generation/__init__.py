@@ -1,1 +1,1 @@
-"""Generation with a live model or one that is loaded: requests, inputs, loading, and what was answered."""
+"""Generation with a live model or a loaded one: requests, their inputs, answers."""

@@ -1,4 +1,4 @@
-"""How far two answers may differ: margins of ties, tolerances of logits, first differences."""
+"""The agreement of two answers: margins of ties, tolerances of logits, first differences."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ GPU a model need not even agree with itself: `policy_noise` measures by how much
 
 
 LOGIT_TOLERANCES: Final = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-"""How far the logits of an export may be from the policy's, by dtype: RMS of the difference over RMS of the logits.
+"""The most that an export's logits may be off the trained model's, by dtype: RMS of the difference over theirs.
 
 float16 keeps 11 bits of a value, bfloat16 8: one rounding is 5e-4 and 4e-3 of it, and some ten layers' roundings add
-up as the root of their number. A policy that is further than half of this from itself widens it (`logit_noise`).
+up as the root of their number. A model that is further than half of this from itself widens it (`logit_noise`).
 """
 
 
 def rival_gap(rivals: Sequence[Mapping[int, float]], tokens: Sequence[int], where: int) -> float:
-    """How far another model's token lay below the one chosen there; infinite where it was not among the next best."""
+    """Return how far another model's token lay below the chosen one; infinite where it was not among the next best."""
     if where >= min(len(rivals), len(tokens)):
         return float("inf")
     return rivals[where].get(tokens[where], float("inf"))
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Where two sequences part, the end of the shorter one included; None where they are equal."""
+    """Return the index where two sequences part, at the latest the shorter one's end; None where they are equal."""
     if list(one) == list(other):
         return None
     pairs = zip(one, other, strict=False)
@@ -43,7 +43,7 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def input_differences(expected: Evidence, found: Evidence) -> Iterator[str]:
-    """A few words on each of the processor's tensors that is not the same in both."""
+    """Return a few words on each of the processor's tensors that is not the same in both."""
     for name in sorted(expected.inputs.keys() | found.inputs.keys()):
         want, got = expected.inputs.get(name), found.inputs.get(name)
         if want is None or got is None:
@@ -55,7 +55,7 @@ def input_differences(expected: Evidence, found: Evidence) -> Iterator[str]:
 
 
 def logit_distance(expected: Evidence, found: Evidence, *, steps: int = LOGIT_STEPS) -> tuple[float, float]:
-    """How far the logits of the first `steps` tokens are apart: relative to their spread (RMS over RMS), and at most.
+    """Return how far the logits of the first `steps` tokens are apart: relative (RMS over RMS), and at most.
 
     Raises:
         ValueError: another vocabulary.

@@ -32,7 +32,7 @@ def prepare_inputs(processor: Any, requests: Sequence[Request]) -> Any:
 
 
 def inputs_for(model: torch.nn.Module, inputs: Any) -> Any:
-    """A processor's output on the model's device, its pixels in the model's dtype."""
+    """Return a processor's output on the model's device, its pixels in the model's dtype."""
     import torch
 
     inner = base_model(model)
@@ -45,7 +45,7 @@ def inputs_for(model: torch.nn.Module, inputs: Any) -> Any:
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """The prompt as text; without a chat template, the texts one after the other."""
+    """Return the prompt as text; without a chat template, the texts one after the other."""
     flat = [{**message, "content": _text_of(message["content"])} for message in messages]
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(message["content"] for message in flat)
@@ -57,7 +57,7 @@ def _text_of(content: str | list[dict[str, Any]]) -> str:
 
 
 def image_messages(request: Request) -> list[dict[str, Any]]:
-    """The messages with every content as typed parts, and an image part for each image that has none yet."""
+    """Return the messages with typed parts as contents, and an image part for each image that has none yet."""
     messages = [
         {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else list(content)}
         for message in request.messages

@@ -1,4 +1,4 @@
-"""`generate` that does not keep a GPU waiting: the next step is queued before the last token is looked at.
+"""A `generate` that does not keep a GPU waiting: the next step is queued before the last token is looked at.
 
 Between two tokens `generate` asks the GPU whether every sequence has ended, which waits until the GPU has nothing left
 to do; then the GPU waits while Python prepares the next step: 1.4 of 5.5 ms a token of a compiled Qwen2.5-VL-3B on an
@@ -62,7 +62,7 @@ class DecodeAhead:
         self._layers: list[Any] = []
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `model.generate`."""
+        """Do what `model.generate` does."""
         with deferred_stops(), self._lending() as made:
             output = self.model.generate(*args, **kwargs)
         for cache, layers in made:
@@ -72,7 +72,7 @@ class DecodeAhead:
 
     @contextmanager
     def _lending(self) -> Iterator[list[tuple[Any, list[Any]]]]:
-        """The first cache that `generate` makes gets the last request's memory; it is yielded, with its layers."""
+        """Give the first cache that `generate` makes the last request's memory; yields it with its layers."""
         inner: Any = base_model(self.model)
         made: list[tuple[Any, list[Any]]] = []
         if not hasattr(inner, _MAKE) or _MAKE in vars(inner):  # in vars: by a request around this one
@@ -101,7 +101,7 @@ class DecodeAhead:
 
 
 def _lasting(cache: Any) -> list[Any]:
-    """Its layers whose tensors stay where they are, and which the prefill will make."""
+    """Return its layers whose tensors stay where they are, and which the prefill will make."""
     from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
     layers = [] if getattr(cache, "offloading", False) else getattr(cache, "layers", [])
@@ -110,7 +110,7 @@ def _lasting(cache: Any) -> list[Any]:
 
 
 def _initialize(layer: Any, old: Any, *states: Any) -> None:
-    """What the prefill does with an empty layer; then the old layer's tensors instead of equal new ones."""
+    """Set up an empty layer as the prefill does, then put the old layer's tensors in place of equal new ones."""
     import torch
 
     del layer.lazy_initialization  # as above
@@ -140,7 +140,7 @@ def deferred_stops() -> Iterator[None]:
 
 
 def _install() -> None:
-    """Put our word in front of the library's; where nobody has asked for `deferred_stops` it says what that says."""
+    """Put our check in front of the library's; where nobody has asked for `deferred_stops` it answers the same."""
     from transformers.generation import utils
 
     check = getattr(utils, "DeferredStopCheck", None)
@@ -160,7 +160,7 @@ def _install() -> None:
 
 
 def _is_current(device: torch.device) -> bool:
-    """Whether the library waits for this device: `torch.Event` of any is recorded on the current one's stream.
+    """Return whether the library waits for this device: an event of any is recorded on the current one's stream.
 
     https://github.com/pytorch/pytorch/blob/main/torch/csrc/Event.cpp (THPEvent_record)
     """

@@ -1,4 +1,4 @@
-"""What an answer was made of: what the processor gave the model, and the logits of its first tokens.
+"""The inputs and logits behind an answer: what the processor gave the model, and the logits of its first tokens.
 
 Two models that are to be the same are compared by it: the numbers say how far apart they are, which equal tokens do
 not. It travels between processes as a safetensors file.
@@ -21,7 +21,7 @@ LOGIT_STEPS: Final = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Of one answer.
+    """The inputs and first logits of one answer.
 
     Attributes:
         inputs: the processor's tensors by name (`input_ids`, `pixel_values`, ...), as it made them.
@@ -40,7 +40,7 @@ def collect(inputs: Mapping[str, torch.Tensor], logits: Sequence[torch.Tensor]) 
 
 
 def write_evidence(evidence: Evidence, path: Path) -> None:
-    """Store it for another process."""
+    """Store it as a file for another process."""
     from safetensors.torch import save_file
 
     tensors = {f"inputs.{name}": tensor for name, tensor in evidence.inputs.items()} | {"logits": evidence.logits}
@@ -48,7 +48,7 @@ def write_evidence(evidence: Evidence, path: Path) -> None:
 
 
 def read_evidence(path: Path) -> Evidence:
-    """The counterpart of `write_evidence`."""
+    """Read what `write_evidence` wrote."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)

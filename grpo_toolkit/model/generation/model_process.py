@@ -1,6 +1,6 @@
-"""A fresh process that loads one folder and answers requests: nothing of the training can leak into it.
+"""A fresh process that loads one folder and answers requests; nothing of the training can leak into it.
 
-`Worker` answers for verification; the latency lab has a child of its own kind (`latency/engines/process.py`).
+Verification's child is `export/verification_process.py`, the latency lab's `latency/engines/process.py`.
 
 The parent speaks JSON lines over pipes; images travel as PNG files in a folder that both can read. The child
 is started without the variables of a distributed launch, so that it is a plain single process also under
@@ -76,7 +76,7 @@ class ModelProcess:
             raise
 
     def _write_request(self, request: Request) -> dict[str, Any]:
-        """The request as JSON; its images go into files that both sides can read."""
+        """Return the request as JSON; its images go into files that both sides can read."""
         images = []
         for image in request.images:
             file = self._scratch / f"{self._images}.png"
@@ -152,7 +152,7 @@ class ModelProcess:
 
 
 def worker_environment() -> dict[str, str]:
-    """This process's environment without what a distributed launcher put there."""
+    """Return this process's environment without what a distributed launcher put there."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -167,7 +167,7 @@ def worker_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def answering() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A child's side: how to answer. What goes wrong is answered, too, before it is raised."""
+    """Yield a child's function to answer with; an error inside is answered, too, before it is raised."""
     # Libraries print to stdout; answers go to a private copy of it, and everything else to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -184,7 +184,7 @@ def answering() -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def read_request(message: dict[str, Any]) -> Request:
-    """A request as `ModelProcess` wrote it."""
+    """Read a request as `ModelProcess` wrote it."""
     from PIL import Image
 
     images = [Image.open(file).convert("RGB") for file in message.pop("images")]

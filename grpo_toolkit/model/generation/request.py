@@ -1,4 +1,4 @@
-"""Which prompts to ask when a training has ended."""
+"""Requests: a prompt, its images and limits, from dataset rows, from a trainer's log, or made up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def find_requests(
     prompts: Iterable[Mapping[str, Any]] | None, kwargs: Mapping[str, Any], *, limit: int
 ) -> list[Request]:
-    """The prompts given, or the first rows of the trainer's own datasets; none where those cannot be indexed.
+    """Return the prompts given, or the first rows of the trainer's datasets; none where those cannot be indexed.
 
     Datasets are read by index, past the samplers: iterating a trainer's dataloader would move its random state.
     """
@@ -30,7 +30,7 @@ def find_requests(
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One generation request.
+    """A request for one answer.
 
     Attributes:
         messages: the conversation in chat form, `[{"role": ..., "content": str | parts}]`.
@@ -55,7 +55,7 @@ class Request:
 
 
 def logged_requests(trainer: Any, *, limit: int = 4, max_new_tokens: int = 64) -> list[Request]:
-    """The last prompts that a trainer has logged, each once; none where it keeps no such log.
+    """Return the last prompts that a trainer has logged, each once; none where it keeps no such log.
 
     TRL's GRPOTrainer has kept it in `_logs` since 0.16, images inside the prompts or beside them
     (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/grpo_trainer.py).
@@ -74,7 +74,7 @@ def logged_requests(trainer: Any, *, limit: int = 4, max_new_tokens: int = 64) -
 
 
 def request_of(prompt: Any, beside: Any = (), *, max_new_tokens: int) -> Request:
-    """A request from a prompt as TRL's trainers take it.
+    """Make a request of a prompt as TRL's trainers take it.
 
     Args:
         prompt: a text, or chat messages, whose parts may hold their images.
@@ -95,7 +95,7 @@ def request_of(prompt: Any, beside: Any = (), *, max_new_tokens: int) -> Request
 
 
 def plain_request() -> Request:
-    """A request that any language model can answer."""
+    """Return a request that any language model can answer."""
     return Request(messages=[{"role": "user", "content": "Count from one to ten."}], max_new_tokens=16)
 
 

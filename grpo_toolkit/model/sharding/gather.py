@@ -1,4 +1,4 @@
-"""Several processes: whether a model is sharded over them, how its weights are gathered, how the ranks agree.
+"""The weights of a model that is sharded over several processes, found and gathered.
 
 `gather` goes tensor by tensor, so that no rank ever holds more than one whole tensor beside rank 0's copy on the CPU.
 It asks the parameters rather than the engine: a ZeRO-3 run whose DeepSpeed config does not gather on save
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether this process holds only a part of the weights: FSDP1, FSDP2 (DTensors) or ZeRO-3 (`ds_id`)."""
+    """Return whether this process holds only a part of the weights: FSDP1, FSDP2 (DTensors), ZeRO-3 (`ds_id`)."""
     return is_fsdp1(model) or any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
 
 
 def is_fsdp1(model: torch.nn.Module) -> bool:
-    """Whether any part of the model is wrapped by the first FSDP, which flattens its parameters."""
+    """Return whether any part of the model is wrapped by the first FSDP, which flattens its parameters."""
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
 def gather(tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU of rank 0, {} on the others; collective where the tensors are sharded.
+    """Return full tensors on the CPU of rank 0, {} on the others; collective where the tensors are sharded.
 
     Args:
         tensors: live parameters and buffers by name, `model.state_dict(keep_vars=True)` or a part of it.
@@ -51,7 +51,7 @@ def gather(tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = N
 
 @contextmanager
 def unsharded_models() -> Iterator[None]:
-    """Models built inside are whole: under ZeRO-3 transformers shares out every one that it builds.
+    """Build models unsharded inside: under ZeRO-3 transformers shares out every one that it builds.
 
     For one that is only counted or compared with (`torch.device("meta")`): a whole one in every process is what
     ZeRO-3 is used against.

@@ -1,4 +1,4 @@
-"""A sharded model with whole weights for a while, so that it answers without gathering each layer for each token.
+"""A sharded model with all its weights for a while, so that it need not gather each layer for each token.
 
 It reaches into FSDP2's and DeepSpeed's own records, because neither has a public way to do this and leave no trace:
 the training that goes on afterwards must be the one that nobody interrupted (tests/model/test_distributed.py).
@@ -49,12 +49,12 @@ def whole_weights(model: torch.nn.Module) -> Iterator[None]:
 
 
 def is_collective(model: torch.nn.Module) -> bool:
-    """Whether a forward gathers weights, so that all ranks have to make the same number of them."""
+    """Return whether a forward gathers weights, so that all ranks have to make the same number of them."""
     return is_sharded(model) and model not in _whole
 
 
 def _has_room(model: torch.nn.Module) -> bool:
-    """Whether all the weights, and half as much again for what gathering copies, fit where this rank computes."""
+    """Return whether all weights, and half as much again for gathering's copies, fit where this rank computes."""
     parameters: list[Any] = list(model.parameters())
     # FSDP2's offloaded shards say that they are on the CPU; their mesh is where they are gathered.
     meshes = [parameter.device_mesh for parameter in parameters if hasattr(parameter, "device_mesh")]
@@ -79,7 +79,7 @@ def _whole_under_zero3(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_deepspeeds_hooks(model: torch.nn.Module) -> Iterator[None]:
-    """Without those that give every layer back after its forward; each comes back to its place."""
+    """Take off the hooks that give every layer back after its forward; on exit each is in its place again."""
     tables = [table for module in model.modules() for table in (module._forward_pre_hooks, module._forward_hooks)]
     before = [(table, dict(table)) for table in tables]
     try:
@@ -102,7 +102,7 @@ def _is_deepspeeds(hook: Any) -> bool:
 
 @contextmanager
 def _whole_under_fsdp2(model: torch.nn.Module, *, every_unit: bool) -> Iterator[None]:
-    """The root is whole inside, and with `every_unit` whatever FSDP2 shards by itself, which then stays so."""
+    """Unshard the root inside, and with `every_unit` whatever FSDP2 shards by itself, which then stays so."""
     units: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     chosen = [unit for unit in units if every_unit or unit is model]
     states = [unit._get_fsdp_state() for unit in chosen]
@@ -125,7 +125,7 @@ def _whole_under_fsdp2(model: torch.nn.Module, *, every_unit: bool) -> Iterator[
 
 
 def _forget_forward(state: Any) -> None:
-    """After an exception in the middle of a forward: FSDP2 would go on with it, and reshard nothing."""
+    """Forget a forward that an exception ended: FSDP2 would go on with it, and reshard nothing."""
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
     for holder in (state, *_groups_of(state)):
@@ -136,7 +136,7 @@ def _forget_forward(state: Any) -> None:
 
 
 def _groups_of(state: Any) -> list[Any]:
-    """The parameter groups of an FSDP2 state; one at most where there is no list of them (torch 2.11)."""
+    """Return the parameter groups of an FSDP2 state; one at most where there is no list of them (torch 2.11)."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

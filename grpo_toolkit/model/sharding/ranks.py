@@ -1,4 +1,4 @@
-"""Ranks: their number, what they tell each other, and failing together."""
+"""The ranks of a training: their number, their exchange of errors, and failing together."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PATIENCE: Final = timedelta(days=1)
 
 
 def rank() -> int:
-    """This process's rank; 0 where there is one process."""
+    """Return this process's rank; 0 where there is one process."""
     return int(_distributed().get_rank()) if world_size() > 1 else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     distributed = _distributed()
     return int(distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else 1
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """What fails inside on one rank fails on all of them, which would wait in the next collective; collective.
+    """Make what fails inside on one rank fail on all, which would wait in the next collective; collective.
 
     Raises:
         PeerError: on the ranks where nothing went wrong.
@@ -49,7 +49,7 @@ def failing_together() -> Iterator[None]:
 
 
 def exchange(problem: str | None) -> list[str | None]:
-    """What went wrong on each rank, the same list everywhere; collective, and so also a barrier.
+    """Return what went wrong on each rank, the same list everywhere; collective, and so also a barrier.
 
     It waits for a rank that is busy for hours, on the CPU: not on NCCL, which would occupy the waiting GPUs, and end
     the run after ten minutes.

@@ -1,4 +1,4 @@
-"""The arms side by side: bars, time along the answer, distributions, answer lengths, the course over training."""
+"""Charts of arms side by side: bars, time along the answer, distributions, answer lengths, over the training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SMOOTH_FROM: Final = 96
 
 
 def draw_bars(review: Review) -> Figure | None:
-    """Median time per output token, quartiles as whiskers."""
+    """Draw the median time per output token, quartiles as whiskers."""
     rows = [row for row in review.arms if row.tpot_s is not None]
     if not rows:
         return None
@@ -57,7 +57,7 @@ def draw_bars(review: Review) -> Figure | None:
 
 
 def draw_positions(review: Review) -> Figure | None:
-    """Time between a token and the one before it, along the answer: flat with a KV cache, climbing without one."""
+    """Draw the time between tokens along the answer: flat with a KV cache, climbing without one."""
     rows = [row for row in review.arms if _gaps(row)]
     if not rows:
         return None
@@ -80,7 +80,7 @@ def draw_positions(review: Review) -> Figure | None:
 
 
 def _gaps(row: LatencyRow) -> list[list[float]]:
-    """Per token position the gaps of those sequences that reach it, as long as at least half of them do."""
+    """Return per token position the gaps of the sequences that reach it, as long as at least half of them do."""
     columns: list[list[float]] = []
     streams = [times for timeline in row.timelines for times in timeline.streams_s]
     for times in streams:
@@ -99,13 +99,13 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """A running median over a few neighbours where there are too many tokens to see single ones."""
+    """Return a running median over a few neighbours where there are too many tokens to see single ones."""
     reach = 0 if len(values) < _SMOOTH_FROM else max(1, len(values) // 100)
     return [median(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
 
 
 def draw_distributions(review: Review) -> Figure | None:
-    """Every measured request as a dot over its arm's box: TTFT, TPOT, E2E."""
+    """Draw every measured request as a dot over its arm's box: TTFT, TPOT, E2E."""
     rows = [row for row in review.arms if row.timelines]
     rows = [row for row in rows if not is_variant(row.arm)] or rows
     if not rows:
@@ -150,7 +150,7 @@ def _draw_boxes(axes: Axes, rows: Sequence[LatencyRow], values: list[list[float]
 
 
 def draw_lengths(review: Review) -> Figure | None:
-    """Share of answers that are at least so long: all tokens, and think and answer apart."""
+    """Draw the share of answers that are at least so long: all tokens, and think and answer apart."""
     rows = [row for row in review.natural if len(row.timelines) > 1]
     if not rows:
         return None
@@ -189,7 +189,7 @@ def _thinking(row: LatencyRow) -> str:
 
 
 def _mark_cap(axes: Axes, rows: Sequence[LatencyRow]) -> None:
-    """The cap, and how many answers ran into it."""
+    """Mark the cap, and how many answers ran into it."""
     capped = sum(row.tokens.capped for row in rows if row.tokens is not None)
     caps = {row.workload.max_new_tokens for row in rows}
     if capped and len(caps) == 1:
@@ -203,7 +203,7 @@ def _mark_cap(axes: Axes, rows: Sequence[LatencyRow]) -> None:
 
 
 def draw_trend(review: Review) -> Figure | None:
-    """Time per output token of every arm at every measured step."""
+    """Draw the time per output token of every arm at every measured step."""
     points: dict[str, dict[int, LatencyRow]] = {}
     for visit in visits_of(review):
         for row in visit.arms:

@@ -1,4 +1,4 @@
-"""Where time goes and why: the waterfall from arm to arm, and what physics allows."""
+"""Charts of where time goes and why: the waterfall from arm to arm, and what physics allows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LABEL_LETTERS: Final = 11
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One bar of a waterfall, in seconds: a level stands on the ground, a change hangs between two heights."""
+    """A bar of a waterfall, in seconds: a level stands on the ground, a change hangs between two heights."""
 
     label: str
     kind: Literal["level", "change", "unexplained"]
@@ -45,7 +45,7 @@ class Bar:
 
 
 def waterfall_bars(review: Review) -> tuple[str, list[Bar]]:
-    """From base to checkpoint to export: the metric's name, then levels with the changes between them.
+    """Return the metric's name and its bars, from base to checkpoint to export: levels, and the changes between.
 
     Between two arms stand the causes of their newest explanation where there is one, otherwise the change until the
     first token and the change after it, from the medians. The bars always add up.
@@ -80,7 +80,7 @@ def _explanation(review: Review, base: str, trained: str) -> ExplanationRow | No
 
 
 def arm_named(review: Review, name: str) -> str:
-    """The arm that an explanation means, which may name its folder; the folder's name where no arm was in it."""
+    """Return the arm that an explanation means, which may name its folder; else the folder's name."""
     arms = {row.path: row.arm for row in reversed(review.arms)} | {row.arm: row.arm for row in review.arms}
     return arms.get(name, Path(name).name)
 
@@ -117,7 +117,7 @@ def _from_medians(arms: Sequence[LatencyRow]) -> list[Bar]:
 
 
 def draw_waterfall(review: Review) -> Figure | None:
-    """Levels and the changes between them; whiskers are 95% intervals, hatched is what stays unexplained."""
+    """Draw levels and the changes between them; whiskers are 95% intervals, hatched is what stays unexplained."""
     metric, bars = waterfall_bars(review)
     if not bars:
         return None
@@ -147,7 +147,7 @@ def draw_waterfall(review: Review) -> Figure | None:
 
 
 def _level_colours(arms: Sequence[str]) -> dict[str, str]:
-    """Of levels; folders that are no arm as base and checkpoint, for the other colours mean a change here."""
+    """Return the levels' colours; folders that are no arm get those of base and checkpoint, as others mean changes."""
     colours = colours_of(arms)
     strangers = [arm for arm in arms if arm not in LIGHT]
     if strangers and len(strangers) == len(arms):
@@ -176,7 +176,7 @@ def _draw_bar(axes: Axes, place: int, bar: Bar, start: float, end: float, colour
 
 
 def draw_roofline(review: Review) -> Figure | None:
-    """Left: FLOP/s that the hardware allows, with decode and prefill as measured. Right: TPOT over its floor."""
+    """Draw, left, the FLOP/s that the hardware allows, decode and prefill as measured; right, TPOT over its floor."""
     rows = [row for row in review.arms if row.roofline is not None and row.tpot_s is not None]
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""Every chart there is: what it shows, and what has to be measured for it."""
+"""The list of all charts: what each shows, and what has to be measured for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo_toolkit.reporting.charts.style import as_png, styled
 from grpo_toolkit.reporting.charts.sweeps import draw_batches, draw_images
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One chart.
+    """A chart, its words and the function that draws it.
 
     Attributes:
         name: of its file and its key in trackers.
@@ -110,14 +110,8 @@ CHARTS: Final = (
 )
 
 
-def draw_all(review: Review) -> Iterator[tuple[Chart, Figure | None]]:
-    """Every chart with its figure, None where the rows hold nothing for it. Keep `styled()` around its use."""
-    for chart in CHARTS:
-        yield chart, chart.draw(review)
-
-
 def write_pictures(review: Review, folder: Path, names: Sequence[str] | None = None) -> dict[str, Path]:
-    """PNGs of the charts that can be drawn (`names`: these alone), by name."""
+    """Write PNGs of the charts that can be drawn (`names`: these alone); returns them by name."""
     written: dict[str, Path] = {}
     with styled():
         for chart in CHARTS:

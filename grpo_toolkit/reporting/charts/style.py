@@ -1,4 +1,4 @@
-"""How charts look: one palette with a light and a dark side, figures as SVG for pages and PNG for files.
+"""The look of charts: one palette with a light and a dark side, SVG for pages and PNG for files.
 
 A chart is drawn once, in the light palette. In the SVG every colour of the palette becomes a CSS variable, so the page
 that it stands in decides between light and dark; text stays text, in the page's font.
@@ -84,7 +84,7 @@ _SETTINGS: Final = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Inside, matplotlib draws in our style; its global settings are as before afterwards."""
+    """Let matplotlib draw in our style inside; its global settings are as before afterwards."""
     import matplotlib
 
     with matplotlib.rc_context(_SETTINGS):
@@ -92,25 +92,25 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(height: float = 3.1) -> Figure:
-    """A figure of the width that fits a phone and half a desktop page, `height` in inches. Nothing of pyplot."""
+    """Make a figure whose width fits a phone and half a desktop page, `height` in inches, without pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
 def label_of(arm: str) -> str:
-    """An arm's name as people read it."""
+    """Return an arm's name as people read it."""
     name, bracket, run = arm.partition(" (")
     return _LABELS.get(name, name.replace("_", " ")) + bracket + run
 
 
 def is_variant(arm: str) -> bool:
-    """Whether it is an arm made slow on purpose, which would squeeze the others where small differences count."""
+    """Return whether an arm was made slow on purpose, which would squeeze the others where differences are small."""
     return arm.partition(" (")[0].endswith("_no_cache")
 
 
 def colours_of(arms: Sequence[str]) -> dict[str, str]:
-    """A colour per arm, the same in every chart of a report; the second run of a comparison takes the spare ones."""
+    """Return a colour per arm, the same in all charts of a report; a comparison's second run takes the spare ones."""
     colours: dict[str, str] = {}
     own = {"base": "base", "checkpoint": "checkpoint", "export": "export", "export_no_cache": "off"}
     spare = [LIGHT[name] for name in ("other1", "other2", "other3", "other4", "off")]
@@ -123,12 +123,12 @@ def colours_of(arms: Sequence[str]) -> dict[str, str]:
 
 
 def horizontal_only(axes: Axes) -> None:
-    """Grid lines across, none upward: for charts whose x is categories."""
+    """Draw grid lines across, none upward: for charts whose x is categories."""
     axes.grid(axis="x", visible=False)
 
 
 def legend_below(figure: Figure, handles: Any = None, labels: Any = None, *, columns: int = 4) -> None:
-    """One legend under all axes of a figure."""
+    """Put one legend under all axes of a figure."""
     if handles is None or labels is None:
         handles, labels = figure.axes[0].get_legend_handles_labels()
     longest = max(map(len, labels), default=1)
@@ -139,7 +139,7 @@ def legend_below(figure: Figure, handles: Any = None, labels: Any = None, *, col
 
 
 def as_svg(figure: Figure, *, name: str, title: str) -> str:
-    """The figure for a page: palette colours as CSS variables, ids that begin with `name`, a title for readers.
+    """Return the figure for a page: colours as CSS variables, ids that begin with `name`, a title for readers.
 
     Needs `styled()` around it, as drawing does.
     """
@@ -163,13 +163,13 @@ def as_svg(figure: Figure, *, name: str, title: str) -> str:
 
 
 def as_png(figure: Figure, path: Path, *, dpi: int = 180) -> Path:
-    """The figure as a picture on white, for model cards and trackers."""
+    """Write the figure as a picture on white, for model cards and trackers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi, facecolor=LIGHT["page"], metadata={"Software": None})
     return path
 
 
 def milliseconds(value_s: float) -> str:
-    """A time for a label: three digits that matter."""
+    """Return a time for a label: three digits that matter."""
     value = value_s * 1e3
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

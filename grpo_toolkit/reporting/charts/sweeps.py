@@ -1,4 +1,4 @@
-"""What moves latency: the batch size, and the size of the image."""
+"""Charts of what moves latency: the batch size, and the size of the image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TTFT_PHASES: Final = {
 
 
 def draw_batches(review: Review) -> Figure | None:
-    """Tokens/s against TPOT, a point a batch size; peak memory on the second axis, dashed."""
+    """Draw tokens/s against TPOT, a point a batch size; peak memory on the second axis, dashed."""
     rows = review.batches
     measured = [row for row in rows if row.tpot_s is not None and row.output_tokens_per_s is not None]
     if len({row.workload.batch_size for row in measured}) < 2:
@@ -79,7 +79,7 @@ def _out_of_memory(rows: Sequence[LatencyRow], arm: str) -> str:
 
 
 def draw_images(review: Review) -> Figure | None:
-    """TTFT by image tokens: the export's phases stacked, every arm's TTFT as a dot."""
+    """Draw TTFT by image tokens: the export's phases stacked, every arm's TTFT as a dot."""
     rows = [row for row in review.images if row.ttft_s is not None]
     counts = sorted({row.workload.image_tokens for row in rows if row.workload.image_tokens is not None})
     if len(counts) < 2:

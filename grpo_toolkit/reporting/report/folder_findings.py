@@ -1,4 +1,4 @@
-"""What the doctor found in the folders that were timed, kept beside the rows, and what an export put right."""
+"""The doctor's findings in the folders that were timed, kept beside the rows, and an export's manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FINDINGS_FILE: Final = "findings.json"
 
 
 def diagnose_arms(folders: Mapping[str, str | os.PathLike[str]]) -> dict[str, dict[str, Any]]:
-    """The doctor's diagnosis of each arm's folder, as JSON; compared with the arm `base` where there is one.
+    """Diagnose each arm's folder, compared with the arm `base` where there is one; returns JSON.
 
     A folder that cannot be diagnosed (an adapter's temporary folder that is gone, an endpoint) is left out.
     """
@@ -42,7 +42,7 @@ def write_findings(folder: Path, diagnoses: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def findings_of(review: Review) -> dict[str, dict[str, Any]]:
-    """Diagnoses by arm: those kept from the time of measuring, and fresh ones of folders that are still here."""
+    """Return diagnoses by arm: those kept from the measuring, and fresh ones of folders that are still here."""
     kept: dict[str, dict[str, Any]] = {}
     file = review.path / FINDINGS_FILE
     if file.is_file():
@@ -62,7 +62,7 @@ def findings_of(review: Review) -> dict[str, dict[str, Any]]:
 
 
 def export_manifest(review: Review) -> dict[str, Any] | None:
-    """The manifest of the newest comparison's export, None where it is gone or was never one of ours."""
+    """Return the manifest of the newest comparison's export, None where it is gone or was never one of ours."""
     for row in review.arms:
         if row.arm == "export" and (Path(row.path) / MANIFEST).is_file():
             try:

@@ -1,4 +1,4 @@
-"""The one sentence: is the export as fast as the base?"""
+"""The first sentence of a report: is the export as fast as the base?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRICS: Final = {"e2e_s": "end to end", "tpot_s": "per output token", "ttft_s":
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
-    """What stands at the top of a report.
+    """The sentence at the top of a report.
 
     Attributes:
         figure: a ratio such as "0.98x", or a time where there is nothing to compare with.
@@ -33,7 +33,7 @@ class Headline:
 
 
 def headline_of(review: Review) -> Headline | None:
-    """The newest comparison in one sentence, or the newest explanation where nothing was compared; None without."""
+    """Put the newest comparison, or else the newest explanation, into one sentence; None without either."""
     rows = [row for row in review.arms if row.tpot_s is not None]
     if not rows:
         return _explained(review.explanations[-1]) if review.explanations and not review.arms else None
@@ -66,7 +66,7 @@ def _explained(row: ExplanationRow) -> Headline:
 
 
 def interval(ratio: Ratio) -> str:
-    """A ratio's interval and verdict in words."""
+    """Return a ratio's interval and verdict in words."""
     words = {
         "same": "the same within 3%",
         "faster": "faster",
@@ -77,7 +77,7 @@ def interval(ratio: Ratio) -> str:
 
 
 def _pair(rows: Sequence[LatencyRow]) -> tuple[LatencyRow, LatencyRow | None]:
-    """Export and base; otherwise an arm that was compared and what with; otherwise the last against the first."""
+    """Return export and base; otherwise an arm that was compared and its base; otherwise the last and the first."""
     by_arm = {row.arm: row for row in rows}
     if "export" in by_arm and "base" in by_arm:
         return by_arm["export"], by_arm["base"]

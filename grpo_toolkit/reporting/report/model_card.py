@@ -36,14 +36,14 @@ _SHOWN_KEYS: Final = ("reward", "reward_std", "completions/mean_length", "loss")
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a card says about the training: steps, and first and last value of what TRL logs."""
+    """The figures of a training on its card: steps, and first and last value of what TRL logs."""
 
     steps: int
     values: Mapping[str, tuple[float, float]]
 
     @classmethod
     def of(cls, steps: int, log_history: Sequence[Mapping[str, Any]]) -> Training:
-        """From a trainer's state."""
+        """Read them from a trainer's state."""
         values = {}
         for key in _SHOWN_KEYS:
             found = [float(row[key]) for row in log_history if isinstance(row.get(key), (int, float))]
@@ -102,7 +102,7 @@ def write_model_card(
 
 
 def hub_name(base: str | os.PathLike[str] | None) -> str | None:
-    """The Hub name of a folder in the Hub's cache, such as Qwen/Qwen2.5-VL-3B-Instruct; None for any other folder."""
+    """Return the Hub name of a folder in the Hub's cache, such as Qwen/Qwen2.5-VL-3B-Instruct; None for others."""
     for part in Path(base).parts if base is not None else ():
         if match := re.fullmatch(r"models--([\w.\-]+?)--([\w.\-]+)", part):
             return f"{match[1]}/{match[2]}"
@@ -117,7 +117,7 @@ def _text_before(card: Path, around: Path | None) -> str:
 
 
 def _with_metadata(text: str) -> str:
-    """The text with a block of metadata, which may be empty, so that reading it says nothing."""
+    """Return the text with a block of metadata, which may be empty, so that reading it warns of nothing."""
     return text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n\n{text}"
 
 
@@ -168,7 +168,7 @@ def _section(
 
 
 def _cell(value: object) -> str:
-    """A value inside a table of Markdown: one line, no pipe, no HTML."""
+    """Return a value for a table of Markdown: one line, no pipe, no HTML."""
     text = re.sub(
         r"(?<![\w.])/(?:[^\s/]+/)+", "", " ".join(str(value).split())
     )  # a card is public: folders' names alone
@@ -195,7 +195,7 @@ def _setting(row: LatencyRow) -> str:
 
 
 def _update_manifest(folder: Path, names: Sequence[str]) -> None:
-    """The published sums stay true: the files that were written here get theirs."""
+    """Keep the published sums true: the files that were written here get theirs."""
     path = folder / MANIFEST
     manifest = read_json(path)
     files = manifest.get("files")

@@ -1,4 +1,4 @@
-"""`report.html`: one file that says how fast the export is, why, and what was put right.
+"""The page `report.html`: one file that says how fast the export is, why, and what was put right.
 
 No network and no script: SVG inside, light and dark by the reader's setting, printable. Made from `latency.jsonl`, the
 doctor's findings beside it and the export's manifest alone, so it can be made again at any time and anywhere.
@@ -94,7 +94,7 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
 
 
 def _two_names(one: Path, other: Path) -> tuple[str, str]:
-    """What tells two runs apart: their folders' names, or as much of the paths as differs."""
+    """Return what tells two runs apart: their folders' names, or as much of the paths as differs."""
     mine, theirs = (path.resolve().parent if path.name == "latency" else path.resolve() for path in (one, other))
     while mine.name == theirs.name and mine.parent != mine:
         mine, theirs = mine.parent, theirs.parent
@@ -223,7 +223,7 @@ def _render(content: dict[str, Any], path: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """What was drawn for the review: the report's file and the pictures by chart."""
+    """The files drawn for a review: the report, and the pictures by chart."""
 
     report: Path | None
     pictures: Mapping[str, Path]

@@ -1,4 +1,4 @@
-"""What a person reads in the terminal."""
+"""The console: lines and progress for the person at a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def byte_progress(title: str, *, is_shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error with bytes and time left, as a callback for those who copy; None where none is shown."""
+    """Show a bar on standard error with bytes and time left; yields its callback, or None where none is shown."""
     if not is_shown:
         yield None
         return
@@ -30,7 +30,7 @@ def byte_progress(title: str, *, is_shown: bool) -> Iterator[Callable[[int, int]
 
 
 def wandb_hint(facts: Mapping[str, Any]) -> str:
-    """Where a W&B run lies and the commands to look at it and to upload it."""
+    """Return where a W&B run lies and the commands to look at it and to upload it."""
     folder = facts["folder"]
     if facts["mode"] == "offline":
         return f"W&B run (offline): {folder}\n  look: wandb leet {folder}\n  upload: wandb sync {folder}"
@@ -38,7 +38,7 @@ def wandb_hint(facts: Mapping[str, Any]) -> str:
 
 
 def turn_progress() -> Progress | None:
-    """A line on standard error that says whose turn it is, over and over; None where nobody would see it change."""
+    """Return a callback that keeps a line on standard error up to date; None where nobody would see it change."""
     if not sys.stderr.isatty():
         return None
 
@@ -64,7 +64,7 @@ def show(*parts: object, style: str | None = None) -> None:
 
 
 def _console(*, stderr: bool) -> Console:
-    """Wide enough for a table where it is not a terminal."""
+    """Return a console that is wide enough for a table where it is not a terminal."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout

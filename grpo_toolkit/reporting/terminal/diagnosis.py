@@ -1,98 +1,170 @@
-"""Diagnoses and repairs for a terminal: colour, wrapped text, a table for a run."""
+"""Diagnoses and repairs as lines: plain text for a pipe, colours and columns for a terminal.
+
+The standard library alone, and no `rich`: the doctor's answer is to be there before that would be imported.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from rich.console import Console, Group
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
-from grpo_toolkit.doctor.findings import Severity
-from grpo_toolkit.reporting.terminal.diagnosis_text import advice, found_and_expected, place_of, repair_lines, verdict
+from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.doctor.findings import Severity, show
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import RenderableType
+    from collections.abc import Iterator, Sequence
 
     from grpo_toolkit.doctor.findings import Diagnosis, Finding
     from grpo_toolkit.doctor.repair import RepairResult
 
-_STYLES: Final = {
-    Severity.UNLOADABLE: "bold red",
-    Severity.WRONG: "bold magenta",
-    Severity.SLOW: "bold yellow",
-    Severity.WASTEFUL: "bold blue",
-    Severity.NOTE: "dim",
+_CODES: Final = {
+    "unloadable": "1;31",
+    "wrong": "1;35",
+    "slow": "1;33",
+    "wasteful": "1;34",
+    "note": "2",
+    "bad": "1;31",
+    "clean": "1;32",
+    "bold": "1",
+    "dim": "2",
+    "place": "36",
+    "left": "33",
+    "+": "32",
+    "-": "31",
+    "@": "36",
 }
+"""Styles and their ANSI codes; a severity's name is a style."""
 
 
-def print_diagnosis(diagnosis: Diagnosis) -> None:
-    """One folder: what it is, its findings with their effects, what to do next."""
-    parts: list[RenderableType] = [_heading(diagnosis)]
-    parts += [_card(finding) for finding in diagnosis.findings]
-    parts += [Text.assemble(("→ ", "bold green"), line) for line in advice(diagnosis)]
-    Console(highlight=False).print(Group(*parts))
+class Plain:
+    """Text for a pipe or a file: no styles, a paragraph a line, tabs between cells."""
+
+    def text(self, text: str, style: str = "") -> str:
+        """Return a text in a style."""
+        return text
+
+    def paragraph(self, text: str, source: str) -> str:
+        """Return an indented paragraph that ends with its source."""
+        return f"  {text} ({source})"
+
+    def rows(self, rows: Sequence[Sequence[str]], styles: Sequence[str]) -> Iterator[str]:
+        """Yield rows of cells; `styles` are those of the rows' third cells, the verdicts."""
+        yield from map("\t".join, rows)
 
 
-def _heading(diagnosis: Diagnosis) -> RenderableType:
-    style = "bold green" if diagnosis.is_clean else "bold red"
-    lines = Text.assemble(
-        (str(diagnosis.path), "bold"),
-        "  ",
-        (verdict(diagnosis.findings), style),
-        "\n",
-        (" · ".join((diagnosis.kind, *diagnosis.facts)), "dim"),
-    )
+class Coloured(Plain):
+    """Text for a terminal; what a stranger's file says is printable by now (`findings.show`)."""
+
+    def text(self, text: str, style: str = "") -> str:
+        """Return a text in a style."""
+        return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if style in _CODES else text
+
+    def paragraph(self, text: str, source: str) -> str:
+        """Return an indented paragraph, its lines as wide as the terminal, its source below, and an empty line."""
+        import shutil
+        import textwrap
+
+        width = shutil.get_terminal_size().columns
+        lines = textwrap.wrap(text, max(20, width - 2), break_long_words=False, break_on_hyphens=False)
+        return "\n".join([*(f"  {line}" for line in lines), f"  {self.text(source, 'dim')}", ""])
+
+    def rows(self, rows: Sequence[Sequence[str]], styles: Sequence[str]) -> Iterator[str]:
+        """Yield a heading and the rows, in columns."""
+        table = [("checkpoint", "kind", "verdict", "findings"), *rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for cells, style in zip(table, ("", *styles), strict=True):
+            padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+            looks = ("", "", style, "") if style else ("dim",) * len(padded)
+            yield "  ".join(map(self.text, padded, looks)).rstrip()
+
+
+def paper() -> Plain:
+    """Return what suits standard output: colours on a terminal that has and wants them, plain text elsewhere."""
+    has_colours = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    return Coloured() if has_colours else Plain()
+
+
+def diagnosis_lines(diagnosis: Diagnosis, on: Plain | None = None) -> Iterator[str]:
+    """Yield the diagnosis of one folder: what it is, its findings with their effects, what to do next."""
+    on = on or Plain()
+    style = "clean" if diagnosis.is_clean else "bad"
+    yield f"{on.text(str(diagnosis.path), 'bold')}: {on.text(_verdict(diagnosis.findings), style)}"
+    yield on.text(f"  {', '.join((diagnosis.kind, *diagnosis.facts))}", "dim")
     if diagnosis.base is not None:
-        lines.append(f"\ncompared with {diagnosis.base}", "dim")
-    return Padding(lines, (0, 0, 1, 0))
+        yield on.text(f"  compared with {diagnosis.base}", "dim")
+    for finding in diagnosis.findings:
+        severity = finding.severity.value
+        yield f"{on.text(severity, severity)}: {on.text(finding.title, 'bold')} {on.text(f'[{finding.code}]', 'dim')}"
+        yield f"  {on.text(_place(finding), 'place')}: {on.text(_found_and_expected(finding))}"
+        yield on.paragraph(finding.effect, finding.evidence)
+    for line in _advice(diagnosis):
+        yield on.text(line, "clean")
 
 
-def _card(finding: Finding) -> RenderableType:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(width=10)
-    grid.add_column(ratio=1)
-    grid.add_row(
-        Text(finding.severity.value, _STYLES[finding.severity]),
-        Text.assemble((finding.title, "bold"), "  ", (finding.code, "dim")),
-    )
-    grid.add_row("", Text.assemble((place_of(finding), "cyan"), "  ", found_and_expected(finding)))
-    grid.add_row("", Text(finding.effect))
-    grid.add_row("", Text(finding.evidence, f"dim link {finding.evidence}"))
-    return Padding(grid, (0, 0, 1, 0))
-
-
-def print_run(diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -> None:
-    """A run: one row a checkpoint."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for title in ("checkpoint", "kind", "verdict", "findings"):
-        table.add_column(title, overflow="fold")
+def run_lines(diagnoses: Sequence[Diagnosis], empty: Sequence[str], on: Plain | None = None) -> Iterator[str]:
+    """Yield the checkpoints of a run, a line each."""
+    on = on or Plain()
+    rows, styles = [], []
     for diagnosis in diagnoses:
-        worst = diagnosis.findings[0].severity if diagnosis.findings else None
-        style = "green" if diagnosis.is_clean or worst is None else _STYLES[worst]
         codes = dict.fromkeys(f.code for f in diagnosis.findings if f.severity is not Severity.NOTE)
-        table.add_row(
-            diagnosis.path.name or str(diagnosis.path),
-            diagnosis.kind,
-            Text(verdict(diagnosis.findings), style),
-            ", ".join(codes),
-        )
-    console = Console(highlight=False)
-    console.print(table)
+        name = str(diagnosis.path.name or diagnosis.path)
+        rows.append((name, str(diagnosis.kind), _verdict(diagnosis.findings), ", ".join(codes)))
+        styles.append("clean" if diagnosis.is_clean else diagnosis.findings[0].severity.value)
+    yield from on.rows(rows, styles)
     for line in empty:
-        console.print(Text(line, "dim"))
+        yield on.text(line, "dim")
 
 
-def print_repair(result: RepairResult) -> None:
-    """What a repair did, or would do: the changes as a coloured diff."""
-    console = Console(highlight=False)
-    if not result.applied:
-        for line in result.plan.diff.splitlines():
-            style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "dim")
-            console.print(Text(line, style), soft_wrap=True)
-    for number, line in enumerate(repair_lines(result)):
-        style = "bold" if number == 0 else "yellow" if line.startswith("left") else ""
-        console.print(Text(line, style))
+def repair_lines(result: RepairResult, on: Plain | None = None) -> Iterator[str]:
+    """Yield what a repair did; of one that was not applied, the changes first, as a diff."""
+    on = on or Plain()
+    plan = result.plan
+    for line in () if result.applied or plan.is_empty else plan.diff.splitlines():
+        yield on.text(line, line[:1] if line[:1] in _CODES else "dim")
+    files = len(plan.changes) + len(plan.shards)
+    done = f"{'mended' if result.applied else 'would mend'} {len(plan.mended)} findings in {files} files"
+    yield on.text(f"{plan.path}: {'nothing to mend' if plan.is_empty else done}", "bold")
+    for finding in plan.mended:
+        yield on.text(f"  {finding.code}: {_place(finding)}")
+    if plan.shards:
+        yield on.text(f"  weights {'rewritten' if result.applied else 'to rewrite'}: {', '.join(plan.shards)}")
+    for finding in plan.left:
+        if finding.severity is not Severity.NOTE:
+            how = " (--rewrite-weights mends it)" if finding.needs_rewriting else ""
+            place = f"{_place(finding)}: {_found_and_expected(finding)}"
+            yield on.text(f"left: {finding.code}: {place}{how}", "left")
+
+
+def _place(finding: Finding) -> str:
+    key = show(finding.key) if finding.key else ""
+    return f"{show(finding.file)}: {key}" if key else str(show(finding.file))
+
+
+def _found_and_expected(finding: Finding) -> str:
+    expected = f"expected {show(finding.expected, limit=160)}"
+    if finding.found is ABSENT:
+        return expected if finding.key == "" else f"absent, {expected}"
+    found = show(finding.found)
+    return f"{found if isinstance(found, str) else json.dumps(found)}, {expected}"
+
+
+def _advice(diagnosis: Diagnosis) -> Iterator[str]:
+    mendable = [f for f in diagnosis.findings if f.repairable and f.severity is not Severity.NOTE]
+    base = f" --base {diagnosis.base}" if diagnosis.base is not None else ""
+    if mendable:
+        count = f"{len(mendable)} of these can be mended" if len(mendable) > 1 else "one of these can be mended"
+        flag = " --rewrite-weights" if any(finding.needs_rewriting for finding in mendable) else ""
+        yield f"{count}: grpo-toolkit repair {diagnosis.path}{base}{flag}"
+    if diagnosis.not_judged:
+        yield f"not judged without a base ({len(diagnosis.not_judged)} rules): pass --base FOLDER"
+
+
+def _verdict(findings: Sequence[Finding]) -> str:
+    counts = Counter(finding.severity for finding in findings)
+    words = [f"{counts[severity]} {severity.value}" for severity in Severity if counts[severity]]
+    if all(finding.severity is Severity.NOTE for finding in findings):
+        return "clean" if not words else f"clean ({', '.join(words)})"
+    return ", ".join(words)

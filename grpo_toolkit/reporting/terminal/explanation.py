@@ -1,4 +1,4 @@
-"""An explanation for a terminal: what was seen without a clock, what each cause costs, where the time went, cures."""
+"""An explanation for a terminal: facts that need no clock, what each cause costs, where the time went, cures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def explanation(row: ExplanationRow) -> RenderableType:
-    """The whole explanation, the verdict first."""
+    """Return the whole explanation, the verdict first."""
     parts: list[RenderableType] = [_verdict(row), Text()]
     if row.audit:
         parts.append(Text("Seen without a clock", "bold"))
@@ -59,7 +59,7 @@ def _card(effect: Effect) -> RenderableType:
 
 
 def _waterfall(row: ExplanationRow) -> Table:
-    """From the base to the trained model, a cause a row."""
+    """Return the way from the base to the trained model, a cause a row."""
     table = Table(title="From base to trained, ms an answer", title_justify="left", box=None, header_style="dim")
     table.add_column("cause")
     for name in ("effect", "95% interval", "physics", "share"):
@@ -100,7 +100,7 @@ def _title(cause: str) -> str:
 
 
 def tuned(tuning: Tuning) -> RenderableType:
-    """What was tried, and the best of it as code, as keys and as serving commands."""
+    """Return what was tried, and the best of it as code, as keys and as serving commands."""
     table = Table(title=Text(f"Settings of {tuning.path}"), title_justify="left", box=None, header_style="dim")
     table.add_column("setting")
     for name in ("TPOT ms", "tokens/s", "peak GB", "first s", "same tokens"):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def latency_table(rows: Sequence[LatencyRow]) -> Table:
-    """Rows as a table: medians, quartiles in brackets."""
+    """Return rows as a table: medians, quartiles in brackets."""
     from rich.table import Table
 
     first = rows[0]
@@ -47,7 +47,7 @@ def latency_table(rows: Sequence[LatencyRow]) -> Table:
 
 
 def ratio_lines(rows: Sequence[LatencyRow]) -> list[str]:
-    """What the ratios say, a line per arm and metric: TPOT, TTFT, E2E over the first arm's; and what is missing."""
+    """Return the ratios in words, a line per arm and metric: TPOT, TTFT, E2E over the first arm's; what is missing."""
     names = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E"}
     return [
         f"{row.arm} / {ratio.against}, {names.get(ratio.metric, ratio.metric)}: {ratio.median:.3f} "
@@ -59,7 +59,7 @@ def ratio_lines(rows: Sequence[LatencyRow]) -> list[str]:
 
 
 def at_once_lines(rows: Sequence[LatencyRow]) -> list[str]:
-    """Which arms have answers without a TPOT, how many, and whose ratio of TPOTs is missing for it."""
+    """Return a line for each arm with answers that have no TPOT, and one for the ratios that are missing for it."""
     lines = []
     late = [row for row in rows if row.tokens is not None and row.tokens.at_once]
     for row in late:
@@ -81,7 +81,7 @@ def _with_quartiles(spread: Summary) -> str:
 
 
 def export_table(result: ExportResult) -> Table:
-    """What went into an export, what was put right, what was proven about it, and where it is."""
+    """Return what went into an export, what was put right, what was proven about it, and where it is."""
     from rich.text import Text
 
     table = _facts_table(f"Export {result.path}")
@@ -99,7 +99,7 @@ def export_table(result: ExportResult) -> Table:
 
 
 def merge_table(result: MergeResult) -> Table:
-    """What was merged into what, how many tensors it reached, what was put right, and where it is."""
+    """Return what was merged into what, how many tensors it reached, what was put right, and where it is."""
     from rich.text import Text
 
     table = _facts_table(f"Merge {result.path}")

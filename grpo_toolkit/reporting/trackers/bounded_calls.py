@@ -1,4 +1,4 @@
-"""Calls into a tracker that may raise, hang or be slow: each costs a bounded time, and a class that failed rests.
+"""Calls into a tracker that may raise, hang or be slow: each takes a bounded time, and a class that failed rests.
 
 A tracker's calls differ: scalars are put into a queue, a table asks the server first. So there is one circuit breaker
 per tracker with a switch per class of call: the first failure or overrun of a class opens it, its later calls are
@@ -29,7 +29,7 @@ _FREE_S: Final = 0.25
 
 
 class Budget:
-    """Seconds that trackers may cost; what one of them used is gone for the others.
+    """The seconds that trackers may cost; what one of them used is gone for the others.
 
     Attributes:
         limit_s: how much there is.
@@ -50,7 +50,7 @@ class Budget:
 
 
 class Breaker:
-    """Bounded calls for one tracker in one training.
+    """A circuit breaker around the calls to one tracker in one training.
 
     Args:
         budget: the time for all calls together, shared with the training's other trackers.
@@ -67,7 +67,7 @@ class Breaker:
         self._said = False
 
     def call(self, kind: Kind, function: Callable[[], object]) -> bool:
-        """Run `function` in a thread of its own, within what is left of the time; whether it came back well."""
+        """Run `function` in a thread of its own, within the time that is left; returns whether it came back well."""
         if kind in self.problems:
             return False
         limit_s = min(self.call_s, self.budget.left_s)
@@ -96,18 +96,18 @@ class Breaker:
         return kind not in self.problems
 
     def news(self) -> str | None:
-        """What went wrong, in one line, the first time that it is asked for after something did; then None."""
+        """Return what went wrong, in one line, the first time that it is asked for after something did; then None."""
         if not self.problems or self._said:
             return None
         self._said = True
         return "; ".join(f"{kind}: {problem}" for kind, problem in self.problems.items())
 
     def hush(self) -> None:
-        """What is wrong with this tracker was said elsewhere."""
+        """Keep `news` silent: a warning about this tracker was logged elsewhere."""
         self._said = True
 
 
 def one_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
+    """Return an error's type and the first line of what it says."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

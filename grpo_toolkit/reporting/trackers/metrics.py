@@ -1,4 +1,4 @@
-"""What trackers are told: names, units and directions of the scalars, and the lines of the one table.
+"""The metrics for trackers: names, units and directions of the scalars, and the lines of the one table.
 
 `latency/<arm>/<metric>`, milliseconds and megabytes as charts want them, on the axis `train/global_step`.
 """
@@ -67,7 +67,7 @@ TABLE_COLUMNS: Final = (
 
 
 def scalars(visit: Visit, known: Collection[str] = ()) -> dict[str, float]:
-    """The figures of one visit, by key, but of rows that are `known` (ids); what was not measured is left out.
+    """Return the figures of one visit by key, without rows that are `known` (ids); what was not measured is left out.
 
     `natural_*` are of the workload that ends where the model ends it, all others of exact lengths.
     """
@@ -103,12 +103,12 @@ def _of_row(row: LatencyRow) -> dict[str, float | None]:
 
 
 def megabytes(count: int | None) -> float | None:
-    """Bytes as MB, None where unknown."""
+    """Return bytes as MB, None where unknown."""
     return None if count is None else count / 1e6
 
 
 def table_rows(review: Review) -> list[list[Any]]:
-    """One line per row of `latency.jsonl` (arm, batch size, cache, thinking, step), in the order of the columns."""
+    """Return a line per row of `latency.jsonl` (arm, batch size, cache, thinking, step), ordered as the columns."""
     return [
         [
             row.step,
@@ -139,5 +139,5 @@ def table_rows(review: Review) -> list[list[Any]]:
 
 
 def joined(ids: set[str]) -> str:
-    """Ids as one value that every tracker can keep."""
+    """Return ids as one value that every tracker can keep."""
     return " ".join(sorted(ids))

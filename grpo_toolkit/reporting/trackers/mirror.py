@@ -1,4 +1,4 @@
-"""Where a training's rows go besides the disk: into the trackers that the trainer has open, and never in its way."""
+"""The mirror of a training's rows in the trackers that the trainer has open, which never gets in its way."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PATIENCE_S: Final = BUDGET_S - 0.5
 
 
 class Mirror:
-    """Logs into the runs that the trainer opened; their breakers and one budget of time last for a whole training.
+    """A mirror in the runs that the trainer opened; their breakers and one budget of time last for a whole training.
 
     The trainer's own tracker callbacks are sheltered besides: what they raise ends in one warning. One whose run fails
     in the middle (finished early, a full disk) rests. W&B whose run does not open (a key that is refused, a server
@@ -63,7 +63,7 @@ class Mirror:
         self._place: Path | None = None
 
     def prepare(self, args: TrainingArguments) -> None:
-        """When the trainer is made, before W&B starts: its files, its timeouts, offline without an answer."""
+        """Prepare W&B when the trainer is made: its files, its timeouts, offline where the server does not answer."""
         self._place = Path(args.output_dir)
         shelter(args, self._failed)
         if "wandb" not in args.report_to or not args.should_log:
@@ -86,7 +86,7 @@ class Mirror:
     def _failed(
         self, callback: TrainerCallback, tracker: str, error: Exception, *, took_s: float, had_begun: bool
     ) -> AbstractContextManager[None] | None:
-        """A tracker's own callback raised into the training: open W&B offline, or let the callback rest."""
+        """Answer a tracker's own callback that raised: open W&B offline, or let the callback rest."""
         self.budget.spend(took_s)
         if tracker == "wandb" and not had_begun and not is_run_open():
             callback._initialized = False  # it counts as set up from before it asks the server
@@ -102,13 +102,13 @@ class Mirror:
         return None
 
     def _again(self, tracker: str) -> str:
-        """How the rows get into that tracker later."""
+        """Return how the rows get into that tracker later."""
         if tracker not in ("wandb", "trackio"):
             return "; every latency row is on disk"
         return f"; every latency row is on disk, and later: grpo-toolkit report {self._place} --replay {tracker}"
 
     def begin(self, folder: Path) -> None:
-        """When training begins: which runs are open, noted on disk in case this process does not live to log."""
+        """Find the runs that are open when training begins, and note them on disk in case this process dies."""
         if self._is_over:
             self._begin()
         self._place = folder
@@ -130,7 +130,7 @@ class Mirror:
             tracker_runs.remember(folder, tracker, facts, before)
 
     def log(self, review: Review, pages: Pages, args: TrainingArguments) -> Iterator[str]:
-        """Mirror what is new; yields what a person should read."""
+        """Mirror what is new; yields lines for a person to read."""
         with random_state_kept():
             hints = [*self._log_wandb(review, pages), *self._log_trackio(review, pages)]
             hints += self._log_tensorboard(review, args)
@@ -144,7 +144,7 @@ class Mirror:
             yield "no W&B, Trackio or TensorBoard run is open here: the latency is in these files alone"
 
     def log_scalars(self, review: Review) -> None:
-        """The figures alone, in the middle of a training; everything else waits for its end."""
+        """Mirror the figures alone, in the middle of a training; everything else waits for its end."""
         run = wandb_run.active_run()
         if run is None or "wandb" not in self.runs:
             return

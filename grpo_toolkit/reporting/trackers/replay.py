@@ -1,4 +1,4 @@
-"""Log a run's rows again, after an outage, a kill, or from another machine; what the tracker has is left alone.
+"""The replay of a run's rows after an outage, a kill, or from another machine; what a tracker has is left alone.
 
 Rows are known by `id`. W&B's server says in the run's summary which ids arrived; of an offline run its file does.
 """
@@ -33,7 +33,7 @@ _PATIENCE_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Replayed:
-    """What a replay did: exports logged now, exports that the tracker had, and how to look at the run."""
+    """The outcome of a replay: exports logged now, exports that the tracker had, and how to look at the run."""
 
     tracker: str
     run: str
@@ -71,7 +71,7 @@ def replay(review: Review, tracker: str) -> list[Replayed]:
 
 
 def _fresh_name(review: Review) -> str:
-    """The same for the same rows: a second replay of a folder that never had a run finds the first one's."""
+    """Return the same name for the same rows: a second replay of a folder without a run finds the first one's."""
     return hashlib.sha256(review.rows[0].id.encode()).hexdigest()[:12]
 
 
@@ -122,7 +122,7 @@ def _offline_folders(folder: Path, name: str) -> list[Path]:
 
 
 def _offline_ids(folder: Path, name: str) -> tuple[set[str], set[str]]:
-    """What an offline run's files hold: what did not reach the disk before a kill is not in them."""
+    """Return the ids in an offline run's files: what did not reach the disk before a kill is not in them."""
     known: set[str] = set()
     in_table: set[str] = set()
     for place in _offline_folders(folder, name):
@@ -134,7 +134,7 @@ def _offline_ids(folder: Path, name: str) -> tuple[set[str], set[str]]:
 
 
 def offline_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a W&B run's file, read by W&B's own tool; those that a crash cut off are missing."""
+    """Return the records of a W&B run's file, read by W&B's own tool; those that a crash cut off are missing."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = []

@@ -2,7 +2,8 @@
 
 They stand before ours in the trainer's list and are asked first, and a callback is not told who else is in that list:
 so their classes are wrapped, once, when a trainer with our callback is made. The wrapper acts in that trainer alone,
-which it knows by its `args`; everywhere else the methods do what they did.
+which it knows by its `args`; everywhere else the methods do what they did. There is no public way: neither
+transformers nor W&B has a setting that keeps a tracker's error out of `trainer.train()`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _IS_SHELTERED: Final = "_grpo_toolkit_is_sheltered"
 
 
 class Failed(Protocol):
-    """What is done about an event of a tracker's callback that raised."""
+    """An answer to an event of a tracker's callback that raised."""
 
     def __call__(
         self, callback: TrainerCallback, tracker: str, error: Exception, *, took_s: float, had_begun: bool
     ) -> AbstractContextManager[None] | None:
-        """The state in which to try the event once more; None: the callback rests from now on.
+        """Return the state in which to try the event once more; None: the callback rests from now on.
 
         Args:
             callback: whose event it was.
@@ -47,7 +48,7 @@ _resting: weakref.WeakSet[TrainerCallback] = weakref.WeakSet()
 
 
 def shelter(args: TrainingArguments, failed: Failed) -> None:
-    """From now on no tracker's callback raises into the training of these `args`; `failed` hears of it instead."""
+    """Keep every tracker's callback from raising into the training of these `args`; `failed` is called instead."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     key = id(args)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def writer_folder(args: TrainingArguments) -> Path | None:
-    """Where the trainer's writer left its newest events, None where there are none."""
+    """Return the folder of the newest events of the trainer's writer, None where there are none."""
     named = [os.environ.get("TENSORBOARD_LOGGING_DIR"), getattr(args, "logging_dir", None)]
     places = [Path(place).expanduser() for place in named if place] + [Path(args.output_dir, "runs")]
     events = [file for place in places if place.is_dir() for file in place.rglob("events.out.tfevents.*")]

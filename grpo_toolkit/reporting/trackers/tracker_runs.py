@@ -1,4 +1,4 @@
-"""`trackers.json`: which runs this output folder's rows were logged to, so that a replay finds them.
+"""The file `trackers.json`: the runs that an output folder's rows were logged to, so that a replay finds them.
 
 Per tracker the runs in order, each with how many rows were in the folder when it began: those from there to the next
 run's beginning are its own.
@@ -37,7 +37,7 @@ def _identity(facts: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The runs per tracker; empty where nothing was noted or the file is cut off."""
+    """Read the runs per tracker; empty where nothing was noted or the file is cut off."""
     try:
         found = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -46,7 +46,7 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def runs_of(review: Review, tracker: str) -> list[tuple[dict[str, Any], Review]]:
-    """Each run with its own rows, oldest first; one without facts for all rows where none was noted."""
+    """Return each run with its own rows, oldest first; one without facts for all rows where none was noted."""
     runs = read(review.path).get(tracker) or [{}]
     starts = [facts.get("rows_before") or (0, 0) for facts in runs]
     ends: list[Any] = [*starts[1:], (None, None)]

@@ -1,4 +1,4 @@
-"""Latency in Trackio: scalars, the table, the pictures and the report, in the run that the trainer logged into.
+"""Latency in Trackio: scalars, table, pictures and report, in the run that the trainer logged into.
 
 The trainer's callback finishes its run in `on_train_end`, before ours is asked (transformers 5.23): the run is opened
 again under the same name, logged into and finished. Trackio has no metric definitions, no summary and no plot presets.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def open_run() -> dict[str, Any] | None:
-    """Project and name of the run that this process logs into, or None; never imports Trackio."""
+    """Return project and name of the run that this process logs into, or None; never imports Trackio."""
     if "trackio" not in sys.modules:
         return None
     from trackio import context_vars
@@ -69,7 +69,7 @@ def log_review(review: Review, pages: Pages, *, project: str, name: str) -> int:
 
 
 def logged_ids(project: str, name: str) -> set[str]:
-    """Which rows a local run has."""
+    """Return the ids of the rows that a local run has."""
     from trackio.sqlite_storage import SQLiteStorage
 
     if project not in SQLiteStorage.get_projects() or name not in SQLiteStorage.get_runs(project):

@@ -1,4 +1,4 @@
-"""Before W&B starts: where its files go, how long it may take, and whether there is anyone to talk to.
+"""The environment of W&B, set before it starts: the place of its files, its timeouts, online or offline.
 
 What was learnt by trying (wandb 0.31): `init` waits 90 s for a server that says nothing and then raises into the
 trainer, so the server is asked first; settings are ignored once its service runs, so all of them are environment
@@ -96,12 +96,12 @@ def _default(name: str, value: str) -> None:
 
 
 def is_users(name: str) -> bool:
-    """Whether a variable was set by someone else than this module."""
+    """Return whether a variable was set by someone else than this module."""
     return name in os.environ and os.environ[name] != _ours.get(name)
 
 
 def _tell() -> None:
-    """A W&B that was set up before, by `wandb.login()`, does not read the environment again."""
+    """Tell a W&B that was set up before, by `wandb.login()`: it does not read the environment again."""
     setup = getattr(sys.modules.get("wandb.sdk.wandb_setup"), "_singleton", None)
     settings: Any = getattr(setup, "settings_if_loaded", None)
     if hasattr(settings, "update_from_env_vars"):
@@ -110,7 +110,7 @@ def _tell() -> None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """What is opened in here is offline, whatever the environment says; that stays as it is."""
+    """Make what is opened inside offline, whatever the environment says; that stays as it is."""
     import wandb
 
     before = wandb.setup().settings.mode
@@ -122,18 +122,18 @@ def offline() -> Iterator[None]:
 
 
 def is_run_open() -> bool:
-    """Whether this process has an open run; never imports W&B."""
+    """Return whether this process has an open run; never imports W&B."""
     module = sys.modules.get("wandb")
     return module is not None and getattr(module, "run", None) is not None
 
 
 def base_url() -> str:
-    """The server that W&B will talk to."""
+    """Return the address of the server that W&B will talk to."""
     return (os.environ.get("WANDB_BASE_URL") or _CLOUD).rstrip("/")
 
 
 def api_key() -> str | None:
-    """The user's key: from the environment, or from `.netrc` for this server."""
+    """Return the user's key: from the environment, or from `.netrc` for this server."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key
     try:
@@ -144,7 +144,7 @@ def api_key() -> str | None:
 
 
 def server_problem(key: str, *, limit_s: float = PROBE_S) -> str | None:
-    """Ask the server who we are; what is wrong with it, or None if it answers in time."""
+    """Ask the server who we are; returns what is wrong with it, or None if it answers in time."""
     answers: list[str | None] = []
     thread = threading.Thread(target=lambda: answers.append(ask(key, limit_s)), daemon=True)
     thread.start()
@@ -153,7 +153,7 @@ def server_problem(key: str, *, limit_s: float = PROBE_S) -> str | None:
 
 
 def ask(key: str, limit_s: float) -> str | None:
-    """The same without a thread, which no process can start at its end; each wait for the server has the limit."""
+    """Ask the same without a thread, which no process can start at its end; each wait has the limit."""
     question = json.dumps({"query": "query Viewer { viewer { id entity } }"}).encode()
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}

@@ -8,6 +8,16 @@ So where the service is not done by itself, the server is asked; if it answers, 
 does not, the service is ended once its file was written after the last message: 1.2 s in all where the server is dead.
 `wandb sync --include-online` uploads that file later. `run.finish()` called by hand still waits for
 `WANDB_FINISH_TIMEOUT`.
+
+This replaces a private method of W&B, because the public setting cannot tell a server that is gone from one that is
+slow: it is read when the service starts. Ten rows and 13 files logged right before the end, four processes on two
+cores, seconds until the process was gone:
+
+    WANDB_FINISH_TIMEOUT   dead   silent   says 500   1 s an answer
+    1                       2.2      1.9        4.1   4.0, no row and 2 of 18 uploads arrived (healthy: no row either)
+    2                       4.6      2.7        4.8   4.2, no row and 2 uploads arrived
+    10                     12.5     12.2       12.4   5.7, everything arrived
+    this module             2.3      3.6        2.7   8.9, everything arrived
 """
 
 from __future__ import annotations
@@ -33,7 +43,7 @@ EXIT_S: Final = _QUICK_S + PROBE_S
 
 
 def bound_exit(run: Any) -> bool:
-    """Keep the end of this process short where the server is gone; whether that can be done here.
+    """Keep the end of this process short where the server is gone; returns whether that can be done here.
 
     Where the user set `WANDB_FINISH_TIMEOUT`, W&B waits as long as that says. A service that someone else started, or
     a W&B that is built otherwise than 0.31, is left alone.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def tpot_bars(review: Review) -> dict[str, Any]:
-    """`plot.bar`: median time per output token of every arm, in milliseconds."""
+    """Return a `plot.bar` of the median time per output token of every arm, in milliseconds."""
     import wandb
 
     data = [[label_of(row.arm), row.tpot_s.median * 1e3] for row in review.arms if row.tpot_s is not None]
@@ -25,7 +25,7 @@ def tpot_bars(review: Review) -> dict[str, Any]:
 
 
 def tpot_lines(review: Review) -> dict[str, Any]:
-    """`plot.line_series`: time since the token before, in milliseconds, by output token."""
+    """Return a `plot.line_series` of the time since the token before, in milliseconds, by output token."""
     import wandb
 
     lines = {label_of(row.arm): _gaps_ms(row) for row in review.arms}
@@ -43,14 +43,14 @@ def tpot_lines(review: Review) -> dict[str, Any]:
 
 
 def _gaps_ms(row: LatencyRow) -> list[float]:
-    """The median gap before each token that every sequence has."""
+    """Return the median gap before each token that every sequence has."""
     times = [times for timeline in row.timelines for times in timeline.streams_s]
     shortest = min(map(len, times), default=0)
     return [median(t[at] - t[at - 1] for t in times) * 1e3 for at in range(1, shortest)]
 
 
 def box_plots(review: Review) -> dict[str, Any]:
-    """A Plotly figure per metric with a box per arm; without the arm whose cache is off, which would squeeze them."""
+    """Return a Plotly figure a metric with a box an arm, but the arm whose cache is off, which would squeeze them."""
     from plotly import graph_objects
 
     rows = [row for row in review.arms if row.timelines and not is_variant(row.arm)]

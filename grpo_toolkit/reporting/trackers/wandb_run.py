@@ -41,13 +41,13 @@ CHART_KEY: Final = "latency/charts"
 
 
 def active_run() -> Any | None:
-    """The run that is open in this process, or None. Never starts or imports W&B."""
+    """Return the run that is open in this process, or None. Never starts or imports W&B."""
     module = sys.modules.get("wandb")
     return None if module is None else module.run
 
 
 def logged_ids(run: Any, key: str) -> set[str]:
-    """Which rows a run has: of this process, or of before where the run was resumed."""
+    """Return the ids of the rows that a run has: of this process, or of before where the run was resumed."""
     return set(str(run.summary.get(key) or "").split())
 
 
@@ -94,7 +94,7 @@ def _log_made(run: Any, make: Callable[[], dict[str, Any]], step: int) -> None:
 
 
 def log_scalars(run: Any, review: Review, breaker: Breaker, *, known: set[str]) -> int:
-    """One row per visit with what the run does not have yet; adds to `known`, returns how many rows were sent."""
+    """Log a row per visit with what the run does not have yet; adds to `known`, returns how many were sent."""
     sent = 0
     for visit in visits_of(review):
         if set(visit.ids) <= known:
@@ -115,7 +115,7 @@ def _log_scalars(run: Any, visit: Visit, known: frozenset[str]) -> None:
 
 
 def _media(review: Review, pages: Pages) -> list[Any]:
-    """What is put into W&B's queue without asking the server: made only when its turn comes."""
+    """Return makers of what W&B queues without asking the server; each is called only when its turn comes."""
     import wandb
 
     found = []
@@ -144,7 +144,7 @@ def _tables(review: Review, every: set[str]) -> list[Any]:
 
 
 def _log_artifact(run: Any, review: Review, step: int) -> None:
-    """The newest export as a reference: nothing is copied, and no file is read but the manifest."""
+    """Log the newest export as a reference: nothing is copied, and no file is read but the manifest."""
     import wandb
 
     export = next((row for row in review.arms if row.arm == "export"), None)
@@ -172,7 +172,7 @@ def _newest_scalars(review: Review) -> dict[str, float]:
 
 
 def _is_best(review: Review) -> bool:
-    """Whether no export that was measured before decodes faster than the newest."""
+    """Return whether no export that was measured before decodes faster than the newest."""
     visits = visits_of(review)
     times = [
         row.tpot_s.median for visit in visits for row in visit.main if row.arm == "export" and row.tpot_s is not None
@@ -181,7 +181,7 @@ def _is_best(review: Review) -> bool:
 
 
 def run_facts(run: Any) -> dict[str, Any]:
-    """What finds the run again: entity, project, id, mode, folder."""
+    """Return what finds the run again: entity, project, id, mode, folder."""
     settings = run.settings
     return {
         "entity": run.entity or None,

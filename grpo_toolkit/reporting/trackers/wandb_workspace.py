@@ -33,14 +33,14 @@ _HEALTH: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class SavedWorkspace:
-    """Where it is, and whether it was there before."""
+    """A saved workspace: its address, and whether it was there before."""
 
     url: str
     was_there: bool
 
 
 def build_workspace(entity: str, project: str) -> Workspace:
-    """The workspace with its four sections; needs no network.
+    """Build the workspace with its four sections; needs no network.
 
     Raises:
         InputError: no name of an entity or a project.
@@ -117,7 +117,7 @@ def _sweeps() -> list[Any]:
 
 
 def workspace_json(workspace: Workspace) -> dict[str, Any]:
-    """What would be saved, as W&B stores it."""
+    """Return what would be saved, as W&B stores it."""
     found: dict[str, Any] = json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
     return found
 
