@@ -26,6 +26,8 @@ from tests.support.warm import run_python
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.stack
+
 POSITIONS = ["model.language_model.rotary_emb.inv_freq", "model.visual.rotary_pos_emb.inv_freq"]
 # What ZeRO-3 rounds: before transformers 5 the language model counts in integers, which stay.
 ROUNDED = POSITIONS if Version(transformers.__version__) >= Version("5.0") else POSITIONS[1:]
