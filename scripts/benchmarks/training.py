@@ -97,7 +97,7 @@ def parse() -> argparse.Namespace:
 
 
 def tiny_base(folder: Path) -> Path:
-    from tests.support.models import build_qwen2_5_vl  # the tests' own
+    from scripts.models.tiny_bases import build_qwen2_5_vl
 
     return build_qwen2_5_vl(folder)
 

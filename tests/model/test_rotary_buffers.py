@@ -19,7 +19,7 @@ from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import dtype_argument, load_model
 from grpo_toolkit.model.rotary_buffers import restore_buffers, rounded_buffers
-from tests.support.ports import free_port
+from scripts.benchmarks.ports import free_port
 from tests.support.training import grpo_trainer, nested_config_only
 from tests.support.warm import run_python
 

@@ -44,7 +44,7 @@ def randomize(folder: Path) -> Path:
 
 def fill_at_random(folder: Path) -> Path:
     """Give an unpacked folder weights that depend on nothing but its names, and the byte tokenizer its vocabulary."""
-    from tests.support.models import byte_tokenizer
+    from scripts.models.tiny_bases import byte_tokenizer
 
     randomize(folder)
     model = json.loads(byte_tokenizer().backend_tokenizer.to_str())["model"]

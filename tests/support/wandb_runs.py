@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.ports import free_port
+from scripts.benchmarks.ports import free_port
 from tests.support.warm import python, run_python
 
 if TYPE_CHECKING:
