@@ -4,7 +4,8 @@
     accelerate launch recipes/grpo.py --config recipes/configs/qwen2_5_vl_3b_lora.yaml
     accelerate launch recipes/grpo.py --use_peft                                       # tiny, with a LoRA adapter
 
-Every setting of TRL's `GRPOConfig` and `ModelConfig`, and of `arguments.RecipeArguments`, is a flag or a YAML key.
+Every setting of TRL's `GRPOConfig` and `ModelConfig`, and of `RecipeArguments` in grpo_vlm/arguments.py, is a flag or
+a YAML key.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ open_r1/grpo.py (`clevr_count`), verl's examples/data_preprocess/geo3k.py (`geom
 (`referring`).
 
 A local folder of the same layout is read the same way: `--dataset_name FOLDER --dataset_layout clevr_count`. A new
-dataset is a row of `LAYOUTS`, a function, and a test; or, where plain columns do, no code at all (`data.py`).
+dataset is a row of `LAYOUTS`, a function, and a test; or, where plain columns do, no code at all (`columns.py`).
 """
 
 from __future__ import annotations

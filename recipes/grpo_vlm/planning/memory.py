@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 MARGIN, CONTEXT = 1.1, 0.6 * GIB
-"""On top of an estimate: the peaks measured were up to 9% above it (BENCHMARKS.md), the allocator cannot hand out all
-that it keeps, and CUDA's own context takes some bytes."""
+"""On top of an estimate: the peaks measured were up to 9% above it (docs/benchmarks/recipe.md), the allocator cannot
+hand out all that it keeps, and CUDA's own context takes some bytes."""
 
 OPTIMIZER_BYTES: dict[str, float] = {
     "adamw_torch": 12.0,  # Two moments, and without fusing one more copy while it takes the roots.

@@ -63,7 +63,7 @@ def accuracy_reward(
 def iou_reward(completions: list[Completion], answer: list[str], **kwargs: Any) -> list[float]:
     """Pay how much the one box in the answer block overlaps the reference box: intersection over union, 0 to 1.
 
-    Both are in pixels of the image as the model sees it: `data.py` moves the references there, because
+    Both are in pixels of the image as the model sees it: `prompt_lengths.py` moves the references there, because
     Qwen2.5-VL answers in the frame of the *resized* image. Comparing with boxes of the original image is the error
     of https://github.com/om-ai-lab/VLM-R1/issues/44, which pays a model nothing for being right.
 
