@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from grpo_toolkit.cli.bench_arguments import add_arguments as add_bench_arguments
 from grpo_toolkit.cli.export import _export, _merge, _verify
-from grpo_toolkit.cli.shell import EXIT_FINDINGS, EXIT_INPUT, _check_device, _fail, _quiet_libraries
+from grpo_toolkit.cli.shell import EXIT_FINDINGS, EXIT_INPUT, _check_device, _fail, _missing, _quiet_libraries
 from grpo_toolkit.errors import GrpoToolkitError, VerificationError
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ COMPAT_HELP = "who can read it: all (also transformers 4 and servers, whatever w
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    if arguments.version:
+        print(f"grpo-toolkit {_version()}")
+        return 0
     if getattr(arguments, "run", None) is None:
         build_parser().print_help(sys.stderr)
         return EXIT_INPUT
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_FINDINGS)
     except GrpoToolkitError as error:
         return _fail(error, EXIT_INPUT)
+    except ModuleNotFoundError as error:  # the doctor needs nothing but this package, so it may stand alone
+        return _fail(_missing(error), EXIT_INPUT)
     except OSError as error:  # a full disk, a folder that may not be written: what was staged is gone again
         where = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
         return _fail(f"{where}{': ' if where else ''}{error.strerror or error}; nothing was published", EXIT_INPUT)
@@ -50,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grpo-toolkit", description="Make models that leave GRPO training ready for inference."
     )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     export = commands.add_parser("export", help="publish a trained folder for inference: merged, verified, portable")
@@ -188,12 +194,30 @@ def _workspace(arguments: argparse.Namespace) -> int:
     return workspace(arguments)
 
 
+def _version() -> str:
+    from importlib import metadata
+
+    return metadata.version("grpo-toolkit")
+
+
 def _env(arguments: argparse.Namespace) -> int:
-    import torch
+    import platform
+    from importlib.util import find_spec
 
-    from grpo_toolkit.latency.hardware.environment import environment_of
+    facts = {
+        "grpo_toolkit": _version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        facts |= dict.fromkeys(missing, "not installed")
+    else:
+        import torch
 
-    facts = environment_of("cuda" if torch.cuda.is_available() else "cpu")
+        from grpo_toolkit.latency.hardware.environment import environment_of
+
+        facts |= environment_of("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.json:
         print(json.dumps(facts))
     else:

@@ -12,6 +12,9 @@ EXIT_FINDINGS = 1
 
 EXIT_INPUT = 2
 
+_DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "wandb_workspaces": "wandb-workspaces"}
+"""Names to install where they are others than those to import."""
+
 
 def _check_device(device: str) -> None:
     if device == "cpu":
@@ -30,6 +33,19 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """Return one line that says which package a command needs, and how to install it.
+
+    Raises:
+        ModuleNotFoundError: it is one of ours that is not there.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "grpo_toolkit"):
+        raise error
+    name = _DISTRIBUTIONS.get(package, package)
+    return f"this command needs {package}, which is not installed here: pip install {name}"
 
 
 def _fail(error: object, code: int) -> int:
