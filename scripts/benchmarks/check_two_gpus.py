@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 
 def train_all(kinds: list[str], place: str, *, base: Path, scratch: Path, options: argparse.Namespace) -> list[str]:
-    """Train each kind in turn on the GPUs of a place; those that ended."""
+    """Train each kind in turn on the GPUs of a place and return those that ended."""
     trained = []
     for kind in kinds:
         began = time.monotonic()
@@ -97,7 +97,7 @@ def tiny_base(folder: Path) -> Path:
 def compared(
     found: dict[str, Any], reference: dict[str, Any], before: dict[str, Any], *, name: str, device: str
 ) -> str:
-    """An export beside the first kind's, and both beside the base: names, and values in numbers."""
+    """Compare an export with the first kind's, and both with the base: names, and values in numbers."""
     for other_name, other_tensors in (("the base", before), (name, reference)):
         if strange := sorted(found.keys() ^ other_tensors.keys()):
             return f"tensors of OTHER NAMES than {other_name}'s: {strange[:3]}"

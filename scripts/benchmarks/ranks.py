@@ -28,7 +28,7 @@ def main(scenarios: dict[str, Scenario]) -> None:
 
 
 def make_fsdp_real_on_a_cpu() -> None:
-    """accelerate promotes processes on GPUs alone from DDP to FSDP; set the type and the plugin as it does there."""
+    """Set FSDP's type and plugin as accelerate does for processes on GPUs; on CPUs it leaves them DDP."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 

@@ -83,7 +83,7 @@ def launch(
 
 
 def stored_weights(folder: Path) -> dict[str, Any]:
-    """Every tensor in a folder's safetensors files, by name."""
+    """Return every tensor in a folder's safetensors files, by name."""
     from safetensors.torch import load_file
 
     found: dict[str, Any] = {}

@@ -244,7 +244,7 @@ def load(base: Path, **options: Any) -> Any:
 
 
 def train(model: Any, base: Path, work: Path, *, expect: str = "NO", **options: Any) -> Path:
-    """One step of a plain Trainer on text, gradient checkpointing on; returns its checkpoint."""
+    """Train one step of a plain Trainer on text, gradient checkpointing on, and return its checkpoint."""
     import torch
     from transformers import AutoProcessor, Trainer, TrainingArguments
 
@@ -286,7 +286,7 @@ def copy_processor(base: Path, folder: Path) -> None:
 
 
 def make_exports(work: Path) -> dict[str, Path]:
-    """This package's exports under transformers 5: of a published base, and of one that transformers 5 wrote."""
+    """Export under transformers 5: of a published base, and of one that transformers 5 wrote."""
     from grpo_toolkit import export_model
     from grpo_toolkit.model.load import load_model
     from scripts.models.tiny_bases import build_qwen2_5_vl

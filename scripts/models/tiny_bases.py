@@ -19,7 +19,7 @@ LLAVA_TEMPLATE = (
 
 
 def build_qwen2_5_vl(folder: Path, *, dtype: str = "float32", head_dim: int = 8) -> Path:
-    """A base as it lies on the Hub: flat config.json, published names, generation defaults."""
+    """Build a base as it lies on the Hub: flat config.json, published names, generation defaults."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -134,7 +134,7 @@ def build_llava(folder: Path) -> Path:
 
 
 def byte_tokenizer(extra: list[str] | None = None) -> Any:
-    """A tokenizer that needs no training: one token a byte."""
+    """Return a tokenizer that needs no training: one token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -154,7 +154,7 @@ def byte_tokenizer(extra: list[str] | None = None) -> Any:
 
 
 def _save_weights_only(model: Any, folder: Path) -> None:
-    """The weights under the names that this library publishes them with; the JSON files stand already."""
+    """Save the weights under the names that the library publishes; the JSON files stand already."""
     import shutil
 
     saved = folder.with_name(folder.name + ".saved")

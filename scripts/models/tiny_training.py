@@ -13,7 +13,7 @@ LANGUAGE_QV = r"(?!.*(vision|visual)).*(q|v)_proj"
 
 
 def rows(count: int = 8, *, with_images: bool = True) -> Any:
-    """A dataset in the form that GRPOTrainer takes: conversational prompts, one image each."""
+    """Return a dataset in the form that GRPOTrainer takes: conversational prompts, one image each."""
     from datasets import Dataset
     from PIL import Image
 
@@ -27,14 +27,14 @@ def rows(count: int = 8, *, with_images: bool = True) -> Any:
 
 
 def length_reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Any reward that differs within a group: the number of distinct characters."""
+    """Reward the number of distinct characters, or anything else that differs within a group."""
     return [float(len(set(str(completion)))) for completion in completions]
 
 
 def grpo_trainer(
     model: Any, output_dir: Path, callbacks: list[Any] | None = None, *, with_images: bool = True, **options: Any
 ) -> Any:
-    """A GRPOTrainer for two steps on CPU: four completions of eight tokens a prompt, checkpointing on."""
+    """Return a GRPOTrainer for two steps on CPU: four completions of eight tokens a prompt, checkpointing on."""
     import trl
     from packaging.version import Version
     from trl import GRPOConfig, GRPOTrainer

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def build_gpt2(folder: Path) -> Path:
-    """Matrices stored as (in, out), biases everywhere, embeddings tied."""
+    """Build a GPT-2: matrices stored as (in, out), biases everywhere, embeddings tied."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return _save_random(
@@ -20,7 +20,7 @@ def build_gpt2(folder: Path) -> Path:
 
 
 def build_qwen3_moe(folder: Path) -> Path:
-    """Stacked experts in transformers 5, published one by one."""
+    """Build a Qwen3-MoE: experts stacked in transformers 5, published one by one."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
@@ -40,7 +40,7 @@ def build_qwen3_moe(folder: Path) -> Path:
 
 
 def build_mixtral(folder: Path) -> Path:
-    """The same with other names: `block_sparse_moe`, w1, w2, w3."""
+    """Build a Mixtral: stacked experts with other names, `block_sparse_moe`, w1, w2, w3."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(

@@ -40,7 +40,7 @@ def resumes(folder: Path, *, model: str, **options: Any) -> tuple[dict[str, Any]
 
 
 def digest(trainer: Any) -> str | None:
-    """What the weights are, told by rank 0 for all."""
+    """Return a sum of all weights on rank 0."""
     from grpo_toolkit.model.save_hook import saved_state
     from grpo_toolkit.model.sharding.gather import gather
     from grpo_toolkit.model.sharding.ranks import rank
@@ -53,7 +53,7 @@ def digest(trainer: Any) -> str | None:
 
 
 def one_rank_fails(folder: Path, *, failing_rank: int, **options: Any) -> tuple[dict[str, Any], Any]:
-    """One rank cannot read its prompts: none may publish, and none may wait for it."""
+    """Let one rank fail to read its prompts: none may publish, and none may wait for it."""
     import os
 
     import grpo_toolkit.callbacks.export as module
@@ -70,7 +70,7 @@ def one_rank_fails(folder: Path, *, failing_rank: int, **options: Any) -> tuple[
 def asked_midway(
     folder: Path, *, asks: bool, has_room: bool = True, failing_ranks: Sequence[int] = (), **options: Any
 ) -> tuple[dict[str, Any], Any]:
-    """Train two steps, after the first of which the policy is asked for few tokens, few again, and many.
+    """Train two steps; after the first the model is asked for few tokens, few again, and many.
 
     On `failing_ranks` a layer's forward raises while it is asked.
     """

@@ -33,7 +33,7 @@ nested_config_only = pytest.mark.skipif(
     Version(transformers.__version__) < Version("4.52"), reason="Qwen2.5-VL's config is flat in 4.49"
 )
 FORGETS_IN_TRAINING = Version("4.50") <= Version(transformers.__version__) < Version("5.24")
-"""Whether checkpointed layers in training throw the cache away, also where no gradient is wanted."""
+"""True where checkpointed layers in training throw the cache away, also where no gradient is wanted."""
 
 forgets_in_training = pytest.mark.skipif(
     not FORGETS_IN_TRAINING, reason="the checkpointed layers of 4.49, and of 5.24 and later, keep their cache"
