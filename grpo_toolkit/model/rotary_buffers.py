@@ -87,7 +87,6 @@ def _computed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _skeleton(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """The same architecture with buffers and without weights, built as a load in that dtype builds it."""
     import torch
-
     from accelerate import init_empty_weights
 
     usual = torch.get_default_dtype()

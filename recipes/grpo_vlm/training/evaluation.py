@@ -11,9 +11,8 @@ from grpo_vlm.rewards.answers import extract_answer, is_right, is_right_directly
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from datasets import Dataset
-
     from accelerate import Accelerator
+    from datasets import Dataset
 
 
 DIRECT_PROMPT = "You are a helpful assistant. Give the answer alone, without any explanation."
