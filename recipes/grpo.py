@@ -4,7 +4,8 @@
     accelerate launch recipes/grpo.py --config recipes/configs/qwen2_5_vl_3b_lora.yaml
     accelerate launch recipes/grpo.py --use_peft                                       # tiny, with a LoRA adapter
 
-Every setting of TRL's `GRPOConfig` and `ModelConfig`, and of `arguments.RecipeArguments`, is a flag or a YAML key.
+Every setting of TRL's `GRPOConfig` and `ModelConfig`, and of `RecipeArguments` in grpo_vlm/arguments.py, is a flag or
+a YAML key.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def make_trainer(
     rewards: list[RewardFunction],
     processor: Any,
 ) -> AccuracyTrainer:
-    """TRL's own trainer, with our callbacks plugged in.
+    """Return TRL's own trainer, with our callbacks plugged in.
 
     Raises:
         InputError: vLLM's server did not come up.
@@ -160,7 +161,7 @@ def make_trainer(
 
 
 def build_tiny() -> str:
-    """The folder of the tiny base, built on first use (in a process of its own, shared by all ranks)."""
+    """Return the folder of the tiny base; build it at first use, in a process of its own, once for all ranks."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "recipes"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", TINY_BUILDER]
     environment = os.environ | {"PYTHONPATH": paths}
@@ -171,7 +172,7 @@ def build_tiny() -> str:
 
 
 def find_checkpoint(training: GRPOConfig) -> str | None:
-    """What to resume from: a folder as given, or for `true` the newest whole checkpoint in output_dir.
+    """Return what to resume from: a folder as given, or for `true` the newest whole checkpoint in output_dir.
 
     `auto` is `true` where there is one, and a start from the beginning where there is none: for requeued jobs.
     """

@@ -8,7 +8,7 @@ fail() { say "$*"; exit 1; }
 
 # The older stacks that the package promises to work beside.
 #   middle   transformers 4.57, TRL 1.0
-#   oldest   transformers 4.49, TRL 0.15: the lower bounds of pyproject.toml, where VLM-R1 and its descendants live
+#   oldest   transformers 4.49, TRL 0.15 (pyproject.toml allows 0.14 too), where VLM-R1 and its descendants live
 stack_requirements() {
     case $1 in
         newest) ;;

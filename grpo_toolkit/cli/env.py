@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.shell import add_json
+from grpo_toolkit.cli.shell import add_json, version
 
 if TYPE_CHECKING:
     import argparse
@@ -22,11 +22,23 @@ def add_command(commands: Commands) -> None:
 
 def env(arguments: argparse.Namespace) -> int:
     """Print versions and hardware, and return the exit code."""
-    import torch
+    import platform
+    from importlib.util import find_spec
 
-    from grpo_toolkit.latency.hardware.environment import environment_of
+    facts = {
+        "grpo_toolkit": version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+    absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if absent:
+        facts |= dict.fromkeys(absent, "not installed")
+    else:
+        import torch
 
-    facts = environment_of("cuda" if torch.cuda.is_available() else "cpu")
+        from grpo_toolkit.latency.hardware.environment import environment_of
+
+        facts |= environment_of("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.json:
         print(json.dumps(facts))
     else:

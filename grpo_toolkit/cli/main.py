@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.cli import bench, doctor, env, explain, export, merge, repair, report, tune, verify, workspace
-from grpo_toolkit.cli.shell import EXIT_FINDINGS, EXIT_INPUT, check_device, fail
+from grpo_toolkit.cli.shell import EXIT_FINDINGS, EXIT_INPUT, check_device, fail, missing, version
 from grpo_toolkit.errors import GrpoToolkitError, VerificationError
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ VERBS: Final = (export, merge, verify, bench, tune, explain, doctor, repair, rep
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (by default this process's) and return the exit code."""
     arguments = build_parser().parse_args(argv)
+    if arguments.version:
+        print(f"grpo-toolkit {version()}")
+        return 0
     if getattr(arguments, "run", None) is None:
         build_parser().print_help(sys.stderr)
         return EXIT_INPUT
@@ -35,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, EXIT_FINDINGS)
     except GrpoToolkitError as error:
         return fail(error, EXIT_INPUT)
+    except ModuleNotFoundError as error:  # the doctor needs nothing but this package, so it may stand alone
+        return fail(missing(error), EXIT_INPUT)
     except OSError as error:  # a full disk, a folder that may not be written: what was staged is gone again
         where = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
         return fail(f"{where}{': ' if where else ''}{error.strerror or error}; nothing was published", EXIT_INPUT)
@@ -47,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grpo-toolkit", description="Make models that leave GRPO training ready for inference."
     )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for verb in VERBS:
         verb.add_command(commands)

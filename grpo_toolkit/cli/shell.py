@@ -27,6 +27,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
+_DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "wandb_workspaces": "wandb-workspaces"}
+"""Names to install where they are others than those to import."""
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument("--device", default="cpu", help='"cpu", "cuda", "cuda:1", ... (default cpu)')
@@ -54,6 +58,26 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Return one line that says which package a command needs, and how to install it.
+
+    Raises:
+        ModuleNotFoundError: it is one of ours that is not there.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "grpo_toolkit"):
+        raise error
+    name = _DISTRIBUTIONS.get(package, package)
+    return f"this command needs {package}, which is not installed here: pip install {name}"
+
+
+def version() -> str:
+    """Return the version of the installed package."""
+    from importlib import metadata
+
+    return metadata.version("grpo-toolkit")
 
 
 def fail(error: object, code: int) -> int:

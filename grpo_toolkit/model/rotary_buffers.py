@@ -87,7 +87,6 @@ def _computed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _skeleton(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Build the same architecture with buffers and without weights, as a load in that dtype does."""
     import torch
-
     from accelerate import init_empty_weights
 
     usual = torch.get_default_dtype()

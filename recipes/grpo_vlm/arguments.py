@@ -48,7 +48,7 @@ TYPED_FOR = {
     "use_peft": "adapter lora peft",
     "use_vllm": "vllm",
 }
-"""What people type, and the setting that they mean by it; typing errors are found without."""
+"""Words that people type, and the setting that they mean by it; typing errors are found without."""
 
 TYPED_FOR_ACCELERATE = "gpu gpus n_gpus nproc_per_node num_gpus num_machines num_nodes num_processes"
 """Typed where they come too late: `accelerate launch` starts the processes."""
@@ -56,7 +56,7 @@ TYPED_FOR_ACCELERATE = "gpu gpus n_gpus nproc_per_node num_gpus num_machines num
 
 @dataclass
 class RecipeArguments(ScriptArguments):
-    """What the recipe adds to TRL's script arguments."""
+    """The settings that the recipe adds to TRL's script arguments."""
 
     export_dir: str | None = field(
         default=None, metadata={"help": "Where to publish the export. Default: `export` in output_dir."}
@@ -120,7 +120,7 @@ class RecipeArguments(ScriptArguments):
 
 
 class _Parser(TrlParser):  # type: ignore[misc]
-    """TRL's parser, with a line for what is wrong instead of the usage, which is as long as its flags are many."""
+    """TRL's parser, which prints one line about an error instead of its very long usage."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists every setting")
@@ -148,7 +148,7 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
 
 
 def _one_config(args: list[str]) -> list[str]:
-    """Arguments with one `--config` for TRL's parser; the keys of further ones become flags, before those given.
+    """Return arguments with one `--config` for TRL's parser; keys of further ones become flags, before those given.
 
     Raises:
         InputError: a config that is not there, or is no mapping.
@@ -176,7 +176,7 @@ def _one_config(args: list[str]) -> list[str]:
 
 
 def _settings(path: Path, *, others: Sequence[str]) -> dict[str, object]:
-    """A config's keys and values.
+    """Return a config's keys and values.
 
     Raises:
         InputError: it is no mapping, or has a key that is no setting.
@@ -195,7 +195,7 @@ def _names() -> list[str]:
 
 
 def _nearest(name: str, *, dashes: str = "") -> str:
-    """The setting that may be meant, with these before it; or where to look."""
+    """Return the setting that may be meant, after these words, or where to look."""
     name = name.replace("-", "_").lower()
     if name in TYPED_FOR_ACCELERATE.split():
         return "; how many processes is for accelerate: accelerate launch --num_processes 2 recipes/grpo.py ..."
@@ -205,7 +205,7 @@ def _nearest(name: str, *, dashes: str = "") -> str:
 
 
 def _explain(message: str) -> str:
-    """A library's complaint in one line, with the way out."""
+    """Return a library's complaint in one line, with the way out."""
     line = " ".join(message.split())
     unused = re.search(r"not used by the HfArgumentParser: \['(--?)([^'=]+)", line)
     if unused is not None:
@@ -221,7 +221,7 @@ def _explain(message: str) -> str:
 
 
 def _batch_fix(completions: int, generations: int) -> str:
-    """What to set instead, in numbers: the completions of one prompt must be scored together."""
+    """Return what to set instead, in numbers: the completions of one prompt must be scored together."""
     divisors = [count for count in range(2, completions + 1) if completions % count == 0]
     nearest = sorted(divisors, key=lambda count: (abs(count - generations), count))[:2]
     steps = generations // math.gcd(completions, generations)

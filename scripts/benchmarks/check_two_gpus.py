@@ -20,9 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.support.launch import ALONE, KINDS, launch, stored_weights
+from scripts.benchmarks.two_processes import ALONE, KINDS, launch, stored_weights
 
 
 def main() -> int:
@@ -59,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 
 def train_all(kinds: list[str], place: str, *, base: Path, scratch: Path, options: argparse.Namespace) -> list[str]:
-    """Train each kind in turn on the GPUs of a place; those that ended."""
+    """Train each kind in turn on the GPUs of a place and return those that ended."""
     trained = []
     for kind in kinds:
         began = time.monotonic()
@@ -77,7 +75,7 @@ def train_all(kinds: list[str], place: str, *, base: Path, scratch: Path, option
                 arms=options.arms,
                 save_strategy="no",
             )
-        except (pytest.fail.Exception, pytest.skip.Exception) as error:  # the others still have something to say
+        except RuntimeError as error:  # the others still have something to say
             print(f"{kind:>24}: FAILED: {error}", flush=True)
             continue
         trained.append(kind)
@@ -91,7 +89,7 @@ def train_all(kinds: list[str], place: str, *, base: Path, scratch: Path, option
 
 
 def tiny_base(folder: Path) -> Path:
-    from tests.support.models import build_qwen2_5_vl
+    from scripts.models.tiny_bases import build_qwen2_5_vl
 
     return build_qwen2_5_vl(folder, dtype="bfloat16")
 
@@ -99,7 +97,7 @@ def tiny_base(folder: Path) -> Path:
 def compared(
     found: dict[str, Any], reference: dict[str, Any], before: dict[str, Any], *, name: str, device: str
 ) -> str:
-    """An export beside the first kind's, and both beside the base: names, and values in numbers."""
+    """Compare an export with the first kind's, and both with the base: names, and values in numbers."""
     for other_name, other_tensors in (("the base", before), (name, reference)):
         if strange := sorted(found.keys() ^ other_tensors.keys()):
             return f"tensors of OTHER NAMES than {other_name}'s: {strange[:3]}"

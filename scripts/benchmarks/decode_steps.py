@@ -1,4 +1,4 @@
-"""Something done after every step of `model.generate`, whoever calls it."""
+"""Calls after every step of `model.generate`, whoever starts it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def after_each_step(model: Any, call: Callable[[], None]) -> Iterator[None]:
-    """Call it when a token has been chosen; as a stopping criterion, so that nobody waits and nothing is hooked."""
+    """Call a function when a token has been chosen: as a stopping criterion, so nobody waits and nothing is hooked."""
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 

@@ -1,4 +1,4 @@
-"""How fast `grpo-toolkit doctor` answers, as ratios measured in one run.
+"""The speed of `grpo-toolkit doctor`, as ratios measured in one run.
 
     python -m scripts.benchmarks.doctor
 
@@ -36,7 +36,7 @@ def build(name: str, folder: Path, *, shards: int) -> Path:
 
 
 def build_run(folder: Path, count: int) -> Path:
-    """A run whose checkpoints all carry the poison of VLM-R1."""
+    """Write a run whose checkpoints all carry the fault of VLM-R1's."""
     first = build("qwen2_5_vl_3b", folder / "checkpoint-1", shards=2)
     generation = json.loads((first / "generation_config.json").read_text()) | {"use_cache": False}
     (first / "generation_config.json").write_text(json.dumps(generation))
@@ -54,7 +54,7 @@ def build_run(folder: Path, count: int) -> Path:
 
 
 def timed(command: list[str], *, terminal: bool = False) -> float:
-    """Seconds of one process; on a terminal of its own if asked."""
+    """Return the seconds of one process, on a terminal of its own if asked."""
     begin = time.perf_counter()
     if terminal:
         pid, master = pty.fork()
@@ -73,7 +73,7 @@ def timed(command: list[str], *, terminal: bool = False) -> float:
 
 
 def peak_megabytes(folder: Path) -> float:
-    """The peak of resident memory of one diagnosis, as the process itself reads it (a parent's peak is inherited)."""
+    """Return one diagnosis's peak of resident memory, as the process itself reads it (a parent's is inherited)."""
     code = (
         "import sys; from grpo_toolkit.cli import main; main(['doctor', sys.argv[1]])\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), file=sys.stderr)"

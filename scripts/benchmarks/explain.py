@@ -43,7 +43,7 @@ LAST: Final = ("static-cache",)
 
 
 def main() -> int:
-    """Run the cases that the flags and the budget allow; 1 where one of them was not right."""
+    """Run the cases that the flags and the budget allow; return 1 where one of them was not right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--model", type=Path, help="a Qwen2.5-VL folder to use instead of random weights of the shape")
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 class Log:
-    """Says a line on standard output and in a file."""
+    """A log on standard output and in a file."""
 
     def __init__(self, file: object) -> None:
         self._file = file
@@ -74,7 +74,7 @@ class Log:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """The seconds since the start."""
         return time.monotonic() - self._start
 
 

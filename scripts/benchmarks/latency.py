@@ -14,7 +14,7 @@ Builds a model of random weights at a published shape, and measures, at batch 1:
     batches      batch sizes 1, 2, 4, ... until memory runs out, which is a row and no crash: the same process answers
                  a single request after it
 
-A part that the time left does not allow is skipped, and says so. Rows go to RESULTS/latency.jsonl, everything said to
+A part that the time left does not allow is skipped, which is logged. Rows go to RESULTS/latency.jsonl, the log to
 RESULTS/bench_latency.log, the figures to RESULTS/bench_latency.json; a short table comes last.
 """
 
@@ -427,7 +427,7 @@ class Bench:
 
 
 class EventClock:
-    """Records a CUDA event after every step of `model.generate`, without making anybody wait; wall time on a CPU."""
+    """A clock of CUDA events after every step of `model.generate`, for which nobody waits; wall time on a CPU."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -458,7 +458,7 @@ class EventClock:
 
 
 def without_streamer(engine: LocalEngine, batch: Any, chosen: Options) -> float:
-    """TPOT by events alone: `generate` as one calls it who does not stream."""
+    """Measure TPOT by events alone, of `generate` without a streamer."""
     streaming = engine.model.generate
     with EventClock(engine.model) as clock:
         recorded = engine.model.generate

@@ -1,4 +1,4 @@
-"""What a merge costs: `grpo-toolkit merge`, PEFT's load, merge and save, and `cp` take turns on the same files.
+"""The cost of a merge: `grpo-toolkit merge`, PEFT's load, merge and save, and `cp` take turns on the same files.
 
     python -m scripts.benchmarks.merge --shape 3b --rounds 3     # 7.5 GB of random weights, twice that on disk
     python -m scripts.benchmarks.merge --shape 14b --sparse --arms merge
@@ -66,7 +66,7 @@ SHAPES = {
 
 
 def projections(shape: Shape) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the seven projections, by their names in a layer."""
+    """Return outputs and inputs of the seven projections, by their names in a layer."""
     narrow = shape.hidden // shape.heads * shape.kv_heads
     sizes = [
         (shape.hidden, shape.hidden),
@@ -80,7 +80,7 @@ def projections(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Published names and shapes."""
+    """Return the published names and shapes."""
     yield "model.embed_tokens.weight", (shape.vocabulary, shape.hidden)
     for layer in range(shape.layers):
         for name, size in projections(shape).items():
@@ -121,7 +121,7 @@ def write_files(base: Path, adapter: Path, shape: Shape, sparse: bool) -> None:
 
 
 def write_base(folder: Path, shape: Shape, *, sparse: bool) -> None:
-    """Random bfloat16 weights in shards of 4 GB; holes in place of them if `sparse`."""
+    """Write random bfloat16 weights in shards of 4 GB; holes in place of them if `sparse`."""
     import torch
 
     folder.mkdir()
@@ -149,7 +149,7 @@ def write_base(folder: Path, shape: Shape, *, sparse: bool) -> None:
 
 
 def write_adapter(folder: Path, shape: Shape, base: Path) -> None:
-    """Rank 64 in float32 on every projection of the language model, as PEFT saves it under transformers 5."""
+    """Write rank 64 in float32 on every projection of the language model, as PEFT saves it under transformers 5."""
     import torch
 
     folder.mkdir()
@@ -208,7 +208,7 @@ def config(shape: Shape) -> dict[str, object]:
 
 
 def timed(command: list[str]) -> tuple[float, float, float]:
-    """Seconds, seconds of processor time, and peak resident GiB of a process and of nothing else."""
+    """Return seconds, seconds of processor time, and peak resident GiB of one process alone."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

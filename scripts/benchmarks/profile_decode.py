@@ -1,4 +1,4 @@
-"""Where the time of a token goes: kernels of a decoding step, and what the GPU waits for between them.
+"""The time of a token: kernels of a decoding step, and what the GPU waits for between them.
 
     python -m scripts.benchmarks.profile_decode --model BASE --device cuda --output OUT
 
@@ -56,7 +56,7 @@ class Profile:
 
 
 class Window:
-    """Profiles steps `SKIPPED` to `SKIPPED + PROFILED` of the next `model.generate`."""
+    """A profiler of steps `SKIPPED` to `SKIPPED + PROFILED` of the next `model.generate`."""
 
     def __init__(self, model: Any, device: str) -> None:
         import torch
@@ -98,7 +98,7 @@ class Window:
             torch.cuda.synchronize()
 
     def kernels(self) -> list[tuple[str, float, float]]:
-        """Name, start and end in microseconds of everything that ran on the device (on a CPU: of outermost ops)."""
+        """Return name, start and end in microseconds of all that ran on the device (on a CPU: of outermost ops)."""
         from torch.autograd import DeviceType
 
         events = self.profiler.events() or []
@@ -180,7 +180,7 @@ def main() -> None:
 
 
 def _fresh(folder: Path, request: Request, options: Options) -> Profile:
-    """In a model of its own: what was compiled for another setting is dropped."""
+    """Profile in a model of its own: what was compiled for another setting is dropped."""
     import gc
 
     import torch

@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
 
 
 def letters_reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """How many different characters there are. What random weights say earns nothing by the usual rewards, and where
+    """Reward different characters. What random weights write earns nothing by the usual rewards, and where
     a group's rewards are equal there is no gradient."""
     return [float(len(set(completion[0]["content"]))) for completion in completions]
 
@@ -101,7 +101,7 @@ def make_base(shape: str, folder: Path) -> Path:
 
 
 def make_dataset(folder: Path) -> Path:
-    """96 rows to train on and 8 to hold out, in the layout of hiyouga/geometry3k."""
+    """Write 96 rows to train on and 8 to hold out, in the layout of hiyouga/geometry3k."""
     from datasets import Dataset, Features, Image, List, Value
     from PIL import Image as Pictures
 

@@ -83,7 +83,7 @@ ABOUT_LENGTHS = frozenset({"eos", "longer-answers"})
 
 
 def bases(base: Path, folder: Path, request: Request, pool: Engines, *, device: str = "cpu") -> tuple[Path, Path]:
-    """Two copies of a base: one whose answers go on to the cap, and one that ends its answer to `request` early."""
+    """Return two copies of a base: one that answers up to the cap, and one that ends its answer to `request` early."""
     endless, ending = (_copied(base, folder / name) for name in ("endless", "ending"))
     config = json.loads((base / "config.json").read_text())
     # Random weights may say a placeholder; computing the answer again would then miss an image for it.
@@ -95,7 +95,7 @@ def bases(base: Path, folder: Path, request: Request, pool: Engines, *, device: 
 
 
 def seed_causes(base: Path, folder: Path, causes: tuple[str, ...], *, device: str = "cpu") -> Seeded:
-    """A copy of `base` in `folder` with these causes, beside the base that it is compared with.
+    """Return a copy of `base` in `folder` with these causes, beside the base that it is compared with.
 
     Args:
         base: a Qwen2.5-VL folder, one of `bases`.
@@ -125,7 +125,7 @@ def _copied(source: Path, target: Path) -> Path:
 
 
 def _adapter(base: Path, folder: Path, *, device: str) -> Path:
-    """A LoRA adapter on all seven projections, with factors that are not zero."""
+    """Write a LoRA adapter on all seven projections, with factors that are not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -169,7 +169,7 @@ def _live(folder: Path, causes: list[str], scratch: Path, device: str) -> tuple[
 
 
 def early_token(base: Path, request: Request, pool: Engines, *, device: str) -> int:
-    """A token that the base says first in its fourth place or soon after, where its answer could end.
+    """Return a token of the base's answer, its fourth or one soon after, where the answer could end.
 
     Random weights soon repeat themselves; then it is the last token that is new.
     """

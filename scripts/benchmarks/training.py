@@ -1,4 +1,4 @@
-"""How long a GRPO step takes: with our callbacks and without, from a clean base and from a poisoned one.
+"""The time of a GRPO step: with our callbacks and without, from a clean base and from one with its cache off.
 
     python -m scripts.benchmarks.training                                 # a tiny base, on the CPU
     python -m scripts.benchmarks.training --base BASE --device cuda --new-tokens 128 --image-size 896
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: with our callbacks or without, from which base, rollouts with cuDNN's attention or not."""
+    """A way to train: with our callbacks or without, from which base, rollouts with cuDNN's attention or not."""
 
     callbacks: bool = False
     is_poisoned: bool = False
@@ -97,13 +97,13 @@ def parse() -> argparse.Namespace:
 
 
 def tiny_base(folder: Path) -> Path:
-    from tests.support.models import build_qwen2_5_vl  # the tests' own
+    from scripts.models.tiny_bases import build_qwen2_5_vl
 
     return build_qwen2_5_vl(folder)
 
 
 def poison(base: Path, folder: Path) -> Path:
-    """The same base as trainers of transformers 4.x leave it: `use_cache: false` in generation_config.json."""
+    """Copy a base as trainers of transformers 4.x leave it: `use_cache: false` in generation_config.json."""
     folder.mkdir()
     for path in base.iterdir():
         if path.is_file() and path.name != "generation_config.json":
@@ -196,7 +196,7 @@ def train(arm: Arm, options: argparse.Namespace, hand_on: Callable[[], None]) ->
 
 
 def prompts(options: argparse.Namespace) -> Any:
-    """One prompt a step, each of another length, with an image of noise."""
+    """Return one prompt a step, each of another length, with an image of noise."""
     from datasets import Dataset
     from PIL import Image
 
@@ -216,7 +216,7 @@ def step_timer(hand_on: Callable[[], None]) -> Any:
     from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
-        """Wall time of each step, the GPU's work included."""
+        """The wall time of each step, the GPU's work included."""
 
         def __init__(self) -> None:
             self.seconds: list[float] = []

@@ -21,7 +21,7 @@ from scripts.models.random_vlm import SHAPES, make_random_vlm
 
 
 def main() -> int:
-    """Tune; 1 where a GPU misses the targets."""
+    """Tune, and return 1 where a GPU misses the targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--model", type=Path, help="a folder to use instead of random weights of the shape")

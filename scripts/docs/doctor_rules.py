@@ -16,7 +16,7 @@ END: Final = "<!-- end of rules -->"
 
 
 def rule_table() -> str:
-    """Every rule as a row of Markdown: its code with the evidence, severity, fault, repair."""
+    """Return every rule as a row of Markdown: its code with the evidence, severity, fault, repair."""
     rows = ["| finding | severity | fault | repair |", "|---|---|---|---|"]
     for rule in ALL_RULES:
         fault = f"{rule.title} (beside the base)" if rule.needs_base else rule.title
@@ -25,7 +25,7 @@ def rule_table() -> str:
 
 
 def with_table(text: str) -> str:
-    """A README with its table as the rules give it.
+    """Return a README with its table as the rules give it.
 
     Raises:
         ValueError: the markers are not in it.

@@ -10,7 +10,7 @@ from grpo_toolkit.latency.rows.row import SCHEMA_VERSION, ExplanationRow, Latenc
 
 
 def json_schema() -> dict[str, Any]:
-    """Draft 2020-12, of one line: a measurement or an explanation, told apart by `kind`."""
+    """Return the schema of one line, Draft 2020-12: a measurement or an explanation, told apart by `kind`."""
     from pydantic import TypeAdapter
 
     schema = TypeAdapter(LatencyRow | ExplanationRow).json_schema()

@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def photograph(page: Path, picture: Path, width: int, height: int, *, is_dark: bool) -> None:
-    """A picture of a page in a window of that size, with few enough colours to be small."""
+    """Take a picture of a page in a window of that size, with few enough colours to be small."""
     from PIL import Image
 
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)

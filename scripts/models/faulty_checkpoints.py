@@ -94,7 +94,7 @@ def easyr1_merger(base: Path, work: Path) -> Path:
 @route("523", "457")
 def trl_grpo(base: Path, work: Path) -> Path:
     """TRL's GRPOTrainer on a model given by name, full fine-tune."""
-    from tests.support.training import grpo_trainer
+    from scripts.models.tiny_training import grpo_trainer
 
     grpo_trainer(base, work, max_steps=1, save_strategy="steps", save_steps=1).train()
     return work / "checkpoint-1"
@@ -105,7 +105,7 @@ def trl_lora(base: Path, work: Path) -> Path:
     """TRL's GRPOTrainer with a LoRA adapter on the usual seven names, which the vision tower has too."""
     from peft import LoraConfig
 
-    from tests.support.training import grpo_trainer
+    from scripts.models.tiny_training import grpo_trainer
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     grpo_trainer(
@@ -119,8 +119,8 @@ def trl_llama(base: Path, work: Path) -> Path:
     """TRL 0.21's GRPOTrainer on a text-only Llama."""
     from trl import GRPOConfig, GRPOTrainer
 
-    from tests.support.models import build_llama
-    from tests.support.training import length_reward, rows
+    from scripts.models.tiny_bases import build_llama
+    from scripts.models.tiny_training import length_reward, rows
 
     args = GRPOConfig(
         output_dir=str(work),
@@ -147,7 +147,7 @@ def trl_llama(base: Path, work: Path) -> Path:
 @route("523")
 def llava(base: Path, work: Path) -> Path:
     """The tests' tiny LLaVA, built and saved by transformers 5: nobody's fault, and 4.x cannot read it."""
-    from tests.support.models import build_llava
+    from scripts.models.tiny_bases import build_llava
 
     return build_llava(work / "llava")
 
@@ -244,7 +244,7 @@ def load(base: Path, **options: Any) -> Any:
 
 
 def train(model: Any, base: Path, work: Path, *, expect: str = "NO", **options: Any) -> Path:
-    """One step of a plain Trainer on text, gradient checkpointing on; returns its checkpoint."""
+    """Train one step of a plain Trainer on text, gradient checkpointing on, and return its checkpoint."""
     import torch
     from transformers import AutoProcessor, Trainer, TrainingArguments
 
@@ -286,10 +286,10 @@ def copy_processor(base: Path, folder: Path) -> None:
 
 
 def make_exports(work: Path) -> dict[str, Path]:
-    """This package's exports under transformers 5: of a published base, and of one that transformers 5 wrote."""
+    """Export under transformers 5: of a published base, and of one that transformers 5 wrote."""
     from grpo_toolkit import export_model
     from grpo_toolkit.model.load import load_model
-    from tests.support.models import build_qwen2_5_vl
+    from scripts.models.tiny_bases import build_qwen2_5_vl
 
     published = build_qwen2_5_vl(work / "published")
     model, processor, _ = load_model(published)
@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "data")
     arguments = parser.parse_args()
     if arguments.route == "base":
-        from tests.support.models import build_qwen2_5_vl
+        from scripts.models.tiny_bases import build_qwen2_5_vl
 
         if not arguments.base.exists():
             build_qwen2_5_vl(arguments.base, dtype="bfloat16")

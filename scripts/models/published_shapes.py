@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 def decoder(
     config: dict[str, Any], prefix: str, *, biases: bool = False, qk_norms: bool = False, gemma: bool = False
 ) -> Shapes:
-    """A decoder of the Llama kind: embedding, layers, final norm."""
+    """Return a decoder of the Llama kind: embedding, layers, final norm."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head

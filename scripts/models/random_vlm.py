@@ -98,7 +98,7 @@ _PIECE = 1 << 24  # Values drawn and written at a time: 32 MB.
 
 
 class OutputError(Exception):
-    """The output folder can't be written; nothing was."""
+    """An output folder that can't be written; nothing was."""
 
 
 def make_random_vlm(
@@ -144,7 +144,7 @@ def make_random_vlm(
 
 
 def tensor_shapes(shape: Shape, *, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a published Qwen2.5-VL folder, by its published name, in the order of the files."""
+    """Return every tensor of a published Qwen2.5-VL folder, by its published name, in the order of the files."""
     wide, narrow, head_dim = shape.hidden_size, shape.vision_hidden_size, shape.hidden_size // shape.num_heads
     kv = shape.num_kv_heads * head_dim
     merged = 4 * narrow  # 2 x 2 patches become one image token.
@@ -188,7 +188,7 @@ def tensor_shapes(shape: Shape, *, vocab_size: int) -> dict[str, tuple[int, ...]
 
 
 def full_size_tokenizer() -> object:
-    """A byte-level BPE with as many tokens as the published one: all pairs of bytes, and triples of common ones.
+    """Return a byte-level BPE with as many tokens as the published one: pairs of bytes, and common triples.
 
     Every token has a merge, so that any of them can come out of a text, and sampled tokens decode to text.
     """
@@ -283,7 +283,7 @@ def _write_tensor(file: Path, offset: int, name: str, dims: tuple[int, ...], tab
 
 
 def _normal_quantiles(std: float) -> np.ndarray:
-    """The 65,536 middle quantiles of a normal distribution, as the bits of bfloat16 numbers."""
+    """Return the 65,536 middle quantiles of a normal distribution, as the bits of bfloat16 numbers."""
     import numpy as np
 
     inverse = NormalDist(0.0, std).inv_cdf
@@ -291,7 +291,7 @@ def _normal_quantiles(std: float) -> np.ndarray:
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:
-    """The upper 16 bits of float32 numbers, rounded to the nearest."""
+    """Return the upper 16 bits of float32 numbers, rounded to the nearest."""
     import numpy as np
 
     return ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)

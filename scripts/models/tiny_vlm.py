@@ -47,15 +47,15 @@ FOLDER_NAME = "Qwen2.5-VL-tiny"
 
 
 MISREADINGS = {"0": "6", "1": "7", "3": "8", "4": "9"}
-"""How the careless teacher misreads four of the ten digits, most of the time."""
+"""The four of the ten digits that the careless teacher misreads most of the time, and as what."""
 
 
 class TinyModelError(RuntimeError):
-    """Supervision ran out of steps before the tiny model was what GRPO should start from."""
+    """An end of supervision's steps before the tiny model was what GRPO should start from."""
 
 
 def default_cache_dir() -> Path:
-    """`$GRPO_TOOLKIT_CACHE`, or `~/.cache/grpo_toolkit`."""
+    """Return `$GRPO_TOOLKIT_CACHE`, or `~/.cache/grpo_toolkit`."""
     configured = os.environ.get("GRPO_TOOLKIT_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "grpo_toolkit"
 
@@ -171,7 +171,7 @@ def _supervise(model: PreTrainedModel, processor: ProcessorMixin, *, recipe: Tin
 
 
 def _misread(answers: list[str], *, misread_rate: float) -> list[str]:
-    """What the careless teacher calls the digits, drawn anew at each look."""
+    """Return what the careless teacher calls the digits, drawn anew at each look."""
     import torch
 
     slips = (torch.rand(len(answers)) < misread_rate).tolist()

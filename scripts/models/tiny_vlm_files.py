@@ -183,7 +183,7 @@ def write_model_files(folder: Path, *, shape: Shape, token_ids: dict[str, int], 
 
 
 def _trained_tokenizer(corpus: list[str], *, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE that knows the corpus's words."""
+    """Train a byte-level BPE that knows the corpus's words."""
     from tokenizers import models, pre_tokenizers
     from tokenizers.trainers import BpeTrainer
 
@@ -198,7 +198,7 @@ def _trained_tokenizer(corpus: list[str], *, vocab_size: int) -> Tokenizer:
 
 
 def byte_level_tokenizer(model: Any) -> Tokenizer:
-    """Qwen2's steps around a BPE model: normalisation, splitting into words, bytes, and back."""
+    """Put Qwen2's steps around a BPE model: normalisation, splitting into words, bytes, and back."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -259,7 +259,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TinyRecipe(Shape):
-    """Shape and supervision of the tiny model; part of the cache key, so an edit here makes a new folder."""
+    """The shape and supervision of the tiny model; part of the cache key, so an edit here makes a new folder."""
 
     bpe_vocab_size: int = 384
     hidden_size: int = 128

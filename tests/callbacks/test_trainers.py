@@ -24,6 +24,8 @@ from tests.support.training import LANGUAGE_Q, grpo_trainer, v5_only
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.stack
+
 recent_trl_only = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.16"), reason="older TRL's trainers take their data in other forms"
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 import transformers
 from packaging.version import Version
@@ -32,6 +33,8 @@ from tests.support.training import rows
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.stack
 
 IS_V4 = Version(transformers.__version__) < Version("5.0")
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.model.generation.request import Request
 
+pytestmark = pytest.mark.stack
+
 WEIGHTS = "model.safetensors"
 TOKENS = [133, 262, 201, 162, 162, 162, 162, 162]
 LOGITS = [-0.10873, -0.35417, -0.72749, 0.03664, -1.21292, 0.93442]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.model.generation.request import Request
 
+pytestmark = pytest.mark.stack
+
 LLAVA_TOKENS = [187, 185, 182, 90, 182, 90, 182, 90]
 IS_V5 = Version(transformers.__version__) >= Version("5.0")
 IS_NESTED = Version(transformers.__version__) >= Version("4.52")  # Qwen2.5-VL's config has a text_config

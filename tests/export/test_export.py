@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.model.generation.request import Request
 
+pytestmark = pytest.mark.stack
+
 
 def shaken(model: Any, scale: float = 0.05) -> Any:
     """A model with every weight moved a little, as training would."""

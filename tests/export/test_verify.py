@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+pytestmark = pytest.mark.stack
+
 
 def record(tokens: list[int], rivals: list[dict[int, float]] | None = None) -> Record:
     return Record(

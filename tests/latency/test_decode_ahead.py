@@ -30,6 +30,8 @@ from tests.support.models import build_llama
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.stack
+
 CAN_DEFER = hasattr(utils, "DeferredStopCheck")
 MAKES_CACHES = hasattr(utils.GenerationMixin, "_prepare_static_cache")
 defers = pytest.mark.skipif(not CAN_DEFER, reason="this release checks stops at once")

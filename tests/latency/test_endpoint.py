@@ -28,7 +28,7 @@ from grpo_toolkit.latency.rows.row import AT_ONCE_S
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import load_model, load_processor
-from tests.support.ports import free_port
+from scripts.benchmarks.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

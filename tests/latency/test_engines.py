@@ -25,6 +25,8 @@ from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import load_model, load_processor
 from tests.support.training import forgets_in_training
 
+pytestmark = pytest.mark.stack
+
 OLDEST = Version(transformers.__version__) < Version("4.57")
 STATIC = pytest.param(
     Options(cache_implementation="static", compiled=False),

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.model.generation.request import Request
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.fixture
 def model(qwen: Path) -> Any:

@@ -18,6 +18,8 @@ from tests.support.training import LANGUAGE_QV, grpo_trainer, v5_only
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.stack
+
 SAVING: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 

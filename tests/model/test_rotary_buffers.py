@@ -19,12 +19,14 @@ from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import dtype_argument, load_model
 from grpo_toolkit.model.rotary_buffers import restore_buffers, rounded_buffers
-from tests.support.ports import free_port
+from scripts.benchmarks.ports import free_port
 from tests.support.training import grpo_trainer, nested_config_only
 from tests.support.warm import run_python
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.stack
 
 POSITIONS = ["model.language_model.rotary_emb.inv_freq", "model.visual.rotary_pos_emb.inv_freq"]
 # What ZeRO-3 rounds: before transformers 5 the language model counts in integers, which stay.

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.model.generation.request import Request
 
+pytestmark = pytest.mark.stack
+
 
 def read(folder: Path, name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((folder / name).read_text())

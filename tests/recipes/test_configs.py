@@ -133,7 +133,7 @@ def test_the_vllm_server_gets_the_pixel_limit_of_the_configs() -> None:
     """`trl vllm-serve` passes on what it does not know; the script's own flags must survive that."""
     from trl.scripts.vllm_serve import build_command, make_parser
 
-    script = (RECIPES / "vllm_server.sh").read_text()
+    script = (RECIPES / "launch" / "vllm_server.sh").read_text()
     command = script[script.index("exec trl vllm-serve") :].replace("\\\n", " ").replace("exec trl vllm-serve", "")
     config = parse(RECIPES / "configs" / "qwen2_5_vl_3b_full.yaml")
     model, max_pixels, max_length = re.findall(r"\$\{\d:-(.+)\}", script)
@@ -150,7 +150,7 @@ def test_the_vllm_server_gets_the_pixel_limit_of_the_configs() -> None:
 
 @pytest.mark.parametrize("script", ["vllm_server.sh", "slurm.sbatch"])
 def test_shell_scripts_parse(script: str) -> None:
-    subprocess.run(["bash", "-n", str(RECIPES / script)], check=True)
+    subprocess.run(["bash", "-n", str(RECIPES / "launch" / script)], check=True)
 
 
 def test_the_slurm_script_starts_every_machine_with_its_own_rank(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_the_slurm_script_starts_every_machine_with_its_own_rank(tmp_path: Path)
         "SLURM_JOB_NODELIST": "node-[a-b]",
         "SLURM_RESTART_COUNT": "1",
     }
-    command = ["bash", str(RECIPES / "slurm.sbatch"), "--config", "a b.yaml"]
+    command = ["bash", str(RECIPES / "launch" / "slurm.sbatch"), "--config", "a b.yaml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 2

@@ -132,7 +132,7 @@ def test_the_best_checkpoint_is_exported_and_the_base_is_asked_both_ways(qwen: P
     flags += ["--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--load_best_model_at_end", "true"]
     flags += ["--metric_for_best_model", "eval_accuracy", "--direct_baseline", "true", "--max_pixels", 50176]
     flags += ["--logging_steps", 1, "--learning_rate", 1e-3, "--held_out_size", 2, "--per_device_eval_batch_size", 4]
-    flags += ["--reward_funcs", "format", "accuracy", f"{ROOT}/tests/training.py:length_reward"]
+    flags += ["--reward_funcs", "format", "accuracy", f"{ROOT}/scripts/models/tiny_training.py:length_reward"]
     done = run_python([ROOT / "recipes" / "grpo.py", *flags])
     assert done.returncode == 0, done.stderr[-3000:]
 

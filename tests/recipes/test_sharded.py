@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from packaging.version import Version
 
+from scripts.benchmarks.ports import free_port
 from tests.recipes.test_data import picture, write_parquet
-from tests.support.ports import free_port
 from tests.support.warm import python, run_python
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import torch
 from packaging.version import Version
 
 from grpo_toolkit import InputError
+from scripts.benchmarks.ports import free_port
 from tests.recipes.test_plan import geometry, plan_of
 from tests.recipes.test_recipe import run_recipe
-from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

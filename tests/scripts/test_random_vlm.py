@@ -17,6 +17,8 @@ from scripts.models.random_vlm import EMBEDDING_ROWS, SHAPES, OutputError, make_
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.stack
+
 SCRIPT = "scripts.models.random_vlm"
 
 

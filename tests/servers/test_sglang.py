@@ -26,9 +26,9 @@ from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import load_model, load_processor
+from scripts.benchmarks.ports import free_port
 from tests.support.model_servers import build_adapter, model_server
 from tests.support.models import build_qwen2_5_vl
-from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     import subprocess

@@ -16,7 +16,7 @@ ROUTES = sorted(path.name for path in DATA.iterdir() if path.is_dir() and path.n
 
 
 def unpack(name: str, target: Path) -> Path:
-    """A reference folder with its safetensors files padded with zeros to the length that their headers say."""
+    """Copy a reference folder, its safetensors files padded with zeros to the length that their headers say."""
     shutil.copytree(DATA / name, target)
     for path in target.rglob("*.safetensors"):
         raw = path.read_bytes()
@@ -44,7 +44,7 @@ def randomize(folder: Path) -> Path:
 
 def fill_at_random(folder: Path) -> Path:
     """Give an unpacked folder weights that depend on nothing but its names, and the byte tokenizer its vocabulary."""
-    from tests.support.models import byte_tokenizer
+    from scripts.models.tiny_bases import byte_tokenizer
 
     randomize(folder)
     model = json.loads(byte_tokenizer().backend_tokenizer.to_str())["model"]
@@ -82,5 +82,5 @@ def fill(folder: Path, base: Path) -> Path:
 
 
 def sick_checkpoint(target: Path, base: Path) -> Path:
-    """A checkpoint with everything to mend: edits, a new file, a file that goes, weights that are rewritten."""
+    """Write a checkpoint with everything to repair: edits, a new file, a file that goes, weights to rewrite."""
     return fill(unpack("trl_grpo_523", target), base)

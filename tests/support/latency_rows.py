@@ -25,7 +25,7 @@ ENVIRONMENT = {"hardware": "a processor", "threads": "1", "torch": "2.15", "tran
 
 
 def wobble(index: int) -> float:
-    """Within 3% of one, the same at every call."""
+    """Return a number within 3% of one, the same at every call."""
     return 1 + 0.03 * (((index * 7919) % 13) / 6 - 1)
 
 
@@ -167,7 +167,7 @@ def explanations() -> list[ExplanationRow]:
 
 
 def everything() -> list[LatencyRow | ExplanationRow]:
-    """Every chart's rows; the newest comparison is that of step 200."""
+    """Return every chart's rows; the newest comparison is that of step 200."""
     return [
         *arms(session="early", step=100), *batch_sweep(), *image_sweep(), *natural(),
         *arms(session="late", step=200), *explanations(),

@@ -1,144 +1,22 @@
-"""Starts a training on two processes of this CPU, as one of the kinds that people use, and reads what each rank said.
-
-`single` is the same training on one process, with all the prompts of both.
-
-Which launches are real was tried: `accelerate launch --cpu --num_processes 2` and a MULTI_CPU yaml run one process; an
-FSDP yaml with `use_cpu: true` is silently DDP. So DDP and FSDP2 go through torchrun (FSDP2 with a shim, see ranks.py),
-ZeRO through an accelerate yaml with DS_ACCELERATOR=cpu; and every rank says what it runs on before anything else.
-"""
+"""Trainings on two processes for tests: scripts/benchmarks/two_processes.py with the scenarios of ranks.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.support.ports import free_port
+from scripts.benchmarks import two_processes
+from scripts.benchmarks.two_processes import ALONE, KINDS, stored_weights
 from tests.support.warm import python
 
+__all__ = ["ALONE", "KINDS", "launch", "stored_weights"]
 RANKS = Path(__file__).with_name("ranks.py")
-KINDS = ("ddp", "fsdp2_full", "fsdp2_sharded", "zero2", "zero3", "zero3_without_gathering")
-ALONE = "single"
-WHAT_IT_MUST_BE = {
-    ALONE: {"distributed_type": "NO", "shards": "none", "zero_stage": None},
-    "ddp": {"distributed_type": "MULTI_CPU", "shards": "none", "zero_stage": None},
-    "fsdp2_full": {"distributed_type": "FSDP", "shards": "DTensor", "zero_stage": None},
-    "fsdp2_sharded": {"distributed_type": "FSDP", "shards": "DTensor", "zero_stage": None},
-    "zero2": {"distributed_type": "DEEPSPEED", "shards": "none", "zero_stage": 2},
-    "zero3": {"distributed_type": "DEEPSPEED", "shards": "ds_id", "zero_stage": 3},
-    "zero3_without_gathering": {"distributed_type": "DEEPSPEED", "shards": "ds_id", "zero_stage": 3},
-}
 
 
-def launch(
-    kind: str,
-    scenario: str,
-    folder: Path,
-    *,
-    device: str = "cpu",
-    gpus: str = "0,1",
-    timeout_s: int = 300,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Run a scenario of ranks.py on two processes; what each rank reported, after checking that it was `kind`.
-
-    On GPUs they see `gpus`, numbers with commas; `single` the first of them, or Trainer would split the batch.
-    """
+def launch(kind: str, scenario: str, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    """Run a scenario of ranks.py and return each rank's report; skip the test where there is no DeepSpeed for it."""
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the newest stack alone installs DeepSpeed")
-    world = 1 if kind == ALONE else 2
-    options = {"per_device_train_batch_size": 8 // world} | options
-    folder.mkdir(parents=True, exist_ok=True)
-    if device == "cuda":
-        options |= {"use_cpu": False, "bf16": True}
-    (folder / "options.json").write_text(json.dumps(options))
-    command = [*_launcher(kind, folder, device), *python()[1:], str(RANKS), kind, scenario, str(folder)]
-    done = _run(command, env=_environment(kind, device, gpus), timeout_s=timeout_s)
-    reports = [folder / f"rank{rank}.json" for rank in range(world)]
-    if done.returncode or not all(path.is_file() for path in reports):
-        pytest.fail(f"{kind} {scenario}: exit code {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}")
-    found = [json.loads(path.read_text()) for path in reports]
-    for rank, report in enumerate(found):
-        promised = WHAT_IT_MUST_BE[kind] | {"world_size": world, "rank": rank, "device": device}
-        if (kind, device) == ("ddp", "cuda"):
-            promised["distributed_type"] = "MULTI_GPU"
-        assert report["runs_on"] == promised
-        report["log"] = done.stderr
-    return found
-
-
-def stored_weights(folder: Path) -> dict[str, Any]:
-    """Every tensor in a folder's safetensors files, by name."""
-    from safetensors.torch import load_file
-
-    found: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def _run(command: list[str], env: dict[str, str], timeout_s: int) -> subprocess.CompletedProcess[str]:
-    started = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        out, err = started.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        # The ranks as well: a launcher that is killed leaves them behind, torchrun's in sessions of their own.
-        for process in [*psutil.Process(started.pid).children(recursive=True), started]:
-            process.kill()
-        out, err = started.communicate()
-        err += f"\nkilled after {timeout_s} s"
-    return subprocess.CompletedProcess(command, started.returncode, out, err)
-
-
-def _launcher(kind: str, folder: Path, device: str) -> list[str]:
-    if kind == ALONE:
-        return python()[:1]
-    port = str(free_port())
-    if not kind.startswith("zero"):
-        return [*python(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    settings = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "DEEPSPEED",
-        "deepspeed_config": {
-            "zero_stage": int(kind[4]),
-            "zero3_save_16bit_model": kind != "zero3_without_gathering",
-            "zero3_init_flag": False,
-            "gradient_accumulation_steps": 1,
-        },
-        "use_cpu": device == "cpu",
-        "mixed_precision": "no" if device == "cpu" else "bf16",
-        "num_machines": 1,
-        "num_processes": 2,
-        "main_process_port": int(port),
-    }
-    path = folder / "accelerate.json"
-    path.write_text(json.dumps(settings))
-    return [*python(), "-m", "accelerate.commands.launch", "--config_file", str(path)]
-
-
-def _environment(kind: str, device: str, gpus: str) -> dict[str, str]:
-    package = str(RANKS.parents[2])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    extra = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    if device == "cpu":
-        extra |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    else:
-        extra["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[0] if kind == ALONE else gpus
-    if kind.startswith("fsdp2"):
-        extra |= {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT" if kind == "fsdp2_full" else "SHARDED_STATE_DICT",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-        }
-    return dict(os.environ) | extra
+    return two_processes.launch(kind, scenario, folder, program=RANKS, python=python(), **options)

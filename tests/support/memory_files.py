@@ -56,7 +56,7 @@ class MemoryFiles:
 
 
 def load_seed(name: str) -> MemoryFiles:
-    """A reference folder in memory; `sharded` is the base in two shards."""
+    """Load a reference folder into memory; `sharded` is the base in two shards."""
     source = DATA / ("base" if name == "sharded" else name)
     files = MemoryFiles({path.name: path.read_bytes() for path in source.iterdir() if path.is_file()})
     files.strange = {path.name: Entry(is_folder=True, is_regular=False) for path in source.iterdir() if path.is_dir()}
@@ -99,7 +99,7 @@ def copied(files: MemoryFiles) -> MemoryFiles:
 def folder_of(
     files: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
 ) -> MemoryFiles:
-    """A folder of JSON values (or bytes) by file name, with tensors as (dtype, shape) by name."""
+    """Return a folder of JSON values (or bytes) by file name, with tensors as (dtype, shape) by name."""
     contents = {
         name: value if isinstance(value, bytes) else json.dumps(value).encode() for name, value in files.items()
     }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def model_server(
     command: Sequence[str], *, port: int, log: Path, settings: Mapping[str, str] | None = None, is_asked_to_end: bool
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The address of a server that is healthy, and its process, which leads a group of its own.
+    """Start a server; yield its address once it is healthy, and its process, which leads a group of its own.
 
     Args:
         command: starts it on `port` of this machine.
@@ -55,7 +55,7 @@ def model_server(
 
 
 def build_adapter(base: Path, target_modules: str | list[str]) -> Path:
-    """An adapter beside its base that says something else."""
+    """Build an adapter whose answer is not its base's."""
     import torch
     from peft import LoraConfig, get_peft_model
 

@@ -44,7 +44,7 @@ ODD_NAMES = ("\ud800", "a\nb", "-rf", "checkpoint-2", "pytorch_model.bin", "glob
 
 
 Mutation = tuple[str, int, int, int]
-"""What is done, and three numbers that choose where and with what, each modulo what there is."""
+"""A kind of mutation, and three numbers that choose where and with what, each modulo what there is."""
 
 
 def mutate(files: MemoryFiles, mutation: Mutation) -> None:
@@ -56,7 +56,7 @@ def mutate(files: MemoryFiles, mutation: Mutation) -> None:
 
 
 def _nodes(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) of a JSON value, without recursion."""
+    """Return every (container, key) of a JSON value, without recursion."""
     found: list[tuple[Any, Any]] = []
     todo = [value]
     while todo:

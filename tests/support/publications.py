@@ -30,7 +30,7 @@ class Publication:
 
 
 def build_publications(base: Path, folder: Path) -> dict[str, Publication]:
-    """A merge, an export of a full checkpoint, and one of an adapter; none of them verified."""
+    """Prepare a merge, an export of a full checkpoint, and one of an adapter; none of them verified."""
     from tests.merge.test_merge import make_adapter
 
     base = shutil.copytree(base, folder / "base")
@@ -53,7 +53,7 @@ def build_publications(base: Path, folder: Path) -> dict[str, Publication]:
 
 
 def train(base: Path, folder: Path, step: float) -> Path:
-    """A full checkpoint: the base with every weight moved by `step`."""
+    """Write a full checkpoint: the base with every weight moved by `step`."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(base, folder)
@@ -63,7 +63,7 @@ def train(base: Path, folder: Path, step: float) -> Path:
 
 
 def plain(folder: Path) -> dict[str, bytes]:
-    """A published folder's content without what differs from run to run."""
+    """Return a published folder's content without what differs from run to run."""
     found = content(folder)
     manifest = json.loads(found.pop("grpo_toolkit.json"))
     return {**found, "grpo_toolkit.json": json.dumps(manifest["files"]).encode()}

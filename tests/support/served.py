@@ -1,4 +1,4 @@
-"""How vLLM finds Qwen2.5-VL's weights in a folder, as data.
+"""The names under which vLLM finds Qwen2.5-VL's weights in a folder, as data.
 
 Source: https://github.com/vllm-project/vllm/blob/fb33ec8cf0a73c82af00a2128dee4ad058d16e9b/vllm/model_executor/models/
 qwen2_5_vl.py (`hf_to_vllm_mapper`, `stacked_params_mapping`, the modules of `Qwen2_5_VisionTransformer`) and qwen2.py

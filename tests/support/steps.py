@@ -1,4 +1,4 @@
-"""What a process does to the file system, step by step: counted, killed before any one of them, or made to fail there.
+"""The steps of a process in the file system: counted, killed before any one of them, or made to fail there.
 
 A step is a call that changes the file system: of `os`, of the C library's renameat2, or `open` for writing. Children
 are forked with everything imported, so one that dies costs what its work costs.
@@ -26,7 +26,7 @@ CHANGED: list[str] = []
 
 
 def before_step(step: int, act: Callable[[], None]) -> Callable[[], int]:
-    """Patch this process so that `act` is called before its `step`-th step (0: never); returns what counts them."""
+    """Patch this process so that `act` is called before its `step`-th step (0: never); return the counter."""
     CHANGED.clear()
 
     def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,7 +85,7 @@ def failing(code: int) -> Callable[[], None]:
 
 
 def run_child(work: Callable[[], int]) -> int:
-    """What a forked child's `work` returned, or minus the signal that ended it."""
+    """Return what a forked child's `work` returned, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         code = 255
@@ -97,7 +97,7 @@ def run_child(work: Callable[[], int]) -> int:
 
 
 def count_steps(work: Callable[[], object]) -> list[str]:
-    """The steps that a child makes when nothing happens to it."""
+    """Count the steps that a child makes when nothing happens to it."""
     reading, writing = os.pipe()
 
     def counting() -> int:
@@ -115,5 +115,5 @@ def count_steps(work: Callable[[], object]) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder by its name there."""
+    """Return every file under a folder by its name there."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

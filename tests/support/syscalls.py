@@ -1,4 +1,4 @@
-"""What a child asks of the kernel: its calls that change a folder, listed by strace, and any one of them made to kill
+"""The system calls of a child: those that change a folder, listed by strace, and any one of them made to kill
 it or to fail.
 
 The child is forked with everything imported, so it costs what its work costs; it waits until strace is attached.
@@ -39,7 +39,7 @@ _ANY: Final = ctypes.c_ulong(-1)
 
 @dataclass(frozen=True)
 class Call:
-    """One system call: its name, the how-manieth of that name in its thread, and what strace shows of it."""
+    """A system call: its name, its number among those of that name in its thread, and what strace shows of it."""
 
     name: str
     nth: int
@@ -58,7 +58,7 @@ class Call:
 
 
 def trace(work: Callable[[], int], log: Path, *inject: str) -> int:
-    """What a forked child's `work` returned, or minus the signal that ended it; strace writes its calls to `log`."""
+    """Return what a forked child's `work` returned, or minus the signal that ended it; strace logs its calls."""
     ours, theirs = socket.socketpair()
     child = os.fork()
     if child == 0:
@@ -92,7 +92,7 @@ def trace(work: Callable[[], int], log: Path, *inject: str) -> int:
 
 
 def calls(log: Path, folder: Path) -> list[Call]:
-    """The calls of a log that change something in `folder`, in the order in which they were begun."""
+    """Return the calls of a log that change something in `folder`, in the order in which they were begun."""
     counts: Counter[tuple[str, str]] = Counter()
     found = []
     for line in log.read_text(errors="replace").splitlines():
@@ -109,13 +109,13 @@ def calls(log: Path, folder: Path) -> list[Call]:
 
 
 def distinct(found: Sequence[Call]) -> list[Call]:
-    """Each that strace can tell from the others, once."""
+    """Return each call that strace can tell from the others, once."""
     return list({(call.name, call.nth): call for call in reversed(found)}.values())[::-1]
 
 
 @functools.cache
 def why_not() -> str | None:
-    """Why strace cannot be used here, or None where it can."""
+    """Return the reason why strace cannot be used here, or None where it can."""
     if sys.platform != "linux" or shutil.which("strace") is None:
         return "strace is not installed"
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.ports import free_port
+from scripts.benchmarks.ports import free_port
 from tests.support.warm import python, run_python
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def train(
     fresh: bool = False,
     timeout_s: float = 240,
 ) -> Trained:
-    """Two steps of GRPO; the server does `on_init` once it was asked, and `on_step` from the first step on.
+    """Train two steps of GRPO; the server does `on_init` once it was asked, and `on_step` from the first step on.
 
     `fresh` starts from nothing, as a user does; the others have their imports made (warm.py).
     """
@@ -145,7 +145,7 @@ def _launcher(command: list[str], script: Path, processes: int) -> list[str]:
 
 
 def environment(home: Path, server: WandbServer | None) -> dict[str, str]:
-    """A user with a key for this server, or without any."""
+    """Return the environment of a user with a key for this server, or without any."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     mine |= {"NETRC": str(home / "no-netrc"), "HOME": str(home), "WANDB_SILENT": "true"}
     if server is not None:
@@ -155,7 +155,7 @@ def environment(home: Path, server: WandbServer | None) -> dict[str, str]:
 
 
 def replay(out: Path, server: WandbServer | None, tracker: str = "wandb") -> dict[str, Any]:
-    """`grpo-toolkit report --replay`, in a process of its own."""
+    """Run `grpo-toolkit report --replay` in a process of its own."""
     command = ["-m", "grpo_toolkit.cli", "report", out, "--replay", tracker, "--json"]
     with Path(f"{out}.replay").open("w+") as said, Path(f"{out}.replay-log").open("w+") as log:
         done = run_python(command, env=environment(out.parent, server), stdout=said, stderr=log, timeout=120)

@@ -29,7 +29,7 @@ def snake_case(name: str) -> str:
 
 
 class WandbServer:
-    """State of the server: runs with their history, summary, config; uploaded files; artifacts with manifests."""
+    """The state of the server: runs with their history, summary, config; uploaded files; artifacts with manifests."""
 
     def __init__(self) -> None:
         self.mode = "well"
@@ -54,7 +54,7 @@ class WandbServer:
         return f"http://127.0.0.1:{self.port}"
 
     def behave(self, mode: str) -> None:
-        """From now on; `"well"` again brings a dead one back under the same address."""
+        """Set the behaviour from now on; `"well"` again brings a dead one back under the same address."""
         was, self.mode = self.mode, mode
         if mode == "dead" and was != "dead":
             self.stop()
@@ -66,7 +66,7 @@ class WandbServer:
         self._http.server_close()
 
     def environment(self, home: str) -> dict[str, str]:
-        """What a user of this server has set."""
+        """Return what a user of this server has set."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": API_KEY, "HOME": home, "WANDB_MODE": "online"}
 
     def run(self, name: str) -> dict[str, Any]:
@@ -75,11 +75,11 @@ class WandbServer:
             return self.runs.setdefault(name, fresh)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The history of a run, in order, each line once."""
+        """Return the history of a run, in order, each line once."""
         return [line for _, line in sorted(self.run(name)["history"].items())]
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """One GraphQL operation."""
+        """Answer one GraphQL operation."""
         name = (re.search(r"(?:query|mutation)\s+(\w+)", query) or ["", "unnamed"])[1]
         self.calls[name] += 1
         self.queries.append(query)
@@ -184,7 +184,7 @@ class WandbServer:
         return {"commitArtifact": {"artifact": {"id": given.get("artifactID"), "digest": ""}}}
 
     def stream(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One message of the file stream."""
+        """Take one message of the file stream."""
         run = self.run(name)
         for file, chunk in (body.get("files") or {}).items():
             start = chunk.get("offset", 0)
@@ -203,7 +203,7 @@ class _QuietServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error here."""
+        """Ignore a client that went away."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -263,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def media(server: WandbServer, run: str) -> dict[str, bytes]:
-    """The files that were uploaded for a run, by name."""
+    """Return the files that were uploaded for a run, by name."""
     prefix = f"{run}/"
     return {name.removeprefix(prefix): body for name, body in server.uploads.items() if name.startswith(prefix)}
 

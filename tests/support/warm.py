@@ -45,7 +45,7 @@ SHARED: Final = (
 
 
 def python(*, fresh: bool = False) -> list[str]:
-    """The command that runs Python; to kill it is to kill what it runs.
+    """Return the command that runs Python; to kill it is to kill what it runs.
 
     Ranks are processes too: `[*python(), "-m", "torch.distributed.run", *flags, *python()[1:], "ranks.py"]`.
     """
@@ -53,7 +53,7 @@ def python(*, fresh: bool = False) -> list[str]:
 
 
 def run_python(arguments: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS` by `subprocess.run`: a program's path, `-m` and a module, or `-c` and code come first."""
+    """Run `python ARGUMENTS` by `subprocess.run`: a program's path, `-m` and a module, or `-c` and code come first."""
     if "stdout" not in options:
         options["capture_output"] = True
     command = [*python(), *map(str, arguments)]
@@ -62,7 +62,7 @@ def run_python(arguments: Sequence[object], **options: Any) -> subprocess.Comple
 
 @functools.cache
 def _listening() -> str:
-    """Where the server listens; it ends with this process, which alone can write to its standard input."""
+    """Start the server and return its address; it ends with this process, which alone writes to its standard input."""
     path = str(Path(tempfile.mkdtemp(prefix="grpo-toolkit-warm-")) / "socket")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with socket.socket(socket.AF_UNIX) as listener:
@@ -82,7 +82,7 @@ _SERVERS: Final[list[subprocess.Popen[bytes]]] = []
 
 
 def _serve(listener: socket.socket) -> list[str]:
-    """Fork for each process that is asked for; returns in it, with what to run."""
+    """Fork for each process that is asked for; return in the fork, with what to run."""
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
         if 0 in ready:
@@ -105,7 +105,7 @@ def _reap() -> None:
 
 
 def _attend(connection: socket.socket) -> list[str]:
-    """Fork what the client asks for and tell it how that ended; returns in the fork."""
+    """Fork what the client asks for and tell it how that ended; return in the fork."""
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     asked = json.loads(connection.makefile().readline())
     forked = os.fork()

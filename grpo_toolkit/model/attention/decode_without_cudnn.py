@@ -3,7 +3,7 @@
 PyTorch's SDPA prefers cuDNN's attention on Hopper, and cuDNN plans anew for every length of the KV cache that it has
 not seen in this process. A decode step adds one to that length, and rollouts of fresh prompts meet new lengths all the
 time, so a step of a few milliseconds waits for a plan of tens. Nothing reports it. Figures:
-docs/benchmarks/latency.md.
+docs/benchmarks/training.md.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_columns(rows: Dataset, arguments: RecipeArguments) -> Dataset:
-    """The columns of the row form, in which images are still as they were published.
+    """Return a dataset in the row form, with its images still as they were published.
 
     Raises:
         InputError: a column is missing, or holds what it should not.
@@ -54,7 +54,7 @@ def read_columns(rows: Dataset, arguments: RecipeArguments) -> Dataset:
 
 
 def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]:
-    """Which column of the dataset plays which part.
+    """Find the dataset's column for each part of a row.
 
     Raises:
         InputError: a named column is not there, none has a usual name, or one plays two parts.
@@ -83,7 +83,7 @@ def find_columns(names: list[str], arguments: RecipeArguments) -> dict[str, str]
 
 
 def answer_types(rows: Dataset) -> list[Any]:
-    """Those that there are, none where there is no such column.
+    """Return the types of answers in a dataset, none where it has no such column.
 
     `Dataset.unique` first writes rows that were selected anew, all columns of them, and rows with a transform as it
     returns them: 79 images were decoded, resized and compressed for 27 seconds to learn that there is one type.
@@ -94,13 +94,13 @@ def answer_types(rows: Dataset) -> list[Any]:
 
 
 def conversation(question: str, *, instruction: str = "") -> list[dict[str, str]]:
-    """The messages that ask it."""
+    """Return the messages that ask a question."""
     asked = f"{question.replace('<image>', '').strip()} {instruction}".strip()
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": asked}]
 
 
 def _with_answers(rows: Dataset, dataset: str, *, column: str) -> Dataset:
-    """Answers as texts. An error names the dataset, and the column as it is published."""
+    """Turn answers into texts. An error names the dataset, and the column as it is published."""
     from datasets import ClassLabel, Value
 
     kind = rows.features["answer"]
@@ -136,7 +136,7 @@ def _check_answer_types(rows: Dataset, arguments: RecipeArguments) -> None:
 
 
 def _with_prompts(rows: Dataset, dataset: str, *, column: str) -> Dataset:
-    """Questions as messages. An error names the dataset, and the column as it is published."""
+    """Turn questions into messages. An error names the dataset, and the column as it is published."""
     from datasets import Features, List, Value
 
     kind = rows.features["prompt"]
@@ -163,7 +163,7 @@ def _with_prompts(rows: Dataset, dataset: str, *, column: str) -> Dataset:
 
 
 def _problem(question: Any, contents: Any) -> str | None:
-    """Why it is neither null, nor a text, nor messages whose content is one of `contents`."""
+    """Return why a value is neither null, nor a text, nor messages whose content is one of `contents`."""
     if question is None or isinstance(question, str):
         return None
     if not isinstance(question, list):
@@ -183,7 +183,7 @@ def _problem(question: Any, contents: Any) -> str | None:
 
 
 def _is_part(part: Any) -> bool:
-    """Of a message's content, as TRL reads it."""
+    """Return whether a value is a part of a message's content, as TRL reads it."""
     if not isinstance(part, dict):
         return False
     return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))

@@ -91,7 +91,7 @@ def render(scan: np.ndarray) -> Image.Image:
 
 
 def completion_for(answer: str) -> str:
-    """The completion that supervision teaches for an answer: a thought that names the digit, then the digit.
+    """Return the completion that supervision teaches for an answer: a thought that names the digit, then the digit.
 
     The thought spells the digit out. The published repetition penalty punishes a token that comes twice, so a
     thought that wrote `7` would make the model avoid `7` as its answer.
@@ -100,6 +100,6 @@ def completion_for(answer: str) -> str:
 
 
 def corpus() -> list[str]:
-    """Every text that the task ever needs, on which the tiny model's tokenizer is trained."""
+    """Return every text that the task ever needs, on which the tiny model's tokenizer is trained."""
     completions = [f"assistant\n{completion_for(str(digit))}" for digit in range(len(WORDS))]
     return ["system\nYou are a helpful assistant.", f"user\n{QUESTION}", *completions]

@@ -1,4 +1,4 @@
-"""Which rows are held out of a dataset that publishes none: rows whose images are trained on in no other row.
+"""Rows held out of a dataset that publishes none: their images are in no row that is trained on.
 
 Several questions are often asked about one image (in RefCOCO some three expressions). A row that is held out while
 another with its image is trained on measures memory along with skill. So rows that share an image, directly or through
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def hold_out(pictures: Sequence[Sequence[str]], *, size: int, seed: int) -> list[int]:
-    """Rows to hold out, in order, such that no picture is in a row held out and in another that is not.
+    """Choose rows to hold out, in order, such that no picture is in one of them and in another row.
 
     Args:
         pictures (`Sequence[Sequence[str]]`):
@@ -44,7 +44,7 @@ def hold_out(pictures: Sequence[Sequence[str]], *, size: int, seed: int) -> list
 
 
 def groups_by_picture(pictures: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Rows that share pictures, directly or through others."""
+    """Group rows that share pictures, directly or through others."""
     parent: dict[str, str] = {}
 
     def find(picture: str) -> str:
@@ -63,13 +63,13 @@ def groups_by_picture(pictures: Sequence[Sequence[str]]) -> list[list[int]]:
 
 
 def shared(held_out: Sequence[Sequence[str]], trained: Sequence[Sequence[str]]) -> int:
-    """How many of the rows held out show a picture that is trained on."""
+    """Count the rows held out that show a picture which is trained on."""
     known = {picture for row in trained for picture in row}
     return sum(not known.isdisjoint(row) for row in held_out)
 
 
 def _sums(groups: Sequence[Sequence[int]], size: int) -> list[int]:
-    """Of each group and those behind it, how many rows they can make up together, at most `size`: bit n is for n."""
+    """Return how many rows each group and those behind it can make up, at most `size`: bit n stands for n."""
     sums = [1]
     for group in reversed(groups):
         reached = (sums[-1] | sums[-1] << len(group)) & ((1 << size + 1) - 1)

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-"""How whole files of a format end: no pixels can look like it. Other formats are rare, and decoded."""
+"""The last bytes of whole files of a format: no pixels can look like it. Other formats are rare, and decoded."""
 
 _ABOUT_PNG = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
-"""Where a PNG has its orientation, if it has one."""
+"""The chunk of a PNG that has its orientation, if it has one."""
 
 _LYING = (5, 6, 7, 8)
 """Orientations, of EXIF's eight, whose width is the upright picture's height."""
@@ -36,7 +36,7 @@ _TAIL = 64  # Bytes in which the end is looked for: some writers pad.
 
 
 def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str]:
-    """Width and height of a picture as `decode` returns it, and the digest of its bytes.
+    """Return width and height of a picture as `decode` returns it, and the digest of its bytes.
 
     Args:
         picture (`dict`):
@@ -62,13 +62,13 @@ def look_at(picture: dict[str, Any], *, name: str) -> tuple[tuple[int, int], str
 
 
 def _content(picture: dict[str, Any]) -> bytes:
-    """The encoded picture, which is in the dataset or in a file of its own."""
+    """Return the encoded picture, which is in the dataset or in a file of its own."""
     embedded: bytes | None = picture["bytes"]
     return Path(picture["path"]).read_bytes() if embedded is None else embedded
 
 
 def decode(picture: dict[str, Any]) -> Image:
-    """The pixels of a picture in RGB, turned as its EXIF says.
+    """Return the pixels of a picture in RGB, turned as its EXIF says.
 
     Args:
         picture (`dict`):
@@ -84,7 +84,7 @@ def decode(picture: dict[str, Any]) -> Image:
 
 @contextmanager
 def told_by_name(name: str) -> Iterator[None]:
-    """Make an `InputError`, which says which picture it is, of what `decode` raises in the middle of a training."""
+    """Turn what `decode` raises in the middle of a training into an `InputError` that names the picture."""
     try:
         yield
     except _unreadable() as error:
@@ -95,7 +95,7 @@ def told_by_name(name: str) -> Iterator[None]:
 
 
 def _upright_size(opened: Image) -> tuple[int, int]:
-    """Width and height as `decode` returns the picture: cameras write it lying and its orientation beside it.
+    """Return width and height as `decode` turns the picture: cameras store it lying, its orientation beside it.
 
     Pillow turns a TIFF as it opens it. Of PNGs only those are asked that say so before their pixels: to look behind
     them, Pillow would decode them all.
@@ -109,7 +109,7 @@ def _upright_size(opened: Image) -> tuple[int, int]:
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
-    """What Pillow raises for what it cannot read (its `UnidentifiedImageError` is an OSError)."""
+    """Return the errors that Pillow raises for what it cannot read (its `UnidentifiedImageError` is an OSError)."""
     from PIL.Image import DecompressionBombError
 
     return OSError, SyntaxError, ValueError, DecompressionBombError

@@ -1,4 +1,4 @@
-"""How large the model sees an image, and the knobs for it.
+"""The size in which the model sees an image, and the settings for it.
 
 Qwen2.5-VL resizes every image so that both sides are multiples of 28 pixels and the whole has between `min_pixels`
 and `max_pixels`; each 28 x 28 pixels are one token. The published maximum is 12.8 million pixels, 16,384 tokens for
@@ -29,14 +29,14 @@ rollout again, and the same image for each completion: 512 readings of eight ima
 
 @dataclass(frozen=True, kw_only=True)
 class PixelLimits:
-    """Between how many pixels a processor brings images, in squares of `factor` pixels that become one token."""
+    """The range of pixels to which a processor brings images, in squares of `factor` pixels that become one token."""
 
     factor: int
     min_pixels: int
     max_pixels: int
 
     def fit(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of the image as the model sees it, in pixels.
+        """Return width and height of the image as the model sees it, in pixels.
 
         Raises:
             ValueError: the image is too narrow for this processor.
@@ -49,12 +49,12 @@ class PixelLimits:
         return columns, rows
 
     def tokens(self, width: int, height: int) -> int:
-        """How many tokens the image takes in the prompt."""
+        """Return how many tokens the image takes in the prompt."""
         fitted_width, fitted_height = self.fit(width, height)
         return fitted_width * fitted_height // self.factor**2
 
     def takes(self, width: int, height: int) -> bool:
-        """Whether an image brought to its size is left as it is by the processor, which is given it next.
+        """Return whether the processor leaves an image of this size, brought to it before, as it is.
 
         It refuses one more than 200 times as long as wide, in the middle of a training, and resizes some narrow ones
         once more.
@@ -66,7 +66,7 @@ class PixelLimits:
             return False
 
     def largest_minimum(self) -> int:
-        """The most that `min_pixels` may be for `fit` to give sizes that it leaves as they are.
+        """Return the most that `min_pixels` may be for `fit` to give sizes that it leaves as they are.
 
         It rounds an enlarged image's sides up to squares, and a reduced one's down: limits nearer than that would
         have the processor resize once more what was resized for it. For images up to four times as long as wide,
@@ -104,7 +104,7 @@ class Fit:
 
 @functools.lru_cache(maxsize=KEPT)
 def _fitted(content: bytes | None, path: str | None, limits: PixelLimits | None) -> Image:
-    """An image in its size, which stays here as it is."""
+    """Return an image decoded and in its size; the cache keeps it, so callers copy it."""
     from PIL import Image as Pillow
 
     image = decode({"bytes": content, "path": path})
@@ -113,7 +113,7 @@ def _fitted(content: bytes | None, path: str | None, limits: PixelLimits | None)
 
 
 def undecoded(rows: Dataset) -> Dataset:
-    """The row form, its images as `bytes` or a `path`; rows that have them so are not cast, which copies lists."""
+    """Return the row form with images as `bytes` or a `path`; rows that are so already are not cast and copied."""
     from datasets import Image, List
 
     one = Image(mode="RGB", decode=False)
@@ -123,17 +123,17 @@ def undecoded(rows: Dataset) -> Dataset:
 
 
 def decoded(rows: Dataset, limits: PixelLimits | None = None) -> Dataset:
-    """The row form, its images decoded when they are asked for, and brought within the limits."""
+    """Return the row form with images that are decoded when they are asked for, and brought within the limits."""
     return undecoded(rows).with_transform(Fit(limits=limits))
 
 
 def row_images(row: dict[str, Any]) -> list[Any]:
-    """The images of a row, which has one or several."""
+    """Return the images of a row, which has one or several."""
     return row["images"] if "images" in row else [row["image"]]
 
 
 def _name(picture: dict[str, Any], prompt: list[dict[str, Any]] | None) -> str:
-    """By its path and its question: rows were left out and shuffled, so that a number would say little."""
+    """Name a row by its path and question: rows were left out and shuffled, so that a number would say little."""
     asked = f" of the row that asks {str(prompt[-1]['content'])[:200]!r}" if prompt else ""
     return f"{picture['path'] or ''}{asked}".strip() or "of an unknown row"
 
@@ -141,7 +141,7 @@ def _name(picture: dict[str, Any], prompt: list[dict[str, Any]] | None) -> str:
 def load_processor(
     name: str, *, revision: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> Any:
-    """The model's processor (or tokenizer), as TRL would load it, with the pixel limits asked for.
+    """Load the model's processor (or tokenizer) as TRL would, with the pixel limits asked for.
 
     Raises:
         InputError: it cannot be loaded, has no pixel limits to set, or the limits leave no room for images.
@@ -187,7 +187,7 @@ def _check_limits(limits: PixelLimits, *, name: str, given: bool) -> None:
 
 
 def pixel_limits(processor: Any) -> PixelLimits | None:
-    """The limits of a Qwen-VL processor; None for one that resizes in another way, and for a tokenizer."""
+    """Return the limits of a Qwen-VL processor; None for one that resizes in another way, and for a tokenizer."""
     image_processor = getattr(processor, "image_processor", None)
     if not hasattr(image_processor, "merge_size") or not hasattr(image_processor, "patch_size"):
         return None

@@ -13,7 +13,7 @@ open_r1/grpo.py (`clevr_count`), verl's examples/data_preprocess/geo3k.py (`geom
 (`referring`).
 
 A local folder of the same layout is read the same way: `--dataset_name FOLDER --dataset_layout clevr_count`. A new
-dataset is a row of `LAYOUTS`, a function, and a test; or, where plain columns do, no code at all (`data.py`).
+dataset is a row of `LAYOUTS`, a function, and a test; or, where plain columns do, no code at all (`columns.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a row asks, and what is right. `answer_type` is one of `answers.ANSWER_TYPES`."""
+    """The question of a row and its right answer. `answer_type` is one of `answers.ANSWER_TYPES`."""
 
     text: str
     answer: str
@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a dataset is published.
+    """The form in which a dataset is published.
 
     Attributes:
         hub_name: its name on the Hub, where it has one.
@@ -59,7 +59,7 @@ class Layout:
 
 
 def read_open_r1(problem: str, solution: str) -> Question:
-    """Mathematics and diagrams, verified by a teacher model; some with choices. The solution has both blocks."""
+    """Read mathematics and diagrams, verified by a teacher model, some with choices. The solution has both blocks."""
     answer = extract_answer(solution) or solution.strip()
     choice = parse_choice(answer)
     if choice is not None:
@@ -68,17 +68,17 @@ def read_open_r1(problem: str, solution: str) -> Question:
 
 
 def read_clevr_count(problem: str, solution: str) -> Question:
-    """How many things there are in a rendered scene; `<answer> 3 </answer>`."""
+    """Read a count of things in a rendered scene; `<answer> 3 </answer>`."""
     return Question(text=problem, answer=extract_answer(solution) or solution.strip(), answer_type="number")
 
 
 def read_geometry3k(problem: str, answer: str) -> Question:
-    """Geometry problems with a figure; the answer is bare LaTeX."""
+    """Read a geometry problem with a figure; the answer is bare LaTeX."""
     return Question(text=problem, answer=answer, answer_type="math")
 
 
 def read_referring(*columns: Any) -> Question:
-    """Where is what this sentence says; the answer is a box in pixels of the original image.
+    """Read a sentence that refers to a thing; the answer is a box in pixels of the original image.
 
     VLM-R1 writes its training files with `conversations` (the box a list or a text), and its evaluation files with
     `problem` and `solution`. A conversation that nobody answers has the answer "", as a text without a box does.
@@ -126,7 +126,7 @@ LAYOUTS = {
 
 
 def find_layout(dataset_name: str, layout: str | None) -> str | None:
-    """The layout that is named, or that a Hub name (or a folder called like one) has; None for any other dataset."""
+    """Find the layout that is named, or that a Hub name (or a folder called so) has; None for another dataset."""
     if layout is not None:
         return layout
     last = PurePath(dataset_name).name
@@ -137,5 +137,5 @@ def find_layout(dataset_name: str, layout: str | None) -> str | None:
 
 
 def text_columns(layout: Layout, names: Sequence[str]) -> tuple[str, ...] | None:
-    """Which of the layout's sets of text columns a dataset has."""
+    """Return the one of the layout's sets of text columns that a dataset has."""
     return next((columns for columns in layout.text_columns if set(columns) <= set(names)), None)

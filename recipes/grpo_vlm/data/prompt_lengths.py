@@ -1,4 +1,4 @@
-"""How long each prompt really is, and where its boxes are once the image has been resized.
+"""The real length of each prompt, and the place of its boxes once the image has been resized.
 
 Each row is measured once, when it is loaded; rows are left out, and the plan is made, by what was found then. Sizes
 are read from the images' headers: nothing is decoded, and `datasets` keeps the result. Prompts are tokenised many at a
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROW = "row {} (from 0, of the rows with a question, an image and an answer)"
-"""How an error calls a row."""
+"""The names of a row in an error."""
 
 _TOGETHER = 1000
 """Prompts that are tokenised at a time."""
@@ -38,7 +38,7 @@ _PROCESSED = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What a row shows and takes.
+    """The images of a row, and the tokens that it takes.
 
     Attributes:
         sizes: width and height of each image, as it is published.
@@ -55,7 +55,7 @@ class Measured:
     too_narrow: bool = False
 
     def fits(self, max_prompt_length: int | None) -> bool:
-        """Whether the row can be trained on, with a prompt that has at most so many tokens."""
+        """Return whether the row can be trained on, with a prompt that has at most so many tokens."""
         if self.prompt_tokens is None or max_prompt_length is None:
             return not self.too_narrow
         return not self.too_narrow and self.prompt_tokens <= max_prompt_length
@@ -63,7 +63,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Longest:
-    """Tokens of the longest prompt, images included, and of the most that a row's images take."""
+    """The tokens of the longest prompt, images included, and the most that a row's images take."""
 
     prompt_tokens: int
     image_tokens: int
@@ -130,7 +130,7 @@ def fit_boxes(rows: Dataset, measured: Sequence[Measured], limits: PixelLimits) 
 
 
 def fit_box(answer: str, *, size: tuple[int, int], limits: PixelLimits) -> str:
-    """One box, in the frame of the resized image.
+    """Return one box in the frame of the resized image.
 
     Args:
         answer (`str`):
@@ -154,7 +154,7 @@ def fit_box(answer: str, *, size: tuple[int, int], limits: PixelLimits) -> str:
 
 
 def longest_prompt(rows: Dataset, measured: Sequence[Measured], processor: Any) -> Longest:
-    """Of all rows whose length was counted; else of those with the longest texts."""
+    """Find the longest of all rows whose length was counted; else of those with the longest texts."""
     lengths = [row.prompt_tokens for row in measured if row.prompt_tokens is not None]
     if not lengths:
         heaviest = _heaviest(rows["prompt"][:], [0] * len(rows), count=_PROCESSED)
@@ -163,7 +163,7 @@ def longest_prompt(rows: Dataset, measured: Sequence[Measured], processor: Any) 
 
 
 def _look_at_images(rows: Dataset) -> list[tuple[tuple[tuple[int, int], ...], tuple[str, ...]]]:
-    """Of every row the sizes of its images, and what each is known by."""
+    """Return for every row the sizes of its images, and what each is known by."""
     column = "images" if "images" in rows.column_names else "image"
     images = undecoded(rows.select_columns([column]))
     first = images[0][column]
@@ -188,13 +188,13 @@ def _look_at_row(images: Any, index: int) -> dict[str, list[Any]]:
 
 
 def _heaviest(prompts: Sequence[Any], images: Sequence[int], *, count: int) -> list[int]:
-    """The rows with most text and image tokens, by the bytes of the text."""
+    """Return the rows with most text and image tokens, by the bytes of the text."""
     weights = [_text_bytes(prompt) / _BYTES_A_TOKEN + image for prompt, image in zip(prompts, images, strict=True)]
     return sorted(range(len(prompts)), key=weights.__getitem__, reverse=True)[:count]
 
 
 def _text_tokens(asked: dict[int, tuple[list[dict[str, Any]], int]], processor: Any) -> dict[int, int]:
-    """Tokens of prompts with one for each of their images. `asked`: by the number of the row, prompt and images."""
+    """Count tokens of prompts, one for each image. `asked`: prompt and images by the number of the row."""
     keys = {index: (repr(prompt), images) for index, (prompt, images) in asked.items()}
     written: dict[tuple[str, int], str] = {}
     for index, (prompt, images) in asked.items():
@@ -212,7 +212,7 @@ def _text_tokens(asked: dict[int, tuple[list[dict[str, Any]], int]], processor: 
 
 
 def _written(prompt: list[dict[str, Any]], images: list[Any], processor: Any) -> str:
-    """As the trainer will write it."""
+    """Return the prompt as the trainer will write it."""
     from trl.data_utils import prepare_multimodal_messages
 
     messages = prepare_multimodal_messages(prompt, images=images)
@@ -226,7 +226,7 @@ def _processed_length(row: dict[str, Any], processor: Any) -> int:
 
 
 def _text_bytes(prompt: list[dict[str, Any]]) -> int:
-    """Of a prompt's messages, whose content is text or a list of parts."""
+    """Count the bytes of a prompt's messages, whose content is text or a list of parts."""
     contents = [message["content"] for message in prompt]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [{"text": content}])]
     return sum(len((part.get("text") or "").encode()) for part in parts)

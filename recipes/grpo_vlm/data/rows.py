@@ -7,7 +7,7 @@ with columns under their usual names, or named with `--prompt_column`, `--image_
 other columns stay, for rewards of one's own.
 
 Nothing is ever cut: a prompt that is too long, image tokens included, is left out, and so is a row without a question,
-an image or an answer. How many were is said.
+an image or an answer. Their number is logged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """What is trained on, and what is only measured on.
+    """The rows to train on, and those only to measure on.
 
     Attributes:
         train, held_out: in the row form.
@@ -102,7 +102,7 @@ def load_splits(arguments: RecipeArguments, *, seed: int, processor: Any = None)
 
 
 def named_layout(arguments: RecipeArguments) -> Layout | None:
-    """The known layout of the dataset; None for the digits and for datasets with plain columns.
+    """Return the known layout of the dataset; None for the digits and for datasets with plain columns.
 
     Raises:
         InputError: there is no layout of the name that was given.
@@ -145,7 +145,7 @@ def _load(arguments: RecipeArguments) -> dict[str, Dataset]:
 
 
 def _json_files(path: Path) -> dict[str, list[Path]]:
-    """The splits of a file, or of a folder of JSONL files, by their names; none where it is neither.
+    """Return the splits of a file, or of a folder of JSONL files, by name; none where it is neither.
 
     VLM-R1 trains on `refcoco_train.jsonl` and evaluates on `refcoco_val.json`, an array. The `metadata.jsonl` beside
     pictures is read by `datasets`, with the pictures.
@@ -161,7 +161,7 @@ def _json_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _load_json(files: list[Path]) -> Dataset:
-    """The rows of files with the same columns.
+    """Load the rows of files with the same columns.
 
     Raises:
         InputError: a file is empty, or no JSON.
@@ -182,7 +182,7 @@ def _load_json(files: list[Path]) -> Dataset:
 
 
 def _reason(error: Exception) -> str:
-    """The first line that says something; of a failed generation only the cause does."""
+    """Return the first line that says something; of a failed generation only the cause does."""
     lines = f"{error}\n{error.__cause__ or ''}".splitlines()
     says = [line.strip() for line in lines if line.strip() and "error occurred while generating" not in line]
     return says[0] if says else type(error).__name__
@@ -191,7 +191,7 @@ def _reason(error: Exception) -> str:
 def _reshape(
     splits: dict[str, Dataset], split: str, arguments: RecipeArguments, processor: Any
 ) -> tuple[Dataset, list[Measured]]:
-    """One split in the row form, and what its rows measure. No image is decoded for it.
+    """Return one split in the row form, and what its rows measure. No image is decoded for it.
 
     Raises:
         InputError: no such split, a column is missing, an image cannot be read, or no row is left.
@@ -222,7 +222,7 @@ def _reshape(
 
 
 def _choose(measured: list[Measured], arguments: RecipeArguments, *, seed: int) -> list[int]:
-    """Training rows to hold out: a tenth, but no more than are asked for.
+    """Choose training rows to hold out: a tenth, but no more than are asked for.
 
     Where all rows belong together by their images, they are any rows: `Splits.shared_images` then tells.
 
@@ -244,7 +244,7 @@ def _select(rows: Dataset, measured: list[Measured], chosen: Iterable[int]) -> t
 
 
 def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
-    """A dataset of a known layout."""
+    """Read a dataset of a known layout."""
     columns = text_columns(layout, rows.column_names)
     if columns is None or layout.image_column not in rows.column_names:
         wanted = " or ".join(", ".join((layout.image_column, *texts)) for texts in layout.text_columns)
@@ -274,7 +274,7 @@ def _read(rows: Dataset, layout: Layout, arguments: RecipeArguments) -> Dataset:
 
 
 def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
-    """Images as bytes or a path, which is looked up in `--image_folder`."""
+    """Return images as bytes or a path, which is looked up in `--image_folder`."""
     from datasets import Image, List, Value
 
     kind = rows.features["image"]
@@ -293,7 +293,7 @@ def _with_pictures(rows: Dataset, arguments: RecipeArguments) -> Dataset:
 
 
 def _has_parts(kind: Any) -> bool:
-    """Whether it is an Image by its content, as parquet files have it that do not say so."""
+    """Return whether it is an Image by its content, as in parquet files that do not say so."""
     return isinstance(kind, dict) and set(kind) == {"bytes", "path"}
 
 
@@ -306,7 +306,7 @@ def _in_folder(image: str | list[str], *, folder: str) -> dict[str, Any]:
 
 
 def _whole(rows: Dataset) -> Dataset:
-    """The rows with a question, an image and an answer. No image is decoded for it."""
+    """Keep the rows with a question, an image and an answer. No image is decoded for it."""
 
     def are_whole(prompts: Any, images: Any, answers: Any) -> list[bool]:
         return [
@@ -320,7 +320,7 @@ def _whole(rows: Dataset) -> Dataset:
 
 
 def _is_there(image: Any) -> bool:
-    """An image as Arrow has it, or a list of images."""
+    """Return whether there is an image as Arrow has it, or a list of images."""
     import pyarrow
 
     if not image.is_valid:

@@ -1,1 +1,1 @@
-"""Known before the first step: memory, batches, versions."""
+"""The facts that are known before the first step: memory, batches, versions."""

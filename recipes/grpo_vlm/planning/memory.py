@@ -1,4 +1,4 @@
-"""How much GPU memory a run will need, from its shapes, before any weights load.
+"""The GPU memory that a run will need, from its shapes, before any weights load.
 
 What stays is exact: weights, gradients and optimizer states are counted on the model built without memory (`meta`),
 adapter included. What comes and goes is counted per token: with gradient checkpointing a layer keeps its input, and
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 MARGIN, CONTEXT = 1.1, 0.6 * GIB
-"""On top of an estimate: the peaks measured were up to 9% above it (BENCHMARKS.md), the allocator cannot hand out all
-that it keeps, and CUDA's own context takes some bytes."""
+"""On top of an estimate: the peaks measured were up to 9% above it (docs/benchmarks/recipe.md), the allocator cannot
+hand out all that it keeps, and CUDA's own context takes some bytes."""
 
 OPTIMIZER_BYTES: dict[str, float] = {
     "adamw_torch": 12.0,  # Two moments, and without fusing one more copy while it takes the roots.
@@ -41,7 +41,7 @@ Sharing = Literal["none", "ddp", "zero2", "zero3", "fsdp"]
 
 @dataclass(frozen=True, kw_only=True)
 class PerToken:
-    """Bytes that come and go with each token of a batch: so many per unit of intermediate and of hidden size."""
+    """The bytes that come and go with each token of a batch, per unit of intermediate and of hidden size."""
 
     intermediate: float
     hidden: float
@@ -56,7 +56,7 @@ around the forward that autocast wraps, so in rollouts the adapter's own results
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Sizes of a model, adapter included. Counts are of parameters, `stored_bytes` of each in the model's files."""
+    """The sizes of a model with its adapter. Counts are of parameters, `stored_bytes` of each in the model's files."""
 
     parameters: int
     vision_parameters: int
@@ -81,7 +81,7 @@ class ModelSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What one GPU works on: tokens of the longest prompt (its image included) and completion, and completions."""
+    """The work of one GPU: tokens of the longest prompt (its image included) and completion, and completions."""
 
     prompt_tokens: int
     image_patches: int
@@ -97,7 +97,7 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes on one GPU. `parts` stay for the whole run, of `moments` only the largest counts.
+    """The bytes on one GPU. `parts` stay for the whole run, of `moments` only the largest counts.
 
     `share` is what vLLM takes of a GPU that is not known, 0 to 1, so that neither counts it; with `sleeps` while it
     answers alone.
@@ -110,16 +110,16 @@ class Estimate:
 
     @property
     def allocated(self) -> float:
-        """What `torch.cuda.max_memory_allocated` should show."""
+        """The bytes that `torch.cuda.max_memory_allocated` should show."""
         return sum(self.parts.values()) + max(self.moments.values(), default=0.0)
 
     @property
     def needed(self) -> float:
-        """What must be free."""
+        """The bytes that must be free."""
         return MARGIN * self.allocated + CONTEXT
 
     def smallest_gpu(self, vllm_bytes: float) -> float:
-        """Bytes of the smallest GPU that has room for all of this and for vLLM's share of it, and infinity for none.
+        """Return the bytes of the smallest GPU with room for all this and vLLM's share of it; infinity where none has.
 
         `vllm_bytes` is what the share must hold. A plan made with that GPU at hand finds the same.
         """
@@ -131,7 +131,7 @@ class Estimate:
 
 
 def vllm_bytes(size: ModelSize, load: Load, *, processes: int = 1) -> float:
-    """The least that vLLM needs of each GPU over which it spreads: its weights, and the cache of one answer.
+    """Return the least that vLLM needs of each GPU that it spreads over: its weights, and the cache of one answer.
 
     It holds them in two bytes, whatever the training has; its graphs and activations come on top.
     """
@@ -224,7 +224,7 @@ def estimate(
     share: float = 0.0,
     sleeps: bool = False,
 ) -> Estimate:
-    """What one GPU needs.
+    """Estimate the bytes that one GPU needs.
 
     Args:
         size (`ModelSize`):
@@ -289,7 +289,7 @@ def estimate(
 
 
 def weights_cast(size: ModelSize, weight_bytes: float, shared_weights: int, deepspeed: bool) -> bool:
-    """Whether autocast has float32 weights to cast: not those of an adapter's base, nor what arrives in bfloat16."""
+    """Return whether autocast has float32 weights to cast: not an adapter's base, nor what arrives in bfloat16."""
     return weight_bytes == 4 and not size.is_adapter and shared_weights == 1 and not deepspeed
 
 
@@ -327,7 +327,7 @@ def _bytes(per_token: PerToken, intermediate: int, hidden: int) -> float:
 
 
 def _pixels(load: Load) -> float:
-    """The patches of all rollouts wait on the GPU for their turn: 3 channels, 2 frames, 14 x 14 pixels in float32."""
+    """Count the patches of all rollouts, which wait on the GPU: 3 channels, 2 frames, 14 x 14 pixels in float32."""
     return load.rollout_batch * load.image_patches * 3 * 2 * 14 * 14 * 4.0
 
 

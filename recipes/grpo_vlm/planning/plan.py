@@ -1,4 +1,4 @@
-"""What a run will do and need, worked out before any weights load; `--dry_run` prints it and stops.
+"""The plan of a run, worked out before any weights load; `--dry_run` prints it and stops.
 
 An *error* is certain to stop the run or to lose its result, and is raised. A *warning* is likely to cost time or
 quality, and is printed. Each says what to change.
@@ -55,7 +55,7 @@ class Plan:
     warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """The plan for people, a line each."""
+        """Return the plan for people, a line each."""
         trained = f"{self.size.trained / 1e6:,.1f} M of {self.size.parameters / 1e6:,.1f} M parameters"
         return [
             f"trains      {trained}{', as a LoRA adapter' if self.size.is_adapter else ''}",
@@ -186,7 +186,7 @@ def check_plan(plan: Plan) -> None:
 
 
 def find_sharing(training: GRPOConfig) -> Sharing:
-    """How `accelerate launch` or the training arguments spread the model over the processes."""
+    """Return how `accelerate launch` or the training arguments spread the model over the processes."""
     plugin = getattr(training, "deepspeed_plugin", None)
     if plugin is not None:
         stages: dict[int, Sharing] = {2: "zero2", 3: "zero3"}
@@ -197,13 +197,13 @@ def find_sharing(training: GRPOConfig) -> Sharing:
 
 
 def reshards_after_forward(training: GRPOConfig) -> bool:
-    """Whether FSDP gives the weights of a layer back after its forward, its default."""
+    """Return whether FSDP gives the weights of a layer back after its forward, its default."""
     setting = _fsdp_setting(training, "reshard_after_forward")
     return str(setting).lower() not in ("false", "shard_grad_op", "2")  # FSDP2's word, FSDP1's, and its number
 
 
 def gpu_memory() -> tuple[float | None, float | None]:
-    """Bytes of this process's GPU, in all and free; None without one."""
+    """Return the bytes of this process's GPU, in all and free; None without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -213,14 +213,14 @@ def gpu_memory() -> tuple[float | None, float | None]:
 
 
 def loaded_bytes(model: ModelConfig, size: ModelSize) -> float:
-    """Bytes of a weight as it is loaded. Quantised weights bring scales along."""
+    """Return the bytes of a weight as it is loaded. Quantised weights bring scales along."""
     if model.load_in_4bit or model.load_in_8bit:
         return 0.6 if model.load_in_4bit else 1.1
     return {"auto": size.stored_bytes, "bfloat16": 2, "float16": 2}.get(str(model.dtype), 4)
 
 
 def disk_needed(training: GRPOConfig, model: ModelConfig, size: ModelSize) -> float:
-    """Bytes that the run will write: checkpoints kept (and the one that is being written), and the export twice."""
+    """Return the bytes that the run will write: checkpoints kept (and the one being written), and the export twice."""
     weight_bytes = 4 if size.is_adapter else loaded_bytes(model, size)
     checkpoint = size.trained * weight_bytes
     if not training.save_only_model:
@@ -235,18 +235,18 @@ def disk_needed(training: GRPOConfig, model: ModelConfig, size: ModelSize) -> fl
 
 
 def reward_names(recipe: RecipeArguments) -> list[str]:
-    """The rewards asked for, or those that suit the dataset."""
+    """Return the rewards asked for, or those that suit the dataset."""
     layout = named_layout(recipe)
     return recipe.reward_funcs or list(layout.reward_funcs if layout is not None else ("format", "accuracy"))
 
 
 def has_formulas(splits: Splits) -> bool:
-    """Whether any answer is compared by math-verify, which `formulas.py` cannot do without."""
+    """Return whether any answer is compared by math-verify, which `formulas.py` cannot do without."""
     return any("math" in answer_types(rows) for rows in (splits.train, splits.held_out))
 
 
 def _save_errors(training: GRPOConfig) -> list[str]:
-    """Settings under which a save has no weights in it (`save_model` then writes nothing, or a stub)."""
+    """Return settings under which a save has no weights in it (`save_model` then writes nothing, or a stub)."""
     errors = []
     state_dict = _fsdp_setting(training, "state_dict_type")
     if find_sharing(training) == "fsdp" and str(state_dict) in ("SHARDED_STATE_DICT", "LOCAL_STATE_DICT"):
@@ -264,7 +264,7 @@ def _save_errors(training: GRPOConfig) -> list[str]:
 
 
 def _fsdp_setting(training: GRPOConfig, name: str) -> Any:
-    """From `accelerate launch`, which hands it over in the environment, or from the training arguments."""
+    """Read a setting from the environment, where `accelerate launch` puts it, or from the training arguments."""
     given = os.environ.get(f"FSDP_{name.upper()}")
     return given if given is not None else (training.fsdp_config or {}).get(name)
 
@@ -340,7 +340,7 @@ def _epoch_steps(training: GRPOConfig, rows: int) -> int:
 
 
 def _existing(path: str | None) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
+    """Return the folder itself, or the nearest one above it that is there."""
     folder = Path(path or ".").absolute()
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 

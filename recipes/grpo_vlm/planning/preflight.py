@@ -1,4 +1,4 @@
-"""What must be right before any weights load: model, output folder, settings, packages, vLLM. Nothing is written."""
+"""Checks before any weights load: model, output folder, settings, packages, vLLM. Nothing is written."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MARKER = "grpo_recipe.json"
 """Written into output_dir by the recipe: a folder that has it is ours to train into again."""
 
 METRICS = ("accuracy", "runtime")
-"""What an evaluation of `AccuracyTrainer` measures, without `eval_`."""
+"""The metrics of an evaluation of `AccuracyTrainer`, without `eval_`."""
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-"""What TRL's `GRPOTrainer` computes (1.16); it refuses any other at the first step."""
+"""The losses that TRL's `GRPOTrainer` computes (1.16); it refuses any other at the first step."""
 
 
 def check_versions() -> None:
-    """The package supports older stacks; this recipe needs a TRL that never samples image tokens.
+    """Refuse older stacks, which the package supports: this recipe needs a TRL that never samples image tokens.
 
     TRL 1.0 may put an image placeholder into a completion, which then matches no image features and stops training.
     """
@@ -42,7 +42,7 @@ def check_versions() -> None:
 
 
 def check_model(name: str | None) -> None:
-    """A local model folder must be a whole model; a Hub name is left to the Hub."""
+    """Refuse a local folder that is no whole model; a Hub name is left to the Hub."""
     if not name:
         raise InputError("no model: pass --model_name_or_path with a Hub name or a folder (or `tiny`)")
     folder = Path(name)
@@ -66,7 +66,7 @@ def check_model(name: str | None) -> None:
 
 
 def check_output(output_dir: str | None) -> None:
-    """The output folder is new, empty, or one that this recipe made."""
+    """Refuse an output folder that is not new, empty, or one that this recipe made."""
     if not output_dir:
         raise InputError("no output folder: pass --output_dir")
     folder = Path(output_dir)
@@ -85,7 +85,7 @@ def check_output(output_dir: str | None) -> None:
 
 
 def setting_errors(training: GRPOConfig, *, rewards: Sequence[str]) -> list[str]:
-    """Settings that the trainer refuses, but only once the weights are loaded, or at its first evaluation."""
+    """Return settings that the trainer refuses, but only once the weights are loaded, or at its first evaluation."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     errors = []
@@ -111,7 +111,7 @@ def setting_errors(training: GRPOConfig, *, rewards: Sequence[str]) -> list[str]
 
 
 def missing_packages(training: GRPOConfig, model: ModelConfig, *, formulas: bool) -> list[str]:
-    """What the settings need, and `formulas` among the answers, and is not installed here."""
+    """Return the packages that the settings need, and `formulas` among the answers, and that are not installed."""
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,
         get_available_reporting_integrations,
@@ -137,12 +137,12 @@ def missing_packages(training: GRPOConfig, model: ModelConfig, *, formulas: bool
 
 
 def needs_bitsandbytes(optimizer: str) -> bool:
-    """Whether transformers takes this `optim` from bitsandbytes; torchao and GaLore have eight bits, too."""
+    """Return whether transformers takes this `optim` from bitsandbytes; torchao and GaLore have eight bits, too."""
     return optimizer == "adamw_8bit" or any(part in optimizer for part in ("bnb", "paged", "lion", "ademamix"))
 
 
 def check_vllm(training: GRPOConfig) -> None:
-    """Rollouts by vLLM, if they are asked for, can be had on this machine.
+    """Refuse rollouts by vLLM that this machine cannot have.
 
     Raises:
         InputError: what is in the way, and what to do.
@@ -153,7 +153,7 @@ def check_vllm(training: GRPOConfig) -> None:
 
 
 def vllm_problem(training: GRPOConfig) -> str | None:
-    """What is certain to keep vLLM from answering, or None: TRL would find out after the weights are loaded."""
+    """Return what is certain to keep vLLM from answering, or None: TRL would find out after the weights are loaded."""
     from trl.import_utils import is_vllm_available
 
     if not training.use_vllm:
@@ -169,7 +169,7 @@ def vllm_problem(training: GRPOConfig) -> str | None:
 
 
 def server_warning(training: GRPOConfig) -> str | None:
-    """That nobody listens yet where vLLM's server is expected, or None. It may be starting: TRL waits for it."""
+    """Return a warning where nobody listens yet at vLLM's address, or None. It may be starting: TRL waits for it."""
     if not training.use_vllm or training.vllm_mode != "server" or training.process_index != 0:
         return None
     host, port = server_address(training)
@@ -185,7 +185,7 @@ def server_warning(training: GRPOConfig) -> str | None:
 
 
 def server_address(training: GRPOConfig) -> tuple[str, int]:
-    """Host and port of vLLM's server.
+    """Return host and port of vLLM's server.
 
     Raises:
         InputError: the URL that was given has none.
@@ -203,7 +203,7 @@ def server_address(training: GRPOConfig) -> tuple[str, int]:
 
 
 def _server_problem(training: GRPOConfig) -> str | None:
-    """A server's name that nobody knows, or somebody else at its address, whom TRL would ask for ever."""
+    """Return a host that nobody knows, or another program at its address, which TRL would ask for ever."""
     if training.vllm_mode != "server" or training.process_index != 0:
         return None
     host, port = server_address(training)

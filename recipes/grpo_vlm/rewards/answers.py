@@ -69,7 +69,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_well_formed(text: str) -> bool:
-    """Whether the whole text is one thought and then one answer, both non-empty."""
+    """Return whether the whole text is one thought and then one answer, both non-empty."""
     # Counting first keeps a doubled block out, and the match linear: each tag can stand in one place only.
     if any(text.count(tag) != 1 for tag in _TAGS):
         return False
@@ -78,7 +78,7 @@ def is_well_formed(text: str) -> bool:
 
 
 def is_right(found: str | None, reference: str, answer_type: str = "text") -> bool:
-    """Whether an answer, as `extract_answer` returns it, is the reference.
+    """Return whether an answer, as `extract_answer` returns it, is the reference.
 
     Raises:
         ValueError: the dataset names a kind of answer that there is not.
@@ -101,7 +101,7 @@ def is_right(found: str | None, reference: str, answer_type: str = "text") -> bo
 
 
 def is_right_directly(text: str, reference: str, answer_type: str = "text") -> bool:
-    """Whether a text that was asked for the answer alone gives the reference, in whatever words.
+    """Return whether a text that was asked for the answer alone gives the reference, in whatever words.
 
     Lenient, unlike `is_right`: a base is not told of a form here, and what it loses to its wording would pass for a
     gain of the training.
@@ -120,7 +120,7 @@ def is_right_directly(text: str, reference: str, answer_type: str = "text") -> b
 
 
 def find_answer(text: str, answer_type: str = "text") -> str | None:
-    """The answer in a text of any form: in its answer block or `\\boxed{}`, else the last that it names.
+    """Find the answer in a text of any form: in its answer block or `\boxed{}`, else the last that it names.
 
     That is the last number, the last letter of a choice, or of texts and formulas what stands behind the last `is` or
     `=`. None where there is none.
@@ -136,7 +136,7 @@ def find_answer(text: str, answer_type: str = "text") -> str | None:
 
 
 def parse_number(text: str) -> float | None:
-    """The one number that the text is, or None. A dollar sign before and a full stop after it are let pass."""
+    """Return the one number that the text is, or None. A dollar sign before and a full stop after it may stand."""
     text = text.strip().strip("$").removesuffix(".").strip()
     if not any(character.isdigit() for character in text) or _NUMBER.fullmatch(text) is None:
         return None
@@ -144,7 +144,7 @@ def parse_number(text: str) -> float | None:
 
 
 def parse_choice(text: str) -> str | None:
-    """The one letter that was chosen, in upper case, or None. A letter may be followed by the text of its choice."""
+    """Return the one letter chosen, in upper case, or None. The text of its choice may follow."""
     match = _CHOICE.fullmatch(text.strip())
     if match is None:
         return None
@@ -154,7 +154,7 @@ def parse_choice(text: str) -> str | None:
 
 
 def parse_box(text: str) -> Box | None:
-    """The one box in the text (a list of four numbers, in JSON or not), or None where there is none or several."""
+    """Return the one box in the text (four numbers, as JSON or not), or None where there is none or several."""
     found = _BOX.findall(text)
     if len(found) != 1:
         return None
@@ -163,7 +163,7 @@ def parse_box(text: str) -> Box | None:
 
 
 def box_overlap(found: str, reference: str) -> float:
-    """Intersection over union of the boxes in two texts, 0 to 1; 0 where either has not exactly one."""
+    """Return intersection over union of the boxes in two texts, 0 to 1; 0 where either has not exactly one."""
     ours, theirs = parse_box(found), parse_box(reference)
     if ours is None or theirs is None:
         return 0.0
@@ -180,7 +180,7 @@ def _area(box: Box) -> float:
 
 
 def _boxed(text: str) -> str | None:
-    """What the last `\\boxed{}` holds; None where there is none, or it is not closed."""
+    """Return what the last `\boxed{}` holds; None where there is none, or it is not closed."""
     _, opened, rest = text.rpartition("\\boxed{")
     depth = 1 if opened else 0
     for position, character in enumerate(rest if opened else ""):

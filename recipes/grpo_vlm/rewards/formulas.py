@@ -1,4 +1,4 @@
-"""Whether two formulas are the same, by math-verify, within a second.
+"""The comparison of two formulas by math-verify, within a second.
 
 A policy samples formulas on which sympy would work for hours: towers of powers, factorials of factorials, polynomials
 of a hundredth degree. Those whose numbers cannot be computed are seen at a glance; what else takes long is stopped,
@@ -36,7 +36,7 @@ _FACTORIALS = re.compile(r"(\d+)((?: *!)+)", re.ASCII)
 
 
 def same_formula(found: str, reference: str) -> bool:
-    """Whether both are the same text, but for case, white space and dollar signs, or the same by math-verify."""
+    """Return whether two texts are the same but for case, spaces and dollar signs, or the same by math-verify."""
     if _as_text(found) == _as_text(reference):
         return True
     if max(len(found), len(reference)) > LONGEST or is_huge(found) or is_huge(reference):
@@ -45,7 +45,7 @@ def same_formula(found: str, reference: str) -> bool:
 
 
 def is_huge(formula: str) -> bool:
-    """Whether it has a number with a million digits or more, as far as a glance can tell.
+    """Return whether a text has a number with a million digits or more, as far as a glance can tell.
 
     `9^{9^{9}}`, `10^{12345678}` and `5!!!` are such: that `!!` is no double factorial is how math-verify reads it.
     `x^{12345678}` has no such number, nor has `\\sum_{k=1}^{12345678}`.
@@ -58,7 +58,7 @@ def is_huge(formula: str) -> bool:
 
 
 def _is_huge_power(base: float, tower: str) -> bool:
-    """Whether the exponent, itself a tower such as `9^9`, is too large, or the power has too many digits."""
+    """Return whether an exponent, itself a tower such as `9^9`, is too large, or its power has too many digits."""
     exponent = 1
     for level in map(int, reversed(tower.split("^"))):
         if level > 1 and exponent * math.log10(level) > math.log10(LARGEST_EXPONENT):
@@ -88,7 +88,7 @@ def _same_by_sympy(found: str, reference: str) -> bool:
 
 @functools.cache
 def _math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Its `parse` and `verify`, once used: what the first formulas of a process take longer is not theirs to pay.
+    """Return `parse` and `verify`, used once: the first formulas of a process need not pay for the start.
 
     They can keep time themselves, by signals and in whole seconds, each anew for parsing, parsing and comparing.
     """
@@ -102,7 +102,7 @@ def _math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 class _OutOfTimeError(BaseException):
-    """Not an `Exception`, which math-verify would take for a formula that it cannot read."""
+    """The end of the time; not an `Exception`, which math-verify would take for a formula that it cannot read."""
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def _in_dollars(text: str) -> str:
-    """math-verify reads LaTeX between dollar signs alone, and datasets write it bare."""
+    """Put LaTeX between dollar signs, where alone math-verify reads it; datasets write it bare."""
     return text if any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")) else f"${text}$"
 
 

@@ -63,7 +63,7 @@ def accuracy_reward(
 def iou_reward(completions: list[Completion], answer: list[str], **kwargs: Any) -> list[float]:
     """Pay how much the one box in the answer block overlaps the reference box: intersection over union, 0 to 1.
 
-    Both are in pixels of the image as the model sees it: `data.py` moves the references there, because
+    Both are in pixels of the image as the model sees it: `prompt_lengths.py` moves the references there, because
     Qwen2.5-VL answers in the frame of the *resized* image. Comparing with boxes of the original image is the error
     of https://github.com/om-ai-lab/VLM-R1/issues/44, which pays a model nothing for being right.
 
@@ -80,7 +80,7 @@ def iou_reward(completions: list[Completion], answer: list[str], **kwargs: Any) 
 
 
 def repetition_penalty_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    """From 0 down to -1: minus the share of token 6-grams that the completion had before (TRL's rule).
+    """Pay from 0 down to -1: minus the share of token 6-grams that the completion had before (TRL's rule).
 
     Six tokens, about four words: a sound derivation repeats short pieces (`= 2 x`), a loop long ones.
     """
@@ -99,7 +99,7 @@ REWARDS: dict[str, RewardFunction] = {
 
 
 def find_rewards(names: list[str]) -> list[RewardFunction]:
-    """The functions for names of `REWARDS`, or for functions of one's own as `path/to/file.py:function`.
+    """Return the functions for names of `REWARDS`, or for one's own as `path/to/file.py:function`.
 
     Raises:
         InputError: there is no such name, file or function.
@@ -108,7 +108,7 @@ def find_rewards(names: list[str]) -> list[RewardFunction]:
 
 
 def find_format_reward(rewards: list[RewardFunction]) -> RewardFunction | None:
-    """The reward that judges the form of a completion alone, if it is among them: an export is asked about it, too."""
+    """Return the reward that judges a completion's form alone, if it is there: an export is asked about it, too."""
     return format_reward if format_reward in rewards else None
 
 
@@ -136,7 +136,7 @@ def _own_reward(name: str) -> RewardFunction:
 
 
 def completion_text(completion: Completion) -> str:
-    """The text of a completion in any of the forms that TRL hands to a reward function."""
+    """Return the text of a completion in any of the forms that TRL hands to a reward function."""
     if isinstance(completion, str):
         return completion
     texts = []

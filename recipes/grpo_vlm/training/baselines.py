@@ -1,4 +1,4 @@
-"""How many held-out rows the base answers right: measured before it is trained, and kept for when the run goes on.
+"""The share of held-out rows that the base answers right, measured before training and kept for a resume.
 
 Where the weights are sharded they first come together when training begins, and a resumed run then has its
 checkpoint's in them. So what was measured of the base lies in output_dir, beside what it was measured on.
@@ -34,14 +34,14 @@ ALONE = "asked for the answer alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Shares of the held-out rows; `direct_accuracy` of the base asked for the answer alone, None if it was not."""
+    """The shares of held-out rows answered right; `direct_accuracy` is for the answer alone, None if not asked."""
 
     accuracy: float
     direct_accuracy: float | None = None
 
 
 class Baselines(TrainerCallback):
-    """What the base answers right.
+    """A callback that measures the base before training, or reads what an earlier start measured.
 
     `take` measures it before training; where weights are sharded this is added to the trainer as a callback instead,
     and does so when training begins. A run that goes on from a checkpoint takes what was measured of the base on the
@@ -70,7 +70,7 @@ class Baselines(TrainerCallback):
         self.take(loaded=self._checkpoint)
 
     def take(self, *, loaded: Path | None = None) -> None:
-        """Read or measure it. `loaded` is the checkpoint that the model has its weights from by now, if any."""
+        """Read or measure the figures. `loaded` is the checkpoint that the model has its weights from, if any."""
         known = self._known()
         if known is not None:
             self.figures = known
@@ -93,7 +93,7 @@ class Baselines(TrainerCallback):
         return Figures(accuracy=measure(self._trainer, self._rows, when), direct_accuracy=direct_accuracy)
 
     def _known(self) -> Figures | None:
-        """What the main process finds, in every process: measuring is for all of them or for none."""
+        """Return in every process what the main one finds: measuring is for all of them or for none."""
         from accelerate.utils import broadcast_object_list
 
         found = None
@@ -112,7 +112,7 @@ class Baselines(TrainerCallback):
 def conditions(
     recipe: RecipeArguments, training: GRPOConfig, model: ModelConfig, splits: Splits
 ) -> dict[str, str | int | bool | None]:
-    """What an accuracy depends on: the model as it is loaded, the rows, and what an answer may be."""
+    """Return what an accuracy depends on: the model as it is loaded, the rows, and what an answer may be."""
     rows = splits.held_out
     texts = [name for name in ("prompt", "answer", "answer_type") if name in rows.column_names]
     digest = hashlib.sha256()
@@ -133,7 +133,7 @@ def conditions(
 
 
 def write_baselines(folder: Path, figures: Figures, *, measured_on: Mapping[str, Any]) -> None:
-    """Put them into the folder, whole or not at all."""
+    """Write the figures into the folder, whole or not at all."""
     unfinished = folder / f"{FILE_NAME}.unfinished"
     content = {**asdict(figures), "measured_on": dict(measured_on)}
     unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -141,7 +141,7 @@ def write_baselines(folder: Path, figures: Figures, *, measured_on: Mapping[str,
 
 
 def read_baselines(folder: Path, *, measured_on: Mapping[str, Any], direct: bool) -> Figures | None:
-    """Those in the folder; None where there are none, those of something else, or no direct one that is wanted."""
+    """Return the folder's figures; None without any, for other conditions, or without a direct one that is wanted."""
     try:
         content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
         figures = Figures(

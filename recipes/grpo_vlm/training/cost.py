@@ -1,4 +1,4 @@
-"""What a run costs: the time of a step, and the GPU memory at its peak beside the preflight's estimate of it."""
+"""The cost of a run: the time of a step, and the GPU memory at its peak beside the preflight's estimate of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CostCallback(TrainerCallback):
-    """Times every step, its rollouts included, and notes the most that was allocated up to the end of the last one.
+    """A callback that times every step, rollouts included, and notes the peak of memory to the end of the last one.
 
     A step begins where the one before it has been logged, evaluated and saved: the trainer reads the rows of all its
     micro-batches, images included, before it calls `on_step_begin`. The first step of a process also plans kernels and
@@ -66,7 +66,7 @@ class CostCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the export, which takes a while."""
+        """Take the figures before the export, which takes a while."""
         figures = self.figures()
         if not state.is_world_process_zero or figures["step_s"] is None:
             return
@@ -83,7 +83,7 @@ class CostCallback(TrainerCallback):
         return time.perf_counter()
 
     def figures(self) -> dict[str, float | None]:
-        """For `summary.json`: seconds and GiB, of this process; None without a GPU or an estimate."""
+        """Return seconds and GiB of this process for `summary.json`; None without a GPU or an estimate."""
         timed = self.steps_s[1:] or self.steps_s
         step_s = statistics.median(timed) if timed else None
         if not self.peak_bytes or self.estimated_bytes is None:

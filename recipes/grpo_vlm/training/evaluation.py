@@ -11,13 +11,12 @@ from grpo_vlm.rewards.answers import extract_answer, is_right, is_right_directly
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from datasets import Dataset
-
     from accelerate import Accelerator
+    from datasets import Dataset
 
 
 DIRECT_PROMPT = "You are a helpful assistant. Give the answer alone, without any explanation."
-"""What a base is also asked: where it does better so than when it thinks, a later gain is repair of the prompt."""
+"""The other prompt for a base: where it does better so than when it thinks, a later gain is repair of the prompt."""
 
 
 def held_out_accuracy(
@@ -29,7 +28,7 @@ def held_out_accuracy(
     direct: bool = False,
     accelerator: Accelerator | None = None,
 ) -> float:
-    """Share of rows (0 to 1) whose one answer block holds the reference answer.
+    """Return the share of rows (0 to 1) whose one answer block holds the reference answer.
 
     Args:
         model, processor:
@@ -62,19 +61,19 @@ def held_out_accuracy(
 
 
 def direct_prompt(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same question, asked for the answer alone."""
+    """Return the same question, asked for the answer alone."""
     return [{"role": "system", "content": DIRECT_PROMPT}, *(turn for turn in prompt if turn["role"] != "system")]
 
 
 def generate_answers(model: Any, processor: Any, rows: Dataset, *, max_new_tokens: int) -> list[str | None]:
-    """The model's greedy answer to every row; None where it gave none, or more than one."""
+    """Return the model's greedy answer to every row; None where it gave none, or more than one."""
     return [extract_answer(text) for text in generate_texts(model, processor, rows, max_new_tokens=max_new_tokens)]
 
 
 def generate_texts(
     model: Any, processor: Any, rows: Dataset, *, max_new_tokens: int, direct: bool = False, batch_size: int = 50
 ) -> list[str]:
-    """The model's greedy completion of every row.
+    """Return the model's greedy completion of every row.
 
     The model may be in the middle of training: `inference_ready` switches the KV cache on and gradient
     checkpointing off for the time being, and puts everything back, the random state included.
@@ -97,7 +96,7 @@ def generate_texts(
 def model_inputs(
     rows: Sequence[Mapping[str, Any]], processor: Any, *, completions: Sequence[str] | None = None
 ) -> Any:
-    """A batch of rows in the chat format, padded on the left; `completions` are appended, to learn from."""
+    """Return a batch of rows in the chat format, padded on the left; `completions` are appended, to learn from."""
     from trl.data_utils import prepare_multimodal_messages
 
     images = [row_images(row) for row in rows]

@@ -1,4 +1,4 @@
-"""Watches the curves that tell early that a GRPO run learns nothing, and says what to change.
+"""Warnings from the curves that tell early that a GRPO run learns nothing, each with what to change.
 
 Every rule looks at the mean of one logged metric over the last logs, because single steps of GRPO jump about. A rule
 speaks again only after a while, and never stops a run: whoever watches decides.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
 WINDOW = 10
-"""Logs over which a metric is averaged, and before which nothing is said."""
+"""Logs over which a metric is averaged, and before which nothing is logged."""
 
 FLAT_GROUPS = 0.8
 """Share of groups with the same reward for every completion, beyond which too few teach anything."""
@@ -32,7 +32,7 @@ SILENCE = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """When the mean of `metric` over the window is beyond `limit`, `advice` is given.
+    """A limit of a metric: where its mean over the window is beyond `limit`, `advice` is logged.
 
     Attributes:
         ways: what to change further, so that nothing is advised that the training arguments have already.
@@ -48,7 +48,7 @@ class Rule:
 
 
 def wider_sampling(training: GRPOConfig) -> list[str]:
-    """What would let the completions of a group differ more."""
+    """Return what would let the completions of a group differ more."""
     return [
         *(["raise --temperature towards 1"] if training.temperature < 1 else []),
         *(["raise --top_p to 1"] if training.top_p < 1 else []),
@@ -99,7 +99,7 @@ RULES = (
 
 
 class HealthCallback(TrainerCallback):
-    """Applies `RULES` to every log, and says when held-out accuracy falls."""
+    """A callback that applies `RULES` to every log, and warns when held-out accuracy falls."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []

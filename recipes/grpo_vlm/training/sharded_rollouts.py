@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ShardedRolloutsCallback(TrainerCallback):
-    """Makes `model.generate` work where training has sharded the model with FSDP2; elsewhere it does nothing."""
+    """A callback that makes `model.generate` work where FSDP2 has sharded the model; elsewhere it does nothing."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def reward_change(log_history: Sequence[dict[str, Any]], reward: str) -> tuple[float, float] | None:
-    """Mean of a reward over the first and the last tenth of the logged steps, or None where it was not logged."""
+    """Return a reward's mean over the first and the last tenth of the logged steps; None where it was not logged."""
     values = [entry[f"rewards/{reward}/mean"] for entry in log_history if f"rewards/{reward}/mean" in entry]
     if not values:
         return None
@@ -31,7 +31,7 @@ def summarise(
     direct_accuracy: float | None = None,
     begun_with: str | None = None,
 ) -> dict[str, Any]:
-    """The figures of a run, [before, after] where there are two; written to `summary.json` and printed.
+    """Return the figures of a run, [before, after] where there are two; written to `summary.json` and printed.
 
     `begun_with` is the checkpoint that the accuracies before are of, where they could not be the base's.
     """
@@ -58,7 +58,7 @@ def summarise(
 
 
 def with_verdict(tpot_ms: float, ratio: dict[str, Any] | None) -> str:
-    """A time per token and what may be said of it: `33.68 ms (slower: 1.20 to 1.39 times the base)`."""
+    """Return a time per token with its verdict: `33.68 ms (slower: 1.20 to 1.39 times the base)`."""
     if ratio is None:
         return f"{tpot_ms:.2f} ms"
     said = "cannot tell apart" if ratio["verdict"] == "cannot tell" else ratio["verdict"]
@@ -66,7 +66,7 @@ def with_verdict(tpot_ms: float, ratio: dict[str, Any] | None) -> str:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """One table on standard output."""
+    """Print one table on standard output."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""TRL's trainer with an evaluation that says what one wants to know: how many held-out rows are answered right.
+"""TRL's trainer with an evaluation that counts the held-out rows answered right.
 
 `GRPOTrainer.evaluate` samples groups and scores them as in training: its loss says nothing of quality, its mean
 reward mixes the rewards and the luck of sampling. Here the model answers each row once, greedily, and `eval_accuracy`
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class AccuracyTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose `evaluate` measures accuracy on the held-out rows, and whose vLLM sees what it trains on."""
+    """A `GRPOTrainer` whose `evaluate` measures held-out accuracy, and whose vLLM sees the prompts it trains on."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,11 +62,11 @@ class AccuracyTrainer(GRPOTrainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no process holds the whole model: its weights come together in forwards that all must take."""
+        """True where no process holds all weights: they come together in forwards that all processes must take."""
         return self.is_fsdp_enabled or self._zero_stage == 3
 
     def accuracy(self, rows: Dataset, *, direct: bool = False) -> float:
-        """Share of rows answered right; with `direct` asked for the answer alone, without a thought."""
+        """Return the share of rows answered right; with `direct` asked for the answer alone, without a thought."""
         with ExitStack() as stack:
             model = self.model
             if self._zero_stage == 3:
@@ -92,13 +92,13 @@ class AccuracyTrainer(GRPOTrainer):
 
 
 def one_token_an_image(token_ids: Sequence[int], image_token_id: int) -> list[int]:
-    """The prompt with each run of image tokens as one."""
+    """Return the prompt with each run of image tokens as one."""
     before = [None, *token_ids]
     return [token for token, last in zip(token_ids, before, strict=False) if not token == last == image_token_id]
 
 
 def measure(trainer: AccuracyTrainer, rows: Dataset, when: str, *, direct: bool = False) -> float:
-    """Held-out accuracy, printed."""
+    """Measure held-out accuracy and print it."""
     accuracy = trainer.accuracy(rows, direct=direct)
     tell(trainer, accuracy, rows, when)
     return accuracy
@@ -111,7 +111,7 @@ def tell(trainer: AccuracyTrainer, accuracy: float, rows: Dataset, when: str, *,
 
 
 def with_group_health(reward: RewardFunction, *, num_generations: int) -> RewardFunction:
-    """The reward function, which also logs how many different completions a group has (`unique_in_group`, 0 to 1).
+    """Wrap a reward function to log how many different completions a group has (`unique_in_group`, 0 to 1).
 
     Groups of equal completions have equal rewards, and teach nothing. TRL logs the equal rewards; whether it is the
     sampling that is too narrow, or the task too easy or hard, only the completions tell.
@@ -128,7 +128,7 @@ def with_group_health(reward: RewardFunction, *, num_generations: int) -> Reward
 
 
 def unique_in_group(completions: Sequence[Completion], *, num_generations: int) -> float:
-    """Mean share of different completions in a group: 1 where all differ, 1 / num_generations where none does."""
+    """Return the mean share of different completions in a group, from 1 / num_generations (all the same) to 1."""
     texts = [completion_text(completion) for completion in completions]
     groups = [texts[start : start + num_generations] for start in range(0, len(texts), num_generations)]
     return sum(len(set(group)) / len(group) for group in groups) / len(groups)

@@ -1,4 +1,4 @@
-"""A port of this machine that nobody listens on."""
+"""Free ports of this machine."""
 
 from __future__ import annotations
 
