@@ -1,0 +1,1 @@
+"""How a live model attends: fewer, larger calls with the same result."""
