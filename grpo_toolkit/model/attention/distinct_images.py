@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.model.attention.image_digests import equal_images, spans_of
@@ -145,10 +146,12 @@ def draws_random_numbers(tower: torch.nn.Module) -> bool:
 
 def merged_patches(tower: torch.nn.Module) -> int:
     """Return how many patches a tower merges into one token of the language model; 1 where it does not say."""
-    size = getattr(tower, "spatial_merge_size", None)
-    if size is None:
-        size = getattr(getattr(tower, "config", None), "spatial_merge_size", 1)
-    return int(size) ** 2 if isinstance(size, int) else 1
+    for holder in (tower, getattr(tower, "config", None)):
+        size = getattr(holder, "spatial_merge_size", None)
+        sides = (size, size) if isinstance(size, int) else getattr(holder, "merge_kernel_size", None)
+        if sides is not None:
+            return prod(sides)
+    return 1
 
 
 def repeat_for_copies(output: Any, sizes: list[int], order: list[int], *, merge: int) -> Any:

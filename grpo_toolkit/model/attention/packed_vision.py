@@ -84,7 +84,8 @@ class VisionPacking:
     def _apply(self, inner: Any) -> None:
         text_config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
         for tower in find_towers(inner):
-            packed = self._pack_layers(tower, shared=(inner.config, text_config))
+            shared = () if tower.module is inner else (inner.config, text_config)
+            packed = self._pack_layers(tower, shared=shared)
             self.layers += packed
             if packed:
                 self.towers.append(tower.name)

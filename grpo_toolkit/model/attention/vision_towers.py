@@ -109,23 +109,24 @@ def forward_parameters(module: torch.nn.Module) -> inspect.Signature:
 
 def takes_grid(module: torch.nn.Module) -> bool:
     """Whether a module's forward takes the patches of all images and `grid_thw`."""
-    parameters = list(forward_parameters(module).parameters)
-    return GRID in parameters[1:]
+    first, *others = [*forward_parameters(module).parameters, ""]
+    return GRID in others and first != "input_ids"
 
 
 def _tower_of(inner: torch.nn.Module, layer: str) -> str:
-    """The outermost module around a layer that takes a grid, or the outermost model in it below the whole."""
+    """The outermost module around a layer that takes a grid, or else the outermost model with the layer's config."""
     from transformers import PreTrainedModel
 
     parts = layer.split(".")
-    around = [".".join(parts[:end]) for end in range(1, len(parts))]
-    modules = {name: inner.get_submodule(name) for name in around}
-    with_grid = (name for name in around if takes_grid(modules[name]))
+    around = {".".join(parts[:end]): inner.get_submodule(".".join(parts[:end])) for end in range(len(parts))}
     config = getattr(inner.get_submodule(layer), "config", None)
-    of_config = (
-        name for name in around if isinstance(modules[name], PreTrainedModel) and modules[name].config is config
-    )
-    return next(with_grid, None) or next(of_config, None) or (around[-1] if around else layer)
+    with_grid = [name for name, module in around.items() if takes_grid(module)]
+    of_config = [
+        name
+        for name, module in around.items()
+        if name and isinstance(module, PreTrainedModel) and module.config is config
+    ]
+    return (with_grid or of_config or [*around])[0]
 
 
 def _contains(module: torch.nn.Module, other: torch.nn.Module) -> bool:
