@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_toolkit.ahead import DecodeAhead
     from grpo_toolkit.cache import inference_ready
-    from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
+    from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, PackedVisionCallback, ResumeGuardCallback
     from grpo_toolkit.distributed import unsharded_models
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis, Finding
@@ -68,6 +68,7 @@ _MODULES = {
     "Options": "latency.engines.protocol",
     "OutOfMemoryError": "errors",
     "OutputExistsError": "errors",
+    "PackedVisionCallback": "callbacks",
     "PeerError": "errors",
     "RepairResult": "doctor.repair",
     "Request": "inference",
@@ -113,6 +114,7 @@ __all__ = [
     "Options",
     "OutOfMemoryError",
     "OutputExistsError",
+    "PackedVisionCallback",
     "PeerError",
     "RepairResult",
     "Request",
