@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_toolkit.ahead import DecodeAhead
     from grpo_toolkit.cache import inference_ready
-    from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, PackedVisionCallback, ResumeGuardCallback
+    from grpo_toolkit.callbacks import (
+        ExportCallback,
+        KVCacheCallback,
+        LatencyCallback,
+        PackedVisionCallback,
+        ResumeGuardCallback,
+    )
     from grpo_toolkit.distributed import unsharded_models
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis, Finding

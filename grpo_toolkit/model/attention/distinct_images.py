@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class UnknownOutput(Exception):
+class UnknownOutputError(Exception):
     """An output of a tower in which the rows of an image can't be told."""
 
 
@@ -107,7 +107,7 @@ class DistinctImages:
             return None
         try:
             return repeat_for_copies(output, call.sizes, call.order, merge=call.merge)
-        except UnknownOutput as error:
+        except UnknownOutputError as error:
             self.close()
             logger.info("grpo_toolkit: copies of an image are encoded each for itself from here on: %s", error)
             return tower(*call.args, **call.kwargs)
@@ -165,7 +165,7 @@ def repeat_for_copies(output: Any, sizes: list[int], order: list[int], *, merge:
         merge: patches that may have become one row.
 
     Raises:
-        UnknownOutput: the rows of an image can't be told.
+        UnknownOutputError: the rows of an image can't be told.
     """
     import torch
     from transformers.utils import ModelOutput
@@ -174,7 +174,7 @@ def repeat_for_copies(output: Any, sizes: list[int], order: list[int], *, merge:
         return _repeat_rows(output, sizes, order, merge)
     if isinstance(output, ModelOutput):
         if output.get("attentions") is not None:
-            raise UnknownOutput("attention weights were asked for")
+            raise UnknownOutputError("attention weights were asked for")
         repeated = {
             name: repeat_for_copies(value, sizes, order, merge=merge)
             for name, value in dict.items(output)
@@ -187,7 +187,7 @@ def repeat_for_copies(output: Any, sizes: list[int], order: list[int], *, merge:
         if _is_one_an_image(output, sizes, merge):
             return type(output)(output[index] for index in order)
         return type(output)(repeat_for_copies(value, sizes, order, merge=merge) for value in output)
-    raise UnknownOutput(f"the vision tower returns a {type(output).__name__}")
+    raise UnknownOutputError(f"the vision tower returns a {type(output).__name__}")
 
 
 def _repeat_rows(rows: torch.Tensor, sizes: list[int], order: list[int], merge: int) -> torch.Tensor:
@@ -197,7 +197,7 @@ def _repeat_rows(rows: torch.Tensor, sizes: list[int], order: list[int], merge: 
         for merged in (1, merge):
             if all(size % merged == 0 for size in sizes) and rows.shape[dim] == sum(sizes) // merged:
                 return repeat_spans(rows, spans_of([size // merged for size in sizes], order), dim)
-    raise UnknownOutput(f"the vision tower returns {list(rows.shape)} for images of {sizes} patches")
+    raise UnknownOutputError(f"the vision tower returns {list(rows.shape)} for images of {sizes} patches")
 
 
 def _is_one_an_image(parts: Any, sizes: list[int], merge: int) -> bool:
@@ -206,7 +206,7 @@ def _is_one_an_image(parts: Any, sizes: list[int], merge: int) -> bool:
     if len(parts) != len(sizes) or not all(isinstance(part, torch.Tensor) for part in parts):
         return False
     if len(sizes) == 1:  # one tensor for one image: its rows are all rows, and either reading gives as many of them
-        raise UnknownOutput("a list of one tensor may be one image's or one layer's")
+        raise UnknownOutputError("a list of one tensor may be one image's or one layer's")
     return all(len(part) in (size, size // merge) for part, size in zip(parts, sizes, strict=True))
 
 

@@ -1,9 +1,9 @@
 """No gradient for a frozen vision tower.
 
-`enable_input_require_grads`, which LoRA with gradient checkpointing calls, marks the output of *every* input embedding
-in the model as one that wants a gradient, the tower's `patch_embed` too. A tower without a trainable parameter is then
-recomputed and backpropagated for a gradient that nobody reads. Only reentrant checkpointing needs such a mark, and only
-where something behind it trains.
+`enable_input_require_grads`, which LoRA with gradient checkpointing calls, marks the output of *every* input
+embedding in the model as one that wants a gradient, the tower's `patch_embed` too. A tower without a trainable
+parameter is then recomputed and backpropagated for a gradient that nobody reads. Only reentrant checkpointing needs
+such a mark, and only where something behind it trains.
 """
 
 from __future__ import annotations

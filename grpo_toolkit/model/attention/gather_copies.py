@@ -35,5 +35,5 @@ class _Repeat(torch.autograd.Function):
 
 def repeat_spans(features: torch.Tensor, spans: Spans, dim: int) -> torch.Tensor:
     """Return the rows of each span in turn, along `dim`."""
-    out: torch.Tensor = _Repeat.apply(features, spans, dim)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Repeat.apply(features, spans, dim)
     return out

@@ -98,6 +98,8 @@ class VisionPacking:
             self.frozen.append(frozen)
 
     def _pack_layers(self, tower: Tower, *, shared: tuple[Any, ...]) -> int:
+        import transformers
+
         packed = 0
         for layer in tower.layers:
             config: Any = getattr(layer, "config", None)
@@ -118,6 +120,9 @@ class VisionPacking:
                 qwen_forward.install(layer)
                 self._undo.callback(partial(qwen_forward.uninstall, layer))
                 packed += 1
+            else:
+                kind = type(layer).__name__
+                self.notes.append(f"transformers {transformers.__version__} gives no way to reach its {kind}")
         return packed
 
 

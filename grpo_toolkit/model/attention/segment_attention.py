@@ -53,8 +53,8 @@ def packed_attention(
         return _sdpa(module, query, key, value, attention_mask, options), None
     options["is_causal"] = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plan = plan_of(cu_seq_lens_q, query.device)
-    if sum(plan.lengths) != query.shape[2]:
-        raise ValueError(f"cu_seqlens ends at {sum(plan.lengths)}, but there are {query.shape[2]} rows")
+    if plan.rows != query.shape[2]:
+        raise ValueError(f"cu_seqlens ends at {plan.rows}, but there are {query.shape[2]} rows")
     if query.shape[0] != 1 or attention_mask is not None or kwargs.get("position_bias") is not None:
         return _one_by_one(module, query, key, value, attention_mask, plan, options), None
     if choose_kernel(query, key, plan, options) == "varlen":
@@ -64,7 +64,7 @@ def packed_attention(
 
 def choose_kernel(query: torch.Tensor, key: torch.Tensor, plan: SegmentPlan, options: dict[str, Any]) -> Kernel:
     """Return the kernel for these segments: "varlen" for uneven ones where it can be had, else "batch"."""
-    if plan.is_even or not plan.lengths or not can_use_varlen(query, key, options):
+    if plan.is_even or not can_use_varlen(query, key, options):
         return "batch"
     return "varlen"
 
@@ -115,10 +115,11 @@ def varlen_attention(
     """Attend within segments by PyTorch's variable-length kernel: no padding, one call."""
     from torch.nn.attention.varlen import varlen_attn
 
-    dtype, longest = compute_dtype(query), max(plan.lengths)
+    dtype, longest = compute_dtype(query), plan.longest
     # Rows first, [rows, heads, dim], which for transformers' towers is the layout in memory already.
-    rows = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    out: Any = varlen_attn(*rows, plan.cu_seqlens, plan.cu_seqlens, longest, longest, scale=scaling)
+    rows = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
+    borders = plan.cu_seqlens
+    out: Any = varlen_attn(rows[0], rows[1], rows[2], borders, borders, longest, longest, scale=scaling)
     return out[None]  # type: ignore[no-any-return]
 
 
@@ -133,14 +134,15 @@ def batch_attention(
     """Attend within segments by SDPA over the plan's batches: one call each."""
     import torch
 
-    if not plan.batches:
+    if not plan.rows:
         return value.new_zeros(1, 0, query.shape[1], value.shape[-1])
+    layout = plan.layout
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    if plan.order is not None:
-        rows = [tensor.index_select(0, plan.order) for tensor in rows]
-    sizes = [batch.rows for batch in plan.batches]
+    if layout.order is not None:
+        rows = [tensor.index_select(0, layout.order) for tensor in rows]
+    sizes = [batch.rows for batch in layout.batches]
     outputs = []
-    for batch, *parts in zip(plan.batches, *(tensor.split(sizes) for tensor in rows), strict=True):
+    for batch, *parts in zip(layout.batches, *(torch.split(tensor, sizes) for tensor in rows), strict=True):
         if batch.slots is not None:
             # Into zeros rather than by an index with repeats: the backward is then a plain gather.
             parts = [
@@ -153,7 +155,7 @@ def batch_attention(
         out = _sdpa(module, padded[0], padded[1], padded[2], mask, options).flatten(0, 1)
         outputs.append(out if batch.slots is None else out.index_select(0, batch.slots))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return (joined if plan.back is None else joined.index_select(0, plan.back))[None]
+    return (joined if layout.back is None else joined.index_select(0, layout.back))[None]
 
 
 def _one_by_one(
@@ -168,8 +170,9 @@ def _one_by_one(
     # As transformers does it, for what cannot be put into one batch: masks and biases that belong to a segment.
     import torch
 
-    parts = zip(*(tensor.split(plan.lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([_sdpa(module, *part, attention_mask, options) for part in parts], dim=1)
+    lengths = list(plan.lengths)
+    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_sdpa(module, q, k, v, attention_mask, options) for q, k, v in parts], dim=1)
 
 
 def _sdpa(

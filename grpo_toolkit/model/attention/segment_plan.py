@@ -9,7 +9,8 @@ device; a layer does not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -43,27 +44,50 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentPlan:
-    """Attention over the segments of one `cu_seqlens`.
+class Layout:
+    """Segments in padded batches, one call each.
 
     Attributes:
-        lengths: rows of each segment, without those of none.
-        batches: the padded batches, one call each.
+        batches: the batches.
         order: the rows in the order of the batches, [rows]; None where that is the order they have.
         back: the rows of the batches in their own order again.
-        cu_seqlens: the borders in int32, as variable-length kernels take them.
     """
 
-    lengths: tuple[int, ...]
     batches: tuple[Batch, ...]
     order: torch.Tensor | None
     back: torch.Tensor | None
-    cu_seqlens: torch.Tensor
 
-    @property
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentPlan:
+    """Attention over the segments of one `cu_seqlens`; what a kernel does not need is not made.
+
+    Attributes:
+        lengths: rows of each segment, without those of none.
+        cu_seqlens: the borders in int32, as variable-length kernels take them.
+        call_cost: see `CALL_COST`.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: torch.Tensor
+    call_cost: int
+
+    @cached_property
+    def rows(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
     def is_even(self) -> bool:
         """Whether all segments have one length: then a batch is a view, and no kernel needs to know of borders."""
-        return len(self.batches) == 1 and self.batches[0].slots is None
+        return len(set(self.lengths)) <= 1
+
+    @cached_property
+    def layout(self) -> Layout:
+        return make_layout(self.lengths, self.cu_seqlens.device, call_cost=self.call_cost)
 
 
 def batch_lengths(lengths: Sequence[int], *, call_cost: int) -> list[int]:
@@ -103,34 +127,38 @@ def batch_lengths(lengths: Sequence[int], *, call_cost: int) -> list[int]:
 
 
 def make_plan(cu_seqlens: torch.Tensor, device: torch.device, *, call_cost: int | None = None) -> SegmentPlan:
-    """Plan the attention over the segments between `cu_seqlens`, with its indices on `device`."""
+    """Plan the attention over the segments between `cu_seqlens`, for rows that are on `device`."""
     import torch
 
-    ends = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(ends) if end > start]
-    if call_cost is None:
-        call_cost = CALL_COST.get(device.type, CALL_COST["cuda"])
-    starts = [0, *accumulate(lengths)][:-1]
-    batches, order = [], []
+    lengths = [end - start for start, end in pairwise(cu_seqlens.tolist()) if end > start]
+    return SegmentPlan(
+        lengths=tuple(lengths),
+        # Never the tensor that was given: a plan is kept for as long as that lives, so it must not hold it.
+        cu_seqlens=cu_seqlens.detach().to(device=device, dtype=torch.int32, copy=True),
+        call_cost=CALL_COST.get(device.type, CALL_COST["cuda"]) if call_cost is None else call_cost,
+    )
+
+
+def make_layout(lengths: Sequence[int], device: torch.device, *, call_cost: int) -> Layout:
+    """Put segments into batches, with the indices on `device`."""
+    import torch
+
+    batches: list[Batch] = []
+    order: list[int] = []
     shorter = 0
     for length in batch_lengths(lengths, call_cost=call_cost):
         members = [index for index, own in enumerate(lengths) if shorter < own <= length]
-        order += members
         batches.append(_batch([lengths[index] for index in members], length, device))
+        order += members
         shorter = length
-    rows = back = None
-    if order != sorted(order):
-        rows = torch.cat([torch.arange(starts[index], starts[index] + lengths[index]) for index in order])
-        back = torch.argsort(rows).to(device)
-        rows = rows.to(device)
-    return SegmentPlan(
-        lengths=tuple(lengths),
-        batches=tuple(batches),
-        order=rows,
-        back=back,
-        # A copy: the plan is kept for as long as the tensor lives that it was made from, so it must not hold it.
-        cu_seqlens=cu_seqlens.to(device=device, dtype=torch.int32, copy=True),
-    )
+    if order == sorted(order):
+        return Layout(batches=tuple(batches), order=None, back=None)
+    sizes = torch.tensor(lengths)
+    starts, ordered = sizes.cumsum(0) - sizes, torch.tensor(order)
+    # Where a row stands is where its segment starts, and its place in the segment.
+    here = sizes[ordered].cumsum(0) - sizes[ordered]
+    rows = torch.arange(int(sizes.sum())) + (starts[ordered] - here).repeat_interleave(sizes[ordered])
+    return Layout(batches=tuple(batches), order=rows.to(device), back=rows.argsort().to(device))
 
 
 def _batch(lengths: list[int], length: int, device: torch.device) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.cache import base_model
@@ -16,15 +17,16 @@ if TYPE_CHECKING:
 GRID: Final = "grid_thw"
 """The argument in which towers take the shape of each image, [images, 3] as time, height and width in patches."""
 
+EARLY: Final = ("4.49", "4.50", "4.51")
+LATER: Final = ("4.52", "4.53", "4.54", "4.55", "4.56", "4.57")
 OWN_FORWARD: Final = {
-    "qwen2_vl": ("VisionSdpaAttention", "VisionAttention"),
-    "qwen2_5_vl": ("Qwen2_5_VLVisionSdpaAttention", "Qwen2_5_VLVisionAttention"),
+    "models.qwen2_vl.modeling_qwen2_vl.VisionSdpaAttention": EARLY,
+    "models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionSdpaAttention": EARLY,
+    "models.qwen2_vl.modeling_qwen2_vl.VisionAttention": LATER,
+    "models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention": LATER,
 }
-"""Attention classes of transformers 4.49 to 4.57 that get a forward of our own, by their model's folder. Up to 4.51 the
-first of each pair builds a dense mask over all patches of all images; from 4.52 on the second is the only one."""
-
-OWN_FORWARD_RELEASES: Final = ("4.49", "4.50", "4.51", "4.52", "4.53", "4.54", "4.55", "4.56", "4.57")
-"""Releases whose classes these are; nothing is added to them any more."""
+"""Attention classes of transformers that get a forward of our own, with the releases in which they were read. Nothing
+is added to these any more. Up to 4.51 a class is chosen at loading, and "sdpa"'s builds a dense mask of all patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +56,17 @@ def find_towers(model: torch.nn.Module) -> list[Tower]:
 
 
 def takes_segments(module: torch.nn.Module) -> bool:
-    """Whether this is an attention layer whose forward is given `cu_seqlens`."""
+    """Whether this is a layer that attends segment by segment."""
     return is_attention_class(type(module))
 
 
-def is_attention_class(kind: type[torch.nn.Module]) -> bool:
+@cache
+def is_attention_class(kind: Any) -> bool:
     """Whether the class attends over `cu_seqlens` itself, rather than to hand it on to a layer inside."""
     forward = inspect.unwrap(kind.forward)
     if "cu_seqlens" not in inspect.signature(forward).parameters:
         return False
-    return asks_by_name(kind) or has_own_forward(kind)
+    return asks_by_name(kind) or has_own_forward(kind) or splits_segments(kind)
 
 
 def asks_by_name(kind: type[torch.nn.Module]) -> bool:
@@ -77,22 +80,18 @@ def has_own_forward(kind: type[torch.nn.Module]) -> bool:
     import transformers
 
     release = ".".join(transformers.__version__.split(".")[:2])
-    for base in kind.__mro__:  # FSDP2 puts a class of its own in front
-        family = base.__module__.removeprefix("transformers.models.").partition(".")[0]
-        if base.__name__ in OWN_FORWARD.get(family, ()):
-            return release in OWN_FORWARD_RELEASES
-    return False
+    # Among all classes it inherits from: FSDP2 puts one of its own in front.
+    names = (f"{base.__module__}.{base.__name__}" for base in kind.__mro__)
+    return any(release in OWN_FORWARD.get(name.removeprefix("transformers."), ()) for name in names)
 
 
 def splits_segments(kind: type[torch.nn.Module]) -> bool:
-    """Whether the source of a class splits by `cu_seqlens` in a loop."""
-    if "cu_seqlens" not in inspect.signature(inspect.unwrap(kind.forward)).parameters:
-        return False
+    """Whether the forward of a class splits its rows by `cu_seqlens`, or masks them by it, in a loop; by its source."""
     try:
         source = inspect.getsource(inspect.unwrap(kind.forward))
     except (OSError, TypeError):
         return False
-    return ".split(" in source or "range(1, len(cu_seqlens))" in source
+    return "torch.split(tensor, lengths" in source or "range(1, len(cu_seqlens))" in source
 
 
 def library_module(layer: torch.nn.Module) -> Any:
