@@ -14,7 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
+    from grpo_toolkit.callbacks import (
+        ExportCallback,
+        KVCacheCallback,
+        LatencyCallback,
+        PackedVisionCallback,
+        ResumeGuardCallback,
+    )
     from grpo_toolkit.checkpoint.trainer_checkpoints import last_whole_checkpoint
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis, Finding
@@ -69,6 +75,7 @@ _MODULES = {
     "Options": "latency.engines.protocol",
     "OutOfMemoryError": "errors",
     "OutputExistsError": "errors",
+    "PackedVisionCallback": "callbacks",
     "PeerError": "errors",
     "RepairResult": "doctor.repair",
     "Request": "model.generation.request",
@@ -115,6 +122,7 @@ __all__ = [
     "Options",
     "OutOfMemoryError",
     "OutputExistsError",
+    "PackedVisionCallback",
     "PeerError",
     "RepairResult",
     "Request",

@@ -3,12 +3,14 @@
 Give them in the order of the README: a resumed or best model is put right before it is exported, and an export is
 there before it is timed. All of them keep the rule that training is sacred: they do not change a loss by a bit, raise
 into the trainer, or run a collective on one rank. What fails is reported once and training goes on; `strict=True`
-raises it when training has ended, which also ends the callbacks after it.
+raises it when training has ended, which also ends the callbacks after it. Those that make training faster
+(`PackedVisionCallback`) replace a computation by an equal one, which rounds otherwise.
 """
 
 from grpo_toolkit.callbacks.export import ExportCallback
 from grpo_toolkit.callbacks.kv_cache import KVCacheCallback
 from grpo_toolkit.callbacks.latency import LatencyCallback
+from grpo_toolkit.callbacks.packed_vision import PackedVisionCallback
 from grpo_toolkit.callbacks.resume_guard import ResumeGuardCallback
 
-__all__ = ["ExportCallback", "KVCacheCallback", "LatencyCallback", "ResumeGuardCallback"]
+__all__ = ["ExportCallback", "KVCacheCallback", "LatencyCallback", "PackedVisionCallback", "ResumeGuardCallback"]

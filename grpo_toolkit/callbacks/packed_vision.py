@@ -1,0 +1,61 @@
+"""The callback that packs the vision tower's work for the time of a training."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.model.attention.packed_vision import VisionPacking
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class PackedVisionCallback(GuardedCallback):
+    """Makes one attention call a layer in the vision tower, encodes each distinct image once, spares a frozen tower.
+
+    Everywhere that the tower runs in a training: rollouts, log-probabilities, forward, recompute and backward,
+    evaluation. What it replaces it replaces by an equal computation (see `grpo_toolkit.model.attention`); where it
+    can't, that part stays as it is and a line says so. The model is put back at the end of training, and no save
+    carries anything of it.
+
+    Args:
+        strict: raise at the end of training if packing failed with an error.
+
+    Attributes:
+        packing: what is done to the model now, or None outside a training.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        super().__init__(strict=strict)
+        self.packing: VisionPacking | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._let_go()  # after a training that was broken off
+        if args.torch_compile:
+            line = "vision attention left as it is: torch_compile is on, and hooks would break its graphs"
+        else:
+            with self._guarded("packing the vision tower"):
+                self.packing = VisionPacking(kwargs["model"])
+            line = None if self.packing is None else self.packing.summary()
+        if line is not None and state.is_world_process_zero:
+            logger.info("grpo_toolkit: %s", line)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as it was found."""
+        self._let_go()
+        self._raise_if_strict()
+
+    def _let_go(self) -> None:
+        packing, self.packing = self.packing, None
+        if packing is not None:
+            with self._guarded("putting the vision tower back"):
+                packing.close()
