@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,6 +10,11 @@ import torch
 from grpo_toolkit.model.attention.distinct_images import DistinctImages, UnknownOutputError, repeat_for_copies
 from grpo_toolkit.model.attention.gather_copies import repeat_spans
 from grpo_toolkit.model.attention.image_digests import equal_images, image_digests
+from grpo_toolkit.model.attention.packed_vision import packed_vision
+from models import build_llava
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_images_are_equal_by_their_bits_and_their_grid() -> None:
@@ -100,3 +105,28 @@ def test_a_tower_with_another_output_encodes_every_copy_again(caplog: pytest.Log
     assert tower.seen == [1, 2, 2]
     assert all(torch.equal(output[:8], patches) for output in outputs)
     assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_towers_of_whole_pictures_encode_each_once_too(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(build_llava(tmp_path / "llava")).eval()
+    pixels = torch.randn(4, 3, 28, 28)
+    pixels[2], pixels[3] = pixels[0], pixels[0]
+    tokens = torch.full((4, 8), 40)
+    tokens[:, 1:5] = model.config.image_token_id
+    inputs = {"input_ids": tokens, "pixel_values": pixels}
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        logits = model(**inputs).logits
+        logits.square().mean().backward()
+        return [logits, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+    plain = gradients()
+    with packed_vision(model) as packing:
+        packed = gradients()
+    assert (packing.images[0].encoded, packing.images[0].asked) == (2, 4)
+    assert len(packed) == len(plain)
+    for found, expected in zip(packed, plain, strict=True):
+        assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())

@@ -32,17 +32,20 @@ class Layer(torch.nn.Module):
     num_key_value_groups = 1
 
 
-def _attend(lengths: list[int], dtype: torch.dtype, *, loop: bool, layer: Any = None) -> list[torch.Tensor]:
+def _attend(
+    lengths: list[int], dtype: torch.dtype, *, loop: bool, layer: Any = None, device: str = "cpu"
+) -> list[torch.Tensor]:
     """The output and the three gradients, packed or by the library's way of one call a segment."""
     layer = layer or Layer()
-    inputs = _inputs(sum(lengths), dtype, key_heads=4 // layer.num_key_value_groups)
+    made = _inputs(sum(lengths), dtype, key_heads=4 // layer.num_key_value_groups)
+    inputs = [tensor.detach().to(device).requires_grad_() for tensor in made]
     options = {"scaling": 0.3, "is_causal": layer.is_causal}
     if loop:
         parts = zip(*(tensor.split(lengths, dim=2) for tensor in inputs), strict=True)
         out = torch.cat([packed_attention(layer, *part, None, **options)[0] for part in parts], dim=1)
     else:
-        out = packed_attention(layer, *inputs, None, cu_seq_lens_q=_borders(lengths), **options)[0]
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+        out = packed_attention(layer, *inputs, None, cu_seq_lens_q=_borders(lengths).to(device), **options)[0]
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
@@ -149,3 +152,19 @@ def test_even_segments_are_a_view() -> None:
     assert plan.is_even
     assert (plan.layout.order, plan.layout.batches[0].mask) == (None, None)
     assert not make_plan(_borders([8, 8, 7]), torch.device("cpu")).is_even
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_a_gpu_is_as_near_to_float64_as_the_loop(dtype: torch.dtype) -> None:
+    exact = _attend(RAGGED + MIXED, torch.float64, loop=True)
+    loop, packed = (
+        _farthest([tensor.cpu() for tensor in _attend(RAGGED + MIXED, dtype, loop=way, device="cuda")], exact)
+        for way in (True, False)
+    )
+    assert packed <= 1.5 * loop
+    inputs = [tensor.cuda() for tensor in _inputs(sum(RAGGED), dtype)]
+    plan = plan_of(_borders(RAGGED), inputs[0].device)
+    options = {"dropout": 0.0, "is_causal": False}
+    expected = "varlen" if dtype == torch.bfloat16 and segment_attention._varlen_takes_scale() else "batch"
+    assert segment_attention.choose_kernel(inputs[0], inputs[1], plan, options) == expected

@@ -1,8 +1,8 @@
 """The attention forward of Qwen2-VL's and Qwen2.5-VL's towers in transformers 4.49 to 4.57, over packed segments.
 
-These releases ask for "flash_attention_2" by name, so no registered attention can take its place. Up to 4.51 they
-build a dense boolean mask over all patches of all images and attend quadratically; 4.52 and 4.53 do so once a forward;
-from 4.54 on they call SDPA once a segment. Their releases are finished, so the parts that this forward is put together
+These releases ask for "flash_attention_2" by name, so no registered attention can take its place. Up to 4.52 they
+build a dense boolean mask over all patches of all images and attend quadratically; 4.53 builds it once a forward; from
+4.54 on they call SDPA once a segment. Their releases are finished, so the parts that this forward is put together
 from (`qkv`, `proj`, `num_heads`, the module's rotary function) stay as they are.
 """
 

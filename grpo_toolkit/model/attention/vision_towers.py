@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 GRID: Final = "grid_thw"
 """The argument in which towers take the shape of each image, [images, 3] as time, height and width in patches."""
 
-EARLY: Final = ("4.49", "4.50", "4.51")
-LATER: Final = ("4.52", "4.53", "4.54", "4.55", "4.56", "4.57")
+EARLY: Final = ("4.49", "4.50", "4.51", "4.52")
+LATER: Final = ("4.53", "4.54", "4.55", "4.56", "4.57")
 OWN_FORWARD: Final = {
     "models.qwen2_vl.modeling_qwen2_vl.VisionSdpaAttention": EARLY,
     "models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionSdpaAttention": EARLY,
     "models.qwen2_vl.modeling_qwen2_vl.VisionAttention": LATER,
     "models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention": LATER,
 }
-"""Attention classes of transformers that get a forward of our own, with the releases in which they were read. Nothing
-is added to these any more. Up to 4.51 a class is chosen at loading, and "sdpa"'s builds a dense mask of all patches."""
+"""Attention classes of transformers that get a forward of our own, with the releases in which they were tried. Nothing
+is added to these any more. Up to 4.52 a class is chosen at loading; the one for "sdpa" masks all patches densely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ def find_towers(model: torch.nn.Module) -> list[Tower]:
 
 def takes_segments(module: torch.nn.Module) -> bool:
     """Whether this is a layer that attends segment by segment."""
-    return is_attention_class(type(module))
+    kind: Any = type(module)
+    return is_attention_class(kind)
 
 
 @cache
@@ -86,7 +87,7 @@ def has_own_forward(kind: type[torch.nn.Module]) -> bool:
 
 
 def splits_segments(kind: type[torch.nn.Module]) -> bool:
-    """Whether the forward of a class splits its rows by `cu_seqlens`, or masks them by it, in a loop; by its source."""
+    """Whether the forward of a class splits its rows by `cu_seqlens` in a loop, or masks them so; by its source."""
     try:
         source = inspect.getsource(inspect.unwrap(kind.forward))
     except (OSError, TypeError):
