@@ -1,0 +1,238 @@
+"""Rollouts of a model in training, by the fast way: the seam, and what may go through it.
+
+TRL's and PEFT's calls both end at `generate` of the transformers model inside all wrappers. There an instance method
+takes rollouts, which are known by `disable_compile=True`: TRL hard-wires it, and nobody else sets it. Everything that
+is not known to be answered the same goes on to the class's `generate`, as every call does after a failure.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+from grpo_toolkit.ahead import deferred_stops
+from grpo_toolkit.cache import base_model
+from grpo_toolkit.distributed import is_sharded
+from grpo_toolkit.errors import UnsupportedError
+from grpo_toolkit.model.rollouts import static_caches
+from grpo_toolkit.model.rollouts.shared_prefill import distinct_rows, prefill
+from grpo_toolkit.model.rollouts.weights_copy import WeightsCopy, is_switched_off, why_no_copy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+OLDEST: Final = "5.24"
+"""The first transformers whose `generate` goes on from a static cache as it is done here."""
+
+_HANDED_ON: Final = ("logits_processor", "stopping_criteria", "streamer", "tokenizer", "synced_gpus")
+"""Arguments of `generate` that are those of the decode steps alone."""
+
+_SHAPES: Final = 64
+"""How many batch sizes and lengths may be compiled in one process; torch stops compiling after eight."""
+
+_installed: WeakKeyDictionary[torch.nn.Module, FastRollouts] = WeakKeyDictionary()
+
+
+def why_unsupported(model: torch.nn.Module) -> str | None:
+    """Return why a model's rollouts cannot go the fast way, in a few words; None where they can."""
+    import transformers
+    from packaging.version import Version
+    from transformers.generation.utils import GenerationMixin
+
+    if Version(transformers.__version__) < Version(OLDEST):
+        return f"transformers {transformers.__version__} is older than {OLDEST}"
+    inner: Any = base_model(model)
+    kind = type(inner)
+    text = inner.config.get_text_config(decoder=True)
+    if is_sharded(model):
+        return "the weights are shared out between processes"
+    if inner.config.is_encoder_decoder:
+        return "it has an encoder and a decoder"
+    if not kind._can_compile_fullgraph or kind._prepare_static_cache is not GenerationMixin._prepare_static_cache:
+        return f"{kind.__name__} has no plain static cache"
+    if hasattr(inner, "create_masks_for_generate"):
+        return f"{kind.__name__} makes masks of its own, which a static cache drops"
+    if any("softcap" in name and value for name, value in vars(text).items()):
+        return "its attention scores are capped"
+    if text._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
+        return f"its attention is {text._attn_implementation}"
+    if not static_caches.supports(inner):
+        return "it has layers without a cache of keys and values"
+    return why_no_copy(model)
+
+
+def why_plain(call: dict[str, Any]) -> str | None:
+    """Return what in one call of `generate` is not done the fast way, in a few words; None where nothing is."""
+    import torch
+
+    config = call["generation_config"]
+    unknown = [name for name, value in call.items() if name not in ("generation_config", *_HANDED_ON)]
+    unknown = [name for name in unknown if call[name] is not None and not isinstance(call[name], torch.Tensor)]
+    if unknown:
+        return f"an argument {unknown[0]}"
+    tokens, mask = call.get("input_ids"), call.get("attention_mask")
+    if tokens is None or mask is None or mask.shape != tokens.shape or call.get("inputs_embeds") is not None:
+        return "a call without input_ids and their attention_mask"
+    if tokens.shape[1] < 2 or not bool(mask[:, -1].all()):
+        return "prompts of one token, or padded on the right"
+    mode = config.get_generation_mode().value
+    if mode not in ("sample", "greedy_search"):
+        return f"{mode}"
+    if (config.num_return_sequences or 1) > 1:
+        return "num_return_sequences"
+    for name in ("return_dict_in_generate", "prefill_chunk_size", "token_healing", "guidance_scale"):
+        if getattr(config, name, None):
+            return name
+    if config.use_cache is False or config.cache_implementation not in (None, "dynamic", "static"):
+        return f"use_cache={config.use_cache}, cache_implementation={config.cache_implementation}"
+    return "no max_new_tokens" if config.max_new_tokens is None else None
+
+
+class FastRollouts:
+    """A live model's rollouts, compiled, prefilled once a prompt, from weights that need no casting.
+
+        rollouts = FastRollouts(model, dtype=torch.bfloat16)
+        trainer.train()
+        rollouts.close()
+
+    On a GPU the decode step is compiled, with CUDA graphs; elsewhere it is the same step without. The weights are
+    copied lazily, when a rollout begins: `mark_dirty` says that they have changed where torch cannot know.
+
+    Args:
+        model: a model for which `why_unsupported` has nothing to say.
+        dtype: what float32 weights are computed in under autocast; None where there is none.
+        on_failure: called once with what went wrong, after which all rollouts go the plain way.
+        on_plain: called with why a rollout goes the plain way, where the next may not.
+
+    Attributes:
+        count: rollouts that went the fast way.
+        prefilled: rows that these had prefilled.
+        compile_config: as `generate` takes it; None is the library's own.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
+        on_plain: Callable[[str], None] | None = None,
+    ) -> None:
+        self.live: Any = base_model(model)
+        self.dtype = dtype
+        self.count = 0
+        self.prefilled = 0
+        self.compile_config: Any = None
+        self._on_failure = on_failure
+        self._on_plain = on_plain
+        self._is_dirty = True
+        self._copy: WeightsCopy | None = None
+        self._caches: static_caches.StaticCaches | None = None
+        if "generate" in vars(self.live):
+            raise UnsupportedError(f"{type(self.live).__name__}.generate has been replaced on the instance")
+        _installed[self.live] = self
+        # Bound, so that a deep copy of the model has a method of its own.
+        self.live.generate = MethodType(_generate, self.live)
+
+    def close(self) -> None:
+        """Give `generate` back to the model's class, and the memory to training."""
+        if _installed.get(self.live) is self:
+            del _installed[self.live]
+            vars(self.live).pop("generate", None)
+        self._copy = self._caches = None
+
+    def mark_dirty(self) -> None:
+        """Have the weights copied anew before the next rollout."""
+        self._is_dirty = True
+
+    def generate(self, call: dict[str, Any]) -> Any:
+        """Answer one call of `generate`, or return None for the plain way."""
+        config = call.get("generation_config")
+        if config is None or config.disable_compile is not True:
+            return None
+        reason = "a disabled adapter" if is_switched_off(self.live) else why_plain(call)
+        if reason is not None:
+            if self._on_plain is not None:
+                self._on_plain(reason)
+            return None
+        try:
+            return self._rollout(call)
+        except Exception as error:  # training goes on, whatever a compiler says
+            self.close()
+            if self._on_failure is None:
+                raise
+            self._on_failure(error)
+            return None
+
+    def _rollout(self, call: dict[str, Any]) -> torch.Tensor:
+        import torch
+
+        if self._copy is None:
+            self._copy = WeightsCopy(self.live, dtype=self.dtype)
+            self._caches = static_caches.StaticCaches(self._copy.model.config)
+        assert self._caches is not None
+        self._copy.refresh(is_dirty=self._is_dirty)
+        self._is_dirty = False
+        model: Any = self._copy.model
+        inputs = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+        rows = distinct_rows(model.config, inputs)
+        config = self._config(call["generation_config"])
+        with _as_a_compiled_step_wants_it(self.live.device):
+            tokens = inputs["input_ids"].shape[1] + config.max_new_tokens
+            cache = self._caches.filled(prefill(model, rows), rows.index, tokens)
+            settings = {name: call[name] for name in _HANDED_ON if call.get(name) is not None}
+            output: torch.Tensor = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                cache=cache,
+                generation_config=config,
+                **settings,
+            )
+        self.count += 1
+        self.prefilled += rows.count
+        return output
+
+    def _config(self, given: Any) -> Any:
+        config = copy.deepcopy(given)
+        config.disable_compile = False
+        config.cache_implementation = None  # the cache is handed over
+        config.compile_config = self.compile_config
+        return config
+
+
+def rollouts_of(model: torch.nn.Module) -> FastRollouts | None:
+    """Return what answers a model's rollouts, or None where the model does it by itself."""
+    return _installed.get(base_model(model))
+
+
+def _generate(model: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    """Stand in for a live model's `generate`."""
+    rollouts = _installed.get(model)
+    if rollouts is not None:
+        call = kwargs | {"generation_config": generation_config}
+        if inputs is not None:
+            call["input_ids"] = inputs
+        output = rollouts.generate(call)
+        if output is not None:
+            return output
+    return type(model).generate(model, inputs, generation_config, **kwargs)
+
+
+@contextmanager
+def _as_a_compiled_step_wants_it(device: torch.device) -> Iterator[None]:
+    """Without autocast, with stops that are checked late, and with more shapes than torch compiles by itself."""
+    import torch
+    import torch._dynamo
+
+    with ExitStack() as stack:
+        stack.enter_context(deferred_stops())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        settings: Any = torch._dynamo.config
+        name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
+        stack.enter_context(settings.patch(**{name: _SHAPES}))
+        yield
