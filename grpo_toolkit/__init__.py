@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_toolkit.ahead import DecodeAhead
     from grpo_toolkit.cache import inference_ready
-    from grpo_toolkit.callbacks import ExportCallback, KVCacheCallback, LatencyCallback, ResumeGuardCallback
+    from grpo_toolkit.callbacks import (
+        ExportCallback,
+        FastRolloutCallback,
+        KVCacheCallback,
+        LatencyCallback,
+        ResumeGuardCallback,
+    )
     from grpo_toolkit.distributed import unsharded_models
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis, Finding
@@ -57,6 +63,7 @@ _MODULES = {
     "ExplanationRow": "latency.row",
     "ExportCallback": "callbacks",
     "ExportResult": "export",
+    "FastRolloutCallback": "callbacks",
     "Finding": "doctor.findings",
     "GateError": "errors",
     "GrpoToolkitError": "errors",
@@ -102,6 +109,7 @@ __all__ = [
     "ExplanationRow",
     "ExportCallback",
     "ExportResult",
+    "FastRolloutCallback",
     "Finding",
     "GateError",
     "GrpoToolkitError",

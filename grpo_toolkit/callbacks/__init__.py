@@ -7,8 +7,9 @@ raises it when training has ended, which also ends the callbacks after it.
 """
 
 from grpo_toolkit.callbacks.export import ExportCallback
+from grpo_toolkit.callbacks.fast_rollout import FastRolloutCallback
 from grpo_toolkit.callbacks.kv_cache import KVCacheCallback
 from grpo_toolkit.callbacks.latency import LatencyCallback
 from grpo_toolkit.callbacks.resume_guard import ResumeGuardCallback
 
-__all__ = ["ExportCallback", "KVCacheCallback", "LatencyCallback", "ResumeGuardCallback"]
+__all__ = ["ExportCallback", "FastRolloutCallback", "KVCacheCallback", "LatencyCallback", "ResumeGuardCallback"]

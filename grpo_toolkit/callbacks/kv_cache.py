@@ -16,6 +16,7 @@ from grpo_toolkit.cache import (
 )
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.positions import restore_positions
+from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from grpo_toolkit.probe import Decoding, RolloutWatch
 from grpo_toolkit.saving import capture_model_defaults, install_save_hook, remember_plain_state
 
@@ -108,6 +109,9 @@ class KVCacheCallback(GuardedCallback):
         if self._watch is None:
             return
         self.decoding = self._watch.seen
+        rollouts = rollouts_of(kwargs["model"])
+        if rollouts is not None and rollouts.count:  # of modules of their own, where nothing is watched
+            self.decoding = Decoding.CACHED
         self._watch.close()
         self._watch = None
         if self.decoding not in (None, Decoding.CACHED) and state.is_world_process_zero:

@@ -15,82 +15,25 @@ from weakref import WeakKeyDictionary
 
 from grpo_toolkit.ahead import deferred_stops
 from grpo_toolkit.cache import base_model
-from grpo_toolkit.distributed import is_sharded
 from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.model.rollouts import static_caches
+from grpo_toolkit.model.rollouts.rollout_kl import SampledScores, scores_for
 from grpo_toolkit.model.rollouts.shared_prefill import distinct_rows, prefill
-from grpo_toolkit.model.rollouts.weights_copy import WeightsCopy, is_switched_off, why_no_copy
+from grpo_toolkit.model.rollouts.supported import HANDED_ON, why_plain
+from grpo_toolkit.model.rollouts.weights_copy import WeightsCopy, is_switched_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
 
-OLDEST: Final = "5.24"
-"""The first transformers whose `generate` goes on from a static cache as it is done here."""
-
-_HANDED_ON: Final = ("logits_processor", "stopping_criteria", "streamer", "tokenizer", "synced_gpus")
-"""Arguments of `generate` that are those of the decode steps alone."""
+MEASURED_EVERY: Final = 10
+"""Rollouts from one that is measured to the next: the live model's forward of a few rows takes its time."""
 
 _SHAPES: Final = 64
 """How many batch sizes and lengths may be compiled in one process; torch stops compiling after eight."""
 
 _installed: WeakKeyDictionary[torch.nn.Module, FastRollouts] = WeakKeyDictionary()
-
-
-def why_unsupported(model: torch.nn.Module) -> str | None:
-    """Return why a model's rollouts cannot go the fast way, in a few words; None where they can."""
-    import transformers
-    from packaging.version import Version
-    from transformers.generation.utils import GenerationMixin
-
-    if Version(transformers.__version__) < Version(OLDEST):
-        return f"transformers {transformers.__version__} is older than {OLDEST}"
-    inner: Any = base_model(model)
-    kind = type(inner)
-    text = inner.config.get_text_config(decoder=True)
-    if is_sharded(model):
-        return "the weights are shared out between processes"
-    if inner.config.is_encoder_decoder:
-        return "it has an encoder and a decoder"
-    if not kind._can_compile_fullgraph or kind._prepare_static_cache is not GenerationMixin._prepare_static_cache:
-        return f"{kind.__name__} has no plain static cache"
-    if hasattr(inner, "create_masks_for_generate"):
-        return f"{kind.__name__} makes masks of its own, which a static cache drops"
-    if any("softcap" in name and value for name, value in vars(text).items()):
-        return "its attention scores are capped"
-    if text._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
-        return f"its attention is {text._attn_implementation}"
-    if not static_caches.supports(inner):
-        return "it has layers without a cache of keys and values"
-    return why_no_copy(model)
-
-
-def why_plain(call: dict[str, Any]) -> str | None:
-    """Return what in one call of `generate` is not done the fast way, in a few words; None where nothing is."""
-    import torch
-
-    config = call["generation_config"]
-    unknown = [name for name, value in call.items() if name not in ("generation_config", *_HANDED_ON)]
-    unknown = [name for name in unknown if call[name] is not None and not isinstance(call[name], torch.Tensor)]
-    if unknown:
-        return f"an argument {unknown[0]}"
-    tokens, mask = call.get("input_ids"), call.get("attention_mask")
-    if tokens is None or mask is None or mask.shape != tokens.shape or call.get("inputs_embeds") is not None:
-        return "a call without input_ids and their attention_mask"
-    if tokens.shape[1] < 2 or not bool(mask[:, -1].all()):
-        return "prompts of one token, or padded on the right"
-    mode = config.get_generation_mode().value
-    if mode not in ("sample", "greedy_search"):
-        return f"{mode}"
-    if (config.num_return_sequences or 1) > 1:
-        return "num_return_sequences"
-    for name in ("return_dict_in_generate", "prefill_chunk_size", "token_healing", "guidance_scale"):
-        if getattr(config, name, None):
-            return name
-    if config.use_cache is False or config.cache_implementation not in (None, "dynamic", "static"):
-        return f"use_cache={config.use_cache}, cache_implementation={config.cache_implementation}"
-    return "no max_new_tokens" if config.max_new_tokens is None else None
 
 
 class FastRollouts:
@@ -108,10 +51,11 @@ class FastRollouts:
         dtype: what float32 weights are computed in under autocast; None where there is none.
         on_failure: called once with what went wrong, after which all rollouts go the plain way.
         on_plain: called with why a rollout goes the plain way, where the next may not.
+        on_sampled: called with inputs, output, `SampledScores` and settings of the first rollout and each tenth after.
 
     Attributes:
         count: rollouts that went the fast way.
-        prefilled: rows that these had prefilled.
+        prefilled: rows that were prefilled for these.
         compile_config: as `generate` takes it; None is the library's own.
     """
 
@@ -122,6 +66,7 @@ class FastRollouts:
         dtype: torch.dtype | None = None,
         on_failure: Callable[[Exception], None] | None = None,
         on_plain: Callable[[str], None] | None = None,
+        on_sampled: Callable[[dict[str, Any], torch.Tensor, SampledScores, Any], None] | None = None,
     ) -> None:
         self.live: Any = base_model(model)
         self.dtype = dtype
@@ -130,6 +75,7 @@ class FastRollouts:
         self.compile_config: Any = None
         self._on_failure = on_failure
         self._on_plain = on_plain
+        self._on_sampled = on_sampled
         self._is_dirty = True
         self._copy: WeightsCopy | None = None
         self._caches: static_caches.StaticCaches | None = None
@@ -182,10 +128,14 @@ class FastRollouts:
         inputs = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
         rows = distinct_rows(model.config, inputs)
         config = self._config(call["generation_config"])
+        settings = {name: call[name] for name in HANDED_ON if call.get(name) is not None}
+        is_measured = self._on_sampled is not None and self.count % MEASURED_EVERY == 0
+        scores = scores_for(config) if is_measured else None
+        if scores is not None:
+            settings["logits_processor"] = [*settings.get("logits_processor", ()), scores]
         with _as_a_compiled_step_wants_it(self.live.device):
             tokens = inputs["input_ids"].shape[1] + config.max_new_tokens
             cache = self._caches.filled(prefill(model, rows), rows.index, tokens)
-            settings = {name: call[name] for name in _HANDED_ON if call.get(name) is not None}
             output: torch.Tensor = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
@@ -195,6 +145,8 @@ class FastRollouts:
             )
         self.count += 1
         self.prefilled += rows.count
+        if scores is not None and self._on_sampled is not None:
+            self._on_sampled(inputs, output, scores, config)
         return output
 
     def _config(self, given: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     import torch
 
@@ -70,8 +70,13 @@ def distinct_rows(config: Any, inputs: Mapping[str, torch.Tensor]) -> DistinctRo
             found.append(row)
             candidates.append(same)
         index.append(same)
-    chosen = {name: torch.cat([parts[row][name] for row in found]) for name in parts[0]}
-    return DistinctRows(chosen, torch.tensor(index, device=tokens.device))
+    return DistinctRows(_batch(parts, found), torch.tensor(index, device=tokens.device))
+
+
+def first_rows(config: Any, inputs: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor] | None:
+    """Return a batch's first rows with their images, or None where it is not known which these are."""
+    parts = _parts(config, inputs)
+    return None if parts is None else _batch(parts, range(min(count, len(parts))))
 
 
 def prefill(model: Any, rows: DistinctRows) -> Any:
@@ -152,6 +157,12 @@ def _has_an_image_each(config: Any, tokens: torch.Tensor) -> bool:
     token = getattr(config, "image_token_id", None)
     token = getattr(config, "image_token_index", None) if token is None else token
     return token is not None and bool((tokens == token).any(-1).all())
+
+
+def _batch(parts: Sequence[Part], rows: Collection[int]) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {name: torch.cat([parts[row][name] for row in rows]) for name in parts[0]}
 
 
 def _joined(patches: Sequence[torch.Tensor], *, like: torch.Tensor) -> torch.Tensor:

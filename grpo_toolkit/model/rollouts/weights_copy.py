@@ -60,7 +60,7 @@ def copied_bytes(live: torch.nn.Module, dtype: torch.dtype | None) -> int:
         if ".lora_" in name:
             continue
         is_cast = dtype is not None and parameter.element_size() > dtype.itemsize and parameter.is_floating_point()
-        if is_cast or ".base_layer." in name:
+        if is_cast or name.endswith(".base_layer.weight"):
             count += parameter.numel() * (dtype.itemsize if is_cast and dtype else parameter.element_size())
     return count
 
@@ -165,7 +165,7 @@ class WeightsCopy:
         return model
 
     def _give_buffers(self, name: str, module: Any) -> None:
-        """Give a module the live one's buffers and bare tensors: `to_empty` would leave rotary frequencies as noise."""
+        """Give a module the live one's buffers and bare tensors: `to_empty` leaves noise in rotary frequencies."""
         import torch
 
         live = _module(self.live, name)

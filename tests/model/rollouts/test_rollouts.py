@@ -12,7 +12,8 @@ from packaging.version import Version
 
 from grpo_toolkit.inference import load_model
 from grpo_toolkit.model.rollouts import rollouts
-from grpo_toolkit.model.rollouts.rollouts import FastRollouts, rollouts_of, why_plain, why_unsupported
+from grpo_toolkit.model.rollouts.rollouts import FastRollouts, rollouts_of
+from grpo_toolkit.model.rollouts.supported import needed_bytes, why_plain, why_unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -193,7 +194,7 @@ def test_live_modules_do_not_run_in_a_rollout(qwen: Path, fast: Any) -> None:
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, _: seen.append(module))
     fast(model)
-    before = copy.deepcopy({name: tensor for name, tensor in model.state_dict().items()})
+    before = copy.deepcopy(model.state_dict())
     model.generate(**batch(processor), generation_config=settings())
     assert seen == []
     assert model.training
@@ -306,3 +307,21 @@ def test_what_cannot_go_the_fast_way_is_told_by_its_reason(qwen: Path, tmp_path:
     assert why_unsupported(t5) == "it has an encoder and a decoder"
     falcon = FalconH1ForCausalLM(FalconH1Config(**small, **heads, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8))
     assert why_unsupported(falcon) is not None
+
+
+def test_the_room_that_is_needed() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    cache = 2 * 2 * 2 * 8 * 2 * 16 * 1280  # keys and values, layers, heads, dim, bytes, rows, slots
+    assert needed_bytes(model, torch.bfloat16, rows=16, new_tokens=128) == (
+        2 * weights + cache + 3 * 4 * weights + 1_000_000_000
+    )
+    model.requires_grad_(False)
+    assert needed_bytes(model, None, rows=16, new_tokens=128) == 2 * cache + 1_000_000_000
