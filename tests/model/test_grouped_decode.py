@@ -141,6 +141,21 @@ def test_a_model_says_the_same_with_left_padding_and_sliding_windows(cache: str,
     assert (plain - unmasked).abs().max() > 0.1
 
 
+def test_decoding_ahead_with_it(qwen: Path) -> None:
+    from grpo_toolkit import DecodeAhead
+
+    model = load_model(qwen)[0]
+    settings: dict[str, Any] = {
+        "do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "cache_implementation": "static",
+        "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0,
+    }  # fmt: skip
+    plain = torch.stack(model.generate(**padded(), **settings).logits)
+    with Operations() as seen:
+        grouped = torch.stack(DecodeAhead(model, grouped=True).generate(**padded(), **settings).logits)
+    assert seen.sdpa == 2
+    assert (plain - grouped).abs().max() < 1e-5
+
+
 def test_a_model_with_pictures_keeps_its_towers_attention(qwen: Path) -> None:
     from grpo_toolkit.model.attention.grouped_decode import grouped_decoding
 

@@ -94,10 +94,16 @@ def register() -> None:
 
 @contextmanager
 def grouped_decoding(model: torch.nn.Module) -> Iterator[None]:
-    """Decode with grouped attention inside, where the language model runs on SDPA; its config is put back on exit."""
+    """Decode with grouped attention inside, where the language model runs on SDPA; its config is put back on exit.
+
+    Before transformers 5.24, whose masks it takes, nothing changes.
+    """
+    import transformers
+    from packaging.version import Version
+
     config: Any = base_model(model).config.get_text_config(decoder=True)
     before = config._attn_implementation
-    if before != "sdpa":
+    if before != "sdpa" or Version(transformers.__version__) < Version("5.24"):
         yield
         return
     register()

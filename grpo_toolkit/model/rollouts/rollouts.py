@@ -79,17 +79,30 @@ class FastRollouts:
         self._is_dirty = True
         self._copy: WeightsCopy | None = None
         self._caches: static_caches.StaticCaches | None = None
+        self.install()
+
+    def install(self) -> None:
+        """Take the model's rollouts.
+
+        Raises:
+            UnsupportedError: somebody else has.
+        """
         if "generate" in vars(self.live):
             raise UnsupportedError(f"{type(self.live).__name__}.generate has been replaced on the instance")
         _installed[self.live] = self
         # Bound, so that a deep copy of the model has a method of its own.
         self.live.generate = MethodType(_generate, self.live)
 
-    def close(self) -> None:
-        """Give `generate` back to the model's class, and the memory to training."""
+    def uninstall(self) -> None:
+        """Give `generate` back to the model's class; what somebody has put around ours stays, and finds that."""
         if _installed.get(self.live) is self:
             del _installed[self.live]
-            vars(self.live).pop("generate", None)
+            if getattr(vars(self.live).get("generate"), "__func__", None) is _generate:
+                del self.live.generate
+
+    def close(self) -> None:
+        """Give `generate` back to the model's class, and the memory to training."""
+        self.uninstall()
         self._copy = self._caches = None
 
     def mark_dirty(self) -> None:
