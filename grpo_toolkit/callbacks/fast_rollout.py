@@ -149,9 +149,8 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
 
     def _why_no_room(self, args: Any, device: torch.device) -> str | None:
         free = free_bytes(str(device))
-        rows = args.per_device_train_batch_size * (getattr(args, "steps_per_generation", None) or 1)
         tokens = getattr(args, "max_completion_length", None) or 256
-        needed = needed_bytes(self._model, _computed_in(args), rows=rows, new_tokens=tokens)
+        needed = needed_bytes(self._model, _computed_in(args), rows=_rows(args), new_tokens=tokens)
         if free is None or needed <= free:
             return None
         return f"they need about {needed / 1e9:.1f} GB with what training takes, and {free / 1e9:.1f} GB are free"
@@ -160,6 +159,7 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         self._rollouts = FastRollouts(
             self._model,
             dtype=_computed_in(args),
+            compiled_rows={_rows(args), args.per_device_eval_batch_size},
             on_failure=self._on_failure,
             on_plain=lambda reason: self._tell(f"one has {reason}", state),
             on_sampled=self._on_sampled,
@@ -212,6 +212,11 @@ def _chosen_before(state: TrainerState) -> str | None:
     kept = (state.stateful_callbacks or {}).get(FastRolloutCallback.__name__)
     kept = kept[0] if isinstance(kept, list) and kept else kept
     return kept.get("attributes", {}).get("chosen") if isinstance(kept, dict) else None
+
+
+def _rows(args: Any) -> int:
+    """Return how many sequences a training's rollout has in this process."""
+    return int(args.per_device_train_batch_size * (getattr(args, "steps_per_generation", None) or 1))
 
 
 def _computed_in(args: Any) -> torch.dtype | None:

@@ -8,6 +8,7 @@ is not known to be answered the same goes on to the class's `generate`, as every
 from __future__ import annotations
 
 import copy
+import traceback
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
@@ -23,7 +24,7 @@ from grpo_toolkit.model.rollouts.supported import HANDED_ON, why_plain
 from grpo_toolkit.model.rollouts.weights_copy import WeightsCopy, is_switched_off
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     import torch
 
@@ -49,6 +50,7 @@ class FastRollouts:
     Args:
         model: a model for which `why_unsupported` has nothing to say.
         dtype: what float32 weights are computed in under autocast; None where there is none.
+        compiled_rows: batch sizes whose steps are compiled, since each is compiled anew; None is all.
         on_failure: called once with what went wrong, after which all rollouts go the plain way.
         on_plain: called with why a rollout goes the plain way, where the next may not.
         on_sampled: called with inputs, output, `SampledScores` and settings of the first rollout and each tenth after.
@@ -56,7 +58,7 @@ class FastRollouts:
     Attributes:
         count: rollouts that went the fast way.
         prefilled: rows that were prefilled for these.
-        compile_config: as `generate` takes it; None is the library's own.
+        compile_config: as `generate` takes it; None is the library's own, for one shape after the other.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class FastRollouts:
         model: torch.nn.Module,
         *,
         dtype: torch.dtype | None = None,
+        compiled_rows: Collection[int] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
         on_plain: Callable[[str], None] | None = None,
         on_sampled: Callable[[dict[str, Any], torch.Tensor, SampledScores, Any], None] | None = None,
     ) -> None:
         self.live: Any = base_model(model)
         self.dtype = dtype
+        self.compiled_rows = compiled_rows
         self.count = 0
         self.prefilled = 0
         self.compile_config: Any = None
@@ -126,6 +130,7 @@ class FastRollouts:
             if self._on_failure is None:
                 raise
             self._on_failure(error)
+            _let_go_of_frames(error)
             return None
 
     def _rollout(self, call: dict[str, Any]) -> torch.Tensor:
@@ -140,33 +145,40 @@ class FastRollouts:
         model: Any = self._copy.model
         inputs = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
         rows = distinct_rows(model.config, inputs)
-        config = self._config(call["generation_config"])
+        given = call["generation_config"]
         settings = {name: call[name] for name in HANDED_ON if call.get(name) is not None}
         is_measured = self._on_sampled is not None and self.count % MEASURED_EVERY == 0
-        scores = scores_for(config) if is_measured else None
+        scores = scores_for(given) if is_measured else None
         if scores is not None:
             settings["logits_processor"] = [*settings.get("logits_processor", ()), scores]
         with _as_a_compiled_step_wants_it(self.live.device):
-            tokens = inputs["input_ids"].shape[1] + config.max_new_tokens
+            tokens = inputs["input_ids"].shape[1] + given.max_new_tokens
             cache = self._caches.filled(prefill(model, rows), rows.index, tokens)
             output: torch.Tensor = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 cache=cache,
-                generation_config=config,
+                generation_config=self._config(given, cache),
                 **settings,
             )
         self.count += 1
         self.prefilled += rows.count
         if scores is not None and self._on_sampled is not None:
-            self._on_sampled(inputs, output, scores, config)
+            self._on_sampled(inputs, output, scores, given)
         return output
 
-    def _config(self, given: Any) -> Any:
+    def _config(self, given: Any, cache: Any) -> Any:
+        """Return the settings of the decode steps: sampling as given, compiled where that is worth its time."""
+        from transformers import CompileConfig
+
         config = copy.deepcopy(given)
-        config.disable_compile = False
         config.cache_implementation = None  # the cache is handed over
+        config.disable_compile = self.compiled_rows is not None and cache.batch_size not in self.compiled_rows
         config.compile_config = self.compile_config
+        if self.compile_config is None and self.live.device.type == "cuda" and not any(cache.is_sliding):
+            # Else torch compiles the second length for all lengths: other kernels than in a training that is resumed
+            # and begins with that one. A sliding window counts its tokens in Python, so there it has to.
+            config.compile_config = CompileConfig(dynamic=False)
         return config
 
 
@@ -186,6 +198,13 @@ def _generate(model: Any, inputs: Any = None, generation_config: Any = None, **k
         if output is not None:
             return output
     return type(model).generate(model, inputs, generation_config, **kwargs)
+
+
+def _let_go_of_frames(error: BaseException | None) -> None:
+    """Free what an error's tracebacks hold, which somebody keeps: a cache, and a copy of the weights."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @contextmanager

@@ -92,9 +92,14 @@ class WeightsCopy:
         self.model: Any = self._build()
 
     def refresh(self, *, is_dirty: bool = True) -> None:
-        """Copy the live weights in place, if they are dirty or were written to since the last time."""
+        """Copy the live weights in place, if they are dirty or were written to since the last time.
+
+        The live model's generation config is taken over every time.
+        """
         import torch
 
+        self.model.generation_config = copy.deepcopy(self.live.generation_config)
+        self.model.generation_config.update(use_cache=True, cache_implementation=None)
         sources = {name: _source(self.live, name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
         state = [source.state() for source in sources.values()]
         if not is_dirty and state == self._seen:
@@ -160,8 +165,6 @@ class WeightsCopy:
                 raise UnsupportedError(f"{type(self.live).__name__} built from its config has another {name}")
         for name, module in model.named_modules():
             self._give_buffers(name, module)
-        model.generation_config = copy.deepcopy(self.live.generation_config)
-        model.generation_config.cache_implementation = None
         return model
 
     def _give_buffers(self, name: str, module: Any) -> None:

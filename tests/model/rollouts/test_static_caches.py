@@ -19,9 +19,8 @@ pytestmark = pytest.mark.skipif(
 def config(**changes: Any) -> Any:
     from transformers import Qwen2Config
 
-    return Qwen2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_window_layers=1, **changes
-    )  # fmt: skip
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return Qwen2Config(hidden_size=16, num_hidden_layers=2, max_window_layers=1, **heads, **changes)
 
 
 def prefilled(rows: int, length: int) -> Any:
