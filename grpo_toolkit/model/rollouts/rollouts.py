@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+import weakref
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
@@ -34,7 +35,8 @@ MEASURED_EVERY: Final = 10
 _SHAPES: Final = 64
 """How many batch sizes and lengths may be compiled in one process; torch stops compiling after eight."""
 
-_installed: WeakKeyDictionary[torch.nn.Module, FastRollouts] = WeakKeyDictionary()
+_installed: WeakKeyDictionary[torch.nn.Module, weakref.ref[FastRollouts]] = WeakKeyDictionary()
+"""Held by whoever made them: a training that crashed leaves no model and no copy of it behind."""
 
 
 class FastRollouts:
@@ -93,13 +95,13 @@ class FastRollouts:
         """
         if "generate" in vars(self.live):
             raise UnsupportedError(f"{type(self.live).__name__}.generate has been replaced on the instance")
-        _installed[self.live] = self
+        _installed[self.live] = weakref.ref(self)
         # Bound, so that a deep copy of the model has a method of its own.
         self.live.generate = MethodType(_generate, self.live)
 
     def uninstall(self) -> None:
         """Give `generate` back to the model's class; what somebody has put around ours stays, and finds that."""
-        if _installed.get(self.live) is self:
+        if rollouts_of(self.live) is self:
             del _installed[self.live]
             if getattr(vars(self.live).get("generate"), "__func__", None) is _generate:
                 del self.live.generate
@@ -184,12 +186,13 @@ class FastRollouts:
 
 def rollouts_of(model: torch.nn.Module) -> FastRollouts | None:
     """Return what answers a model's rollouts, or None where the model does it by itself."""
-    return _installed.get(base_model(model))
+    found = _installed.get(base_model(model))
+    return None if found is None else found()
 
 
 def _generate(model: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
     """Stand in for a live model's `generate`."""
-    rollouts = _installed.get(model)
+    rollouts = rollouts_of(model)
     if rollouts is not None:
         call = kwargs | {"generation_config": generation_config}
         if inputs is not None:

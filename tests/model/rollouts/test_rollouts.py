@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -263,6 +265,17 @@ def test_a_deep_copy_of_the_model_answers_for_itself(qwen: Path, fast: Any) -> N
     )
     assert rolled.count == 1
     assert rollouts_of(twin) is None
+
+
+def test_nothing_is_left_of_a_training_that_crashed(qwen: Path) -> None:
+    model, processor, _ = load_model(qwen)
+    rolled = FastRollouts(model)
+    model.generate(**batch(processor), generation_config=settings())
+    assert rolled.count == 1
+    left = weakref.ref(model)
+    del model, rolled
+    gc.collect()
+    assert left() is None
 
 
 def test_first_tokens_are_drawn_from_the_same_distribution(qwen: Path, fast: Any) -> None:
