@@ -106,6 +106,8 @@ def prefill(model: Any, rows: DistinctRows) -> Any:
 
 def _parts(config: Any, inputs: Mapping[str, torch.Tensor]) -> list[Part] | None:
     """What belongs to each row, or None where that is not known."""
+    import torch
+
     tokens = inputs["input_ids"]
     batch = tokens.shape[0]
     parts: list[Part] = [{} for _ in range(batch)]
@@ -116,7 +118,7 @@ def _parts(config: Any, inputs: Mapping[str, torch.Tensor]) -> list[Part] | None
             rows = _images_of_rows(config, tokens, grid, kind)
             if rows is None or names[0] not in rest:
                 return None
-            patches = rest.pop(names[0]).split(grid.prod(-1).tolist())
+            patches = torch.split(rest.pop(names[0]), grid.prod(-1).tolist())
             for part, images in zip(parts, rows, strict=True):
                 part[names[1]] = grid[images]
                 part[names[0]] = _joined(patches[images], like=inputs[names[0]])

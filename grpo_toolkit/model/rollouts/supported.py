@@ -100,4 +100,4 @@ def needed_bytes(model: torch.nn.Module, dtype: torch.dtype | None, *, rows: int
     slots = rows * static_caches.bucketed(PROMPT + new_tokens)
     cache = 2 * text.num_hidden_layers * heads * dim * size * slots
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return copied_bytes(inner, dtype) + cache + _TRAINED * trained + _GRAPHS
+    return copied_bytes(inner, dtype) + int(cache) + _TRAINED * trained + _GRAPHS

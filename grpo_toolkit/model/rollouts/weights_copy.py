@@ -200,9 +200,10 @@ class _Source:
         """Return the tensor with the adapters folded in: float32 arithmetic, rounded when it is stored."""
         import torch
 
+        live: torch.Tensor = self.tensor.detach()
         if not self.adapters:
-            return self.tensor.detach()  # type: ignore[no-any-return]
-        total = self.tensor.detach().float()
+            return live
+        total = live.float()
         for layer, name in self.adapters:
             down, up = (factor.detach().float() for factor in _factors(layer, name))
             total = torch.addmm(total, up, down, alpha=layer.scaling[name])
