@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from transformers import TrainerCallback
 
-from grpo_toolkit import FastRolloutCallback, InputError, KVCacheCallback
+from grpo_toolkit import FastRolloutCallback, InputError, KVCacheCallback, ResumeGuardCallback
 from grpo_toolkit.model.rollouts import rollouts
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from grpo_toolkit.probe import Decoding
@@ -122,7 +122,9 @@ def test_same_seed_same_way_same_tokens_also_after_a_resume(qwen: Path, tmp_path
     assert len({str(said) for said in first.said}) == 4
     assert second.said == first.said
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    resumed, third = train(qwen, tmp_path / "resumed", FastRolloutCallback("fast"), resume=checkpoint, **options)
+    # Without the guard transformers 5 resumes a Qwen2.5-VL from its base's weights.
+    both = (ResumeGuardCallback(checkpoint), FastRolloutCallback("fast"))
+    resumed, third = train(qwen, tmp_path / "resumed", *both, resume=checkpoint, **options)
     assert third.said == first.said[2:]
     assert losses(resumed)[-2:] == losses(whole)[-2:]
 
