@@ -223,3 +223,28 @@ def test_what_it_cannot_do_is_told_in_a_line(
     ]
     with pytest.raises(InputError, match="'quick': it is one of 'auto', 'fast', 'plain'"):
         FastRolloutCallback("quick")  # type: ignore[arg-type]
+
+
+@needs_5_24
+def test_all_ranks_follow_one_that_cannot(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from grpo_toolkit.callbacks import fast_rollout
+
+    monkeypatch.setattr(fast_rollout, "exchange", lambda reason: [reason, "they need 9.9 GB"])
+    callback = FastRolloutCallback("fast")
+    _, rolled = train(qwen, tmp_path, callback, max_steps=1)
+    assert (callback.chosen, rolled.counts) == ("plain", [(0, 0)])
+    assert "grpo_toolkit: rollouts go the plain way: they need 9.9 GB" in caplog.messages
+
+
+@needs_5_24
+def test_a_checkpoint_from_before_it_is_resumed_and_saved(qwen: Path, tmp_path: Path) -> None:
+    """The trainer looks up every stateful callback by name when it saves, in what it has read from the checkpoint."""
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    train(qwen, tmp_path / "before", **options)
+    callback = FastRolloutCallback("fast")
+    _, rolled = train(qwen, tmp_path / "after", callback, resume=tmp_path / "before" / "checkpoint-1", **options)
+    assert rolled.counts == [(1, 2)]
+    state = json.loads((tmp_path / "after" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["FastRolloutCallback"]["attributes"] == {"chosen": "fast"}
