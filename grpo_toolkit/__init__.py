@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_toolkit.callbacks import (
         ExportCallback,
+        FastRolloutCallback,
         KVCacheCallback,
         LatencyCallback,
         PackedVisionCallback,
@@ -64,6 +65,7 @@ _MODULES = {
     "ExplanationRow": "latency.rows.row",
     "ExportCallback": "callbacks",
     "ExportResult": "export.export",
+    "FastRolloutCallback": "callbacks",
     "Finding": "doctor.findings",
     "GateError": "errors",
     "GrpoToolkitError": "errors",
@@ -111,6 +113,7 @@ __all__ = [
     "ExplanationRow",
     "ExportCallback",
     "ExportResult",
+    "FastRolloutCallback",
     "Finding",
     "GateError",
     "GrpoToolkitError",

@@ -17,6 +17,7 @@ from grpo_toolkit.model.kv_cache import (
 )
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rollout_watch import Decoding, RolloutWatch
+from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, remember_plain_state
 
 if TYPE_CHECKING:
@@ -108,6 +109,9 @@ class KVCacheCallback(GuardedCallback):
         if self._watch is None:
             return
         self.decoding = self._watch.seen
+        rollouts = rollouts_of(kwargs["model"])
+        if rollouts is not None and rollouts.count:  # of modules of their own, where nothing is watched
+            self.decoding = Decoding.CACHED
         self._watch.close()
         self._watch = None
         if self.decoding not in (None, Decoding.CACHED) and state.is_world_process_zero:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from grpo_toolkit.model.attention import distinct_images
 from grpo_toolkit.model.attention.distinct_images import DistinctImages, UnknownOutputError, repeat_for_copies
 from grpo_toolkit.model.attention.gather_copies import repeat_spans
 from grpo_toolkit.model.attention.image_digests import equal_images, image_digests
 from grpo_toolkit.model.attention.packed_vision import packed_vision
-from models import build_llava
+from tests.support.models import build_llava
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +32,7 @@ def test_images_are_equal_by_their_bits_and_their_grid() -> None:
 
 
 def test_images_in_several_pieces_have_the_same_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo_toolkit.model.attention.image_digests import image_digests as module
+    from grpo_toolkit.model.attention import image_digests as module
 
     grid, patches = torch.tensor([[1, 2, 4], [2, 2, 2]]), torch.randn(16, 6)
     whole = image_digests(patches, grid)
@@ -105,6 +106,23 @@ def test_a_tower_with_another_output_encodes_every_copy_again(caplog: pytest.Log
     assert tower.seen == [1, 2, 2]
     assert all(torch.equal(output[:8], patches) for output in outputs)
     assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+@pytest.mark.parametrize("fault", ["equal_images", "repeat_for_copies"])
+def test_a_fault_of_ours_leaves_the_forward_as_it_was(
+    fault: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(distinct_images, fault, fail)
+    tower = Strange()
+    DistinctImages(tower)
+    patches, grid = torch.randn(4, 2).repeat(2, 1), torch.tensor([[1, 2, 2]] * 2)
+    expected = torch.nn.functional.pad(patches, (0, 0, 0, 1))
+    assert all(torch.equal(tower(patches, grid), expected) for _ in range(2))
+    assert len(tower._forward_pre_hooks) == len(tower._forward_hooks) == 0
+    assert ["a fault of ours" in record.message for record in caplog.records] == [True]
 
 
 def test_towers_of_whole_pictures_encode_each_once_too(tmp_path: Path) -> None:

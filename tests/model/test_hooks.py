@@ -344,7 +344,8 @@ def test_a_processor_that_fails_fails_as_without_us(processor: Any, image_reques
 def test_no_hook_is_put_on_a_forward_elsewhere() -> None:
     package = Path(grpo_toolkit.__file__).parent
     found = [path.name for path in package.rglob("*.py") if "register_forward" in path.read_text(encoding="utf-8")]
-    assert found == ["hooks.py"]
+    # distinct_images changes what a tower is given, and guards itself (test_distinct_images.py).
+    assert sorted(found) == ["distinct_images.py", "hooks.py"]
 
 
 def test_a_save_that_cannot_be_prepared_is_the_trainers_own(

@@ -168,3 +168,17 @@ def test_attention_on_a_gpu_is_as_near_to_float64_as_the_loop(dtype: torch.dtype
     options = {"dropout": 0.0, "is_causal": False}
     expected = "varlen" if dtype == torch.bfloat16 and segment_attention._varlen_takes_scale() else "batch"
     assert segment_attention.choose_kernel(inputs[0], inputs[1], plan, options) == expected
+
+
+def test_a_kernel_that_is_not_to_be_had_costs_a_line_and_no_training(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    expected = _attend(RAGGED, torch.float64, loop=True)
+    segment_attention._tell_once.cache_clear()
+    monkeypatch.setattr(segment_attention, "batch_attention", refuse)
+    found = _attend(RAGGED, torch.float64, loop=False)
+    assert _farthest(found, expected) <= 1e-15
+    assert ["no kernel image" in record.message for record in caplog.records] == [True]

@@ -56,7 +56,7 @@ class DistinctImages:
         self._has_grid = takes_grid(tower)
         self._call: _Copies | None = None
         self._handles = [
-            tower.register_forward_pre_hook(self._before, with_kwargs=True),
+            tower.register_forward_pre_hook(self._guarded_before, with_kwargs=True),
             tower.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
@@ -64,6 +64,16 @@ class DistinctImages:
         """Take the hooks off the tower."""
         for handle in self._handles:
             handle.remove()
+
+    def _guarded_before(
+        self, tower: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        try:
+            return self._before(tower, args, kwargs)
+        except Exception as error:  # whatever it is, the forward goes on with what it was given
+            self._call = None
+            self._let_go(error)
+            return None
 
     def _before(
         self, tower: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -107,10 +117,14 @@ class DistinctImages:
             return None
         try:
             return repeat_for_copies(output, call.sizes, call.order, merge=call.merge)
-        except UnknownOutputError as error:
-            self.close()
-            logger.info("grpo_toolkit: copies of an image are encoded each for itself from here on: %s", error)
+        except Exception as error:  # the forward is made again, with all images
+            self._let_go(error)
             return tower(*call.args, **call.kwargs)
+
+    def _let_go(self, error: Exception) -> None:
+        self.close()
+        level = logging.INFO if isinstance(error, UnknownOutputError) else logging.WARNING
+        logger.log(level, "grpo_toolkit: copies of an image are encoded each for itself from here on: %s", error)
 
     def _patches(self, bound: inspect.BoundArguments) -> tuple[str, torch.Tensor, torch.Tensor] | None:
         """The argument with the patches or pixels, its value, and the images' grid; None where copies are left."""

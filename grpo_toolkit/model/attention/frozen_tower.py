@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.model.hooks import LookingHooks
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,7 +29,8 @@ class FrozenTower:
     def __init__(self, tower: torch.nn.Module) -> None:
         self.tower = tower
         self.removed: list[tuple[torch.nn.Module, int, Any]] = []
-        self._handle = tower.register_forward_pre_hook(self._before)
+        self._hooks = LookingHooks("keeping gradients off a frozen vision tower")
+        self._hooks.before(tower, self._before)
         self.release()
 
     def release(self) -> None:
@@ -42,7 +45,7 @@ class FrozenTower:
 
     def close(self) -> None:
         """Put the marks back under their own keys, so that `disable_input_require_grads` finds them."""
-        self._handle.remove()
+        self._hooks.close()
         for module, key, hook in self.removed:
             module._forward_hooks.setdefault(key, hook)
         self.removed.clear()

@@ -13,6 +13,7 @@ All of them compute the same sums over the same keys; figures are in the benchma
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     Kernel = Literal["batch", "varlen"]
+
+logger = logging.getLogger(__name__)
 
 MAX_HEAD_DIM: Final = 256
 """The largest head that FlashAttention 2's kernels take."""
@@ -48,6 +51,8 @@ def packed_attention(
     This is an attention function of transformers' `AttentionInterface`: query, key and value are [1, heads, rows,
     dim], the result is [1, rows, heads, dim].
     """
+    import torch
+
     options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     if cu_seq_lens_q is None:
         return _sdpa(module, query, key, value, attention_mask, options), None
@@ -57,9 +62,15 @@ def packed_attention(
         raise ValueError(f"cu_seqlens ends at {plan.rows}, but there are {query.shape[2]} rows")
     if query.shape[0] != 1 or attention_mask is not None or kwargs.get("position_bias") is not None:
         return _one_by_one(module, query, key, value, attention_mask, plan, options), None
-    if choose_kernel(query, key, plan, options) == "varlen":
-        return varlen_attention(query, key, value, plan, scaling=scaling), None
-    return batch_attention(module, query, key, value, plan, options), None
+    try:
+        if choose_kernel(query, key, plan, options) == "varlen":
+            return varlen_attention(query, key, value, plan, scaling=scaling), None
+        return batch_attention(module, query, key, value, plan, options), None
+    except RuntimeError as error:  # a kernel that this GPU or release lacks; the forward goes on as the library's does
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _tell_once(str(error))
+        return _one_by_one(module, query, key, value, attention_mask, plan, options), None
 
 
 def choose_kernel(query: torch.Tensor, key: torch.Tensor, plan: SegmentPlan, options: dict[str, Any]) -> Kernel:
@@ -85,6 +96,11 @@ def can_use_varlen(query: torch.Tensor, key: torch.Tensor, options: dict[str, An
         and not options["is_causal"]
         and options.get("softcap") is None
     )
+
+
+@cache
+def _tell_once(error: str) -> None:
+    logger.warning("grpo_toolkit: attention over segments goes one by one where it failed in one call: %s", error)
 
 
 @cache

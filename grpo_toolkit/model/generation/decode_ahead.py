@@ -9,12 +9,13 @@ graph is recorded for the addresses of one cache, and for those of the next agai
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.model.attention.grouped_decode import grouped_decoding
 from grpo_toolkit.model.cache_probe import cache_in
 from grpo_toolkit.model.live_model import base_model
 
@@ -54,16 +55,20 @@ class DecodeAhead:
             to it: a compiled step is then compiled once, and not again for the second length, with a CUDA graph for
             each. Every step's attention runs over all of it, in later requests to the model itself, too. None makes it
             as long as the longest request so far, as transformers does.
+        grouped: whether decode steps run `grouped_decode` attention in place of SDPA, which repeats keys and values
+            for every query head where there is a mask. With 5.24 and later; the logits differ by rounding.
     """
 
-    def __init__(self, model: Any, *, max_cache_len: int | None = None) -> None:
+    def __init__(self, model: Any, *, max_cache_len: int | None = None, grouped: bool = False) -> None:
         self.model = model
         self.max_cache_len = max_cache_len
+        self.grouped = grouped
         self._layers: list[Any] = []
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Do what `model.generate` does."""
-        with deferred_stops(), self._lending() as made:
+        attention = grouped_decoding(self.model) if self.grouped else nullcontext()
+        with attention, deferred_stops(), self._lending() as made:
             output = self.model.generate(*args, **kwargs)
         for cache, layers in made:
             if cache_in(output) is not cache:
