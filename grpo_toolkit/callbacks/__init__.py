@@ -1,8 +1,8 @@
 """The callbacks: thin, with no policy of their own.
 
 Give them in the order of the README: a resumed or best model is put right before it is exported, and an export is
-there before it is timed. All of them keep the rule that training is sacred: they do not raise into the trainer or run a
-collective on one rank, and those that only look or save do not change a loss by a bit. `FastRolloutCallback` puts an
+there before it is timed. All of them keep the rule that training is sacred: they do not raise into the trainer or run
+a collective on one rank, and those that only look or save do not change a loss by a bit. `FastRolloutCallback` puts an
 equal computation in a slow one's place, whose sampled tokens differ as any two kernels' do. What fails is reported
 once and training goes on; `strict=True` raises it when training has ended, which also ends the callbacks after it.
 """
