@@ -166,7 +166,8 @@ def rewrite_shard(
     )
     is_cast = any(entry.work for entry in entries)
     with single_threaded() if is_cast else nullcontext() as setup:  # torch is loaded for a cast alone
-        for _ in fill_shards([shard], target.parent, fill=_write_cast, workers=worker_count(), setup=setup):
+        # One thread: a repair's steps then have one order, which is what can be killed at each of them and tested.
+        for _ in fill_shards([shard], target.parent, fill=_write_cast, workers=1, setup=setup):
             pass
     with target.open("rb") as file:
         os.fsync(file.fileno())
