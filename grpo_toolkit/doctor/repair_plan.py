@@ -129,7 +129,9 @@ def make_plan(source: Files, *, base: Path | None = None, rewrite_weights: bool 
 
 
 def plan_older_forms(source: Files) -> RepairPlan:
-    """Plan the changes that let older versions read a folder: by the rules of `rules/dialect.py` alone, whatever its base has.
+    """Plan the changes that let older versions read a folder, by the rules of `rules/dialect.py` alone.
+
+    They apply whatever the folder's base has.
 
     Raises:
         CheckpointError: nothing in the folder that could be examined.

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_toolkit.checkpoint import model_folder
 from grpo_toolkit.checkpoint import publish as publish_module
 from grpo_toolkit.cli import main
 from grpo_toolkit.export.export import export_model
@@ -273,7 +272,7 @@ def test_rotation_takes_neither_an_export_nor_its_staging_for_a_checkpoint(qwen:
         train(qwen, tmp_path / f"checkpoint-{step}", step / 100)
     export_model(tmp_path / "checkpoint-3", tmp_path / "export", base=qwen, verify=False)
     before = content(tmp_path / "export")
-    with model_folder.staged(tmp_path / "checkpoint-3-merged", overwrite=False) as staging:
+    with publish_module.staged(tmp_path / "checkpoint-3-merged", overwrite=False) as staging:
         (staging / "grpo_toolkit.json").write_text("{}")
         trainer_utils.rotate_checkpoints(output_dir=str(tmp_path), save_total_limit=1)
         assert staging.is_dir()
