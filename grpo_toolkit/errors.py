@@ -1,4 +1,4 @@
-"""What can go wrong, as a tree.
+"""The errors of this package, as a tree.
 
     GrpoToolkitError
     ├── GateError                   a measured model is slower than its gate allows

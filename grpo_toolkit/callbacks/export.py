@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 published: WeakKeyDictionary[torch.nn.Module, ExportResult] = WeakKeyDictionary()
-"""What was published of each trained model, for the callbacks after this one."""
+"""The result of each trained model's export, for the callbacks after this one."""
 
 
 class ExportCallback(GuardedCallback):

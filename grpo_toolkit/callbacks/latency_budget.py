@@ -43,7 +43,7 @@ COST: Final = 0.01
 """The share of the training's own time that the end may take, from saving the plain checkpoint to the last round."""
 
 LEAST_BUDGET_S: Final = 60.0
-"""What warm-up and rounds of all workloads may take together after a training so short that less would be left."""
+"""Seconds for warm-up and rounds of all workloads together, after a training so short that less would be left."""
 
 
 @dataclass(frozen=True, kw_only=True)

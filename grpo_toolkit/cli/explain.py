@@ -26,7 +26,7 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "compiled": ("true", "false"),
     "training": ("true", "false"),
 }
-"""What `--with` takes, and the values where they are few."""
+"""The settings that `--with` takes, and their values where they are few."""
 
 
 def add_command(commands: Commands) -> None:

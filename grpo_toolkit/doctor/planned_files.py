@@ -95,7 +95,7 @@ def _entry(entry: os.DirEntry[str], folder: Path) -> Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewritten:
-    """What becomes of tensors: new names (None: dropped) and new dtypes, both by their present names on disk."""
+    """The changes to tensors: new names (None: dropped) and new dtypes, both by their present names on disk."""
 
     renames: Mapping[str, str | None]
     dtypes: Mapping[str, str]

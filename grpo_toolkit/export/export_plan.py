@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """How the weights of an export are stored.
+    """The storage of an export's weights.
 
     Attributes:
         dtype: safetensors' name of the dtype of every floating-point tensor ("BF16"); None for the base's own.
@@ -106,7 +106,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """What is exported, how its weights are stored, and what its configs say."""
+    """The source of an export, the storage of its weights, and the defaults in its configs."""
 
     source: Source
     storage: Storage

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyAnswers:
-    """What a trained policy was asked and answered, and by how much its logits may be off: between two runs of it, and
-    by what its dtype rounds.
+    """The answers of a trained policy, and by how much its logits may be off: between two runs of it, and by what its
+    dtype rounds.
 
     Attributes:
         requests: what it was asked.

@@ -44,7 +44,7 @@ class Worker(ModelProcess):
 
     @property
     def report(self) -> LoadReport:
-        """What loading reported; waits for it the first time, so several processes can load side by side."""
+        """Return the report of loading; the first call waits for it, so several processes can load side by side."""
         if self._report is None:
             self._report = LoadReport(**self._receive())
         return self._report

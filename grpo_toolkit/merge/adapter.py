@@ -64,7 +64,7 @@ _FACTOR: Final = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """What an adapter holds for one module.
+    """The tensors that an adapter holds for one module.
 
     Attributes:
         name: the module's name as the adapter spells it, without PEFT's prefix and wrappers.
@@ -101,7 +101,7 @@ class Adapter:
         return int(_by_pattern(self.config.get("rank_pattern"), name, self.config.get("r", 8)))
 
     def targets(self, name: str) -> bool:
-        """Whether the config asks for an adapter on the module of this name (as the adapter spells names)."""
+        """Return whether the config asks for an adapter on the module of this name (as the adapter spells names)."""
         config = self.config
         if _matches(config.get("exclude_modules"), name):
             return False
@@ -224,7 +224,7 @@ def _is_number(value: object) -> bool:
 
 
 def _peft_defaults() -> dict[str, Any]:
-    """What the installed PEFT takes for each option: a newer one may know more of them than we do."""
+    """Return the values that the installed PEFT takes for each option; a newer one may know more than we do."""
     from peft import LoraConfig
 
     return dict(LoraConfig().to_dict())
@@ -247,7 +247,7 @@ def _matches(names: Any, name: str) -> bool:
 
 
 def is_named(name: str, target: str) -> bool:
-    """Whether a name is the target's, or ends with it after a dot."""
+    """Return whether a name is the target's, or ends with it after a dot."""
     return name == target or name.endswith(f".{target}")
 
 

@@ -61,7 +61,7 @@ class _Part:
 
 
 def _stored_parts(base: Base, live: str) -> list[_Part]:
-    """Where a parameter is stored: as it lives, or a tensor for each expert and part; empty where it is not."""
+    """Return the names under which a parameter is stored: one, or one for each expert and part; none if it is not."""
     if live in base.stored:
         stored = base.stored[live]
         return (
@@ -146,7 +146,7 @@ def containers_without_factors(adapter: Adapter, base: Base, spelled: Iterable[t
 
 
 def scale_of(adapter: Adapter, name: str, rank: int) -> float:
-    """What a module's factors are multiplied with.
+    """The number that a module's factors are multiplied with.
 
     Raises:
         CheckpointError: their rank is none, or not the config's.

@@ -164,7 +164,7 @@ def merge_adapter(
 
 @dataclass(frozen=True, kw_only=True)
 class MergedWeights:
-    """What `merge_weights` wrote: names as in the base."""
+    """The tensors that `merge_weights` wrote, by their names in the base."""
 
     changed: tuple[str, ...]
     unchanged: tuple[str, ...]

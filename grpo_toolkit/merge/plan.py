@@ -189,7 +189,7 @@ def _refuse_gaps(adapter: Adapter, base: Base) -> None:
 
 
 def _prefixes(one: str, other: str) -> tuple[str, str]:
-    """What two spellings of a name begin with, without the segments that they end with alike."""
+    """Return what two spellings of a name begin with, without the segments that they end with alike."""
     ours, theirs = one.split("."), other.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HEADROOM: Final = 1.1
 
 _CONTEXT_BYTES: Final = 1_500_000_000
-"""What a process takes on a GPU beside the weights: its context, kernels, and the cache of a few requests."""
+"""The bytes that a process takes on a GPU beside the weights: its context, kernels, and a few requests' cache."""
 
 
 def why_too_large(tensors: Mapping[str, TensorInfo], device: str) -> str | None:

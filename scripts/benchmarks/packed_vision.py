@@ -1,4 +1,4 @@
-"""What packed vision saves: the tower of Qwen2.5-VL-3B with random weights, as transformers runs it and packed.
+"""The gain of packed vision: the tower of Qwen2.5-VL-3B with random weights, as transformers runs it and packed.
 
     python -m scripts.benchmarks.packed_vision              # on a GPU
     python -m scripts.benchmarks.packed_vision --tiny       # a check of the script, on a CPU
@@ -255,7 +255,7 @@ def inputs(rows: int, device: torch.device, dtype: torch.dtype) -> list[torch.Te
 
 
 def can_force(way: str, query: torch.Tensor) -> bool:
-    """Whether the variable-length kernel can be had for a dtype and device, with the heads of the published tower."""
+    """Return whether the variable-length kernel takes a dtype on a device, with the published tower's heads."""
     import torch
 
     from grpo_toolkit.model.attention.segment_attention import can_use_varlen

@@ -32,7 +32,7 @@ IMAGE, VIDEO, VISION_START, VISION_END, PAD = 151655, 151656, 151652, 151653, 15
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured, at which size."""
+    """The things that are measured, and their sizes."""
 
     text: dict[str, Any]
     vision: dict[str, Any]

@@ -66,7 +66,7 @@ _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (PROCESSOR, ("image_processor",), (dict,)),
     (WEIGHTS_INDEX, ("weight_map",), (dict,)),
 )
-"""Which types the libraries take at the keys that they read; null is taken everywhere but in an index."""
+"""The types that the libraries take at the keys that they read; null is taken everywhere but in an index."""
 
 _JSON_NAMES: Final = {
     dict: "an object",

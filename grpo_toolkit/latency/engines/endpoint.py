@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.request import Request
 
 _REFUSALS: Final = (400, 422)
-"""What a server answers to keys that it does not take."""
+"""The statuses with which a server refuses keys that it does not take."""
 
 _BUSY: Final = (408, 429, 502, 503, 504)
-"""What passes: too many requests, a queue that is full, a server that is still loading behind its proxy."""
+"""The statuses that pass: too many requests, a queue that is full, a server that is still loading behind its proxy."""
 
 _WAITS_S: Final = (0.5, 1.0, 2.0, 4.0)
 """Before a short request that met a busy server, or a broken connection, is sent again."""

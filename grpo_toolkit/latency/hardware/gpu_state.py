@@ -43,7 +43,7 @@ _READERS: Final[dict[str, Callable[[Any, Any], object]]] = {
 """The same by the functions of nvidia-ml-py."""
 
 _THROTTLING: Final = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-"""What newer and older drivers call it; a name that nvidia-smi does not know makes it answer nothing at all."""
+"""The names that newer and older drivers have for it; a name that nvidia-smi does not know makes it answer nothing."""
 
 _IDLE: Final = 0x1
 _THROTTLE_REASONS: Final = {

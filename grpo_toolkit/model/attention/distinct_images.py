@@ -146,7 +146,7 @@ class DistinctImages:
 
 
 def draws_random_numbers(tower: torch.nn.Module) -> bool:
-    """Whether a forward of the tower would drop anything at random."""
+    """Return whether a forward of the tower would drop anything at random."""
     import torch
 
     def rate(module: torch.nn.Module) -> Any:

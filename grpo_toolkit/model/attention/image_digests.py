@@ -1,4 +1,4 @@
-"""Which images of a batch are equal, by their content: digests of their patches, computed where the patches are.
+"""Equal images of a batch, found by their content: digests of their patches, computed where the patches are.
 
 Two hashes of 64 bits a patch row (sums of its words, each times a fixed random odd number, modulo 2^64), mixed with
 the row's place in its image and added up. One transfer for all images; the host compares 128 bits each.

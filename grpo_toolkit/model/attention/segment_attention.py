@@ -81,7 +81,7 @@ def choose_kernel(query: torch.Tensor, key: torch.Tensor, plan: SegmentPlan, opt
 
 
 def can_use_varlen(query: torch.Tensor, key: torch.Tensor, options: dict[str, Any]) -> bool:
-    """Whether `varlen_attn` takes these tensors, and computes with them what SDPA would."""
+    """Return whether `varlen_attn` takes these tensors, and computes with them what SDPA would."""
     import torch
 
     if query.device.type != "cuda" or not _varlen_takes_scale() or torch.are_deterministic_algorithms_enabled():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 CALL_COST: Final = {"cuda": 1 << 20, "cpu": 1 << 14}
-"""What one more call costs, in pairs of a query and a key that could be computed instead: a padded batch is split in
+"""The cost of one more call, in pairs of a query and a key that could be computed instead: a padded batch is split in
 two where that saves more than this. On a GPU it is the launches of a call, forward and backward; on a CPU so few pairs
 that the padding is under a hundredth of an image's work."""
 
@@ -82,7 +82,7 @@ class SegmentPlan:
 
     @cached_property
     def is_even(self) -> bool:
-        """Whether all segments have one length: then a batch is a view, and no kernel needs to know of borders."""
+        """Return whether all segments have one length: a batch is then a view, and no kernel needs borders."""
         return len(set(self.lengths)) <= 1
 
     @cached_property

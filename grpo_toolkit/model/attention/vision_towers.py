@@ -56,14 +56,14 @@ def find_towers(model: torch.nn.Module) -> list[Tower]:
 
 
 def takes_segments(module: torch.nn.Module) -> bool:
-    """Whether this is a layer that attends segment by segment."""
+    """Return whether this is a layer that attends segment by segment."""
     kind: Any = type(module)
     return is_attention_class(kind)
 
 
 @cache
 def is_attention_class(kind: Any) -> bool:
-    """Whether the class attends over `cu_seqlens` itself, rather than to hand it on to a layer inside."""
+    """Return whether the class attends over `cu_seqlens` itself, rather than to hand it on to a layer inside."""
     forward = inspect.unwrap(kind.forward)
     if "cu_seqlens" not in inspect.signature(forward).parameters:
         return False
@@ -71,13 +71,13 @@ def is_attention_class(kind: Any) -> bool:
 
 
 def asks_by_name(kind: type[torch.nn.Module]) -> bool:
-    """Whether the class makes one call for all segments where the attention's name says "flash" (transformers 5)."""
+    """Return whether the class makes one call for all segments if the attention is called "flash" (transformers 5)."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "is_flash_attention_requested" in code.co_names
 
 
 def has_own_forward(kind: type[torch.nn.Module]) -> bool:
-    """Whether the class is one of the closed list that `OWN_FORWARD` names, of a release that it was read in."""
+    """Return whether the class is in the closed list that `OWN_FORWARD` names, of a release that it was read in."""
     import transformers
 
     release = ".".join(transformers.__version__.split(".")[:2])
@@ -87,7 +87,7 @@ def has_own_forward(kind: type[torch.nn.Module]) -> bool:
 
 
 def splits_segments(kind: type[torch.nn.Module]) -> bool:
-    """Whether the forward of a class splits its rows by `cu_seqlens` in a loop, or masks them so; by its source."""
+    """Return whether the source of a class's forward splits rows by `cu_seqlens` in a loop, or masks them so."""
     try:
         source = inspect.getsource(inspect.unwrap(kind.forward))
     except (OSError, TypeError):
@@ -108,7 +108,7 @@ def forward_parameters(module: torch.nn.Module) -> inspect.Signature:
 
 
 def takes_grid(module: torch.nn.Module) -> bool:
-    """Whether a module's forward takes the patches of all images and `grid_thw`."""
+    """Return whether a module's forward takes the patches of all images and `grid_thw`."""
     first, *others = [*forward_parameters(module).parameters, ""]
     return GRID in others and first != "input_ids"
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES: Final = ("cuda",)
-"""Where it is worth while: a CPU has done what it was told before it is asked."""
+"""The devices on which it is worth while: a CPU has done what it was told before it is asked."""
 
 _MAKE: Final = "_prepare_static_cache"  # of transformers 5; 4.x keeps its cache by itself
 _KEPT: Final = ("keys", "values", "cumulative_length")  # what a static layer marks as having a fixed address

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 LOGIT_STEPS: Final = 16
-"""How many tokens' logits are kept of an answer: at a vocabulary of 152,000 those are 10 MB."""
+"""The number of tokens whose logits are kept of an answer: at a vocabulary of 152,000 those are 10 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)

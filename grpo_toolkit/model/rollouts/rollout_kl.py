@@ -1,4 +1,4 @@
-"""How far apart the policies are that sample and that are trained.
+"""The distance between the policy that samples and the one that is trained.
 
 Fast rollouts use other kernels and, under autocast, other roundings than the training's forward: as with vLLM, tokens
 come from slightly other probabilities than those that the loss sees. It is measured on a few rows of a rollout: what

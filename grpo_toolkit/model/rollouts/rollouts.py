@@ -33,7 +33,7 @@ MEASURED_EVERY: Final = 10
 """Rollouts from one that is measured to the next: the live model's forward of a few rows takes its time."""
 
 _SHAPES: Final = 64
-"""How many batch sizes and lengths may be compiled in one process; torch stops compiling after eight."""
+"""The number of batch sizes and lengths that may be compiled in one process; torch stops compiling after eight."""
 
 _installed: WeakKeyDictionary[torch.nn.Module, weakref.ref[FastRollouts]] = WeakKeyDictionary()
 """Held by whoever made them: a training that crashed leaves no model and no copy of it behind."""

@@ -21,7 +21,7 @@ _OF_VIDEOS: Final = ("pixel_values_videos", "video_grid_thw")
 """Fields of the families that lay the patches of all images end to end, with their grids beside them."""
 
 Part = dict[str, "torch.Tensor"]
-"""What of a batch belongs to one row, by field."""
+"""The part of a batch that belongs to one row, by field."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DistinctRows:
 
     @property
     def count(self) -> int:
-        """How many rows are distinct."""
+        """Return the number of distinct rows."""
         return int(self.inputs["input_ids"].shape[0])
 
 
@@ -105,7 +105,7 @@ def prefill(model: Any, rows: DistinctRows) -> Any:
 
 
 def _parts(config: Any, inputs: Mapping[str, torch.Tensor]) -> list[Part] | None:
-    """What belongs to each row, or None where that is not known."""
+    """Return what belongs to each row, or None where that is not known."""
     import torch
 
     tokens = inputs["input_ids"]
@@ -135,7 +135,7 @@ def _parts(config: Any, inputs: Mapping[str, torch.Tensor]) -> list[Part] | None
 
 
 def _images_of_rows(config: Any, tokens: torch.Tensor, grid: torch.Tensor, kind: str) -> list[slice] | None:
-    """Which images each row shows, told by how many placeholders it has; None where these are not those of images."""
+    """Return the images of each row, told by its number of placeholders; None where these fit no images."""
     token = getattr(config, f"{kind}_token_id", None)
     merged = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
     if token is None or merged is None:
@@ -155,7 +155,7 @@ def _images_of_rows(config: Any, tokens: torch.Tensor, grid: torch.Tensor, kind:
 
 
 def _has_an_image_each(config: Any, tokens: torch.Tensor) -> bool:
-    """Whether every row shows an image: as many of them as rows are then one a row."""
+    """Return whether every row shows an image: as many of them as rows are then one a row."""
     token = getattr(config, "image_token_id", None)
     token = getattr(config, "image_token_index", None) if token is None else token
     return token is not None and bool((tokens == token).any(-1).all())

@@ -82,7 +82,7 @@ class StaticCaches:
 
 
 def supports(model: Any) -> bool:
-    """Whether all layers of a model's static cache are of the two kinds that are filled here."""
+    """Return whether all layers of a model's static cache are of the two kinds that are filled here."""
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 

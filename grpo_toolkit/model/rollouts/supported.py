@@ -1,4 +1,4 @@
-"""What can go the fast way: models, single calls, and whether there is room. No clock decides."""
+"""The conditions of the fast way: models, single calls, and whether there is room. No clock decides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT: Final = 1024
 """Tokens of a prompt, for want of knowing: what is counted in a cache before the first rollout."""
 
 _TRAINED: Final = 3
-"""What a training holds of each trained tensor beside it: its gradient, and Adam's two moments."""
+"""The tensors that a training holds beside each trained one: its gradient, and Adam's two moments."""
 
 _GRAPHS: Final = 1_000_000_000
 """Bytes for what CUDA graphs and a compiled step's kernels keep."""

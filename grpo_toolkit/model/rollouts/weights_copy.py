@@ -45,12 +45,12 @@ def why_no_copy(model: torch.nn.Module) -> str | None:
 
 
 def drops_out(model: torch.nn.Module) -> bool:
-    """Whether an adapter has dropout, which the copy has not."""
+    """Return whether an adapter has dropout, which the copy has not."""
     return any(getattr(drop, "p", 0) > 0 for m in model.modules() for drop in getattr(m, "lora_dropout", {}).values())
 
 
 def is_switched_off(model: torch.nn.Module) -> bool:
-    """Whether an adapter is disabled for now, so that the base alone is asked."""
+    """Return whether an adapter is disabled for now, so that the base alone is asked."""
     return any(bool(module.disable_adapters) for module in model.modules() if _is_adapter(module))
 
 
@@ -198,7 +198,7 @@ class WeightsCopy:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a tensor of the copy comes from: a live tensor, and the adapters that are folded into it."""
+    """The source of a tensor of the copy: a live tensor, and the adapters that are folded into it."""
 
     tensor: Any
     adapters: tuple[tuple[Any, str], ...] = ()
@@ -266,12 +266,12 @@ def _is_adapter(module: Any) -> bool:
 
 
 def _is_replacement(module: Any) -> bool:
-    """Whether it stands for a module that PEFT trains whole, or a part of."""
+    """Return whether it stands for a module that PEFT trains whole, or a part of."""
     return hasattr(module, "original_module") and hasattr(module, "active_adapters")
 
 
 def _is_plain_lora(module: Any) -> bool:
-    """Whether the adapter is two matrices on a linear layer, and nothing more."""
+    """Return whether the adapter is two matrices on a linear layer, and nothing more."""
     import torch
     from peft.tuners.lora.layer import Linear
 

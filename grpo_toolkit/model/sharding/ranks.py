@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 PATIENCE: Final = timedelta(days=1)
-"""How long ranks wait for one that exports or measures. NCCL's own limit is ten minutes, and ends the run."""
+"""The time that ranks wait for one that exports or measures. NCCL's own limit is ten minutes, and ends the run."""
 
 
 def rank() -> int:

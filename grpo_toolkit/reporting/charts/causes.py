@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _LINE_LETTERS: Final = 70
 _LABEL_LETTERS: Final = 11
-"""How many letters of a bar's name stand side by side under all bars, and under one of many."""
+"""The number of letters of a bar's name that stand side by side under all bars, and under one of many."""
 
 
 @dataclass(frozen=True, kw_only=True)

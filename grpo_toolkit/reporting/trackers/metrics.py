@@ -20,7 +20,7 @@ TABLE_KEY: Final = "latency/table"
 REPORT_KEY: Final = "latency/report"
 IDS_KEY: Final = "latency/row_ids"
 TABLE_IDS_KEY: Final = "latency/table_row_ids"
-"""Which rows a tracker has: the ids so far, with the scalars and with the table. What a replay asks for."""
+"""The rows that a tracker has: the ids so far, with the scalars and with the table, as a replay asks for them."""
 
 BEST: Final[dict[str, Literal["min", "max"]]] = {
     "ttft_ms_p50": "min",

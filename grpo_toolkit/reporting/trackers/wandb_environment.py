@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PROBE_S: Final = 1.5
 FLUSH_S: Final = 0.5
-"""How often W&B writes the run's file: 15 s by default, which a kill loses."""
+"""The time between W&B's writes of the run's file: 15 s by default, which a kill loses."""
 
 _CLOUD: Final = "https://api.wandb.ai"
 _INIT_S: Final = 20.0
@@ -42,7 +42,7 @@ _DEFAULTS: Final = {
     "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": str(FLUSH_S),
 }
 _ours: dict[str, str] = {}
-"""What this module set, which is nobody's wish and may change."""
+"""The variables that this module set, which is nobody's wish and may change."""
 
 
 def prepare_environment(
