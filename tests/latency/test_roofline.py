@@ -13,10 +13,9 @@ import pytest
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.latency.bench.roofline import roofline
-from grpo_toolkit.latency.engines.local import live_sizes
-from grpo_toolkit.latency.hardware.data_sheets import DATA_SHEETS, data_sheet
-from grpo_toolkit.latency.hardware.gpu_state import by_nvidia_smi, by_nvml, throttle_reasons
-from grpo_toolkit.latency.hardware.model_sizes import ModelSizes, sizes_of
+from grpo_toolkit.model.hardware.data_sheets import DATA_SHEETS, data_sheet
+from grpo_toolkit.model.hardware.gpu_state import by_nvidia_smi, by_nvml, throttle_reasons
+from grpo_toolkit.model.hardware.model_sizes import ModelSizes, live_sizes, sizes_of
 from grpo_toolkit.model.load import load_model
 
 if TYPE_CHECKING:

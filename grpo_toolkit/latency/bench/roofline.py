@@ -16,12 +16,12 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.latency.hardware.data_sheets import data_sheet
 from grpo_toolkit.latency.rows.row import Roofline
+from grpo_toolkit.model.hardware.data_sheets import data_sheet
 
 if TYPE_CHECKING:
     from grpo_toolkit.latency.engines.protocol import Measured
-    from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
+    from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 
 def roofline_of(found: Measured, *, batch_size: int) -> Roofline | None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
     from grpo_toolkit.latency.rows.row import Proof, Timeline
     from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 SdpaBackend = Literal["flash", "efficient", "math", "cudnn", "no_cudnn"]
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.latency.hardware.gpu_state import gpu_state
+from grpo_toolkit.model.hardware.gpu_state import gpu_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
