@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         LatencyCallback,
         PackedVisionCallback,
         ResumeGuardCallback,
+        StepTimeCallback,
     )
     from grpo_toolkit.checkpoint.trainer_checkpoints import last_whole_checkpoint
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
@@ -83,6 +84,7 @@ _MODULES = {
     "Request": "model.generation.request",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
+    "StepTimeCallback": "callbacks",
     "TrackerError": "errors",
     "Tuning": "latency.tune.tuning",
     "UnsupportedError": "errors",
@@ -131,6 +133,7 @@ __all__ = [
     "Request",
     "ResumeError",
     "ResumeGuardCallback",
+    "StepTimeCallback",
     "TrackerError",
     "Tuning",
     "UnsupportedError",
