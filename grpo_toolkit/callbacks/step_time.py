@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.errors import UnsupportedError
+from grpo_toolkit.model.hardware.environment import environment_of
 from grpo_toolkit.model.live_model import base_model, random_state_kept
 from grpo_toolkit.model.sharding.ranks import rank, world_size
+from grpo_toolkit.reporting.terminal.console import say
+from grpo_toolkit.reporting.terminal.step_time import step_time
 from grpo_toolkit.step_time.clock import StepClock
+from grpo_toolkit.step_time.explain import explain_steps
 from grpo_toolkit.step_time.setup import (
     compute_dtype,
     largest_forward,
@@ -20,7 +24,7 @@ from grpo_toolkit.step_time.setup import (
     settings_of,
     stamps_of_device,
 )
-from grpo_toolkit.step_time.store import append_step_rows, file_of
+from grpo_toolkit.step_time.store import append_step_rows, file_of, load_step_review
 from grpo_toolkit.step_time.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.step_time.rows import StepExplanation, StepRow
     from grpo_toolkit.step_time.seen import Seen
+    from grpo_toolkit.step_time.work import Machine
+
+SHOWN_AFTER: Final = 5
+"""Steps after which the table is shown for the first time."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +92,9 @@ class StepTimeCallback(GuardedCallback):
         self.rows: list[StepRow] = []
         self.explanation: StepExplanation | None = None
         self._watch: StepWatch | None = None
+        self._seen: Seen | None = None
+        self._machine: Machine | None = None
+        self._environment: dict[str, str] = {}
         self._file = Path()
 
     def on_train_begin(
@@ -91,7 +102,7 @@ class StepTimeCallback(GuardedCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self._let_go()
-        self.rows, self.explanation = [], None
+        self.rows, self.explanation, self._seen, self._machine = [], None, None, None
         with self._guarded("preparing to take a step's time"):
             self._prepare(args, state, kwargs["model"])
 
@@ -144,6 +155,9 @@ class StepTimeCallback(GuardedCallback):
         """Finish the last step, and put the seams back."""
         self._tell("finish")
         self._let_go()
+        if self.rows:
+            with self._guarded("explaining the steps"):
+                self._explain(is_shown=state.is_world_process_zero)
         self._raise_if_strict()
 
     def _prepare(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
@@ -152,10 +166,11 @@ class StepTimeCallback(GuardedCallback):
         device = base_model(model).device
         dtype = compute_dtype(model, args)
         self._file = file_of(Path(self.output_dir or args.output_dir), rank())
-        known, machine = None, None
+        self._environment = environment_of(str(device))
+        known = None
         if self.floors:
             with self._guarded("measuring the device", is_vital=False), random_state_kept():
-                known, machine = model_of(model, compute_dtype=dtype), machine_of(device, dtype)
+                known, self._machine = model_of(model, compute_dtype=dtype), machine_of(device, dtype)
         self._watch = StepWatch(
             self._on_row,
             clock=StepClock(now=self.now, stamps=stamps_of_device(device)),
@@ -163,7 +178,7 @@ class StepTimeCallback(GuardedCallback):
             rank=rank(),
             world_size=world_size(),
             model=known,
-            machine=machine,
+            machine=self._machine,
             settings=lambda notes: settings_of(model, args, known, tokens=largest_forward(notes)),
             steps=state.max_steps - state.global_step,
         )
@@ -171,6 +186,27 @@ class StepTimeCallback(GuardedCallback):
     def _on_row(self, row: StepRow, seen: Seen | None) -> None:
         self.rows.append(row)
         append_step_rows(self._file, [row])
+        if seen is not None:
+            self._seen = seen
+        # Once early, for whoever watches; later where there is something new to say.
+        if len(self.rows) == SHOWN_AFTER or (seen is not None and len(self.rows) > SHOWN_AFTER):
+            self._explain(is_shown=row.rank == 0 and len(self.rows) == SHOWN_AFTER)
+
+    def _explain(self, *, is_shown: bool) -> None:
+        ranks = load_step_review(self._file).ranks if rank() == 0 and world_size() > 1 else ()
+        found = explain_steps(
+            self.rows,
+            self._seen,
+            machine=self._machine,
+            ranks=[row for row in ranks if row.measured_at >= self.rows[0].measured_at],
+            environment=self._environment,
+        )
+        if found is None:
+            return
+        self.explanation = found
+        append_step_rows(self._file, [found])
+        if is_shown:
+            say(step_time(found))
 
     def _tell(self, event: str, *given: Any) -> None:
         """Tell the watch of an event; at its first failure it is let go of."""
