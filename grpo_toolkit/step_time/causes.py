@@ -1,6 +1,6 @@
 """The causes for which a step is slow: one small rule each, with evidence that needs no clock, effect, cure and link.
 
-A rule is given what was seen of a step and the mean step's seconds, and says what it saw and how many seconds of which
+A rule is given what was seen of a step and the mean step's seconds, and says what it saw and how many seconds of what
 phase its cure would save. The seconds are predictions, from counts, bytes and FLOPs and the phase's own time; the order
 of `CAUSES` is that in which they are taken off a phase where several share it.
 """
@@ -218,8 +218,8 @@ def _launched(seen: Seen, mean: Mean) -> Found | None:
     steps = max(mean.decode_steps, 1.0)
     # Compiled steps with CUDA graphs take 2.7 times their floor (5.57 ms for 2.1 ms at the 3B shape on an H200).
     return Found(
-        evidence=f"decode steps are launched kernel by kernel (generate without compile): {decode / steps * 1e3:.1f} ms "
-        f"a step for {floor / steps * 1e3:.2f} ms of reading",
+        evidence="decode steps are launched kernel by kernel (generate without compile): "
+        f"{decode / steps * 1e3:.1f} ms a step for {floor / steps * 1e3:.2f} ms of reading",
         savings_s={"rollout/decode": decode - 2.7 * floor},
     )
 

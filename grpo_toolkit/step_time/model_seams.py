@@ -76,6 +76,9 @@ class ModelSeams:
         for tower in self.towers:
             self._hooks.before(tower.module, self._before_vision)
             self._hooks.after(tower.module, self._after_vision, always=True)
+        embeddings = self.live.get_input_embeddings()
+        if embeddings is not None:
+            self._hooks.before(embeddings, self._inside)
         self._take_generate()
 
     def __reduce__(self) -> Any:
@@ -321,14 +324,20 @@ class ModelSeams:
         if self._is_ours() and self.clock.path[0] == "rollout":
             self.clock.move_on("rollout", "decode")
 
+    def _inside(self, *_: object) -> None:
+        """Note what autocast casts: it is switched on in the model's forward, behind the hooks on it."""
+        import torch
+
+        notes = self._rollout if self._is_ours() else None
+        if notes is not None and len(notes.step_lengths) == 1 and torch.is_autocast_enabled(self.live.device.type):
+            notes.cast_bytes = cast_bytes(self.live)
+
     def _before_decoding(self, notes: RolloutNotes, rows: int, length: int) -> None:
         import torch
 
         notes.step_lengths.append(length)
         if len(notes.step_lengths) == 1:
             notes.prefilled = rows
-            if torch.is_autocast_enabled(self.live.device.type):
-                notes.cast_bytes = cast_bytes(self.live)
             return
         if self.clock.path == ("rollout", "prefill"):
             self.clock.move_on("rollout", "decode")

@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="qwen2.5-vl-3b", help="of scripts/models/random_vlm.py")
     parser.add_argument("--weights", nargs="+", choices=["full", "lora"], default=["full"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plain", "cured"])
-    parser.add_argument("--steps", type=int, default=4, help="of slow arms; the others take twice as many")
+    parser.add_argument("--steps", type=int, default=3, help="of slow arms; the others take twice as many")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)

@@ -1,4 +1,4 @@
-"""A step's time for a terminal: phases beside their floor, then each cause with its evidence, its cost and its cure."""
+"""A step's time for a terminal: phases beside their floor, then each cause with evidence, cost and cure."""
 
 from __future__ import annotations
 
