@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.request import Request
     from grpo_toolkit.model.kv_cache import inference_ready
     from grpo_toolkit.model.sharding.gather import unsharded_models
+    from grpo_toolkit.step_time.rows import StepExplanation
 
 _MODULES = {
     "Arm": "latency.engines.arms",
@@ -84,6 +85,7 @@ _MODULES = {
     "Request": "model.generation.request",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
+    "StepExplanation": "step_time.rows",
     "StepTimeCallback": "callbacks",
     "TrackerError": "errors",
     "Tuning": "latency.tune.tuning",
@@ -133,6 +135,7 @@ __all__ = [
     "Request",
     "ResumeError",
     "ResumeGuardCallback",
+    "StepExplanation",
     "StepTimeCallback",
     "TrackerError",
     "Tuning",

@@ -26,6 +26,7 @@ from grpo_toolkit import (
     KVCacheCallback,
     LatencyCallback,
     ResumeGuardCallback,
+    StepTimeCallback,
     last_whole_checkpoint,
 )
 from grpo_vlm.arguments import RecipeArguments, parse
@@ -88,8 +89,13 @@ def main(argv: list[str]) -> None:
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
     callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
+    steps = StepTimeCallback() if recipe.step_time else None
 
+    # First of all, so that what the others do after a step counts as theirs and not as reading rows.
+    callbacks = [*([] if steps is None else [steps]), *callbacks]
     trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
+    if steps is not None:
+        steps.trainer = trainer
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
     baselines = Baselines(
@@ -114,6 +120,7 @@ def main(argv: list[str]) -> None:
             direct_accuracy=baselines.figures.direct_accuracy,
             begun_with=baselines.checkpoint_name,
             cost=cost.figures(),
+            steps=None if steps is None else steps.explanation,
         )
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print_summary(summary)

@@ -12,8 +12,10 @@ from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.model.hardware.environment import environment_of
 from grpo_toolkit.model.live_model import base_model, random_state_kept
 from grpo_toolkit.model.sharding.ranks import rank, world_size
+from grpo_toolkit.reporting.report.page import write_step_report
 from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.terminal.step_time import step_time
+from grpo_toolkit.reporting.trackers.step_time import StepMirror
 from grpo_toolkit.step_time.clock import StepClock
 from grpo_toolkit.step_time.explain import explain_steps
 from grpo_toolkit.step_time.setup import (
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from grpo_toolkit.step_time.rows import StepExplanation, StepRow
     from grpo_toolkit.step_time.seen import Seen
     from grpo_toolkit.step_time.work import Machine
+
+PAGE: Final = "step_time.html"
 
 SHOWN_AFTER: Final = 5
 """Steps after which the table is shown for the first time."""
@@ -92,6 +96,7 @@ class StepTimeCallback(GuardedCallback):
         self.rows: list[StepRow] = []
         self.explanation: StepExplanation | None = None
         self._watch: StepWatch | None = None
+        self._mirror = StepMirror()
         self._seen: Seen | None = None
         self._machine: Machine | None = None
         self._environment: dict[str, str] = {}
@@ -158,6 +163,9 @@ class StepTimeCallback(GuardedCallback):
         if self.rows:
             with self._guarded("explaining the steps"):
                 self._explain(is_shown=state.is_world_process_zero)
+            if state.is_world_process_zero:
+                with self._guarded("showing the steps"):
+                    self._show(args)
         self._raise_if_strict()
 
     def _prepare(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
@@ -182,10 +190,15 @@ class StepTimeCallback(GuardedCallback):
             settings=lambda notes: settings_of(model, args, known, tokens=largest_forward(notes)),
             steps=state.max_steps - state.global_step,
         )
+        self._mirror = StepMirror()
+        if state.is_world_process_zero:
+            self._mirror.begin(self._file.parent, self._watch.session)
 
     def _on_row(self, row: StepRow, seen: Seen | None) -> None:
         self.rows.append(row)
         append_step_rows(self._file, [row])
+        if row.rank == 0:
+            self._mirror.log(row)
         if seen is not None:
             self._seen = seen
         # Once early, for whoever watches; later where there is something new to say.
@@ -207,6 +220,14 @@ class StepTimeCallback(GuardedCallback):
         append_step_rows(self._file, [found])
         if is_shown:
             say(step_time(found))
+
+    def _show(self, args: TrainingArguments) -> None:
+        """Write the page, and log to the trackers what is left, all from what is on disk."""
+        review = load_step_review(self._file)
+        page = write_step_report(review, self._file.with_name(PAGE))
+        say(f"steps: {self._file}   page: {page}")
+        for line in self._mirror.end(review, self._file.parent / "step_time_charts", args):
+            logger.warning("grpo_toolkit: %s", line)
 
     def _tell(self, event: str, *given: Any) -> None:
         """Tell the watch of an event; at its first failure it is let go of."""

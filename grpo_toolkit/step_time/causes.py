@@ -1,8 +1,8 @@
 """The causes for which a step is slow: one small rule each, with evidence that needs no clock, effect, cure and link.
 
 A rule is given what was seen of a step and the mean step's seconds, and says what it saw and how many seconds of what
-phase its cure would save. The seconds are predictions, from counts, bytes and FLOPs and the phase's own time; the order
-of `CAUSES` is that in which they are taken off a phase where several share it.
+phase its cure would save. The seconds are predictions, from counts, bytes and FLOPs and the phase's own time; in the
+order of `CAUSES` they are taken off a phase where several share it.
 """
 
 from __future__ import annotations
@@ -468,7 +468,7 @@ CAUSES: Final = (
         title="images processed again and again",
         rule=_processed_again,
         cure="process each distinct image of a step once, and keep the result",
-        line="a cache around processing_class.image_processor",
+        line=PACKED,
     ),
     Cause(
         name="rewards-one-by-one",
@@ -517,8 +517,8 @@ CAUSES: Final = (
         name="rows-read-in-line",
         title="rows read while the GPU idles",
         rule=_reading,
-        cure="read rows in processes of their own",
-        line="dataloader_num_workers=4",
+        cure="keep the rows that were read, or read them in processes of their own",
+        line="train_dataset=rows_once(dataset), or dataloader_num_workers=4",
         link=_LOADER,
     ),
 )

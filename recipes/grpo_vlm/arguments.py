@@ -114,6 +114,10 @@ class RecipeArguments(ScriptArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Check everything, print the plan with its memory and disk, and stop."}
     )
+    step_time: bool = field(
+        default=True,
+        metadata={"help": "Say where a step's time goes, and why: step_time.jsonl and step_time.html in output_dir."},
+    )
     latency_rounds: int = field(
         default=24, metadata={"help": "Measured requests per arm, at most; 0 skips the measurement."}
     )

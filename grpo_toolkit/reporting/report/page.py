@@ -17,12 +17,14 @@ from grpo_toolkit.reporting.charts.gallery import CHARTS
 from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, is_variant, label_of, styled
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
 from grpo_toolkit.reporting.report.headline import headline_of, interval
+from grpo_toolkit.reporting.report.step_section import compared_steps, explained, step_section, steps_beside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.step_time.store import StepReview
 
 REPORT_FILE: Final = "report.html"
 _NAME_LETTERS: Final = 24
@@ -43,7 +45,9 @@ def write_report(review: Review, path: Path | None = None) -> Path:
     if not review.arms and not review.explanations:
         raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
     manifest = export_manifest(review)
+    steps = steps_beside(review.path)
     content = _page(review) | {
+        "steps": None if steps is None else step_section(steps),
         "diagnoses": _diagnoses(review),
         "put_right": [] if manifest is None else [_repair(repair) for repair in manifest.get("put_right") or []],
         "checks": [] if manifest is None else ((manifest.get("verification") or {}).get("checks") or []),
@@ -90,7 +94,56 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
         "compared": {"names": names, "lines": [_change(mine, theirs) for mine, theirs in pairs]},
         "is_same_hardware": _hardware(one) == _hardware(other),
     }
+    sides = steps_beside(one.path), steps_beside(other.path)
+    if sides[0] is not None and sides[1] is not None:
+        content |= {"steps_compared": compared_steps(sides[0], sides[1]), "compared_names": names}
     return _render(content, path)
+
+
+def write_step_report(steps: StepReview, path: Path | None = None) -> Path:
+    """Write the report of a run that has steps alone; `path` defaults to `report.html` beside its rows.
+
+    Raises:
+        InputError: no step in it has phases.
+    """
+    section = step_section(steps)
+    if section is None:
+        raise InputError(f"{steps.path}: no step in it has phases, so there is nothing to report")
+    content = _steps_alone(steps, steps.path.resolve().name) | {"steps": section}
+    return _render(content, steps.path / REPORT_FILE if path is None else path)
+
+
+def write_step_comparison(one: StepReview, other: StepReview, path: Path) -> Path:
+    """Write the comparison of two runs that have steps alone.
+
+    Raises:
+        InputError: one of them has no steps with phases.
+    """
+    names = _two_names(one.path, other.path)
+    content = _steps_alone(other, f"{names[0]} and {names[1]}")
+    return _render(content | {"steps_compared": compared_steps(one, other), "compared_names": names}, path)
+
+
+def _steps_alone(steps: StepReview, title: str) -> dict[str, Any]:
+    row = explained(steps)
+    environment = {} if row is None else row.environment
+    return {
+        "title": title,
+        "is_steps_alone": True,
+        "palette": PALETTE,
+        "headline": None,
+        "facts": [fact for fact in (environment.get("hardware"),) if fact],
+        "lines": [],
+        "ratios": [],
+        "charts": [],
+        "missing": [],
+        "failed": [],
+        "explanations": [],
+        "count": len(steps.steps) + len(steps.explanations),
+        "environment": environment,
+        "folder": str(steps.path),
+        "label_of": label_of,
+    }
 
 
 def _two_names(one: Path, other: Path) -> tuple[str, str]:
@@ -207,6 +260,10 @@ def _render(content: dict[str, Any], path: Path) -> Path:
     )
     defaults: dict[str, Any] = {
         "compared": None,
+        "steps": None,
+        "steps_compared": None,
+        "compared_names": (),
+        "is_steps_alone": False,
         "diagnoses": [],
         "put_right": [],
         "checks": [],

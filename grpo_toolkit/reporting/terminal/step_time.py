@@ -22,7 +22,8 @@ BAR: Final = 30
 
 def step_time(row: StepExplanation) -> RenderableType:
     """Return the whole explanation: the phases, then the causes."""
-    parts: list[RenderableType] = [_phases(row), Text()]
+    title = f"Where a step's time goes: {seconds_text(row.wall_s)} s, mean of {row.steps} to step {row.step}"
+    parts: list[RenderableType] = [Text(title, "bold"), _phases(row), Text()]
     parts += [_cause(row, found) for found in row.causes]
     return Group(*parts, _end(row))
 
@@ -43,8 +44,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def _phases(row: StepExplanation) -> Table:
-    title = Text(f"Where a step's time goes: {seconds_text(row.wall_s)} s, mean of {row.steps} to step {row.step}")
-    table = Table(title=title, title_justify="left", box=None, header_style="dim")
+    table = Table(box=None, header_style="dim")
     table.add_column("phase")
     for name in ("seconds", "share", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -83,7 +83,10 @@ def _cause(row: StepExplanation, found: FoundCause) -> RenderableType:
         Text(saving, "bold green"), Text.assemble((cause_title(found.cause), "yellow"), "  ", (found.cause, "dim"))
     )
     grid.add_row(Text(share, "dim"), Text(found.evidence))
-    grid.add_row("", Text.assemble((found.cure, "dim"), *([("\n→ ", "bold green"), found.line] if found.line else [])))
+    cure = Text(found.cure, "dim")
+    if found.line:
+        cure.append("\n→ ", "bold green").append(found.line, "default")
+    grid.add_row("", cure)
     return Padding(grid, (0, 0, 1, 0))
 
 
