@@ -374,7 +374,7 @@ def _ranks(seen: Seen, mean: Mean) -> Found | None:
     if len(mean.busy_s) < 2:
         return None
     slowest = max(mean.busy_s, key=lambda rank: mean.busy_s[rank])
-    usual = statistics.median(mean.busy_s.values())
+    usual = statistics.median(seconds for rank, seconds in mean.busy_s.items() if rank != slowest)
     if mean.busy_s[slowest] < 1.1 * usual or mean.busy_s[slowest] - usual < 0.02 * mean.wall_s:
         return None
     return Found(

@@ -50,7 +50,7 @@ def machine_of(device: torch.device, dtype: torch.dtype) -> Machine | None:
 
     try:
         found = probe_hardware(device, dtype)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         sheet = data_sheet(torch.cuda.get_device_name(device))
         if sheet is None:

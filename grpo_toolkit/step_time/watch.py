@@ -162,8 +162,9 @@ class StepWatch:
 
     def was(self, phase: str) -> None:
         """What has been going on since the step ended, or since the last such call, was this."""
-        self.clock.rename(phase)
-        self._between()
+        if self._seams is None or not self._seams.is_open:
+            self.clock.rename(phase)
+            self._between()
 
     def finish(self) -> None:
         """The training is over: finish the last step, and read those that were not."""
