@@ -18,7 +18,7 @@ from grpo_toolkit.step_time.work import Machine, Model
 if TYPE_CHECKING:
     import torch
 
-    from grpo_toolkit.step_time.notes import StepNotes
+    from grpo_toolkit.step_time.seams.notes import StepNotes
 
 ACTIVATION_BYTES: float = 34.0
 """Bytes that a layer's activations take for each token and unit of width, in 16 bits and without the attention's

@@ -181,7 +181,7 @@ def test_beside_the_callbacks_that_make_a_step_faster(qwen: Path, tmp_path: Path
 def test_a_seam_that_fails_leaves_the_training_alone(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from grpo_toolkit.step_time import model_seams
+    from grpo_toolkit.step_time.seams import model as model_seams
 
     def fail(*_: Any) -> None:
         raise RuntimeError("no such shape")

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from grpo_toolkit import FastRolloutCallback, PackedVisionCallback, StepTimeCallback
-from grpo_toolkit.step_time.causes import BY_NAME, CAUSES, Mean
+from grpo_toolkit.step_time.causes.cause import Mean
+from grpo_toolkit.step_time.causes.table import BY_NAME, CAUSES
 from grpo_toolkit.step_time.explain import find_causes
 from grpo_toolkit.step_time.seen import RolloutSeen, Seen, Settings, VisionSeen
 from grpo_toolkit.step_time.work import Machine

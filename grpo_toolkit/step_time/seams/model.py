@@ -17,9 +17,9 @@ from grpo_toolkit.model.attention.vision_towers import find_towers
 from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
-from grpo_toolkit.step_time.attention_calls import AttentionCalls
 from grpo_toolkit.step_time.clock import OTHER
-from grpo_toolkit.step_time.forward_shapes import (
+from grpo_toolkit.step_time.seams.attention_calls import AttentionCalls
+from grpo_toolkit.step_time.seams.forward_shapes import (
     adapter_layer,
     cast_bytes,
     named_in,
@@ -28,9 +28,9 @@ from grpo_toolkit.step_time.forward_shapes import (
     tensors_in,
     token_shape,
 )
-from grpo_toolkit.step_time.generate_seam import GenerateSeam, arguments_of
-from grpo_toolkit.step_time.look import PASSES, distinct_images, look_at_rollout
-from grpo_toolkit.step_time.notes import ForwardNotes, RolloutNotes, StepNotes, VisionNotes
+from grpo_toolkit.step_time.seams.generate import GenerateSeam, arguments_of
+from grpo_toolkit.step_time.seams.look import PASSES, distinct_images, look_at_rollout
+from grpo_toolkit.step_time.seams.notes import ForwardNotes, RolloutNotes, StepNotes, VisionNotes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
