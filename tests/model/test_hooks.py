@@ -20,7 +20,7 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 import grpo_toolkit
-from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback
+from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback, StepTimeCallback
 from grpo_toolkit.export.policy_answers import _seen_dtype
 from grpo_toolkit.latency.engines import timers
 from grpo_toolkit.latency.engines.timers import VisionTimer, timed_images
@@ -67,15 +67,20 @@ def assert_bit_equal(base: Path, folder: Path, **options: Any) -> KVCacheCallbac
         kv_cache,
         ExportCallback(folder / "export", num_prompts=2, strict=True),
         LatencyCallback(rounds=1, new_tokens=4, max_new_tokens=6, strict=True),
+        steps := StepTimeCallback(strict=True, floors=False),
     ]
     # TRL 1.0's first PEFT training in a process differs from its second, with or without us: so one to warm up.
     for name in (["first"] if "peft_config" in options else []) + ["bare", "ours"]:
         ours = callbacks if name == "ours" else []
         trainer = grpo_trainer(base, folder / name, ours, with_images=False, **copy.deepcopy(options))
+        steps.trainer = trainer
         trainer.train()
         logs[name] = [[row[key] for key in keys] for row in trainer.state.log_history if "grad_norm" in row]
         weights[name] = trainer.model.state_dict()
     assert len(logs["bare"]) == 2
+    assert [row.step for row in steps.rows] == [1, 2]
+    assert all(row.phases_s["rollout"] > 0 for row in steps.rows)
+    assert all("weight_sync" in row.phases_s for row in steps.rows) == bool(options.get("use_vllm"))
     assert all(mean_length > 1 for *_, mean_length in logs["bare"])
     assert logs["ours"] == logs["bare"]
     assert all(torch.equal(weights["ours"][key], weights["bare"][key]) for key in weights["bare"])

@@ -269,7 +269,9 @@ class ModelSeams:
         self._rollout = notes
         self.notes.rollouts.append(notes)
         tokens = call.get("input_ids")
-        if tokens is not None:
+        if isinstance(tokens, list):  # continuous batching
+            notes.rows, notes.prompt_tokens = len(tokens), max(map(len, tokens), default=0)
+        elif tokens is not None:
             notes.rows, notes.prompt_tokens = map(int, tokens.shape[:2])
         self._call = call if self.notes.is_close else None
         self.clock.enter("rollout", "prefill" if notes.engine == "generate" else "generate")
@@ -294,6 +296,9 @@ class ModelSeams:
         sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
         if sequences is not None:
             notes.new_tokens = max(int(sequences.shape[1]) - notes.prompt_tokens, 0)
+        elif isinstance(output, dict):
+            notes.lengths = [len(getattr(one, "generated_tokens", ())) for one in output.values()]
+            notes.new_tokens = max(notes.lengths, default=0)
         call, self._call = self._call, None
         if call is not None and output is not None:
             look_at_rollout(notes, call, output, self.live)

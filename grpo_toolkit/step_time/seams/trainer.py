@@ -67,10 +67,12 @@ class TrainerSeams:
         self._look_at_rewards(getattr(trainer, "reward_funcs", None))
 
     def _look_at_rewards(self, functions: Any) -> None:
+        from torch.nn import Module
+
         if not isinstance(functions, list):
             return
         for index, function in enumerate(functions):
-            if hasattr(function, "register_forward_hook"):
+            if isinstance(function, Module):
                 self.seams.add_reward_model(function, _name(function))
             elif callable(function) and not _is_async(function):
                 functions[index] = self._rewarding(function, _name(function))
