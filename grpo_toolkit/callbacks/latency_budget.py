@@ -66,25 +66,25 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The time that the end of a training may take, by when the training began and ended (`time.perf_counter`)."""
+    """The time that the measurement at the end of a training may take; its two times are `time.perf_counter`'s."""
 
     began: float
     ended: float
 
     @property
     def allowed_s(self) -> float:
-        """`COST` of the training's own time."""
+        """The seconds that the measurement may take: the share `COST` of the training's own time."""
         return COST * (self.ended - self.began)
 
     def left_s(self, asked_s: float) -> float:
-        """Return what is left for warm-up and rounds: of the one percent by now, or of the minute after `asked_s`."""
+        """Return the seconds left for warm-up and rounds: one percent of the training, or a minute if that is more."""
         spent_s = time.perf_counter() - self.ended
         return max(self.allowed_s - spent_s, LEAST_BUDGET_S - asked_s, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndMeasurement:
-    """One measurement at the end of a training; its rows are on disk as soon as they are known."""
+    """A measurement at the end of a training; its rows are on disk as soon as they are known."""
 
     settings: Settings
     budget: Budget
@@ -95,7 +95,7 @@ class EndMeasurement:
     explanations: list[ExplanationRow] = field(default_factory=list)
 
     def run(self, arms: Sequence[Arm]) -> list[Missed]:
-        """Time the arms and explain what missed the gate; returns what did."""
+        """Time the arms, explain those that missed the gate, and return them."""
         timed = fitting(arms, spare=["checkpoint"])
         if len(timed) < len(arms):
             say("no room on the GPU for all arms at once: the plain checkpoint is not timed")
@@ -132,7 +132,7 @@ class EndMeasurement:
         return f"timing {arms} arms, {traffic.name} answers of {tokens} (rounds: {rounds}; limit {budget_s:.0f} s)"
 
     def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
-        """Return what misses the gate: the export, or where none was measured any arm but the first."""
+        """Return the arms that miss the gate: the export, or where none was measured any arm but the first."""
         if self.settings.gate is None:
             return []
         missed = missed_by(self.settings.gate, rows)

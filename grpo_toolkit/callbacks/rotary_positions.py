@@ -20,9 +20,10 @@ _looked_at: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[TrainerState]
 
 
 def restore_positions(model: torch.nn.Module, args: TrainingArguments, state: TrainerState) -> None:
-    """Compute buffers again that loading has rounded, and log it; once a training, whichever callback asks.
+    """Compute the buffers that loading has rounded again, once a training, and log their names.
 
-    A class that is not built from its config alone raises what it likes.
+    Several callbacks call this; only the first call of a training does something. A model class that cannot be built
+    from its config alone may raise any error.
     """
     last = _looked_at.get(base_model(model))
     if last is not None and last() is state:

@@ -30,7 +30,7 @@ METRICS: Final = ("tpot_s", "ttft_s", "e2e_s")
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Arms that took turns.
+    """A comparison of arms that took turns.
 
     Attributes:
         rows: one per arm; the first is what the others' `ratios` are against.

@@ -31,7 +31,7 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Missed:
-    """One arm that missed the gate, on one workload, and what shows it."""
+    """An arm that missed the gate on one workload, with the figure that shows it."""
 
     arm: str
     path: str

@@ -180,7 +180,7 @@ class _Measuring:
 
     @property
     def spent_s(self) -> float:
-        """Seconds since the models were loaded."""
+        """The seconds since the models were loaded."""
         return time.perf_counter() - self._began
 
     def _alive(self, names: Sequence[str]) -> list[str]:

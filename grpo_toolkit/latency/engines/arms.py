@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One thing to time, and how it runs.
+    """A model to time, and the way in which it runs.
 
     Attributes:
         name: on charts.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Output tokens of each of the base's answers, and what causes add to them."""
+    """The output tokens of each of the base's answers, and what causes add to them."""
 
     base: tuple[int, ...]
     added: Mapping[str, tuple[int, ...]]

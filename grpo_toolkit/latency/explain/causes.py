@@ -22,7 +22,7 @@ Cured = Callable[[Options, Facts], Options]
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """One cause.
+    """A cause of slowness.
 
     Attributes:
         name: stable, in kebab-case; `Effect.cause` holds it.

@@ -27,7 +27,7 @@ UNEXPLAINED: Final = "unexplained"
 
 @dataclass(frozen=True, kw_only=True)
 class TimedArm:
-    """One thing that is timed: a model, how it runs, and how many tokens each answer has."""
+    """An arm of an explanation: a model, how it runs, and how many tokens each answer has."""
 
     name: str
     source: Source

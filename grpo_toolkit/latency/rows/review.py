@@ -32,7 +32,7 @@ _SWEPT: Final = re.compile(r"_(batch_size|new_tokens|prompt_tokens|image_tokens|
 
 @dataclass(frozen=True, kw_only=True)
 class Review:
-    """All rows of a run, oldest first, each id once.
+    """The rows of a run, oldest first, each id once.
 
     Attributes:
         path: the folder of `latency.jsonl`; the report and the pictures lie beside it.
