@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
-from grpo_toolkit.callbacks.rotary_positions import restore_positions
 from grpo_toolkit.checkpoint.publish import check_output
 from grpo_toolkit.export.export import ExportResult, export_model
 from grpo_toolkit.export.export_plan import refuse_unsupported
 from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.rotary_buffers import restore_positions
 from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.terminal.tables import export_table
 

@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
-from grpo_toolkit.callbacks.rotary_positions import restore_positions
 from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn, plans_per_length
 from grpo_toolkit.model.kv_cache import (
     disable_cache_for_training,
@@ -18,6 +17,7 @@ from grpo_toolkit.model.kv_cache import (
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rollout_watch import Decoding, RolloutWatch
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
+from grpo_toolkit.model.rotary_buffers import restore_positions
 from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, remember_plain_state
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm, fitting
 from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.explain.missed_gate import explain_missed
+from grpo_toolkit.latency.explain.explanation import explain_missed
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.save_hook import base_folder
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from grpo_toolkit.latency.bench.gate import Gate, Missed
+    from grpo_toolkit.latency.bench.gate import Missed
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
     from grpo_toolkit.model.generation.request import Request
@@ -54,7 +54,7 @@ class Settings:
     new_tokens: int
     rounds: int
     max_new_tokens: int | None
-    gate: Gate | None
+    max_slowdown: float | None
 
     def workloads(self, requests: Sequence[Request]) -> list[Traffic]:
         """Return the fixed workload and, unless it is left out, the natural one."""
@@ -133,9 +133,9 @@ class EndMeasurement:
 
     def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
         """Return the arms that miss the gate: the export, or where none was measured any arm but the first."""
-        if self.settings.gate is None:
+        if self.settings.max_slowdown is None:
             return []
-        missed = missed_by(self.settings.gate, rows)
+        missed = missed_by(self.settings.max_slowdown, rows)
         has_export = any(row.arm == "export" for row in rows[1:])
         return [miss for miss in missed if miss.arm == "export" or not has_export]
 

@@ -9,6 +9,7 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.bench.measure import Plan, pairs_of, traffic_for
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, allow_for, paired_ratio
 from grpo_toolkit.latency.engines.arms import named_arms
+from grpo_toolkit.latency.rows.review import CONTROL
 
 if TYPE_CHECKING:
     import os
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
     from grpo_toolkit.model.generation.request import Request
-
-CONTROL: Final = "control"
-"""The arm's name of the A/A control: the first arm once more, in a process of its own."""
 
 METRICS: Final = ("tpot_s", "ttft_s", "e2e_s")
 

@@ -80,6 +80,7 @@ class Traffic:
 def traffic_of(
     requests: Sequence[Request],
     *,
+    name: str | None = None,
     kind: Literal["fixed", "natural"] = "fixed",
     max_new_tokens: int,
     batch_size: int = 1,
@@ -105,14 +106,15 @@ def traffic_of(
         return _marked(pool[place], f"{random.Random(f'mark {seed} {number}').randrange(10**6):06d}")
 
     return Traffic(
-        name=kind, kind=kind, make=make, max_new_tokens=max_new_tokens, batch_size=batch_size, thinking=thinking,
-        seed=seed,
+        name=name or kind, kind=kind, make=make, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        thinking=thinking, seed=seed,
     )  # fmt: skip
 
 
 def made_up(
     processor: Any,
     *,
+    name: str | None = None,
     kind: Literal["fixed", "natural"] = "fixed",
     prompt_tokens: int = 256,
     image_tokens: int | None = None,
@@ -129,6 +131,7 @@ def made_up(
 
     Args:
         processor: whose tokens are counted; None (nothing but an endpoint is known) counts four characters a token.
+        name: on charts; by default the kind.
         kind: fixed or natural.
         prompt_tokens: length of a fixed prompt; where `lengths` are new, of the shortest.
         image_tokens: tokens of the image; None asks without one.
@@ -159,7 +162,7 @@ def made_up(
 
     make(0)  # what cannot be made is said before any model is loaded
     return Traffic(
-        name=kind, kind=kind, make=make, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        name=name or kind, kind=kind, make=make, max_new_tokens=max_new_tokens, batch_size=batch_size,
         thinking=bool(thinking), seed=seed, lengths=lengths,
     )  # fmt: skip
 

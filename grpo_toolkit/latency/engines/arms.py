@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class LatencyArm:
     """A model to time, and the way in which it runs.
 
     Attributes:
@@ -61,6 +61,10 @@ class Arm:
     def warm_key(self) -> tuple[object, ...]:
         """The key of the warm-up: arms with the same one share an engine, and what is compiled for their options."""
         return (self.engine_key, self.options if self.options.is_compiled else None)
+
+
+Arm = LatencyArm
+"""The older name, which is the one inside this package."""
 
 
 def named_arms(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-from grpo_toolkit.latency.engines.think_markers import split_answer
+from grpo_toolkit.latency.engines.think_markers import count_thinking
 from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
 from grpo_toolkit.latency.engines.toggles import (
     expected_errors,
@@ -56,11 +56,11 @@ class LocalEngine:
         """Return dtype, sizes, attention and the environment of this process."""
         inner = base_model(self.model)
         return EngineFacts(
+            model_type=inner.config.model_type,
             dtype=str(inner.dtype).removeprefix("torch."),
             device=str(inner.device),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             attn_implementation=getattr(inner.config, "_attn_implementation", None),
-            is_adapter=hasattr(self.model, "peft_config"),
             places=sorted({str(place) for place in (getattr(inner, "hf_device_map", None) or {}).values()}),
             sizes=live_sizes(self.model),
             environment=self.environment(),
@@ -99,7 +99,9 @@ class LocalEngine:
             "decode_s": times[-1] - times[0] - after_s,
             "detokenize_s": end_s - times[-1],
         }
-        think = split_answer([self._tokenizer.decode([token]) for token in tokens[0]]) if len(tokens) == 1 else None
+        think = None
+        if len(tokens) == 1:
+            think = count_thinking([self._tokenizer.decode([token]) for token in tokens[0]])
         del output
         torch_peak = torch.device(device).type == "cuda"
         return Answer(
@@ -109,9 +111,9 @@ class LocalEngine:
                 output_tokens=sum(map(len, tokens)),
                 output_lengths=[len(row) for row in tokens],
                 image_tokens=self._image_tokens(inputs["input_ids"]),
-                think_tokens=None if think is None else think.think,
-                answer_tokens=None if think is None else think.answer,
-                first_answer_s=None if think is None or think.first_answer is None else times[think.first_answer],
+                think_tokens=think,
+                answer_tokens=None if think is None else len(tokens[0]) - think,
+                first_answer_s=None if think is None or think == len(tokens[0]) else times[think],
                 is_capped=not exact and any(len(row) == cap and not self._ends(row, options) for row in tokens),
                 phases_s=phases,
             ),

@@ -98,7 +98,7 @@ def tune_latency(
         engine = pool.engine(source, usual).facts()
         return Tuning(
             path=source.name,
-            model_type=_model_type(source),
+            model_type=engine.model_type,
             dtype=engine.dtype,
             new_tokens=new_tokens,
             trials=tuple(bench.trials),
@@ -279,16 +279,3 @@ def _request(source: Source, processor: Any, new_tokens: int, prompt_tokens: int
         processor = load_processor(source.path)
     made = made_up(processor, prompt_tokens=prompt_tokens, image_tokens=image_tokens, max_new_tokens=new_tokens)
     return made.batch(0)[0]
-
-
-def _model_type(source: Source) -> str:
-    from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-    from grpo_toolkit.checkpoint.json_files import read_json
-    from grpo_toolkit.checkpoint.model_folder import CONFIG
-    from grpo_toolkit.model.live_model import base_model
-
-    if source.model is not None:
-        return str(base_model(source.model).config.model_type)
-    assert source.path is not None
-    folder = source.path if (source.path / CONFIG).is_file() else base_of_adapter(source.path)
-    return str(read_json(folder / CONFIG).get("model_type"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import netrc
 import os
 import ssl
 import sys
@@ -21,7 +20,6 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,11 +134,10 @@ def api_key() -> str | None:
     """Return the user's key: from the environment, or from `.netrc` for this server."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key
-    try:
-        found = netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(base_url()).hostname or "")
-    except (OSError, netrc.NetrcParseError):
-        return None
-    return None if found is None else found[2]
+    from requests.utils import get_netrc_auth  # W&B needs requests, and reads the file by it too
+
+    found = get_netrc_auth(base_url())
+    return None if found is None else found[1]
 
 
 def server_problem(key: str, *, limit_s: float = PROBE_S) -> str | None:

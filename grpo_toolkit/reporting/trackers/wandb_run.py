@@ -21,12 +21,11 @@ from grpo_toolkit.reporting.trackers.metrics import (
     IDS_KEY,
     REPORT_KEY,
     STEP_METRIC,
-    TABLE_COLUMNS,
     TABLE_IDS_KEY,
     TABLE_KEY,
     joined,
     scalars,
-    table_rows,
+    table,
 )
 from grpo_toolkit.reporting.trackers.wandb_plots import box_plots, tpot_bars, tpot_lines
 
@@ -132,12 +131,12 @@ def _media(review: Review, pages: Pages) -> list[Any]:
 def _tables(review: Review, every: set[str]) -> list[Any]:
     import wandb
 
-    rows = table_rows(review)
+    columns, data = table(review.rows)
     return [
         lambda: tpot_bars(review),
         lambda: tpot_lines(review),
         lambda: {
-            TABLE_KEY: wandb.Table(columns=list(TABLE_COLUMNS), data=rows, allow_mixed_types=True),
+            TABLE_KEY: wandb.Table(columns=columns, data=data, allow_mixed_types=True),
             TABLE_IDS_KEY: joined(every),
         },
     ]
