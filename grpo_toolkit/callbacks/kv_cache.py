@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn, plans_per_length
+from grpo_toolkit.model.cache_probe import Decoding, RolloutWatch
 from grpo_toolkit.model.kv_cache import (
     disable_cache_for_training,
     enable_cache_for_generation,
@@ -15,7 +16,6 @@ from grpo_toolkit.model.kv_cache import (
     set_cache_flags,
 )
 from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.rollout_watch import Decoding, RolloutWatch
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from grpo_toolkit.model.rotary_buffers import restore_positions
 from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, remember_plain_state

@@ -156,17 +156,16 @@ def _sweep(parent: Path, prefix: str) -> None:
     import glob
     import shutil
 
-    for leftover in parent.glob(f"{glob.escape(prefix.replace('.staging-', '.previous-'))}*"):
-        pid, published = leftover.name.rpartition("-")[2], parent / prefix[1:].partition(".staging-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            if published.exists():
+    published = parent / prefix[1:].partition(".staging-")[0]
+    for start in (prefix.replace(".staging-", ".previous-"), prefix):
+        for leftover in parent.glob(f"{glob.escape(start)}*"):
+            pid = leftover.name.rpartition("-")[2]
+            if not pid.isdigit() or _is_alive(int(pid)):
+                continue
+            if start == prefix or published.exists():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.rename(published)
-    for leftover in parent.glob(f"{glob.escape(prefix)}*"):
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -128,8 +128,7 @@ def _measured(
     arguments: argparse.Namespace, arms: Sequence[Arm], make: Callable[..., Traffic], engines: Engines
 ) -> Iterator[Comparison]:
     """Compare the arms at each batch size."""
-    from grpo_toolkit.latency.bench.compare import compare_latency
-    from grpo_toolkit.latency.bench.sweep import doubling, sweep_batches
+    from grpo_toolkit.latency.bench.compare import compare_latency, doubling, sweep_batches
     from grpo_toolkit.reporting.terminal.console import turn_progress
 
     def compare(left: Sequence[Arm], size: int) -> Comparison:

@@ -5,23 +5,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from grpo_toolkit.latency.bench.sweep import Setting
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.model.generation.request import Request
 
 
 DEFAULT_IMAGE_TOKENS = 256
+
+CACHES: Final[dict[str, dict[str, Any]]] = {
+    "dynamic": {"cache_implementation": "dynamic", "compiled": False},
+    "static": {"cache_implementation": "static", "compiled": False},
+    "static+compile": {"cache_implementation": "static", "compiled": True},
+    "static+compile+ahead": {"cache_implementation": "static", "compiled": True, "ahead": True},
+}
+"""The values of the setting `cache`, as options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +128,6 @@ def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | N
 def find_arms(arguments: argparse.Namespace) -> list[Arm]:
     """Return every model in every setting that the flags name."""
     from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-    from grpo_toolkit.latency.bench.sweep import with_setting
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Options
 
@@ -133,7 +141,7 @@ def find_arms(arguments: argparse.Namespace) -> list[Arm]:
             continue
         open_checkpoint(Path(place))
         chosen = [("", plain)]
-        settings: tuple[tuple[Setting, list[Any] | None], ...] = (
+        settings: tuple[tuple[str, list[Any] | None], ...] = (
             ("cache", arguments.cache),
             ("attn_implementation", arguments.attn),
             ("sdpa_backend", arguments.sdpa),
@@ -149,6 +157,19 @@ def find_arms(arguments: argparse.Namespace) -> list[Arm]:
                 ]
         arms += [Arm(name=f"{name}{suffix}", path=Path(place), options=options) for suffix, options in chosen]
     return arms
+
+
+def with_setting(options: Options, setting: str, value: Any) -> Options:
+    """Return the options with one setting changed: a field of theirs, or `cache`, which is several.
+
+    Raises:
+        InputError: a cache that is not known.
+    """
+    if setting != "cache":
+        return replace(options, **{setting: value})
+    if value not in CACHES:
+        raise InputError(f"no cache called {value!r}; choose from {', '.join(CACHES)}")
+    return replace(options, **CACHES[value])
 
 
 def _word(setting: str, value: Any) -> str:
@@ -213,11 +234,11 @@ def _read_image(path: Path, where: str) -> Any:
     Raises:
         InputError: it cannot be read as one.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:
         raise InputError(f"{where} {path}: cannot be read as an image ({error})") from error
 
 

@@ -20,7 +20,7 @@ from grpo_toolkit.latency.engines.pool import Engines, Source
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.row import LatencyRow, Proof, Ratio, Settings, Workload
 from grpo_toolkit.latency.rows.store import read_rows
-from grpo_toolkit.latency.tune.tune import _ahead, _Bench, _Limits, tune_latency
+from grpo_toolkit.latency.tune.tune import _ahead, _Bench, tune_latency
 from grpo_toolkit.latency.tune.tuning import Trial, Tuning, keys_for_files
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.reporting.terminal.console import say, show
@@ -162,7 +162,8 @@ def test_other_tokens_count_as_the_same_only_after_a_tie(tokens: list[int], is_s
         pool=Engines(),
         source=Source(path=None),
         request=Request(messages=[]),
-        limits=_Limits(tpot_s=None, memory_bytes=None),
+        max_tpot_s=None,
+        max_memory_bytes=None,
         progress=None,
         expected=[7, 8, 9],
         rivals=[{}, {5: 0.25, 6: 0.5}, {}],

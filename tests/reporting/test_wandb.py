@@ -298,7 +298,7 @@ def test_with_a_key_and_a_server_that_answers_it_stays_online(tmp_path: Path, mo
         ("403", "it says 403"),
         ("nothing", "no answer within 1.5 s"),
         ("late", "no answer within 1.5 s"),
-        ("half", "its answer is cut off (IncompleteRead)"),
+        ("half", "its answer is cut off (RemoteProtocolError)"),
         ("dead", "it cannot be reached ([Errno 111] Connection refused)"),
     ],
 )

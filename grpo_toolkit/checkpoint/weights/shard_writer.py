@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 from collections import Counter
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -195,11 +195,8 @@ def _carry_out(tasks: Sequence[_Task], pool: ThreadPoolExecutor) -> Iterator[int
     """Do all tasks, and yield the bytes of each."""
     pending = [pool.submit(task.do) for task in _in_turns(tasks)]
     try:
-        waiting = set(pending)
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_EXCEPTION, timeout=0.1)
-            for future in finished:
-                yield future.result()
+        for future in as_completed(pending):
+            yield future.result()
     finally:
         for future in pending:
             future.cancel()
@@ -212,13 +209,11 @@ def _in_turns(tasks: Sequence[_Task]) -> list[_Task]:
     The kernel lets one thread at a time write into a file, and the others spin: with two workers on one file that was
     a tenth of a merge's processor time (ext4).
     """
-    counts = Counter[tuple[bool, int]]()
-    places = []
-    for task in tasks:
-        key = (not task.is_copy, task.descriptor)
-        places.append((key[0], counts[key]))
-        counts[key] += 1
-    return [tasks[number] for number in sorted(range(len(tasks)), key=places.__getitem__)]
+    counts, order = Counter[tuple[bool, int]](), []
+    for number, task in enumerate(tasks):
+        counts[task.is_copy, task.descriptor] += 1
+        order.append((not task.is_copy, counts[task.is_copy, task.descriptor], number))
+    return [tasks[number] for *_, number in sorted(order)]
 
 
 def _tasks(shard: Shard, offset: int, descriptor: int, fill: Fill) -> Iterator[_Task]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.rows.row import LatencyRow
 
 MAX_SLOWDOWN: Final = "max-slowdown"
-METRICS: Final = {"tpot_s": "time per output token", "e2e_s": "end to end"}
+_HELD: Final = {"tpot_s": "time per output token", "e2e_s": "end to end"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ def _reason(max_slowdown: float, row: LatencyRow, first: LatencyRow) -> str:
         steps = ", ".join(map(str, row.proof.step_lengths[:4]))
         return f"its KV cache is off (tokens fed a step: {steps}, ...), that of {first.arm} is on"
     for ratio in row.ratios:
-        if ratio.metric in METRICS and ratio.against == first.arm and ratio.low > 1:
+        if ratio.metric in _HELD and ratio.against == first.arm and ratio.low > 1:
             times = f"{ratio.median:.2f} times as long as {first.arm} ({ratio.low:.2f} to {ratio.high:.2f})"
             if ratio.median > max_slowdown:
-                return f"{METRICS[ratio.metric]} {times}, allowed are {max_slowdown:g}"
+                return f"{_HELD[ratio.metric]} {times}, allowed are {max_slowdown:g}"
     return ""

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from grpo_toolkit.checkpoint.pixel_limits import pixel_limits
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.model.generation.chat_inputs import image_messages, render_chat
+from grpo_toolkit.model.generation.chat_inputs import image_messages, render_chat, text_of
 from grpo_toolkit.model.generation.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from PIL.Image import Image
 
@@ -236,15 +236,11 @@ def count_tokens(request: Request, processor: Any, image_tokens: int | None = No
     images = len(request.images) * (image_tokens or 0)
     messages = image_messages(request)
     if processor is None:
-        return images + sum(len(_text(message)) for message in messages) // 4
+        return images + sum(len(text_of(message["content"])) for message in messages) // 4
     if not hasattr(processor, "image_processor"):
         return len(processor(render_chat(processor, messages), add_special_tokens=False)["input_ids"])
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return len(processor.tokenizer(text)["input_ids"]) - len(request.images) + images
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    return "".join(part.get("text", "") for part in message["content"])
 
 
 def _words(seed: int, number: int, count: int) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from grpo_toolkit.errors import InputError, WorkerError
 from grpo_toolkit.latency.engines.endpoint_extensions import ALL_IDS, RUNNING_USAGE, find_extensions, with_extensions
 from grpo_toolkit.latency.engines.endpoint_stream import Stream, answer_of
-from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
+from grpo_toolkit.latency.engines.protocol import Answer, Engine, EngineFacts, Options
 from grpo_toolkit.model.generation.chat_inputs import image_messages
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class _BrokenError(WorkerError):
     """A connection that broke off and may hold the next time."""
 
 
-class EndpointEngine:
+class EndpointEngine(Engine):
     """An endpoint and one model there (see `Engine`).
 
     Args:
@@ -125,27 +125,9 @@ class EndpointEngine:
                 )
         return answer_of(streams)
 
-    def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
-        """Return None: a server cannot be looked into."""
-        return None
-
-    def environment(self) -> dict[str, str]:
-        """Return the same as in `facts`."""
-        return self.facts().environment
-
-    def probe_hardware(self) -> dict[str, float]:
-        """Return {}: its device is out of reach."""
-        return {}
-
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
-
-    def __enter__(self) -> EndpointEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _model_called(self, name: str | None) -> str:
         answer = self._get(f"{self.url}/models")

@@ -112,7 +112,7 @@ def _load(path: Path, options: Options) -> Any:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model, processor = load_as(path, options)
-    return LocalEngine(model, with_pixels(processor, min_pixels=options.min_pixels, max_pixels=options.max_pixels))
+    return LocalEngine(model, with_pixels(processor, options))
 
 
 def _options(data: dict[str, Any]) -> Options:

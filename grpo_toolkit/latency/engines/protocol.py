@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from typing_extensions import Self
+
     from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
     from grpo_toolkit.latency.rows.row import Proof, Timeline
     from grpo_toolkit.model.generation.request import Request
@@ -138,7 +140,10 @@ class Evidence:
 
 
 class Engine(Protocol):
-    """A model that can be asked. `close` frees what it holds; an engine is also a context manager."""
+    """A model that can be asked. `close` frees what it holds; an engine is also a context manager.
+
+    What has a body here is that of an engine which cannot be looked into.
+    """
 
     def facts(self) -> EngineFacts:
         """Return what is running; waits until it is loaded."""
@@ -153,15 +158,24 @@ class Engine(Protocol):
 
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
         """Answer a batch under observation, untimed; None where nothing can be observed."""
+        return None
 
     def environment(self) -> dict[str, str]:
         """Return versions and hardware as in `facts`, with clocks, throttling and load as they are now."""
+        return self.facts().environment
 
     def probe_hardware(self) -> dict[str, float]:
         """Measure bandwidth (bytes/s) and matrix throughput (FLOP/s) of the device; {} if out of reach."""
+        return {}
 
     def close(self) -> None:
         """Free everything."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass

@@ -21,6 +21,7 @@ from grpo_toolkit.latency.engines.pool import Engines, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.explain.answer_lengths import Lengths, lengthened, minus, natural_requests
 from grpo_toolkit.latency.explain.causes import BY_NAME, CAUSES, Cause
+from grpo_toolkit.latency.explain.effects import Arm, arms_of
 from grpo_toolkit.latency.explain.explanation_row import BASE, Plan, TimedArm, row_of
 from grpo_toolkit.latency.explain.facts import Facts, declared_by, facts_of
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
     from grpo_toolkit.latency.bench.gate import Missed
-    from grpo_toolkit.latency.explain.effects import Arm
     from grpo_toolkit.latency.rows.row import ExplanationRow, Timeline
     from grpo_toolkit.model.generation.request import Request
 
@@ -187,8 +187,6 @@ class _Lab:
 
     def plan(self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]) -> Plan:
         """Plan the arms: every combination of causes on the trained model, and the base."""
-        from grpo_toolkit.latency.explain.effects import arms_of
-
         lengths = self._lengths(sources[1], known, seen, found)
         told = {name: what for name, what in found.items() if name != LONGER or lengths.changed(LONGER)}
         if lengths.changed(LONGER) and LONGER not in told:
@@ -280,6 +278,5 @@ class _Lab:
 def _as_it_stands(source: Source, options: Options) -> Options:
     """Return options that spell out what the files or a live model's state say: only that can be toggled."""
     declared = declared_by(source, None)
-    if options.cache_implementation is None and declared.cache_implementation is not None:
-        options = replace(options, cache_implementation=declared.cache_implementation)
-    return replace(options, training=options.training or declared.is_training)
+    cache = options.cache_implementation or declared.cache_implementation
+    return replace(options, cache_implementation=cache, training=options.training or declared.is_training)

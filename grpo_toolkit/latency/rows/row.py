@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION: Final = 2
 
+METRICS: Final = {"tpot_s": "per output token", "ttft_s": "to first token", "e2e_s": "end to end"}
+"""The times that arms are compared by, and their names for people."""
+
 Verdict = Literal["faster", "slower", "same", "cannot tell"]
 
 

@@ -43,10 +43,13 @@ def write_report(review: Review, path: Path | None = None) -> Path:
     """
     if not review.arms and not review.explanations:
         raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
-    manifest = export_manifest(review)
+    manifest, found = export_manifest(review), findings_of(review)
     content = _page(review) | {
-        "diagnoses": _diagnoses(review),
-        "put_right": [] if manifest is None else [_repair(repair) for repair in manifest.get("put_right") or []],
+        "diagnoses": [{"arm": label_of(arm), **found[arm]} for arm in sorted(found, key=arm_order)],
+        "put_right": [
+            {name: str(repair.get(name, "")) for name in ("file", "key", "found", "written")}
+            for repair in (manifest or {}).get("put_right") or []
+        ],
         "checks": [] if manifest is None else ((manifest.get("verification") or {}).get("checks") or []),
         "has_manifest": manifest is not None,
     }
@@ -83,7 +86,7 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
         "title": f"{names[0]} and {names[1]}",
         "headline": None,
         "compared": {"names": names, "lines": [_change(mine, theirs) for mine, theirs in pairs]},
-        "is_same_hardware": _hardware(one) == _hardware(other),
+        "is_same_hardware": len({run.arms[0].environment.get("hardware") for run in (one, other)}) == 1,
     }
     return _render(content, path)
 
@@ -95,10 +98,6 @@ def _two_names(one: Path, other: Path) -> tuple[str, str]:
         mine, theirs = mine.parent, theirs.parent
     first, second = mine.name[-_NAME_LETTERS:] or "first", theirs.name[-_NAME_LETTERS:] or "second"
     return (first, second) if first != second else (f"{first} 1", f"{second} 2")
-
-
-def _hardware(review: Review) -> str | None:
-    return review.arms[0].environment.get("hardware")
 
 
 def _change(before: LatencyRow, after: LatencyRow) -> dict[str, Any]:
@@ -177,18 +176,6 @@ def line_of(row: LatencyRow) -> dict[str, Any]:
         "cache": {None: "not seen", True: "in use", False: "off"}[row.proof.is_cached],
         "vision": row.proof.vision_calls,
     }
-
-
-def _diagnoses(review: Review) -> list[dict[str, Any]]:
-    found = findings_of(review)
-    return [
-        {"arm": label_of(arm), **diagnosis}
-        for arm, diagnosis in sorted(found.items(), key=lambda item: arm_order(item[0]))
-    ]
-
-
-def _repair(repair: dict[str, Any]) -> dict[str, str]:
-    return {name: str(repair.get(name, "")) for name in ("file", "key", "found", "written")}
 
 
 def templates(*, autoescape: bool) -> Environment:

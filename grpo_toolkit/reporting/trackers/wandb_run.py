@@ -151,6 +151,7 @@ def _log_artifact(run: Any, review: Review, step: int) -> None:
         return
     folder = Path(export.path).resolve()
     manifest = export_manifest(review)
+    newest = next((scalars(visit) for visit in reversed(visits_of(review)) if visit.main == review.arms), {})
     metadata = {
         "step": step,
         "path": str(folder),
@@ -158,16 +159,12 @@ def _log_artifact(run: Any, review: Review, step: int) -> None:
         "put_right": [] if manifest is None else manifest.get("put_right"),
         "findings": [finding["code"] for finding in findings_of(review).get("export", {}).get("findings", [])],
         "manifest_sha256": sha256(folder / MANIFEST) if (folder / MANIFEST).is_file() else None,
-        "latency": {name: value for name, value in _newest_scalars(review).items() if "/export/" in name},
+        "latency": {name: value for name, value in newest.items() if "/export/" in name},
     }
     artifact = wandb.Artifact(f"export-{key_part(run.id)}", type="model", metadata=metadata)
     artifact.add_reference(folder.as_uri(), checksum=False)
     aliases = [f"step-{step}"] + (["best"] if _is_best(review) else [])
     run.log_artifact(artifact, aliases=aliases)
-
-
-def _newest_scalars(review: Review) -> dict[str, float]:
-    return next((scalars(visit) for visit in reversed(visits_of(review)) if visit.main == review.arms), {})
 
 
 def _is_best(review: Review) -> bool:
