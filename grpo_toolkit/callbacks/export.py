@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
-from grpo_toolkit.callbacks.rotary_positions import restore_positions
 from grpo_toolkit.checkpoint.publish import check_output
 from grpo_toolkit.export.export import ExportResult, export_model
 from grpo_toolkit.export.export_plan import refuse_unsupported
 from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.rotary_buffers import restore_positions
 from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.terminal.tables import export_table
 
@@ -33,10 +33,10 @@ published: WeakKeyDictionary[torch.nn.Module, ExportResult] = WeakKeyDictionary(
 
 
 class ExportCallback(GuardedCallback):
-    """Exports the trained model at the end of training: merged, verified, published atomically.
+    """A callback that exports the trained model at the end of training: merged, verified, published atomically.
 
-    Before the training it sees to it that an export can be equal to the policy at all: rotary frequencies that loading
-    has rounded (see `model/rotary_buffers.py`) are computed again, as by `KVCacheCallback`.
+    Before training it makes sure that an export can equal the trained model at all: rotary frequencies that loading
+    has rounded (see `model/rotary_buffers.py`) are computed again, as `KVCacheCallback` does.
 
     Args:
         output_dir: the folder to publish.
@@ -81,7 +81,7 @@ class ExportCallback(GuardedCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say before training, not after it, if the model is one that cannot be exported; put right what can be."""
+        """Raise before training, not after it, for a model that cannot be exported; put right what can be."""
         super().on_train_begin(args, state, control, **kwargs)
         self.result = None
         with self._guarded("the export after this training"):

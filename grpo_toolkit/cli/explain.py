@@ -103,12 +103,10 @@ def with_settings(options: Options, settings: list[str]) -> Options:
 
 
 def _requests(arguments: argparse.Namespace) -> list[Any]:
-    from grpo_toolkit.cli.bench_arguments import read_image
-    from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.cli.bench_arguments import asked
 
     if arguments.prompt is None:
         if arguments.image is not None:
             raise InputError("--image: say what to ask about it with --prompt")
         return []
-    images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
-    return [Request(messages=[{"role": "user", "content": arguments.prompt}], images=images)]
+    return [asked(arguments)]

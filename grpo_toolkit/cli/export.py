@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import COMPAT_HELP, add_device, add_json, quiet_libraries
+from grpo_toolkit.cli.shell import add_device, add_json, add_publishing, quiet_libraries
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,15 +20,10 @@ def add_command(commands: Commands) -> None:
     """Add `export` and its flags."""
     parser = commands.add_parser("export", help="publish a trained folder for inference: merged, verified, portable")
     parser.add_argument("source", type=Path, help="a full checkpoint or a LoRA adapter")
-    parser.add_argument("output", type=Path, help="the folder to publish")
+    add_publishing(parser)
     parser.add_argument("--base", help="folder or Hub name of the base model whose files are carried")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--link", action="store_true", help="hard links to the source's weight files where they fit")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
-    parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor, such as float16")
-    parser.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the verified folder (a new repo is private)")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
     parser.add_argument("--tuned", action="store_true", help="find the fastest setting, and write what files can hold")
     parser.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
     parser.set_defaults(run=export)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def report(arguments: argparse.Namespace) -> int:
         from grpo_toolkit.reporting.trackers.replay import replay
 
         results = replay(review, arguments.replay)
-        facts["replayed"] = [result.to_json() for result in results]
+        facts["replayed"] = [asdict(result) for result in results]
         print(*results, sep="\n", file=sys.stderr)
     print(json.dumps(facts) if arguments.json else page)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError
@@ -17,9 +18,19 @@ if TYPE_CHECKING:
 EXIT_FINDINGS: Final = 1
 EXIT_INPUT: Final = 2
 
-COMPAT_HELP: Final = (
+_COMPAT_HELP: Final = (
     "who can read it: all (also transformers 4 and servers, whatever wrote the base), v5 (the base's forms)"
 )
+
+
+def add_publishing(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of commands that publish a folder."""
+    parser.add_argument("output", type=Path, help="the folder to publish")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export or merge")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
+    parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor (default: the base's)")
+    parser.add_argument("--compat", choices=("all", "v5"), default="all", help=_COMPAT_HELP)
+    parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ _BLOCK_BYTES: Final = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was verified: what, whether it held, and the figure that shows it; or why it was skipped."""
+    """A single check of a verification: its name, its outcome, and the figure behind it or the reason to skip it."""
 
     name: str
     passed: bool

@@ -56,7 +56,7 @@ class Storage:
 
     @property
     def dtype_name(self) -> str | None:
-        """torch's name of `dtype` ("bfloat16"), or None."""
+        """The name that torch has for `dtype` ("bfloat16"), or None."""
         return None if self.dtype is None else FLOAT_NAMES[self.dtype]
 
     def renames(self, names: Iterable[str], model_type: object) -> dict[str, str]:
@@ -94,7 +94,7 @@ class Source:
 
     @property
     def plain(self) -> PreTrainedModel:
-        """The transformers model inside all wrappers."""
+        """The transformers model itself, without wrappers (DDP, `torch.compile`, PEFT)."""
         return base_model(self.model)
 
     def __str__(self) -> str:
@@ -114,12 +114,12 @@ class ExportPlan:
 
     @property
     def base_folder(self) -> Path | None:
-        """The base's folder, or None."""
+        """The folder of the base, or None where there is no base on disk."""
         return None if self.source.base is None else self.source.base.path
 
     @cached_property
     def stored(self) -> Mapping[str, str]:
-        """torch's name of the dtype of every floating-point tensor of the base, by its name in the export."""
+        """The dtypes of the base's floating-point tensors, as torch names them, by their names in the export."""
         tensors = {} if self.source.base is None else self.source.base.tensors
         return {
             self.source.renames.get(name, name): FLOAT_NAMES[self.storage.dtype or info.dtype]
@@ -129,7 +129,7 @@ class ExportPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that was asked for, else that of most of the base's tensors, else (no base) the model's own.
+        """The dtype of the export: the one asked for, else that of most of the base's tensors, else the model's own.
 
         TRL loads a model given by name in float32 unless told otherwise: a bfloat16 base would double in size.
         """

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyAnswers:
-    """The answers of a trained policy, and by how much its logits may be off: between two runs of it, and by what its
-    dtype rounds.
+    """The answers of a trained model, and the distance by which an export's logits may differ from its own.
+
+    That distance is the larger one of what two runs of the model differ by and of what its dtype rounds.
 
     Attributes:
         requests: what it was asked.
@@ -86,8 +87,10 @@ def ask_policy(
 def _records_again(
     model: torch.nn.Module, processor: Any, asked: Sequence[Request], *, dtype: torch.dtype | None
 ) -> list[Record]:
-    """The same weights on the same requests in float32, which shows what their dtype rounds; in that dtype once more
-    where the model is sharded, or float32 does not fit."""
+    """Generate all answers a second time, in float32, which shows how much the model's own dtype rounds.
+
+    A sharded model, and one that does not fit in float32, runs in its own dtype again.
+    """
     import torch
 
     if not is_sharded(model):
@@ -134,7 +137,7 @@ def policy_records(
 
 
 def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
-    """Return by how much the logits of two runs of the same requests differ.
+    """Return the largest change of a logit between two runs of the same requests.
 
     A dtype rounds, and by more where weights are wide: a tiny bfloat16 model was 0.33 away from itself in float32.
     Kernels on a GPU may sum in another order each time: at the 3B shape in bfloat16 on an H200 the same model differed
@@ -152,7 +155,7 @@ def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
 
 
 def logit_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
-    """Return how far apart the logits of two runs of the same requests are, up to the first other token."""
+    """Return the distance between the logits of two runs of the same requests, up to their first different token."""
     distances = [0.0]
     for first, second in zip(once, again, strict=True):
         where = first_difference(first.tokens, second.tokens)

@@ -51,7 +51,7 @@ _NEED_LOADING: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class VerificationResult:
-    """Every check of one export, in the order in which they were made."""
+    """The checks of one export, in the order in which they were made."""
 
     checks: tuple[Check, ...]
 

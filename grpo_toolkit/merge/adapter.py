@@ -79,7 +79,7 @@ class Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter folder, read and found mergeable. Make one with `open_adapter`."""
+    """An adapter folder that was read and can be merged; `open_adapter` makes one."""
 
     path: Path
     config: JsonObject
@@ -93,11 +93,11 @@ class Adapter:
         return self.path / ADAPTER_WEIGHTS
 
     def alpha(self, name: str) -> float:
-        """`lora_alpha`, or what `alpha_pattern` says for this module or parameter."""
+        """Return `lora_alpha`, or what `alpha_pattern` says for this module or parameter."""
         return float(_by_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", 8)))
 
     def rank(self, name: str) -> int:
-        """`r`, or what `rank_pattern` says."""
+        """Return `r`, or what `rank_pattern` says for this module or parameter."""
         return int(_by_pattern(self.config.get("rank_pattern"), name, self.config.get("r", 8)))
 
     def targets(self, name: str) -> bool:
@@ -119,7 +119,7 @@ class Adapter:
 
 
 def find_adapter(path: str | os.PathLike[str], name: str | None = None) -> Path:
-    """The folder of one adapter: `path` itself, or the sub-folder that PEFT saves an adapter of another name in.
+    """Return the folder of one adapter: `path` itself, or the folder in it that PEFT saves a named adapter in.
 
     Raises:
         InputError: no adapter there, or several and none was named.
@@ -278,5 +278,5 @@ def _grouped(tensors: Mapping[str, TensorInfo], path: Path) -> tuple[tuple[Modul
 
 
 def _plain(name: str) -> str:
-    """A name without PEFT's prefix and wrappers."""
+    """Return a name without PEFT's prefix and wrappers."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")

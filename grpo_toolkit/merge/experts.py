@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def parameter_updates(adapter: Adapter, base: Base, name: str, modules: list[Module]) -> list[tuple[str, Update]]:
-    """`target_parameters`: wrappers around one module, each for a parameter of it, most often stacked experts."""
+    """Plan the updates of one module's parameters (`target_parameters`): each wrapper around it is for one of them."""
     names = sorted({target.rpartition(".")[2] for target in adapter.config.get("target_parameters") or ()})
     names = [leaf for leaf in names if any(is_named(f"{name}.{leaf}", t) for t in adapter.config["target_parameters"])]
     parameters = {
@@ -52,7 +52,7 @@ def parameter_updates(adapter: Adapter, base: Base, name: str, modules: list[Mod
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of one expert (or of all of them stacked) that a stored tensor holds."""
+    """The rows of one expert (or of all of them stacked) that a stored tensor holds."""
 
     stored: str
     expert: int | None
@@ -118,7 +118,7 @@ def _fit_experts(
 
 
 def containers_without_factors(adapter: Adapter, base: Base, spelled: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Stacks of experts that the config targets, and for which the adapter has fewer factors than parameters.
+    """Yield the stacks of experts that the config targets, but for which the adapter lacks factors of some parameter.
 
     Args:
         adapter: the adapter.
@@ -146,7 +146,7 @@ def containers_without_factors(adapter: Adapter, base: Base, spelled: Iterable[t
 
 
 def scale_of(adapter: Adapter, name: str, rank: int) -> float:
-    """The number that a module's factors are multiplied with.
+    """Return the number that a module's factors are multiplied with.
 
     Raises:
         CheckpointError: their rank is none, or not the config's.

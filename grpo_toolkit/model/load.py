@@ -122,13 +122,12 @@ def load_processor(path: Path) -> Any:
 def auto_class(path: Path) -> Any:
     """Return the Auto class that loads this folder for generation: image-text-to-text if the type has one."""
     import transformers
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     model_type = read_json(path / CONFIG).get("model_type")
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return transformers.AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    return transformers.AutoModelForCausalLM
 
 
 def dtype_argument() -> str:

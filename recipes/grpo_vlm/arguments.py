@@ -120,7 +120,7 @@ class RecipeArguments(ScriptArguments):
 
 
 class _Parser(TrlParser):  # type: ignore[misc]
-    """TRL's parser, which prints one line about an error instead of its very long usage."""
+    """A parser like TRL's that prints one line about an error instead of its very long usage."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists every setting")

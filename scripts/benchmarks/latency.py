@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from grpo_toolkit.latency.bench.compare import compare_latency
+from grpo_toolkit.cli.bench_arguments import CACHES
+from grpo_toolkit.latency.bench.compare import compare_latency, doubling, sweep_batches
 from grpo_toolkit.latency.bench.measure import measure_latency
-from grpo_toolkit.latency.bench.sweep import CACHES, doubling, sweep_batches
 from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.local import LocalEngine

@@ -46,13 +46,14 @@ def inputs_for(model: torch.nn.Module, inputs: Any) -> Any:
 
 def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     """Return the prompt as text; without a chat template, the texts one after the other."""
-    flat = [{**message, "content": _text_of(message["content"])} for message in messages]
+    flat = [{**message, "content": text_of(message["content"])} for message in messages]
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(message["content"] for message in flat)
     return str(tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=True))
 
 
-def _text_of(content: str | list[dict[str, Any]]) -> str:
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """Return the text of a message's content, which is one or a list of parts."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
+from grpo_toolkit.latency.rows.row import METRICS
 from grpo_toolkit.reporting.charts.style import label_of, milliseconds
 
 if TYPE_CHECKING:
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.rows.review import Review
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow, Ratio
-
-METRICS: Final = {"e2e_s": "end to end", "tpot_s": "per output token", "ttft_s": "to first token"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
 from grpo_toolkit.checkpoint.manifest import manifest_of, sha256
-from grpo_toolkit.checkpoint.model_folder import MANIFEST, open_checkpoint
+from grpo_toolkit.checkpoint.model_folder import CONFIG, MANIFEST, open_checkpoint
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.rows.review import median_of
 from grpo_toolkit.reporting.charts.gallery import write_pictures
-from grpo_toolkit.reporting.charts.style import label_of
 from grpo_toolkit.reporting.report.headline import headline_of
+from grpo_toolkit.reporting.report.page import line_of, templates
 
 if TYPE_CHECKING:
     import os
@@ -129,40 +128,33 @@ def _with_section(text: str, section: str) -> str:
 
 
 def _metadata(folder: Path, base_model: str | None) -> dict[str, Any]:
-    config = open_checkpoint(folder).json("config.json")
-    is_vision = isinstance(config, dict) and "vision_config" in config
     found = {
         "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text" if is_vision else "text-generation",
+        "pipeline_tag": "image-text-to-text" if _is_vision(folder) else "text-generation",
         "tags": ["grpo", "trl"],
     }
     return found if base_model is None else found | {"base_model": base_model}
 
 
+def _is_vision(folder: Path) -> bool:
+    config = open_checkpoint(folder).json(CONFIG)
+    return isinstance(config, dict) and "vision_config" in config
+
+
 def _section(
     folder: Path, manifest: Mapping[str, Any], review: Review | None, training: Training | None, *, has_picture: bool
 ) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    templates = Environment(
-        loader=PackageLoader("grpo_toolkit.reporting.report", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=False,
-        autoescape=False,  # Markdown; what comes from files goes through `cell`
-    )
-    templates.filters["cell"] = _cell
-    config = open_checkpoint(folder).json("config.json")
-    text = templates.get_template("model_card.md.jinja").render(
+    environment = templates(autoescape=False)  # Markdown; what comes from files goes through `cell`
+    environment.filters["cell"] = _cell
+    text = environment.get_template("model_card.md.jinja").render(
         manifest=manifest,
         checks=(manifest.get("verification") or {}).get("checks") or [],
         training=training,
         headline=None if review is None else headline_of(review),
-        rows=[] if review is None else [_line(row) for row in review.arms],
+        rows=[] if review is None else [line_of(row) for row in review.arms],
         setting="" if review is None else _setting(review.arms[0]),
         picture=PICTURE if has_picture else None,
-        is_vision=isinstance(config, dict) and "vision_config" in config,
+        is_vision=_is_vision(folder),
     )
     return f"{_BEGIN}\n{text.strip()}\n{_END}"
 
@@ -173,16 +165,6 @@ def _cell(value: object) -> str:
         r"(?<![\w.])/(?:[^\s/]+/)+", "", " ".join(str(value).split())
     )  # a card is public: folders' names alone
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-
-
-def _line(row: LatencyRow) -> dict[str, Any]:
-    return {
-        "arm": label_of(row.arm),
-        "ttft": median_of(row.ttft_s, 1e3),
-        "tpot": median_of(row.tpot_s, 1e3),
-        "speed": median_of(row.output_tokens_per_s),
-        "memory": None if row.memory.peak_bytes is None else row.memory.peak_bytes / 1e9,
-    }
 
 
 def _setting(row: LatencyRow) -> str:

@@ -7,7 +7,6 @@ doctor's findings beside it and the export's manifest alone, so it can be made a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
@@ -21,6 +20,8 @@ from grpo_toolkit.reporting.report.headline import headline_of, interval
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from jinja2 import Environment
 
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
 
@@ -42,10 +43,13 @@ def write_report(review: Review, path: Path | None = None) -> Path:
     """
     if not review.arms and not review.explanations:
         raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
-    manifest = export_manifest(review)
+    manifest, found = export_manifest(review), findings_of(review)
     content = _page(review) | {
-        "diagnoses": _diagnoses(review),
-        "put_right": [] if manifest is None else [_repair(repair) for repair in manifest.get("put_right") or []],
+        "diagnoses": [{"arm": label_of(arm), **found[arm]} for arm in sorted(found, key=arm_order)],
+        "put_right": [
+            {name: str(repair.get(name, "")) for name in ("file", "key", "found", "written")}
+            for repair in (manifest or {}).get("put_right") or []
+        ],
         "checks": [] if manifest is None else ((manifest.get("verification") or {}).get("checks") or []),
         "has_manifest": manifest is not None,
     }
@@ -68,27 +72,21 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
     if not common:
         found = ", ".join(row.arm for row in one.arms), ", ".join(row.arm for row in other.arms)
         raise InputError(f"{one.path} and {other.path} have no arm in common ({found[0]}; {found[1]})")
-    rows = [
-        replace(row, arm=f"{row.arm} ({name})", session=f"compared {row.session}", ratios=[], step=None)
-        for name, review in zip(names, (one, other), strict=True)
-        for row in review.rows
-        if row.arm in drawn
-    ]
-    newest = [
-        replace(
-            row, arm=f"{row.arm} ({name})", session="compared", ratios=[], step=None, workload=one.arms[0].workload
-        )
-        for name, review in zip(names, (one, other), strict=True)
-        for row in review.arms
-        if row.arm in drawn
-    ]
+    rows, newest = [], []
+    for name, review in zip(names, (one, other), strict=True):
+        for row in review.rows:
+            if row.arm in drawn:
+                run = replace(row, arm=f"{row.arm} ({name})", session=f"compared {row.session}", ratios=[], step=None)
+                rows.append(run)
+                if row in review.arms:
+                    newest.append(replace(run, session="compared", workload=one.arms[0].workload))
     both = Review(path=other.path, rows=[*rows, *sorted(newest, key=lambda row: arm_order(row.arm))])
     pairs = [({r.arm: r for r in one.arms}[arm], {r.arm: r for r in other.arms}[arm]) for arm in common]
     content = _page(both, only=COMPARED) | {
         "title": f"{names[0]} and {names[1]}",
         "headline": None,
         "compared": {"names": names, "lines": [_change(mine, theirs) for mine, theirs in pairs]},
-        "is_same_hardware": _hardware(one) == _hardware(other),
+        "is_same_hardware": len({run.arms[0].environment.get("hardware") for run in (one, other)}) == 1,
     }
     return _render(content, path)
 
@@ -100,10 +98,6 @@ def _two_names(one: Path, other: Path) -> tuple[str, str]:
         mine, theirs = mine.parent, theirs.parent
     first, second = mine.name[-_NAME_LETTERS:] or "first", theirs.name[-_NAME_LETTERS:] or "second"
     return (first, second) if first != second else (f"{first} 1", f"{second} 2")
-
-
-def _hardware(review: Review) -> str | None:
-    return review.arms[0].environment.get("hardware")
 
 
 def _change(before: LatencyRow, after: LatencyRow) -> dict[str, Any]:
@@ -130,7 +124,7 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
         "palette": PALETTE,
         "headline": headline_of(review),
         "facts": _facts(review.arms[0]) if review.arms else _facts_explained(review.explanations[-1]),
-        "lines": [_line(row) for row in review.arms],
+        "lines": [line_of(row) for row in review.arms],
         "ratios": [(label_of(row.arm), ratio, interval(ratio)) for row, ratio in review.ratios],
         "charts": charts,
         "missing": missing,
@@ -170,7 +164,8 @@ def _facts_explained(row: ExplanationRow) -> list[str]:
     return [*([] if row.step is None else [f"step {row.step:,}"]), *filter(None, facts)]
 
 
-def _line(row: LatencyRow) -> dict[str, Any]:
+def line_of(row: LatencyRow) -> dict[str, Any]:
+    """Return a row's figures for a table: times in milliseconds, memory in GB."""
     return {
         "arm": label_of(row.arm),
         "ttft": median_of(row.ttft_s, 1e3),
@@ -183,36 +178,23 @@ def _line(row: LatencyRow) -> dict[str, Any]:
     }
 
 
-def _diagnoses(review: Review) -> list[dict[str, Any]]:
-    found = findings_of(review)
-    return [
-        {"arm": label_of(arm), **diagnosis}
-        for arm, diagnosis in sorted(found.items(), key=lambda item: arm_order(item[0]))
-    ]
-
-
-def _repair(repair: dict[str, Any]) -> dict[str, str]:
-    return {name: str(repair.get(name, "")) for name in ("file", "key", "found", "written")}
-
-
-def _render(content: dict[str, Any], path: Path) -> Path:
+def templates(*, autoescape: bool) -> Environment:
+    """Return the templates of page and card; a name that one of them uses and is not given is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    templates = Environment(
+    return Environment(
         loader=PackageLoader("grpo_toolkit.reporting.report", "templates"),
-        autoescape=True,
+        autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    defaults: dict[str, Any] = {
-        "compared": None,
-        "diagnoses": [],
-        "put_right": [],
-        "checks": [],
-        "has_manifest": False,
-    }
-    text = templates.get_template("report.html.jinja").render(defaults | {"is_same_hardware": True} | content)
+
+
+def _render(content: dict[str, Any], path: Path) -> Path:
+    defaults = {"compared": None, "is_same_hardware": True, "has_manifest": False}
+    empty: dict[str, list[Any]] = {"diagnoses": [], "put_right": [], "checks": []}
+    text = templates(autoescape=True).get_template("report.html.jinja").render(defaults | empty | content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -40,7 +40,7 @@ _CODES: Final = {
 
 
 class Plain:
-    """Text for a pipe or a file: no styles, a paragraph a line, tabs between cells."""
+    """A paper for a pipe or a file: no styles, a paragraph a line, tabs between cells."""
 
     def text(self, text: str, style: str = "") -> str:
         """Return a text in a style."""
@@ -56,7 +56,7 @@ class Plain:
 
 
 class Coloured(Plain):
-    """Text for a terminal; what a stranger's file says is printable by now (`findings.show`)."""
+    """A paper for a terminal; what a stranger's file says is printable by now (`findings.show`)."""
 
     def text(self, text: str, style: str = "") -> str:
         """Return a text in a style."""
