@@ -38,10 +38,13 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def _doctor(path: Path, arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
-    from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run
+    from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run, parts_of
 
     options = {"base": arguments.base, "deep": arguments.deep}
-    if path.is_dir() and checkpoints_in(path):
+    parts = parts_of(path) if path.is_dir() else []
+    if len(parts) == 1 and parts[0].parent == path and not checkpoints_in(path):
+        path, parts = parts[0], []
+    if parts:
         diagnoses, empty = diagnose_run(path, **options)
         if not diagnoses:
             raise CheckpointError(f"{path}: none of its checkpoints holds anything to examine: {empty[0]}")

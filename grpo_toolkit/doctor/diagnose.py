@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.base_lookup import find_base, named_base
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG
+from grpo_toolkit.checkpoint.look_around import models_below
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, Kind
 from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Folder, describe
 from grpo_toolkit.doctor.planned_files import DiskFiles, Files
-from grpo_toolkit.doctor.rules import adapter, cache, dialect, dtypes, files, processing, tied, weights
+from grpo_toolkit.doctor.rules import adapter, cache, dialect, dtypes, files, processing, shards, tied, weights
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_MODULES: Final = (files, cache, weights, tied, dtypes, dialect, processing, adapter)
+_MODULES: Final = (files, shards, cache, weights, tied, dtypes, dialect, processing, adapter)
 
 ALL_RULES: Final = tuple(
     rule for module in _MODULES for rule in RULES.values() if rule.check.__module__ == module.__name__
@@ -40,7 +41,7 @@ def diagnose_checkpoint(
     No code of the folder is run, no pickle opened, no network asked; without `deep` no weight is read either.
 
     Args:
-        path: a full model, an adapter, a trainer checkpoint, FSDP or DeepSpeed shards.
+        path: a full model, an adapter, a trainer checkpoint, shards of FSDP, DeepSpeed, verl, Megatron and others.
         base: folder or Hub name (in the local cache) of the model that this one was trained from. By default the one
             that the folder names, if it is here.
         deep: also compare the bytes of weights: copies of the head, the base's weights, an adapter's zeros.
@@ -61,7 +62,7 @@ def diagnose_checkpoint(
 def diagnose_run(
     path: Path, *, base: str | os.PathLike[str] | None = None, deep: bool = False
 ) -> tuple[list[Diagnosis], list[str]]:
-    """Diagnose every checkpoint of a run folder (and the folder itself where it holds a model too).
+    """Diagnose every checkpoint of a run folder, adapters with names of their own, and the folder itself if it is one.
 
     Returns:
         The diagnoses, oldest checkpoint first, and a line for each checkpoint that holds nothing to examine.
@@ -69,13 +70,25 @@ def diagnose_run(
     diagnoses, empty = [], []
     bases: dict[Path, Folder] = {}
     named = None if base is None else named_base(base)
-    for folder in (*checkpoints_in(path), path):
+    for folder in (*parts_of(path), path):
         try:
             diagnoses.append(diagnose_files(DiskFiles(folder), base=named, deep=deep, bases=bases))
         except CheckpointError as error:
             if folder != path:
                 empty.append(str(error))
     return diagnoses, empty
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Return the folders of a run that are examined one by one: its checkpoints, or what is in them.
+
+    An adapter that is not called "default" lies in a folder of its own, inside a checkpoint or a folder that is
+    nothing itself.
+    """
+    checkpoints = checkpoints_in(path)
+    if not checkpoints:
+        return models_below(path)
+    return [part for checkpoint in checkpoints for part in models_below(checkpoint) or [checkpoint]]
 
 
 def diagnose_files(
@@ -105,7 +118,7 @@ def diagnose_folder(folder: Folder) -> Diagnosis:
     findings = [_finding(rule, fault) for rule in ALL_RULES for fault in rule.check(folder)]
     return Diagnosis(
         path=folder.path,
-        kind=folder.kind.value,
+        kind=folder.place.what if folder.kind is Kind.FOREIGN and folder.place else folder.kind.value,
         facts=describe(folder),
         base=None if folder.base is None else folder.base.path,
         findings=tuple(sorted(findings, key=lambda finding: finding.severity.rank)),

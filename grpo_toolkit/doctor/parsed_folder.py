@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from grpo_toolkit.checkpoint.look_around import Place
     from grpo_toolkit.checkpoint.model_families import Family
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.planned_files import Entry
@@ -71,6 +72,8 @@ class Folder:
     added_tokens: Mapping[str, int] | None = None
     card: str = ""
     shards: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
+    place: Place | None = None
+    """Where the weights lie: here, or the shards of a layout that are here, below or above."""
     base: Folder | None = None
     digests: Digests | None = None
 

@@ -123,6 +123,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "weights-missing": (folder_of({"config.json": {"model_type": "bert"}}), None, None, "model.safetensors", ""),
     "fsdp-shards-only": (folder_of({"pytorch_model_fsdp_0": b""}), None, None, "pytorch_model_fsdp_0", ""),
     "zero-shards-only": (folder_of({"zero_to_fp32.py": b"", "global_step3": b""}), None, None, "global_step3", ""),
+    "shards-of-another-trainer": (folder_of({"model_world_size_2_rank_0.pt": b""}), None, None,
+                                  "model_world_size_2_rank_0.pt", ""),
     "pickled-weights": (folder_of({"config.json": {}, "pytorch_model.bin": b""}), None, None, "pytorch_model.bin", ""),
     "resume-starts-from-base": (model(config=QWEN, trainer_state__json={}), None, None, "trainer_state.json", ""),
     "generation-cache-off": (model(generation_config__json={**GENERATION, "use_cache": False}), None, None,

@@ -253,53 +253,6 @@ def index_left_over(folder: Folder) -> Iterator[Fault]:
 
 
 @rule(
-    Severity.UNLOADABLE,
-    "no weights",
-    effect="there is a config and nothing to load",
-    evidence="https://github.com/huggingface/transformers/issues/30491",
-)
-def weights_missing(folder: Folder) -> Iterator[Fault]:
-    has_index = folder.has(WEIGHTS_INDEX)
-    others = any(name.endswith((".safetensors", ".gguf", ".h5", ".msgpack")) for name in folder.entries)
-    if (
-        folder.kind is Kind.MODEL
-        and not folder.has(WEIGHTS)
-        and not has_index
-        and not folder.has_pickles
-        and not others
-    ):
-        yield Fault(file=WEIGHTS, expected="weights")
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "FSDP shards only",
-    effect="SHARDED_STATE_DICT saves no model: no config, no safetensors; nothing but the trainer can load it",
-    evidence="https://github.com/huggingface/transformers/issues/30491",
-)
-def fsdp_shards_only(folder: Folder) -> Iterator[Fault]:
-    if folder.kind is Kind.FSDP:
-        name = min((n for n in folder.entries if n.startswith("pytorch_model_fsdp")), default=".")
-        expected = f"run: accelerate merge-weights {name} OUT, then add the base's config and tokenizer"
-        yield Fault(file=name, found="distributed shards", expected=expected)
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "ZeRO shards only",
-    effect="ZeRO-3 without 16-bit gathering saves no weights beside the config",
-    evidence="https://github.com/huggingface/transformers/issues/20082",
-)
-def zero_shards_only(folder: Folder) -> Iterator[Fault]:
-    if folder.kind is Kind.DEEPSPEED:
-        name = min((n for n in folder.entries if n.startswith("global_step")), default="zero_to_fp32.py")
-        expected = (
-            "run the folder's zero_to_fp32.py if you trust it, and stage3_gather_16bit_weights_on_model_save next time"
-        )
-        yield Fault(file=name, found="DeepSpeed shards", expected=expected)
-
-
-@rule(
     Severity.NOTE,
     "pickled weights",
     effect="a pickle can run code when it is opened, so it was not; nothing is known about these weights",

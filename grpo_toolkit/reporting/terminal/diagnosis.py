@@ -144,7 +144,7 @@ def _place(finding: Finding) -> str:
 
 
 def _found_and_expected(finding: Finding) -> str:
-    expected = f"expected {show(finding.expected, limit=160)}"
+    expected = f"expected {show(finding.expected, limit=600)}"
     if finding.found is ABSENT:
         return expected if finding.key == "" else f"absent, {expected}"
     found = show(finding.found)
