@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint.tensor_names import find_suffix, plan_renames
+from grpo_toolkit.checkpoint.model_folder import Kind
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, plan_renames
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors, read_chunks
+from grpo_toolkit.checkpoint.weights.tensor_values import is_constant, is_finite
 from grpo_toolkit.doctor.parsed_folder import Digests
 
 if TYPE_CHECKING:
@@ -35,7 +37,32 @@ def compare_weights(folder: Folder) -> Digests:
         is_the_base=is_the_base,
         is_zero=bool(second)
         and all(not any(map(any, read_chunks(folder.path, info, inside=True))) for info in second),
+        **_empty_and_broken(folder),
     )
+
+
+def inspect_values(folder: Folder) -> Digests:
+    """Look only for tensors without information."""
+    return Digests(**_empty_and_broken(folder))
+
+
+def _empty_and_broken(folder: Folder) -> dict[str, tuple[str, ...]]:
+    """Return the tensors that are one value throughout, and those with a NaN or an infinity.
+
+    A vector of one value may be as it was made (a bias of zeros, a norm of ones): it counts where the base's is not.
+    """
+    base = folder.base if folder.kind is Kind.MODEL else None
+    others = {} if base is None else base.tensors
+    renames = plan_renames(folder.tensors, frozenset(others) or None, folder.model_type)
+    empty, broken = [], []
+    for name, info in folder.tensors.items():
+        if not is_finite(folder.path, info):
+            broken.append(name)
+        elif folder.kind is Kind.MODEL and not is_lora(name) and is_constant(folder.path, info):
+            other = others.get(renames.get(name, name))
+            if (len(info.shape) > 1) if other is None or base is None else not is_constant(base.path, other):
+                empty.append(name)
+    return {"empty": tuple(sorted(empty)), "broken": tuple(sorted(broken))}
 
 
 def _compare_with_base(folder: Folder) -> tuple[int, bool]:

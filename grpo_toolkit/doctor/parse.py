@@ -30,6 +30,7 @@ from grpo_toolkit.doctor.parsed_folder import (
     TOKENIZER_CONFIG,
     Folder,
     plain_shards,
+    unnamed_weights,
 )
 from grpo_toolkit.errors import CheckpointError
 
@@ -204,5 +205,9 @@ def _weight_files(files: Files, kind: Kind, objects: Mapping[str, JsonObject]) -
     single = ADAPTER_WEIGHTS if kind is Kind.ADAPTER else WEIGHTS
     if single in files.entries:
         return [single]
-    weight_map = objects.get(WEIGHTS_INDEX, {}).get("weight_map")
-    return plain_shards(weight_map) if isinstance(weight_map, dict) and kind is not Kind.ADAPTER else []
+    if kind is Kind.ADAPTER:
+        return []
+    if WEIGHTS_INDEX in files.entries:
+        weight_map = objects.get(WEIGHTS_INDEX, {}).get("weight_map")
+        return plain_shards(weight_map) if isinstance(weight_map, dict) else []
+    return unnamed_weights(files.entries) if kind is Kind.MODEL else []

@@ -172,6 +172,18 @@ def plain_shards(weight_map: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in names if is_plain(name))
 
 
+_OTHER_WEIGHTS: Final = ("adapter_", "optimizer", "consolidated", "training_", "rng_", "scheduler")
+
+
+def unnamed_weights(entries: Mapping[str, Entry]) -> list[str]:
+    """Return the safetensors files of a model in which no `model.safetensors` and no index names one."""
+    return sorted(
+        name
+        for name, entry in entries.items()
+        if name.endswith(".safetensors") and not name.startswith(_OTHER_WEIGHTS) and not entry.is_folder
+    )
+
+
 def is_plain(name: str) -> bool:
     """Return whether a name from an index stays in the folder: it is no path, and printable."""
     return name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..") and len(name) < 256
@@ -217,9 +229,13 @@ class Digests:
         compared: how many tensors could be compared with the base's.
         is_the_base: all of them are equal, and there was at least one.
         is_zero: every second factor of an adapter is zero.
+        empty: tensors that are one value throughout (all zero, most often) where they should not be.
+        broken: tensors with a NaN or an infinity in them.
     """
 
     heads_differ: bool = False
     compared: int = 0
     is_the_base: bool = False
     is_zero: bool = False
+    empty: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from grpo_toolkit.export.checks import (
     check_tokens,
     check_values,
 )
+from grpo_toolkit.export.findings_check import check_findings, loads_whole
 from grpo_toolkit.export.verification_process import Worker
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS
 from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
@@ -113,6 +114,10 @@ def verify_export(
     if origin is not None:
         checks.append(check_tensors(checkpoint, tensors, origin, dtype))
     checks.append(check_values(checkpoint.path, tensors))
+    findings, is_loadable = check_findings(checkpoint.path, None if origin is None else origin.path)
+    checks.append(findings)
+    if not is_loadable:
+        return VerificationResult(checks=tuple(checks))
     too_large = why_too_large(tensors, device)
     if too_large is not None:
         checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in _NEED_LOADING]
@@ -120,14 +125,7 @@ def verify_export(
     requests = requests or [plain_request()]
     with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
         report = worker.report
-        checks.append(
-            Check(
-                name="loads whole",
-                passed=report.is_clean,
-                detail=f"{report.parameters:,} parameters in {report.dtype}; missing {report.missing or 'none'}, "
-                f"unexpected {report.unexpected or 'none'}, mismatched {report.mismatched or 'none'}",
-            )
-        )
+        checks.append(loads_whole(report))
         if not report.is_clean:
             return VerificationResult(checks=tuple(checks))
         if origin is not None:

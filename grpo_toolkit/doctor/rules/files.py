@@ -23,6 +23,7 @@ from grpo_toolkit.doctor.parsed_folder import (
     is_plain,
     plain_shards,
 )
+from grpo_toolkit.doctor.readers import TRAINER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -262,6 +263,23 @@ def pickled_weights(folder: Folder) -> Iterator[Fault]:
     pickles = sorted(name for name in folder.entries if name.startswith("pytorch_model") and name.endswith(".bin"))
     if folder.kind is Kind.MODEL and pickles and not folder.shards:
         yield Fault(file=pickles[0], found=f"{len(pickles)} pickles", expected="safetensors")
+
+
+_RESUMABLE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_0.pth")
+
+
+@rule(
+    Severity.WRONG,
+    "no trainer_state.json beside an optimizer",
+    effect="no resume takes this checkpoint: Trainer reads its step from there and stops without it; the model itself "
+    "loads",
+    evidence="https://huggingface.co/docs/transformers/main_classes/trainer#transformers.Trainer.train",
+    fails=TRAINER,
+)
+def trainer_state_missing(folder: Folder) -> Iterator[Fault]:
+    parts = [name for name in _RESUMABLE if folder.has(name)]
+    if folder.kind in (Kind.MODEL, Kind.ADAPTER) and parts and not folder.has("trainer_state.json"):
+        yield Fault(file="trainer_state.json", expected=f"the trainer's state, as {parts[0]} is here")
 
 
 @rule(

@@ -160,7 +160,7 @@ class Engines:
 
     def _dispatched_again(self, source: Source, model: Any, options: Options) -> torch.nn.Module:
         """Load a dispatched model once more, laid out alike, in another dtype or with other attention."""
-        from grpo_toolkit.model.load import auto_class, dtype_argument
+        from grpo_toolkit.model.load import NO_CODE, auto_class, dtype_argument
 
         assert source.path is not None, "only a model with a folder is toggled"
         settings: dict[str, Any] = {dtype_argument(): options.dtype or str(model.dtype).removeprefix("torch.")}
@@ -168,7 +168,7 @@ class Engines:
             settings["attn_implementation"] = options.attn_implementation
         offloaded = self._folders.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-offloaded-"))
         again: torch.nn.Module = auto_class(source.path).from_pretrained(
-            source.path, device_map=model.hf_device_map, offload_folder=offloaded, **settings
+            source.path, device_map=model.hf_device_map, offload_folder=offloaded, **NO_CODE, **settings
         )
         return again.eval()
 
