@@ -30,6 +30,7 @@ def compare_heads(folder: Folder) -> Digests:
 def compare_weights(folder: Folder) -> Digests:
     """Read the weights of a folder, and of its base as far as they are alike."""
     compared, is_the_base = _compare_with_base(folder)
+    empty, broken = _empty_and_broken(folder)
     second = [info for name, info in folder.tensors.items() if ".lora_B" in name]
     return Digests(
         heads_differ=compare_heads(folder).heads_differ,
@@ -37,16 +38,18 @@ def compare_weights(folder: Folder) -> Digests:
         is_the_base=is_the_base,
         is_zero=bool(second)
         and all(not any(map(any, read_chunks(folder.path, info, inside=True))) for info in second),
-        **_empty_and_broken(folder),
+        empty=empty,
+        broken=broken,
     )
 
 
 def inspect_values(folder: Folder) -> Digests:
     """Look only for tensors without information."""
-    return Digests(**_empty_and_broken(folder))
+    empty, broken = _empty_and_broken(folder)
+    return Digests(empty=empty, broken=broken)
 
 
-def _empty_and_broken(folder: Folder) -> dict[str, tuple[str, ...]]:
+def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the tensors that are one value throughout, and those with a NaN or an infinity.
 
     A vector of one value may be as it was made (a bias of zeros, a norm of ones): it counts where the base's is not.
@@ -62,7 +65,7 @@ def _empty_and_broken(folder: Folder) -> dict[str, tuple[str, ...]]:
             other = others.get(renames.get(name, name))
             if (len(info.shape) > 1) if other is None or base is None else not is_constant(base.path, other):
                 empty.append(name)
-    return {"empty": tuple(sorted(empty)), "broken": tuple(sorted(broken))}
+    return tuple(sorted(empty)), tuple(sorted(broken))
 
 
 def _compare_with_base(folder: Folder) -> tuple[int, bool]:

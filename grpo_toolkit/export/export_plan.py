@@ -212,9 +212,9 @@ def _open_folder(
     checkpoint = open_checkpoint(folder)
     is_adapter = checkpoint.kind is Kind.ADAPTER
     origin = base or (base_of_adapter(folder) if is_adapter else folder)
-    refuse_unloadable(folder, origin)
     known = open_base(checkpoint if origin == folder else open_checkpoint(origin))
     tensors = known.tensors if origin == folder else checkpoint.tensors()
+    refuse_unloadable(folder, origin)
     renames = storage.renames(known.tensors, known.config.get("model_type"))
     shards: Sequence[Shard] = ()
     if tensors and known.tensors and not is_adapter:

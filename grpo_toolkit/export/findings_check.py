@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.doctor.compare_bytes import inspect_values
 from grpo_toolkit.doctor.diagnose import diagnose_folder, parse_folder
@@ -45,16 +46,15 @@ def serious_findings(
     return [finding for finding in findings if finding.severity in _SERIOUS and finding.concerns(asked)]
 
 
-def check_findings(folder: Path, base: Path | None) -> tuple[Check, bool]:
-    """Check that the doctor finds nothing; the second value is whether the installed reader can load the folder."""
+def check_findings(folder: Path, base: Path | None) -> Check:
+    """Check that the doctor finds nothing that keeps the installed reader from its answers."""
     findings = [
         finding
         for finding in serious_findings(folder, base=base, with_values=True)
         if finding.code not in _CHECKED_ELSEWHERE
     ]
     detail = "; ".join(map(in_one_line, findings)) or f"nothing that concerns {installed_reader() or 'a reader'}"
-    is_loadable = all(finding.severity is not Severity.UNLOADABLE for finding in findings)
-    return Check(name="nothing found by the doctor", passed=not findings, detail=detail), is_loadable
+    return Check(name="nothing found by the doctor", passed=not findings, detail=detail)
 
 
 def refuse_unloadable(folder: Path, base: Path | None) -> None:
@@ -74,7 +74,8 @@ def refuse_unloadable(folder: Path, base: Path | None) -> None:
 def in_one_line(finding: Finding) -> str:
     """Return a finding in one line."""
     place = ": ".join(filter(None, (str(show(finding.file)), str(show(finding.key)))))
-    return f"{finding.title} [{finding.code}]: {place}, expected {show(finding.expected, limit=300)}"
+    found = "absent" if finding.found is ABSENT else show(finding.found)
+    return f"{finding.title} [{finding.code}]: {place}: {found}, expected {show(finding.expected, limit=300)}"
 
 
 def loads_whole(report: LoadReport) -> Check:

@@ -6,6 +6,7 @@ seconds.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -55,5 +56,5 @@ def is_finite(folder: Path, info: TensorInfo) -> bool:
 
 def _is_number(raw: bytes, dtype: str) -> bool:
     code = {"F16": "<e", "F32": "<f", "BF16": "<f", "F64": "<d"}[dtype]
-    value = struct.unpack(code, b"\0\0" + raw if dtype == "BF16" else raw)[0]
-    return value - value == 0
+    value: float = struct.unpack(code, b"\0\0" + raw if dtype == "BF16" else raw)[0]
+    return math.isfinite(value)
