@@ -260,7 +260,7 @@ _PROCESSORS: Final = (
     effect="4.50 to 4.57 refuse the processor (size must contain 'shortest_edge' and 'longest_edge' keys), 5.x raises "
     "at the first image, and 4.49 passes over the limits",
     evidence="https://github.com/huggingface/transformers/issues/37811",
-    mend="size as shortest_edge and longest_edge",
+    mend="size as shortest_edge and longest_edge, and min_pixels and max_pixels beside it",
 )
 def pixel_limits_unread(folder: Folder) -> Iterator[Fault]:
     for file, path, kind in _PROCESSORS:
@@ -277,10 +277,18 @@ def pixel_limits_unread(folder: Folder) -> Iterator[Fault]:
             key=".".join((*path, "size")),
             found=size,
             expected="shortest_edge and longest_edge",
-            remedies=() if limits is None else (Edit(file=file, path=(*path, "size"), value=limits),),
+            remedies=() if limits is None else tuple(_limit_edits(file, path, limits, settings)),
             # The limits beside `size` fill it in 5.x, and are all that 4.49 reads.
             fails=_REFUSE_LIMITS if outer_alone else "",
         )
+
+
+def _limit_edits(file: str, path: tuple[str, ...], limits: JsonObject, settings: JsonObject) -> Iterator[Edit]:
+    yield Edit(file=file, path=(*path, "size"), value=limits)
+    if "image_processor_type" in settings:  # 4.49 reads the limits of an image here, and nowhere else
+        for name, edge in PIXEL_LIMITS.items():
+            if not _is_number(settings.get(name)):
+                yield Edit(file=file, path=(*path, name), value=limits[edge])
 
 
 _REFUSE_LIMITS: Final = "transformers>=4.50<5; vllm@>=4.50<5; sglang@>=4.50<5"
