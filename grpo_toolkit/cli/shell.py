@@ -21,6 +21,10 @@ EXIT_INPUT: Final = 2
 _COMPAT_HELP: Final = (
     "who can read it: all (also transformers 4 and servers, whatever wrote the base), v5 (the base's forms)"
 )
+READER_HELP: Final = (
+    "judge for one reader: transformers, vllm or sglang, with a version if you like (transformers==4.49); without it "
+    "a fault for any of them counts, and what is wrong for the installed transformers comes first"
+)
 
 
 def add_publishing(parser: argparse.ArgumentParser) -> None:

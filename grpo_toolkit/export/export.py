@@ -8,7 +8,9 @@ under the target's name has passed every check.
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ from grpo_toolkit.export.export_weights import gather_weights, write_weights
 from grpo_toolkit.export.format_reward import format_reward_of, format_scores
 from grpo_toolkit.export.policy_answers import PolicyAnswers, ask_policy
 from grpo_toolkit.export.verify import VerificationResult, verify_export
+from grpo_toolkit.export.verl_shards import as_model_folder
+from grpo_toolkit.merge.adapter import find_adapter
 from grpo_toolkit.model.generation.request import logged_requests
 from grpo_toolkit.model.live_model import random_state_kept
 from grpo_toolkit.model.processor_files import write_processor
@@ -33,8 +37,7 @@ from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
     from transformers import Trainer
@@ -89,6 +92,7 @@ def export_model(
     compat: str = "all",
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
+    adapter_name: str | None = None,
 ) -> ExportResult | None:
     """Export a trained model for inference.
 
@@ -96,7 +100,8 @@ def export_model(
     ZeRO-3) and ask it together, rank 0 publishes.
 
     Args:
-        source: a trainer, a model (PEFT-wrapped or not), or a folder with a full model or a LoRA adapter.
+        source: a trainer, a model (PEFT-wrapped or not), or a folder with a full model, a LoRA adapter or the
+            shards of verl's family.
         output_dir: the folder to publish; its parent must be writable.
         base: folder or Hub name of the base model; by default the one that the model or adapter names.
         processing_class: the processor or tokenizer used in training; by default the trainer's or the folder's.
@@ -117,6 +122,7 @@ def export_model(
         progress: called with the bytes of weights that are written and the bytes in all; not for a live model that is
             saved whole.
         notes: further facts for the manifest.
+        adapter_name: which adapter of a folder that holds several.
 
     Returns:
         What was published; None on ranks other than 0.
@@ -140,11 +146,12 @@ def export_model(
         link=link,
         progress=progress,
     )
-    with random_state_kept():
+    named = None if base is None else named_base(base)
+    with random_state_kept(), _opened(source, target, named, adapter_name) as opened:
         plan = plan_export(
-            source,
+            opened,
             storage,
-            base=None if base is None else named_base(base),
+            base=named,
             processing_class=processing_class,
             overrides=generation_overrides,
             device=device,
@@ -164,13 +171,34 @@ def export_model(
                 repairs=repairs,
                 changes=changes,
                 made_portable=made_portable,
-                sources={"source": str(plan.source), "base": str(plan.base_folder or "none on disk")},
+                sources=_sources(plan, source, opened),
                 verification=None if answers is None else _verify(plan, staging, answers, scores),
                 bytes=sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
                 seconds=time.monotonic() - started,
             )
             _write_manifest(staging, result, notes or {})
     return result
+
+
+@contextmanager
+def _opened(source: Any, target: Path, base: Path | None, adapter_name: str | None) -> Iterator[Any]:
+    """Yield what is exported: of a folder one of its adapters, or a model folder that is made of verl's shards."""
+    if not isinstance(source, (str, os.PathLike)):
+        yield source
+        return
+    folder = Path(source) if adapter_name is None else find_adapter(source, adapter_name)
+    with as_model_folder(folder, beside=target, base=base) as model:
+        yield model
+
+
+def _sources(plan: ExportPlan, source: Any, opened: Any) -> dict[str, str]:
+    """Return what went in, by name; shards by the folder that was named, not by the one that was made of them."""
+    said, base = str(plan.source), plan.base_folder
+    if plan.source.folder is not None and opened != Path(source):
+        said = f"shards {source}" if not Path(opened).is_relative_to(source) else said
+    is_compared = base is not None and base != plan.source.folder
+    none = "none on disk" if base is None else "no base: not compared"
+    return {"source": said, "base": str(base) if is_compared else none}
 
 
 def _takes_all_ranks(source: Any) -> bool:

@@ -15,10 +15,11 @@ from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.copy_weights import plan_copy
 from grpo_toolkit.doctor.compat import published_renames
-from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError
+from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, first_words
+from grpo_toolkit.export.findings_check import loads_whole, refuse_unloadable
 from grpo_toolkit.export.live_adapter import is_adapted, refuse_unmergeable
 from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.load import auto_class, load_model
+from grpo_toolkit.model.load import NO_CODE, auto_class, load_model
 from grpo_toolkit.model.memory import why_too_large
 from grpo_toolkit.model.processor_files import processor_of
 from grpo_toolkit.model.save_hook import base_folder, capture_model_defaults
@@ -213,6 +214,7 @@ def _open_folder(
     origin = base or (base_of_adapter(folder) if is_adapter else folder)
     known = open_base(checkpoint if origin == folder else open_checkpoint(origin))
     tensors = known.tensors if origin == folder else checkpoint.tensors()
+    refuse_unloadable(folder, origin)
     renames = storage.renames(known.tensors, known.config.get("model_type"))
     shards: Sequence[Shard] = ()
     if tensors and known.tensors and not is_adapter:
@@ -246,8 +248,7 @@ def _load(folder: Path, base: Path | None, device: str) -> tuple[torch.nn.Module
         model, processor, report = load_model(folder, device=device, base=base)
     if not report.is_clean:
         raise InputError(
-            f"{folder}: its weights do not fit its config (missing {report.missing[:2]}, "
-            f"unexpected {report.unexpected[:2]}, mismatched {report.mismatched[:2]}); nothing was exported"
+            f"{folder}: its weights do not fit its config ({loads_whole(report).detail}); nothing was exported"
         )
     return model, processor
 
@@ -259,7 +260,8 @@ def _without_weights(folder: Path, origin: Path) -> tuple[torch.nn.Module, Any]:
 
     with _named_if_unloadable(folder):
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(origin).from_config(AutoConfig.from_pretrained(origin))
+            config = AutoConfig.from_pretrained(origin, **NO_CODE)
+            model: PreTrainedModel = auto_class(origin).from_config(config, **NO_CODE)
         if (origin / GENERATION_CONFIG).is_file():
             model.generation_config = GenerationConfig.from_pretrained(origin)
         return model, processor_of(folder)
@@ -271,5 +273,4 @@ def _named_if_unloadable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {first_words(error)})") from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
+from grpo_toolkit.errors import WorkerError
 from grpo_toolkit.export.checks import (
     Check,
     check_cache,
@@ -23,6 +24,7 @@ from grpo_toolkit.export.checks import (
     check_tokens,
     check_values,
 )
+from grpo_toolkit.export.findings_check import check_findings, loads_whole
 from grpo_toolkit.export.verification_process import Worker
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS
 from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.evidence import Evidence
     from grpo_toolkit.model.generation.generate import Record
     from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.model.load import LoadReport
 
 __all__ = ["VerificationResult", "plain_request", "reference_records", "verify_export"]
 
@@ -113,21 +116,16 @@ def verify_export(
     if origin is not None:
         checks.append(check_tensors(checkpoint, tensors, origin, dtype))
     checks.append(check_values(checkpoint.path, tensors))
+    findings = check_findings(checkpoint.path, None if origin is None else origin.path)
+    checks.append(findings)
     too_large = why_too_large(tensors, device)
     if too_large is not None:
         checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in _NEED_LOADING]
         return VerificationResult(checks=tuple(checks))
     requests = requests or [plain_request()]
     with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
-        report = worker.report
-        checks.append(
-            Check(
-                name="loads whole",
-                passed=report.is_clean,
-                detail=f"{report.parameters:,} parameters in {report.dtype}; missing {report.missing or 'none'}, "
-                f"unexpected {report.unexpected or 'none'}, mismatched {report.mismatched or 'none'}",
-            )
-        )
+        report = _report(worker, findings)
+        checks.append(loads_whole(report))
         if not report.is_clean:
             return VerificationResult(checks=tuple(checks))
         if origin is not None:
@@ -148,6 +146,14 @@ def verify_export(
         checks.append(check_cache([cached, *records]))
         checks.append(check_tokens("same tokens with and without the cache", [uncached], [cached], tie_margin))
     return VerificationResult(checks=tuple(checks))
+
+
+def _report(worker: Worker, findings: Check) -> LoadReport:
+    """Return the report of loading; where it fails, the doctor's reason stands beside the reader's."""
+    try:
+        return worker.report
+    except WorkerError as error:
+        raise (error if findings.passed else WorkerError(f"{error}; the doctor: {findings.detail}")) from error
 
 
 def _evidence(

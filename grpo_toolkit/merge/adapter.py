@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import JsonObject, read_json
+from grpo_toolkit.checkpoint.look_around import around
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES, TensorInfo, read_safetensors_header
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError
@@ -132,7 +133,8 @@ def find_adapter(path: str | os.PathLike[str], name: str | None = None) -> Path:
         found = {"default": folder, **found}
         name = name or "default"
     if not found:
-        raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG} in it or in a folder of it, so this is no adapter")
+        what = f"{folder}: no {ADAPTER_CONFIG} in it or in a folder of it, so this is no adapter"
+        raise CheckpointError(what + around(folder))
     if name is None and len(found) == 1:
         return next(iter(found.values()))
     if name is None:

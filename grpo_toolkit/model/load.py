@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
 from grpo_toolkit.checkpoint.json_files import read_json
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+NO_CODE: Final = {"trust_remote_code": False}
+"""Said in every call that could run a folder's code: left out, transformers asks on the terminal whether to run it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ def load_model(
     model, info = auto_class(path).from_pretrained(
         path,
         output_loading_info=True,
+        **NO_CODE,
         **{dtype_argument(): dtype},
         **{name: value for name, value in extra.items() if value is not None},
     )
@@ -116,7 +120,7 @@ def load_processor(path: Path) -> Any:
     """Load the folder's processor, or its tokenizer where it has no image side."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(path)
+    return AutoProcessor.from_pretrained(path, **NO_CODE)
 
 
 def auto_class(path: Path) -> Any:

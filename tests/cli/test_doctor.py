@@ -54,6 +54,8 @@ def test_json_is_one_object(base: Path, tmp_path: Path, capsys: pytest.CaptureFi
         "evidence": "https://github.com/om-ai-lab/VLM-R1/issues/229",
         "repairable": True,
         "rewrites_weights": False,
+        "readers": "transformers",
+        "concerns": True,
     }
 
 
@@ -67,7 +69,7 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "  generation_config.json: use_cache: false, expected true",
     ]
     assert lines[-2] == f"2 of these can be mended: grpo-toolkit repair {folder}"
-    assert lines[-1].startswith("not judged without a base (14 rules")
+    assert lines[-1].startswith("not judged without a base (16 rules")
 
 
 def test_clean_is_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
