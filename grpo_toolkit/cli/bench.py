@@ -52,6 +52,7 @@ def bench(arguments: argparse.Namespace) -> int:
         raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
     if arguments.rounds < 1:
         raise InputError("bench needs at least one arm, one request, one round and one new token")
+    _say_order(arms)
     given = given_requests(arguments)
     processor = processor_of(arms)
     found: list[Comparison] = []
@@ -65,6 +66,19 @@ def bench(arguments: argparse.Namespace) -> int:
                 if not arguments.json:
                     _show(rows)
     return _finish(arguments, gate, found, base=arms[0].place)
+
+
+def _say_order(arms: Sequence[Arm]) -> None:
+    """Say if the first folder is another's trained model, or given twice with the same settings."""
+    from grpo_toolkit.checkpoint.lineage import order_notice
+    from grpo_toolkit.reporting.terminal.console import say
+
+    first = arms[0]
+    for arm in arms[1:]:
+        is_same_setting = arm.options == first.options
+        notice = order_notice(first.place, arm.place) if is_same_setting else None
+        if notice is not None:
+            say(f"NOTE: {notice}")
 
 
 def _finish(arguments: argparse.Namespace, gate: Gate | None, found: Sequence[Comparison], *, base: str) -> int:

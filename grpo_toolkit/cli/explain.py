@@ -55,11 +55,15 @@ def add_command(commands: Commands) -> None:
 
 def explain(arguments: argparse.Namespace) -> int:
     """Explain, print, and return the exit code: 1 where a cause was found."""
+    from grpo_toolkit.checkpoint.lineage import order_notice
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
     from grpo_toolkit.latency.rows.store import append_rows
-    from grpo_toolkit.reporting.terminal.console import show, turn_progress
+    from grpo_toolkit.reporting.terminal.console import say, show, turn_progress
 
+    notice = order_notice(arguments.base, arguments.trained)
+    if notice is not None:
+        say(f"NOTE: {notice}")
     usual = Options(device=arguments.device)
     row = explain_latency(
         arguments.base,

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.base_lookup import find_base, named_base
+from grpo_toolkit.checkpoint.json_files import parse_json
+from grpo_toolkit.checkpoint.lineage import BASE_RECORD, base_in_record
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG
 from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule
@@ -90,7 +92,7 @@ def parse_folder(
 ) -> Folder:
     """Read a folder with its base, ready for the rules."""
     folder = read_folder(source)
-    found = base if base is not None else _base_in_files(folder)
+    found = base if base is not None else _recorded(source) or _base_in_files(folder)
     if found is not None and not _is_same(found, folder.path):
         folder = replace(folder, base=_read_base(found, {} if bases is None else bases, must=base is not None))
     if deep:
@@ -127,6 +129,17 @@ def _finding(rule: Rule, fault: Fault) -> Finding:
         repairable=bool(fault.remedies),
         remedies=fault.remedies,
     )
+
+
+def _recorded(files: Files) -> Path | None:
+    """Return the base that the checkpoint's record names; a record that cannot be read is none."""
+    entry = files.entries.get(BASE_RECORD)
+    if entry is None or entry.is_folder:
+        return None
+    try:
+        return base_in_record(dict(parse_json(files.read(BASE_RECORD, limit=2**20), BASE_RECORD)))
+    except CheckpointError:
+        return None
 
 
 def _base_in_files(folder: Folder) -> Path | None:

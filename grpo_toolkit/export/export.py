@@ -11,11 +11,12 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_files import Change, config_changes, declare_dtype, write_configs
 from grpo_toolkit.checkpoint.base_lookup import named_base
 from grpo_toolkit.checkpoint.generation_defaults import Repair, with_cache_defaults
+from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
 from grpo_toolkit.checkpoint.manifest import write_manifest
 from grpo_toolkit.checkpoint.publish import check_output, staged
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
@@ -31,6 +32,8 @@ from grpo_toolkit.model.live_model import random_state_kept
 from grpo_toolkit.model.processor_files import write_processor
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
+
+NONE: Final = f"NONE: {NOT_COMPARED}; pass base= (--base FOLDER)"
 
 if TYPE_CHECKING:
     import os
@@ -50,7 +53,7 @@ class ExportResult:
 
     Attributes:
         path: the folder.
-        base: the folder of the base model whose files were carried, or None.
+        base: the folder of the base model whose files were carried; None where nothing was compared with one.
         repairs: values that were wrong in the base and are right in the export.
         changes: values that training changed and the export therefore carries.
         made_portable: what was changed in files that transformers 5 wrote, so that 4.x and servers can read them too.
@@ -160,11 +163,11 @@ def export_model(
             repairs, changes, made_portable = _write_files(plan, staging)
             result = ExportResult(
                 path=target,
-                base=plan.base_folder,
+                base=plan.base_folder if plan.is_compared else None,
                 repairs=repairs,
                 changes=changes,
                 made_portable=made_portable,
-                sources={"source": str(plan.source), "base": str(plan.base_folder or "none on disk")},
+                sources={"source": str(plan.source), "base": str(plan.base_folder if plan.is_compared else NONE)},
                 verification=None if answers is None else _verify(plan, staging, answers, scores),
                 bytes=sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
                 seconds=time.monotonic() - started,

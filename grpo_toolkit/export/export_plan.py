@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.lineage import recorded_base
 from grpo_toolkit.checkpoint.model_folder import GENERATION_CONFIG, Kind, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
@@ -117,6 +118,11 @@ class ExportPlan:
         """The base's folder, or None."""
         return None if self.source.base is None else self.source.base.path
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether there is a base other than the folder that is exported."""
+        return self.base_folder is not None and self.base_folder != self.source.folder
+
     @cached_property
     def stored(self) -> Mapping[str, str]:
         """torch's name of the dtype of every floating-point tensor of the base, by its name in the export."""
@@ -210,7 +216,7 @@ def _open_folder(
     """Open a folder. Headers come first: a file that is damaged or cut off is named before anything is loaded."""
     checkpoint = open_checkpoint(folder)
     is_adapter = checkpoint.kind is Kind.ADAPTER
-    origin = base or (base_of_adapter(folder) if is_adapter else folder)
+    origin = base or (base_of_adapter(folder) if is_adapter else recorded_base(folder) or folder)
     known = open_base(checkpoint if origin == folder else open_checkpoint(origin))
     tensors = known.tensors if origin == folder else checkpoint.tensors()
     renames = storage.renames(known.tensors, known.config.get("model_type"))

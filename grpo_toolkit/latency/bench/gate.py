@@ -85,6 +85,8 @@ def _reason(gate: Gate, row: LatencyRow, first: LatencyRow) -> str:
         steps = ", ".join(map(str, row.proof.step_lengths[:4]))
         return f"its KV cache is off (tokens fed a step: {steps}, ...), that of {first.arm} is on"
     for ratio in row.ratios:
+        if ratio.low is None or ratio.high is None:
+            continue
         if ratio.metric in METRICS and ratio.against == first.arm and ratio.low > 1:
             times = f"{ratio.median:.2f} times as long as {first.arm} ({ratio.low:.2f} to {ratio.high:.2f})"
             if ratio.median > gate.max_slowdown:
