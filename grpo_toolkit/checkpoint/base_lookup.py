@@ -42,6 +42,19 @@ def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path 
     return snapshot if os.path.isfile(snapshot / CONFIG) else None  # noqa: PTH113
 
 
+def public_name(folder: Path) -> str:
+    """Return a base's name for the public: its Hub name where it lies in the Hub's cache, else the folder's own."""
+    for part in folder.absolute().parts:
+        if match := re.fullmatch(r"models--([\w.\-]+?)--([\w.\-]+)", part):
+            return f"{match[1]}/{match[2]}"
+    return folder.resolve().name
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a public name is one of the Hub, "organisation/name": a folder's name has no slash."""
+    return name.count("/") == 1 and _HUB_NAME.fullmatch(name) is not None
+
+
 def named_base(name: str | os.PathLike[str]) -> Path:
     """Return the folder of a base that the caller named.
 

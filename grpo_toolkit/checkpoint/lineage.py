@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from grpo_toolkit.checkpoint.base_lookup import find_base
+from grpo_toolkit.checkpoint.base_lookup import find_base, public_name
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, MANIFEST
 from grpo_toolkit.errors import CheckpointError
@@ -64,7 +64,7 @@ def _names_as_base(folder: Path, base: Path) -> bool:
         found = find_base(name if isinstance(name, str) else None)
         return found is not None and _is_same(found, base)
     manifest = _read(folder / MANIFEST)  # it has the name alone, as exports are uploaded
-    return manifest is not None and manifest.get("base") == base.resolve().name
+    return manifest is not None and manifest.get("base") == public_name(base)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

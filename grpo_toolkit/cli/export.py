@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def export(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint.model_folder import open_checkpoint
     from grpo_toolkit.checkpoint.publish import check_output
     from grpo_toolkit.export.export import export_model
+    from grpo_toolkit.reporting.report.card_facts import CardFacts
+    from grpo_toolkit.reporting.report.model_card import write_model_card
     from grpo_toolkit.reporting.terminal.console import byte_progress, say
     from grpo_toolkit.reporting.terminal.tables import export_table
 
@@ -72,6 +75,7 @@ def export(arguments: argparse.Namespace) -> int:
             progress=progress,
             generation_overrides=overrides,
             notes=notes,
+            finish=partial(write_model_card, facts=CardFacts(repository=arguments.push_to_hub)),
         )
     assert result is not None, "one process is rank 0"
     if is_talking:

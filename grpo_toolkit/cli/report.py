@@ -22,7 +22,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("path", type=Path, nargs="?", help="an output folder with latency/latency.jsonl, or that file")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="RUN", help="two runs side by side, in one page")
     parser.add_argument("--replay", choices=("wandb", "trackio"), help="log what the tracker does not have yet")
-    parser.add_argument("--card", action="store_true", help="also write the section into the export's README.md")
+    parser.add_argument("--card", action="store_true", help="also write the export's page, its README.md")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page")
     parser.set_defaults(run=report)
     add_json(parser)
@@ -55,7 +55,7 @@ def report(arguments: argparse.Namespace) -> int:
         by_arm = {row.arm: row.path for row in review.arms}
         if "export" not in by_arm:
             raise InputError(f"{review.path}: no arm named export was measured, so there is no card to write")
-        facts["card"] = str(write_model_card(by_arm["export"], review, base=by_arm.get("base")))
+        facts["card"] = str(write_model_card(by_arm["export"], review))
     if arguments.replay is not None:
         from grpo_toolkit.reporting.trackers.replay import replay
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_files import Change, config_changes, declare_dtype, write_configs
-from grpo_toolkit.checkpoint.base_lookup import named_base
+from grpo_toolkit.checkpoint.base_lookup import named_base, public_name
 from grpo_toolkit.checkpoint.generation_defaults import Repair, with_cache_defaults
 from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
 from grpo_toolkit.checkpoint.manifest import write_manifest
@@ -92,6 +92,7 @@ def export_model(
     compat: str = "all",
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> ExportResult | None:
     """Export a trained model for inference.
 
@@ -120,6 +121,7 @@ def export_model(
         progress: called with the bytes of weights that are written and the bytes in all; not for a live model that is
             saved whole.
         notes: further facts for the manifest.
+        finish: called with the complete folder before it gets its name; what it writes is published with it.
 
     Returns:
         What was published; None on ranks other than 0.
@@ -163,16 +165,18 @@ def export_model(
             repairs, changes, made_portable = _write_files(plan, staging)
             result = ExportResult(
                 path=target,
-                base=plan.base_folder if plan.is_compared else None,
+                base=plan.known_base,
                 repairs=repairs,
                 changes=changes,
                 made_portable=made_portable,
-                sources={"source": str(plan.source), "base": str(plan.base_folder if plan.is_compared else NONE)},
+                sources={"source": str(plan.source), "base": str(plan.known_base or NONE)},
                 verification=None if answers is None else _verify(plan, staging, answers, scores),
                 bytes=sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
                 seconds=time.monotonic() - started,
             )
             _write_manifest(staging, result, notes or {})
+            if finish is not None:
+                finish(staging)
     return result
 
 
@@ -240,7 +244,7 @@ def _write_manifest(staging: Path, result: ExportResult, notes: Mapping[str, Any
     write_manifest(
         staging,
         {
-            "base": None if result.base is None else result.base.name,  # the name alone: exports are uploaded
+            "base": None if result.base is None else public_name(result.base),  # no path: exports are uploaded
             "put_right": [asdict(repair) for repair in result.repairs],
             "changed_in_training": [str(change) for change in result.changes],
             "made_portable": list(result.made_portable),

@@ -79,6 +79,7 @@ class Source:
         folder: where the model came from, if it was a folder.
         tensors: the folder's tensors.
         renames: new names of the base's tensors, where they are not published ones.
+        is_alone: whether no base is known: its files are then the folder's own.
         shards: the weight files of an export that takes the folder's tensors without loading them, or empty.
     """
 
@@ -88,6 +89,7 @@ class Source:
     device: str
     is_adapter: bool
     is_loaded: bool = True
+    is_alone: bool = False
     folder: Path | None = None
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
@@ -115,13 +117,13 @@ class ExportPlan:
 
     @property
     def base_folder(self) -> Path | None:
-        """The base's folder, or None."""
+        """The folder whose files are carried: the base's, or the source's own; None where there is neither."""
         return None if self.source.base is None else self.source.base.path
 
     @property
-    def is_compared(self) -> bool:
-        """Whether there is a base other than the folder that is exported."""
-        return self.base_folder is not None and self.base_folder != self.source.folder
+    def known_base(self) -> Path | None:
+        """The base's folder, None where no base is known."""
+        return None if self.source.is_alone else self.base_folder
 
     @cached_property
     def stored(self) -> Mapping[str, str]:
@@ -235,6 +237,7 @@ def _open_folder(
         device=device,
         is_adapter=is_adapter,
         is_loaded=fits,
+        is_alone=base is None and origin == folder,
         folder=folder,
         tensors=tensors,
         renames=renames,
