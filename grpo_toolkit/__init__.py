@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.request import Request
     from grpo_toolkit.model.kv_cache import inference_ready
     from grpo_toolkit.model.sharding.gather import unsharded_models
+    from grpo_toolkit.reporting.report.page import write_report
 
 _MODULES = {
     "Arm": "latency.engines.arms",
@@ -102,6 +103,7 @@ _MODULES = {
     "undo_repair": "doctor.repair",
     "unsharded_models": "model.sharding.gather",
     "verify_export": "export.verify",
+    "write_report": "reporting.report.page",
 }
 
 __all__ = [
@@ -150,6 +152,7 @@ __all__ = [
     "undo_repair",
     "unsharded_models",
     "verify_export",
+    "write_report",
 ]
 
 

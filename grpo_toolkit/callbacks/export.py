@@ -17,8 +17,8 @@ from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of
 from grpo_toolkit.reporting.report.model_card import write_model_card
+from grpo_toolkit.reporting.report.screen_lines import export_lines
 from grpo_toolkit.reporting.terminal.console import say
-from grpo_toolkit.reporting.terminal.tables import export_table
 
 if TYPE_CHECKING:
     import os
@@ -110,7 +110,7 @@ class ExportCallback(GuardedCallback):
                 self._export(kwargs["model"], kwargs.get("processing_class"), requests, facts)
         with self._guarded("showing the export"):
             if self.result is not None:
-                say(export_table(self.result))
+                say(*export_lines(self.result))
         self._agree()  # a barrier: the other ranks would wait for rank 0 in a collective that gives up
         self._raise_if_strict()
 

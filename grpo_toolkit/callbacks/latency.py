@@ -26,9 +26,10 @@ from grpo_toolkit.model.save_hook import save_as_plain_trainer, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 from grpo_toolkit.reporting.charts.gallery import write_pictures
 from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of
-from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, write_findings
+from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, findings_of, write_findings
 from grpo_toolkit.reporting.report.model_card import write_model_card
 from grpo_toolkit.reporting.report.page import Pages, write_report
+from grpo_toolkit.reporting.report.screen_lines import latency_lines, line, verdict_lines
 from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.trackers.mirror import Mirror
 
@@ -233,9 +234,9 @@ class LatencyCallback(GuardedCallback):
         review = self._review(folder, [*self.live_rows, *self.rows])
         self._write_card(review)
         pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
-        say(f"rows: {folder / FILE_NAME}   report: {pages.report}")
-        for line in self.mirror.log(review, pages, args):
-            say(line)
+        say(*latency_lines(self.rows), *verdict_lines(review, findings_of(review)), line("report", str(pages.report)))
+        for hint in self.mirror.log(review, pages, args):
+            say(hint)
 
     def _review(self, folder: Path, rows: list[LatencyRow]) -> Review:
         try:

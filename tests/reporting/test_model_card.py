@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +22,7 @@ from grpo_toolkit.export.export import export_model
 from grpo_toolkit.latency.rows.review import Review
 from grpo_toolkit.latency.rows.store import append_rows
 from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, kept_facts, system_prompt_of
-from grpo_toolkit.reporting.report.folder_findings import write_findings
+from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, write_findings
 from grpo_toolkit.reporting.report.model_card import write_model_card
 from tests.support.latency_rows import row
 from tests.support.models import BUILDERS
@@ -88,9 +89,10 @@ def test_the_quick_start_of_a_text_model_runs_too(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_was_trained_verified_measured_and_put_right(exported: Path, review: Review) -> None:
-    fault = {"severity": "slow", "title": "KV cache off", "file": "a.json", "key": "use_cache", "effect": "is slow"}
-    note = {**fault, "severity": "note", "title": "a note"}
-    write_findings(review.path, {"checkpoint": {"findings": [fault, note]}, "export": {"findings": [note]}})
+    plain = shutil.copytree(exported, review.path / "plain")
+    generation = json.loads((plain / "generation_config.json").read_text()) | {"use_cache": False}
+    (plain / "generation_config.json").write_text(json.dumps(generation))
+    write_findings(review.path, diagnose_arms({"checkpoint": plain, "export": exported}))
     text = write_model_card(exported, review, facts=FACTS).read_text()
     assert text.index("# qwen2_5_vl, trained with GRPO") < text.index("## Quick start")
     assert "`qwen2_5_vl` trained with [GRPO](https://arxiv.org/abs/2402.03300) for 10 steps" in text
@@ -106,7 +108,7 @@ def test_the_page_says_what_was_trained_verified_measured_and_put_right(exported
     assert (exported / "latency.png").is_file()
     assert "vllm serve .\npython -m sglang.launch_server --model-path ." in text
     assert "A plain save of the same training had 1 fault; this folder has none of them." in text
-    assert "| KV cache off | a.json: use_cache | is slow |" in text
+    assert "| generation-cache-off | generation_config.json: use_cache | every token recomputes the whole" in text
     assert re.search(r"## Versions\n\npython 3\S+, grpo-toolkit", text)
     assert "None" not in text
     assert "\n\n\n" not in text

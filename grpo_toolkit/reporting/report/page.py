@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.rows.review import Review, arm_order, median_of
+from grpo_toolkit.latency.rows.review import Review, arm_order, load_review, median_of
 from grpo_toolkit.reporting.charts.causes import arm_named
 from grpo_toolkit.reporting.charts.gallery import CHARTS
 from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, is_variant, label_of, styled
+from grpo_toolkit.reporting.report.card_facts import CardFacts
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
 from grpo_toolkit.reporting.report.headline import headline_of, interval
+from grpo_toolkit.reporting.report.model_card import write_model_card
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
 
@@ -32,14 +34,29 @@ COMPARED: Final = ("tpot", "positions", "distributions", "lengths", "batches")
 """Charts that show two runs side by side; the others are about one run."""
 
 
-def write_report(review: Review, path: Path | None = None) -> Path:
-    """Write the report of a run; `path` defaults to `report.html` beside its rows.
+def write_report(
+    run: Review | str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    results: Mapping[str, tuple[float, float]] | None = None,
+) -> Path:
+    """Write the report of a run: one HTML file.
 
     Explanations alone are a report too: their waterfall, causes and cures.
 
+    Args:
+        run: an output folder, its `latency` folder or `latency.jsonl`; or the rows, read already.
+        path: the page; by default `report.html` beside the rows.
+        results: figures before and after the training by name, such as {"held-out accuracy": (0.495, 0.92)}; they go
+            into the export's page (its README.md), which is written again.
+
+    Returns:
+        The page.
+
     Raises:
-        InputError: there is neither a measurement nor an explanation to report.
+        InputError: no rows, neither a measurement nor an explanation in them, or `results` without an export.
     """
+    review = run if isinstance(run, Review) else load_review(run)
     if not review.arms and not review.explanations:
         raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
     manifest = export_manifest(review)
@@ -49,7 +66,13 @@ def write_report(review: Review, path: Path | None = None) -> Path:
         "checks": [] if manifest is None else ((manifest.get("verification") or {}).get("checks") or []),
         "has_manifest": manifest is not None,
     }
-    return _render(content, review.path / REPORT_FILE if path is None else path)
+    page = _render(content, review.path / REPORT_FILE if path is None else Path(path))
+    if results is not None:
+        export = next((row.path for row in review.arms if row.arm == "export"), None)
+        if export is None:
+            raise InputError(f"{review.path}: no arm named export was measured, so there is no page for the results")
+        write_model_card(export, review, facts=CardFacts(results=results))
+    return page
 
 
 def write_comparison(one: Review, other: Review, path: Path) -> Path:

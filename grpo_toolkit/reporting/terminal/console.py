@@ -33,8 +33,8 @@ def wandb_hint(facts: Mapping[str, Any]) -> str:
     """Return where a W&B run lies and the commands to look at it and to upload it."""
     folder = facts["folder"]
     if facts["mode"] == "offline":
-        return f"W&B run (offline): {folder}\n  look: wandb leet {folder}\n  upload: wandb sync {folder}"
-    return f"W&B run: {facts.get('url') or folder}\n  look: wandb leet {folder}"
+        return f"{'W&B':<12}offline; look: wandb leet {folder}\n{'':<12}upload: wandb sync {folder}"
+    return f"{'W&B':<12}{facts.get('url') or folder}\n{'':<12}look: wandb leet {folder}"
 
 
 def turn_progress() -> Progress | None:
