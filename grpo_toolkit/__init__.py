@@ -10,7 +10,7 @@ The names below are imported when they are first used, so `import grpo_toolkit` 
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("grpo-toolkit")
     if name not in _MODULES:
         raise AttributeError(f"module 'grpo_toolkit' has no attribute {name!r}")
     return getattr(import_module(f"grpo_toolkit.{_MODULES[name]}"), name)

@@ -63,8 +63,14 @@ def named_base(name: str | os.PathLike[str]) -> Path:
     """
     folder = find_base(os.fspath(name))
     if folder is None:
-        raise CheckpointError(f"--base {os.fspath(name)}: neither a model folder nor in the local Hub cache")
+        given = os.fspath(name)
+        raise CheckpointError(f"--base {given}: neither a model folder nor in the local Hub cache{_download(given)}")
     return folder
+
+
+def _download(name: object) -> str:
+    """Return how to fetch a name that looks like one of the Hub, "" for others."""
+    return f"; fetch it: hf download {name}" if isinstance(name, str) and is_hub_name(name) else ""
 
 
 def base_of_adapter(adapter: Path) -> Path:
@@ -79,7 +85,7 @@ def base_of_adapter(adapter: Path) -> Path:
     if folder is None:
         raise CheckpointError(
             f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path is {name!r}, which is not on this machine; pass "
-            "base= (--base)"
+            f"base= (--base){_download(name)}"
         )
     return folder
 

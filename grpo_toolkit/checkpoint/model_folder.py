@@ -96,6 +96,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if (folder / CONFIG).is_file():
         return Checkpoint(folder, Kind.MODEL)
     nested = [child for child in folder.glob("checkpoint-*") if child.is_dir()]
+    exported = [folder / "export"] if (folder / "export" / MANIFEST).is_file() else []
     newest = max(nested, key=lambda child: (len(child.name), child.name), default=None)
-    hint = "" if newest is None else f"; did you mean {newest}?"
+    meant = [str(child) for child in (newest, *exported) if child is not None]
+    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
     raise CheckpointError(f"{folder}: no {CONFIG} and no {ADAPTER_CONFIG}, so this is no checkpoint{hint}")

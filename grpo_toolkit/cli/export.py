@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import COMPAT_HELP, add_device, add_json, quiet_libraries
+from grpo_toolkit.cli.shell import COMPAT_HELP, add_device, add_json, add_verb, quiet_libraries, repository
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `export` and its flags."""
-    parser = commands.add_parser("export", help="publish a trained folder for inference: merged, verified, portable")
+    parser = add_verb(
+        commands,
+        "export",
+        help="publish a trained folder for inference: merged, verified, portable",
+        examples=(
+            "out/checkpoint-500 exported --base Qwen/Qwen2.5-VL-3B-Instruct",
+            "out/adapter exported --overwrite",
+            "out/checkpoint-500 exported --push-to-hub me/policy",
+        ),
+    )
     parser.add_argument("source", type=Path, help="a full checkpoint or a LoRA adapter")
     parser.add_argument("output", type=Path, help="the folder to publish")
     parser.add_argument("--base", help="folder or Hub name of the base model whose files are carried")
@@ -28,7 +37,9 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
     parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor, such as float16")
     parser.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the verified folder (a new repo is private)")
+    parser.add_argument(
+        "--push-to-hub", type=repository, metavar="REPO", help="upload the verified folder (a new repo is private)"
+    )
     parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
     parser.add_argument("--tuned", action="store_true", help="find the fastest setting, and write what files can hold")
     parser.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")

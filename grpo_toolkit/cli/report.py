@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import add_json
+from grpo_toolkit.cli.shell import add_json, add_verb
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `report` and its flags."""
-    parser = commands.add_parser("report", help="make a run's report.html and pictures again, or log its rows again")
+    parser = add_verb(
+        commands,
+        "report",
+        help="make a run's report.html and pictures again, or log its rows again",
+        examples=(
+            "out",
+            "--compare first second --output both.html",
+            "out --replay wandb",
+        ),
+    )
     parser.add_argument("path", type=Path, nargs="?", help="an output folder with latency/latency.jsonl, or that file")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="RUN", help="two runs side by side, in one page")
     parser.add_argument("--replay", choices=("wandb", "trackio"), help="log what the tracker does not have yet")

@@ -66,7 +66,10 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "slow: KV cache off in generation_config.json [generation-cache-off]",
         "  generation_config.json: use_cache: false, expected true",
     ]
-    assert lines[-1] == f"2 of these can be mended: grpo-toolkit repair {folder}"
+    assert lines[-2:] == [
+        f"2 of these can be mended: grpo-toolkit repair {folder}",
+        f"  and put back as it was: grpo-toolkit repair {folder} --undo",
+    ]
     assert [line for line in lines if "NOT COMPARED" in line] == [lines[2]]
     assert lines[2].endswith("(14 rules); pass --base FOLDER")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Final
@@ -163,11 +164,13 @@ def _not_compared(diagnosis: Diagnosis) -> str:
 
 def _advice(diagnosis: Diagnosis) -> Iterator[str]:
     mendable = [f for f in diagnosis.findings if f.repairable and f.severity is not Severity.NOTE]
-    base = f" --base {diagnosis.base}" if diagnosis.base is not None else ""
+    folder = shlex.quote(str(diagnosis.path))
+    base = f" --base {shlex.quote(str(diagnosis.base))}" if diagnosis.base is not None else ""
     if mendable:
         count = f"{len(mendable)} of these can be mended" if len(mendable) > 1 else "one of these can be mended"
         flag = " --rewrite-weights" if any(finding.needs_rewriting for finding in mendable) else ""
-        yield f"{count}: grpo-toolkit repair {diagnosis.path}{base}{flag}"
+        yield f"{count}: grpo-toolkit repair {folder}{base}{flag}"
+        yield f"  and put back as it was: grpo-toolkit repair {folder} --undo"
 
 
 def _verdict(findings: Sequence[Finding]) -> str:
