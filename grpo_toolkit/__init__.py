@@ -10,7 +10,7 @@ The names below are imported when they are first used, so `import grpo_toolkit` 
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.request import Request as Request
     from grpo_toolkit.model.kv_cache import inference_ready as inference_ready
     from grpo_toolkit.model.sharding.gather import unsharded_models as unsharded_models
+    from grpo_toolkit.reporting.report.page import write_report as write_report
 
 _MODULES = {
     "Arm": "latency.engines.arms",
@@ -112,6 +113,7 @@ _MODULES = {
     "undo_repair": "doctor.repair",
     "unsharded_models": "model.sharding.gather",
     "verify_export": "export.verify",
+    "write_report": "reporting.report.page",
 }
 """The module of each public name. `Arm`, `Options` and `Request` are older names of three of them."""
 
@@ -119,6 +121,8 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("grpo-toolkit")
     if name not in _MODULES:
         raise AttributeError(f"module 'grpo_toolkit' has no attribute {name!r}")
     return getattr(import_module(f"grpo_toolkit.{_MODULES[name]}"), name)

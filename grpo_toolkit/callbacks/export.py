@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -14,8 +15,10 @@ from grpo_toolkit.export.export_plan import refuse_unsupported
 from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rotary_buffers import restore_positions
+from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of
+from grpo_toolkit.reporting.report.model_card import write_model_card
+from grpo_toolkit.reporting.report.screen_lines import export_lines
 from grpo_toolkit.reporting.terminal.console import say
-from grpo_toolkit.reporting.terminal.tables import export_table
 
 if TYPE_CHECKING:
     import os
@@ -100,14 +103,20 @@ class ExportCallback(GuardedCallback):
             requests = find_requests(self.prompts, kwargs, limit=self.num_prompts)
         if self._agree():
             with self._guarded("the export"):
-                self._export(kwargs["model"], kwargs.get("processing_class"), requests)
+                facts = CardFacts(
+                    training=Training.of(state.global_step, state.log_history, args),
+                    system_prompt=system_prompt_of(requests[0].messages) if requests else None,
+                )
+                self._export(kwargs["model"], kwargs.get("processing_class"), requests, facts)
         with self._guarded("showing the export"):
             if self.result is not None:
-                say(export_table(self.result))
+                say(*export_lines(self.result))
         self._agree()  # a barrier: the other ranks would wait for rank 0 in a collective that gives up
         self._raise_if_strict()
 
-    def _export(self, model: torch.nn.Module, processing_class: Any, requests: list[Request]) -> None:
+    def _export(
+        self, model: torch.nn.Module, processing_class: Any, requests: list[Request], facts: CardFacts
+    ) -> None:
         self.result = export_model(
             model,
             self.output_dir,
@@ -117,6 +126,7 @@ class ExportCallback(GuardedCallback):
             format_reward=self.format_reward,
             generation_overrides=self.generation_overrides,
             overwrite=self.overwrite,
+            finish=partial(write_model_card, facts=facts),
         )
         if self.result is not None:
             published[base_model(model)] = self.result

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.cli.shell import add_device, add_json
+from grpo_toolkit.cli.shell import add_device, add_json, add_verb, check_attention, check_writable
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,16 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
 
 def add_command(commands: Commands) -> None:
     """Add `explain` and its flags."""
-    parser = commands.add_parser("explain", help="say why a trained model is slower than its base")
+    parser = add_verb(
+        commands,
+        "explain",
+        help="say why a trained model is slower than its base",
+        examples=(
+            "BASE out/checkpoint-500",
+            "BASE out/checkpoint-500 --with dtype=float32 --rounds 12",
+            'BASE out/checkpoint-500 --image cat.png --prompt "What is it?"',
+        ),
+    )
     parser.add_argument("base", type=Path, help="the base model's folder")
     parser.add_argument("trained", type=Path, help="the trained model's or adapter's folder")
     parser.add_argument(
@@ -55,12 +64,20 @@ def add_command(commands: Commands) -> None:
 
 def explain(arguments: argparse.Namespace) -> int:
     """Explain, print, and return the exit code: 1 where a cause was found."""
+    from grpo_toolkit.checkpoint.lineage import order_notice
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
     from grpo_toolkit.latency.rows.store import append_rows
-    from grpo_toolkit.reporting.terminal.console import show, turn_progress
+    from grpo_toolkit.reporting.terminal.console import say, show, turn_progress
 
+    notice = order_notice(arguments.base, arguments.trained)
+    if notice is not None:
+        say(f"NOTE: {notice}")
+    if arguments.output is not None:
+        check_writable(arguments.output.absolute().parent)
     usual = Options(device=arguments.device)
+    trained_options = with_settings(usual, arguments.settings)
+    check_attention([trained_options.attn_implementation])
     row = explain_latency(
         arguments.base,
         arguments.trained,
@@ -70,17 +87,17 @@ def explain(arguments: argparse.Namespace) -> int:
         budget_s=arguments.budget,
         device=arguments.device,
         options=usual,
-        trained_options=with_settings(usual, arguments.settings),
-        progress=turn_progress(),
+        trained_options=trained_options,
+        progress=turn_progress(f"{arguments.base} and {arguments.trained}"),
     )
-    if arguments.output is not None:
-        append_rows(arguments.output, [row])
     if arguments.json:
         print(json.dumps({**row.to_json(), "top_cause": top_cause(row), "unexplained_share": unexplained_share(row)}))
     else:
         from grpo_toolkit.reporting.terminal.explanation import explanation
 
         show(explanation(row))
+    if arguments.output is not None:
+        append_rows(arguments.output, [row])
     return 0 if top_cause(row) is None else 1
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import add_json
+from grpo_toolkit.cli.shell import add_json, add_verb
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,11 +19,20 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `report` and its flags."""
-    parser = commands.add_parser("report", help="make a run's report.html and pictures again, or log its rows again")
+    parser = add_verb(
+        commands,
+        "report",
+        help="make a run's report.html and pictures again, or log its rows again",
+        examples=(
+            "out",
+            "--compare first second --output both.html",
+            "out --replay wandb",
+        ),
+    )
     parser.add_argument("path", type=Path, nargs="?", help="an output folder with latency/latency.jsonl, or that file")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="RUN", help="two runs side by side, in one page")
     parser.add_argument("--replay", choices=("wandb", "trackio"), help="log what the tracker does not have yet")
-    parser.add_argument("--card", action="store_true", help="also write the section into the export's README.md")
+    parser.add_argument("--card", action="store_true", help="also write the export's page, its README.md")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page")
     parser.set_defaults(run=report)
     add_json(parser)
@@ -56,7 +65,7 @@ def report(arguments: argparse.Namespace) -> int:
         by_arm = {row.arm: row.path for row in review.arms}
         if "export" not in by_arm:
             raise InputError(f"{review.path}: no arm named export was measured, so there is no card to write")
-        facts["card"] = str(write_model_card(by_arm["export"], review, base=by_arm.get("base")))
+        facts["card"] = str(write_model_card(by_arm["export"], review))
     if arguments.replay is not None:
         from grpo_toolkit.reporting.trackers.replay import replay
 

@@ -13,11 +13,12 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_files import Change, config_changes, declare_dtype, write_configs
-from grpo_toolkit.checkpoint.base_lookup import named_base
+from grpo_toolkit.checkpoint.base_lookup import named_base, public_name
 from grpo_toolkit.checkpoint.generation_defaults import Repair, with_cache_defaults
+from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
 from grpo_toolkit.checkpoint.manifest import write_manifest
 from grpo_toolkit.checkpoint.publish import check_output, staged
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
@@ -36,6 +37,8 @@ from grpo_toolkit.model.processor_files import write_processor
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
 
+NONE: Final = f"NONE: {NOT_COMPARED}; pass base= (--base FOLDER)"
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -53,7 +56,7 @@ class ExportResult:
 
     Attributes:
         path: the folder.
-        base: the folder of the base model whose files were carried, or None.
+        base: the folder of the base model whose files were carried; None where nothing was compared with one.
         repairs: values that were wrong in the base and are right in the export.
         changes: values that training changed and the export therefore carries.
         made_portable: what was changed in files that transformers 5 wrote, so that 4.x and servers can read them too.
@@ -93,6 +96,7 @@ def export_model(
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
     adapter_name: str | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> ExportResult | None:
     """Export a trained model for inference.
 
@@ -123,6 +127,7 @@ def export_model(
             saved whole.
         notes: further facts for the manifest.
         adapter_name: which adapter of a folder that holds several.
+        finish: called with the complete folder before it gets its name; what it writes is published with it.
 
     Returns:
         What was published; None on ranks other than 0.
@@ -167,7 +172,7 @@ def export_model(
             repairs, changes, made_portable = _write_files(plan, staging)
             result = ExportResult(
                 path=target,
-                base=plan.base_folder,
+                base=plan.known_base,
                 repairs=repairs,
                 changes=changes,
                 made_portable=made_portable,
@@ -177,6 +182,8 @@ def export_model(
                 seconds=time.monotonic() - started,
             )
             _write_manifest(staging, result, notes or {})
+            if finish is not None:
+                finish(staging)
     return result
 
 
@@ -193,12 +200,10 @@ def _opened(source: Any, target: Path, base: Path | None, adapter_name: str | No
 
 def _sources(plan: ExportPlan, source: Any, opened: Any) -> dict[str, str]:
     """Return what went in, by name; shards by the folder that was named, not by the one that was made of them."""
-    said, base = str(plan.source), plan.base_folder
+    said = str(plan.source)
     if plan.source.folder is not None and opened != Path(source):
         said = f"shards {source}" if not Path(opened).is_relative_to(source) else said
-    is_compared = base is not None and base != plan.source.folder
-    none = "none on disk" if base is None else "no base: not compared"
-    return {"source": said, "base": str(base) if is_compared else none}
+    return {"source": said, "base": str(plan.known_base or NONE)}
 
 
 def _takes_all_ranks(source: Any) -> bool:
@@ -265,7 +270,7 @@ def _write_manifest(staging: Path, result: ExportResult, notes: Mapping[str, Any
     write_manifest(
         staging,
         {
-            "base": None if result.base is None else result.base.name,  # the name alone: exports are uploaded
+            "base": None if result.base is None else public_name(result.base),  # no path: exports are uploaded
             "put_right": [asdict(repair) for repair in result.repairs],
             "changed_in_training": [str(change) for change in result.changes],
             "made_portable": list(result.made_portable),

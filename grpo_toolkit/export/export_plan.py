@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.lineage import recorded_base
 from grpo_toolkit.checkpoint.model_folder import GENERATION_CONFIG, Kind, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
@@ -79,6 +80,7 @@ class Source:
         folder: where the model came from, if it was a folder.
         tensors: the folder's tensors.
         renames: new names of the base's tensors, where they are not published ones.
+        is_alone: whether no base is known: its files are then the folder's own.
         shards: the weight files of an export that takes the folder's tensors without loading them, or empty.
     """
 
@@ -88,6 +90,7 @@ class Source:
     device: str
     is_adapter: bool
     is_loaded: bool = True
+    is_alone: bool = False
     folder: Path | None = None
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
@@ -115,8 +118,13 @@ class ExportPlan:
 
     @property
     def base_folder(self) -> Path | None:
-        """The folder of the base, or None where there is no base on disk."""
+        """The folder whose files are carried: the base's, or the source's own; None where there is neither."""
         return None if self.source.base is None else self.source.base.path
+
+    @property
+    def known_base(self) -> Path | None:
+        """The base's folder, None where no base is known."""
+        return None if self.source.is_alone else self.base_folder
 
     @cached_property
     def stored(self) -> Mapping[str, str]:
@@ -211,7 +219,7 @@ def _open_folder(
     """Open a folder. Headers come first: a file that is damaged or cut off is named before anything is loaded."""
     checkpoint = open_checkpoint(folder)
     is_adapter = checkpoint.kind is Kind.ADAPTER
-    origin = base or (base_of_adapter(folder) if is_adapter else folder)
+    origin = base or (base_of_adapter(folder) if is_adapter else recorded_base(folder) or folder)
     known = open_base(checkpoint if origin == folder else open_checkpoint(origin))
     tensors = known.tensors if origin == folder else checkpoint.tensors()
     refuse_unloadable(folder, origin)
@@ -231,6 +239,7 @@ def _open_folder(
         device=device,
         is_adapter=is_adapter,
         is_loaded=fits,
+        is_alone=base is None and origin == folder,
         folder=folder,
         tensors=tensors,
         renames=renames,

@@ -15,11 +15,13 @@ import tempfile
 import types
 from contextlib import ExitStack, contextmanager
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_lookup import find_base
 from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults, capture_defaults
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject, read_json
+from grpo_toolkit.checkpoint.lineage import record_base
 from grpo_toolkit.checkpoint.model_folder import GENERATION_CONFIG
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.model.kv_cache import cache_flags, set_cache_flags
@@ -27,7 +29,6 @@ from grpo_toolkit.model.live_model import base_model, config_levels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     import torch
     from transformers import GenerationConfig, PreTrainedModel
@@ -147,7 +148,25 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
                 type(error).__name__,
                 error,
             )
-        return type(self).save_pretrained(self, *args, **kwargs)
+        saved = type(self).save_pretrained(self, *args, **kwargs)
+    _record_base(self, args, kwargs)
+    return saved
+
+
+def _record_base(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Write the base's name beside the weights; a checkpoint without it is still one."""
+    name, folder = getattr(model.config, "_name_or_path", None), kwargs.get("save_directory", *args[:1])
+    if not name or folder is None or not kwargs.get("is_main_process", True) or not Path(folder).is_dir():
+        return
+    try:
+        is_here = Path(name).is_dir()
+        record_base(
+            Path(folder),
+            str(Path(name).resolve()) if is_here else str(name),
+            revision=None if is_here else getattr(model.config, "_commit_hash", None),
+        )
+    except OSError as error:
+        logger.warning("grpo_toolkit: the base's name could not be written into %s (%s)", folder, error)
 
 
 def saved_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -114,6 +114,10 @@ class RecipeArguments(ScriptArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Check everything, print the plan with its memory and disk, and stop."}
     )
+    verbose: bool = field(
+        default=False,
+        metadata={"help": "Print everything: the whole plan, every log, other libraries' bars and warnings."},
+    )
     latency_rounds: int = field(
         default=24, metadata={"help": "Measured requests per arm, at most; 0 skips the measurement."}
     )

@@ -7,21 +7,23 @@ doctor's findings beside it and the export's manifest alone, so it can be made a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.rows.review import Review, arm_order, median_of
+from grpo_toolkit.latency.rows.review import Review, arm_order, load_review, median_of
 from grpo_toolkit.reporting.charts.causes import arm_named
 from grpo_toolkit.reporting.charts.gallery import CHARTS
 from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, is_variant, label_of, styled
+from grpo_toolkit.reporting.report.card_facts import CardFacts
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
 from grpo_toolkit.reporting.report.headline import headline_of, interval
+from grpo_toolkit.reporting.report.model_card import write_model_card
+from grpo_toolkit.reporting.report.rendering import line_of, templates
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from jinja2 import Environment
 
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
 
@@ -33,14 +35,29 @@ COMPARED: Final = ("tpot", "positions", "distributions", "lengths", "batches")
 """Charts that show two runs side by side; the others are about one run."""
 
 
-def write_report(review: Review, path: Path | None = None) -> Path:
-    """Write the report of a run; `path` defaults to `report.html` beside its rows.
+def write_report(
+    run: Review | str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    results: Mapping[str, tuple[float, float]] | None = None,
+) -> Path:
+    """Write the report of a run: one HTML file.
 
     Explanations alone are a report too: their waterfall, causes and cures.
 
+    Args:
+        run: an output folder, its `latency` folder or `latency.jsonl`; or the rows, read already.
+        path: the page; by default `report.html` beside the rows.
+        results: figures before and after the training by name, such as {"held-out accuracy": (0.495, 0.92)}; they go
+            into the export's page (its README.md), which is written again.
+
+    Returns:
+        The page.
+
     Raises:
-        InputError: there is neither a measurement nor an explanation to report.
+        InputError: no rows, neither a measurement nor an explanation in them, or `results` without an export.
     """
+    review = run if isinstance(run, Review) else load_review(run)
     if not review.arms and not review.explanations:
         raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
     manifest, found = export_manifest(review), findings_of(review)
@@ -53,7 +70,13 @@ def write_report(review: Review, path: Path | None = None) -> Path:
         "checks": [] if manifest is None else ((manifest.get("verification") or {}).get("checks") or []),
         "has_manifest": manifest is not None,
     }
-    return _render(content, review.path / REPORT_FILE if path is None else path)
+    page = _render(content, review.path / REPORT_FILE if path is None else Path(path))
+    if results is not None:
+        export = next((row.path for row in review.arms if row.arm == "export"), None)
+        if export is None:
+            raise InputError(f"{review.path}: no arm named export was measured, so there is no page for the results")
+        write_model_card(export, review, facts=CardFacts(results=results))
+    return page
 
 
 def write_comparison(one: Review, other: Review, path: Path) -> Path:
@@ -162,33 +185,6 @@ def _facts(row: LatencyRow) -> list[str]:
 def _facts_explained(row: ExplanationRow) -> list[str]:
     facts = ["explained, no arms measured beside it", row.environment.get("hardware", "")]
     return [*([] if row.step is None else [f"step {row.step:,}"]), *filter(None, facts)]
-
-
-def line_of(row: LatencyRow) -> dict[str, Any]:
-    """Return a row's figures for a table: times in milliseconds, memory in GB."""
-    return {
-        "arm": label_of(row.arm),
-        "ttft": median_of(row.ttft_s, 1e3),
-        "tpot": row.tpot_s,
-        "e2e": median_of(row.e2e_s, 1e3),
-        "speed": median_of(row.output_tokens_per_s),
-        "memory": None if row.memory.peak_bytes is None else row.memory.peak_bytes / 1e9,
-        "cache": {None: "not seen", True: "in use", False: "off"}[row.proof.is_cached],
-        "vision": row.proof.vision_calls,
-    }
-
-
-def templates(*, autoescape: bool) -> Environment:
-    """Return the templates of page and card; a name that one of them uses and is not given is an error."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("grpo_toolkit.reporting.report", "templates"),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _render(content: dict[str, Any], path: Path) -> Path:
