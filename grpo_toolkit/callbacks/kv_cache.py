@@ -16,6 +16,7 @@ from grpo_toolkit.model.kv_cache import (
     set_cache_flags,
 )
 from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.merge_guard import guard_merges
 from grpo_toolkit.model.rollout_watch import Decoding, RolloutWatch
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, remember_plain_state
@@ -35,7 +36,8 @@ class KVCacheCallback(GuardedCallback):
     """A callback that keeps the KV cache off in the training forward, on in rollouts, on in every saved file.
 
     A saved model is also to mean what was trained: rotary frequencies that loading has rounded (see `buffers`) are
-    computed again before the first step.
+    computed again before the first step, and an adapter that is merged into the live base and taken out again, as TRL
+    does for vLLM, leaves that base as it was (see `model/merge_guard.py`).
 
     Args:
         generation_overrides: keys for `generation_config.json` in every save that win over the base's.
@@ -89,6 +91,8 @@ class KVCacheCallback(GuardedCallback):
                     "would have run without a cache. It is on now, and will be in every save",
                     "none on disk" if self.defaults is None else self.defaults.source,
                 )
+        with self._guarded("guarding the adapter's base"):
+            guard_merges(model)
         # Where it cannot be done (a class that is not built from its config alone), an export's verification decides.
         with self._guarded("computing the rotary positions again", is_vital=False):
             restore_positions(model, args, state)
@@ -131,6 +135,10 @@ class KVCacheCallback(GuardedCallback):
             if self.defaults is not None:
                 set_cache_flags(base_model(model).config, dict.fromkeys(self.defaults.cache_levels, True))
             leave_training(model)
+        with self._guarded("keeping the adapter's base as it was"):
+            guard = guard_merges(model)
+            if guard is not None:
+                guard.check()
         self._raise_if_strict()
 
     def _let_go(self) -> None:
