@@ -17,6 +17,7 @@ from grpo_toolkit.model.kv_cache import (
 )
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.merge_guard import guard_merges
+from grpo_toolkit.model.processor_hook import hook_processor
 from grpo_toolkit.model.rollout_watch import Decoding, RolloutWatch
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, remember_plain_state
@@ -43,6 +44,8 @@ class KVCacheCallback(GuardedCallback):
         generation_overrides: keys for `generation_config.json` in every save that win over the base's.
         cudnn_decoding: whether rollouts may decode with cuDNN's attention; None (the default) keeps them off it on
             Hopper GPUs, where it plans anew for every length.
+        portable_saves: write config, tokenizer and processor of every save as the base has them, with what training
+            changed, so that what loads the base loads the save; False for the forms of the transformers that saves.
         strict: raise at the end of training if a promise could not be kept.
 
     Attributes:
@@ -56,11 +59,13 @@ class KVCacheCallback(GuardedCallback):
         *,
         generation_overrides: Mapping[str, Any] | None = None,
         cudnn_decoding: bool | None = None,
+        portable_saves: bool = True,
         strict: bool = False,
     ) -> None:
         super().__init__(strict=strict)
         self.generation_overrides = generation_overrides
         self.cudnn_decoding = cudnn_decoding
+        self.portable_saves = portable_saves
         self.defaults: InferenceDefaults | None = None
         self.decoding: Decoding | None = None
         self._watch: RolloutWatch | None = None
@@ -71,7 +76,7 @@ class KVCacheCallback(GuardedCallback):
     ) -> None:
         """Capture the base's defaults and hook the saves, before `Trainer.__init__` sets `use_cache` to False."""
         with self._guarded("hooking the saves"):
-            self._attach(kwargs["model"])
+            self._attach(kwargs["model"], kwargs.get("processing_class"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,7 +85,7 @@ class KVCacheCallback(GuardedCallback):
         model = kwargs["model"]
         with self._guarded("hooking the saves"):
             if self.defaults is None:  # added with trainer.add_callback(), after on_init_end
-                self._attach(model)
+                self._attach(model, kwargs.get("processing_class"))
         with self._guarded("setting the cache for training"):
             remember_plain_state(model)
             if is_checkpointing(model):
@@ -147,6 +152,8 @@ class KVCacheCallback(GuardedCallback):
                 hooks.close()
         self._watch = self._without_cudnn = None
 
-    def _attach(self, model: torch.nn.Module) -> None:
+    def _attach(self, model: torch.nn.Module, processing_class: Any) -> None:
         self.defaults = capture_model_defaults(model, overrides=self.generation_overrides)
-        install_save_hook(model, self.defaults)
+        install_save_hook(model, self.defaults, portable=self.portable_saves)
+        if processing_class is not None:
+            hook_processor(processing_class, self.defaults.folder if self.portable_saves else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,8 @@ def test_a_merge_that_fails_leaves_the_base(qwen: Path) -> None:
     last = [weight for name, weight in model.named_parameters() if "lora_B" in name][-1]
     with torch.no_grad():
         last.fill_(float("nan"))
+    if "safe_merge" not in inspect.signature(type(model.base_model).merge_adapter).parameters:
+        pytest.skip("this PEFT has no merge of a whole model that checks for NaN")
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert differing(before, base_state(model)) == []
