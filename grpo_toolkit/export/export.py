@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.base_files import Change, config_changes, declare_dtype, write_configs
+from grpo_toolkit.checkpoint.base_files import Change, declare_dtype, write_configs
 from grpo_toolkit.checkpoint.base_lookup import named_base, public_name
-from grpo_toolkit.checkpoint.generation_defaults import Repair, with_cache_defaults
 from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
 from grpo_toolkit.checkpoint.manifest import write_manifest
 from grpo_toolkit.checkpoint.publish import check_output, staged
@@ -33,7 +32,8 @@ from grpo_toolkit.export.verl_shards import as_model_folder
 from grpo_toolkit.merge.adapter import find_adapter
 from grpo_toolkit.model.generation.request import logged_requests
 from grpo_toolkit.model.live_model import random_state_kept
-from grpo_toolkit.model.processor_files import write_processor
+from grpo_toolkit.model.portable_files import trained_changes
+from grpo_toolkit.model.processor_files import save_plainly, write_processor
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer
 
+    from grpo_toolkit.checkpoint.generation_defaults import Repair
     from grpo_toolkit.checkpoint.weights.shard_writer import Progress
     from grpo_toolkit.export.format_reward import Score
     from grpo_toolkit.model.generation.request import Request
@@ -229,12 +230,11 @@ def _write_files(plan: ExportPlan, staging: Path) -> tuple[tuple[Repair, ...], t
     repairs = defaults.repairs
     changes: tuple[Change, ...] = ()
     if plan.base_folder is not None:
-        loaded = with_cache_defaults(type(model.config).from_pretrained(plan.base_folder).to_dict(), defaults)
-        changes = config_changes(loaded, with_cache_defaults(model.config.to_dict(), defaults))
+        changes = trained_changes(model, plan.base_folder, defaults)
         repairs = write_configs(plan.base_folder, staging, changes=changes, overrides=defaults.overrides).repairs
         changes += tuple(Change(file=name) for name in write_processor(processor, plan.base_folder, staging))
     elif processor is not None:
-        processor.save_pretrained(staging)
+        save_plainly(processor, staging)
     if plan.storage.dtype_name is not None:
         declare_dtype(staging, plan.storage.dtype_name)
     return repairs, changes, write_older_forms(staging) if plan.storage.compat == "all" else ()
