@@ -221,6 +221,7 @@ def _verify(
         expected=answers.records,
         noise=answers.noise,
         logit_noise=answers.logit_noise,
+        distance=answers.distance,
         scores=scores,
         base=plan.source.base,
         dtype=plan.storage.dtype_name,
