@@ -166,7 +166,7 @@ def check_logits(
         return Check(name=name, passed=False, detail=str(error))
     relative, largest = (max(distances) for distances in zip(*distances, strict=True))
     tokens = sum(len(want.logits) for want, _ in pairs)
-    merged = "" if distance is None else f"; merging the adapter moved them by {distance:.2g}"
+    merged = "" if distance is None else f"; the live policy, its adapter not merged, is {distance:.2g} from that"
     return Check(
         name=name,
         passed=relative <= tolerance,  # which NaN is not

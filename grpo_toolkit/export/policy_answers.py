@@ -40,8 +40,9 @@ class PolicyAnswers:
         records: what it answered, with evidence.
         noise: the largest gap between two logits that changed, in logits.
         logit_noise: how far all logits were apart, relative to their spread (`logit_distance`).
-        distance: the same between what was trained (an adapter beside its base) and what answered (merged, rounded as
-            it is stored); None where the two are one.
+        distance: the same between what was trained (an adapter beside its base, which may be quantised) and what
+            answered (merged, rounded as it is stored); None where the two are one.
+        device: where it answered, if that is not where the policy runs.
     """
 
     requests: tuple[Request, ...]
@@ -49,6 +50,7 @@ class PolicyAnswers:
     noise: float
     logit_noise: float = 0.0
     distance: float | None = None
+    device: str | None = None
 
 
 def ask_policy(
