@@ -11,7 +11,7 @@ from grpo_toolkit.export.export import export_model
 from grpo_toolkit.export.policy_weights import is_mergeable, weights_as
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import auto_class, load_model
-from tests.support.families import build_text
+from tests.support.families import build_family
 from tests.support.models import MERGE_BUILDERS
 from tests.support.training import v5_only
 
@@ -114,7 +114,7 @@ def test_a_merge_that_fails_half_way_leaves_the_policy_as_it_was(
 def test_a_right_merge_of_a_mixture_of_experts_is_exactly_what_the_policy_says(seed: int, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    base = build_text("mixtral", tmp_path / "base", dtype="bfloat16")
+    base = build_family("mixtral", tmp_path / "base", dtype="bfloat16")
     model, tokenizer, _ = load_model(base)
     torch.manual_seed(seed)
     policy = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from grpo_toolkit import ExportCallback
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-from grpo_toolkit.export.export import export_model
 from grpo_toolkit.model.load import load_model
-from tests.support.families import build_text
+from tests.support.families import build_family
 from tests.support.training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:
@@ -66,13 +66,17 @@ def test_a_quantised_policy_is_served_from_the_unquantised_base(quantised: Any, 
     from transformers import AutoModelForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
-    base = build_text("llama", tmp_path / "base", dtype="bfloat16", **sizes)
+    base = build_family("llama", tmp_path / "base", dtype="bfloat16", **sizes)
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantised(), dtype=torch.bfloat16)
     assert model.hf_quantizer is not None
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    trainer = grpo_trainer(model, tmp_path / "out", with_images=False, peft_config=config)
+    exporting = ExportCallback(tmp_path / "export", strict=True)
+    trainer = grpo_trainer(model, tmp_path / "out", [exporting], with_images=False, peft_config=config)
     trainer.train()
-    result = export_model(trainer, tmp_path / "export", compat="v5")
+    [finding] = exporting.findings
+    assert not finding.is_obstacle
+    assert f"the export will be its adapter merged into {base}, which is not" in str(finding)
+    result = exporting.result
     assert result is not None
     assert result.verification is not None
     logits = next(check.detail for check in result.verification.checks if check.name.startswith("same logits"))
