@@ -152,14 +152,23 @@ def open_adapter(folder: Path) -> Adapter:
         CheckpointError: damaged, or tensors that belong to no module.
     """
     config = read_json(folder / ADAPTER_CONFIG)
-    refuse_options(config, folder / ADAPTER_CONFIG)
-    _check_types(config, folder / ADAPTER_CONFIG)
+    _check_config(config, folder)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         pickled = folder / "adapter_model.bin"
         what = f"only {pickled.name}, a pickle, which is not opened" if pickled.is_file() else "no weights"
         raise CheckpointError(f"{folder}: {what}; expected {ADAPTER_WEIGHTS} (PEFT's save_pretrained writes it)")
-    tensors = read_safetensors_header(weights)
+    return adapter_of(folder, config, read_safetensors_header(weights))
+
+
+def adapter_of(folder: Path, config: JsonObject, tensors: Mapping[str, TensorInfo]) -> Adapter:
+    """Return the adapter of a config and tensors, wherever they were read from; `folder` is what messages name.
+
+    Raises:
+        UnsupportedError, CheckpointError: see `open_adapter`.
+    """
+    _check_config(config, folder)
+    weights = folder / ADAPTER_WEIGHTS
     strange = [name for name, info in tensors.items() if info.dtype not in FLOAT_NAMES]
     if strange:
         raise CheckpointError(
@@ -167,6 +176,11 @@ def open_adapter(folder: Path) -> Adapter:
         )
     modules, replaced = _grouped(tensors, weights)
     return Adapter(path=folder, config=config, tensors=tensors, modules=modules, replaced=replaced)
+
+
+def _check_config(config: JsonObject, folder: Path) -> None:
+    refuse_options(config, folder / ADAPTER_CONFIG)
+    _check_types(config, folder / ADAPTER_CONFIG)
 
 
 def refuse_options(config: JsonObject, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import CONFIG
 from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
@@ -184,7 +185,8 @@ def shapes_differ(folder: Folder) -> Iterator[Fault]:
 def vocabulary_mismatch(folder: Folder) -> Iterator[Fault]:
     name, size = ends(folder)[1], folder.text_value("vocab_size")
     shape = folder.tensors[name].shape if name else ()
-    if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size):
+    extra = family_of(folder.model_type).extra_embeddings
+    if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size + extra):
         yield Fault(file=CONFIG, key="vocab_size", found=size, expected=f"{shape[0]}, the rows of {name}")
 
 
