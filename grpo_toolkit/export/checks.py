@@ -21,6 +21,7 @@ from grpo_toolkit.model.generation.agreement import (
     logit_distance,
     rival_gap,
 )
+from grpo_toolkit.model.unheld_tensors import without_the_bases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,16 @@ def _vocabulary(config: object) -> int:
     text = config.get("text_config", config) if isinstance(config, dict) else {}
     size = text.get("vocab_size") if isinstance(text, dict) else None
     return size if isinstance(size, int) else -1
+
+
+def check_load(report: LoadReport, base: Base | None) -> Check:
+    """Check that loading found every tensor of the model, and none that is not of it or of the base."""
+    judged = report if base is None else without_the_bases(report, base)
+    detail = f"{report.parameters:,} parameters in {report.dtype}; missing {report.missing or 'none'}, "
+    detail += f"unexpected {judged.unexpected or 'none'}, mismatched {report.mismatched or 'none'}"
+    if passed_over := len(report.unexpected) - len(judged.unexpected):
+        detail += f"; {passed_over} of the base that its class does not hold"
+    return Check(name="loads whole", passed=judged.is_clean, detail=detail)
 
 
 def check_values(folder: Path, tensors: Mapping[str, TensorInfo]) -> Check:

@@ -16,6 +16,7 @@ from grpo_toolkit.export.checks import (
     check_cache,
     check_files,
     check_inputs,
+    check_load,
     check_logits,
     check_scores,
     check_tensors,
@@ -120,15 +121,8 @@ def verify_export(
     requests = requests or [plain_request()]
     with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
         report = worker.report
-        checks.append(
-            Check(
-                name="loads whole",
-                passed=report.is_clean,
-                detail=f"{report.parameters:,} parameters in {report.dtype}; missing {report.missing or 'none'}, "
-                f"unexpected {report.unexpected or 'none'}, mismatched {report.mismatched or 'none'}",
-            )
-        )
-        if not report.is_clean:
+        checks.append(check_load(report, origin))
+        if not checks[-1].passed:
             return VerificationResult(checks=tuple(checks))
         if origin is not None:
             checks.append(check_ties(report, origin))
