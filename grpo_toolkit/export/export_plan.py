@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
 from grpo_toolkit.checkpoint.lineage import recorded_base
-from grpo_toolkit.checkpoint.model_folder import GENERATION_CONFIG, Kind, open_checkpoint
+from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.copy_weights import plan_copy
@@ -20,11 +20,12 @@ from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, f
 from grpo_toolkit.export.findings_check import loads_whole, refuse_unloadable
 from grpo_toolkit.export.live_adapter import is_adapted, refuse_unmergeable
 from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.load import NO_CODE, auto_class, load_model
+from grpo_toolkit.model.load import load_model, model_without_weights
 from grpo_toolkit.model.memory import why_too_large
 from grpo_toolkit.model.processor_files import processor_of
 from grpo_toolkit.model.save_hook import base_folder, capture_model_defaults
 from grpo_toolkit.model.sharding.gather import is_fsdp1
+from grpo_toolkit.model.unheld_tensors import without_the_bases
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -230,7 +231,7 @@ def _open_folder(
         shards = plan_copy(folder, tensors, known, names=renames, dtype=storage.dtype, max_shard_size=size) or ()
     is_streamed = is_adapter or bool(shards)
     fits = not is_streamed or (load and why_too_large(known.tensors if is_adapter else tensors, device) is None)
-    model, own = _load(folder, base, device) if fits else _without_weights(folder, origin if is_adapter else folder)
+    model, own = _load(folder, base, known, device) if fits else _empty(folder, origin if is_adapter else folder)
     refuse_unsupported(model)
     return Source(
         model=model,
@@ -252,9 +253,10 @@ def _processor(given: Any, own: Any, base: Path | None) -> Any:
     return processor if processor is not None or base is None else processor_of(base)
 
 
-def _load(folder: Path, base: Path | None, device: str) -> tuple[torch.nn.Module, Any]:
+def _load(folder: Path, base: Path | None, known: Base, device: str) -> tuple[torch.nn.Module, Any]:
     with _named_if_unloadable(folder):
         model, processor, report = load_model(folder, device=device, base=base)
+    report = without_the_bases(report, known)
     if not report.is_clean:
         raise InputError(
             f"{folder}: its weights do not fit its config ({loads_whole(report).detail}); nothing was exported"
@@ -262,18 +264,10 @@ def _load(folder: Path, base: Path | None, device: str) -> tuple[torch.nn.Module
     return model, processor
 
 
-def _without_weights(folder: Path, origin: Path) -> tuple[torch.nn.Module, Any]:
+def _empty(folder: Path, origin: Path) -> tuple[torch.nn.Module, Any]:
     """Build the model of `origin` from its configs alone, on the meta device, and open the folder's processor."""
-    import torch
-    from transformers import AutoConfig, GenerationConfig
-
     with _named_if_unloadable(folder):
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(origin, **NO_CODE)
-            model: PreTrainedModel = auto_class(origin).from_config(config, **NO_CODE)
-        if (origin / GENERATION_CONFIG).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(origin)
-        return model, processor_of(folder)
+        return model_without_weights(origin), processor_of(folder)
 
 
 @contextmanager

@@ -127,8 +127,8 @@ def verify_export(
     requests = requests or [plain_request()]
     with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
         report = _report(worker, findings)
-        checks.append(loads_whole(report))
-        if not report.is_clean:
+        checks.append(loads_whole(report, origin))
+        if not checks[-1].passed:
             return VerificationResult(checks=tuple(checks))
         if origin is not None:
             checks.append(check_ties(report, origin))
