@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.merge.merge import MergeResult, merge_adapter
     from grpo_toolkit.model.generation.decode_ahead import DecodeAhead
     from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.model.inputs.rows_once import rows_once
     from grpo_toolkit.model.kv_cache import inference_ready
     from grpo_toolkit.model.sharding.gather import unsharded_models
 
@@ -98,6 +99,7 @@ _MODULES = {
     "measure_latency": "latency.bench.measure",
     "merge_adapter": "merge.merge",
     "repair_checkpoint": "doctor.repair",
+    "rows_once": "model.inputs.rows_once",
     "tune_latency": "latency.tune.tune",
     "undo_repair": "doctor.repair",
     "unsharded_models": "model.sharding.gather",
@@ -146,6 +148,7 @@ __all__ = [
     "measure_latency",
     "merge_adapter",
     "repair_checkpoint",
+    "rows_once",
     "tune_latency",
     "undo_repair",
     "unsharded_models",

@@ -27,6 +27,7 @@ from grpo_toolkit import (
     LatencyCallback,
     ResumeGuardCallback,
     last_whole_checkpoint,
+    rows_once,
 )
 from grpo_vlm.arguments import RecipeArguments, parse
 from grpo_vlm.data.image_sizes import load_processor
@@ -149,7 +150,7 @@ def make_trainer(
             args=training,
             reward_funcs=rewards,
             processing_class=processor,
-            train_dataset=splits.train,
+            train_dataset=rows_once(splits.train),
             eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
             peft_config=get_peft_config(model),
             callbacks=callbacks,
