@@ -21,10 +21,12 @@ from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_confi
 
 from grpo_toolkit import (
     ExportCallback,
+    FastRolloutCallback,
     GrpoToolkitError,
     InputError,
     KVCacheCallback,
     LatencyCallback,
+    PackedVisionCallback,
     ResumeGuardCallback,
     last_whole_checkpoint,
     rows_once,
@@ -88,6 +90,9 @@ def main(argv: list[str]) -> None:
     )
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
     callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
+    # What makes a step fast comes after what it must see whole: the cache's watch, weights put right at a resume.
+    callbacks += [PackedVisionCallback()] if recipe.packed_vision else []
+    callbacks += [FastRolloutCallback("plain" if plan.fast_rollouts is False else "auto")] * recipe.fast_rollouts
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
 
     trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from grpo_toolkit.model.attention import distinct_images
+from grpo_toolkit.model.attention import image_digests as image_digests_module
 from grpo_toolkit.model.attention.distinct_images import DistinctImages, UnknownOutputError, repeat_for_copies
 from grpo_toolkit.model.attention.gather_copies import repeat_spans
-from grpo_toolkit.model.attention import image_digests as image_digests_module
 from grpo_toolkit.model.attention.image_digests import by_digests, equal_images, equal_rows, image_digests
 from grpo_toolkit.model.attention.packed_vision import packed_vision
 from tests.support.models import build_llava

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOPED_ON: Final[tuple[str, ...]] = ("cpu",)
-"""Devices where segments of several lengths go one by one: a call costs little on a CPU, and to gather and mask a batch
-costs more (995 against 677 ms for a Qwen2.5-VL tower's windows)."""
+"""Devices where segments of several lengths go one by one: on a CPU a call costs little, and a batch that is gathered
+and masked more (224 against 178 ms forward and backward, for the windows of two images of 1,936 patches)."""
 
 MAX_HEAD_DIM: Final = 256
 """The largest head that FlashAttention 2's kernels take."""
