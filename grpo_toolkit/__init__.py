@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.decode_ahead import DecodeAhead as DecodeAhead
     from grpo_toolkit.model.generation.request import GenerationRequest as GenerationRequest
     from grpo_toolkit.model.generation.request import Request as Request
+    from grpo_toolkit.model.inputs.rows_once import rows_once as rows_once
     from grpo_toolkit.model.kv_cache import inference_ready as inference_ready
     from grpo_toolkit.model.sharding.gather import unsharded_models as unsharded_models
     from grpo_toolkit.reporting.report.page import write_report as write_report
@@ -109,6 +110,7 @@ _MODULES = {
     "measure_latency": "latency.bench.measure",
     "merge_adapter": "merge.merge",
     "repair_checkpoint": "doctor.repair",
+    "rows_once": "model.inputs.rows_once",
     "tune_latency": "latency.tune.tune",
     "undo_repair": "doctor.repair",
     "unsharded_models": "model.sharding.gather",

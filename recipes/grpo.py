@@ -21,12 +21,15 @@ from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_confi
 
 from grpo_toolkit import (
     ExportCallback,
+    FastRolloutCallback,
     GrpoToolkitError,
     InputError,
     KVCacheCallback,
     LatencyCallback,
+    PackedVisionCallback,
     ResumeGuardCallback,
     last_whole_checkpoint,
+    rows_once,
     write_report,
 )
 from grpo_vlm.arguments import RecipeArguments, parse
@@ -92,6 +95,9 @@ def main(argv: list[str]) -> None:
     )
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
     callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
+    # What makes a step fast comes after what it must see whole: the cache's watch, weights put right at a resume.
+    callbacks += [PackedVisionCallback()] if recipe.packed_vision else []
+    callbacks += [FastRolloutCallback("plain" if plan.fast_rollouts is False else "auto")] * recipe.fast_rollouts
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
     if not recipe.verbose:
         callbacks = [BarCallback(), *callbacks]
@@ -161,7 +167,7 @@ def make_trainer(
             args=training,
             reward_funcs=rewards,
             processing_class=processor,
-            train_dataset=splits.train,
+            train_dataset=rows_once(splits.train),
             eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
             peft_config=get_peft_config(model),
             callbacks=callbacks,

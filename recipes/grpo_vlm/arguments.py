@@ -107,6 +107,20 @@ class RecipeArguments(ScriptArguments):
     latency_new_tokens: int = field(
         default=64, metadata={"help": "Tokens generated per request when latency is measured."}
     )
+    packed_vision: bool = field(
+        default=True,
+        metadata={
+            "help": "One attention call a layer in the vision tower, and each distinct image once, equal but for "
+            "rounding (PackedVisionCallback)."
+        },
+    )
+    fast_rollouts: bool = field(
+        default=True,
+        metadata={
+            "help": "Rollouts compiled and prefilled once a prompt, on a GPU with room for a copy of the weights "
+            "(FastRolloutCallback)."
+        },
+    )
     direct_baseline: bool = field(
         default=False,
         metadata={"help": "Before training, also measure the base when it is asked for the answer alone."},
