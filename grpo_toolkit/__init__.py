@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.callbacks import LatencyCallback as LatencyCallback
     from grpo_toolkit.callbacks import PackedVisionCallback as PackedVisionCallback
     from grpo_toolkit.callbacks import ResumeGuardCallback as ResumeGuardCallback
+    from grpo_toolkit.callbacks import StepTimeCallback as StepTimeCallback
     from grpo_toolkit.checkpoint.trainer_checkpoints import last_whole_checkpoint as last_whole_checkpoint
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint as diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis as Diagnosis
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.kv_cache import inference_ready as inference_ready
     from grpo_toolkit.model.sharding.gather import unsharded_models as unsharded_models
     from grpo_toolkit.reporting.report.page import write_report as write_report
+    from grpo_toolkit.step_time.rows import StepExplanation as StepExplanation
 
 _MODULES = {
     "Arm": "latency.engines.arms",
@@ -95,6 +97,8 @@ _MODULES = {
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
     "RunOptions": "latency.engines.protocol",
+    "StepExplanation": "step_time.rows",
+    "StepTimeCallback": "callbacks",
     "TrackerError": "errors",
     "Tuning": "latency.tune.tuning",
     "UnsupportedError": "errors",

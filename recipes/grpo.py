@@ -28,6 +28,7 @@ from grpo_toolkit import (
     LatencyCallback,
     PackedVisionCallback,
     ResumeGuardCallback,
+    StepTimeCallback,
     last_whole_checkpoint,
     rows_once,
     write_report,
@@ -99,12 +100,17 @@ def main(argv: list[str]) -> None:
     callbacks += [PackedVisionCallback()] if recipe.packed_vision else []
     callbacks += [FastRolloutCallback("plain" if plan.fast_rollouts is False else "auto")] * recipe.fast_rollouts
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
+    steps = StepTimeCallback() if recipe.step_time else None
+
+    # First of all, so that what the others do after a step counts as theirs and not as reading rows.
+    callbacks = [*([] if steps is None else [steps]), *callbacks]
     if not recipe.verbose:
         callbacks = [BarCallback(), *callbacks]
-
     trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
     if not recipe.verbose:
         without_own_bar(trainer)
+    if steps is not None:
+        steps.trainer = trainer
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
     baselines = Baselines(
@@ -130,6 +136,7 @@ def main(argv: list[str]) -> None:
             begun_with=baselines.checkpoint_name,
             cost=cost.figures(),
             latency=Path(training.output_dir, "latency") if timing.rows else None,
+            steps=None if steps is None else steps.explanation,
         )
         if timing.rows and not baselines.checkpoint_name:  # the page of the export says what was learnt, too
             write_report(training.output_dir, results={"held-out accuracy": (baselines.figures.accuracy, after)})

@@ -132,6 +132,10 @@ class RecipeArguments(ScriptArguments):
         default=False,
         metadata={"help": "Print everything: the whole plan, every log, other libraries' bars and warnings."},
     )
+    step_time: bool = field(
+        default=True,
+        metadata={"help": "Say where a step's time goes, and why: step_time.jsonl and step_time.html in output_dir."},
+    )
     latency_rounds: int = field(
         default=24, metadata={"help": "Measured requests per arm, at most; 0 skips the measurement."}
     )

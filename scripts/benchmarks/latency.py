@@ -44,8 +44,8 @@ from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.hardware.environment import environment_of
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
+from grpo_toolkit.model.hardware.environment import environment_of
 from grpo_toolkit.model.load import load_model, load_processor
 from scripts.benchmarks.decode_steps import after_each_step
 from scripts.models.random_vlm import make_random_vlm

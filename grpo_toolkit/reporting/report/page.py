@@ -20,12 +20,14 @@ from grpo_toolkit.reporting.report.folder_findings import export_manifest, findi
 from grpo_toolkit.reporting.report.headline import headline_of, interval
 from grpo_toolkit.reporting.report.model_card import write_model_card
 from grpo_toolkit.reporting.report.rendering import line_of, templates
+from grpo_toolkit.reporting.report.step_section import compared_steps, explained, step_section, steps_beside
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.step_time.store import StepReview
 
 REPORT_FILE: Final = "report.html"
 _NAME_LETTERS: Final = 24
@@ -60,8 +62,9 @@ def write_report(
     review = run if isinstance(run, Review) else load_review(run)
     if not review.arms and not review.explanations:
         raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
-    manifest, found = export_manifest(review), findings_of(review)
+    manifest, found, steps = export_manifest(review), findings_of(review), steps_beside(review.path)
     content = _page(review) | {
+        "steps": None if steps is None else step_section(steps),
         "diagnoses": [{"arm": label_of(arm), **found[arm]} for arm in sorted(found, key=arm_order)],
         "put_right": [
             {name: str(repair.get(name, "")) for name in ("file", "key", "found", "written")}
@@ -111,7 +114,56 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
         "compared": {"names": names, "lines": [_change(mine, theirs) for mine, theirs in pairs]},
         "is_same_hardware": len({run.arms[0].environment.get("hardware") for run in (one, other)}) == 1,
     }
+    sides = steps_beside(one.path), steps_beside(other.path)
+    if sides[0] is not None and sides[1] is not None:
+        content |= {"steps_compared": compared_steps(sides[0], sides[1]), "compared_names": names}
     return _render(content, path)
+
+
+def write_step_report(steps: StepReview, path: Path | None = None) -> Path:
+    """Write the report of a run that has steps alone; `path` defaults to `report.html` beside its rows.
+
+    Raises:
+        InputError: no step in it has phases.
+    """
+    section = step_section(steps)
+    if section is None:
+        raise InputError(f"{steps.path}: no step in it has phases, so there is nothing to report")
+    content = _steps_alone(steps, steps.path.resolve().name) | {"steps": section}
+    return _render(content, steps.path / REPORT_FILE if path is None else path)
+
+
+def write_step_comparison(one: StepReview, other: StepReview, path: Path) -> Path:
+    """Write the comparison of two runs that have steps alone.
+
+    Raises:
+        InputError: one of them has no steps with phases.
+    """
+    names = _two_names(one.path, other.path)
+    content = _steps_alone(other, f"{names[0]} and {names[1]}")
+    return _render(content | {"steps_compared": compared_steps(one, other), "compared_names": names}, path)
+
+
+def _steps_alone(steps: StepReview, title: str) -> dict[str, Any]:
+    row = explained(steps)
+    environment = {} if row is None else row.environment
+    return {
+        "title": title,
+        "is_steps_alone": True,
+        "palette": PALETTE,
+        "headline": None,
+        "facts": [fact for fact in (environment.get("hardware"),) if fact],
+        "lines": [],
+        "ratios": [],
+        "charts": [],
+        "missing": [],
+        "failed": [],
+        "explanations": [],
+        "count": len(steps.steps) + len(steps.explanations),
+        "environment": environment,
+        "folder": str(steps.path),
+        "label_of": label_of,
+    }
 
 
 def _two_names(one: Path, other: Path) -> tuple[str, str]:
@@ -188,7 +240,8 @@ def _facts_explained(row: ExplanationRow) -> list[str]:
 
 
 def _render(content: dict[str, Any], path: Path) -> Path:
-    defaults = {"compared": None, "is_same_hardware": True, "has_manifest": False}
+    defaults: dict[str, Any] = {"is_same_hardware": True, "has_manifest": False, "is_steps_alone": False}
+    defaults |= {"compared": None, "steps": None, "steps_compared": None, "compared_names": ()}
     empty: dict[str, list[Any]] = {"diagnoses": [], "put_right": [], "checks": []}
     text = templates(autoescape=True).get_template("report.html.jinja").render(defaults | empty | content)
     try:
