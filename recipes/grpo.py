@@ -95,7 +95,9 @@ def main(argv: list[str]) -> None:
     callbacks += [FastRolloutCallback("plain" if plan.fast_rollouts is False else "auto")] * recipe.fast_rollouts
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
 
-    trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
+    trainer = make_trainer(
+        training, model, splits, callbacks, rewards=rewards, processor=processor, packed_vision=recipe.packed_vision
+    )
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
     baselines = Baselines(
@@ -133,6 +135,7 @@ def make_trainer(
     *,
     rewards: list[RewardFunction],
     processor: Any,
+    packed_vision: bool,
 ) -> AccuracyTrainer:
     """Return TRL's own trainer, with our callbacks plugged in.
 
@@ -159,6 +162,7 @@ def make_trainer(
             eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
             peft_config=get_peft_config(model),
             callbacks=callbacks,
+            packed_vision=packed_vision,
         )
     except ConnectionError as error:  # nobody started the server while TRL waited
         if not training.use_vllm:
