@@ -187,6 +187,34 @@ def fast_step(folder: Path, *, fast: bool, **options: Any) -> tuple[dict[str, An
     return {"logs": logs, "seen": seen, "chosen": rollouts.chosen, "failures": rollouts.failures}, trainer
 
 
+def step_times(folder: Path, *, slow_rank: int, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train without and with step times; the reward function of one rank takes two seconds longer in the second."""
+    import os
+    import time
+
+    from grpo_toolkit import StepTimeCallback
+    from scripts.models import tiny_training
+
+    trainer = train(folder / "plain", [], save_strategy="no", **options)
+    expected = digest(trainer)
+    usual = tiny_training.length_reward
+
+    def slow(completions: list[Any], **kwargs: Any) -> list[float]:
+        time.sleep(2.0 if os.environ["RANK"] == str(slow_rank) else 0.0)
+        return usual(completions, **kwargs)
+
+    tiny_training.length_reward = slow
+    callback = StepTimeCallback(strict=True)
+    trainer = train(folder / "out", [callback], save_strategy="no", **options)
+    return {
+        "is_same": digest(trainer) == expected,
+        "sums": [sum(row.phases_s.values()) / row.wall_s for row in callback.rows],
+        "phases": sorted({name for row in callback.rows for name in row.phases_s}),
+        "causes": [one.cause for one in callback.explanation.causes] if callback.explanation else None,
+        "slowest": callback.explanation.slowest_rank if callback.explanation else None,
+    }, trainer
+
+
 SCENARIOS = {
     "merged_for_vllm": merged_for_vllm,
     "all_callbacks": all_callbacks,
@@ -195,6 +223,7 @@ SCENARIOS = {
     "one_rank_fails": one_rank_fails,
     "asked_midway": asked_midway,
     "fast_step": fast_step,
+    "step_times": step_times,
 }
 
 if __name__ == "__main__":
