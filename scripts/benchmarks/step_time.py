@@ -6,9 +6,9 @@
 
 The step is that of scripts/benchmarks/grpo_step.py (`full`: float32 weights under autocast; `lora`: an adapter on
 bfloat16 weights). Each arm is a process of its own: `plain` TRL; `cured` with PackedVisionCallback,
-FastRolloutCallback and `rows_once`; `untimed` and `untimed-cured`, the same without StepTimeCallback, which say what it costs. Checked
-and printed for each arm: that phases add up to the wall time of an outside clock, the share that is in no phase, the
-causes found and what they are predicted to save beside what `cured` saves.
+FastRolloutCallback and `rows_once`; `untimed` and `untimed-cured`, the same without StepTimeCallback, which say what
+it costs. Checked and printed for each arm: that phases add up to the wall time of an outside clock, the share that is
+in no phase, the causes found and what they are predicted to save beside what `cured` saves.
 """
 
 from __future__ import annotations
