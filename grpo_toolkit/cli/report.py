@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import add_json
+from grpo_toolkit.cli.shell import add_json, add_verb
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +19,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `report` and its flags."""
-    parser = commands.add_parser("report", help="make a run's report.html and pictures again, or log its rows again")
+    parser = add_verb(
+        commands,
+        "report",
+        help="make a run's report.html and pictures again, or log its rows again",
+        examples=(
+            "out",
+            "--compare first second --output both.html",
+            "out --replay wandb",
+        ),
+    )
     parser.add_argument(
         "path",
         type=Path,
@@ -27,7 +37,7 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("--compare", type=Path, nargs=2, metavar="RUN", help="two runs side by side, in one page")
     parser.add_argument("--replay", choices=("wandb", "trackio"), help="log what the tracker does not have yet")
-    parser.add_argument("--card", action="store_true", help="also write the section into the export's README.md")
+    parser.add_argument("--card", action="store_true", help="also write the export's page, its README.md")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the page")
     parser.set_defaults(run=report)
     add_json(parser)
@@ -62,7 +72,7 @@ def report(arguments: argparse.Namespace) -> int:
         by_arm = {row.arm: row.path for row in review.arms}
         if "export" not in by_arm:
             raise InputError(f"{review.path}: no arm named export was measured, so there is no card to write")
-        facts["card"] = str(write_model_card(by_arm["export"], review, base=by_arm.get("base")))
+        facts["card"] = str(write_model_card(by_arm["export"], review))
     if arguments.replay is not None:
         from grpo_toolkit.reporting.report.step_section import steps_beside
         from grpo_toolkit.reporting.trackers.replay import replay
@@ -71,7 +81,7 @@ def report(arguments: argparse.Namespace) -> int:
         results = replay(review, arguments.replay)
         steps = steps_beside(review.path)
         results += [] if steps is None else replay_steps(steps, arguments.replay)
-        facts["replayed"] = [result.to_json() for result in results]
+        facts["replayed"] = [asdict(result) for result in results]
         print(*results, sep="\n", file=sys.stderr)
     print(json.dumps(facts) if arguments.json else page)
     return 0
@@ -119,7 +129,7 @@ def _report_steps(arguments: argparse.Namespace) -> int:
         from grpo_toolkit.reporting.trackers.step_time import replay_steps
 
         results = replay_steps(review, arguments.replay)
-        facts["replayed"] = [result.to_json() for result in results]
+        facts["replayed"] = [asdict(result) for result in results]
         print(*results, sep="\n", file=sys.stderr)
     print(json.dumps(facts) if arguments.json else page)
     return 0

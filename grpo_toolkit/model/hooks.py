@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class LookingHooks:
-    """Forward hooks that cannot change or break the forward that they look at.
+    """A set of forward hooks that cannot change or break the forward that they look at.
 
     What a hook returns is dropped. At the first exception all hooks of the group are taken off for good, and a warning
     says which one failed. A forward may run in another thread than the one that registered them, as it does with

@@ -139,6 +139,8 @@ def test_a_base_without_a_cache_is_said_although_it_is_no_difference(
     assert [effect.cause for effect in row.audit] == ["cache-off"]
     assert row.audit[0].evidence.endswith("the base decodes without a cache too, so both are slow")
     assert [effect.layer for effect in row.effects] == ["unexplained"]
+    assert [(effect.low_s, effect.high_s) for effect in row.effects] == [(None, None)]  # of one round
+    assert (row.low_s, row.high_s) == (None, None)
     assert top_cause(row) == "cache-off"
 
 

@@ -40,7 +40,7 @@ _installed: WeakKeyDictionary[torch.nn.Module, weakref.ref[FastRollouts]] = Weak
 
 
 class FastRollouts:
-    """A live model's rollouts, compiled, prefilled once a prompt, from weights that need no casting.
+    """A live model's rollouts: compiled, prefilled once a prompt, from weights that need no casting.
 
         rollouts = FastRollouts(model, dtype=torch.bfloat16)
         trainer.train()
@@ -102,7 +102,7 @@ class FastRollouts:
         self.live.generate = MethodType(_generate, self.live)
 
     def uninstall(self) -> None:
-        """Give `generate` back to the model's class; what somebody has put around ours stays, and finds that."""
+        """Give `generate` back to the model's class; somebody's wrapper around ours stays, and calls that."""
         if rollouts_of(self.live) is self:
             del _installed[self.live]
             if getattr(vars(self.live).get("generate"), "__func__", None) is _generate:
@@ -189,7 +189,7 @@ class FastRollouts:
 
 
 def rollouts_of(model: torch.nn.Module) -> FastRollouts | None:
-    """Return what answers a model's rollouts, or None where the model does it by itself."""
+    """Return the `FastRollouts` that answers for a model, or None where the model generates by itself."""
     found = _installed.get(base_model(model))
     return None if found is None else found()
 
@@ -216,7 +216,7 @@ def _let_go_of_frames(error: BaseException | None) -> None:
 
 @contextmanager
 def _as_a_compiled_step_wants_it(device: torch.device) -> Iterator[None]:
-    """Without autocast, with stops that are checked late, and with more shapes than torch compiles by itself."""
+    """Switch autocast off, check stops late, and allow more compiled shapes than torch does by itself."""
     import torch
     import torch._dynamo
 
