@@ -53,7 +53,11 @@ def test_the_example_of_own_data_and_reward_runs(qwen: Path, tmp_path: Path) -> 
     settings = json.loads((tmp_path / "runs" / "colours" / "grpo_recipe.json").read_text())
     assert settings["recipe"]["reward_funcs"] == ["format", "accuracy", "colours.py:one_word"]
     assert settings["training"]["reward_weights"] == [1.0, 1.0, 0.2]
-    assert json.loads((tmp_path / "runs" / "colours" / "summary.json").read_text())["verified"] is True
+    summary = json.loads((tmp_path / "runs" / "colours" / "summary.json").read_text())
+    assert summary["verified"] is True
+    assert summary["step_floor_s"] > 0  # where a step's time goes is said by default
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "runs" / "colours" / "step_time.jsonl").open()]
+    assert kinds == ["step", "step_explanation"]
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:
