@@ -16,13 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class PackedVisionCallback(GuardedCallback):
-    """Makes one attention call a layer in the vision tower, encodes each distinct image once, spares a frozen tower.
+    """A callback that makes the vision tower faster: one attention call a layer, each distinct image encoded once.
 
-    Everywhere that the tower runs in a training: rollouts, log-probabilities, forward, recompute and backward,
-    evaluation. What it replaces it replaces by an equal computation (see `grpo_toolkit.model.attention`); where it
-    can't, that part stays as it is and a line says so. Before the tower, the image processor is asked for each
-    distinct image once, with results that are the same to the last bit (see `grpo_toolkit.model.inputs`). Model and
-    processor are put back at the end of training, and no save carries anything of it.
+    A tower without trained parameters gets no gradient either. This holds wherever the tower runs in a training:
+    rollouts, log-probabilities, forward, recompute and backward, evaluation. Each part is replaced by an equal
+    computation (see `grpo_toolkit.model.attention`); a part that can't be replaced stays as it is, and a log line says
+    so. Before the tower, the image processor is asked for each distinct image once, with results that are the same to
+    the last bit (see `grpo_toolkit.model.inputs`). Model and processor are put back at the end of training, and no
+    save carries anything of it.
 
     Args:
         processed_bytes: the most memory, in each process, for images as the processor returns them. It should hold

@@ -128,13 +128,21 @@ class RecipeArguments(ScriptArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Check everything, print the plan with its memory and disk, and stop."}
     )
+    verbose: bool = field(
+        default=False,
+        metadata={"help": "Print everything: the whole plan, every log, other libraries' bars and warnings."},
+    )
+    step_time: bool = field(
+        default=True,
+        metadata={"help": "Say where a step's time goes, and why: step_time.jsonl and step_time.html in output_dir."},
+    )
     latency_rounds: int = field(
         default=24, metadata={"help": "Measured requests per arm, at most; 0 skips the measurement."}
     )
 
 
 class _Parser(TrlParser):  # type: ignore[misc]
-    """TRL's parser, which prints one line about an error instead of its very long usage."""
+    """A parser like TRL's that prints one line about an error instead of its very long usage."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists every setting")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_toolkit.model.attention import segment_attention
+from grpo_toolkit.model.attention import decode_without_cudnn, segment_attention
 from grpo_toolkit.model.attention.segment_attention import packed_attention
 from grpo_toolkit.model.attention.segment_plan import batch_lengths, make_plan, plan_of
 
@@ -140,6 +140,25 @@ def test_long_sequences_are_not_padded_to_the_longest(calls: list[torch.Size]) -
     _attend([2000, 40, 40, 40, 40, 40, 40], torch.float32, loop=False)
 
     assert sorted(shape[0] * shape[2] for shape in calls) == [240, 2000]
+
+
+@pytest.mark.parametrize("plans", [True, False])
+def test_segments_are_kept_off_cudnn_where_it_plans_for_every_length(
+    monkeypatch: pytest.MonkeyPatch, plans: bool
+) -> None:
+    seen: list[bool] = []
+    library = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return library(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(decode_without_cudnn, "plans_per_length", lambda device: plans)  # as on Hopper
+    _attend([64] * 3, torch.float32, loop=False)
+
+    assert seen == [not plans]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_plan_is_made_once_for_the_layers_of_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:

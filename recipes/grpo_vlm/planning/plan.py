@@ -74,6 +74,18 @@ class Plan:
             *(f"error       {text}" for text in self.errors),
         ]
 
+    def short_lines(self) -> list[str]:
+        """Return the plan in two lines, and everything that it warns of."""
+        trained = f"{self.size.trained:,.0f} weights{', as a LoRA adapter' if self.size.is_adapter else ''}"
+        free = "no GPU here" if self.free_memory is None else f"{_gib(self.free_memory)} free"
+        steps = f"{self.steps} steps of {self.prompts_per_step:g} prompts, {self.completions_per_step} completions"
+        return [
+            f"plan        {steps}; {self.rows} rows",
+            f"memory      {_gib(self.memory.allocated)} at the peak ({free}); trains {trained}",
+            *(f"warning     {text}" for text in self.warnings),
+            *(f"error       {text}" for text in self.errors),
+        ]
+
     def _memory_lines(self) -> list[str]:
         memory, moments = self.memory, self.memory.moments
         largest = max(moments, key=lambda name: moments[name]) if len(moments) > 1 else None
