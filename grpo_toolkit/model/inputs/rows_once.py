@@ -45,6 +45,13 @@ class RowsOnce(Dataset):  # type: ignore[misc]
     def __getitems__(self, keys: list[int]) -> list[Any]:
         return self._kept("many", keys, super().__getitems__)
 
+    def __copy__(self) -> RowsOnce:
+        """Return a shallow copy, which reads for itself: it may be given another format."""
+        other = object.__new__(RowsOnce)
+        vars(other).update(vars(self))
+        other.rows_kept = Kept(self.rows_kept.max_bytes)
+        return other
+
     def set_format(self, *args: Any, **kwargs: Any) -> None:
         """Set the format, in which all rows are read anew."""
         self.rows_kept.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import Any
 
@@ -116,6 +117,9 @@ def test_what_is_made_of_it_reads_for_itself() -> None:
     assert once.shuffle(seed=0)[0]["boxes"] == dataset().shuffle(seed=0)[0]["boxes"]
     assert once.rename_column("boxes", "box")[0]["box"] == [0, 1]
     assert same(rows_once(once)[0], once[0])
+    other = copy.copy(once)
+    other.set_format(columns=["boxes"])
+    assert (list(other[0]), list(once[0])) == (["boxes"], ["prompt", "image", "boxes"])
     again = pickle.loads(pickle.dumps(once))  # as to a worker of a data loader
     assert again.rows_kept.bytes == 0
     assert same(again[0], once[0])
