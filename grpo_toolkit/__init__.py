@@ -10,7 +10,7 @@ The names below are imported when they are first used, so `import grpo_toolkit` 
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.callbacks import LatencyCallback as LatencyCallback
     from grpo_toolkit.callbacks import PackedVisionCallback as PackedVisionCallback
     from grpo_toolkit.callbacks import ResumeGuardCallback as ResumeGuardCallback
+    from grpo_toolkit.callbacks import StepTimeCallback as StepTimeCallback
     from grpo_toolkit.checkpoint.trainer_checkpoints import last_whole_checkpoint as last_whole_checkpoint
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint as diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis as Diagnosis
@@ -60,8 +61,11 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.decode_ahead import DecodeAhead as DecodeAhead
     from grpo_toolkit.model.generation.request import GenerationRequest as GenerationRequest
     from grpo_toolkit.model.generation.request import Request as Request
+    from grpo_toolkit.model.inputs.rows_once import rows_once as rows_once
     from grpo_toolkit.model.kv_cache import inference_ready as inference_ready
     from grpo_toolkit.model.sharding.gather import unsharded_models as unsharded_models
+    from grpo_toolkit.reporting.report.page import write_report as write_report
+    from grpo_toolkit.step_time.rows import StepExplanation as StepExplanation
 
 _MODULES = {
     "Arm": "latency.engines.arms",
@@ -93,6 +97,8 @@ _MODULES = {
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
     "RunOptions": "latency.engines.protocol",
+    "StepExplanation": "step_time.rows",
+    "StepTimeCallback": "callbacks",
     "TrackerError": "errors",
     "Tuning": "latency.tune.tuning",
     "UnsupportedError": "errors",
@@ -108,10 +114,12 @@ _MODULES = {
     "measure_latency": "latency.bench.measure",
     "merge_adapter": "merge.merge",
     "repair_checkpoint": "doctor.repair",
+    "rows_once": "model.inputs.rows_once",
     "tune_latency": "latency.tune.tune",
     "undo_repair": "doctor.repair",
     "unsharded_models": "model.sharding.gather",
     "verify_export": "export.verify",
+    "write_report": "reporting.report.page",
 }
 """The module of each public name. `Arm`, `Options` and `Request` are older names of three of them."""
 
@@ -119,6 +127,8 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("grpo-toolkit")
     if name not in _MODULES:
         raise AttributeError(f"module 'grpo_toolkit' has no attribute {name!r}")
     return getattr(import_module(f"grpo_toolkit.{_MODULES[name]}"), name)

@@ -65,3 +65,17 @@ class VerificationError(GrpoToolkitError):
 
 class WorkerError(GrpoToolkitError):
     """A worker process failed; the message ends with the end of its log."""
+
+
+def first_words(error: BaseException) -> str:
+    """Return the first lines of an exception that say something: a line that ends in a colon, and those under it.
+
+    "RuntimeError: Error(s) in loading state_dict for PeftModelForCausalLM:" alone tells nobody that the sizes differ.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said: list[str] = []
+    for line in lines:
+        said.append(line)
+        if not line.endswith(":") or len(said) == 3:
+            break
+    return " ".join(said) or type(error).__name__

@@ -32,7 +32,7 @@ FLOORS = (
 )
 # The same inside the larger rooms; what is not named stands on the second floor of "model".
 INNER_FLOORS = {
-    "latency": ({"rows", "hardware"}, {"engines"}, {"bench"}, {"explain", "tune"}),
+    "latency": ({"rows"}, {"engines"}, {"bench"}, {"explain", "tune"}),
     "reporting": ({"charts", "terminal"}, {"report"}, {"trackers"}),
     "model": ({"live_model", "memory"}, {"*"}, {"generation"}, {"rollouts"}),
 }

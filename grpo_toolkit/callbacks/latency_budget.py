@@ -19,9 +19,9 @@ from grpo_toolkit.latency.explain.explanation import explain_missed
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.save_hook import base_folder
+from grpo_toolkit.reporting.report.screen_lines import line
 from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.terminal.explanation import explanation
-from grpo_toolkit.reporting.terminal.tables import latency_table, ratio_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,30 +106,28 @@ class EndMeasurement:
     def _time(self, arms: Sequence[Arm]) -> list[Missed]:
         missed: list[Missed] = []
         workloads = self.settings.workloads(self.requests)
-        say(f"loading {len(arms)} arms to time them: {', '.join(arm.name for arm in arms)}")
+        say(line("timing", f"{', '.join(arm.name for arm in arms)}: {self._announcement(workloads)}"))
         with Engines() as engines:
             for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
                 share_s = self.budget.left_s(engines.asked_s) / left
                 timed = [arm for arm in arms if traffic.kind == "fixed" or arm.name != NO_CACHE]
                 if not timed:
                     continue
-                say(self._announcement(traffic, len(timed), share_s))
                 rounds = self.settings.rounds
                 compared = compare_latency(
                     timed, traffic, rounds=rounds, control=False, budget_s=share_s, engines=engines
                 )
                 rows = [replace(row, step=self.step) for row in compared.rows]
                 append_rows(self.folder / FILE_NAME, rows)
-                say(latency_table(rows), *ratio_lines(rows))
                 self.rows.extend(rows)
                 missed += self._missed(rows)
         return missed
 
-    def _announcement(self, traffic: Traffic, arms: int, budget_s: float) -> str:
+    def _announcement(self, workloads: Sequence[Traffic]) -> str:
         most = self.settings.rounds
-        tokens = f"{'up to ' if traffic.kind == 'natural' else ''}{traffic.max_new_tokens} tokens"
         rounds = f"{MIN_PAIRS} to {most}" if most > MIN_PAIRS else str(most)
-        return f"timing {arms} arms, {traffic.name} answers of {tokens} (rounds: {rounds}; limit {budget_s:.0f} s)"
+        kinds = " and ".join(traffic.kind for traffic in workloads)
+        return f"{kinds} answers, {rounds} rounds each, about {self.budget.left_s(0.0):.0f} s"
 
     def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
         """Return the arms that miss the gate: the export, or where none was measured any arm but the first."""

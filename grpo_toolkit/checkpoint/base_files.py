@@ -122,7 +122,7 @@ def write_configs(
     """
     config = read_json(base / CONFIG)
     generation = read_json(base / GENERATION_CONFIG) if (base / GENERATION_CONFIG).is_file() else ABSENT
-    defaults = capture_defaults(config, generation, source=str(base), overrides=overrides)
+    defaults = capture_defaults(config, generation, folder=base, overrides=overrides)
     wanted = with_cache_defaults(merge_changes(config, changes), defaults)
     _write_json(base / CONFIG, output_dir / CONFIG, config, wanted)
     if generation is not ABSENT and defaults.generation is not ABSENT:
@@ -137,6 +137,12 @@ def declare_dtype(folder: Path, dtype: str) -> None:
     if not _DTYPE_KEYS & written.keys():
         written["torch_dtype"] = dtype  # the name that every version reads
     (folder / CONFIG).write_text(dump_json(written), encoding="utf-8")
+
+
+def declare_version(folder: Path, version: str) -> None:
+    """Write the version of transformers that saved a folder of our own into its config, over the base's."""
+    config = read_json(folder / CONFIG)
+    (folder / CONFIG).write_text(dump_json(config | {"transformers_version": version}), encoding="utf-8")
 
 
 def _with_dtype(node: JsonObject, dtype: str) -> JsonObject:

@@ -151,6 +151,25 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def keep_rejected(staging: Path, output_dir: Path) -> Path | None:
+    """Give a staged folder that is whole, and was refused all the same, the name of its output with `.rejected`.
+
+    It takes the place of an earlier one.
+
+    Returns:
+        Its path; None where something of another's has that name, or the disk refuses.
+    """
+    output_dir = Path(os.path.realpath(output_dir))
+    rejected = output_dir.with_name(f"{output_dir.name}.rejected")
+    try:
+        check_output(rejected, overwrite=True)
+        _finish_files(staging)
+        replace_folder(staging, rejected)
+    except (InputError, OSError):
+        return None
+    return rejected
+
+
 def _sweep(parent: Path, prefix: str) -> None:
     """Remove staging folders whose owner is dead, and put back what it moved away and never replaced."""
     import glob

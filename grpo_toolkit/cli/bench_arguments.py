@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.cli.shell import check_attention
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]MODEL",
         help="folders, endpoints (http://host:8000/v1[#MODEL]), or rows measured before",
     )
+    add = parser.add_argument_group("what is asked").add_argument
     add("--workload", choices=["fixed", "natural", "both"], default="both", help="exact lengths, live ends, or both")
     add("--new-tokens", type=_counts, default=[64], metavar="N,...", help="of each fixed answer (default 64)")
     add("--max-new-tokens", type=count, default=256, metavar="N", help="the cap of natural answers (default 256)")
@@ -63,10 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", help="what to ask, instead of made-up prompts")
     add("--image", type=Path, help="an image to ask about")
     add("--prompts", type=Path, metavar="FILE", help="JSON lines with prompt and image (a path), to ask in turn")
+    add("--seed", type=int, default=0, help="of made-up requests")
+    add = parser.add_argument_group("how it is measured").add_argument
     add("--rounds", type=int, default=12, help="measured requests per model (default 12; verdicts need 6)")
     add("--precision", type=float, metavar="PERCENT", help="go on until ratios are known to so many percent")
     add("--budget", type=float, metavar="SECONDS", help="per workload, warm-up included; 6 rounds are made anyway")
     add("--no-control", action="store_true", help="leave out the first model against itself (A/A)")
+    add("--no-roofline", action="store_true", help="do not measure the device's bandwidth")
+    add = parser.add_argument_group("how it is run").add_argument
     add("--no-cache", action="store_true", help="also time every model with its KV cache off")
     add("--cache", type=_words, metavar="KIND,...", help="dynamic, static, static+compile, static+compile+ahead")
     add("--attn", type=_words, metavar="NAME,...", help="attention implementations: sdpa, eager, ...")
@@ -76,9 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tune", action="store_true", help="the older spelling of grpo-toolkit tune")
     add("--max-tpot", type=float, metavar="MS", help="with --tune: batches as long as a token takes no longer")
     add("--max-memory", type=float, metavar="GB", help="with --tune: batches as long as they need no more memory")
+    add = parser.add_argument_group("what comes out").add_argument
     add("--gate", metavar="max-slowdown=RATIO", help="exit 1, with the reason, if a model is slower than the first")
-    add("--no-roofline", action="store_true", help="do not measure the device's bandwidth")
-    add("--seed", type=int, default=0, help="of made-up requests")
     add("--output", type=Path, metavar="DIR", help="append the rows to DIR/latency.jsonl")
 
 
@@ -131,6 +136,7 @@ def find_arms(arguments: argparse.Namespace) -> list[Arm]:
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Options
 
+    check_attention(arguments.attn or ())
     plain = Options(device=arguments.device, dtype=arguments.dtype, sample=arguments.sample)
     arms = []
     for item in arguments.models:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.shell import add_json, add_publishing
+from grpo_toolkit.cli.shell import add_json, add_publishing, add_verb
 
 if TYPE_CHECKING:
     import argparse
@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `merge` and its flags."""
-    parser = commands.add_parser("merge", help="merge a LoRA adapter into its base, streamed from file to file")
+    parser = add_verb(
+        commands,
+        "merge",
+        help="merge a LoRA adapter into its base, streamed from file to file",
+        examples=(
+            "out/adapter merged",
+            "out/adapter merged --base BASE",
+            "out/adapter merged --overwrite --json",
+        ),
+    )
     parser.add_argument("adapter", type=Path, help="an adapter as PEFT saves it")
     add_publishing(parser)
     parser.add_argument("--base", help="folder or Hub name of the base (default: the one that the adapter names)")

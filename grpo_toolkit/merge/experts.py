@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint.model_families import EXPERT_PARTS
+from grpo_toolkit.checkpoint.module_lookup import expert_names
 from grpo_toolkit.checkpoint.tensor_names import live_name
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.merge.adapter import is_named
@@ -69,21 +69,15 @@ def _stored_parts(base: Base, live: str) -> list[_Part]:
             if len(base.tensors[stored].shape) in (2, 3)
             else []
         )
-    module, _, leaf = live.rpartition(".")
-    for names in EXPERT_PARTS.get(leaf, ()):
-        parts: list[_Part] = []
-        expert = 0
-        while all(f"{module}.{expert}.{name}.weight" in base.stored for name in names):
-            first = 0
-            for name in names:
-                stored = base.stored[f"{module}.{expert}.{name}.weight"]
-                rows = base.tensors[stored].shape[0]
-                parts.append(_Part(stored, expert, first, rows))
-                first += rows
-            expert += 1
-        if parts:
-            return parts
-    return []
+    found: list[_Part] = []
+    for expert, names in enumerate(expert_names(live, base.stored)):
+        first = 0
+        for name in names:
+            stored = base.stored[name]
+            rows = base.tensors[stored].shape[0]
+            found.append(_Part(stored, expert, first, rows))
+            first += rows
+    return found
 
 
 def _fit_experts(

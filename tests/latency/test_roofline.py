@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-from grpo_toolkit.latency.bench.roofline import DATA_SHEETS, data_sheet, roofline_of
-from grpo_toolkit.latency.engines.local import live_sizes
+from grpo_toolkit.latency.bench.roofline import roofline_of
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Measured
-from grpo_toolkit.latency.hardware.environment import state_of_card, throttle_reasons
-from grpo_toolkit.latency.hardware.model_sizes import ModelSizes, sizes_of
 from grpo_toolkit.latency.rows.row import Proof, Timeline
+from grpo_toolkit.model.hardware.data_sheets import DATA_SHEETS, data_sheet
+from grpo_toolkit.model.hardware.environment import state_of_card, throttle_reasons
+from grpo_toolkit.model.hardware.model_sizes import ModelSizes, live_sizes, sizes_of
 from grpo_toolkit.model.load import load_model
 
 if TYPE_CHECKING:

@@ -75,6 +75,8 @@ def _reason(max_slowdown: float, row: LatencyRow, first: LatencyRow) -> str:
         steps = ", ".join(map(str, row.proof.step_lengths[:4]))
         return f"its KV cache is off (tokens fed a step: {steps}, ...), that of {first.arm} is on"
     for ratio in row.ratios:
+        if ratio.low is None or ratio.high is None:
+            continue
         if ratio.metric in _HELD and ratio.against == first.arm and ratio.low > 1:
             times = f"{ratio.median:.2f} times as long as {first.arm} ({ratio.low:.2f} to {ratio.high:.2f})"
             if ratio.median > max_slowdown:

@@ -80,7 +80,8 @@ def paired_ratio(times: Sequence[float], against: Sequence[float], *, name: str,
         metric: what was timed, such as "tpot_s".
 
     Returns:
-        The median ratio with its bootstrap interval and the verdict. The same input gives the same result.
+        The median ratio with its bootstrap interval and the verdict; fewer than `MIN_PAIRS` rounds have no interval.
+        The same input gives the same result.
 
     Raises:
         InputError: no pairs, lists of different lengths, or a time that is not positive.
@@ -90,15 +91,17 @@ def paired_ratio(times: Sequence[float], against: Sequence[float], *, name: str,
     if min(*times, *against) <= 0 or not all(map(math.isfinite, (*times, *against))):
         raise InputError(f"{metric}: a measured time is not a positive number")
     logs = [math.log(one / other) for one, other in zip(times, against, strict=True)]
-    median = statistics.median(logs)
-    low, high = _interval(logs)
-    middle, least, most = math.exp(median), math.exp(low), math.exp(high)
+    middle = math.exp(statistics.median(logs))
+    if len(logs) < MIN_PAIRS:
+        unknown: Verdict = "cannot tell"
+        return Ratio(against=name, metric=metric, pairs=len(logs), verdict=unknown, median=middle, low=None, high=None)
+    least, most = map(math.exp, _interval(logs))
     found = verdict(len(logs), median=middle, low=least, high=most)
     return Ratio(against=name, metric=metric, pairs=len(logs), verdict=found, median=middle, low=least, high=most)
 
 
 def _interval(logs: Sequence[float]) -> tuple[float, float]:
-    if len(logs) == 1 or max(logs) == min(logs):
+    if max(logs) == min(logs):
         return min(logs), max(logs)
     import numpy as np
     from scipy.stats import bootstrap
@@ -159,6 +162,13 @@ def verdict(pairs: int, *, median: float, low: float, high: float) -> Verdict:
     return "cannot tell"
 
 
+def span(ratio: Ratio, digits: int = 3) -> str:
+    """Return a ratio's interval as "0.971 to 1.034", or "no interval" where too few rounds made one."""
+    if ratio.low is None or ratio.high is None:
+        return "no interval"
+    return f"{ratio.low:.{digits}f} to {ratio.high:.{digits}f}"
+
+
 def is_settled(ratio: Ratio, *, precision: float) -> bool:
     """Return whether more rounds would tell nothing new: the interval is narrow, or far from 1 beside its width.
 
@@ -166,6 +176,8 @@ def is_settled(ratio: Ratio, *, precision: float) -> bool:
         ratio: so far.
         precision: how far the interval may reach from its median, as a part of it.
     """
+    if ratio.low is None or ratio.high is None:
+        return False
     wide = max(math.log(ratio.high / ratio.median), math.log(ratio.median / ratio.low))
     return wide <= math.log1p(precision) or abs(math.log(ratio.median)) > max(4 * wide, math.log(1.1))
 
@@ -177,5 +189,7 @@ def allow_for(ratio: Ratio, control: Ratio | None) -> Ratio:
     """
     if control is None or ratio.verdict not in ("slower", "faster"):
         return ratio
+    if ratio.low is None or ratio.high is None or control.low is None or control.high is None:
+        return replace(ratio, verdict="cannot tell")
     is_beyond = ratio.low > control.high if ratio.verdict == "slower" else ratio.high < control.low
     return ratio if is_beyond else replace(ratio, verdict="cannot tell")

@@ -23,13 +23,13 @@ from grpo_toolkit.latency.engines.toggles import (
     sdpa_limited_to,
     without_stored_graphs,
 )
-from grpo_toolkit.latency.hardware.environment import environment_of, probe_hardware
-from grpo_toolkit.latency.hardware.model_sizes import ModelSizes, sizes_of
 from grpo_toolkit.latency.rows.row import Proof, Timeline
 from grpo_toolkit.model.cache_probe import CacheProbe, cache_in
 from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
 from grpo_toolkit.model.generation.decode_ahead import DecodeAhead
 from grpo_toolkit.model.generation.generate import GREEDY, rivals
+from grpo_toolkit.model.hardware.environment import environment_of, probe_hardware
+from grpo_toolkit.model.hardware.model_sizes import live_sizes
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.memory import resident_peak
@@ -237,12 +237,6 @@ def load_as(path: Path, options: Options) -> tuple[torch.nn.Module, Any]:
         device_map=options.device_map,
     )
     return model, processor
-
-
-def live_sizes(model: torch.nn.Module) -> ModelSizes | None:
-    """Return the sizes of a live model, adapters included."""
-    tensors = {name: (tuple(p.shape), p.numel() * p.element_size()) for name, p in model.named_parameters()}
-    return sizes_of(base_model(model).config.to_dict(), tensors)
 
 
 def cache_bytes(cache: Any) -> int | None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
 from grpo_toolkit.latency.rows.row import Proof, Timeline
 from grpo_toolkit.model.generation.model_process import ModelProcess, answering, read_request
+from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

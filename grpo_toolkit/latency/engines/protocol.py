@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
     from grpo_toolkit.latency.rows.row import Proof, Timeline
     from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 SdpaBackend = Literal["flash", "efficient", "math", "cudnn", "no_cudnn"]
 

@@ -6,6 +6,7 @@ that one thing as in the base; what the clock then says is its effect.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -260,8 +261,8 @@ def blanks(base: Facts, trained: Facts) -> dict[str, object]:
     """Return what fills the blanks of a cause's command."""
     low, high = base.pixel_limits or (None, None)
     return {
-        "base": base.path or "BASE",
-        "trained": trained.path or "TRAINED",
+        "base": shlex.quote(str(base.path)) if base.path else "BASE",
+        "trained": shlex.quote(str(trained.path)) if trained.path else "TRAINED",
         "device": trained.options.device,
         "attention": base.attn_implementation,
         "low": low,

@@ -135,8 +135,8 @@ def explain_missed(
 def top_cause(row: ExplanationRow) -> str | None:
     """Return what to repair first; None where nothing was found.
 
-    First comes what makes the text wrong, then the largest effect that is beyond doubt, then what was found without a
-    clock although it cost nothing here.
+    First comes what makes the text wrong, then the largest effect that is beyond doubt (of too few rounds for an
+    interval: the largest), then what was found without a clock although it cost nothing here.
     """
     audited = [effect.cause for effect in row.audit]
     for cause in audited:
@@ -146,8 +146,7 @@ def top_cause(row: ExplanationRow) -> str | None:
         effect
         for effect in row.effects
         if effect.layer == "toggled"
-        and effect.low_s is not None
-        and effect.low_s > 0
+        and (effect.low_s is None or effect.low_s > 0)
         and effect.effect_s > (SAME_WITHIN - 1) * row.base_s
     ]
     if clear:

@@ -57,15 +57,19 @@ def row_of(
     everything: Arm = frozenset(plan.toggled)
     chosen = {key: [median_round(rounds) for rounds in lines] for key, lines in times.items()}
     values = {key: statistics.fmean(line.e2e_s for line in lines) for key, lines in chosen.items()}
-    samples = dict(zip(times, resampled_medians(_seconds(times)), strict=True))
+    seconds = _seconds(times)
+    rounds = seconds.shape[1]
+    samples = dict(zip(times, resampled_medians(seconds), strict=True))
     effects = shares(plan.toggled, {arm: value for arm, value in values.items() if not isinstance(arm, str)})
     spreads = shares(plan.toggled, {arm: value for arm, value in samples.items() if not isinstance(arm, str)})
     predicted = _predicted(plan, values, chosen, hardware)
     toggled = [
-        _effect(plan, name, effects[name], interval_of(spreads[name]), predicted.get(name)) for name in plan.toggled
+        _effect(plan, name, effects[name], interval_of(spreads[name], rounds=rounds), predicted.get(name))
+        for name in plan.toggled
     ]
     left, spread = values[frozenset()] - values[BASE], samples[frozenset()] - samples[BASE]
-    low, high = interval_of(spread)
+    low, high = interval_of(spread, rounds=rounds) or (None, None)
+    least, most = interval_of(samples[everything] - samples[BASE], rounds=rounds) or (None, None)
     toggled.sort(key=lambda effect: -abs(effect.effect_s))
     rest = Effect(layer="unexplained", cause=UNEXPLAINED, effect_s=left, low_s=low, high_s=high)
     measured = {effect.cause: effect for effect in toggled}
@@ -75,6 +79,8 @@ def row_of(
         metric="e2e_s",
         base_s=values[BASE],
         trained_s=values[everything],
+        low_s=least,
+        high_s=most,
         audit=[measured.get(name) or _effect(plan, name, 0.0, None, None) for name in plan.found],
         split=split_exactly(chosen[BASE], chosen[everything]),
         effects=[*toggled, rest],

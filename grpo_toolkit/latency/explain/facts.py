@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.doctor.findings import Finding
     from grpo_toolkit.latency.engines.pool import Source
     from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-    from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
+    from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 _OFF_DEVICE: Final = ("cpu", "disk", "meta")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.explain.effects import Arm
     from grpo_toolkit.latency.explain.facts import Facts
-    from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
+    from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 PREDICTABLE: Final = frozenset({"cache-off", "float32", "unmerged-adapter", "pixel-limits", "eos", "longer-answers"})
 """Causes that change bytes, FLOPs or the number of steps."""

@@ -166,14 +166,15 @@ class Roofline:
 class Ratio:
     """The ratio of this arm's time to another's, paired by round: the median and its 95% bootstrap interval.
 
-    `left_out`: rounds that are no pair because the answer of one of the two arms arrived at once and has no TPOT.
+    `low`, `high`: None of too few rounds for an interval. `left_out`: rounds that are no pair because the answer of
+    one of the two arms arrived at once and has no TPOT.
     """
 
     against: str
     metric: str = "tpot_s"
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     pairs: int
     verdict: Verdict
     left_out: int = 0
@@ -321,7 +322,7 @@ class ExplanationRow:
 
     `audit` is what was found without a clock, also where it cost no time here. `split` are the exact effects: they
     sum to `trained_s - base_s`. `effects` are toggled causes, largest first, and end with what is left unexplained:
-    they too sum to the difference.
+    they too sum to the difference, whose 95% interval is `low_s` to `high_s` (None: too few rounds for one).
     """
 
     base: str
@@ -329,6 +330,8 @@ class ExplanationRow:
     metric: str
     base_s: float
     trained_s: float
+    low_s: float | None = None
+    high_s: float | None = None
     audit: list[Effect] = field(default_factory=list)
     split: list[Effect] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)

@@ -93,13 +93,17 @@ class ModelProcess:
         }
 
     def close(self) -> None:
-        """End the process (at once, if it does not end by itself) and remove what was left for it."""
+        """End the process (at once, if it does not end by itself) and remove what was left for it.
+
+        Someone who interrupts does not want to wait for the answer that the process is making.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # closing flushes what a dead process never read
             self._process.stdin.close()
+        is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=0 if is_interrupted else 10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -60,6 +60,7 @@ class FastRollouts:
     Attributes:
         count: rollouts that went the fast way.
         prefilled: rows that were prefilled for these.
+        on_prefilled: called in a rollout, between prefill and decoding.
         compile_config: as `generate` takes it; None is the library's own, for one shape after the other.
     """
 
@@ -79,6 +80,7 @@ class FastRollouts:
         self.count = 0
         self.prefilled = 0
         self.compile_config: Any = None
+        self.on_prefilled: Callable[[], None] | None = None
         self._on_failure = on_failure
         self._on_plain = on_plain
         self._on_sampled = on_sampled
@@ -156,6 +158,8 @@ class FastRollouts:
         with _as_a_compiled_step_wants_it(self.live.device):
             tokens = inputs["input_ids"].shape[1] + given.max_new_tokens
             cache = self._caches.filled(prefill(model, rows), rows.index, tokens)
+            if self.on_prefilled is not None:
+                self.on_prefilled()
             output: torch.Tensor = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],

@@ -7,23 +7,27 @@ doctor's findings beside it and the export's manifest alone, so it can be made a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.rows.review import Review, arm_order, median_of
+from grpo_toolkit.latency.rows.review import Review, arm_order, load_review, median_of
 from grpo_toolkit.reporting.charts.causes import arm_named
 from grpo_toolkit.reporting.charts.gallery import CHARTS
 from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, is_variant, label_of, styled
+from grpo_toolkit.reporting.report.card_facts import CardFacts
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
 from grpo_toolkit.reporting.report.headline import headline_of, interval
+from grpo_toolkit.reporting.report.model_card import write_model_card
+from grpo_toolkit.reporting.report.rendering import line_of, templates
+from grpo_toolkit.reporting.report.step_section import compared_steps, explained, step_section, steps_beside
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from jinja2 import Environment
 
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.step_time.store import StepReview
 
 REPORT_FILE: Final = "report.html"
 _NAME_LETTERS: Final = 24
@@ -33,18 +37,34 @@ COMPARED: Final = ("tpot", "positions", "distributions", "lengths", "batches")
 """Charts that show two runs side by side; the others are about one run."""
 
 
-def write_report(review: Review, path: Path | None = None) -> Path:
-    """Write the report of a run; `path` defaults to `report.html` beside its rows.
+def write_report(
+    run: Review | str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    results: Mapping[str, tuple[float, float]] | None = None,
+) -> Path:
+    """Write the report of a run: one HTML file.
 
     Explanations alone are a report too: their waterfall, causes and cures.
 
+    Args:
+        run: an output folder, its `latency` folder or `latency.jsonl`; or the rows, read already.
+        path: the page; by default `report.html` beside the rows.
+        results: figures before and after the training by name, such as {"held-out accuracy": (0.495, 0.92)}; they go
+            into the export's page (its README.md), which is written again.
+
+    Returns:
+        The page.
+
     Raises:
-        InputError: there is neither a measurement nor an explanation to report.
+        InputError: no rows, neither a measurement nor an explanation in them, or `results` without an export.
     """
+    review = run if isinstance(run, Review) else load_review(run)
     if not review.arms and not review.explanations:
         raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
-    manifest, found = export_manifest(review), findings_of(review)
+    manifest, found, steps = export_manifest(review), findings_of(review), steps_beside(review.path)
     content = _page(review) | {
+        "steps": None if steps is None else step_section(steps),
         "diagnoses": [{"arm": label_of(arm), **found[arm]} for arm in sorted(found, key=arm_order)],
         "put_right": [
             {name: str(repair.get(name, "")) for name in ("file", "key", "found", "written")}
@@ -53,7 +73,13 @@ def write_report(review: Review, path: Path | None = None) -> Path:
         "checks": [] if manifest is None else ((manifest.get("verification") or {}).get("checks") or []),
         "has_manifest": manifest is not None,
     }
-    return _render(content, review.path / REPORT_FILE if path is None else path)
+    page = _render(content, review.path / REPORT_FILE if path is None else Path(path))
+    if results is not None:
+        export = next((row.path for row in review.arms if row.arm == "export"), None)
+        if export is None:
+            raise InputError(f"{review.path}: no arm named export was measured, so there is no page for the results")
+        write_model_card(export, review, facts=CardFacts(results=results))
+    return page
 
 
 def write_comparison(one: Review, other: Review, path: Path) -> Path:
@@ -88,7 +114,56 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
         "compared": {"names": names, "lines": [_change(mine, theirs) for mine, theirs in pairs]},
         "is_same_hardware": len({run.arms[0].environment.get("hardware") for run in (one, other)}) == 1,
     }
+    sides = steps_beside(one.path), steps_beside(other.path)
+    if sides[0] is not None and sides[1] is not None:
+        content |= {"steps_compared": compared_steps(sides[0], sides[1]), "compared_names": names}
     return _render(content, path)
+
+
+def write_step_report(steps: StepReview, path: Path | None = None) -> Path:
+    """Write the report of a run that has steps alone; `path` defaults to `report.html` beside its rows.
+
+    Raises:
+        InputError: no step in it has phases.
+    """
+    section = step_section(steps)
+    if section is None:
+        raise InputError(f"{steps.path}: no step in it has phases, so there is nothing to report")
+    content = _steps_alone(steps, steps.path.resolve().name) | {"steps": section}
+    return _render(content, steps.path / REPORT_FILE if path is None else path)
+
+
+def write_step_comparison(one: StepReview, other: StepReview, path: Path) -> Path:
+    """Write the comparison of two runs that have steps alone.
+
+    Raises:
+        InputError: one of them has no steps with phases.
+    """
+    names = _two_names(one.path, other.path)
+    content = _steps_alone(other, f"{names[0]} and {names[1]}")
+    return _render(content | {"steps_compared": compared_steps(one, other), "compared_names": names}, path)
+
+
+def _steps_alone(steps: StepReview, title: str) -> dict[str, Any]:
+    row = explained(steps)
+    environment = {} if row is None else row.environment
+    return {
+        "title": title,
+        "is_steps_alone": True,
+        "palette": PALETTE,
+        "headline": None,
+        "facts": [fact for fact in (environment.get("hardware"),) if fact],
+        "lines": [],
+        "ratios": [],
+        "charts": [],
+        "missing": [],
+        "failed": [],
+        "explanations": [],
+        "count": len(steps.steps) + len(steps.explanations),
+        "environment": environment,
+        "folder": str(steps.path),
+        "label_of": label_of,
+    }
 
 
 def _two_names(one: Path, other: Path) -> tuple[str, str]:
@@ -164,35 +239,9 @@ def _facts_explained(row: ExplanationRow) -> list[str]:
     return [*([] if row.step is None else [f"step {row.step:,}"]), *filter(None, facts)]
 
 
-def line_of(row: LatencyRow) -> dict[str, Any]:
-    """Return a row's figures for a table: times in milliseconds, memory in GB."""
-    return {
-        "arm": label_of(row.arm),
-        "ttft": median_of(row.ttft_s, 1e3),
-        "tpot": row.tpot_s,
-        "e2e": median_of(row.e2e_s, 1e3),
-        "speed": median_of(row.output_tokens_per_s),
-        "memory": None if row.memory.peak_bytes is None else row.memory.peak_bytes / 1e9,
-        "cache": {None: "not seen", True: "in use", False: "off"}[row.proof.is_cached],
-        "vision": row.proof.vision_calls,
-    }
-
-
-def templates(*, autoescape: bool) -> Environment:
-    """Return the templates of page and card; a name that one of them uses and is not given is an error."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("grpo_toolkit.reporting.report", "templates"),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 def _render(content: dict[str, Any], path: Path) -> Path:
-    defaults = {"compared": None, "is_same_hardware": True, "has_manifest": False}
+    defaults: dict[str, Any] = {"is_same_hardware": True, "has_manifest": False, "is_steps_alone": False}
+    defaults |= {"compared": None, "steps": None, "steps_compared": None, "compared_names": ()}
     empty: dict[str, list[Any]] = {"diagnoses": [], "put_right": [], "checks": []}
     text = templates(autoescape=True).get_template("report.html.jinja").render(defaults | empty | content)
     try:

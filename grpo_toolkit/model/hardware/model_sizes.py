@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.model.cache_probe import VISION_TOWERS
+from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import torch
 
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings")
 _HEADS: Final = ("lm_head", "embed_out")
@@ -132,6 +135,12 @@ def sizes_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[Sequence[int
         projector_parameters=counts["projector"],
         **_vision(tower),
     )
+
+
+def live_sizes(model: torch.nn.Module) -> ModelSizes | None:
+    """Return the sizes of a live model, adapters included."""
+    tensors = {name: (tuple(p.shape), p.numel() * p.element_size()) for name, p in model.named_parameters()}
+    return sizes_of(base_model(model).config.to_dict(), tensors)
 
 
 def _part(name: str) -> str:
