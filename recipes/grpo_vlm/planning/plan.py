@@ -18,9 +18,9 @@ from grpo_vlm.data.columns import answer_types
 from grpo_vlm.data.image_sizes import pixel_limits
 from grpo_vlm.data.rows import named_layout
 from grpo_vlm.planning import fast_rollouts
-from grpo_vlm.planning.memory import Estimate, Load, ModelSize, Sharing, estimate, measure_model, vllm_bytes
+from grpo_vlm.planning.memory import Estimate, Load, ModelSize, Sharing, estimate, measure_model
 from grpo_vlm.planning.memory_lines import gib, memory_lines
-from grpo_vlm.planning.preflight import missing_packages, server_warning, setting_errors, vllm_problem
+from grpo_vlm.planning.preflight import missing_packages, server_warning, setting_errors, vllm_bytes, vllm_problem
 from grpo_vlm.planning.sharing import find_sharing, reshards_after_forward, save_errors
 
 if TYPE_CHECKING:
