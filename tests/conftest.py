@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ForkedPython:
-    """In place of `ModelProcess.python`: see warm.py, whose server starts when a test first needs it."""
+    """A stand-in for `ModelProcess.python`: see warm.py, whose server starts when a test first needs it."""
 
     def __get__(self, instance: object, owner: object) -> list[str]:
         return python()
@@ -106,13 +106,13 @@ def any_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def publications(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Publication]:
-    """What is published under faults, by name."""
+    """Return the folders that are published under faults, by name."""
     return build_publications(qwen, tmp_path_factory.mktemp("publications"))
 
 
 @pytest.fixture
 def publication(request: pytest.FixtureRequest, publications: dict[str, Publication], tmp_path: Path) -> Publication:
-    """The one that the test names."""
+    """The publication that the test names."""
     # What a killed process leaves of its temporary files stays in here.
     (tmp_path / "temporary").mkdir()
     os.environ["TMPDIR"] = str(tmp_path / "temporary")

@@ -53,6 +53,12 @@ def test_all_is_the_table_of_lazy_names() -> None:
         assert getattr(grpo_toolkit, name).__name__ == older.get(name, name)
 
 
+def test_no_module_of_package_and_recipe_is_longer_than_350_lines() -> None:
+    files = [path for folder in (PACKAGE, ROOT / "recipes") for path in folder.rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {path: count for path, count in lengths.items() if count > 350} == {}
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LatencyCalback'"):
         _ = grpo_toolkit.LatencyCalback

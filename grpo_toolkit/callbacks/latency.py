@@ -21,7 +21,7 @@ from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
 from grpo_toolkit.model.generation.request import find_requests, plain_request
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.offload_to_cpu import parked
+from grpo_toolkit.model.offload_to_cpu import offloaded_to_cpu
 from grpo_toolkit.model.save_hook import save_as_plain_trainer, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 from grpo_toolkit.reporting.charts.gallery import write_pictures
@@ -218,7 +218,7 @@ class LatencyCallback(GuardedCallback):
                 return
             as_saved = {arm.name: arm.place for arm in arms if arm.options.use_cache is None}
             write_findings(folder, diagnose_arms(as_saved))
-            with parked(model, kwargs.get("optimizer")):
+            with offloaded_to_cpu(model, kwargs.get("optimizer")):
                 missed = end.run(arms)
         self._facts = CardFacts(
             training=Training.of(state.global_step, state.log_history, args),

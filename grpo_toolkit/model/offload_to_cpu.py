@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def parked(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
+def offloaded_to_cpu(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
     """Hold parameters, gradients, buffers and optimizer state on the CPU; put back, bit for bit, on exit.
 
     The parameters stay the same objects, so optimizers and wrappers that refer to them go on working.

@@ -317,7 +317,7 @@ class Bench:
     def park(self) -> None:
         import torch
 
-        from grpo_toolkit.model.offload_to_cpu import parked
+        from grpo_toolkit.model.offload_to_cpu import offloaded_to_cpu
 
         if self.options.device == "cpu":
             self.note("park", None, "nothing to move on a CPU")
@@ -331,7 +331,7 @@ class Bench:
         before = {name: value.clone().cpu() for name, value in model.state_dict().items()}
         moments = [value.clone().cpu() for state in optimizer.state.values() for value in state.values()]
         held = torch.cuda.memory_allocated()
-        with parked(model, optimizer) as freed:
+        with offloaded_to_cpu(model, optimizer) as freed:
             during = torch.cuda.memory_allocated()
         same = all(torch.equal(before[name], value.cpu()) for name, value in model.state_dict().items())
         found = [value for state in optimizer.state.values() for value in state.values()]
@@ -340,7 +340,7 @@ class Bench:
         self.note(
             "park",
             {"held": held, "during": during, "freed": freed},
-            f"{held / 1e6:.0f} MB before, {during / 1e6:.0f} MB while parked; put back bit for bit: {same and on_gpu}",
+            f"{held / 1e6:.0f} MB before, {during / 1e6:.0f} MB meanwhile; put back bit for bit: {same and on_gpu}",
             promise="< 5% left",
             kept=same and on_gpu and during < 0.05 * held,
         )

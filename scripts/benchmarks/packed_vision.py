@@ -205,7 +205,7 @@ def in_turns(tower: Any, call: Callable[[], None], *, rounds: int) -> dict[str, 
 
 
 def medians(measure: Callable[[str], float], ways: list[str], *, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each way, in turns; slow ways get one call beside the first, which warms up."""
+    """Return the median milliseconds of each way, in turns; slow ones get one call beside the warm-up."""
     left = {way: 1 if measure(way) > SLOW_MS else rounds for way in ways}
     times: dict[str, list[float]] = {}
     for turn in range(rounds):

@@ -1,4 +1,4 @@
-"""The callbacks on real trainings: training is not changed by a bit, failures are said and survived."""
+"""The callbacks on real trainings: training is not changed by a bit, failures are logged and survived."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ needs_5_24 = pytest.mark.skipif(
 
 
 class Rolled(TrainerCallback):  # type: ignore[misc]
-    """Keeps what each rollout said, and counts the fast ones and their prefilled rows at each step."""
+    """A callback that keeps each rollout's text, and counts the fast ones and their prefilled rows at each step."""
 
     def __init__(self) -> None:
         self.said: list[list[list[int]]] = []
@@ -88,7 +88,7 @@ def test_the_copy_follows_an_adapter_through_its_steps(qwen: Path, tmp_path: Pat
     from peft import LoraConfig
 
     class Compare(TrainerCallback):  # type: ignore[misc]
-        """Asks the copy and the live model for the same logits before the first step and after each."""
+        """A callback that asks copy and live model for the same logits, before the first step and after each."""
 
         gaps: list[float] = []  # noqa: RUF012
         moved: list[float] = []  # noqa: RUF012

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Counts(PackedVisionCallback):
-    """Keeps what was packed, and how often a block of the tower ran."""
+    """A callback that keeps what was packed, and how often a block of the tower ran."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

@@ -40,7 +40,7 @@ IS_V4 = Version(transformers.__version__) < Version("5.0")
 
 
 class RolloutTrainer(Trainer):
-    """One sampled completion a prompt; the loss raises its likelihood."""
+    """A trainer that samples one completion a prompt and raises its likelihood."""
 
     def __init__(self, model: Path, args: TrainingArguments, *, peft_config: Any = None, callbacks: list[Any]) -> None:
         options: dict[str, Any] = {"use_cache": False} if IS_V4 and args.gradient_checkpointing else {}

@@ -71,7 +71,7 @@ def heard(work: Callable[[], int], said: Path) -> Callable[[], int]:
 
 
 def was_hit(call: Call, log: Path, folder: Path) -> bool:
-    """Whether the call at which a run was stopped is one that changes the folder, as the call of the clean run did."""
+    """Return whether the call at which a run was stopped changes the folder, as the call of the clean run did."""
     return (call.name, call.nth) in [(one.name, one.nth) for one in calls(log, folder)]
 
 
@@ -97,7 +97,7 @@ class Stage:
         return sorted({path.name for path in self.parent.iterdir()} - {"published"})
 
     def calls(self, work: Callable[[], int], *inject: str) -> list[Call]:
-        """What a clean run does."""
+        """Return the system calls of a clean run."""
         self.reset()
         assert trace(work, self.log, *inject) == 0
         return calls(self.log, self.parent)
@@ -258,7 +258,7 @@ class Patient:
         return main(["repair", str(self.folder), "--undo"])
 
     def calls(self, to: Path, work: Callable[[], int]) -> list[Call]:
-        """What a clean run does."""
+        """Return the system calls of a clean run."""
         self.reset(to)
         assert trace(work, self.log) == 0
         return calls(self.log, self.folder)

@@ -78,7 +78,7 @@ def test_a_repaired_folder_loads_and_says_what_its_base_says(
 
 
 def test_an_export_is_well(base: Path, tmp_path: Path) -> None:
-    """What this package publishes from a sick checkpoint has no finding beside its base."""
+    """An export of a sick checkpoint has no finding when it is compared with its base."""
     folder = fill(unpack("vlm_r1_449", tmp_path / "x"), base)
     export = export_model(folder, tmp_path / "export", base=base, verify=False).path
     assert diagnose_checkpoint(export, base=base).findings == ()

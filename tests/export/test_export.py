@@ -470,7 +470,7 @@ def test_a_policy_that_answers_in_one_token_is_exported(qwen: Path, tmp_path: Pa
 
 def test_fsdp1_is_refused_with_the_way_out(qwen: Path, tmp_path: Path) -> None:
     class FullyShardedDataParallel(torch.nn.Module):
-        """Told by its class's name, so that torch need not be asked."""
+        """A stand-in that is recognised by its class's name, so that torch need not be asked."""
 
     model = load_model(qwen)[0]
     model.wrapped = FullyShardedDataParallel()

@@ -1,4 +1,4 @@
-"""What is uploaded, and what is not; the outermost calls of the Hub's client are replaced, all before them is real."""
+"""The files that an upload sends, and those that it does not; only the Hub client's outermost calls are replaced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def uploaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the client was asked to send, read at that moment."""
+    """Return the files that the client was asked to send, read at that moment."""
     sent: dict[str, Any] = {}
 
     def create_repo(self: Any, repo_id: str, *, private: bool, exist_ok: bool) -> None:

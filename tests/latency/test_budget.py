@@ -1,4 +1,4 @@
-"""How many requests a measurement asks: warm-up, rounds and their budget, on engines whose times are written down."""
+"""The number of requests in a measurement: warm-up, rounds and budget, on engines with given times."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Clock:
 
 
 class ScriptedEngine:
-    """Answers in the seconds that it is told, on a clock that nothing else moves."""
+    """An engine that answers in given seconds, on a clock that nothing else moves."""
 
     def __init__(
         self, clock: Clock, seconds: Sequence[float], *, load_s: float = 0.0, broken: str | None = None

@@ -40,7 +40,7 @@ PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
 
 
 class NoEvent:
-    """`torch.Event` of a device that has done what it was told: a CPU has none of its own."""
+    """A `torch.Event` for a CPU, which has none of its own: it is always done."""
 
     def __init__(self, **_: Any) -> None: ...
     def record(self) -> None: ...
@@ -59,7 +59,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Log:
-    """What happened in which order: forwards of the model, and tokens that reached the host."""
+    """A log of events in their order: forwards of the model, and tokens that reached the host."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.events: list[str] = []
@@ -90,7 +90,7 @@ def watched(model: Any, generate: Any, **settings: Any) -> Log:
 
 
 class Reads(TorchDispatchMode):
-    """Counts what waits for a device: values that are read from it."""
+    """A counter of the values that are read from a device, which wait for it."""
 
     count = 0
 

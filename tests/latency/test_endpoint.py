@@ -165,7 +165,7 @@ def stream(*chunks: object) -> str:
 
 
 class Strange(BaseHTTPRequestHandler):
-    """Answers as the first part of the path says: with a page of `PAGES`."""
+    """A server that answers with the page of `PAGES` that the first part of the path names."""
 
     PAGES: ClassVar[dict[str, str]] = {
         "error": '{"error": {"message": "out of\\nluck"}}',

@@ -285,13 +285,14 @@ def test_the_processor_is_the_first_arms_or_its_bases(qwen: Path, tmp_path: Path
     from peft import LoraConfig, get_peft_model
 
     model, processor, _ = load_model(qwen)
+    parameters = model.num_parameters()
     config = LoraConfig(r=2, target_modules=["q_proj"])
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     assert processor_of([Arm(name="far", url="http://nowhere")]) is None
     found = processor_of([Arm(name="far", url="http://nowhere"), Arm(name="adapter", path=tmp_path / "adapter")])
     assert type(found) is type(processor)
     with ProcessEngine(tmp_path / "adapter", Options()) as process:
-        assert process.facts().is_adapter
+        assert process.facts().parameters > parameters  # the adapter beside its base
         request = Request(messages=[{"role": "user", "content": "?"}])
         answer = process.ask(traffic_of([request], max_new_tokens=3).batch(0), Options())
         assert answer.timeline.output_tokens == 3

@@ -1,4 +1,4 @@
-"""What a server is asked for: each extension by itself, and what only looks like a refusal."""
+"""The extensions that a server is asked for, each by itself, and answers that only look like a refusal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def keys_of(body: dict[str, Any]) -> set[str]:
 
 
 class Choosy(BaseHTTPRequestHandler):
-    """Refuses keys in one of several styles, after `trouble` that passes; answers with as many pieces as asked for."""
+    """A server that refuses keys in one of several styles, after `trouble` that passes."""
 
     refused: ClassVar[set[str]] = set()
     style: ClassVar[str] = "one"
@@ -109,7 +109,7 @@ class Choosy(BaseHTTPRequestHandler):
 
 @contextmanager
 def choosy(**attributes: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Its address, and what it has been asked so far."""
+    """The server's address, and what it has been asked so far."""
     asked: list[dict[str, Any]] = []
     handler = type("Handler", (Choosy,), attributes | {"asked": asked})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

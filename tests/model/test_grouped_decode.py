@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Layer:
-    """All that SDPA looks at in an attention layer."""
+    """An attention layer, as far as SDPA looks at it."""
 
     is_causal = True
 
@@ -44,7 +44,7 @@ class Operations(TorchDispatchMode):
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, mask: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What SDPA and grouped attention say, the values being the keys turned around."""
+    """Return the outputs of SDPA and of grouped attention; the values are the keys turned around."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from grpo_toolkit.model.attention.grouped_decode import grouped_decode_attention

@@ -104,7 +104,7 @@ def test_continuous_batching_trains_to_the_same_bits(
 
 
 class Engine:
-    """What stands where `vllm.LLM` does: a model of its own that answers by the weights it was last given."""
+    """A stand-in for `vllm.LLM`: a model of its own that answers by the weights it was last given."""
 
     def __init__(self, model: str, *, seed: int, **_: Any) -> None:
         self.model = load_model(Path(model))[0]
@@ -157,7 +157,7 @@ def test_rollouts_of_vllm_train_to_the_same_bits(
 
 
 def asked_by_us() -> bool:
-    """Whether the caller's caller is a module of the toolkit."""
+    """Return whether the caller's caller is a module of the toolkit."""
     return str(sys._getframe(2).f_globals["__name__"]).startswith("grpo_toolkit.")
 
 

@@ -1,4 +1,4 @@
-"""A training parked on the CPU: everything it holds is found, and comes back bit for bit."""
+"""A training held on the CPU: everything it holds is found, and comes back bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.memory import free_bytes
-from grpo_toolkit.model.offload_to_cpu import movable, parked
+from grpo_toolkit.model.offload_to_cpu import movable, offloaded_to_cpu
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +27,7 @@ def trained(folder: Path, device: str) -> tuple[torch.nn.Module, torch.optim.Opt
 def test_on_a_cpu_there_is_nothing_to_move(qwen: Path) -> None:
     model, optimizer = trained(qwen, "cpu")
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
-    with parked(model, optimizer) as freed:
+    with offloaded_to_cpu(model, optimizer) as freed:
         assert freed == 0
         assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
 
@@ -66,7 +66,7 @@ def test_a_gpu_is_empty_meanwhile_and_full_again(qwen: Path) -> None:
     model, optimizer = trained(qwen, "cuda")
     before = [tensor.clone().cpu() for tensor in movable(model, optimizer)]
     held = torch.cuda.memory_allocated()
-    with parked(model, optimizer) as freed:
+    with offloaded_to_cpu(model, optimizer) as freed:
         assert freed > 0.9 * held
         assert torch.cuda.memory_allocated() < 0.1 * held
         assert not any(parameter.is_cuda for parameter in model.parameters())

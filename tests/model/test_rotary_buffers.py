@@ -41,7 +41,7 @@ def gemma_config() -> Any:
 
 
 def logits(model: Any, processor: Any, request: Request) -> torch.Tensor:
-    """Of the token after a long prompt."""
+    """Return the logits of the token after a long prompt."""
     long = Request(messages=[{"role": "user", "content": "What is this? " * 60}], images=request.images)
     with torch.no_grad():
         return model(**inputs_for(model, prepare_inputs(processor, [long]))).logits[0, -1].float()
@@ -288,7 +288,7 @@ def test_what_the_class_makes_so_is_no_rounding_beside_a_reference_model(
 
 @nested_config_only
 def test_frequencies_that_grow_with_the_text_begin_anew() -> None:
-    """What was read before (a baseline on long prompts) is forgotten, as the export has not read it."""
+    """A text that was read before (a baseline on long prompts) is forgotten, as the export has not read it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     scaling = {"rope_type": "dynamic", "factor": 2.0}

@@ -1,4 +1,4 @@
-"""What the base answered right is still told of the base when a run goes on from a checkpoint."""
+"""The base's accuracy is still the base's when a run is resumed from a checkpoint."""
 
 from __future__ import annotations
 

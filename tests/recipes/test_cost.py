@@ -1,4 +1,4 @@
-"""What a step costs, beside a real trainer whose rows and evaluations take their time."""
+"""The cost of a step, measured in a real trainer whose rows and evaluations take their time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Slow(Dataset[dict[str, Any]]):
-    """Rows that take some time to read."""
+    """A dataset whose rows take some time to read."""
 
     def __init__(self, count: int, *, seconds: float) -> None:
         self.count, self.seconds = count, seconds

@@ -26,7 +26,7 @@ def picture(width: int = 640, height: int = 480, mode: str = "RGB") -> Image.Ima
 
 
 def write_parquet(folder: Path, columns: dict[str, list[Any]], *, split: str = "train", several: bool = False) -> None:
-    """As the Hub keeps it: `data/<split>-00000-of-00001.parquet` with the images' bytes inside."""
+    """Write a split as the Hub keeps it: `data/<split>-00000-of-00001.parquet` with the images' bytes inside."""
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
@@ -579,7 +579,7 @@ def test_rows_of_one_image_are_held_out_all_the_same(tmp_path: Path) -> None:
 
 
 def write_shapes(folder: Path, kinds: dict[str, Any], **columns: list[Any]) -> Path:
-    """Two whole rows, but for the columns given, which have the kinds given."""
+    """Write two whole rows, but for the columns given, which have the kinds given."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
@@ -739,7 +739,7 @@ def test_a_known_layout_with_other_values_is_one_line(copies: dict[str, Path]) -
 
 @pytest.fixture
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is decoded from now on."""
+    """Return the list of images that are decoded from now on."""
     from grpo_vlm.data import image_sizes
 
     seen: list[Any] = []
@@ -816,7 +816,7 @@ def test_the_size_of_a_png_is_read_without_its_pixels(monkeypatch: pytest.Monkey
 
 
 def write_questions(folder: Path, paths: list[Path]) -> Path:
-    """A JSONL file with a question about each picture."""
+    """Write a JSONL file with a question about each picture."""
     lines = [
         {"image": str(path), "question": f"How many, {number}?", "answer": "3"} for number, path in enumerate(paths)
     ]

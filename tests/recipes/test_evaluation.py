@@ -1,4 +1,4 @@
-"""What an evaluation counts as right."""
+"""The answers that an evaluation counts as right."""
 
 from __future__ import annotations
 

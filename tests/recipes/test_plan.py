@@ -1,4 +1,4 @@
-"""What the preflight says of a run: memory that is close to what PyTorch allocates, and what is bound to go wrong."""
+"""The preflight of a run: an estimate of memory close to what PyTorch allocates, and errors that are certain."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LANGUAGE_MODEL = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up
 
 
 class Allocations(TorchDispatchMode):
-    """Adds up the storages that operations allocate, until they are freed."""
+    """A counter of the storages that operations allocate, until they are freed."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ def test_a_row_is_measured_once_for_loader_and_plan(
 
 
 def test_held_out_rows_whose_images_are_trained_on_are_a_warning(qwen: Path, tmp_path: Path) -> None:
-    """Where the dataset says itself what is held out, nothing is moved."""
+    """No row is moved where the dataset itself says which rows are held out."""
     for split, pictures in (("train", [picture(), picture(56, 56)]), ("test", [picture(84, 84), picture(56, 56)])):
         columns = {"images": [[one] for one in pictures], "problem": ["Find x."] * 2, "answer": ["3"] * 2}
         write_parquet(tmp_path / "geometry3k", columns, split=split, several=True)

@@ -1,4 +1,4 @@
-"""vLLM that cannot be had is said in one line, before anything loads."""
+"""A vLLM that cannot be had is reported in one line, before anything loads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["geometry"]  # a fixture
 
 @contextmanager
 def server(status: int | None) -> Iterator[int]:
-    """The port of one that answers every request with this status, or with no HTTP at all."""
+    """The port of a server that answers every request with this status, or with no HTTP at all."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""Which rows belong to which run of a tracker."""
+"""The rows that belong to each run of a tracker."""
 
 from __future__ import annotations
 

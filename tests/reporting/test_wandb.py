@@ -1,4 +1,4 @@
-"""What W&B got, read back from the offline file of a real run and from a server."""
+"""The data that W&B got, read back from the offline file of a real run and from a server."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ FLAGS = (
 
 
 class Absent(ModuleType):
-    """Functions that cannot be called."""
+    """A module whose functions cannot be called."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or (self.__name__ == "torch.ops.sgl_kernel" and not name.endswith("_cpu")):

@@ -18,7 +18,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Publication:
-    """Two sources of one command, which publish different folders under one name."""
+    """A pair of sources of one command, which publish different folders under one name."""
 
     command: tuple[str, ...]
     old: Path

@@ -11,7 +11,7 @@ _PAGES: Final = "https://www.nvidia.com/en-us/data-center/"
 
 @dataclass(frozen=True, kw_only=True)
 class DataSheet:
-    """One GPU: bandwidth in bytes/s, bfloat16 throughput in FLOP/s (dense: half of what is given with sparsity)."""
+    """The data of a GPU: bandwidth in bytes/s, bfloat16 FLOP/s (dense: half of what is given with sparsity)."""
 
     bandwidth_bytes_per_s: float
     bfloat16_flops_per_s: float

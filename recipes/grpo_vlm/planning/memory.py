@@ -135,15 +135,6 @@ class Estimate:
         return max(self.needed, vllm_bytes / self.share, beside / left if left > 0 else float("inf"))
 
 
-def vllm_bytes(size: ModelSize, load: Load, *, processes: int = 1) -> float:
-    """Return the least that vLLM needs of each GPU that it spreads over: its weights, and the cache of one answer.
-
-    It holds them in two bytes, whatever the training has; its graphs and activations come on top.
-    """
-    cached = size.kv_values_per_token * (load.prompt_tokens + load.completion_tokens)
-    return 2.0 * (size.parameters + cached) / processes
-
-
 def measure_model(name: str, *, revision: str | None = None, peft_config: Any = None) -> ModelSize:
     """Build the model without memory and count.
 

@@ -18,8 +18,9 @@ from grpo_vlm.data.columns import answer_types
 from grpo_vlm.data.image_sizes import pixel_limits
 from grpo_vlm.data.rows import named_layout
 from grpo_vlm.planning import fast_rollouts
-from grpo_vlm.planning.memory import GIB, Estimate, Load, ModelSize, Sharing, estimate, measure_model, vllm_bytes
-from grpo_vlm.planning.preflight import missing_packages, server_warning, setting_errors, vllm_problem
+from grpo_vlm.planning.memory import Estimate, Load, ModelSize, Sharing, estimate, measure_model
+from grpo_vlm.planning.memory_lines import gib, memory_lines
+from grpo_vlm.planning.preflight import missing_packages, server_warning, setting_errors, vllm_bytes, vllm_problem
 from grpo_vlm.planning.sharing import find_sharing, reshards_after_forward, save_errors
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class Plan:
             f"each step   {self.prompts_per_step:g} prompts, {self.completions_per_step} completions; "
             f"{self.steps} steps",
             f"rows        {self.rows}; longest prompt {self.prompt_tokens} tokens, its image included",
-            *self._memory_lines(),
-            f"disk        {_gib(self.disk):>9}  checkpoints and export ({_gib(self.free_disk)} free)",
+            *memory_lines(self.memory, free=self.free_memory, vllm_bytes=self.vllm_bytes),
+            f"disk        {gib(self.disk):>9}  checkpoints and export ({gib(self.free_disk)} free)",
             *(f"warning     {text}" for text in self.warnings),
             *(f"error       {text}" for text in self.errors),
         ]
@@ -77,39 +78,13 @@ class Plan:
     def short_lines(self) -> list[str]:
         """Return the plan in two lines, and everything that it warns of."""
         trained = f"{self.size.trained:,.0f} weights{', as a LoRA adapter' if self.size.is_adapter else ''}"
-        free = "no GPU here" if self.free_memory is None else f"{_gib(self.free_memory)} free"
+        free = "no GPU here" if self.free_memory is None else f"{gib(self.free_memory)} free"
         steps = f"{self.steps} steps of {self.prompts_per_step:g} prompts, {self.completions_per_step} completions"
         return [
             f"plan        {steps}; {self.rows} rows",
-            f"memory      {_gib(self.memory.allocated)} at the peak ({free}); trains {trained}",
+            f"memory      {gib(self.memory.allocated)} at the peak ({free}); trains {trained}",
             *(f"warning     {text}" for text in self.warnings),
             *(f"error       {text}" for text in self.errors),
-        ]
-
-    def _memory_lines(self) -> list[str]:
-        memory, moments = self.memory, self.memory.moments
-        largest = max(moments, key=lambda name: moments[name]) if len(moments) > 1 else None
-        lines = [
-            *(f"memory      {_gib(amount):>9}  {name}" for name, amount in memory.parts.items()),
-            *(
-                f"memory      {_gib(amount):>9}  {name}{' (the larger counts)' if name == largest else ''}"
-                for name, amount in moments.items()
-            ),
-        ]
-        peak = f"memory      {_gib(memory.allocated):>9}  at the peak"
-        if not memory.share:
-            free = "no GPU here to compare with" if self.free_memory is None else f"{_gib(self.free_memory)} free"
-            return [*lines, f"{peak}; {_gib(memory.needed)} to have ({free})"]
-        when = "while it answers" if memory.sleeps else "all the time"
-        gpu = memory.smallest_gpu(self.vllm_bytes)
-        enough = f"{_gib(gpu):>9}  the smallest GPU for both (none here to compare with)"
-        if gpu == float("inf"):
-            enough = f"{'no':>9}  GPU is large enough for both: lower --vllm_gpu_memory_utilization"
-        return [
-            *lines,
-            f"{peak}, vLLM aside; {_gib(memory.needed)} to have",
-            f"memory      {memory.share:>9.0%}  of the GPU for vLLM {when}, {_gib(self.vllm_bytes)} at least",
-            f"memory      {enough}",
         ]
 
 
@@ -265,13 +240,13 @@ def _size_errors(plan: Plan, training: GRPOConfig) -> list[str]:
     standing = sum(plan.memory.parts.values())
     if plan.free_memory is not None and standing > plan.free_memory:
         errors.append(
-            f"{', '.join(plan.memory.parts)} alone need {_gib(standing)} of GPU memory, {_gib(plan.free_memory)} are "
+            f"{', '.join(plan.memory.parts)} alone need {gib(standing)} of GPU memory, {gib(plan.free_memory)} are "
             "free: --use_peft, --optim adamw_8bit, or more GPUs with recipes/accelerate/fsdp2.yaml"
         )
     if plan.disk > plan.free_disk:
         errors.append(
-            f"checkpoints and export need {_gib(plan.disk)} of disk at {training.output_dir}, "
-            f"{_gib(plan.free_disk)} are free: lower --save_total_limit, or choose another --output_dir"
+            f"checkpoints and export need {gib(plan.disk)} of disk at {training.output_dir}, "
+            f"{gib(plan.free_disk)} are free: lower --save_total_limit, or choose another --output_dir"
         )
     return errors
 
@@ -282,7 +257,7 @@ def _warnings(
     warnings = [text for text in (vllm_problem(training) or server_warning(training),) if text is not None]
     if plan.free_memory is not None and plan.memory.needed > plan.free_memory:
         warnings.append(
-            f"at its peak this needs about {_gib(plan.memory.needed)} of GPU memory, {_gib(plan.free_memory)} are "
+            f"at its peak this needs about {gib(plan.memory.needed)} of GPU memory, {gib(plan.free_memory)} are "
             "free: lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), "
             "--max_completion_length or --max_pixels; rollouts shrink with --steps_per_generation"
         )
@@ -304,8 +279,8 @@ def _warnings(
         warnings.append("vLLM reserves memory for the largest image that the model allows: set --max_pixels")
     if plan.vllm_reserved is not None and plan.vllm_reserved < plan.vllm_bytes:
         warnings.append(
-            f"--vllm_gpu_memory_utilization is {_gib(plan.vllm_reserved)} of this GPU, but vLLM's weights and the "
-            f"cache of one answer need {_gib(plan.vllm_bytes)}: raise it"
+            f"--vllm_gpu_memory_utilization is {gib(plan.vllm_reserved)} of this GPU, but vLLM's weights and the "
+            f"cache of one answer need {gib(plan.vllm_bytes)}: raise it"
         )
     length = training.vllm_max_model_length
     if training.use_vllm and length and length < plan.prompt_tokens + (training.max_completion_length or 512):
@@ -332,9 +307,3 @@ def _existing(path: str | None) -> Path:
     """Return the folder itself, or the nearest one above it that is there."""
     folder = Path(path or ".").absolute()
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
-
-
-def _gib(amount: float) -> str:
-    if amount < 0.05 * GIB:
-        return f"{amount / 2**20:,.0f} MiB"
-    return f"{amount / GIB:,.1f} GiB"

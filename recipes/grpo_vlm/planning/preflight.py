@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from trl import GRPOConfig, ModelConfig
 
+    from grpo_vlm.planning.memory import Load, ModelSize
+
 MARKER = "grpo_recipe.json"
 """Written into output_dir by the recipe: a folder that has it is ours to train into again."""
 
@@ -166,6 +168,15 @@ def vllm_problem(training: GRPOConfig) -> str | None:
     if not is_vllm_available():
         return "--use_vllm: vLLM is not installed here: pip install 'trl[vllm]', or --use_vllm false"
     return _server_problem(training)
+
+
+def vllm_bytes(size: ModelSize, load: Load, *, processes: int = 1) -> float:
+    """Return the least that vLLM needs of each GPU that it spreads over: its weights, and the cache of one answer.
+
+    It holds them in two bytes, whatever the training has; its graphs and activations come on top.
+    """
+    cached = size.kv_values_per_token * (load.prompt_tokens + load.completion_tokens)
+    return 2.0 * (size.parameters + cached) / processes
 
 
 def server_warning(training: GRPOConfig) -> str | None:

@@ -30,7 +30,7 @@ SIZES = ((56, 56), (56, 56), (84, 56), (84, 56), (84, 56), (112, 84))
 
 
 class Recorder:
-    """Keeps the scores of every step, as a logits processor."""
+    """A logits processor that keeps the scores of every step."""
 
     def __init__(self) -> None:
         self.scores: list[torch.Tensor] = []
@@ -41,7 +41,7 @@ class Recorder:
 
 
 def settings(**changes: Any) -> Any:
-    """A rollout's, as TRL makes it: `disable_compile`, sampling."""
+    """Return the settings of a rollout as TRL makes them: `disable_compile`, sampling."""
     from transformers import GenerationConfig
 
     values = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "disable_compile": True}

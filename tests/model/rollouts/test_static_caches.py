@@ -70,7 +70,7 @@ def test_caches_of_all_shapes_share_one_memory() -> None:
 
 
 def test_generate_does_not_take_it_for_a_callers_cache() -> None:
-    """Which would take back a token in each layer at each step that is asked late whether it is the last."""
+    """For a caller's cache it would take back a token in each layer at each step that is checked late."""
     cache = StaticCaches(config()).filled(prefilled(1, 3), torch.zeros(1, dtype=torch.int64), 8)
     cache._is_user_defined = True
     assert cache._is_user_defined is False

@@ -34,7 +34,7 @@ def tied_llama(**changes: Any) -> Any:
 
 
 def adapted(model: Any, **changes: Any) -> Any:
-    """With an adapter that changes what the model says."""
+    """Return the model with an adapter that changes its answers."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
