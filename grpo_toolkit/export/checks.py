@@ -138,18 +138,26 @@ def check_values(folder: Path, tensors: Mapping[str, TensorInfo]) -> Check:
     return Check(name="every stored value is finite", passed=not broken, detail=detail)
 
 
-def check_ties(report: LoadReport, base: Base) -> Check:
-    """Check that the output embeddings are the input embeddings where, and only where, they are in the base."""
+def check_ties(report: LoadReport, base: Base | None, policy: bool | None) -> Check:
+    """Check that the output embeddings are the input embeddings where, and only where, they are in the trained model.
+
+    Args:
+        report: of the load.
+        base: decides where the trained model is not here.
+        policy: whether they are tied in the trained model, or None.
+    """
     name = "embeddings tied as in the base"
     if report.tied is None:
         return Check(name=name, passed=True, skipped=True, detail="the model does not have both of them")
-    if not base.tensors:
-        return Check(name=name, passed=True, skipped=True, detail=f"no safetensors in {base.path}")
+    if policy is None and (base is None or not base.tensors):
+        where = "no trained model and no base" if base is None else f"no safetensors in {base.path}"
+        return Check(name=name, passed=True, skipped=True, detail=where)
     words = {True: "tied", False: "not tied"}
+    wanted, where = (base.is_tied, str(base.path)) if policy is None and base is not None else (policy, "training")
     detail = words[report.tied]
-    if report.tied is not base.is_tied:
-        detail += f", in {base.path} {words[base.is_tied]}"
-    return Check(name=name, passed=report.tied is base.is_tied, detail=detail)
+    if report.tied is not wanted:
+        detail += f", in {where} {words[bool(wanted)]}"
+    return Check(name=name, passed=report.tied is wanted, detail=detail)
 
 
 def check_inputs(pairs: Sequence[tuple[Evidence, Evidence]]) -> Check:

@@ -27,7 +27,7 @@ from grpo_toolkit.export.format_reward import format_reward_of, format_scores
 from grpo_toolkit.export.policy_answers import PolicyAnswers, ask_policy
 from grpo_toolkit.export.verify import VerificationResult, verify_export
 from grpo_toolkit.model.generation.request import logged_requests
-from grpo_toolkit.model.live_model import random_state_kept
+from grpo_toolkit.model.live_model import is_tied, random_state_kept
 from grpo_toolkit.model.processor_files import write_processor
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
@@ -223,6 +223,7 @@ def _verify(
         logit_noise=answers.logit_noise,
         scores=scores,
         base=plan.source.base,
+        tied=None if is_sharded(plan.source.model) else is_tied(plan.source.model),
         dtype=plan.storage.dtype_name,
         device=plan.source.device,
         attn_implementation=getattr(plan.source.plain.config, "_attn_implementation", None),
