@@ -21,7 +21,7 @@ from grpo_toolkit.model.generation.agreement import (
     logit_distance,
     rival_gap,
 )
-from grpo_toolkit.model.unheld_tensors import without_the_bases
+from grpo_toolkit.model.unheld_tensors import unheld_in_folder, without_the_bases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -62,30 +62,42 @@ def check_files(checkpoint: Checkpoint) -> Check:
 
 
 def check_tensors(export: Checkpoint, found: Mapping[str, TensorInfo], base: Base, dtype: str | None) -> Check:
-    """Check names, shapes and dtypes of an export's tensors, `found` in its headers, against its base's."""
+    """Check names, shapes and dtypes of an export's tensors, `found` in its headers, against its base's.
+
+    What the base stores and no class holds, or holds twice, may be missing: the loader is asked.
+    """
     wanted = _expected_tensors(base, found, dtype)
     if not wanted:
         return Check(name="tensors as in the base", passed=True, detail=f"skipped: no safetensors in {base.path}")
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    absent, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    missing = [] if absent and _can_do_without(base, {wanted[name][0] for name in absent}) else absent
     vocabularies = (_vocabulary(export.json(CONFIG)), _vocabulary(base.config))
-    other = sorted(n for n in found.keys() & wanted.keys() if not same_form(found[n], wanted[n], vocabularies))
+    other = sorted(n for n in found.keys() & wanted.keys() if not same_form(found[n], wanted[n][1], vocabularies))
     passed = not (missing or extra or other)
     detail = f"{len(found)} tensors with the names, shapes and dtypes of {base.path}"
+    if passed and absent:
+        detail += f"; without {len(absent)} that its class does not need ({absent[0]}, ...)"
     if not passed:
         parts = {"missing": missing, "not in the base": extra, "of another shape or dtype": other}
         detail = "; ".join(f"{len(names)} {what} ({names[0]}, ...)" for what, names in parts.items() if names)
     return Check(name="tensors as in the base", passed=passed, detail=detail)
 
 
-def _expected_tensors(base: Base, found: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, TensorInfo]:
-    """Return the base's tensors in another dtype, and under published names where the export has those."""
+def _can_do_without(base: Base, names: set[str]) -> bool:
+    return bool(unheld_in_folder(base.path, base.tensors, {"": names}))
+
+
+def _expected_tensors(
+    base: Base, found: Mapping[str, TensorInfo], dtype: str | None
+) -> dict[str, tuple[str, TensorInfo]]:
+    """Return the base's tensors with their names there, in another dtype, by the name that the export has of them."""
     tensors = dict(base.tensors)
     if dtype is not None:
         stored_as = named_dtype(dtype)
         floats = {name: info for name, info in tensors.items() if info.dtype in FLOAT_NAMES}
         tensors |= {name: replace(info, dtype=stored_as) for name, info in floats.items()}
     renames = published_renames(tensors, base.config.get("model_type"), compat="all")
-    return {name if name in found else renames.get(name, name): info for name, info in tensors.items()}
+    return {name if name in found else renames.get(name, name): (name, info) for name, info in tensors.items()}
 
 
 def same_form(one: TensorInfo, other: TensorInfo, vocabularies: tuple[int, int]) -> bool:

@@ -28,9 +28,13 @@ def whole_processor(processor: Any, base: Path) -> Any:
 
     Text-only trainings of a vision-language model are given its tokenizer alone, and its export needs the rest, too.
     """
+    from transformers import ProcessorMixin
+
     original = processor_of(base)
-    if processor is None or original is None or not hasattr(original, "tokenizer") or hasattr(processor, "tokenizer"):
-        return original if processor is None else processor
+    if processor is None:
+        return original
+    if isinstance(processor, ProcessorMixin) or not isinstance(original, ProcessorMixin):
+        return processor
     part = "tokenizer" if hasattr(processor, "convert_tokens_to_ids") else "image_processor"
     template = getattr(processor, "chat_template", None)
     if part == "tokenizer" and template not in (None, getattr(original.tokenizer, "chat_template", None)):
@@ -80,10 +84,18 @@ def _copy_changed_parts(base: Path, trained: Path, changed: set[str], staging: P
     """Copy the files of the changed parts as the trained processor has them, and the base's own of all others."""
     ours = [path for path in trained.rglob("*") if path.is_file()]
     theirs = carried_files(base)
-    if not any(_part_of(path.name) == "template" for path in theirs):
-        changed = changed | {"template"}  # it lies in the base's tokenizer_config.json
+    # A template may lie in the tokenizer's own file.
+    if "template" in changed and "chat_template" in _tokenizer_config(base):
+        changed = changed | {"tokenizer"}
+    if "tokenizer" in changed and not any(_part_of(path.name) == "template" for path in theirs):
+        changed = changed | {"template"}
     copy_files([path for path in theirs if _part_of(path.name) not in changed], base, staging)
     copy_files([path for path in ours if _part_of(path.name) in changed], trained, staging)
+
+
+def _tokenizer_config(folder: Path) -> JsonObject:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _pixel_limits(left: Path, right: Path, changed: list[str]) -> dict[str, int]:

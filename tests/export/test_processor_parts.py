@@ -12,7 +12,7 @@ from PIL import Image
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.model.load import load_model, load_processor
-from tests.support.base_variants import build_vlm
+from tests.support.base_variants import build_vlm, change_json
 from tests.support.training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:
@@ -73,13 +73,23 @@ def test_a_tokenizer_that_training_changed_takes_the_place_of_the_bases_and_of_n
     assert see(result.path).equal(see(qwen))
 
 
-def test_a_chat_template_that_only_the_trained_tokenizer_has_is_the_exports(qwen: Path, tmp_path: Path) -> None:
-    model, processor, _ = load_model(qwen)
+@pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json"])
+def test_a_chat_template_that_only_the_trained_tokenizer_has_is_the_exports(
+    place: str, qwen: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(qwen, tmp_path / "base")
+    if place == "tokenizer_config.json":
+        template = json.loads((base / "chat_template.json").read_text())["chat_template"]
+        (base / "chat_template.json").unlink()
+        change_json(base, place, lambda config: config.update(chat_template=template))
+    model, processor, _ = load_model(base)
     processor.tokenizer.chat_template = "{% for m in messages %}Q: {{ m['content'][0]['text'] }}{% endfor %} A:"
     template = processor.tokenizer.chat_template
     result = export_model(model, tmp_path / "export", processing_class=processor.tokenizer)
     assert result.verification.passed
     assert load_processor(result.path).chat_template == template
+    codes = {finding.code for finding in diagnose_checkpoint(result.path, base=base).findings}
+    assert not codes & {"chat-templates-differ", "chat-template-lost"}
 
 
 @v5_only
