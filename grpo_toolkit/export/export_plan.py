@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.lineage import recorded_base
 from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.copy_weights import plan_copy
 from grpo_toolkit.doctor.compat import published_renames
-from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError
+from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, first_words
+from grpo_toolkit.export.findings_check import loads_whole, refuse_unloadable
 from grpo_toolkit.export.live_adapter import is_adapted, refuse_unmergeable
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.load import load_model, model_without_weights
@@ -57,7 +59,7 @@ class Storage:
 
     @property
     def dtype_name(self) -> str | None:
-        """torch's name of `dtype` ("bfloat16"), or None."""
+        """The name that torch has for `dtype` ("bfloat16"), or None."""
         return None if self.dtype is None else FLOAT_NAMES[self.dtype]
 
     def renames(self, names: Iterable[str], model_type: object) -> dict[str, str]:
@@ -79,6 +81,7 @@ class Source:
         folder: where the model came from, if it was a folder.
         tensors: the folder's tensors.
         renames: new names of the base's tensors, where they are not published ones.
+        is_alone: whether no base is known: its files are then the folder's own.
         shards: the weight files of an export that takes the folder's tensors without loading them, or empty.
     """
 
@@ -88,6 +91,7 @@ class Source:
     device: str
     is_adapter: bool
     is_loaded: bool = True
+    is_alone: bool = False
     folder: Path | None = None
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
@@ -95,7 +99,7 @@ class Source:
 
     @property
     def plain(self) -> PreTrainedModel:
-        """The transformers model inside all wrappers."""
+        """The transformers model itself, without wrappers (DDP, `torch.compile`, PEFT)."""
         return base_model(self.model)
 
     def __str__(self) -> str:
@@ -115,12 +119,17 @@ class ExportPlan:
 
     @property
     def base_folder(self) -> Path | None:
-        """The base's folder, or None."""
+        """The folder whose files are carried: the base's, or the source's own; None where there is neither."""
         return None if self.source.base is None else self.source.base.path
+
+    @property
+    def known_base(self) -> Path | None:
+        """The base's folder, None where no base is known."""
+        return None if self.source.is_alone else self.base_folder
 
     @cached_property
     def stored(self) -> Mapping[str, str]:
-        """torch's name of the dtype of every floating-point tensor of the base, by its name in the export."""
+        """The dtypes of the base's floating-point tensors, as torch names them, by their names in the export."""
         tensors = {} if self.source.base is None else self.source.base.tensors
         return {
             self.source.renames.get(name, name): FLOAT_NAMES[self.storage.dtype or info.dtype]
@@ -130,7 +139,7 @@ class ExportPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that was asked for, else that of most of the base's tensors, else (no base) the model's own.
+        """The dtype of the export: the one asked for, else that of most of the base's tensors, else the model's own.
 
         TRL loads a model given by name in float32 unless told otherwise: a bfloat16 base would double in size.
         """
@@ -211,9 +220,10 @@ def _open_folder(
     """Open a folder. Headers come first: a file that is damaged or cut off is named before anything is loaded."""
     checkpoint = open_checkpoint(folder)
     is_adapter = checkpoint.kind is Kind.ADAPTER
-    origin = base or (base_of_adapter(folder) if is_adapter else folder)
+    origin = base or (base_of_adapter(folder) if is_adapter else recorded_base(folder) or folder)
     known = open_base(checkpoint if origin == folder else open_checkpoint(origin))
     tensors = known.tensors if origin == folder else checkpoint.tensors()
+    refuse_unloadable(folder, origin)
     renames = storage.renames(known.tensors, known.config.get("model_type"))
     shards: Sequence[Shard] = ()
     if tensors and known.tensors and not is_adapter:
@@ -230,6 +240,7 @@ def _open_folder(
         device=device,
         is_adapter=is_adapter,
         is_loaded=fits,
+        is_alone=base is None and origin == folder,
         folder=folder,
         tensors=tensors,
         renames=renames,
@@ -248,8 +259,7 @@ def _load(folder: Path, base: Path | None, known: Base, device: str) -> tuple[to
     report = without_the_bases(report, known)
     if not report.is_clean:
         raise InputError(
-            f"{folder}: its weights do not fit its config (missing {report.missing[:2]}, "
-            f"unexpected {report.unexpected[:2]}, mismatched {report.mismatched[:2]}); nothing was exported"
+            f"{folder}: its weights do not fit its config ({loads_whole(report).detail}); nothing was exported"
         )
     return model, processor
 
@@ -266,5 +276,4 @@ def _named_if_unloadable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {first_words(error)})") from error

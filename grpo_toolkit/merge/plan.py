@@ -74,7 +74,7 @@ def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:
 
 
 def _by_name(adapter: Adapter) -> dict[str, list[Module]]:
-    """Modules by name, each with its wrappers from the innermost out."""
+    """Group modules by name, each with its wrappers from the innermost out."""
     grouped: dict[str, list[Module]] = defaultdict(list)
     for module in sorted(adapter.modules, key=lambda module: -module.depth):
         grouped[module.name].append(module)
@@ -136,7 +136,7 @@ def _check_replaced(adapter: Adapter, base: Base, tensor: str, stored: str) -> N
 
 
 def _without_tied_heads(adapter: Adapter, base: Base, homeless: list[str]) -> list[str]:
-    """A trained head of a tied base that PEFT kept tied (`ensure_weight_tying`) is stored with the embeddings."""
+    """Leave out the trained heads that PEFT kept tied (`ensure_weight_tying`): they are stored as the embeddings."""
     if not (base.is_tied and adapter.config.get("ensure_weight_tying")):
         return homeless
     replaced = {live_name(name, base.family): tensor for name, tensor in adapter.replaced.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
 from grpo_toolkit.checkpoint.json_files import read_json
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+NO_CODE: Final = {"trust_remote_code": False}
+"""Said in every call that could run a folder's code: left out, transformers asks on the terminal whether to run it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ def load_model(
     model, info = auto_class(path).from_pretrained(
         path,
         output_loading_info=True,
+        **NO_CODE,
         **{dtype_argument(): dtype},
         **{name: value for name, value in extra.items() if value is not None},
     )
@@ -113,19 +117,18 @@ def load_processor(path: Path) -> Any:
     """Load the folder's processor, or its tokenizer where it has no image side."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(path)
+    return AutoProcessor.from_pretrained(path, **NO_CODE)
 
 
 def auto_class(path: Path) -> Any:
     """Return the Auto class that loads this folder for generation: image-text-to-text if the type has one."""
     import transformers
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     model_type = read_json(path / CONFIG).get("model_type")
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return transformers.AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    return transformers.AutoModelForCausalLM
 
 
 def model_without_weights(path: Path) -> PreTrainedModel:
@@ -138,7 +141,8 @@ def model_without_weights(path: Path) -> PreTrainedModel:
     from transformers import AutoConfig, GenerationConfig
 
     with unsharded_models(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model: PreTrainedModel = auto_class(path).from_config(AutoConfig.from_pretrained(path))
+        config = AutoConfig.from_pretrained(path, **NO_CODE)
+        model: PreTrainedModel = auto_class(path).from_config(config, **NO_CODE)
     if (path / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model

@@ -120,12 +120,110 @@ def asked_midway(
     return {"answers": answers, "gathers": gathers, "errors": errors, "digest": digest(trainer)}, trainer
 
 
+def merged_for_vllm(folder: Path, *, guarded: bool, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train an adapter, walking before each step over the weights as TRL does for vLLM; compare the base's."""
+    from transformers import TrainerCallback
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from grpo_toolkit.model.merge_guard import guard_merges
+    from grpo_toolkit.model.sharding.gather import gather
+
+    found: list[dict[str, Any]] = []
+    sent: list[int] = []
+
+    class Sync(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            from accelerate import Accelerator
+            from trl.distributed import DistributedBackend
+
+            model = kwargs["model"]
+            if guarded:
+                guard_merges(model)
+            base = {name: weight for name, weight in model.named_parameters() if "base_layer" in name}
+            found.append(gather(base))
+            generation = object.__new__(VLLMGeneration)  # its __init__ starts vLLM
+            generation.model, generation.accelerator = model, Accelerator()
+            generation._dist = DistributedBackend(generation.accelerator)
+            sent.append(sum(weight.numel() for _, weight in generation._iter_named_params()))
+
+    options = {"max_steps": 3, "learning_rate": 0.1, "adam_epsilon": 1e-8, "save_strategy": "no", **options}
+    trainer = train(folder / "out", [Sync()], lora=True, **options)
+    changed = [name for name, weight in found[0].items() if not weight.equal(found[-1][name])]
+    return {"changed": changed, "sent": sent, "weights": len(found[0])}, trainer
+
+
+def fast_step(folder: Path, *, fast: bool, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train two steps with rows, images, tower and rollouts made fast, or without; no step is saved."""
+    from transformers import TrainerCallback
+
+    from grpo_toolkit import FastRolloutCallback, KVCacheCallback, PackedVisionCallback, rows_once
+    from grpo_toolkit.model.rollouts.rollouts import rollouts_of
+    from scripts.models import tiny_training
+
+    packing, rollouts = PackedVisionCallback(strict=True), FastRolloutCallback("fast", strict=True)
+    seen: list[dict[str, Any]] = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            taken = rollouts_of(kwargs["model"])
+            images, tower = packing.images, packing.packing
+            assert images is not None
+            assert tower is not None
+            seen.append(
+                {
+                    "fast": 0 if taken is None else taken.count,
+                    "images": [images.asked, images.processed],
+                    "tower": [tower.layers, sum(one.asked for one in tower.images), len(tower.images)],
+                }
+            )
+
+    if fast:
+        plain_rows = tiny_training.rows
+        tiny_training.rows = lambda *args, **kwargs: rows_once(plain_rows(*args, **kwargs))
+    callbacks = [KVCacheCallback(strict=True), *([packing, rollouts, Counts()] if fast else [])]
+    trainer = train(folder / "out", callbacks, save_strategy="no", **options)
+    keys = ("loss", "grad_norm", "reward", "sampling/rollout_kl")
+    logs = [{key: row[key] for key in keys if key in row} for row in trainer.state.log_history if "loss" in row]
+    return {"logs": logs, "seen": seen, "chosen": rollouts.chosen, "failures": rollouts.failures}, trainer
+
+
+def step_times(folder: Path, *, slow_rank: int, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train without and with step times; the reward function of one rank takes two seconds longer in the second."""
+    import os
+    import time
+
+    from grpo_toolkit import StepTimeCallback
+    from scripts.models import tiny_training
+
+    trainer = train(folder / "plain", [], save_strategy="no", **options)
+    expected = digest(trainer)
+    usual = tiny_training.length_reward
+
+    def slow(completions: list[Any], **kwargs: Any) -> list[float]:
+        time.sleep(2.0 if os.environ["RANK"] == str(slow_rank) else 0.0)
+        return usual(completions, **kwargs)
+
+    tiny_training.length_reward = slow
+    callback = StepTimeCallback(strict=True)
+    trainer = train(folder / "out", [callback], save_strategy="no", **options)
+    return {
+        "is_same": digest(trainer) == expected,
+        "sums": [sum(row.phases_s.values()) / row.wall_s for row in callback.rows],
+        "phases": sorted({name for row in callback.rows for name in row.phases_s}),
+        "causes": [one.cause for one in callback.explanation.causes] if callback.explanation else None,
+        "slowest": callback.explanation.slowest_rank if callback.explanation else None,
+    }, trainer
+
+
 SCENARIOS = {
+    "merged_for_vllm": merged_for_vllm,
     "all_callbacks": all_callbacks,
     "plain": plain,
     "resumes": resumes,
     "one_rank_fails": one_rank_fails,
     "asked_midway": asked_midway,
+    "fast_step": fast_step,
+    "step_times": step_times,
 }
 
 if __name__ == "__main__":

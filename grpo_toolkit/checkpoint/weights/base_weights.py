@@ -38,7 +38,7 @@ class Base:
 
     @cached_property
     def is_tied(self) -> bool:
-        """True if the output embeddings are the input embeddings: no others are stored, or the same bytes once more.
+        """Return whether the output embeddings are the input embeddings: none are stored, or the same bytes again.
 
         Loading unties two that differ, whatever the config says (transformers 5).
         """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import CONFIG
+from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
 from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
 from grpo_toolkit.doctor.rules.tensor_facts import (
@@ -52,10 +54,16 @@ def wrapped_names(folder: Folder) -> Iterator[Fault]:
 def unpublished_names(folder: Folder) -> Iterator[Fault]:
     renames = {old: new for old, new in new_names(folder).items() if without_wrappers(old) == old}
     if renames and not has_lora(folder):
-        yield _naming(folder, renames)
+        live = tuple(prefix for prefix, _ in folder.family.published) if folder.family else ()
+        is_live = bool(live) and all(name.startswith(live) for name in renames)
+        yield _naming(folder, renames, fails=_KNOW_PUBLISHED_NAMES if is_live else "")
 
 
-def _naming(folder: Folder, renames: dict[str, str]) -> Fault:
+_KNOW_PUBLISHED_NAMES = "transformers<4.52; vllm; sglang"
+"""The readers of published names alone; later releases of transformers know the live ones too."""
+
+
+def _naming(folder: Folder, renames: dict[str, str], *, fails: str = "") -> Fault:
     old = min(renames)
     stays = set(folder.tensors) - set(renames)
     is_clear = len(set(renames.values()) | stays) == len(folder.tensors)  # no two tensors end under one name
@@ -65,6 +73,7 @@ def _naming(folder: Folder, renames: dict[str, str]) -> Fault:
         found=f"{len(renames)} of {len(folder.tensors)} tensors",
         expected=renames[old],
         remedies=(Weights(renames=renames, dtypes={}),) if is_clear else (),
+        fails=fails,
     )
 
 
@@ -182,7 +191,8 @@ def shapes_differ(folder: Folder) -> Iterator[Fault]:
 def vocabulary_mismatch(folder: Folder) -> Iterator[Fault]:
     name, size = ends(folder)[1], folder.text_value("vocab_size")
     shape = folder.tensors[name].shape if name else ()
-    if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size):
+    extra = family_of(folder.model_type).extra_embeddings
+    if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size + extra):
         yield Fault(file=CONFIG, key="vocab_size", found=size, expected=f"{shape[0]}, the rows of {name}")
 
 
@@ -219,4 +229,40 @@ def identical_to_base(folder: Folder) -> Iterator[Fault]:
             file=next(iter(folder.shards)),
             found=f"all {folder.digests.compared} tensors equal the base's",
             expected="at least one trained tensor",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "tensors without information",
+    effect="whole layers are zero, or one value throughout: the model speaks gibberish (found with --deep)",
+    evidence="https://github.com/H-EmbodVis/NAUTILUS/issues/5",
+)
+def tensors_empty(folder: Folder) -> Iterator[Fault]:
+    empty = () if folder.digests is None else folder.digests.empty
+    if empty:
+        where = "which are not so in the base" if base_tensors(folder) else "matrices among them"
+        yield Fault(
+            file=folder.tensors[empty[0]].file,
+            key=empty[0],
+            found=f"{len(empty)} of {len(folder.tensors)} tensors are one value throughout, {where}: "
+            + summarised(empty),
+            expected="trained values",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "values that are not numbers",
+    effect="one NaN or infinity spreads through every answer (found with --deep)",
+    evidence="https://github.com/IntMeGroup/FineVQ/issues/6",
+)
+def values_not_finite(folder: Folder) -> Iterator[Fault]:
+    broken = () if folder.digests is None else folder.digests.broken
+    if broken:
+        yield Fault(
+            file=folder.tensors[broken[0]].file,
+            key=broken[0],
+            found=f"NaN or infinity in {len(broken)} of {len(folder.tensors)} tensors: {summarised(broken)}",
+            expected="finite values",
         )

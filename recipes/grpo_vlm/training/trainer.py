@@ -9,6 +9,7 @@ the one that is exported.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from trl.models import unwrap_model_for_generation
 
 from grpo_vlm.rewards.rewards import completion_text
 from grpo_vlm.training.evaluation import held_out_accuracy
+from grpo_vlm.training.screen import above_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,10 +30,15 @@ if TYPE_CHECKING:
 
 
 class AccuracyTrainer(GRPOTrainer):
-    """A `GRPOTrainer` whose `evaluate` measures held-out accuracy, and whose vLLM sees the prompts it trains on."""
+    """A `GRPOTrainer` whose `evaluate` measures held-out accuracy, and whose vLLM sees the prompts it trains on.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    With `packed_vision` the model is evaluated as it is trained with `PackedVisionCallback`, before, in and after the
+    training alike, so that accuracies differ by what was learnt alone.
+    """
+
+    def __init__(self, *args: Any, packed_vision: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._packed_vision = packed_vision
         image_token = getattr(self.processing_class, "image_token", None)
         if self.use_vllm and image_token is not None:
             # TRL bans it from its own rollouts alone; a completion with one in it stops the training forward.
@@ -62,7 +69,7 @@ class AccuracyTrainer(GRPOTrainer):
 
     @property
     def is_sharded(self) -> bool:
-        """True where no process holds all weights: they come together in forwards that all processes must take."""
+        """Return whether no process holds all weights: they come together in forwards that all processes must take."""
         return self.is_fsdp_enabled or self._zero_stage == 3
 
     def accuracy(self, rows: Dataset, *, direct: bool = False) -> float:
@@ -83,6 +90,7 @@ class AccuracyTrainer(GRPOTrainer):
                 rows,
                 max_new_tokens=self.args.max_completion_length,
                 direct=direct,
+                packed_vision=self._packed_vision,
                 accelerator=None if self.is_sharded else self.accelerator,
             )
 
@@ -107,7 +115,7 @@ def measure(trainer: AccuracyTrainer, rows: Dataset, when: str, *, direct: bool 
 def tell(trainer: AccuracyTrainer, accuracy: float, rows: Dataset, when: str, *, note: str = "") -> None:
     """Print a held-out accuracy, once for all processes."""
     if trainer.is_world_process_zero():
-        print(f"held-out accuracy {when}: {accuracy:.1%} of {len(rows)} rows{note}", flush=True)
+        above_bar(f"held-out accuracy {when}: {accuracy:.1%} of {len(rows)} rows{note}", file=sys.stdout)
 
 
 def with_group_health(reward: RewardFunction, *, num_generations: int) -> RewardFunction:
