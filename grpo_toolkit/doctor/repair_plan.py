@@ -129,14 +129,15 @@ def make_plan(source: Files, *, base: Path | None = None, rewrite_weights: bool 
 
 
 def plan_older_forms(source: Files) -> RepairPlan:
-    """Plan the changes that let older versions read a folder, by the rules of `rules/dialect.py` alone.
+    """Plan the changes that let older versions read a folder, by the rules of `rules/dialect.py`.
 
-    They apply whatever the folder's base has.
+    They apply whatever the folder's base has. Older versions also look for the tie of embeddings elsewhere.
 
     Raises:
         CheckpointError: nothing in the folder that could be examined.
     """
-    return _mend(source, read_folder(source), parse=read_folder, may_mend=lambda found: found.code in DIALECT_CODES)
+    codes = DIALECT_CODES | {"head-missing"}
+    return _mend(source, read_folder(source), parse=read_folder, may_mend=lambda found: found.code in codes)
 
 
 def _mend(

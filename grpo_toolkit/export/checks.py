@@ -21,6 +21,7 @@ from grpo_toolkit.model.generation.agreement import (
     logit_distance,
     rival_gap,
 )
+from grpo_toolkit.model.unheld_tensors import unheld_in_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -61,30 +62,42 @@ def check_files(checkpoint: Checkpoint) -> Check:
 
 
 def check_tensors(export: Checkpoint, found: Mapping[str, TensorInfo], base: Base, dtype: str | None) -> Check:
-    """Check names, shapes and dtypes of an export's tensors, `found` in its headers, against its base's."""
+    """Check names, shapes and dtypes of an export's tensors, `found` in its headers, against its base's.
+
+    What the base stores and no class holds, or holds twice, may be missing: the loader is asked.
+    """
     wanted = _expected_tensors(base, found, dtype)
     if not wanted:
         return Check(name="tensors as in the base", passed=True, detail=f"skipped: no safetensors in {base.path}")
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    absent, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    missing = [] if absent and _can_do_without(base, {wanted[name][0] for name in absent}) else absent
     vocabularies = (_vocabulary(export.json(CONFIG)), _vocabulary(base.config))
-    other = sorted(n for n in found.keys() & wanted.keys() if not same_form(found[n], wanted[n], vocabularies))
+    other = sorted(n for n in found.keys() & wanted.keys() if not same_form(found[n], wanted[n][1], vocabularies))
     passed = not (missing or extra or other)
     detail = f"{len(found)} tensors with the names, shapes and dtypes of {base.path}"
+    if passed and absent:
+        detail += f"; without {len(absent)} that its class does not need ({absent[0]}, ...)"
     if not passed:
         parts = {"missing": missing, "not in the base": extra, "of another shape or dtype": other}
         detail = "; ".join(f"{len(names)} {what} ({names[0]}, ...)" for what, names in parts.items() if names)
     return Check(name="tensors as in the base", passed=passed, detail=detail)
 
 
-def _expected_tensors(base: Base, found: Mapping[str, TensorInfo], dtype: str | None) -> dict[str, TensorInfo]:
-    """Return the base's tensors in another dtype, and under published names where the export has those."""
+def _can_do_without(base: Base, names: set[str]) -> bool:
+    return bool(unheld_in_folder(base.path, base.tensors, {"": names}))
+
+
+def _expected_tensors(
+    base: Base, found: Mapping[str, TensorInfo], dtype: str | None
+) -> dict[str, tuple[str, TensorInfo]]:
+    """Return the base's tensors with their names there, in another dtype, by the name that the export has of them."""
     tensors = dict(base.tensors)
     if dtype is not None:
         stored_as = named_dtype(dtype)
         floats = {name: info for name, info in tensors.items() if info.dtype in FLOAT_NAMES}
         tensors |= {name: replace(info, dtype=stored_as) for name, info in floats.items()}
     renames = published_renames(tensors, base.config.get("model_type"), compat="all")
-    return {name if name in found else renames.get(name, name): info for name, info in tensors.items()}
+    return {name if name in found else renames.get(name, name): (name, info) for name, info in tensors.items()}
 
 
 def same_form(one: TensorInfo, other: TensorInfo, vocabularies: tuple[int, int]) -> bool:
@@ -127,18 +140,26 @@ def check_values(folder: Path, tensors: Mapping[str, TensorInfo]) -> Check:
     return Check(name="every stored value is finite", passed=not broken, detail=detail)
 
 
-def check_ties(report: LoadReport, base: Base) -> Check:
-    """Check that the output embeddings are the input embeddings where, and only where, they are in the base."""
+def check_ties(report: LoadReport, base: Base | None, policy: bool | None) -> Check:
+    """Check that the output embeddings are the input embeddings where, and only where, they are in the trained model.
+
+    Args:
+        report: of the load.
+        base: decides where the trained model is not here.
+        policy: whether they are tied in the trained model, or None.
+    """
     name = "embeddings tied as in the base"
     if report.tied is None:
         return Check(name=name, passed=True, skipped=True, detail="the model does not have both of them")
-    if not base.tensors:
-        return Check(name=name, passed=True, skipped=True, detail=f"no safetensors in {base.path}")
+    if policy is None and (base is None or not base.tensors):
+        where = "no trained model and no base" if base is None else f"no safetensors in {base.path}"
+        return Check(name=name, passed=True, skipped=True, detail=where)
     words = {True: "tied", False: "not tied"}
+    wanted, where = (base.is_tied, str(base.path)) if policy is None and base is not None else (policy, "training")
     detail = words[report.tied]
-    if report.tied is not base.is_tied:
-        detail += f", in {base.path} {words[base.is_tied]}"
-    return Check(name=name, passed=report.tied is base.is_tied, detail=detail)
+    if report.tied is not wanted:
+        detail += f", in {where} {words[bool(wanted)]}"
+    return Check(name=name, passed=report.tied is wanted, detail=detail)
 
 
 def check_inputs(pairs: Sequence[tuple[Evidence, Evidence]]) -> Check:

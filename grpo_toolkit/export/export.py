@@ -35,7 +35,7 @@ from grpo_toolkit.export.verify import VerificationResult, verify_export
 from grpo_toolkit.export.verl_shards import as_model_folder
 from grpo_toolkit.merge.adapter import find_adapter
 from grpo_toolkit.model.generation.request import logged_requests
-from grpo_toolkit.model.live_model import random_state_kept
+from grpo_toolkit.model.live_model import is_tied, random_state_kept
 from grpo_toolkit.model.portable_files import trained_changes
 from grpo_toolkit.model.processor_files import save_plainly, write_processor
 from grpo_toolkit.model.sharding.gather import is_sharded
@@ -284,6 +284,7 @@ def _verify(
             distance=answers.distance,
             scores=scores,
             base=plan.source.base,
+            tied=None if is_sharded(plan.source.model) else is_tied(plan.source.model),
             dtype=plan.storage.dtype_name,
             device=answers.device or plan.source.device,
             attn_implementation=getattr(plan.source.plain.config, "_attn_implementation", None),

@@ -22,7 +22,7 @@ from grpo_toolkit.export.live_adapter import is_adapted, refuse_unmergeable
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.load import load_model, model_without_weights
 from grpo_toolkit.model.memory import why_too_large
-from grpo_toolkit.model.processor_files import processor_of
+from grpo_toolkit.model.processor_files import processor_of, whole_processor
 from grpo_toolkit.model.save_hook import base_folder, capture_model_defaults
 from grpo_toolkit.model.sharding.gather import is_fsdp1
 from grpo_toolkit.model.unheld_tensors import without_the_bases
@@ -250,7 +250,7 @@ def _open_folder(
 
 def _processor(given: Any, own: Any, base: Path | None) -> Any:
     processor = given if given is not None else own
-    return processor if processor is not None or base is None else processor_of(base)
+    return processor if base is None else whole_processor(processor, base)
 
 
 def _load(folder: Path, base: Path | None, known: Base, device: str) -> tuple[torch.nn.Module, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.merge.adapter import find_adapter, refuse_options
-from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.live_model import base_model, is_tied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,17 +40,11 @@ def refuse_unmergeable(model: Any) -> None:
     refuse_options(config.to_dict(), Path(f"adapter {active[0]!r}"))
     embeddings = [(n, m) for n, m in model.named_modules() if n.endswith(("embed_tokens", "lm_head"))]
     replaced = [name for name, module in embeddings if hasattr(module, "modules_to_save")]
-    is_tied = any(getattr(level, "tie_word_embeddings", False) for level in _config_and_text(model))
-    if replaced and is_tied and not getattr(config, "ensure_weight_tying", False):
+    if replaced and is_tied(model) and not getattr(config, "ensure_weight_tying", False):
         raise UnsupportedError(
             f"the adapter keeps its own copy of {replaced[0]}, which the base ties to its other end: a merge would "
             "untie them; leave embed_tokens and lm_head out of modules_to_save, or set ensure_weight_tying"
         )
-
-
-def _config_and_text(model: Any) -> list[Any]:
-    config = base_model(model).config
-    return [config, config.get_text_config()]
 
 
 def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

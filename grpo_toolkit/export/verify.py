@@ -84,6 +84,7 @@ def verify_export(
     distance: float | None = None,
     scores: Mapping[str, Callable[[Sequence[Record]], list[float]]] | None = None,
     base: str | os.PathLike[str] | Base | None = None,
+    tied: bool | None = None,
     dtype: str | None = None,
     device: str = "cpu",
     attn_implementation: str | None = None,
@@ -104,6 +105,7 @@ def verify_export(
         scores: reward functions by name, as functions of records: the answers have to earn what the policy's do.
         base: the base's folder, or its headers as `open_base` read them, to compare tensor names (as published),
             shapes, dtypes and ties with.
+        tied: whether the trained model's output embeddings are its input embeddings; by default as in the base.
         dtype: what every floating-point tensor is to be stored in ("float16"), where that is not the base's.
         device: where the fresh process puts the model.
         attn_implementation: the attention that the policy used, so that like is compared with like.
@@ -131,7 +133,7 @@ def verify_export(
         if not checks[-1].passed:
             return VerificationResult(checks=tuple(checks))
         if origin is not None:
-            checks.append(check_ties(report, origin))
+            checks.append(check_ties(report, origin, tied))
         if pairs := list(_evidence(worker, requests, expected)):
             checks.append(check_inputs(pairs))
             checks.append(check_logits(pairs, dtype=report.dtype, noise=logit_noise, distance=distance))

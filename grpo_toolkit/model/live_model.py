@@ -40,7 +40,8 @@ def is_tied(model: torch.nn.Module) -> bool | None:
         getattr(module, "base_layer", getattr(module, "original_module", module))
         for module in (inner.get_input_embeddings(), inner.get_output_embeddings())
     )
-    return None if inputs is None or outputs is None else getattr(outputs, "weight", None) is inputs.weight
+    weight = getattr(inputs, "weight", None)
+    return None if weight is None or outputs is None else getattr(outputs, "weight", None) is weight
 
 
 def config_levels(config: PretrainedConfig, here: Level = ()) -> Iterator[tuple[Level, PretrainedConfig]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_files import carried_files, copy_files, differing_files
 from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject, dump_json, read_json
 from grpo_toolkit.checkpoint.pixel_limits import PIXEL_LIMITS, pixel_limits
 from grpo_toolkit.model.load import has_processor, load_processor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PREPROCESSOR: Final = "preprocessor_config.json"
 
@@ -20,13 +23,33 @@ def processor_of(folder: Path) -> Any:
     return load_processor(folder) if has_processor(folder) else None
 
 
+def whole_processor(processor: Any, base: Path) -> Any:
+    """Return the base's processor with what a training holds of it in place of its own: most often the tokenizer.
+
+    Text-only trainings of a vision-language model are given its tokenizer alone, and its export needs the rest, too.
+    """
+    from transformers import ProcessorMixin
+
+    original = processor_of(base)
+    if processor is None:
+        return original
+    if isinstance(processor, ProcessorMixin) or not isinstance(original, ProcessorMixin):
+        return processor
+    part = "tokenizer" if hasattr(processor, "convert_tokens_to_ids") else "image_processor"
+    template = getattr(processor, "chat_template", None)
+    if part == "tokenizer" and template not in (None, getattr(original.tokenizer, "chat_template", None)):
+        original.chat_template = template
+    setattr(original, part, processor)
+    return original
+
+
 def save_plainly(processor: Any, folder: Path) -> None:
     """Save a processor or tokenizer as its library does, past a save hook on it (`processor_hook.py`)."""
     type(processor).save_pretrained(processor, folder)
 
 
 def write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
-    """Copy the base's tokenizer and processor files, unless training changed the processor; returns what changed.
+    """Copy the base's tokenizer and processor files, but for the part that training changed; returns what changed.
 
     Whether it did is found by saving both with this library and comparing the files.
     """
@@ -44,13 +67,40 @@ def write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
                 _write_pixel_limits(staging / PREPROCESSOR, limits)
                 return [PREPROCESSOR]
             if changed:
-                copy_files(sorted(path for path in right.rglob("*") if path.is_file()), right, staging)
+                _copy_changed_parts(base, right, {_part_of(name) for name in changed}, staging)
                 return changed
     elif processor is not None:
         save_plainly(processor, staging)
         return ["(tokenizer and processor)"]
     copy_files(carried_files(base), base, staging)
     return []
+
+
+def _part_of(name: str) -> str:
+    """Return what a file of a processor describes; the files of one part are taken from one folder."""
+    if name.endswith("processor_config.json"):
+        return "processor"
+    if name.endswith(".jinja") or name == "chat_template.json":
+        return "template"
+    return "license" if name.startswith(("LICENSE", "NOTICE", "USE_POLICY")) else "tokenizer"
+
+
+def _copy_changed_parts(base: Path, trained: Path, changed: set[str], staging: Path) -> None:
+    """Copy the files of the changed parts as the trained processor has them, and the base's own of all others."""
+    ours = [path for path in trained.rglob("*") if path.is_file()]
+    theirs = carried_files(base)
+    # A template may lie in the tokenizer's own file.
+    if "template" in changed and "chat_template" in _tokenizer_config(base):
+        changed = changed | {"tokenizer"}
+    if "tokenizer" in changed and not any(_part_of(path.name) == "template" for path in theirs):
+        changed = changed | {"template"}
+    copy_files([path for path in theirs if _part_of(path.name) not in changed], base, staging)
+    copy_files([path for path in ours if _part_of(path.name) in changed], trained, staging)
+
+
+def _tokenizer_config(folder: Path) -> JsonObject:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _like(processor: Any, original: Any) -> Any:
@@ -98,16 +148,28 @@ def _write_pixel_limits(path: Path, limits: dict[str, int]) -> None:
 
 
 def _without_rollout_settings(processor: Any, original: Any) -> Any:
-    """Return a copy of the trained processor with the padding and truncation of the original.
+    """Return a copy of the trained processor with the padding and truncation of the original, in all of its parts.
 
-    TRL pads and truncates on the left for its rollouts, and every padded batch leaves its settings in the tokenizer's
-    backend, from where they would be saved into tokenizer.json.
+    TRL pads and truncates on the left for its rollouts: a processor that it loads so gives that to each part that pads
+    (Gemma 4's feature extractor, too), and every padded batch leaves its settings in the tokenizer's backend, from
+    where they would be saved into tokenizer.json.
     """
     copied = copy.deepcopy(processor)
-    ours, theirs = (getattr(one, "tokenizer", one) for one in (copied, original))
-    ours.padding_side, ours.truncation_side = theirs.padding_side, theirs.truncation_side
-    for tokenizer in (ours, theirs):
-        if hasattr(tokenizer, "backend_tokenizer"):
-            tokenizer.backend_tokenizer.no_padding()
-            tokenizer.backend_tokenizer.no_truncation()
+    theirs = dict(_parts(original))
+    for place, ours in _parts(copied):
+        for setting in ("padding_side", "truncation_side"):
+            if hasattr(theirs.get(place), setting) and hasattr(ours, setting):
+                setattr(ours, setting, getattr(theirs[place], setting))
+    for part in (*theirs.values(), *dict(_parts(copied)).values()):
+        if hasattr(part, "backend_tokenizer"):
+            part.backend_tokenizer.no_padding()
+            part.backend_tokenizer.no_truncation()
     return copied
+
+
+def _parts(processor: Any, here: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield a processor and everything in it that is saved: tokenizer, image processor, feature extractor."""
+    yield here, processor
+    for name, part in vars(processor).items():
+        if hasattr(part, "save_pretrained"):
+            yield from _parts(part, (*here, name))

@@ -93,7 +93,8 @@ def _model_of(folder: Path) -> PreTrainedModel | None:
 def _missing(model: torch.nn.Module, tensors: Mapping[str, TensorInfo]) -> frozenset[str] | None:
     try:
         return frozenset(_load_keys(model, tensors)["missing_keys"])
-    except RuntimeError:  # a stack of experts of which some are left out is no stack
+    except (RuntimeError, ValueError, KeyError, OSError):
+        # A stack of experts of which some are left out is no stack; or a class that cannot be loaded so at all.
         return None
 
 

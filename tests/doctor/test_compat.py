@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from grpo_toolkit import diagnose_checkpoint, export_model, merge_adapter
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.cli import main
+from grpo_toolkit.doctor.compat import write_older_forms
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.export.verify import verify_export
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.load import load_model
+from tests.support.base_variants import build_text_base, change_json
 from tests.support.faulty import DATA, fill, randomize, unpack
 from tests.support.models import build_qwen2_5_vl
 from tests.support.served import VLLM_PARAMETERS, VLLM_PREFIXES, VLLM_PREFIXES_OF_OLD, VLLM_STACKED
@@ -208,3 +210,28 @@ def test_vllm_finds_a_parameter_for_every_tensor_and_a_tensor_for_every_paramete
         if not (tied and "lm_head" in name)
     }
     assert loaded == expected
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_a_tokenizer_that_transformers_5_wrote_makes_what_generate_takes(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = build_text_base(family, tmp_path / "folder")
+    change_json(folder, "tokenizer_config.json", lambda config: config.update(tokenizer_class="TokenizersBackend"))
+    change_json(folder, "tokenizer_config.json", lambda config: config.pop("model_input_names", None))
+    write_older_forms(folder)
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("What is this?", return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    answer = AutoModelForCausalLM.from_pretrained(folder).generate(**inputs, max_new_tokens=2)
+    assert answer.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_what_a_tokenizer_says_of_its_inputs_stays(tmp_path: Path) -> None:
+    folder = build_text_base("Llama", tmp_path / "folder")
+    own = {"tokenizer_class": "TokenizersBackend", "model_input_names": ["input_ids"]}
+    change_json(folder, "tokenizer_config.json", lambda config: config.update(own))
+    write_older_forms(folder)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_input_names"] == ["input_ids"]

@@ -13,6 +13,7 @@ from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.errors import CheckpointError, VerificationError
 from grpo_toolkit.export.export import export_model
+from grpo_toolkit.export.verify import verify_export
 from grpo_toolkit.merge.merge import merge_adapter
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.unheld_tensors import unheld_in_folder
@@ -111,6 +112,9 @@ def test_what_a_trainer_saves_of_such_a_base_is_no_fault_and_is_exported(tmp_pat
     assert not extras(checkpoint)
     codes = {finding.code for finding in diagnose_checkpoint(checkpoint, base=base).findings}
     assert not codes & {"tensors-missing", "tensors-extra", "unpublished-names"}
+    said = {check.name: check for check in verify_export(checkpoint, base=base).checks}["tensors as in the base"]
+    assert said.passed
+    assert f"without {len(extras(base))} that its class does not need" in said.detail
     result = export_model(checkpoint, tmp_path / "export", base=base)
     assert result.verification.passed
     assert load_file(result.path / WEIGHTS).keys() == load_file(base / WEIGHTS).keys()

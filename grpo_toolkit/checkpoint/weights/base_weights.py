@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.json_files import JsonObject, read_json
@@ -14,6 +15,8 @@ from grpo_toolkit.checkpoint.tensor_names import (
     is_embedding,
     names_by_live,
 )
+from grpo_toolkit.checkpoint.tied_embeddings import tie_flags
+from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors
 from grpo_toolkit.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -33,14 +36,22 @@ class Base:
     tensors: Mapping[str, TensorInfo]
     stored: Mapping[str, str]
 
-    @property
+    @cached_property
     def is_tied(self) -> bool:
-        """Return whether the output embeddings are the input embeddings."""
-        text = self.config.get("text_config")
-        levels = [self.config, text if isinstance(text, dict) else {}]
-        flags = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
-        has_head = any(is_embedding(name, OUTPUT_EMBEDDINGS) for name in self.stored)
-        return any(flags) or not (has_head or flags)
+        """Return whether the output embeddings are the input embeddings: none are stored, or the same bytes again.
+
+        Loading unties two that differ, whatever the config says (transformers 5).
+        """
+        heads, inputs = (self._embeddings(ends) for ends in (OUTPUT_EMBEDDINGS, INPUT_EMBEDDINGS))
+        flags = tie_flags(self.config)
+        if not heads:
+            return any(flags.values()) or not flags
+        if not next(iter(flags.values()), self.family.is_tied):
+            return False
+        return len(inputs) == 1 and all(equal_tensors(self.path, inputs[0], self.path, head) for head in heads)
+
+    def _embeddings(self, ends: frozenset[str]) -> list[TensorInfo]:
+        return [self.tensors[name] for live, name in self.stored.items() if is_embedding(live, ends)]
 
     @property
     def vocabulary(self) -> int | None:

@@ -117,6 +117,11 @@ def _older_scaling(rope: JsonObject) -> JsonObject | None:
     return scaling
 
 
+# What TokenizersBackend makes: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/
+# tokenization_utils_base.py (model_input_names)
+_INPUT_NAMES: Final = ("input_ids", "attention_mask")
+
+
 @rule(
     Severity.UNLOADABLE,
     "tokenizer class that 4.x does not know",
@@ -134,12 +139,16 @@ def tokenizers_backend(folder: Folder) -> Iterator[Fault]:
         return
     # The generic class reads any tokenizer.json; a family's own would rebuild what that file already says.
     written = base if isinstance(base, str) else "PreTrainedTokenizerFast"
+    edits: dict[str, Any] = {"tokenizer_class": written}
+    if written == "PreTrainedTokenizerFast" and folder.get(TOKENIZER_CONFIG, "model_input_names") is ABSENT:
+        # In 4.x it makes token_type_ids unless told otherwise, which `generate` of most models refuses.
+        edits["model_input_names"] = list(_INPUT_NAMES)
     yield Fault(
         file=TOKENIZER_CONFIG,
         key="tokenizer_class",
         found=value,
         expected=written,
-        remedies=(Edit(file=TOKENIZER_CONFIG, path=("tokenizer_class",), value=written),),
+        remedies=tuple(Edit(file=TOKENIZER_CONFIG, path=(key,), value=new) for key, new in edits.items()),
     )
 
 

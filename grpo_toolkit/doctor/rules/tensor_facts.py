@@ -6,10 +6,10 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames, stored_layers
+from grpo_toolkit.checkpoint.tied_embeddings import tie_flags
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,11 +70,11 @@ def has_lora(folder: Folder) -> bool:
     return any(is_lora(name) for name in folder.tensors)
 
 
-def tie_flags(folder: Folder) -> dict[tuple[str, ...], Any]:
-    """Return `tie_word_embeddings` of each level of the config that has it."""
-    places = ((), ("text_config",))
-    values = {place: folder.get(CONFIG, *place, "tie_word_embeddings") for place in places}
-    return {place: value for place, value in values.items() if value is not ABSENT}
+def read_tie_flags(folder: Folder) -> dict[tuple[str, ...], Any]:
+    """Return `tie_word_embeddings` of each level of the config that some reader of the folder looks at."""
+    config = folder.get(CONFIG)
+    flags = tie_flags(config) if isinstance(config, dict) else {}
+    return flags if folder.family is not None else dict(list(flags.items())[:1])  # unknown to transformers 4
 
 
 @lru_cache(maxsize=4)

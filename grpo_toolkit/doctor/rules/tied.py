@@ -14,7 +14,7 @@ from grpo_toolkit.doctor.rules.tensor_facts import (
     ends,
     has_lora,
     lone_head,
-    tie_flags,
+    read_tie_flags,
     weights,
 )
 
@@ -37,7 +37,7 @@ def head_missing(folder: Folder) -> Iterator[Fault]:
         return
     if has_lora(folder):
         return
-    flags = tie_flags(folder)
+    flags = read_tie_flags(folder)
     untied = [place for place, value in flags.items() if value is not True]
     if not flags and folder.family is not None and not folder.family.is_tied:
         untied = [()]
@@ -83,7 +83,7 @@ def embedding_under_head(folder: Folder) -> Iterator[Fault]:
 def head_doubled(folder: Folder) -> Iterator[Fault]:
     ours = weights(folder)
     head, embedding = ends(folder)
-    flags = tie_flags(folder)
+    flags = read_tie_flags(folder)
     if not head or not embedding or not flags or not all(value is True for value in flags.values()):
         return
     base = base_tensors(folder)
@@ -110,7 +110,7 @@ def head_doubled(folder: Folder) -> Iterator[Fault]:
     fails="transformers<5; vllm; sglang",
 )
 def head_differs(folder: Folder) -> Iterator[Fault]:
-    ours, flags = weights(folder), tie_flags(folder)
+    ours, flags = weights(folder), read_tie_flags(folder)
     head, embedding = ends(folder)
     if not head or not embedding or not flags or not all(value is True for value in flags.values()):
         return

@@ -20,6 +20,7 @@ from grpo_toolkit.doctor.rules.tensor_facts import (
     is_passed_over,
     lone_head,
     new_names,
+    read_tie_flags,
     weights,
 )
 
@@ -135,7 +136,10 @@ def tensors_missing(folder: Folder) -> Iterator[Fault]:
 
 
 def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
-    return all(name.endswith(HEAD) for name in missing) and folder.text_value("tie_word_embeddings") is True
+    flags = read_tie_flags(folder)
+    return (
+        all(name.endswith(HEAD) for name in missing) and bool(flags) and all(flag is True for flag in flags.values())
+    )
 
 
 @rule(
