@@ -111,7 +111,7 @@ def _findings(
     if is_adapted(model):
         yield from _adapter_findings(model, known)
     else:
-        yield from name_findings(_saved_names(model), known)
+        yield from name_findings(_saved_names(model, known), known)
     yield from tie_findings(_is_tied(base_model(model)), known)
 
 
@@ -241,8 +241,11 @@ def _live_adapter(model: Any, name: str) -> Any:
     return adapter_of(Path(f"adapter {name!r}"), config, tensors)
 
 
-def _saved_names(model: Any) -> list[str]:
-    """Return the names that a live model's tensors are saved under: the library's own renaming, tried on no data."""
+def _saved_names(model: Any, base: Base) -> list[str]:
+    """Return the names that a live model's tensors are saved under: the library's own renaming, tried on no data.
+
+    None where transformers 4 renames a family that has no row here: its renaming cannot be tried without saving.
+    """
     import torch
     import transformers
     from packaging.version import Version
@@ -252,8 +255,9 @@ def _saved_names(model: Any) -> list[str]:
         name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta")
         for name, tensor in plain.state_dict(keep_vars=True).items()
     }
-    if Version(transformers.__version__) < Version("5.0"):  # renames by prefixes, which `live_name` knows
-        return list(state)
+    if Version(transformers.__version__) < Version("5.0"):
+        is_renamed = bool(getattr(plain, "_checkpoint_conversion_mapping", None))
+        return [] if is_renamed and not base.family.model_types else list(state)
     from transformers.core_model_loading import revert_weight_conversion
 
     with published_names(plain):
