@@ -112,7 +112,7 @@ def _findings(
     if is_adapted(model):
         yield from _adapter_findings(model, known)
     else:
-        yield from name_findings(_saved_names(model), known)
+        yield from name_findings(_saved_names(model, known), known)
     yield from tie_findings(_is_tied(base_model(model)), known)
 
 
@@ -186,7 +186,10 @@ def _processor_findings(processing_class: Any, base: Base | None) -> Iterator[Fi
     try:
         own = None if base is None else processor_of(base.path)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        yield Finding(what=f"the processor of {base and base.path} cannot be loaded ({_first_line(error)})")
+        yield Finding(
+            what=f"the processor of {None if base is None else base.path} cannot be loaded ({_first_line(error)})",
+            remedy="mend the base's tokenizer and processor files, which the export carries",
+        )
         return
     processor = processing_class if processing_class is not None else own
     if processor is None:
@@ -205,7 +208,8 @@ def _adapter_findings(model: Any, base: Base) -> Iterator[Finding]:
     yield from _obstacle(lambda: refuse_resized(model, base))
     [active] = model.active_adapters
     # With ensure_weight_tying, copies in a file are compared, and there is no file yet.
-    if not getattr(model.peft_config[active], "ensure_weight_tying", False):
+    is_parallel = bool(getattr(base_model(model), "_tp_size", None))  # PEFT would ask the other ranks for its names
+    if not is_parallel and not getattr(model.peft_config[active], "ensure_weight_tying", False):
         yield from _obstacle(lambda: plan_updates(_live_adapter(model, active), base))
     if is_quantised(model):
         method = getattr(getattr(base_model(model).config, "quantization_config", None), "quant_method", "")
@@ -228,37 +232,45 @@ def _live_adapter(model: Any, name: str) -> Any:
     """Describe the live adapter as its folder will: names and shapes, no values."""
     from peft import get_peft_model_state_dict
 
+    # Without the tensors themselves: PEFT gathers shards where it meets some, and this is one rank alone.
     state = get_peft_model_state_dict(
-        model, state_dict=adapter_state(model), adapter_name=name, save_embedding_layers=False
+        model, state_dict=_described(adapter_state(model)), adapter_name=name, save_embedding_layers=False
     )
     config = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in model.peft_config[name].to_dict().items()
     }
-    tensors = {
-        key: TensorInfo(dtype="F32", shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), file="")
-        for key, tensor in state.items()
-    }
+    tensors = {key: TensorInfo(dtype="F32", shape=tuple(tensor.shape), file="") for key, tensor in state.items()}
     return adapter_of(Path(f"adapter {name!r}"), config, tensors)
 
 
-def _saved_names(model: Any) -> list[str]:
-    """Return the names that a live model's tensors are saved under: the library's own renaming, tried on no data."""
-    import torch
+def _saved_names(model: Any, base: Base) -> list[str]:
+    """Return the names that a live model's tensors are saved under: the library's own renaming, tried on no data.
+
+    There are none where transformers 4 renames a family that has no row here: that cannot be tried without saving.
+    """
     import transformers
     from packaging.version import Version
 
     plain = base_model(model)
-    state = {
-        name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta")
-        for name, tensor in plain.state_dict(keep_vars=True).items()
-    }
-    if Version(transformers.__version__) < Version("5.0"):  # renames by prefixes, which `live_name` knows
-        return list(state)
+    state = _described(plain.state_dict(keep_vars=True))
+    if Version(transformers.__version__) < Version("5.0"):
+        is_renamed = bool(getattr(plain, "_checkpoint_conversion_mapping", None))
+        return [] if is_renamed and not base.family.model_types else list(state)
     from transformers.core_model_loading import revert_weight_conversion
 
     with published_names(plain):
         return list(revert_weight_conversion(plain, state))
+
+
+def _described(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors of the same names and whole shapes without any values."""
+    import torch
+
+    return {
+        name: torch.empty(tuple(getattr(tensor, "ds_shape", tensor.shape)), device="meta")
+        for name, tensor in tensors.items()
+    }
 
 
 def _live_bytes(model: Any) -> int:

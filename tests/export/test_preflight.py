@@ -138,7 +138,7 @@ def test_a_model_with_a_head_of_its_own_is_no_surprise_at_the_end(qwen: Path, tm
 
 @v5_only
 def test_the_text_part_of_a_vlm_is_said_before_its_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from transformers import Gemma3ForCausalLM
+    from transformers import AutoTokenizer, Gemma3ForCausalLM
 
     base = build_family("gemma3", tmp_path / "base")
     said: list[str] = []
@@ -151,8 +151,8 @@ def test_the_text_part_of_a_vlm_is_said_before_its_training(tmp_path: Path, capl
 
     exporting = ExportCallback(tmp_path / "export")
     model = Gemma3ForCausalLM.from_pretrained(base)
-    trainer = grpo_trainer(model, tmp_path / "out", [exporting, Listening()], with_images=False, max_steps=1)
-    trainer.train()
+    options = {"with_images": False, "max_steps": 1, "processing_class": AutoTokenizer.from_pretrained(base)}
+    grpo_trainer(model, tmp_path / "out", [exporting, Listening()], **options).train()
     assert len(said) == 1
     assert "the model is a Gemma3ForCausalLM (gemma3_text)" in said[0]
     assert "train a Gemma3ForConditionalGeneration" in said[0]
