@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.rotary_positions import restore_positions
 from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn, plans_per_length
+from grpo_toolkit.model.generation_edits import note_values, put_back_token_ids
 from grpo_toolkit.model.kv_cache import (
     disable_cache_for_training,
     enable_cache_for_generation,
@@ -76,7 +77,7 @@ class KVCacheCallback(GuardedCallback):
     ) -> None:
         """Capture the base's defaults and hook the saves, before `Trainer.__init__` sets `use_cache` to False."""
         with self._guarded("hooking the saves"):
-            self._attach(kwargs["model"], kwargs.get("processing_class"))
+            self._attach(args, kwargs["model"], kwargs.get("processing_class"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,9 +86,10 @@ class KVCacheCallback(GuardedCallback):
         model = kwargs["model"]
         with self._guarded("hooking the saves"):
             if self.defaults is None:  # added with trainer.add_callback(), after on_init_end
-                self._attach(model, kwargs.get("processing_class"))
+                self._attach(args, model, kwargs.get("processing_class"))
         with self._guarded("setting the cache for training"):
             remember_plain_state(model)
+            note_values(base_model(model), token_ids_alone=True)
             if is_checkpointing(model):
                 disable_cache_for_training(model)
             if enable_cache_for_generation(model) and state.is_world_process_zero:
@@ -139,6 +141,7 @@ class KVCacheCallback(GuardedCallback):
         with self._guarded("putting the cache back"):
             if self.defaults is not None:
                 set_cache_flags(base_model(model).config, dict.fromkeys(self.defaults.cache_levels, True))
+                put_back_token_ids(base_model(model), self.defaults, kwargs.get("processing_class"))
             leave_training(model)
         with self._guarded("keeping the adapter's base as it was"):
             guard = guard_merges(model)
@@ -152,8 +155,12 @@ class KVCacheCallback(GuardedCallback):
                 hooks.close()
         self._watch = self._without_cudnn = None
 
-    def _attach(self, model: torch.nn.Module, processing_class: Any) -> None:
-        self.defaults = capture_model_defaults(model, overrides=self.generation_overrides)
+    def _attach(self, args: TrainingArguments, model: torch.nn.Module, processing_class: Any) -> None:
+        overrides = dict(self.generation_overrides or {})
+        generation_config = base_model(model).generation_config
+        if getattr(args, "eos_token", None) and generation_config is not None:  # asked for by SFTConfig, set by TRL
+            overrides.setdefault("eos_token_id", generation_config.eos_token_id)
+        self.defaults = capture_model_defaults(model, overrides=overrides)
         install_save_hook(model, self.defaults, portable=self.portable_saves)
         if processing_class is not None:
             hook_processor(processing_class, self.defaults.folder if self.portable_saves else None)

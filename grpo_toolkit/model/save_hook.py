@@ -25,6 +25,7 @@ from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults, captu
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject, read_json
 from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.errors import InputError
+from grpo_toolkit.model.generation_edits import edits, note_values, say_token_ids
 from grpo_toolkit.model.kv_cache import cache_flags, set_cache_flags
 from grpo_toolkit.model.live_model import base_model, config_levels
 from grpo_toolkit.model.portable_files import rewrite_config
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 _DEFAULTS = "_grpo_toolkit_defaults"
 _PORTABLE = "_grpo_toolkit_portable"
-_GENERATION = "_grpo_toolkit_generation_config"
 _PLAIN_STATE = "_grpo_toolkit_plain_state"
 
 
@@ -61,7 +61,8 @@ def capture_model_defaults(
     Args:
         model: a transformers model or a wrapper around one.
         base: folder or Hub name of the base; by default the one the model was loaded from.
-        overrides: keys for `generation_config.json` that win over the base's.
+        overrides: keys for `generation_config.json` that win over the base's, and over what was set in the live model
+            on purpose.
     """
     inner = base_model(model)
     folder = base_folder(inner, base)
@@ -73,7 +74,8 @@ def capture_model_defaults(
         generation: JsonObject | Absent = read_json(folder / GENERATION_CONFIG)
     else:
         generation = _snapshot_generation(inner)
-    defaults = capture_defaults(config, generation, folder=folder, overrides=overrides)
+    chosen = {**edits(inner), **(overrides or {})}
+    defaults = capture_defaults(config, generation, folder=folder, overrides=chosen)
     if overrides:
         _check_overrides(defaults)
     return defaults
@@ -129,8 +131,9 @@ def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults, *, po
         portable: also write the config in the base's own form, so that what loads the base loads the save; False for
             the form of the library that saves.
 
-    What a user changes in `model.generation_config` after this is written as well, and wins: only `use_cache` and the
-    token ids, which trainers align for their rollouts, are the base's whatever happens.
+    What a user changes in `model.generation_config` after this is written as well, and wins, `use_cache` excepted; of
+    the token ids, which trainers align for their rollouts, what is changed after a training has begun
+    (`generation_edits.py`).
 
     The hook is an instance attribute holding a bound method, so a deep copy gets a hook of its own, bound to the copy,
     and a pickled model loads and saves plainly.
@@ -138,7 +141,7 @@ def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults, *, po
     inner = base_model(model)
     setattr(inner, _DEFAULTS, defaults)
     setattr(inner, _PORTABLE, portable)
-    setattr(inner, _GENERATION, _generation_values(inner))
+    note_values(inner)
     inner.save_pretrained = types.MethodType(save_pretrained, inner)
 
 
@@ -155,6 +158,7 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             if arguments.get("state_dict") is not None:
                 arguments["state_dict"] = tied_again(self, arguments["state_dict"])
             ours.enter_context(inference_defaults(self, self.__dict__[_DEFAULTS]))
+            say_token_ids(self, self.__dict__[_DEFAULTS])
             ours.enter_context(published_names(self))
         except Exception as error:  # a checkpoint without our defaults is better than none
             ours.close()
@@ -239,28 +243,17 @@ def published_names(model: PreTrainedModel) -> Iterator[None]:
 def inference_defaults(model: PreTrainedModel, defaults: InferenceDefaults) -> Iterator[None]:
     """Put `defaults` into the model's configs, and put back on exit what they held before."""
     flags, generation_config = cache_flags(model.config), model.generation_config
-    known = vars(model).get(_GENERATION)
-    edits = {} if known is None else _edits(known, _generation_values(model))
+    chosen = edits(model)
     try:
         set_cache_flags(model.config, dict.fromkeys(defaults.cache_levels, True))
         if defaults.generation is not ABSENT:
             model.generation_config = generation_config_of(defaults)
-            for name, value in edits.items():
+            for name, value in chosen.items():
                 setattr(model.generation_config, name, value)
         yield
     finally:
         model.generation_config = generation_config
         set_cache_flags(model.config, flags)
-
-
-def _generation_values(model: PreTrainedModel) -> JsonObject:
-    return {} if model.generation_config is None else dict(model.generation_config.to_dict())
-
-
-def _edits(before: JsonObject, after: JsonObject) -> JsonObject:
-    kept_of_base = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
-    names = [name for name in after if not name.startswith("_") and name not in kept_of_base]
-    return {name: after[name] for name in names if after[name] != before.get(name)}
 
 
 def generation_config_of(defaults: InferenceDefaults) -> GenerationConfig | None:
