@@ -154,7 +154,7 @@ def _with_dtype(node: JsonObject, dtype: str) -> JsonObject:
 
 def _write_json(source: Path, target: Path, found: JsonObject, wanted: JsonObject) -> None:
     if found == wanted:
-        _copy(source, target)
+        shutil.copyfile(source, target)
     else:
         target.write_text(dump_json(wanted), encoding="utf-8")
 
@@ -190,8 +190,4 @@ def copy_files(files: list[Path], source: Path, output_dir: Path) -> None:
     for path in files:
         target = output_dir / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
-        _copy(path, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
+        shutil.copyfile(path, target)

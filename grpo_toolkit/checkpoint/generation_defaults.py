@@ -9,6 +9,7 @@ already say false or null); the difference is then reported.
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,7 +37,7 @@ class Repair:
     written: Any
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.key} was {_show(self.found)}, now {_show(self.written)}"
+        return f"{self.file}: {self.key} was {json.dumps(self.found)}, now {json.dumps(self.written)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +123,3 @@ def _cache_values(node: JsonObject, here: Level = ()) -> Iterator[tuple[Level, A
             yield here, value
         elif isinstance(value, dict):
             yield from _cache_values(value, (*here, key))
-
-
-def _show(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if _is_flag(value) else repr(value)
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)

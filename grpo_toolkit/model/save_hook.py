@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.checkpoint.base_lookup import find_base
 from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults, capture_defaults
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject, read_json
+from grpo_toolkit.checkpoint.lineage import record_base
 from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.model.generation_edits import edits, note_values, say_token_ids
@@ -170,9 +171,27 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         saved = type(self).save_pretrained(self, **arguments)
     if is_portable and is_written:
         _make_portable(self, Path(arguments["save_directory"]))
+    if is_written:
+        _record_base(self, Path(arguments["save_directory"]))
     if push is not None:
         push.upload(tags=getattr(self, "model_tags", None) or ())
     return saved
+
+
+def _record_base(model: PreTrainedModel, folder: Path) -> None:
+    """Write the base's name beside the weights; a checkpoint without it is still one."""
+    name = getattr(model.config, "_name_or_path", None)
+    if not name or not folder.is_dir():
+        return
+    try:
+        is_here = Path(name).is_dir()
+        record_base(
+            folder,
+            str(Path(name).resolve()) if is_here else str(name),
+            revision=None if is_here else getattr(model.config, "_commit_hash", None),
+        )
+    except OSError as error:
+        logger.warning("grpo_toolkit: the base's name could not be written into %s (%s)", folder, error)
 
 
 def _named_arguments(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.callbacks import KVCacheCallback
+from grpo_toolkit.checkpoint.lineage import BASE_RECORD, recorded_base
+from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.kv_cache import cache_flags
@@ -66,6 +68,28 @@ def test_a_plain_trainer_leaks_the_switch_and_the_callback_does_not(any_base: Pa
         ]
     assert all(flags.get(".") is False for flags in found["plain"])
     assert found["ours"] == [flags(read(any_base, "config.json"))] * 3
+
+
+def test_every_save_names_its_base_and_an_export_of_it_is_compared(qwen: Path, tmp_path: Path) -> None:
+    """A full checkpoint names its base nowhere, so a forgotten `--base` compared it with nothing, in silence."""
+    callback = KVCacheCallback(strict=True)
+    trainer = grpo_trainer(qwen, tmp_path / "run", [callback], save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "run" / "checkpoint-1", tmp_path / "saved"):
+        assert recorded_base(folder) == qwen.resolve()
+        diagnosis = diagnose_checkpoint(folder)
+        assert diagnosis.base == qwen.resolve()
+        assert diagnosis.not_judged == ()
+    result = export_model(tmp_path / "saved", tmp_path / "export")
+    assert result is not None
+    assert result.base == qwen.resolve()
+    (tmp_path / "saved" / BASE_RECORD).unlink()
+    alone = export_model(tmp_path / "saved", tmp_path / "alone", verify=False)
+    assert alone is not None
+    assert alone.base is None
+    assert alone.sources["base"].startswith("NONE: no base was named")
+    assert json.loads((tmp_path / "alone" / "grpo_toolkit.json").read_text())["base"] is None
 
 
 def test_generation_defaults_are_the_bases_in_every_save(qwen: Path, tmp_path: Path) -> None:
