@@ -94,9 +94,9 @@ class KVCacheCallback(GuardedCallback):
                 disable_cache_for_training(model)
             if enable_cache_for_generation(model) and state.is_world_process_zero:
                 logger.warning(
-                    "grpo_toolkit: this base was saved with use_cache=false in generation_config.json (%s); rollouts "
-                    "would have run without a cache. It is on now, and will be in every save",
-                    "none on disk" if self.defaults is None else self.defaults.source,
+                    "grpo_toolkit: %s; rollouts would have run without a cache. It is on now, and will be in every "
+                    "save",
+                    self._source_of_no_cache(),
                 )
         with self._guarded("guarding the adapter's base"):
             guard_merges(model)
@@ -148,6 +148,18 @@ class KVCacheCallback(GuardedCallback):
             if guard is not None:
                 guard.check()
         self._raise_if_strict()
+
+    def _source_of_no_cache(self) -> str:
+        """Return where the model's `use_cache=False` came from: the base's file, or whoever loaded it."""
+        defaults = self.defaults
+        if defaults is None or defaults.folder is None:
+            return "this model's generation config says use_cache=False, and there is no base on disk to compare with"
+        if defaults.repairs:
+            return f"this base was saved with use_cache=false in {defaults.repairs[-1].file} ({defaults.source})"
+        return (
+            "this model's generation config says use_cache=False, and its base's files do not "
+            f"({defaults.source}): the trainer or script passed it to from_pretrained, or set it after loading"
+        )
 
     def _let_go(self) -> None:
         for hooks in (self._watch, self._without_cudnn):
