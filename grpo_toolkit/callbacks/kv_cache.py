@@ -41,6 +41,9 @@ class KVCacheCallback(GuardedCallback):
     computed again before the first step, and an adapter that is merged into the live base and taken out again, as TRL
     does for vLLM, leaves that base as it was (see `model/merge_guard.py`).
 
+    Saves load wherever their base loads: config, tokenizer and processor have its forms, with what training changed.
+    Where a backend writes no model folder (FSDP's `SHARDED_STATE_DICT`), nothing is added to what it writes.
+
     Args:
         generation_overrides: keys for `generation_config.json` in every save that win over the base's.
         cudnn_decoding: whether rollouts may decode with cuDNN's attention; None (the default) keeps them off it on

@@ -8,10 +8,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from packaging.version import Version
 
 from grpo_toolkit import diagnose_checkpoint
+from grpo_toolkit.checkpoint.manifest import manifest_of
 from grpo_toolkit.cli import run
 from tests.support.models import build_llama
+from tests.support.training import rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,6 +75,46 @@ def test_a_script_trains_the_same_and_its_saves_are_right(llama: Path, tmp_path:
     generation = json.loads((tmp_path / "ours" / "checkpoint-2" / "generation_config.json").read_text())
     assert generation["max_new_tokens"] == 9
     assert diagnose_checkpoint(tmp_path / "ours" / "checkpoint-2", base=llama).is_clean
+
+
+def test_trls_own_script_trains_the_same_saves_right_and_exports(qwen: Path, tmp_path: Path) -> None:
+    """With the flags that a user of `trl grpo` gives, and rows with images from a folder of parquet files."""
+    trl = pytest.importorskip("trl")
+    if Version(trl.__version__) < Version("1.16"):
+        pytest.skip("the tiny model samples image tokens, which older TRL stops on")
+    (tmp_path / "data").mkdir()
+    rows().to_parquet(tmp_path / "data" / "train.parquet")
+    flags = {
+        "model_name_or_path": qwen,
+        "dataset_name": tmp_path / "data",
+        "reward_funcs": "scripts.models.tiny_training.length_reward",
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-3,
+        "dtype": "float32",
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "seed": 7,
+    }
+    command = ["trl.scripts.grpo", *(part for key, value in flags.items() for part in (f"--{key}", str(value)))]
+    plain = python("-m", *command, "--output_dir", str(tmp_path / "plain"))
+    assert plain.returncode == 0, plain.stderr
+    added = ["--callback", "KVCacheCallback", "--callback", "ExportCallback"]
+    ours = python("-m", "grpo_toolkit.cli.run", *added, *command, "--output_dir", str(tmp_path / "ours"))
+    assert ours.returncode == 0, ours.stderr
+    assert "added to GRPOTrainer: KVCacheCallback, ExportCallback" in ours.stderr
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "ours")]
+    assert weights[0] == weights[1]
+    findings = {name: diagnose_checkpoint(tmp_path / name, base=qwen) for name in ("plain", "ours", "ours/export")}
+    assert not findings["plain"].is_clean
+    assert findings["ours"].is_clean
+    assert findings["ours/export"].is_clean
+    assert manifest_of(tmp_path / "ours" / "export")["verification"]["passed"] is True
+    assert "not verified with a picture" not in ours.stderr
 
 
 def test_nothing_stays_patched_and_a_trainers_own_callback_is_not_doubled(
