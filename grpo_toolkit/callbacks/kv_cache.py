@@ -172,7 +172,7 @@ class KVCacheCallback(GuardedCallback):
 
     def _attach(self, args: TrainingArguments, model: torch.nn.Module, processing_class: Any) -> None:
         overrides = dict(self.generation_overrides or {})
-        generation_config = base_model(model).generation_config
+        generation_config = getattr(base_model(model), "generation_config", None)
         if getattr(args, "eos_token", None) and generation_config is not None:  # asked for by SFTConfig, set by TRL
             overrides.setdefault("eos_token_id", generation_config.eos_token_id)
         self.defaults = capture_model_defaults(model, overrides=overrides)

@@ -144,6 +144,7 @@ class _AfterImport(MetaPathFinder):
             execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                del loader.exec_module
                 execute(module)
                 self.then(module)
 

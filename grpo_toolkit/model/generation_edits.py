@@ -48,7 +48,7 @@ def edits(model: PreTrainedModel) -> JsonObject:
 
 def put_back_token_ids(model: PreTrainedModel, defaults: InferenceDefaults, processing_class: Any) -> None:
     """Give the ids that a trainer aligned for its rollouts, and nobody set since, the base's values again."""
-    if model.generation_config is None or defaults.generation is ABSENT or _KNOWN not in vars(model):
+    if getattr(model, "generation_config", None) is None or defaults.generation is ABSENT or _KNOWN not in vars(model):
         return
     chosen = edits(model)
     for name in TOKEN_IDS:
@@ -72,16 +72,15 @@ def say_token_ids(model: PreTrainedModel, defaults: InferenceDefaults) -> None:
     said: set[str] = vars(model).setdefault(_SAID, set())
     for name, value in edits(model).items():
         base = None if defaults.generation is ABSENT else defaults.generation.get(name)
-        line = (
-            f"{name} in generation_config.json is {value}, as it was set since the training began; the base has {base}"
-        )
+        line = f"{name} in generation_config.json is {value}, as set since the training began; the base has {base}"
         if name in TOKEN_IDS and value != base and line not in said:
             said.add(line)
             logger.warning("grpo_toolkit: %s", line)
 
 
 def _values(model: PreTrainedModel) -> JsonObject:
-    return {} if model.generation_config is None else dict(model.generation_config.to_dict())
+    generation_config = getattr(model, "generation_config", None)  # a reward model has none
+    return {} if generation_config is None else dict(generation_config.to_dict())
 
 
 def _listed(value: Any) -> list[Any]:

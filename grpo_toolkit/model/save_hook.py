@@ -114,7 +114,7 @@ def _snapshot_config(model: PreTrainedModel) -> JsonObject:
 def _snapshot_generation(model: PreTrainedModel) -> JsonObject | Absent:
     # Without a generation_config.json the library derives one from the model config, `use_cache` included: a value
     # that is not true came from there, and nobody chose it.
-    if model.generation_config is None:
+    if getattr(model, "generation_config", None) is None:
         return ABSENT
     generation: JsonObject = model.generation_config.to_diff_dict()
     if generation.get("use_cache") is not True:
@@ -261,17 +261,18 @@ def published_names(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def inference_defaults(model: PreTrainedModel, defaults: InferenceDefaults) -> Iterator[None]:
     """Put `defaults` into the model's configs, and put back on exit what they held before."""
-    flags, generation_config = cache_flags(model.config), model.generation_config
+    flags, generation_config = cache_flags(model.config), getattr(model, "generation_config", None)
     chosen = edits(model)
     try:
         set_cache_flags(model.config, dict.fromkeys(defaults.cache_levels, True))
-        if defaults.generation is not ABSENT:
+        if defaults.generation is not ABSENT and generation_config is not None:
             model.generation_config = generation_config_of(defaults)
             for name, value in chosen.items():
                 setattr(model.generation_config, name, value)
         yield
     finally:
-        model.generation_config = generation_config
+        if generation_config is not None:
+            model.generation_config = generation_config
         set_cache_flags(model.config, flags)
 
 
