@@ -288,7 +288,8 @@ def generation_config_of(defaults: InferenceDefaults) -> GenerationConfig | None
 def remember_plain_state(model: torch.nn.Module) -> None:
     """Note the configs as the trainer left them, before we change anything: its saves would have held that."""
     inner = base_model(model)
-    setattr(inner, _PLAIN_STATE, (cache_flags(inner.config), copy.deepcopy(inner.generation_config)))
+    generation_config = copy.deepcopy(getattr(inner, "generation_config", None))
+    setattr(inner, _PLAIN_STATE, (cache_flags(inner.config), generation_config))
 
 
 def save_as_plain_trainer(
@@ -307,7 +308,7 @@ def save_as_plain_trainer(
         weights: its gathered `saved_state` if it is sharded.
     """
     inner = base_model(model)
-    flags, generation_config = cache_flags(inner.config), inner.generation_config
+    flags, generation_config = cache_flags(inner.config), getattr(inner, "generation_config", None)
     plain_flags, plain_generation_config = vars(inner).get(_PLAIN_STATE, (flags, generation_config))
     try:
         set_cache_flags(inner.config, plain_flags)

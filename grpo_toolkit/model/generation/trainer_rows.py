@@ -44,7 +44,7 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     Raises:
         OSError: a path leads nowhere.
     """
-    beside = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), [])
+    beside: Any = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), [])
     return [opened(image) for image in (beside if isinstance(beside, (list, tuple)) else [beside])]
 
 
