@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("script", metavar="SCRIPT_OR_MODULE", help="a Python file, or a module (trl.scripts.grpo)")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
     given = parser.parse_args(argv)
+    before = sys.argv, list(sys.path)
     try:
         options = _read_options(given.callbacks, given.callback)
         run = _runner(given.script)
     except InputError as error:
         return fail(error, EXIT_INPUT)
-    before = sys.argv, list(sys.path)
     sys.argv = [given.script, *given.arguments]
     try:
         with callbacks_added(options):
