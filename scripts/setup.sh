@@ -1,7 +1,7 @@
 # Sourced by `demo` and `test`: makes an environment with the package in it, once, and activates it. Nothing global
 # is touched.
 #
-#   setup_environment VENV EXTRA [REQUIREMENT...]     EXTRA: recipes (to run) or dev (to test as well)
+#   setup_environment VENV EXTRA [REQUIREMENT...]     EXTRA: recipes (to run), dev (to test as well), dev,trackers
 
 say() { printf '%s\n' "grpo_toolkit: $*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -34,7 +34,7 @@ setup_environment() {
     # moved or copied, sets up again. An environment to test in (dev) also serves to run (recipes).
     wanted="$* $PWD $(cksum < pyproject.toml)"
     have=$(cat "$venv/.grpo_toolkit" 2>/dev/null || true)
-    if [ "$have" = "$extra $wanted" ] || [ "$have" = "dev $wanted" ]; then
+    if [ "$have" = "$extra $wanted" ] || [[ $extra = recipes && $have = dev*" $wanted" ]]; then
         say "using the environment in $venv"
     else
         python=$(find_python) ||

@@ -123,7 +123,12 @@ class ExportCallback(GuardedCallback):
     ) -> None:
         requests: list[Request] = []
         with self._guarded("finding prompts to verify the export with"):
-            requests = find_requests(self.prompts, kwargs, limit=self.num_prompts)
+            requests = find_requests(self.prompts, kwargs, limit=self.num_prompts, state=state)
+            if state.is_world_process_zero and _sees(kwargs) and not any(request.images for request in requests):
+                logger.warning(
+                    "grpo_toolkit: no images were found among this trainer's rows, so the export is not verified with "
+                    "a picture; pass prompts=[...] to ExportCallback, rows with `prompt` and `image`"
+                )
         if self._agree():
             with self._guarded("the export"):
                 facts = CardFacts(
@@ -153,3 +158,7 @@ class ExportCallback(GuardedCallback):
         )
         if self.result is not None:
             published[base_model(model)] = self.result
+
+
+def _sees(kwargs: Mapping[str, Any]) -> bool:
+    return hasattr(kwargs.get("processing_class"), "image_processor")

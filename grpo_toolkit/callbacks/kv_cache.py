@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn, plans_per_length
 from grpo_toolkit.model.cache_probe import Decoding, RolloutWatch
+from grpo_toolkit.model.generation_edits import note_values, put_back_token_ids
 from grpo_toolkit.model.kv_cache import (
     disable_cache_for_training,
     enable_cache_for_generation,
@@ -39,6 +40,9 @@ class KVCacheCallback(GuardedCallback):
     A saved model is also to mean what was trained: rotary frequencies that loading has rounded (see `buffers`) are
     computed again before the first step, and an adapter that is merged into the live base and taken out again, as TRL
     does for vLLM, leaves that base as it was (see `model/merge_guard.py`).
+
+    Saves load wherever their base loads: config, tokenizer and processor have its forms, with what training changed.
+    Where a backend writes no model folder (FSDP's `SHARDED_STATE_DICT`), nothing is added to what it writes.
 
     Args:
         generation_overrides: keys for `generation_config.json` in every save that win over the base's.
@@ -76,7 +80,7 @@ class KVCacheCallback(GuardedCallback):
     ) -> None:
         """Capture the base's defaults and hook the saves, before `Trainer.__init__` sets `use_cache` to False."""
         with self._guarded("hooking the saves"):
-            self._attach(kwargs["model"], kwargs.get("processing_class"))
+            self._attach(args, kwargs["model"], kwargs.get("processing_class"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,16 +89,17 @@ class KVCacheCallback(GuardedCallback):
         model = kwargs["model"]
         with self._guarded("hooking the saves"):
             if self.defaults is None:  # added with trainer.add_callback(), after on_init_end
-                self._attach(model, kwargs.get("processing_class"))
+                self._attach(args, model, kwargs.get("processing_class"))
         with self._guarded("setting the cache for training"):
             remember_plain_state(model)
+            note_values(base_model(model), token_ids_alone=True)
             if is_checkpointing(model):
                 disable_cache_for_training(model)
             if enable_cache_for_generation(model) and state.is_world_process_zero:
                 logger.warning(
-                    "grpo_toolkit: this base was saved with use_cache=false in generation_config.json (%s); rollouts "
-                    "would have run without a cache. It is on now, and will be in every save",
-                    "none on disk" if self.defaults is None else self.defaults.source,
+                    "grpo_toolkit: %s; rollouts would have run without a cache. It is on now, and will be in every "
+                    "save",
+                    self._source_of_no_cache(),
                 )
         with self._guarded("guarding the adapter's base"):
             guard_merges(model)
@@ -139,6 +144,7 @@ class KVCacheCallback(GuardedCallback):
         with self._guarded("putting the cache back"):
             if self.defaults is not None:
                 set_cache_flags(base_model(model).config, dict.fromkeys(self.defaults.cache_levels, True))
+                put_back_token_ids(base_model(model), self.defaults, kwargs.get("processing_class"))
             leave_training(model)
         with self._guarded("keeping the adapter's base as it was"):
             guard = guard_merges(model)
@@ -146,14 +152,30 @@ class KVCacheCallback(GuardedCallback):
                 guard.check()
         self._raise_if_strict()
 
+    def _source_of_no_cache(self) -> str:
+        """Return where the model's `use_cache=False` came from: the base's file, or whoever loaded it."""
+        defaults = self.defaults
+        if defaults is None or defaults.folder is None:
+            return "this model's generation config says use_cache=False, and there is no base on disk to compare with"
+        if defaults.repairs:
+            return f"this base was saved with use_cache=false in {defaults.repairs[-1].file} ({defaults.source})"
+        return (
+            "this model's generation config says use_cache=False, and its base's files do not "
+            f"({defaults.source}): the trainer or script passed it to from_pretrained, or set it after loading"
+        )
+
     def _let_go(self) -> None:
         for hooks in (self._watch, self._without_cudnn):
             if hooks is not None:
                 hooks.close()
         self._watch = self._without_cudnn = None
 
-    def _attach(self, model: torch.nn.Module, processing_class: Any) -> None:
-        self.defaults = capture_model_defaults(model, overrides=self.generation_overrides)
+    def _attach(self, args: TrainingArguments, model: torch.nn.Module, processing_class: Any) -> None:
+        overrides = dict(self.generation_overrides or {})
+        generation_config = getattr(base_model(model), "generation_config", None)
+        if getattr(args, "eos_token", None) and generation_config is not None:  # asked for by SFTConfig, set by TRL
+            overrides.setdefault("eos_token_id", generation_config.eos_token_id)
+        self.defaults = capture_model_defaults(model, overrides=overrides)
         install_save_hook(model, self.defaults, portable=self.portable_saves)
         if processing_class is not None:
             hook_processor(processing_class, self.defaults.folder if self.portable_saves else None)

@@ -175,8 +175,8 @@ class LatencyCallback(GuardedCallback):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _requests(self, kwargs: Mapping[str, Any]) -> list[Request]:
-        return find_requests(self.prompts, kwargs, limit=self.num_prompts) or [plain_request()]
+    def _requests(self, state: TrainerState, kwargs: Mapping[str, Any]) -> list[Request]:
+        return find_requests(self.prompts, kwargs, limit=self.num_prompts, state=state) or [plain_request()]
 
     def _measure_live(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         model = kwargs["model"]
@@ -187,7 +187,7 @@ class LatencyCallback(GuardedCallback):
         )
         with inference_ready(model):
             rows = measure_latency(
-                [arm], self._requests(kwargs), new_tokens=self.settings.new_tokens, rounds=2, warmup=1
+                [arm], self._requests(state, kwargs), new_tokens=self.settings.new_tokens, rounds=2, warmup=1
             )
         rows = [replace(row, step=state.global_step) for row in rows]
         self.live_rows += rows
@@ -205,7 +205,7 @@ class LatencyCallback(GuardedCallback):
         end = EndMeasurement(
             settings=self.settings,
             budget=Budget(began=self._began, ended=self._ended),
-            requests=self._requests(kwargs),
+            requests=self._requests(state, kwargs),
             folder=folder,
             step=state.global_step,
         )

@@ -70,7 +70,7 @@ def enable_cache_for_generation(model: torch.nn.Module) -> bool:
     `_from_model_config` is cleared because transformers 4.x otherwise rebuilds the generation config from the model
     config, where training has just switched the cache off.
     """
-    generation_config = base_model(model).generation_config
+    generation_config = getattr(base_model(model), "generation_config", None)
     if generation_config is None:
         return False
     was_off = generation_config.use_cache is False

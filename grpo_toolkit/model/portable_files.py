@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.checkpoint.base_files import Change
     from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults
+    from grpo_toolkit.checkpoint.json_files import JsonObject
 
 
 def trained_changes(model: PreTrainedModel, base: Path, defaults: InferenceDefaults) -> tuple[Change, ...]:
@@ -45,15 +46,15 @@ def trained_changes(model: PreTrainedModel, base: Path, defaults: InferenceDefau
 def rewrite_config(model: PreTrainedModel, base: Path | None, folder: Path, defaults: InferenceDefaults) -> None:
     """Put the base's config, with what training changed, in the place of the one that the library saved.
 
-    Where there is no base, or it is of another model type (a text model taken out of a VLM), the library's own stays,
-    in forms that older versions read too. A save without a config (of an adapter) stays without.
+    Where there is no base, or it is another model (a text model taken out of a VLM, quantised weights), the library's
+    own stays, in forms that older versions read too. A save without a config (of an adapter) stays without.
     """
     import transformers
 
     if not (folder / CONFIG).is_file():
         return
-
-    if base is not None and read_json(base / CONFIG).get("model_type") == model.config.model_type:
+    saved = read_json(folder / CONFIG)
+    if base is not None and _is_of_base(saved, read_json(base / CONFIG)):
         with tempfile.TemporaryDirectory(prefix="grpo-toolkit-config-") as staging:
             here = Path(staging)
             write_configs(base, here, changes=trained_changes(model, base, defaults), overrides=defaults.overrides)
@@ -61,6 +62,12 @@ def rewrite_config(model: PreTrainedModel, base: Path | None, folder: Path, defa
             declare_version(here, transformers.__version__)
             shutil.copyfile(here / CONFIG, folder / CONFIG)
     write_older_forms(folder)
+
+
+def _is_of_base(saved: JsonObject, base: JsonObject) -> bool:
+    """Return whether a saved config describes the base's kind of model: also a head put on it is another."""
+    same = all(saved.get(key) == base.get(key, saved.get(key)) for key in ("model_type", "architectures"))
+    return same and "quantization_config" not in saved
 
 
 def _dtype_of(folder: Path, model: PreTrainedModel) -> str:

@@ -26,6 +26,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject, read_
 from grpo_toolkit.checkpoint.lineage import record_base
 from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.errors import InputError
+from grpo_toolkit.model.generation_edits import edits, note_values, say_token_ids
 from grpo_toolkit.model.kv_cache import cache_flags, set_cache_flags
 from grpo_toolkit.model.live_model import base_model, config_levels
 from grpo_toolkit.model.portable_files import rewrite_config
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 _DEFAULTS = "_grpo_toolkit_defaults"
 _PORTABLE = "_grpo_toolkit_portable"
-_GENERATION = "_grpo_toolkit_generation_config"
 _PLAIN_STATE = "_grpo_toolkit_plain_state"
 
 
@@ -62,7 +62,8 @@ def capture_model_defaults(
     Args:
         model: a transformers model or a wrapper around one.
         base: folder or Hub name of the base; by default the one the model was loaded from.
-        overrides: keys for `generation_config.json` that win over the base's.
+        overrides: keys for `generation_config.json` that win over the base's, and over what was set in the live model
+            on purpose.
     """
     inner = base_model(model)
     folder = base_folder(inner, base)
@@ -74,7 +75,8 @@ def capture_model_defaults(
         generation: JsonObject | Absent = read_json(folder / GENERATION_CONFIG)
     else:
         generation = _snapshot_generation(inner)
-    defaults = capture_defaults(config, generation, folder=folder, overrides=overrides)
+    chosen = {**edits(inner), **(overrides or {})}
+    defaults = capture_defaults(config, generation, folder=folder, overrides=chosen)
     if overrides:
         _check_overrides(defaults)
     return defaults
@@ -112,7 +114,7 @@ def _snapshot_config(model: PreTrainedModel) -> JsonObject:
 def _snapshot_generation(model: PreTrainedModel) -> JsonObject | Absent:
     # Without a generation_config.json the library derives one from the model config, `use_cache` included: a value
     # that is not true came from there, and nobody chose it.
-    if model.generation_config is None:
+    if getattr(model, "generation_config", None) is None:
         return ABSENT
     generation: JsonObject = model.generation_config.to_diff_dict()
     if generation.get("use_cache") is not True:
@@ -130,8 +132,9 @@ def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults, *, po
         portable: also write the config in the base's own form, so that what loads the base loads the save; False for
             the form of the library that saves.
 
-    What a user changes in `model.generation_config` after this is written as well, and wins: only `use_cache` and the
-    token ids, which trainers align for their rollouts, are the base's whatever happens.
+    What a user changes in `model.generation_config` after this is written as well, and wins, `use_cache` excepted; of
+    the token ids, which trainers align for their rollouts, what is changed after a training has begun
+    (`generation_edits.py`).
 
     The hook is an instance attribute holding a bound method, so a deep copy gets a hook of its own, bound to the copy,
     and a pickled model loads and saves plainly.
@@ -139,7 +142,7 @@ def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults, *, po
     inner = base_model(model)
     setattr(inner, _DEFAULTS, defaults)
     setattr(inner, _PORTABLE, portable)
-    setattr(inner, _GENERATION, _generation_values(inner))
+    note_values(inner)
     inner.save_pretrained = types.MethodType(save_pretrained, inner)
 
 
@@ -156,6 +159,7 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             if arguments.get("state_dict") is not None:
                 arguments["state_dict"] = tied_again(self, arguments["state_dict"])
             ours.enter_context(inference_defaults(self, self.__dict__[_DEFAULTS]))
+            say_token_ids(self, self.__dict__[_DEFAULTS])
             ours.enter_context(published_names(self))
         except Exception as error:  # a checkpoint without our defaults is better than none
             ours.close()
@@ -257,29 +261,19 @@ def published_names(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def inference_defaults(model: PreTrainedModel, defaults: InferenceDefaults) -> Iterator[None]:
     """Put `defaults` into the model's configs, and put back on exit what they held before."""
-    flags, generation_config = cache_flags(model.config), model.generation_config
-    known = vars(model).get(_GENERATION)
-    edits = {} if known is None else _edits(known, _generation_values(model))
+    flags, generation_config = cache_flags(model.config), getattr(model, "generation_config", None)
+    chosen = edits(model)
     try:
         set_cache_flags(model.config, dict.fromkeys(defaults.cache_levels, True))
-        if defaults.generation is not ABSENT:
+        if defaults.generation is not ABSENT and generation_config is not None:
             model.generation_config = generation_config_of(defaults)
-            for name, value in edits.items():
+            for name, value in chosen.items():
                 setattr(model.generation_config, name, value)
         yield
     finally:
-        model.generation_config = generation_config
+        if generation_config is not None:
+            model.generation_config = generation_config
         set_cache_flags(model.config, flags)
-
-
-def _generation_values(model: PreTrainedModel) -> JsonObject:
-    return {} if model.generation_config is None else dict(model.generation_config.to_dict())
-
-
-def _edits(before: JsonObject, after: JsonObject) -> JsonObject:
-    kept_of_base = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
-    names = [name for name in after if not name.startswith("_") and name not in kept_of_base]
-    return {name: after[name] for name in names if after[name] != before.get(name)}
 
 
 def generation_config_of(defaults: InferenceDefaults) -> GenerationConfig | None:
@@ -294,7 +288,8 @@ def generation_config_of(defaults: InferenceDefaults) -> GenerationConfig | None
 def remember_plain_state(model: torch.nn.Module) -> None:
     """Note the configs as the trainer left them, before we change anything: its saves would have held that."""
     inner = base_model(model)
-    setattr(inner, _PLAIN_STATE, (cache_flags(inner.config), copy.deepcopy(inner.generation_config)))
+    generation_config = copy.deepcopy(getattr(inner, "generation_config", None))
+    setattr(inner, _PLAIN_STATE, (cache_flags(inner.config), generation_config))
 
 
 def save_as_plain_trainer(
@@ -313,7 +308,7 @@ def save_as_plain_trainer(
         weights: its gathered `saved_state` if it is sharded.
     """
     inner = base_model(model)
-    flags, generation_config = cache_flags(inner.config), inner.generation_config
+    flags, generation_config = cache_flags(inner.config), getattr(inner, "generation_config", None)
     plain_flags, plain_generation_config = vars(inner).get(_PLAIN_STATE, (flags, generation_config))
     try:
         set_cache_flags(inner.config, plain_flags)

@@ -161,3 +161,22 @@ def test_loss_is_bit_identical_with_and_without_callbacks(qwen: Path, tmp_path: 
         losses[name] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses["with"]) == 2
     assert losses["with"] == losses["without"]
+
+
+@pytest.mark.skipif(not IS_V4, reason="5.x refuses the argument")
+def test_a_trainers_own_use_cache_is_not_called_the_bases(
+    qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(qwen, tmp_path, [KVCacheCallback(strict=True)], max_steps=1)
+    assert "passed it to from_pretrained" in caplog.text
+    assert "this base was saved with" not in caplog.text
+
+
+def test_the_export_is_verified_with_the_trainers_own_rows(qwen: Path, tmp_path: Path) -> None:
+    """transformers 4.49 gives callbacks no dataloader."""
+    export = ExportCallback(tmp_path / "export", strict=True)
+    train(qwen, tmp_path / "out", [KVCacheCallback(strict=True), export], max_steps=1)
+    assert export.result is not None
+    assert export.result.verification is not None
+    said = {check.name: check.detail for check in export.result.verification.checks}
+    assert "4" in said["same greedy tokens as the trained policy"]

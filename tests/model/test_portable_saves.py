@@ -14,9 +14,11 @@ import transformers
 
 from grpo_toolkit import diagnose_checkpoint
 from grpo_toolkit.callbacks import KVCacheCallback
+from grpo_toolkit.checkpoint.lineage import BASE_RECORD
 from grpo_toolkit.model.load import load_model, load_processor
 from grpo_toolkit.model.processor_hook import hook_processor
 from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook
+from tests.support.models import build_llama
 from tests.support.steps import content
 from tests.support.training import LANGUAGE_QV, grpo_trainer
 
@@ -73,7 +75,7 @@ def test_a_switch_leaves_the_librarys_own_forms(qwen: Path, tmp_path: Path) -> N
     model = load_model(qwen)[0]
     install_save_hook(model, capture_model_defaults(model), portable=False)
     model.save_pretrained(tmp_path / "ours")
-    assert content(tmp_path / "ours").keys() == content(tmp_path / "plain").keys()
+    assert content(tmp_path / "ours").keys() - {BASE_RECORD} == content(tmp_path / "plain").keys()
     assert config(tmp_path / "ours").keys() == config(tmp_path / "plain").keys()
     trainer = grpo_trainer(qwen, tmp_path / "out", [KVCacheCallback(portable_saves=False)])
     assert "save_pretrained" not in vars(trainer.processing_class)
@@ -88,6 +90,18 @@ def test_the_config_says_the_dtype_that_was_saved_and_what_was_changed(qwen: Pat
     model.save_pretrained(tmp_path)
     assert config(tmp_path) == expected_config(qwen, "bfloat16") | {"max_position_embeddings": 77}
     assert type(model).from_pretrained(tmp_path, torch_dtype="auto").dtype == torch.bfloat16
+
+
+def test_another_model_made_of_the_base_keeps_its_own_config(tmp_path: Path) -> None:
+    """A reward model's head, say: the base's config would name the base's class."""
+    from transformers import AutoModelForSequenceClassification
+
+    base = build_llama(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    install_save_hook(model, capture_model_defaults(model))
+    model.save_pretrained(tmp_path / "saved")
+    assert config(tmp_path / "saved")["architectures"] == ["LlamaForSequenceClassification"]
+    assert len(config(tmp_path / "saved")["id2label"]) == 3
 
 
 def test_tokenizer_and_processor_beside_an_adapter_are_the_bases(qwen: Path, tmp_path: Path) -> None:

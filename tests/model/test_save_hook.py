@@ -16,7 +16,7 @@ from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.kv_cache import cache_flags
-from grpo_toolkit.model.load import load_model
+from grpo_toolkit.model.load import load_model, load_processor
 from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, save_as_plain_trainer
 from tests.support.training import grpo_trainer, nested_config_only, v5_only
 
@@ -253,3 +253,77 @@ def test_the_plain_save_is_what_a_plain_trainer_writes(qwen: Path, tmp_path: Pat
     for name in ("config.json", "generation_config.json"):
         assert (tmp_path / "measured" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
     assert cache_flags(ours.model.config) == {("text_config",): True}
+
+
+def other_eos(base: Path, folder: Path) -> Path:
+    """A base whose own generation config ends answers with another token than its tokenizer's."""
+    shutil.copytree(base, folder)
+    generation = read(base, "generation_config.json")
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 3}))
+    return folder
+
+
+def test_an_eos_that_a_script_sets_after_training_is_saved_and_exported(
+    qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """open-r1 does; the ids that the trainer aligned before the training are not the user's."""
+    base = other_eos(qwen, tmp_path / "base")
+    trainer = grpo_trainer(base, tmp_path / "out", [KVCacheCallback(strict=True)], save_strategy="steps", save_steps=2)
+    trainer.train()
+    eos = trainer.processing_class.tokenizer.eos_token_id
+    assert eos != 3
+    assert f"the tokenizer's {eos} is not among them" in caplog.text
+    assert read(tmp_path / "out" / "checkpoint-2", "generation_config.json") == read(base, "generation_config.json")
+    trainer.save_model(str(tmp_path / "untouched"))
+    assert read(tmp_path / "untouched", "generation_config.json") == read(base, "generation_config.json")
+
+    trainer.model.generation_config.eos_token_id = eos
+    trainer.save_model(str(tmp_path / "saved"))
+    wanted = read(base, "generation_config.json") | {"eos_token_id": eos}
+    assert read(tmp_path / "saved", "generation_config.json") == wanted
+    assert f"eos_token_id in generation_config.json is {eos}, as set" in caplog.text
+    export_model(trainer, tmp_path / "export", verify=False)
+    assert read(tmp_path / "export", "generation_config.json") == wanted
+
+
+def test_an_id_that_a_script_sets_in_the_middle_of_a_training_is_in_its_next_checkpoint(
+    qwen: Path, tmp_path: Path
+) -> None:
+    from transformers import TrainerCallback
+
+    class Sets(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            model.generation_config.eos_token_id = 5
+
+    callbacks = [KVCacheCallback(strict=True), Sets()]
+    trainer = grpo_trainer(qwen, tmp_path, callbacks, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert read(tmp_path / "checkpoint-2", "generation_config.json")["eos_token_id"] == 5
+    assert trainer.model.generation_config.eos_token_id == 5
+    assert trainer.model.generation_config.pad_token_id == read(qwen, "generation_config.json").get("pad_token_id")
+
+
+def test_an_eos_that_sft_was_asked_for_is_saved(qwen: Path, tmp_path: Path) -> None:
+    import trl
+    from datasets import Dataset
+
+    if not hasattr(trl.SFTConfig, "eos_token"):
+        pytest.skip("this TRL has no such option")
+    tokenizer = load_processor(qwen).tokenizer
+    token = next(name for name in tokenizer.all_special_tokens if name != tokenizer.eos_token)
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"), eos_token=token, max_steps=1, report_to="none", use_cpu=True, bf16=False,
+        save_strategy="no",
+    )  # fmt: skip
+    rows = Dataset.from_dict({"text": ["What is this?"] * 8})
+    trainer = trl.SFTTrainer(
+        str(qwen),
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[KVCacheCallback(strict=True)],
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    eos = read(tmp_path / "saved", "generation_config.json")["eos_token_id"]
+    assert tokenizer.convert_tokens_to_ids(token) in eos

@@ -4,7 +4,8 @@ Verification's child is `export/verification_process.py`, the latency lab's `lat
 
 The parent speaks JSON lines over pipes; images travel as PNG files in a folder that both can read. The child
 is started without the variables of a distributed launch, so that it is a plain single process also under
-`accelerate launch`, and it ends by itself when the parent's end of the pipe closes.
+`accelerate launch`. When the parent's end of the pipe closes, whatever ended the parent, it removes that folder and
+ends, at once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _LAUNCH_VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
+_SCRATCH: Final = "GRPO_TOOLKIT_SCRATCH"
 _CHILD: Final = "import sys; sys.path[:] = filter(None, sys.path); from {} import serve; serve()"
 _LAUNCH_PREFIXES: Final = ("MASTER_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "CCL_", "DEEPSPEED_")
 
@@ -61,8 +63,10 @@ class ModelProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=worker_environment(),
+            env=worker_environment() | {_SCRATCH: str(self._scratch)},
             text=True,
+            # A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) must leave the one that tidies up.
+            start_new_session=True,
         )
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read_answers, daemon=True)
@@ -166,12 +170,26 @@ def worker_environment() -> dict[str, str]:
     return kept
 
 
+def _end_with_the_parent() -> None:
+    """Wait, in a child, for its standard input to have no writer any more; then remove its folder and end."""
+    import select
+
+    if not hasattr(select, "poll"):  # Windows: it ends when it reads the end of its input
+        return
+    poll = select.poll()
+    poll.register(0, 0)  # no event but those that are always reported: hang-up and error
+    poll.poll()
+    shutil.rmtree(os.environ.get(_SCRATCH, ""), ignore_errors=True)
+    os._exit(0)
+
+
 @contextlib.contextmanager
 def answering() -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield a child's function to answer with; an error inside is answered, too, before it is raised."""
     # Libraries print to stdout; answers go to a private copy of it, and everything else to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
     def answer(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message) + "\n")

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.model.generation.trainer_rows import images_of, opened, prompt_of, trainer_datasets
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from PIL.Image import Image
 
+_MOST_ROWS = 32
+"""The rows that are looked at for some whose images can be read."""
+
 
 def find_requests(
-    prompts: Iterable[Mapping[str, Any]] | None, kwargs: Mapping[str, Any], *, limit: int
+    prompts: Iterable[Mapping[str, Any]] | None, kwargs: Mapping[str, Any], *, limit: int, state: Any = None
 ) -> list[Request]:
     """Return the prompts given, or the first rows of the trainer's datasets; none where those cannot be indexed.
 
     Datasets are read by index, past the samplers: iterating a trainer's dataloader would move its random state.
+
+    Args:
+        prompts: rows, which go before the trainer's.
+        kwargs: what the trainer gives its callbacks.
+        limit: the most rows to read.
+        state: the trainer's state, where transformers 4.49 keeps the dataloader.
     """
     if prompts is not None:
         return requests_from_rows(prompts, limit=limit)
-    for name in ("eval_dataloader", "train_dataloader"):
-        dataset: Any = getattr(kwargs.get(name), "dataset", None)
-        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) and "prompt" in dataset[0]:
-            return requests_from_rows((dataset[i] for i in range(min(limit, len(dataset)))), limit=limit)
+    for dataset in trainer_datasets(kwargs, state):
+        if prompt_of(dataset[0]) is not None:
+            return list(islice(_readable(dataset), limit))
     return []
+
+
+def _readable(dataset: Any) -> Iterator[Request]:
+    """Yield the first rows as requests; a row whose image lies elsewhere (relative to a folder, say) is left out."""
+    for index in range(min(len(dataset), _MOST_ROWS)):
+        with suppress(OSError):
+            yield from requests_from_rows([dataset[index]], limit=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +109,10 @@ def request_of(prompt: Any, beside: Any = (), *, max_new_tokens: int) -> Request
     for turn in turns:
         content = turn["content"]
         if not isinstance(content, str):
-            inside += [part["image"] for part in content if part.get("image") is not None]
-            content = [{key: value for key, value in part.items() if key in ("type", "text")} for part in content]
+            inside += [opened(part["image"]) for part in content if part.get("image") is not None]
+            # A part of another kind has a text of null where a dataset stores all parts in one schema.
+            parts = [{key: part[key] for key in ("type", "text") if part.get(key) is not None} for part in content]
+            content = parts
         messages.append({**turn, "content": content})
     images = inside or (beside if isinstance(beside, (list, tuple)) else [beside] if beside is not None else [])
     return Request(messages=messages, images=images, max_new_tokens=max_new_tokens)
@@ -107,14 +127,14 @@ def requests_from_rows(rows: Iterable[Mapping[str, Any]], *, limit: int, max_new
     """Turn dataset rows, as TRL's trainers take them, into requests.
 
     Args:
-        rows: mappings with `prompt` (chat messages, or plain text) and, outside it, optionally `image` or `images`.
+        rows: mappings with `prompt` or `messages` (chat messages, or plain text) and, outside it, optionally `image`,
+            `images` or `image_path`: images, or where they lie.
         limit: the most rows to read.
         max_new_tokens: of each request.
     """
     found = []
     for row in islice(iter(rows), limit):
-        beside = row.get("images") or row.get("image")
-        found.append(request_of(_without_answer(row["prompt"]), beside, max_new_tokens=max_new_tokens))
+        found.append(request_of(_without_answer(prompt_of(row)), images_of(row), max_new_tokens=max_new_tokens))
     return found
 
 
