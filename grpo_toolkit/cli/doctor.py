@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import add_json, print_lines
+from grpo_toolkit.cli.shell import READER_HELP, add_json, add_verb, print_lines
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.reporting.terminal.diagnosis import diagnosis_lines, paper, run_lines
 
@@ -22,10 +22,20 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `doctor` and its flags."""
-    parser = commands.add_parser("doctor", help="say what is wrong with a model folder, or with a run's checkpoints")
+    parser = add_verb(
+        commands,
+        "doctor",
+        help="say what is wrong with a model folder, or with a run's checkpoints",
+        examples=(
+            "out/checkpoint-500 --base Qwen/Qwen2.5-VL-3B-Instruct",
+            "out",
+            "out/checkpoint-500 --base BASE --deep --json",
+        ),
+    )
     parser.add_argument("path", type=Path, help="a model, an adapter, a checkpoint, or a run folder with many")
     parser.add_argument("--base", help="folder or Hub name (in the local cache) of the model it was trained from")
     parser.add_argument("--deep", action="store_true", help="also compare weights byte by byte")
+    parser.add_argument("--for", dest="reader", metavar="READER", help=READER_HELP)
     parser.set_defaults(run=doctor)
     add_json(parser)
 
@@ -38,10 +48,13 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def _doctor(path: Path, arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
-    from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run
+    from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run, parts_of
 
-    options = {"base": arguments.base, "deep": arguments.deep}
-    if path.is_dir() and checkpoints_in(path):
+    options = {"base": arguments.base, "deep": arguments.deep, "reader": arguments.reader}
+    parts = parts_of(path) if path.is_dir() else []
+    if len(parts) == 1 and parts[0].parent == path and not checkpoints_in(path):
+        path, parts = parts[0], []
+    if parts:
         diagnoses, empty = diagnose_run(path, **options)
         if not diagnoses:
             raise CheckpointError(f"{path}: none of its checkpoints holds anything to examine: {empty[0]}")

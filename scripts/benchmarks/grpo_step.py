@@ -171,7 +171,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Clock:
-    """Wall time of steps and of their phases, the GPU's work included."""
+    """A clock for the wall time of steps and of their phases, the GPU's work included."""
 
     def __init__(self, on_gpu: bool) -> None:
         self.on_gpu = on_gpu

@@ -85,7 +85,7 @@ def told(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tower_rows(device: torch.device, dtype: torch.dtype, *, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
-    """The whole tower, each way in turn."""
+    """Time the whole tower, each way in turn."""
     import torch
 
     few = [(6, 10), (4, 4), (8, 6)]
@@ -110,7 +110,7 @@ def tower_rows(device: torch.device, dtype: torch.dtype, *, tiny: bool, rounds: 
 
 
 def attention_rows(device: torch.device, dtype: torch.dtype, *, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
-    """Attention alone over segments of these lengths."""
+    """Time attention alone, over segments of these lengths."""
     windows = [64, 64, 64, 48, 32] if tiny else [64] * 26 + [48] * 6 + [32] * 4 + [16]
     frames = [60, 16, 48] if tiny else [height * width for height, width in AROUND_1950]
     shapes = {
@@ -134,7 +134,7 @@ def attention_rows(device: torch.device, dtype: torch.dtype, *, tiny: bool, roun
 
 
 def distance_rows(device: torch.device, *, tiny: bool) -> Iterator[dict[str, Any]]:
-    """The largest distance from float64, of the output and of the gradients, as a part of the largest value."""
+    """Measure the largest distance from float64, of output and gradients, as a part of the largest value."""
     import torch
 
     lengths = [64, 64, 48, 20] if tiny else [64] * 20 + [48, 32, 16, 900, 700]
@@ -189,7 +189,7 @@ def backward(tower: Any, patches: torch.Tensor, grid: torch.Tensor) -> None:
 
 
 def in_turns(tower: Any, call: Callable[[], None], *, rounds: int) -> dict[str, float]:
-    """Median milliseconds of a call of the tower by each way; one call of each to warm up."""
+    """Return the median milliseconds of a call of the tower by each way; one call of each to warm up."""
     from grpo_toolkit.model.attention.packed_vision import packed_vision
 
     query = next(tower.parameters())
@@ -227,7 +227,7 @@ def attention_in_turns(
 
 
 def first_call(way: str, device: torch.device, dtype: torch.dtype, *, start: int) -> float:
-    """Median milliseconds of the first call of a length, over five lengths that no other way is given."""
+    """Return the median milliseconds of the first call of a length, over five lengths that no other way is given."""
     times = []
     for step in range(5):
         length = start + 8 * (5 * WAYS.index(way) + step)
@@ -242,7 +242,7 @@ _BORDERS: dict[Any, torch.Tensor] = {}
 
 
 def attend(way: str, lengths: list[int], tensors: list[torch.Tensor], *, is_backward: bool) -> list[torch.Tensor]:
-    """Attention over segments, and its gradients; the plan of the same lengths is kept, as for a forward's layers."""
+    """Attend over segments, with gradients if asked; the plan of equal lengths is kept, as for a forward's layers."""
     import torch
 
     from grpo_toolkit.model.attention.segment_attention import packed_attention
@@ -284,7 +284,7 @@ def can_force(way: str, query: torch.Tensor) -> bool:
 
 @contextmanager
 def forced(way: str) -> Iterator[None]:
-    """The packed attention by one kernel, whatever the library would choose."""
+    """Make packed attention use one kernel inside, whatever the library would choose."""
     from grpo_toolkit.model.attention import segment_attention
 
     chosen = segment_attention.choose_kernel

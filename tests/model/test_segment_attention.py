@@ -27,6 +27,16 @@ def _inputs(rows: int, dtype: torch.dtype, *, heads: int = 4, key_heads: int = 4
     return [tensor.to(dtype).transpose(0, 1)[None].requires_grad_() for tensor in tensors]
 
 
+class _Counted:
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.count = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self.function(*args, **kwargs)
+
+
 class Layer(torch.nn.Module):
     is_causal = False
     num_key_value_groups = 1
@@ -66,6 +76,18 @@ def test_attention_equals_the_loop(lengths: list[int]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         loop, packed = (_farthest(_attend(lengths, dtype, loop=way), exact) for way in (True, False))
         assert packed <= 1.25 * loop, dtype
+
+
+def test_on_a_cpu_segments_of_several_lengths_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = _attend(RAGGED, torch.float64, loop=True)
+    monkeypatch.setattr(segment_attention, "LOOPED_ON", ("cpu",))
+    monkeypatch.setattr(segment_attention, "_sdpa", counted := _Counted(segment_attention._sdpa))
+    looped = _attend(RAGGED, torch.float64, loop=False)
+    assert counted.count == len(RAGGED)
+    assert _farthest(looped, exact) < 2e-15
+    counted.count = 0
+    _attend([64] * 5, torch.float64, loop=False)
+    assert counted.count == 1
 
 
 def test_attention_of_grouped_and_causal_layers_equals_the_loop() -> None:
