@@ -42,8 +42,9 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
     seed draws other tokens than plain `generate` does, and the same ones every time it goes this way. A resumed
     training takes the way that its checkpoint was trained with.
 
-    What cannot go the fast way (other attention, other caches, quantised or sharded weights, an older transformers)
-    goes the plain one, and a line says why. vLLM and continuous batching are left alone.
+    Under FSDP2 and ZeRO-3 the weights are gathered into the copy once after each optimizer step, where there is room.
+    What cannot go the fast way (other attention, other caches, quantised weights, an older transformers) goes the
+    plain one, and a line says why. vLLM and continuous batching are left alone.
 
     Args:
         way: "fast", "plain", or "auto": fast on a CUDA GPU that has room for a copy of the weights and a KV cache.
@@ -147,8 +148,6 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         device = base_model(self._model).device
         if self.way == "auto" and device.type != "cuda":
             return _NO_GPU
-        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
-            return "DeepSpeed keeps the weights"
         if args.fp16:
             return "float16 has no range for what layers pass on, outside of autocast"
         reason = why_unsupported(self._model)

@@ -120,6 +120,48 @@ def asked_midway(
     return {"answers": answers, "gathers": gathers, "errors": errors, "digest": digest(trainer)}, trainer
 
 
+def fast_rollouts(
+    folder: Path, *, way: str, failing_ranks: Sequence[int] = (), **options: Any
+) -> tuple[dict[str, Any], Any]:
+    """Train with rollouts of one way; after each step the copy's logits are compared with the live model's.
+
+    On `failing_ranks` the copy's second rollout raises.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    from grpo_toolkit import FastRolloutCallback, KVCacheCallback
+    from grpo_toolkit.model.rollouts.rollouts import rollouts_of
+
+    seen: list[tuple[int, float]] = []
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    class Compare(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for parameter in kwargs["model"].parameters():
+                parameter.ds_persist = False  # DeepSpeed keeps small parameters whole, which these all are
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            taken: Any = rollouts_of(kwargs["model"])
+            if taken is None or taken._copy is None:
+                return
+            ids = torch.tensor([[40, 41, 42, 43]])
+            with torch.no_grad():
+                taken._copy.refresh()
+                live = kwargs["model"](input_ids=ids).logits
+                seen.append((taken.count, float((taken._copy.model(input_ids=ids).logits - live).abs().max())))
+            if args.process_index in failing_ranks:
+                taken._copy.model.generate = fail
+
+    callback = FastRolloutCallback(way)
+    trainer = train(folder / "out", [KVCacheCallback(), callback, Compare()], save_strategy="no", **options)
+    report = {"seen": seen, "chosen": callback.chosen, "kl": callback.kl, "failures": callback.failures}
+    report["grad_norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    return report, trainer
+
+
 def merged_for_vllm(folder: Path, *, guarded: bool, **options: Any) -> tuple[dict[str, Any], Any]:
     """Train an adapter, walking before each step over the weights as TRL does for vLLM; compare the base's."""
     from transformers import TrainerCallback
@@ -216,6 +258,7 @@ def step_times(folder: Path, *, slow_rank: int, **options: Any) -> tuple[dict[st
 
 
 SCENARIOS = {
+    "fast_rollouts": fast_rollouts,
     "merged_for_vllm": merged_for_vllm,
     "all_callbacks": all_callbacks,
     "plain": plain,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import traceback
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
@@ -23,6 +23,8 @@ from grpo_toolkit.model.rollouts.rollout_kl import SampledScores, scores_for
 from grpo_toolkit.model.rollouts.shared_prefill import distinct_rows, prefill
 from grpo_toolkit.model.rollouts.supported import HANDED_ON, why_plain
 from grpo_toolkit.model.rollouts.weights_copy import WeightsCopy, is_switched_off
+from grpo_toolkit.model.sharding.gather import is_sharded
+from grpo_toolkit.model.sharding.ranks import exchange, failing_together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -48,6 +50,9 @@ class FastRollouts:
 
     On a GPU the decode step is compiled, with CUDA graphs; elsewhere it is the same step without. The weights are
     copied lazily, when a rollout begins: `mark_dirty` says that they have changed where torch cannot know.
+
+    Where weights are sharded over processes (FSDP2, ZeRO-3), they are gathered into the copy on all ranks at once:
+    a rollout goes the fast way on all of them or on none, and one that fails on one rank is made again on all.
 
     Args:
         model: a model for which `why_unsupported` has nothing to say.
@@ -85,6 +90,8 @@ class FastRollouts:
         self._on_plain = on_plain
         self._on_sampled = on_sampled
         self._is_dirty = True
+        self._is_collective = is_sharded(model)
+        self._before: Any = None
         self._copy: WeightsCopy | None = None
         self._caches: static_caches.StaticCaches | None = None
         self.install()
@@ -95,8 +102,10 @@ class FastRollouts:
         Raises:
             UnsupportedError: somebody else has.
         """
-        if "generate" in vars(self.live):
+        before = vars(self.live).get("generate")
+        if before is not None and not _is_fsdps(before):
             raise UnsupportedError(f"{type(self.live).__name__}.generate has been replaced on the instance")
+        self._before = before
         _installed[self.live] = weakref.ref(self)
         # Bound, so that a deep copy of the model has a method of its own.
         self.live.generate = MethodType(_generate, self.live)
@@ -107,6 +116,8 @@ class FastRollouts:
             del _installed[self.live]
             if getattr(vars(self.live).get("generate"), "__func__", None) is _generate:
                 del self.live.generate
+                if self._before is not None:
+                    self.live.generate = self._before
 
     def close(self) -> None:
         """Give `generate` back to the model's class, and the memory to training."""
@@ -123,12 +134,14 @@ class FastRollouts:
         if config is None or config.disable_compile is not True:
             return None
         reason = "a disabled adapter" if is_switched_off(self.live) else why_plain(call)
+        reason = self._first_of_all_ranks(reason)
         if reason is not None:
             if self._on_plain is not None:
                 self._on_plain(reason)
             return None
         try:
-            return self._rollout(call)
+            with failing_together() if self._is_collective else nullcontext():
+                return self._rollout(call)
         except Exception as error:  # training goes on, whatever a compiler says
             self.close()
             if self._on_failure is None:
@@ -137,20 +150,34 @@ class FastRollouts:
             _let_go_of_frames(error)
             return None
 
+    def _first_of_all_ranks(self, reason: str | None) -> str | None:
+        """Return what a rank has to say, the same on all where weights are sharded."""
+        if not self._is_collective:
+            return reason
+        return next((word for word in exchange(reason) if word is not None), None)
+
+    def _refreshed(self) -> WeightsCopy:
+        """Return the copy with the live weights in it."""
+        if self._copy is None:
+            with failing_together() if self._is_collective else nullcontext():
+                self._copy = WeightsCopy(self.live, dtype=self.dtype)
+            self._caches = static_caches.StaticCaches(self._copy.model.config)
+        word = self._first_of_all_ranks("stale" if self._is_dirty or self._copy.is_stale else None)
+        self._copy.refresh(is_dirty=word is not None)
+        self._is_dirty = False
+        return self._copy
+
     def _rollout(self, call: dict[str, Any]) -> torch.Tensor:
         import torch
 
-        if self._copy is None:
-            self._copy = WeightsCopy(self.live, dtype=self.dtype)
-            self._caches = static_caches.StaticCaches(self._copy.model.config)
+        copied = self._refreshed()
         assert self._caches is not None
-        self._copy.refresh(is_dirty=self._is_dirty)
-        self._is_dirty = False
-        model: Any = self._copy.model
+        model: Any = copied.model
         inputs = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
         rows = distinct_rows(model.config, inputs)
         given = call["generation_config"]
         settings = {name: call[name] for name in HANDED_ON if call.get(name) is not None}
+        settings["synced_gpus"] = False  # the copy is whole: no rank goes on for the sake of others
         is_measured = self._on_sampled is not None and self.count % MEASURED_EVERY == 0
         scores = scores_for(given) if is_measured else None
         if scores is not None:
@@ -197,6 +224,7 @@ def rollouts_of(model: torch.nn.Module) -> FastRollouts | None:
 def _generate(model: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
     """Stand in for a live model's `generate`."""
     rollouts = rollouts_of(model)
+    plain = None if rollouts is None else rollouts._before
     if rollouts is not None:
         call = kwargs | {"generation_config": generation_config}
         if inputs is not None:
@@ -204,7 +232,16 @@ def _generate(model: Any, inputs: Any = None, generation_config: Any = None, **k
         output = rollouts.generate(call)
         if output is not None:
             return output
-    return type(model).generate(model, inputs, generation_config, **kwargs)
+    if plain is None:
+        return type(model).generate(model, inputs, generation_config, **kwargs)
+    return plain(inputs, generation_config, **kwargs)
+
+
+def _is_fsdps(generate: Any) -> bool:
+    """Return whether it is the class's, made one of FSDP2's forwards as the trainer does it."""
+    model, wrapped = getattr(generate, "__self__", None), getattr(generate, "__wrapped__", None)
+    is_sharded_by_fsdp2 = hasattr(model, "unshard")
+    return is_sharded_by_fsdp2 and getattr(wrapped, "__func__", None) is type(model).generate
 
 
 def _let_go_of_frames(error: BaseException | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rollouts import static_caches
 from grpo_toolkit.model.rollouts.weights_copy import copied_bytes, why_no_copy
-from grpo_toolkit.model.sharding.gather import is_sharded
+from grpo_toolkit.model.sharding.gather import is_fsdp1
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 OLDEST: Final = "5.24"
 """The first transformers whose `generate` goes on from a static cache as it is done here."""
 
-HANDED_ON: Final = ("logits_processor", "stopping_criteria", "streamer", "tokenizer", "synced_gpus")
+HANDED_ON: Final = ("logits_processor", "stopping_criteria", "streamer", "tokenizer")
 """Arguments of `generate` that are those of the decode steps alone."""
 
 PROMPT: Final = 1024
@@ -39,8 +39,10 @@ def why_unsupported(model: torch.nn.Module) -> str | None:
     inner: Any = base_model(model)
     kind = type(inner)
     text = inner.config.get_text_config(decoder=True)
-    if is_sharded(model):
-        return "the weights are shared out between processes"
+    if is_fsdp1(model):
+        return "the first FSDP keeps the weights"
+    if any(_is_offloaded(parameter) for parameter in model.parameters()):
+        return "the weights lie on the CPU between two steps"
     if inner.config.is_encoder_decoder:
         return "it has an encoder and a decoder"
     if not kind._can_compile_fullgraph or kind._prepare_static_cache is not GenerationMixin._prepare_static_cache:
@@ -56,12 +58,20 @@ def why_unsupported(model: torch.nn.Module) -> str | None:
     return why_no_copy(model)
 
 
+def _is_offloaded(parameter: Any) -> bool:
+    """Return whether a sharded parameter is not where it is computed with."""
+    if hasattr(parameter, "ds_tensor"):
+        return str(parameter.ds_tensor.device.type) != str(parameter.device.type)
+    mesh = getattr(parameter, "device_mesh", None)
+    return mesh is not None and parameter.device.type != mesh.device_type
+
+
 def why_plain(call: dict[str, Any]) -> str | None:
     """Return what in one call of `generate` is not done the fast way, in a few words; None where nothing is."""
     import torch
 
     config = call["generation_config"]
-    unknown = [name for name, value in call.items() if name not in ("generation_config", *HANDED_ON)]
+    unknown = [name for name, value in call.items() if name not in ("generation_config", "synced_gpus", *HANDED_ON)]
     unknown = [name for name in unknown if call[name] is not None and not isinstance(call[name], torch.Tensor)]
     if unknown:
         return f"an argument {unknown[0]}"

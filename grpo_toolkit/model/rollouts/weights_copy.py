@@ -3,7 +3,8 @@
 Where the live weights are float32 under autocast, every decode step casts all of them again: 99 ms a step in place of
 36 for a Qwen2.5-VL-3B on an H200. Where they wear an adapter, every layer does three small matrix products in place of
 one, through wrappers that torch.compile cannot see through. The copy casts and folds once after each optimizer step.
-What needs neither is not copied: the second module holds the live tensor itself.
+What needs neither is not copied: the second module holds the live tensor itself. Weights that are sharded over
+several processes are gathered into the copy, tensor by tensor, once after each optimizer step.
 
 The modules are the copy's own in any case. So the training's hooks, its checkpointing, its train mode and the state
 that a model keeps between prefill and decode (`rope_deltas`) stay out of a compiled forward, and the rollouts' out of
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.model.attention.grouped_decode import NAME, register
 from grpo_toolkit.model.kv_cache import cache_flags, set_cache_flags
 from grpo_toolkit.model.live_model import base_model, config_levels, random_state_kept
+from grpo_toolkit.model.sharding.gather import is_sharded, unsharded, unsharded_models, whole_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,14 +58,16 @@ def is_switched_off(model: torch.nn.Module) -> bool:
 
 
 def copied_bytes(live: torch.nn.Module, dtype: torch.dtype | None) -> int:
-    """Return about what the copy takes: the tensors that are cast, or have an adapter folded in."""
+    """Return about what the copy takes: the tensors that are cast or gathered, or have an adapter folded in."""
     count = 0
+    is_gathered = is_sharded(live)
     for name, parameter in live.named_parameters():
         if ".lora_" in name:
             continue
         is_cast = dtype is not None and parameter.element_size() > dtype.itemsize and parameter.is_floating_point()
-        if is_cast or name.endswith(".base_layer.weight"):
-            count += parameter.numel() * (dtype.itemsize if is_cast and dtype else parameter.element_size())
+        if is_cast or is_gathered or name.endswith(".base_layer.weight"):
+            size = dtype.itemsize if is_cast and dtype else parameter.element_size()
+            count += whole_shape(parameter).numel() * size
     return count
 
 
@@ -88,12 +93,18 @@ class WeightsCopy:
     def __init__(self, live: Any, *, dtype: torch.dtype | None) -> None:
         self.live = live
         self.dtype = dtype
+        self._is_gathered = is_sharded(live)
         self.refreshed = 0
         self._seen: list[Any] = []
         self.model: Any = self._build()
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether live weights were written to in place, or are others, since they were copied."""
+        return [source.state() for source in self._sources().values()] != self._seen
+
     def refresh(self, *, is_dirty: bool = True) -> None:
-        """Copy the live weights in place, if they are dirty or were written to since the last time.
+        """Copy the live weights in place, if they are dirty or stale; collective where they are sharded.
 
         The live model's generation config is taken over every time.
         """
@@ -101,10 +112,10 @@ class WeightsCopy:
 
         self.model.generation_config = copy.deepcopy(self.live.generation_config)
         self.model.generation_config.update(use_cache=True, cache_implementation=None)
-        sources = {name: _source(self.live, name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        state = [source.state() for source in sources.values()]
-        if not is_dirty and state == self._seen:
+        if not is_dirty and not self.is_stale:
             return
+        sources = self._sources()
+        state = [source.state() for source in sources.values()]
         with torch.no_grad():
             done: dict[Any, torch.nn.Parameter] = {}
             for name, source in sources.items():
@@ -118,23 +129,26 @@ class WeightsCopy:
         self._seen = state
         self.refreshed += 1
 
+    def _sources(self) -> dict[str, _Source]:
+        return {name: _source(self.live, name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
+
     def _written(self, parameter: Any, source: _Source, name: str) -> torch.nn.Parameter:
         """Return the copy's parameter, which is the live tensor itself or has its value."""
         import torch
 
         live = source.tensor.detach()
         dtype = self._dtype_of(live, name)
-        is_same = dtype == live.dtype and not source.adapters
-        if is_same:
+        if dtype == live.dtype and not source.adapters and not self._is_gathered:
             if parameter.is_meta or parameter.data_ptr() != live.data_ptr():
                 return torch.nn.Parameter(live, requires_grad=False)
-        elif parameter.is_meta or parameter.data_ptr() == live.data_ptr() or parameter.dtype != dtype:
-            storage = torch.empty_like(live, dtype=dtype)
-            storage.copy_(source.value())
-            return torch.nn.Parameter(storage, requires_grad=False)
-        else:
-            parameter.data.copy_(source.value())
-        return parameter  # type: ignore[no-any-return]
+            return parameter  # type: ignore[no-any-return]
+        has_storage = not parameter.is_meta and parameter.dtype == dtype
+        if has_storage and (self._is_gathered or parameter.data_ptr() != live.data_ptr()):
+            source.copy_into(parameter.data)
+            return parameter  # type: ignore[no-any-return]
+        storage = torch.empty(whole_shape(source.tensor), dtype=dtype, device=live.device)
+        source.copy_into(storage)
+        return torch.nn.Parameter(storage, requires_grad=False)
 
     def _dtype_of(self, live: torch.Tensor, name: str) -> torch.dtype:
         import torch
@@ -156,14 +170,14 @@ class WeightsCopy:
         for _, nested in config_levels(config):
             if nested is not text and "flash" in (nested._attn_implementation or ""):
                 nested._attn_implementation = "sdpa"  # a class asks for a flash kernel's package when it is built
-        with torch.device("meta"), random_state_kept():
+        with torch.device("meta"), random_state_kept(), unsharded_models() if self._is_gathered else nullcontext():
             model = type(self.live)(config)
         model.eval().requires_grad_(False)
         self._take_vision_attention(model, text)
         wanted = {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         for name, shape in wanted.items():
             try:
-                found = _source(self.live, name).tensor.shape
+                found = whole_shape(_source(self.live, name).tensor)
             except AttributeError:
                 found = None
             if found != shape:
@@ -210,20 +224,33 @@ class _Source:
     def state(self) -> tuple[Any, ...]:
         """Return what differs once the live tensors were written to in place, or are others."""
         tensors = (self.tensor, *(t for layer, name in self.adapters for t in _factors(layer, name)))
-        return tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
+        parts = [_part(tensor) for tensor in tensors]
+        # No address of a shard: ZeRO-3 gathers a parameter to another one each time.
+        addresses = [0 if part is not tensor else part.data_ptr() for part, tensor in zip(parts, tensors, strict=True)]
+        return tuple(
+            (id(tensor), address, part._version)
+            for tensor, address, part in zip(tensors, addresses, parts, strict=True)
+        )
 
-    def value(self) -> torch.Tensor:
-        """Return the tensor with the adapters folded in: float32 arithmetic, rounded when it is stored."""
+    def copy_into(self, storage: torch.Tensor) -> None:
+        """Write the whole tensor, the adapters folded in by float32 arithmetic; rounded once, when it is stored."""
         import torch
 
-        live: torch.Tensor = self.tensor.detach()
-        if not self.adapters:
-            return live
-        total = live.float()
-        for layer, name in self.adapters:
-            down, up = (factor.detach().float() for factor in _factors(layer, name))
-            total = torch.addmm(total, up, down, alpha=layer.scaling[name])
-        return total
+        with unsharded(self.tensor) as whole:
+            total = whole.detach().float() if self.adapters else whole.detach()
+            for layer, name in self.adapters:
+                with ExitStack() as stack:
+                    factors = [stack.enter_context(unsharded(factor)) for factor in _factors(layer, name)]
+                    down, up = (factor.detach().float() for factor in factors)
+                    total = torch.addmm(total, up, down, alpha=layer.scaling[name])
+            storage.copy_(total)
+
+
+def _part(tensor: Any) -> Any:
+    """Return the part of a tensor that this process holds."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
 
 
 def _factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:

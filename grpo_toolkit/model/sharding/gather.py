@@ -24,6 +24,12 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return is_fsdp1(model) or any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
 
 
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """Return the shape of the whole tensor, also where this process holds a part of it."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)  # a DTensor's own is that of the whole
+    return shape
+
+
 def is_fsdp1(model: torch.nn.Module) -> bool:
     """Return whether any part of the model is wrapped by the first FSDP, which flattens its parameters."""
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
@@ -43,7 +49,7 @@ def gather(tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = N
     is_main = rank() == 0
     whole: dict[int, torch.Tensor] = {}
     for key, tensor in live.items():
-        with _unsharded(tensor) as full:
+        with unsharded(tensor) as full:
             if is_main:
                 whole[key] = full.detach().to("cpu", dtype if full.is_floating_point() else None)
     return {name: whole[id(tensor)] for name, tensor in tensors.items()} if is_main else {}
@@ -67,9 +73,15 @@ def unsharded_models() -> Iterator[None]:
 
 
 @contextmanager
-def _unsharded(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def unsharded(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Give the whole of one tensor on every rank; collective where it is sharded and nobody has gathered it."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        if cast("Any", tensor).ds_status is ZeroParamStatus.AVAILABLE:  # inside of TRL's gathering, say
+            yield tensor.detach()
+            return
 
         with deepspeed.zero.GatheredParameters([tensor]):
             yield tensor.detach().clone()  # the parameter is emptied again on exit
