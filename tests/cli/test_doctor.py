@@ -213,3 +213,20 @@ def test_only_the_standard_library_is_imported(tmp_path: Path) -> None:
 def test_the_table_in_the_readme_is_what_the_rules_give() -> None:
     text = README.read_text(encoding="utf-8")
     assert with_table(text) == text, "python -m scripts.docs.doctor_rules --write README.md"
+
+
+def test_a_pipe_that_closes_early_is_no_error(tmp_path: Path) -> None:
+    folder = unpack("vlm_r1_451", tmp_path / "x")
+    command = [*python(), "-c", "from grpo_toolkit.cli import main; raise SystemExit(main())", "doctor", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as `| head -0` does
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")
+
+
+def test_a_base_that_is_the_folder_itself_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = unpack("vlm_r1_451", tmp_path / "x")
+    assert main(["doctor", str(folder), "--base", str(folder)]) == 2
+    assert "is the folder itself" in capsys.readouterr().err
