@@ -20,7 +20,7 @@ from __future__ import annotations
 
 
 class GrpoToolkitError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """The base class of every error that this package raises on purpose."""
 
 
 class GateError(GrpoToolkitError):
@@ -28,7 +28,7 @@ class GateError(GrpoToolkitError):
 
 
 class InputError(GrpoToolkitError):
-    """The caller's arguments or files are off; nothing was changed."""
+    """The caller's arguments or files are wrong; nothing was changed."""
 
 
 class CheckpointError(InputError):
@@ -64,7 +64,7 @@ class VerificationError(GrpoToolkitError):
 
 
 class WorkerError(GrpoToolkitError):
-    """A worker process failed, with the end of its log."""
+    """A worker process failed; the message ends with the end of its log."""
 
 
 def first_words(error: BaseException) -> str:

@@ -21,12 +21,17 @@ from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_confi
 
 from grpo_toolkit import (
     ExportCallback,
+    FastRolloutCallback,
     GrpoToolkitError,
     InputError,
     KVCacheCallback,
     LatencyCallback,
+    PackedVisionCallback,
     ResumeGuardCallback,
+    StepTimeCallback,
     last_whole_checkpoint,
+    rows_once,
+    write_report,
 )
 from grpo_vlm.arguments import RecipeArguments, parse
 from grpo_vlm.data.image_sizes import load_processor
@@ -37,6 +42,7 @@ from grpo_vlm.rewards.rewards import RewardFunction, find_format_reward, find_re
 from grpo_vlm.training.baselines import Baselines, conditions
 from grpo_vlm.training.cost import CostCallback
 from grpo_vlm.training.health import HealthCallback
+from grpo_vlm.training.screen import BarCallback, quiet_libraries, without_own_bar
 from grpo_vlm.training.sharded_rollouts import ShardedRolloutsCallback
 from grpo_vlm.training.summary import print_summary, summarise
 from grpo_vlm.training.trainer import AccuracyTrainer, measure, with_group_health
@@ -49,6 +55,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def main(argv: list[str]) -> None:
     check_versions()
     recipe, training, model = parse(argv)
+    if not recipe.verbose:
+        quiet_libraries()
     check_output(training.output_dir)
     if not recipe.dry_run:  # which may plan for another machine, and warns
         check_vllm(training)
@@ -74,7 +82,8 @@ def main(argv: list[str]) -> None:
     )
     plan = make_plan(recipe, training, model, splits, processor=processor)
     if training.process_index == 0:
-        print("\n".join(plan.lines()), file=sys.stdout if recipe.dry_run else sys.stderr, flush=True)
+        lines = plan.lines() if recipe.dry_run or recipe.verbose else plan.short_lines()
+        print("\n".join(lines), file=sys.stdout if recipe.dry_run else sys.stderr, flush=True)
     check_plan(plan)
     if recipe.dry_run:
         return
@@ -87,9 +96,21 @@ def main(argv: list[str]) -> None:
     )
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
     callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
+    # What makes a step fast comes after what it must see whole: the cache's watch, weights put right at a resume.
+    callbacks += [PackedVisionCallback()] if recipe.packed_vision else []
+    callbacks += [FastRolloutCallback("plain" if plan.fast_rollouts is False else "auto")] * recipe.fast_rollouts
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
+    steps = StepTimeCallback() if recipe.step_time else None
 
+    # First of all, so that what the others do after a step counts as theirs and not as reading rows.
+    callbacks = [*([] if steps is None else [steps]), *callbacks]
+    if not recipe.verbose:
+        callbacks = [BarCallback(), *callbacks]
     trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
+    if not recipe.verbose:
+        without_own_bar(trainer)
+    if steps is not None:
+        steps.trainer = trainer
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
     baselines = Baselines(
@@ -114,9 +135,13 @@ def main(argv: list[str]) -> None:
             direct_accuracy=baselines.figures.direct_accuracy,
             begun_with=baselines.checkpoint_name,
             cost=cost.figures(),
+            latency=Path(training.output_dir, "latency") if timing.rows else None,
+            steps=None if steps is None else steps.explanation,
         )
+        if timing.rows and not baselines.checkpoint_name:  # the page of the export says what was learnt, too
+            write_report(training.output_dir, results={"held-out accuracy": (baselines.figures.accuracy, after)})
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        print_summary(summary)
+        print_summary(summary, verbose=recipe.verbose)
 
 
 def make_trainer(
@@ -149,7 +174,7 @@ def make_trainer(
             args=training,
             reward_funcs=rewards,
             processing_class=processor,
-            train_dataset=splits.train,
+            train_dataset=rows_once(splits.train),
             eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
             peft_config=get_peft_config(model),
             callbacks=callbacks,

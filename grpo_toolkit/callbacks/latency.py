@@ -25,9 +25,11 @@ from grpo_toolkit.model.offload_to_cpu import parked
 from grpo_toolkit.model.save_hook import save_as_plain_trainer, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 from grpo_toolkit.reporting.charts.gallery import write_pictures
-from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, write_findings
-from grpo_toolkit.reporting.report.model_card import CARD, Training, write_model_card
+from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of
+from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, findings_of, write_findings
+from grpo_toolkit.reporting.report.model_card import write_model_card
 from grpo_toolkit.reporting.report.page import Pages, write_report
+from grpo_toolkit.reporting.report.screen_lines import latency_lines, line, verdict_lines
 from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.trackers.mirror import Mirror
 
@@ -111,7 +113,7 @@ class LatencyCallback(GuardedCallback):
             new_tokens=new_tokens,
             rounds=rounds,
             max_new_tokens=max_new_tokens,
-            gate=None if gate is None else gate_of(gate),
+            max_slowdown=None if gate is None else gate_of(gate),
         )
         self.every_steps = every_steps
         self.prompts = prompts
@@ -120,7 +122,7 @@ class LatencyCallback(GuardedCallback):
         self.explanations: list[ExplanationRow] = []
         self.mirror = Mirror(artifact=log_artifact)
         self.rows: list[LatencyRow] = []
-        self._training: Training | None = None
+        self._facts: CardFacts | None = None
         self.live_rows: list[LatencyRow] = []
         self._began = self._ended = time.perf_counter()
 
@@ -218,7 +220,10 @@ class LatencyCallback(GuardedCallback):
             write_findings(folder, diagnose_arms(as_saved))
             with parked(model, kwargs.get("optimizer")):
                 missed = end.run(arms)
-        self._training = Training.of(state.global_step, state.log_history)
+        self._facts = CardFacts(
+            training=Training.of(state.global_step, state.log_history, args),
+            system_prompt=system_prompt_of(end.requests[0].messages),
+        )
         with self._guarded("the latency report"):
             self._show(args, folder)
         if missed:
@@ -227,11 +232,11 @@ class LatencyCallback(GuardedCallback):
     def _show(self, args: TrainingArguments, folder: Path) -> None:
         """Write the report and the pictures, then log to the trackers, all from what is on disk."""
         review = self._review(folder, [*self.live_rows, *self.rows])
-        self._write_card(args, review)
+        self._write_card(review)
         pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
-        say(f"rows: {folder / FILE_NAME}   report: {pages.report}")
-        for line in self.mirror.log(review, pages, args):
-            say(line)
+        say(*latency_lines(self.rows), *verdict_lines(review, findings_of(review)), line("report", str(pages.report)))
+        for hint in self.mirror.log(review, pages, args):
+            say(hint)
 
     def _review(self, folder: Path, rows: list[LatencyRow]) -> Review:
         try:
@@ -240,13 +245,10 @@ class LatencyCallback(GuardedCallback):
             logger.warning("grpo_toolkit: %s; this training's rows are shown alone", error)
             return Review(path=folder, rows=rows)
 
-    def _write_card(self, args: TrainingArguments, review: Review) -> None:
-        """Write the section in the export's README.md, before the artifact, which records the manifest's sum."""
+    def _write_card(self, review: Review) -> None:
+        """Write the export's page, before the artifact, which records the manifest's sum."""
         export = next((row for row in self.rows if row.arm == "export"), None)
-        if export is None or self._training is None:
+        if export is None:
             return
-        base = next((row.path for row in self.rows if row.arm == "base"), None)
-        with self._guarded("the model card"):
-            write_model_card(
-                export.path, review, training=self._training, base=base, around=Path(args.output_dir, CARD)
-            )
+        with self._guarded("the export's page"):
+            write_model_card(export.path, review, facts=self._facts)

@@ -42,6 +42,19 @@ def find_base(name_or_path: str | None, *, revision: str | None = None) -> Path 
     return snapshot if os.path.isfile(snapshot / CONFIG) else None  # noqa: PTH113
 
 
+def public_name(folder: Path) -> str:
+    """Return a base's name for the public: its Hub name where it lies in the Hub's cache, else the folder's own."""
+    for part in folder.absolute().parts:
+        if match := re.fullmatch(r"models--([\w.\-]+?)--([\w.\-]+)", part):
+            return f"{match[1]}/{match[2]}"
+    return folder.resolve().name
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a public name is one of the Hub, "organisation/name": a folder's name has no slash."""
+    return name.count("/") == 1 and _HUB_NAME.fullmatch(name) is not None
+
+
 def named_base(name: str | os.PathLike[str]) -> Path:
     """Return the folder of a base that the caller named.
 
@@ -50,8 +63,14 @@ def named_base(name: str | os.PathLike[str]) -> Path:
     """
     folder = find_base(os.fspath(name))
     if folder is None:
-        raise CheckpointError(f"--base {os.fspath(name)}: neither a model folder nor in the local Hub cache")
+        given = os.fspath(name)
+        raise CheckpointError(f"--base {given}: neither a model folder nor in the local Hub cache{_download(given)}")
     return folder
+
+
+def _download(name: object) -> str:
+    """Return how to fetch a name that looks like one of the Hub, "" for others."""
+    return f"; fetch it: hf download {name}" if isinstance(name, str) and is_hub_name(name) else ""
 
 
 def base_of_adapter(adapter: Path) -> Path:
@@ -66,7 +85,7 @@ def base_of_adapter(adapter: Path) -> Path:
     if folder is None:
         raise CheckpointError(
             f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path is {name!r}, which is not on this machine; pass "
-            "base= (--base)"
+            f"base= (--base){_download(name)}"
         )
     return folder
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.cli.bench_arguments import add_arguments, find_arms, find_workloads, given_requests
-from grpo_toolkit.cli.shell import add_device, add_json, quiet_libraries
+from grpo_toolkit.cli.shell import add_device, add_json, add_verb, check_writable, quiet_libraries
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.cli.shell import Commands
     from grpo_toolkit.latency.bench.compare import Comparison
-    from grpo_toolkit.latency.bench.gate import Gate, Missed
+    from grpo_toolkit.latency.bench.gate import Missed
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.pool import Engines
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `bench` and its flags."""
-    parser = commands.add_parser("bench", help="time models side by side, taking turns")
+    parser = add_verb(
+        commands,
+        "bench",
+        help="time models side by side, taking turns",
+        examples=(
+            "base=BASE export=EXPORT --output timings",
+            "EXPORT http://localhost:8000/v1#policy --workload natural",
+            "BASE EXPORT --gate max-slowdown=1.05 --rounds 24",
+        ),
+    )
     add_arguments(parser)
     parser.set_defaults(run=bench)
     add_json(parser)
@@ -52,22 +62,43 @@ def bench(arguments: argparse.Namespace) -> int:
         raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
     if arguments.rounds < 1:
         raise InputError("bench needs at least one arm, one request, one round and one new token")
+    _say_order(arms)
     given = given_requests(arguments)
     processor = processor_of(arms)
+    if arguments.output is not None:
+        check_writable(arguments.output)
     found: list[Comparison] = []
-    with Engines() as engines:
-        for make in find_workloads(arguments, given, processor):
-            for comparison in _measured(arguments, arms, make, engines):
-                found.append(comparison)
-                rows = [*comparison.rows, *([] if comparison.control is None else [comparison.control])]
-                if arguments.output is not None:
-                    append_rows(arguments.output / FILE_NAME, rows)
-                if not arguments.json:
-                    _show(rows)
+    try:
+        with Engines() as engines:
+            for make in find_workloads(arguments, given, processor):
+                for comparison in _measured(arguments, arms, make, engines):
+                    found.append(comparison)
+                    rows = [*comparison.rows, *([] if comparison.control is None else [comparison.control])]
+                    if not arguments.json:
+                        _show(rows)
+                    if arguments.output is not None:
+                        append_rows(arguments.output / FILE_NAME, rows)
+    except (KeyboardInterrupt, OSError):
+        if arguments.json and found:  # what there is; without JSON it is on the screen
+            _finish(arguments, None, found, base="")
+        raise
     return _finish(arguments, gate, found, base=arms[0].place)
 
 
-def _finish(arguments: argparse.Namespace, gate: Gate | None, found: Sequence[Comparison], *, base: str) -> int:
+def _say_order(arms: Sequence[Arm]) -> None:
+    """Say if the first folder is another's trained model, or given twice with the same settings."""
+    from grpo_toolkit.checkpoint.lineage import order_notice
+    from grpo_toolkit.reporting.terminal.console import say
+
+    first = arms[0]
+    for arm in arms[1:]:
+        is_same_setting = arm.options == first.options
+        notice = order_notice(first.place, arm.place) if is_same_setting else None
+        if notice is not None:
+            say(f"NOTE: {notice}")
+
+
+def _finish(arguments: argparse.Namespace, gate: float | None, found: Sequence[Comparison], *, base: str) -> int:
     """Hold what was measured against the gate, and explain what missed it; print JSON if that is wanted."""
     from grpo_toolkit.latency.bench.gate import missed_by
 
@@ -76,7 +107,7 @@ def _finish(arguments: argparse.Namespace, gate: Gate | None, found: Sequence[Co
     if arguments.json:
         rows = [row.to_json() for comparison in found for row in comparison.rows]
         controls = [comparison.control.to_json() for comparison in found if comparison.control is not None]
-        reasons = [miss.to_json() for miss in missed]
+        reasons = [asdict(miss) for miss in missed]
         why = [row.to_json() for row in explained]
         print(json.dumps({"rows": rows, "controls": controls, "missed": reasons, "explanations": why}))
     return 1 if missed else 0
@@ -86,7 +117,7 @@ def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Mis
     """Explain what missed a gate, and print it unless JSON is wanted."""
     if not missed:
         return []
-    from grpo_toolkit.latency.explain.missed_gate import explain_missed
+    from grpo_toolkit.latency.explain.explanation import explain_missed
 
     rows = explain_missed(base, missed, device=arguments.device)
     if not arguments.json:
@@ -101,7 +132,8 @@ def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Mis
 
 def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
     """Compare rows of earlier measurements again: those of one session and workload with each other."""
-    from grpo_toolkit.latency.bench.compare import CONTROL, compare_rows
+    from grpo_toolkit.latency.bench.compare import compare_rows
+    from grpo_toolkit.latency.rows.review import CONTROL
     from grpo_toolkit.latency.rows.store import read_measurements
 
     groups: dict[tuple[str, str], list[LatencyRow]] = {}
@@ -123,24 +155,25 @@ def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
 
 
 def _measured(
-    arguments: argparse.Namespace, arms: Sequence[Arm], make: Callable[[int], Traffic], engines: Engines
+    arguments: argparse.Namespace, arms: Sequence[Arm], make: Callable[..., Traffic], engines: Engines
 ) -> Iterator[Comparison]:
     """Compare the arms at each batch size."""
-    from grpo_toolkit.latency.bench.compare import compare_latency
-    from grpo_toolkit.latency.bench.sweep import doubling, sweep_batches
+    from grpo_toolkit.latency.bench.compare import compare_latency, doubling, sweep_batches
     from grpo_toolkit.reporting.terminal.console import turn_progress
+
+    progress = turn_progress(", ".join(arm.name for arm in arms))
 
     def compare(left: Sequence[Arm], size: int) -> Comparison:
         return compare_latency(
             left,
-            make(size),
+            make(batch_size=size),
             rounds=arguments.rounds,
             control=len(left) > 1 and not arguments.no_control,
             roofline=not arguments.no_roofline,
             precision=None if arguments.precision is None else arguments.precision / 100,
             budget_s=arguments.budget,
             engines=engines,
-            progress=turn_progress(),
+            progress=progress,
         )
 
     return sweep_batches(arms, doubling() if arguments.batch_size == ["max"] else arguments.batch_size, compare)

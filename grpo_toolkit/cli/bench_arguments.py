@@ -9,20 +9,29 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.cli.shell import check_attention
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from grpo_toolkit.latency.bench.sweep import Setting
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.model.generation.request import Request
 
 
 DEFAULT_IMAGE_TOKENS = 256
+
+CACHES: Final[dict[str, dict[str, Any]]] = {
+    "dynamic": {"cache_implementation": "dynamic", "compiled": False},
+    "static": {"cache_implementation": "static", "compiled": False},
+    "static+compile": {"cache_implementation": "static", "compiled": True},
+    "static+compile+ahead": {"cache_implementation": "static", "compiled": True, "ahead": True},
+}
+"""The values of the setting `cache`, as options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]MODEL",
         help="folders, endpoints (http://host:8000/v1[#MODEL]), or rows measured before",
     )
+    add = parser.add_argument_group("what is asked").add_argument
     add("--workload", choices=["fixed", "natural", "both"], default="both", help="exact lengths, live ends, or both")
     add("--new-tokens", type=_counts, default=[64], metavar="N,...", help="of each fixed answer (default 64)")
     add("--max-new-tokens", type=count, default=256, metavar="N", help="the cap of natural answers (default 256)")
@@ -55,10 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", help="what to ask, instead of made-up prompts")
     add("--image", type=Path, help="an image to ask about")
     add("--prompts", type=Path, metavar="FILE", help="JSON lines with prompt and image (a path), to ask in turn")
+    add("--seed", type=int, default=0, help="of made-up requests")
+    add = parser.add_argument_group("how it is measured").add_argument
     add("--rounds", type=int, default=12, help="measured requests per model (default 12; verdicts need 6)")
     add("--precision", type=float, metavar="PERCENT", help="go on until ratios are known to so many percent")
     add("--budget", type=float, metavar="SECONDS", help="per workload, warm-up included; 6 rounds are made anyway")
     add("--no-control", action="store_true", help="leave out the first model against itself (A/A)")
+    add("--no-roofline", action="store_true", help="do not measure the device's bandwidth")
+    add = parser.add_argument_group("how it is run").add_argument
     add("--no-cache", action="store_true", help="also time every model with its KV cache off")
     add("--cache", type=_words, metavar="KIND,...", help="dynamic, static, static+compile, static+compile+ahead")
     add("--attn", type=_words, metavar="NAME,...", help="attention implementations: sdpa, eager, ...")
@@ -68,97 +82,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tune", action="store_true", help="the older spelling of grpo-toolkit tune")
     add("--max-tpot", type=float, metavar="MS", help="with --tune: batches as long as a token takes no longer")
     add("--max-memory", type=float, metavar="GB", help="with --tune: batches as long as they need no more memory")
+    add = parser.add_argument_group("what comes out").add_argument
     add("--gate", metavar="max-slowdown=RATIO", help="exit 1, with the reason, if a model is slower than the first")
-    add("--no-roofline", action="store_true", help="do not measure the device's bandwidth")
-    add("--seed", type=int, default=0, help="of made-up requests")
     add("--output", type=Path, metavar="DIR", help="append the rows to DIR/latency.jsonl")
 
 
 def find_workloads(
     arguments: argparse.Namespace, given: Sequence[Request], processor: Any
-) -> Iterator[Callable[[int], Traffic]]:
-    """Yield the workloads that the flags name, as functions of the batch size."""
+) -> Iterator[Callable[..., Traffic]]:
+    """Yield the workloads that the flags name, as functions of `batch_size`."""
+    from grpo_toolkit.latency.bench.workload import made_up, traffic_of
+
+    make = partial(traffic_of, given) if given else partial(made_up, processor)
+    images = [{}] if given else [{"image_tokens": tokens} for tokens in _image_tokens(arguments, processor)]
+    make = partial(make, seed=arguments.seed)
     if arguments.workload != "natural":
-        yield from _fixed(arguments, given, processor)
+        for settings in _fixed(arguments, is_made_up=not given):
+            yield from (partial(make, kind="fixed", **settings, **image) for image in images)
     if arguments.workload != "fixed":
-        yield from _natural(arguments, given, processor)
-
-
-def _fixed(
-    arguments: argparse.Namespace, given: Sequence[Request], processor: Any
-) -> Iterator[Callable[[int], Traffic]]:
-    from grpo_toolkit.latency.bench.workload import made_up
-
-    if given:
-        for new_tokens in arguments.new_tokens:
-            yield partial(
-                _named, given=given, kind="fixed", max_new_tokens=new_tokens, thinking=None, seed=arguments.seed
+        for thinking in {"off": [False], "on": [True], "both": [False, True]}[arguments.thinking]:
+            name = "natural_thinking" if thinking else "natural"
+            natural = partial(
+                make, name=name, kind="natural", max_new_tokens=arguments.max_new_tokens, thinking=thinking
             )
+            yield from (partial(natural, **image) for image in images)
+
+
+def _fixed(arguments: argparse.Namespace, *, is_made_up: bool) -> Iterator[dict[str, Any]]:
+    """Yield the settings of each fixed workload: of given prompts only the length of the answer is free."""
+    if not is_made_up:
+        yield from ({"max_new_tokens": new_tokens} for new_tokens in arguments.new_tokens)
         return
-    lengths = ["repeated", "new"] if arguments.lengths == "both" else [arguments.lengths]
-    sizes = (lengths, arguments.new_tokens, arguments.prompt_tokens, _image_tokens(arguments, processor))
-    for length, new_tokens, prompt_tokens, image_tokens in product(*sizes):
-
-        def make(
-            size: int,
-            length: Any = length,
-            new_tokens: int = new_tokens,
-            prompt_tokens: int = prompt_tokens,
-            image_tokens: int | None = image_tokens,
-        ) -> Traffic:
-            name = "fixed" if length == "repeated" else "fixed_new_lengths"
-            traffic = made_up(
-                processor,
-                prompt_tokens=prompt_tokens,
-                image_tokens=image_tokens,
-                max_new_tokens=new_tokens,
-                batch_size=size,
-                lengths=length,
-                seed=arguments.seed,
-            )
-            return replace(traffic, name=name)
-
-        yield make
-
-
-def _natural(
-    arguments: argparse.Namespace, given: Sequence[Request], processor: Any
-) -> Iterator[Callable[[int], Traffic]]:
-    from grpo_toolkit.latency.bench.workload import made_up
-
-    cap = arguments.max_new_tokens
-    for thinking in {"off": [False], "on": [True], "both": [False, True]}[arguments.thinking]:
-        if given:
-            yield partial(
-                _named, given=given, kind="natural", max_new_tokens=cap, thinking=thinking, seed=arguments.seed
-            )
-            continue
-        for image_tokens in _image_tokens(arguments, processor):
-
-            def make(size: int, thinking: bool = thinking, image_tokens: int | None = image_tokens) -> Traffic:
-                traffic = made_up(
-                    processor,
-                    kind="natural",
-                    image_tokens=image_tokens,
-                    max_new_tokens=cap,
-                    batch_size=size,
-                    thinking=thinking,
-                    seed=arguments.seed,
-                )
-                return replace(traffic, name="natural_thinking" if thinking else "natural")
-
-            yield make
-
-
-def _named(
-    size: int, *, given: Sequence[Request], kind: Any, max_new_tokens: int, thinking: bool | None, seed: int
-) -> Traffic:
-    from grpo_toolkit.latency.bench.workload import traffic_of
-
-    traffic = traffic_of(
-        given, kind=kind, max_new_tokens=max_new_tokens, batch_size=size, thinking=thinking, seed=seed
-    )
-    return replace(traffic, name=f"{kind}_thinking" if thinking else kind)
+    names = {"repeated": "fixed", "new": "fixed_new_lengths"}
+    lengths = names if arguments.lengths == "both" else [arguments.lengths]
+    for length, new_tokens, prompt_tokens in product(lengths, arguments.new_tokens, arguments.prompt_tokens):
+        yield {
+            "name": names[length],
+            "lengths": length,
+            "max_new_tokens": new_tokens,
+            "prompt_tokens": prompt_tokens,
+        }
 
 
 def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | None]:
@@ -170,10 +133,10 @@ def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | N
 def find_arms(arguments: argparse.Namespace) -> list[Arm]:
     """Return every model in every setting that the flags name."""
     from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-    from grpo_toolkit.latency.bench.sweep import with_setting
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Options
 
+    check_attention(arguments.attn or ())
     plain = Options(device=arguments.device, dtype=arguments.dtype, sample=arguments.sample)
     arms = []
     for item in arguments.models:
@@ -184,7 +147,7 @@ def find_arms(arguments: argparse.Namespace) -> list[Arm]:
             continue
         open_checkpoint(Path(place))
         chosen = [("", plain)]
-        settings: tuple[tuple[Setting, list[Any] | None], ...] = (
+        settings: tuple[tuple[str, list[Any] | None], ...] = (
             ("cache", arguments.cache),
             ("attn_implementation", arguments.attn),
             ("sdpa_backend", arguments.sdpa),
@@ -200,6 +163,19 @@ def find_arms(arguments: argparse.Namespace) -> list[Arm]:
                 ]
         arms += [Arm(name=f"{name}{suffix}", path=Path(place), options=options) for suffix, options in chosen]
     return arms
+
+
+def with_setting(options: Options, setting: str, value: Any) -> Options:
+    """Return the options with one setting changed: a field of theirs, or `cache`, which is several.
+
+    Raises:
+        InputError: a cache that is not known.
+    """
+    if setting != "cache":
+        return replace(options, **{setting: value})
+    if value not in CACHES:
+        raise InputError(f"no cache called {value!r}; choose from {', '.join(CACHES)}")
+    return replace(options, **CACHES[value])
 
 
 def _word(setting: str, value: Any) -> str:
@@ -221,15 +197,20 @@ def named_model(item: str) -> tuple[str, str]:
 
 def given_requests(arguments: argparse.Namespace) -> list[Request]:
     """Return the requests of `--prompt`, `--image` and `--prompts`; none where prompts are made up."""
-    from grpo_toolkit.model.generation.request import Request, requests_from_rows
+    from grpo_toolkit.model.generation.request import requests_from_rows
 
     if arguments.prompts is not None:
         return requests_from_rows(_prompt_rows(arguments.prompts), limit=10_000)
-    if arguments.prompt is None and arguments.image is None:
-        return []
-    images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
+    return [] if arguments.prompt is None and arguments.image is None else [asked(arguments)]
+
+
+def asked(arguments: argparse.Namespace) -> Request:
+    """Return the request of `--prompt` and `--image`."""
+    from grpo_toolkit.model.generation.request import Request
+
+    images = [] if arguments.image is None else [_read_image(arguments.image, "--image")]
     prompt = arguments.prompt or "Describe what you see, step by step."
-    return [Request(messages=[{"role": "user", "content": prompt}], images=images)]
+    return Request(messages=[{"role": "user", "content": prompt}], images=images)
 
 
 def _prompt_rows(path: Path) -> list[dict[str, Any]]:
@@ -246,24 +227,24 @@ def _prompt_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
             raise InputError(f'--prompts {path}: line {number} has no "prompt" (a text, or chat messages)')
         if row.get("image") is not None:
-            row["image"] = read_image(path.parent / str(row["image"]), f"--prompts {path}: line {number}")
+            row["image"] = _read_image(path.parent / str(row["image"]), f"--prompts {path}: line {number}")
         rows.append(row)
     if not rows:
         raise InputError(f"--prompts {path}: holds no prompts")
     return rows
 
 
-def read_image(path: Path, where: str) -> Any:
+def _read_image(path: Path, where: str) -> Any:
     """Read an image as RGB.
 
     Raises:
         InputError: it cannot be read as one.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:
         raise InputError(f"{where} {path}: cannot be read as an image ({error})") from error
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import READER_HELP, add_json, print_lines
+from grpo_toolkit.cli.shell import READER_HELP, add_json, add_verb, print_lines
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.reporting.terminal.diagnosis import diagnosis_lines, paper, run_lines
 
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `doctor` and its flags."""
-    parser = commands.add_parser("doctor", help="say what is wrong with a model folder, or with a run's checkpoints")
+    parser = add_verb(
+        commands,
+        "doctor",
+        help="say what is wrong with a model folder, or with a run's checkpoints",
+        examples=(
+            "out/checkpoint-500 --base Qwen/Qwen2.5-VL-3B-Instruct",
+            "out",
+            "out/checkpoint-500 --base BASE --deep --json",
+        ),
+    )
     parser.add_argument("path", type=Path, help="a model, an adapter, a checkpoint, or a run folder with many")
     parser.add_argument("--base", help="folder or Hub name (in the local cache) of the model it was trained from")
     parser.add_argument("--deep", action="store_true", help="also compare weights byte by byte")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.shell import add_json, version
+from grpo_toolkit.cli.shell import add_json, add_verb, version
 
 if TYPE_CHECKING:
     import argparse
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `env` and its flags."""
-    parser = commands.add_parser("env", help="versions and hardware, for a bug report")
+    parser = add_verb(
+        commands,
+        "env",
+        help="versions and hardware, for a bug report",
+        examples=("", "--json", "> environment.txt"),
+    )
     parser.set_defaults(run=env)
     add_json(parser)
 
@@ -23,6 +28,8 @@ def add_command(commands: Commands) -> None:
 def env(arguments: argparse.Namespace) -> int:
     """Print versions and hardware, and return the exit code."""
     import platform
+    from contextlib import suppress
+    from importlib import metadata
     from importlib.util import find_spec
 
     facts = {
@@ -30,13 +37,16 @@ def env(arguments: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
     }
+    for name in ("trl", "peft", "accelerate", "wandb"):
+        with suppress(metadata.PackageNotFoundError):
+            facts[name] = metadata.version(name)
     absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if absent:
-        facts |= dict.fromkeys(absent, "not installed")
+        facts |= {name: f"not installed: pip install {name}" for name in absent}
     else:
         import torch
 
-        from grpo_toolkit.latency.hardware.environment import environment_of
+        from grpo_toolkit.model.hardware.environment import environment_of
 
         facts |= environment_of("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.json:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.cli.shell import add_device, add_json
+from grpo_toolkit.cli.shell import add_device, add_json, add_verb, check_attention, check_writable
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,9 +31,21 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
 
 def add_command(commands: Commands) -> None:
     """Add `explain` and its flags."""
-    parser = commands.add_parser("explain", help="say why a trained model is slower than its base")
-    parser.add_argument("base", type=Path, help="the base model's folder")
-    parser.add_argument("trained", type=Path, help="the trained model's or adapter's folder")
+    parser = add_verb(
+        commands,
+        "explain",
+        help="say why a trained model is slower than its base, or a training step than it need be",
+        examples=(
+            "BASE out/checkpoint-500",
+            "BASE out/checkpoint-500 --with dtype=float32 --rounds 12",
+            "--steps out",
+        ),
+    )
+    parser.add_argument("base", type=Path, nargs="?", help="the base model's folder")
+    parser.add_argument("trained", type=Path, nargs="?", help="the trained model's or adapter's folder")
+    parser.add_argument(
+        "--steps", type=Path, metavar="RUN_DIR", help="say instead where a training's steps spend their time, and why"
+    )
     parser.add_argument(
         "--with",
         dest="settings",
@@ -55,12 +67,24 @@ def add_command(commands: Commands) -> None:
 
 def explain(arguments: argparse.Namespace) -> int:
     """Explain, print, and return the exit code: 1 where a cause was found."""
+    if arguments.steps is not None:
+        return _explain_steps(arguments)
+    if arguments.base is None or arguments.trained is None:
+        raise InputError("give a base and a trained model, or --steps and a training's output folder")
+    from grpo_toolkit.checkpoint.lineage import order_notice
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
     from grpo_toolkit.latency.rows.store import append_rows
-    from grpo_toolkit.reporting.terminal.console import show, turn_progress
+    from grpo_toolkit.reporting.terminal.console import say, show, turn_progress
 
+    notice = order_notice(arguments.base, arguments.trained)
+    if notice is not None:
+        say(f"NOTE: {notice}")
+    if arguments.output is not None:
+        check_writable(arguments.output.absolute().parent)
     usual = Options(device=arguments.device)
+    trained_options = with_settings(usual, arguments.settings)
+    check_attention([trained_options.attn_implementation])
     row = explain_latency(
         arguments.base,
         arguments.trained,
@@ -70,18 +94,38 @@ def explain(arguments: argparse.Namespace) -> int:
         budget_s=arguments.budget,
         device=arguments.device,
         options=usual,
-        trained_options=with_settings(usual, arguments.settings),
-        progress=turn_progress(),
+        trained_options=trained_options,
+        progress=turn_progress(f"{arguments.base} and {arguments.trained}"),
     )
-    if arguments.output is not None:
-        append_rows(arguments.output, [row])
     if arguments.json:
         print(json.dumps({**row.to_json(), "top_cause": top_cause(row), "unexplained_share": unexplained_share(row)}))
     else:
         from grpo_toolkit.reporting.terminal.explanation import explanation
 
         show(explanation(row))
+    if arguments.output is not None:
+        append_rows(arguments.output, [row])
     return 0 if top_cause(row) is None else 1
+
+
+def _explain_steps(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.reporting.report.step_section import explained
+    from grpo_toolkit.step_time.store import load_step_review
+
+    if arguments.base is not None:
+        raise InputError("--steps is about a training's output folder, and takes no models")
+    review = load_step_review(arguments.steps)
+    row = explained(review)
+    if row is None:
+        raise InputError(f"{review.path}: no step in it has phases, so there is nothing to explain")
+    if arguments.json:
+        print(json.dumps({**row.to_json(), "top_cause": row.top_cause}))
+    else:
+        from grpo_toolkit.reporting.terminal.console import show
+        from grpo_toolkit.reporting.terminal.step_time import step_time
+
+        show(step_time(row))
+    return 0 if row.top_cause is None else 1
 
 
 def with_settings(options: Options, settings: list[str]) -> Options:
@@ -103,12 +147,10 @@ def with_settings(options: Options, settings: list[str]) -> Options:
 
 
 def _requests(arguments: argparse.Namespace) -> list[Any]:
-    from grpo_toolkit.cli.bench_arguments import read_image
-    from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.cli.bench_arguments import asked
 
     if arguments.prompt is None:
         if arguments.image is not None:
             raise InputError("--image: say what to ask about it with --prompt")
         return []
-    images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
-    return [Request(messages=[{"role": "user", "content": arguments.prompt}], images=images)]
+    return [asked(arguments)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import COMPAT_HELP, add_device, add_json, quiet_libraries
+from grpo_toolkit.cli.shell import add_device, add_json, add_publishing, add_verb, quiet_libraries, repository
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,18 +19,24 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `export` and its flags."""
-    parser = commands.add_parser("export", help="publish a trained folder for inference: merged, verified, portable")
+    parser = add_verb(
+        commands,
+        "export",
+        help="publish a trained folder for inference: merged, verified, portable",
+        examples=(
+            "out/checkpoint-500 exported --base Qwen/Qwen2.5-VL-3B-Instruct",
+            "out/adapter exported --overwrite",
+            "out/checkpoint-500 exported --push-to-hub me/policy",
+        ),
+    )
     parser.add_argument("source", type=Path, help="a full checkpoint, a LoRA adapter, or a verl run's global_step_N")
-    parser.add_argument("output", type=Path, help="the folder to publish")
+    add_publishing(parser)
     parser.add_argument("--base", help="folder or Hub name of the base model whose files are carried")
     parser.add_argument("--adapter-name", metavar="NAME", help="which one, of a folder that holds several adapters")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--link", action="store_true", help="hard links to the source's weight files where they fit")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
-    parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor, such as float16")
-    parser.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the verified folder (a new repo is private)")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
+    parser.add_argument(
+        "--push-to-hub", type=repository, metavar="REPO", help="upload the verified folder (a new repo is private)"
+    )
     parser.add_argument("--tuned", action="store_true", help="find the fastest setting, and write what files can hold")
     parser.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
     parser.set_defaults(run=export)
@@ -44,6 +51,8 @@ def export(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint.publish import check_output
     from grpo_toolkit.export.export import export_model
     from grpo_toolkit.merge.adapter import find_adapter
+    from grpo_toolkit.reporting.report.card_facts import CardFacts
+    from grpo_toolkit.reporting.report.model_card import write_model_card
     from grpo_toolkit.reporting.terminal.console import byte_progress, say
     from grpo_toolkit.reporting.terminal.tables import export_table
 
@@ -78,6 +87,7 @@ def export(arguments: argparse.Namespace) -> int:
             generation_overrides=overrides,
             notes=notes,
             adapter_name=arguments.adapter_name,
+            finish=partial(write_model_card, facts=CardFacts(repository=arguments.push_to_hub)),
         )
     assert result is not None, "one process is rank 0"
     if is_talking:

@@ -17,19 +17,32 @@ from grpo_toolkit.errors import GrpoToolkitError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import ModuleType
 
-VERBS: Final = (export, merge, verify, bench, tune, explain, doctor, repair, report, workspace, env)
-"""The commands, in the order of the help: each a module with `add_command` and a function of its name."""
+    from grpo_toolkit.cli.shell import Commands
+
+GROUPS: Final = {
+    "publish": (export, merge, verify),
+    "measure": (bench, tune, explain, report, workspace),
+    "examine": (doctor, repair, env),
+}
+"""The commands by what they are for, in the order of the help."""
+
+VERBS: Final = tuple(verb for verbs in GROUPS.values() for verb in verbs)
+"""The commands: each a module with `add_command` and a function of its name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (by default this process's) and return the exit code."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:  # with the usage of the command that was meant
+        getattr(arguments, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.version:
         print(f"grpo-toolkit {version()}")
         return 0
     if getattr(arguments, "run", None) is None:
-        build_parser().print_help(sys.stderr)
+        parser.print_help(sys.stderr)
         return EXIT_INPUT
     try:
         check_device(getattr(arguments, "device", "cpu"))
@@ -50,10 +63,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
-        prog="grpo-toolkit", description="Make models that leave GRPO training ready for inference."
+        prog="grpo-toolkit",
+        usage="grpo-toolkit [-h] [--version] COMMAND ...",
+        description="Make models that leave GRPO training ready for inference.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", help=argparse.SUPPRESS, prog="grpo-toolkit")
     for verb in VERBS:
         verb.add_command(commands)
+    parser.epilog = "\n".join(
+        [
+            *(line for group, verbs in GROUPS.items() for line in (f"{group}:", *_lines(verbs, commands), "")),
+            "examples:",
+            "  grpo-toolkit doctor out/checkpoint-500 --base Qwen/Qwen2.5-VL-3B-Instruct",
+            "  grpo-toolkit export out/checkpoint-500 exported",
+            "  grpo-toolkit bench base=BASE export=exported --output timings",
+            "",
+            "grpo-toolkit COMMAND --help says more of each",
+        ]
+    )
     return parser
+
+
+def _lines(verbs: Sequence[ModuleType], commands: Commands) -> list[str]:
+    names = [verb.__name__.rpartition(".")[2] for verb in verbs]
+    return [f"  {name:<11}{(commands.choices[name].description or '').rstrip('.')}" for name in names]

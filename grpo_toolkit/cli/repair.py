@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.shell import add_json, print_lines
+from grpo_toolkit.cli.shell import add_json, add_verb, print_lines
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.reporting.terminal.diagnosis import paper, repair_lines
 
@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `repair` and its flags."""
-    parser = commands.add_parser("repair", help="mend what the doctor found, atomically and with an undo")
+    parser = add_verb(
+        commands,
+        "repair",
+        help="mend what the doctor found, atomically and with an undo",
+        examples=(
+            "out/checkpoint-500 --base BASE --dry-run",
+            "out/checkpoint-500 --base BASE",
+            "out/checkpoint-500 --undo",
+        ),
+    )
     parser.add_argument("path", type=Path, help="as for doctor")
     parser.add_argument("--base", help="as for doctor; many faults are mended with what the base says")
     parser.add_argument("--dry-run", action="store_true", help="print the changes as a diff and make none")

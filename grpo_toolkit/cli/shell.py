@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError
@@ -17,13 +19,80 @@ if TYPE_CHECKING:
 EXIT_FINDINGS: Final = 1
 EXIT_INPUT: Final = 2
 
-COMPAT_HELP: Final = (
+_COMPAT_HELP: Final = (
     "who can read it: all (also transformers 4 and servers, whatever wrote the base), v5 (the base's forms)"
 )
 READER_HELP: Final = (
     "judge for one reader: transformers, vllm or sglang, with a version if you like (transformers==4.49); without it "
     "a fault for any of them counts, and what is wrong for the installed transformers comes first"
 )
+
+
+def add_publishing(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of commands that publish a folder."""
+    parser.add_argument("output", type=Path, help="the folder to publish")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export or merge")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
+    parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor (default: the base's)")
+    parser.add_argument("--compat", choices=("all", "v5"), default="all", help=_COMPAT_HELP)
+    parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
+
+
+def add_verb(commands: Commands, name: str, *, help: str, examples: tuple[str, ...]) -> argparse.ArgumentParser:
+    """Add a command whose help says what it is for and shows three examples."""
+    import argparse
+
+    shown = "\n".join(f"  grpo-toolkit {name} {example}".rstrip() for example in examples)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        description=f"{help[:1].upper()}{help[1:]}.",
+        epilog=f"examples:\n{shown}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(parser=parser)
+    return parser
+
+
+def repository(text: str) -> str:
+    """Return a repository's name on the Hub; a name that the Hub cannot have is refused before anything is loaded."""
+    import argparse
+
+    if not re.fullmatch(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}", text) or ".." in text or "--" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name on the Hub, such as organisation/name")
+    return text
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written into, before what is to be written has been measured.
+
+    Raises:
+        InputError: it cannot be made or written.
+    """
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: nothing can be written there ({error.strerror or error})") from error
+
+
+def check_attention(names: Iterable[str | None]) -> None:
+    """Refuse names of attention implementations that the installed transformers does not have.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    given = [name for name in names if name is not None and "/" not in name]  # with a slash: a kernel from the Hub
+    if not given:
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.keys()]
+    for name in given:
+        if name not in known:
+            raise InputError(f"no attention implementation {name!r}; transformers here has {', '.join(known)}")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cli.bench_arguments import count, named_model
-from grpo_toolkit.cli.shell import add_device, add_json, quiet_libraries
+from grpo_toolkit.cli.shell import add_device, add_json, add_verb, quiet_libraries
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `tune` and its flags."""
-    parser = commands.add_parser("tune", help="find the fastest setting that gives a model's own tokens")
+    parser = add_verb(
+        commands,
+        "tune",
+        help="find the fastest setting that gives a model's own tokens",
+        examples=(
+            "EXPORT",
+            "EXPORT --device cuda --max-tpot 20",
+            "EXPORT --image-tokens 256 --max-memory 40",
+        ),
+    )
     parser.add_argument("model", metavar="FOLDER", help="a model or adapter folder")
     parser.add_argument("--new-tokens", type=count, default=64, metavar="N", help="of each answer (default 64)")
     parser.add_argument("--prompt-tokens", type=count, default=512, metavar="N", help="of the prompt (default 512)")

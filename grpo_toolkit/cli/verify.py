@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import EXIT_FINDINGS, add_device, add_json, quiet_libraries
+from grpo_toolkit.cli.shell import EXIT_FINDINGS, add_device, add_json, add_verb, quiet_libraries
 
 if TYPE_CHECKING:
     import argparse
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `verify` and its flags."""
-    parser = commands.add_parser("verify", help="reload an export in a fresh process and check it")
+    parser = add_verb(
+        commands,
+        "verify",
+        help="reload an export in a fresh process and check it",
+        examples=(
+            "exported --base BASE",
+            "exported --manifest",
+            "exported --reference out/checkpoint-500 --device cuda",
+        ),
+    )
     parser.add_argument("export", type=Path, help="the exported folder")
     parser.add_argument("--manifest", action="store_true", help="only compare its files with the sums in its manifest")
     parser.add_argument("--base", help="folder or Hub name of the base: names, shapes, dtypes and ties are its own")

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.shell import add_json
+from grpo_toolkit.cli.shell import add_json, add_verb
 
 if TYPE_CHECKING:
     import argparse
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Add `workspace` and its flags."""
-    parser = commands.add_parser("workspace", help="save a W&B workspace with the latency charts in their place")
+    parser = add_verb(
+        commands,
+        "workspace",
+        help="save a W&B workspace with the latency charts in their place",
+        examples=(
+            "--entity me --project digits",
+            "--entity me --project digits --dry-run",
+            "--entity me --project digits --json",
+        ),
+    )
     parser.add_argument("--entity", required=True, help="user or team")
     parser.add_argument("--project", required=True, help="the project of the runs")
     parser.add_argument("--dry-run", action="store_true", help="print its JSON and save nothing; needs no account")

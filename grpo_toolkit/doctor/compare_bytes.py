@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import Kind
-from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, plan_renames
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors, read_chunks
 from grpo_toolkit.checkpoint.weights.tensor_values import is_constant, is_finite
 from grpo_toolkit.doctor.parsed_folder import Digests
@@ -78,10 +79,12 @@ def _compare_with_base(folder: Folder) -> tuple[int, bool]:
     base = folder.base
     if base is None:
         return 0, False
+    family = family_of(folder.model_type)
     renames = plan_renames(folder.tensors, frozenset(base.tensors), folder.model_type)
+    published = {live_name(name, family): info for name, info in base.tensors.items()}
     compared = 0
     for name, info in folder.tensors.items():
-        other = base.tensors.get(renames.get(name, name))
+        other = published.get(live_name(renames.get(name, name), family))
         if other is not None:
             if not _equal(folder, info, base, other):
                 return compared, False

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.base_lookup import find_base, named_base
+from grpo_toolkit.checkpoint.json_files import parse_json
+from grpo_toolkit.checkpoint.lineage import BASE_RECORD, base_in_record
 from grpo_toolkit.checkpoint.look_around import models_below
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, Kind
 from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
@@ -133,7 +135,7 @@ def parse_folder(
 ) -> Folder:
     """Read a folder with its base, ready for the rules."""
     folder = read_folder(source)
-    found = base if base is not None else _base_in_files(folder)
+    found = base if base is not None else _recorded(source) or _base_in_files(folder)
     if base is not None and _is_same(base, folder.path):
         raise CheckpointError(f"--base {base}: is the folder itself; name the model that it was trained from")
     if found is not None and not _is_same(found, folder.path):
@@ -187,6 +189,17 @@ def _finding(rule: Rule, fault: Fault) -> Finding:
         remedies=fault.remedies,
         fails=fault.fails or rule.fails,
     )
+
+
+def _recorded(files: Files) -> Path | None:
+    """Return the base that the checkpoint's record names; a record that cannot be read is none."""
+    entry = files.entries.get(BASE_RECORD)
+    if entry is None or entry.is_folder:
+        return None
+    try:
+        return base_in_record(dict(parse_json(files.read(BASE_RECORD, limit=2**20), BASE_RECORD)))
+    except CheckpointError:
+        return None
 
 
 def _base_in_files(folder: Folder) -> Path | None:

@@ -65,7 +65,7 @@ class Unmark:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Tensors renamed, dropped (`renames[name]` is None) or cast; done only where rewriting weights is allowed."""
+    """A change of tensors: renamed, dropped (`renames[name]` is None) or cast; only where weights may be rewritten."""
 
     renames: Mapping[str, str | None]
     dtypes: Mapping[str, str]

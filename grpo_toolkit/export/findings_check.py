@@ -14,11 +14,13 @@ from grpo_toolkit.doctor.planned_files import DiskFiles
 from grpo_toolkit.doctor.readers import Reader, installed_reader
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.export.checks import Check
+from grpo_toolkit.model.unheld_tensors import without_the_bases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from grpo_toolkit.checkpoint.weights.base_weights import Base
     from grpo_toolkit.doctor.findings import Finding
     from grpo_toolkit.model.load import LoadReport
 
@@ -78,13 +80,16 @@ def in_one_line(finding: Finding) -> str:
     return f"{finding.title} [{finding.code}]: {place}: {found}, expected {show(finding.expected, limit=300)}"
 
 
-def loads_whole(report: LoadReport) -> Check:
-    """Return the check of a load report, its names summarised."""
-    parts = {"missing": report.missing, "unexpected": report.unexpected, "mismatched": report.mismatched}
+def loads_whole(report: LoadReport, base: Base | None = None) -> Check:
+    """Check that loading found every tensor of the model, and none that is not of it or of the base."""
+    judged = report if base is None else without_the_bases(report, base)
+    parts = {"missing": judged.missing, "unexpected": judged.unexpected, "mismatched": judged.mismatched}
     said = ", ".join(f"{what} {_counted(names)}" for what, names in parts.items())
+    if passed_over := len(report.unexpected) - len(judged.unexpected):
+        said += f"; {passed_over} of the base that its class does not hold"
     return Check(
         name="loads whole",
-        passed=report.is_clean,
+        passed=judged.is_clean,
         detail=f"{report.parameters:,} parameters in {report.dtype}; {said}",
     )
 

@@ -54,7 +54,7 @@ _NEED_LOADING: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class VerificationResult:
-    """Every check of one export, in the order in which they were made."""
+    """The checks of one export, in the order in which they were made."""
 
     checks: tuple[Check, ...]
 
@@ -81,6 +81,7 @@ def verify_export(
     expected: Sequence[Record] = (),
     noise: float = 0.0,
     logit_noise: float = 0.0,
+    distance: float | None = None,
     scores: Mapping[str, Callable[[Sequence[Record]], list[float]]] | None = None,
     base: str | os.PathLike[str] | Base | None = None,
     dtype: str | None = None,
@@ -99,6 +100,7 @@ def verify_export(
             are compared between cached and uncached decoding alone.
         noise: by how much logits of the policy differ between two runs of the same requests (`policy_noise`).
         logit_noise: the same over all logits, relative to their spread (`policy_answers.logit_noise`).
+        distance: how far the trained policy itself was from `expected`, where that was its merge (told, not judged).
         scores: reward functions by name, as functions of records: the answers have to earn what the policy's do.
         base: the base's folder, or its headers as `open_base` read them, to compare tensor names (as published),
             shapes, dtypes and ties with.
@@ -125,14 +127,14 @@ def verify_export(
     requests = requests or [plain_request()]
     with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
         report = _report(worker, findings)
-        checks.append(loads_whole(report))
-        if not report.is_clean:
+        checks.append(loads_whole(report, origin))
+        if not checks[-1].passed:
             return VerificationResult(checks=tuple(checks))
         if origin is not None:
             checks.append(check_ties(report, origin))
         if pairs := list(_evidence(worker, requests, expected)):
             checks.append(check_inputs(pairs))
-            checks.append(check_logits(pairs, dtype=report.dtype, noise=logit_noise))
+            checks.append(check_logits(pairs, dtype=report.dtype, noise=logit_noise, distance=distance))
         records = [worker.generate(replace(request, with_evidence=False)) for request in requests]
         # Each of the two that are compared is as noisy as the policy.
         tie_margin = max(TIE_MARGINS.get(report.dtype, 1e-3), 2 * noise)

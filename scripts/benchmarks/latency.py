@@ -35,16 +35,17 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from grpo_toolkit.latency.bench.compare import compare_latency
+from grpo_toolkit.cli.bench_arguments import CACHES
+from grpo_toolkit.latency.bench.compare import compare_latency, doubling, sweep_batches
 from grpo_toolkit.latency.bench.measure import measure_latency
-from grpo_toolkit.latency.bench.sweep import CACHES, doubling, sweep_batches
+from grpo_toolkit.latency.bench.statistics import span
 from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.hardware.environment import environment_of
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
+from grpo_toolkit.model.hardware.environment import environment_of
 from grpo_toolkit.model.load import load_model, load_processor
 from scripts.benchmarks.decode_steps import after_each_step
 from scripts.models.random_vlm import make_random_vlm
@@ -194,14 +195,14 @@ class Bench:
         self.note(
             "export / base",
             copy.median,
-            f"{copy.median:.3f} ({copy.low:.3f} to {copy.high:.3f}): {copy.verdict}",
+            f"{copy.median:.3f} ({span(copy)}): {copy.verdict}",
             promise="not slower",
             kept=copy.verdict != "slower",
         )
         self.note(
             "static + compile / base",
             tuned.median,
-            f"{tuned.median:.3f} ({tuned.low:.3f} to {tuned.high:.3f}): {tuned.verdict}",
+            f"{tuned.median:.3f} ({span(tuned)}): {tuned.verdict}",
             promise="<= 0.2",
             kept=tuned.median <= 0.2,
         )
@@ -288,11 +289,11 @@ class Bench:
                     traffic = make(max_new_tokens=given.aa_tokens, seed=run)
                     ratios.append(self._aa_run(run, [a, again], traffic, engines))
         verdicts = [ratio.verdict for ratio in ratios]
-        spans = [(round(ratio.low, 4), round(ratio.median, 4), round(ratio.high, 4)) for ratio in ratios]
+        spans = [f"{ratio.median:.4f} ({span(ratio, 4)})" for ratio in ratios]
         same = verdicts.count("same")
         self.note(
             "A/A",
-            {"verdicts": verdicts, "low_median_high": spans},
+            {"verdicts": verdicts, "median_and_interval": spans},
             f'"same" in {same} of {len(verdicts)} runs',
             promise=">= 19 of 20",
             kept=same >= 0.95 * len(verdicts),
@@ -310,10 +311,7 @@ class Bench:
         )
         append_rows(self.options.output / FILE_NAME, found.rows)
         ratio = found.ratio("again")
-        self.say(
-            f"  A/A run {run}: {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) {ratio.verdict}, "
-            f"{ratio.pairs} rounds"
-        )
+        self.say(f"  A/A run {run}: {ratio.median:.4f} ({span(ratio, 4)}) {ratio.verdict}, {ratio.pairs} rounds")
         return ratio
 
     def park(self) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from grpo_toolkit.latency.bench.statistics import span
 from grpo_toolkit.latency.tune.tune import tune_latency
 from grpo_toolkit.latency.tune.tuning import Trial, keys_for_files
 from scripts.models.random_vlm import SHAPES, make_random_vlm
@@ -62,7 +63,7 @@ def main() -> int:
         (arguments.output / "tuning.json").write_text(json.dumps(tuning.to_json(), indent=2))
         keys, left_out = keys_for_files(tuning, json.loads((Path(model) / "config.json").read_text()))
         tpot_ms = (tuning.best.tpot_s or 0.0) * 1e3
-        ratio = "" if tuning.ratio is None else f" ({1 / tuning.ratio.high:.2f} to {1 / tuning.ratio.low:.2f})"
+        ratio = "" if tuning.ratio is None else f"; time over the default's {span(tuning.ratio)}"
         say(f"\n{tuning.code()}\n\nin files: {json.dumps(keys)} {' '.join(left_out)}\n")
         for trial in tuning.trials:
             say(_line(trial))

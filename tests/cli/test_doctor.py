@@ -64,12 +64,16 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder}: 2 slow, 1 note"
-    assert lines[2:4] == [
+    assert lines[3:5] == [
         "slow: KV cache off in generation_config.json [generation-cache-off]",
         "  generation_config.json: use_cache: false, expected true",
     ]
-    assert lines[-2] == f"2 of these can be mended: grpo-toolkit repair {folder}"
-    assert lines[-1].startswith("not judged without a base (16 rules")
+    assert lines[-2:] == [
+        f"2 of these can be mended: grpo-toolkit repair {folder}",
+        f"  and put back as it was: grpo-toolkit repair {folder} --undo",
+    ]
+    assert [line for line in lines if "NOT COMPARED" in line] == [lines[2]]
+    assert lines[2].endswith("(14 rules); pass --base FOLDER")
 
 
 def test_clean_is_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +92,7 @@ def test_a_run_is_one_table(run: Path, capsys: pytest.CaptureFixture[str]) -> No
         ["checkpoint-10", "full model", "clean", ""],
     ]
     assert "checkpoint-12: no config.json" in said[2]
-    assert len(said) == 3
+    assert len(said) == 4
     assert main(["doctor", str(run), "--json"]) == 1
     data = json.loads(capsys.readouterr().out)
     assert [(checkpoint["path"], checkpoint["findings"]) for checkpoint in data["checkpoints"]] == [
@@ -113,7 +117,12 @@ def test_a_run_that_holds_its_last_model_too(tmp_path: Path, capsys: pytest.Capt
     run = unpack("vlm_r1_451", tmp_path / "run")
     unpack("base", run / "checkpoint-1")
     assert main(["doctor", str(run)]) == 1
-    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == ["checkpoint-1", "run"]
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "checkpoint-1",
+        "run",
+        "NOT COMPARED (2 of 2): no base was named, and none is recorded here, so nothing was compared with one "
+        "(14 rules); pass --base FOLDER",
+    ]
     assert main(["repair", str(run)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == [f"{run / 'checkpoint-1'}: nothing to mend", f"{run}: mended 2 findings in 2 files"]

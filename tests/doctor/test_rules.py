@@ -347,6 +347,37 @@ def test_an_adapter_is_held_against_live_and_published_names(model_type: str, pr
     assert ("adapter-reaches-nothing" not in codes) is is_reached
 
 
+EXPERTS = {f"base_model.model.model.layers.0.mlp.experts{depth}.lora_{side}.weight": ("F32", shape)
+           for depth in ("", ".base_layer") for side, shape in (("A", (4, 4)), ("B", (4, 4)))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_reached"),
+    [
+        ({"model.layers.0.mlp.experts.0.down_proj.weight"}, True),
+        ({"model.layers.0.block_sparse_moe.experts.0.w2.weight"}, True),
+        ({"model.layers.0.mlp.experts.gate_up_proj"}, True),  # as transformers 5 stacks them
+        ({"model.layers.0.mlp.experts.0.gate_proj.weight"}, False),  # half of a parameter
+        ({"model.layers.1.mlp.experts.0.down_proj.weight"}, False),
+    ],
+)
+def test_an_adapter_on_stacked_experts_reaches_those_that_are_stored_one_by_one(
+    stored: set[str], is_reached: bool
+) -> None:
+    base = model(dict.fromkeys(stored, ("BF16", (4, 4))), config={"model_type": "mixtral"})
+    codes = {finding.code for finding in diagnose(adapter(EXPERTS), base)}
+    assert ("adapter-reaches-nothing" not in codes) is is_reached
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rows", "is_right"), [("mllama", 16, True), ("mllama", 8, False), ("llama", 16, False)]
+)
+def test_mllama_embeds_eight_more_tokens_than_its_vocabulary_has(model_type: str, rows: int, is_right: bool) -> None:
+    tensors = {**TENSORS, "model.embed_tokens.weight": ("BF16", (rows, 4))}
+    codes = {finding.code for finding in diagnose(model(tensors, config={"model_type": model_type}), None)}
+    assert ("vocabulary-mismatch" not in codes) is is_right
+
+
 def test_a_head_that_cannot_be_dropped_is_not_said_to_be_mendable() -> None:
     tensors = {**TENSORS, "lm_head.weight": ("F32", (8, 4))}
     findings = diagnose(model(tensors, config={"tie_word_embeddings": True}), None)

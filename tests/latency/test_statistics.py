@@ -19,13 +19,14 @@ from grpo_toolkit.latency.bench.statistics import (
     is_settled,
     is_steady,
     paired_ratio,
+    span,
     summary,
     turns,
     verdict,
 )
 from grpo_toolkit.latency.rows.row import Ratio
 
-TIMES = st.lists(st.floats(1e-4, 10.0), min_size=1, max_size=40)
+TIMES = st.lists(st.floats(1e-4, 10.0), min_size=MIN_PAIRS, max_size=40)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,17 @@ def test_a_constant_ratio_is_found_exactly(factor: float, times: list[float]) ->
     for value in (found.low, found.median, found.high):
         assert value == pytest.approx(factor)
     assert (found.against, found.pairs) == ("base", len(times))
+
+
+@pytest.mark.parametrize("pairs", [1, 2, MIN_PAIRS - 1])
+def test_too_few_rounds_have_no_interval(pairs: int) -> None:
+    """One round against another has no spread at all: an interval of zero width would claim the most of the least."""
+    found = paired_ratio([1.59] * pairs, [1.0] * pairs, name="base")
+    assert (found.median, found.low, found.high) == (pytest.approx(1.59), None, None)
+    assert found.verdict == "cannot tell"
+    assert span(found) == "no interval"
+    assert not is_settled(found, precision=0.02)
+    assert allow_for(ratio(1.04, 1.06, 1.08), found).verdict == "cannot tell"
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.callbacks import KVCacheCallback
+from grpo_toolkit.checkpoint.lineage import BASE_RECORD, recorded_base
+from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
+from grpo_toolkit.export.export import export_model
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.kv_cache import cache_flags
 from grpo_toolkit.model.load import load_model
@@ -64,9 +67,29 @@ def test_a_plain_trainer_leaks_the_switch_and_the_callback_does_not(any_base: Pa
             flags(read(tmp_path / name / folder, "config.json")) for folder in ("checkpoint-1", "saved", "by-hand")
         ]
     assert all(flags.get(".") is False for flags in found["plain"])
-    reference = load_model(any_base)[0]
-    wanted = {".".join(level) or ".": True for level in cache_flags(reference.config)}
-    assert found["ours"] == [wanted] * 3
+    assert found["ours"] == [flags(read(any_base, "config.json"))] * 3
+
+
+def test_every_save_names_its_base_and_an_export_of_it_is_compared(qwen: Path, tmp_path: Path) -> None:
+    """A full checkpoint names its base nowhere, so a forgotten `--base` compared it with nothing, in silence."""
+    callback = KVCacheCallback(strict=True)
+    trainer = grpo_trainer(qwen, tmp_path / "run", [callback], save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "run" / "checkpoint-1", tmp_path / "saved"):
+        assert recorded_base(folder) == qwen.resolve()
+        diagnosis = diagnose_checkpoint(folder)
+        assert diagnosis.base == qwen.resolve()
+        assert diagnosis.not_judged == ()
+    result = export_model(tmp_path / "saved", tmp_path / "export")
+    assert result is not None
+    assert result.base == qwen.resolve()
+    (tmp_path / "saved" / BASE_RECORD).unlink()
+    alone = export_model(tmp_path / "saved", tmp_path / "alone", verify=False)
+    assert alone is not None
+    assert alone.base is None
+    assert alone.sources["base"].startswith("NONE: no base was named")
+    assert json.loads((tmp_path / "alone" / "grpo_toolkit.json").read_text())["base"] is None
 
 
 def test_generation_defaults_are_the_bases_in_every_save(qwen: Path, tmp_path: Path) -> None:
@@ -160,7 +183,7 @@ def test_rollouts_from_a_poisoned_base_run_with_a_cache(poisoned: Path, tmp_path
 @v5_only
 def test_training_state_is_back_after_a_save(qwen: Path, tmp_path: Path) -> None:
     model = load_model(qwen)[0]
-    install_save_hook(model, capture_model_defaults(model))
+    install_save_hook(model, capture_model_defaults(model), portable=False)
     model.config.use_cache = False
     model.config.text_config.use_cache = False
     model.generation_config.pad_token_id = 7
@@ -210,14 +233,14 @@ def test_without_a_base_folder_a_snapshot_serves(qwen: Path, tmp_path: Path) -> 
     assert defaults.cache_levels == {("text_config",)}  # the class declares that one, and knows nothing of the other
     install_save_hook(model, defaults)
     model.save_pretrained(tmp_path)
-    assert flags(read(tmp_path, "config.json")) == {"text_config": True}
+    assert flags(read(tmp_path, "config.json")) == {".": True}  # moved to the top, as the family is published
 
 
 def test_a_late_plug_still_hooks_the_saves(qwen: Path, tmp_path: Path) -> None:
     trainer = grpo_trainer(qwen, tmp_path, save_strategy="steps", save_steps=2)
     trainer.add_callback(KVCacheCallback(strict=True))
     trainer.train()
-    assert flags(read(tmp_path / "checkpoint-2", "config.json")) == {"text_config": True}
+    assert flags(read(tmp_path / "checkpoint-2", "config.json")) == flags(read(qwen, "config.json"))
 
 
 def test_the_plain_save_is_what_a_plain_trainer_writes(qwen: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def summary_of(rows: list[LatencyRow], **changes: Any) -> dict[str, Any]:
 def table_of(summary: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
     from grpo_vlm.training.summary import print_summary
 
-    print_summary(summary)
+    print_summary(summary, verbose=True)
     return " ".join(capsys.readouterr().out.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
 
 

@@ -47,7 +47,7 @@ def test_a_run_is_in_columns(tmp_path: Path) -> None:
     names = {"checkpoint-2": "vlm_r1_451", "checkpoint-10": "trl_grpo_523"}
     diagnoses = [diagnose_checkpoint(unpack(kind, tmp_path / name)) for name, kind in names.items()]
     shown = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in run_lines(diagnoses, ["nothing else"], Coloured())]
-    assert [line.split()[0] for line in shown] == ["checkpoint", "checkpoint-2", "checkpoint-10", "nothing"]
+    assert [line.split()[0] for line in shown] == ["checkpoint", "checkpoint-2", "checkpoint-10", "nothing", "NOT"]
     assert len({line.index("full model") for line in shown[1:3]} | {shown[0].index("kind")}) == 1
     assert len({line.index(code) for line, code in zip(shown[1:3], ("generation-", "nested-"), strict=True)}) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.rows.review import Review, comparisons, key_part, load_review, visits_of
-from grpo_toolkit.latency.rows.row import Effect, ExplanationRow
+from grpo_toolkit.latency.rows.row import Effect, ExplanationRow, Ratio
 from grpo_toolkit.latency.rows.store import append_rows
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.reporting.charts.causes import waterfall_bars
@@ -28,11 +29,16 @@ from tests.support.latency_rows import arms, batch_sweep, everything, explanatio
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from grpo_toolkit.latency.rows.row import LatencyRow
+    from grpo_toolkit.latency.rows.row import LatencyRow, Verdict
 
 NAMES = ["tpot", "waterfall", "positions", "distributions", "batches", "images", "lengths", "roofline", "trend"]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def over_base(low: float | None, high: float | None, verdict: Verdict, pairs: int = 12) -> list[LatencyRow]:
+    ratio = Ratio(against="base", median=0.79, low=low, high=high, pairs=pairs, verdict=verdict)
+    return [row("base"), row("export", ratios=[ratio])]
 
 
 def written(folder: Path, rows: Any) -> Review:
@@ -89,9 +95,10 @@ def test_the_headline_is_the_export_against_the_base_with_its_interval(tmp_path:
     assert found is not None
     assert (found.figure, found.verdict) == (f"0.98{TIMES}", "same")
     assert found.sentence == (
-        "Export 19.6 ms per token, base 20.0 ms. 95% interval 0.96 to 1.01 over 12 rounds: the same within 3%."
+        f"Export 19.6 ms per token, 0.98{TIMES} the base's. "
+        "95% interval 0.96 to 1.01 over 12 rounds: the same within 3%."
     )
-    text = write_report(review).read_text()
+    text = html.unescape(write_report(review).read_text())
     assert f'<span class="figure">0.98{TIMES}</span>' in text
     assert found.sentence in text
 
@@ -99,7 +106,10 @@ def test_the_headline_is_the_export_against_the_base_with_its_interval(tmp_path:
 @pytest.mark.parametrize(
     ("rows", "figure", "verdict", "end"),
     [
-        ([row("base"), row("export", ratios=[])], f"0.98{TIMES}", "", "without an interval: it may be chance."),
+        ([row("base"), row("export", ratios=[])], "no interval", "", "without an interval: it may be chance."),
+        (over_base(0.71, 1.33, "cannot tell"), f"0.71 to 1.33{TIMES}", "cannot tell", f"Their median is 0.79{TIMES}."),
+        (over_base(None, None, "cannot tell", 3), "no interval", "", "No interval over 3 rounds: it takes 6."),
+        (over_base(None, None, "cannot tell", 1), "no interval", "", "No interval over 1 round: it takes 6."),
         ([row("mine")], "20.0 ms", "", "no second arm to compare with."),
     ],
 )
@@ -108,6 +118,33 @@ def test_what_cannot_be_claimed_is_not(rows: Any, figure: str, verdict: str, end
     assert found is not None
     assert (found.figure, found.verdict) == (figure, verdict)
     assert found.sentence.endswith(end)
+
+
+def test_a_headline_has_one_estimator(tmp_path: Path) -> None:
+    """The median of the paired ratios and the ratio of the medians may lie on two sides of 1."""
+    rows = over_base(0.71, 1.33, "cannot tell")
+    rows = [rows[0], replace(rows[1], tpot_s=replace(rows[1].tpot_s, median=0.0251))]
+    found = headline_of(written(tmp_path, rows))
+    assert found is not None
+    assert "25.1 ms per token" in found.sentence
+    assert "20.0" not in found.sentence
+    assert found.figure != f"0.79{TIMES}"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "figure", "verdict"),
+    [
+        (0.015, 0.017, f"1.80{TIMES}", ""),
+        (-0.001, 0.033, "\N{MINUS SIGN}1.0 to +33.0 ms", "cannot tell"),
+        (None, None, "no interval", ""),
+    ],
+)
+def test_an_explanation_says_what_its_interval_allows(
+    low: float | None, high: float | None, figure: str, verdict: str, tmp_path: Path
+) -> None:
+    found = headline_of(written(tmp_path, [replace(explanations()[0], low_s=low, high_s=high)]))
+    assert found is not None
+    assert (found.figure, found.verdict) == (figure, verdict)
 
 
 def test_what_was_not_measured_is_left_out_and_said(tmp_path: Path) -> None:
@@ -339,6 +376,7 @@ def test_explanations_alone_are_a_report_with_causes_and_cures(tmp_path: Path) -
     )  # fmt: skip
     why = replace(
         explanations()[0], base="/models/Qwen2.5-VL-3B", trained="/out/checkpoint-500", step=500,
+        low_s=0.015, high_s=0.017,
         effects=[cause, Effect(layer="unexplained", cause="unexplained", effect_s=0.0005)],
     )  # fmt: skip
     review = written(tmp_path, [why])

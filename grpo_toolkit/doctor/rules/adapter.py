@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, Kind
-from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, published_name
+from grpo_toolkit.checkpoint.module_lookup import is_stored
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name
 from grpo_toolkit.doctor.findings import Fault, Severity, rule
 from grpo_toolkit.doctor.readers import SERVERS
 from grpo_toolkit.doctor.rules.tensor_facts import HEAD
@@ -23,11 +25,14 @@ def _tail(module: str) -> str:
 
 
 def _modules(folder: Folder) -> list[str]:
-    """Return the modules that the adapter's factors belong to, as the base's live model names them."""
+    """Return the modules that the adapter's factors belong to, as the base's live model names them.
+
+    PEFT wraps stacked experts once for each of their parameters, `.base_layer` by `.base_layer`.
+    """
     if folder.kind is not Kind.ADAPTER:
         return []
     bare = (name.removeprefix("base_model.model.") for name in folder.tensors if is_lora(name))
-    return sorted({re.split(r"\.lora_", name, maxsplit=1)[0] for name in bare})
+    return sorted({re.split(r"\.lora_", name, maxsplit=1)[0].replace(".base_layer", "") for name in bare})
 
 
 @rule(
@@ -135,15 +140,15 @@ def adapter_reaches_nothing(folder: Folder) -> Iterator[Fault]:
     base, modules = folder.base, _modules(folder)
     if base is None or not modules or not base.tensors:
         return
-    known = {name.rpartition(".")[0] for name in base.tensors}
-    tails = {_tail(module) for module in known}
+    family = family_of(base.model_type)
+    known = {live_name(name, family) for name in base.tensors}
+    tails = {_tail(name.rpartition(".")[0]) for name in known}
     unreached = [
         module
         for module in modules
-        if module not in known
-        and published_name(module + ".", base.model_type)[:-1] not in known
+        if not _is_reached(module, live_name(module, family), known, base)
         # Where we do not know how the live model names its parts, only a layer that is nowhere is unreached.
-        and not (_tail(module) in tails and (is_vision(module + ".") or not (base.family and base.family.published)))
+        and not (_tail(module) in tails and (is_vision(module + ".") or not family.published))
     ]
     if unreached:
         yield Fault(
@@ -152,6 +157,14 @@ def adapter_reaches_nothing(folder: Folder) -> Iterator[Fault]:
             found=f"{len(unreached)} of {len(modules)} modules are not in {base.path.name}",
             expected="modules of the base",
         )
+
+
+def _is_reached(module: str, live: str, known: set[str], base: Folder) -> bool:
+    """Return whether a module is in the base under the name that a loader looks for: the live or the stored one.
+
+    A merge understands more spellings. PEFT and servers pass those over without a word.
+    """
+    return is_stored(live, known) and (module == live or is_stored(module, base.tensors))
 
 
 @rule(

@@ -9,7 +9,7 @@ from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
 from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
-from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, settled, weights
+from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +42,12 @@ def _named_ids(folder: Folder) -> Iterator[tuple[str, str, int]]:
                 ids = value if isinstance(value, list) else [value]
                 if key.endswith(("_token_id", "_token_index")) and all(type(one) is int for one in ids):
                     yield from ((file, ".".join((*level, key)), one) for one in ids)
+
+
+def _has_the_bases_names(folder: Folder) -> bool:
+    """Return whether the tensors are the base's by name, whatever class the two configs name."""
+    renames = new_names(folder)
+    return {renames.get(name, name) for name in weights(folder)} == set(base_tensors(folder))
 
 
 @rule(
@@ -92,7 +98,7 @@ def class_does_not_fit(folder: Folder) -> Iterator[Fault]:
         return
     towers = sum(map(is_vision, weights(folder)))
     base = folder.base
-    is_the_base = base is not None and set(settled(folder)) == set(base_tensors(folder))
+    is_the_base = base is not None and _has_the_bases_names(folder)
     base_class = "" if base is None else f", such as the base's {base.model_type}"
     yield Fault(
         file=CONFIG,
@@ -135,7 +141,7 @@ def model_type_differs(folder: Folder) -> Iterator[Fault]:
     is_other = folder.model_type and base.model_type and folder.model_type != base.model_type
     if not is_other or folder.get(CONFIG, "auto_map") is not ABSENT or any(True for _ in class_does_not_fit(folder)):
         return
-    if set(settled(folder)) == set(base_tensors(folder)):
+    if _has_the_bases_names(folder):
         yield Fault(
             file=CONFIG,
             key="model_type",

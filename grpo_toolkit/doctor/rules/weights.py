@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import CONFIG
 from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
@@ -11,12 +12,14 @@ from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
     HEAD,
+    base_by_live_name,
     base_tensors,
+    by_live_name,
     ends,
     has_lora,
+    is_passed_over,
     lone_head,
     new_names,
-    settled,
     weights,
 )
 
@@ -115,10 +118,11 @@ def empty_tensors(folder: Folder) -> Iterator[Fault]:
     needs_base=True,
 )
 def tensors_missing(folder: Folder) -> Iterator[Fault]:
-    ours, base = settled(folder), base_tensors(folder)
+    ours, base = by_live_name(folder), base_by_live_name(folder)
     if not ours or not base or has_lora(folder):
         return
-    missing = sorted(set(base) - set(ours))
+    missing = sorted(base[live] for live in base.keys() - ours.keys())
+    missing = [name for name in missing if not is_passed_over(folder, name)]
     if lone_head(folder):
         missing = [name for name in missing if not name.endswith(EMBEDDING)]
     if missing and not _is_tied_away(folder, missing):
@@ -142,11 +146,11 @@ def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
     needs_base=True,
 )
 def tensors_extra(folder: Folder) -> Iterator[Fault]:
-    ours, base = settled(folder), base_tensors(folder)
-    extra = sorted(name for name in set(ours) - set(base) if not is_lora(name) and not name.endswith(HEAD))
+    ours, base = by_live_name(folder), base_by_live_name(folder)
+    extra = sorted(ours[live] for live in ours.keys() - base.keys() if not is_lora(live) and not live.endswith(HEAD))
     if base and extra:
         yield Fault(
-            file=ours[extra[0]].file,
+            file=folder.tensors[extra[0]].file,
             key=extra[0],
             found=f"{len(extra)} tensors",
             expected="the base's tensors only",
@@ -161,17 +165,16 @@ def tensors_extra(folder: Folder) -> Iterator[Fault]:
     needs_base=True,
 )
 def shapes_differ(folder: Folder) -> Iterator[Fault]:
-    ours, base = settled(folder), base_tensors(folder)
-    other = sorted(
-        name for name, info in ours.items() if name in base and info.shape != base[name].shape and 0 not in info.shape
-    )
+    names, published, base = by_live_name(folder), base_by_live_name(folder), base_tensors(folder)
+    pairs = {names[live]: (folder.tensors[names[live]], base[published[live]]) for live in names.keys() & published}
+    other = sorted(name for name, (one, two) in pairs.items() if one.shape != two.shape and 0 not in one.shape)
     if other and folder.text_value("vocab_size") == (folder.base.text_value("vocab_size") if folder.base else None):
-        name = other[0]
+        ours, wanted = pairs[other[0]]
         yield Fault(
-            file=ours[name].file,
-            key=name,
-            found=list(ours[name].shape),
-            expected=f"{list(base[name].shape)}, as in the base",
+            file=ours.file,
+            key=other[0],
+            found=list(ours.shape),
+            expected=f"{list(wanted.shape)}, as in the base",
         )
 
 
@@ -184,7 +187,8 @@ def shapes_differ(folder: Folder) -> Iterator[Fault]:
 def vocabulary_mismatch(folder: Folder) -> Iterator[Fault]:
     name, size = ends(folder)[1], folder.text_value("vocab_size")
     shape = folder.tensors[name].shape if name else ()
-    if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size):
+    extra = family_of(folder.model_type).extra_embeddings
+    if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size + extra):
         yield Fault(file=CONFIG, key="vocab_size", found=size, expected=f"{shape[0]}, the rows of {name}")
 
 

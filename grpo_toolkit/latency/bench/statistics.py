@@ -30,6 +30,7 @@ MIN_PAIRS: Final = 6
 PERCENTILES: Final = {"p90": (90, 64), "p95": (95, 130), "p99": (99, 662)}
 """Percentile and the smallest sample that carries it: about six values lie beyond it there."""
 
+CONFIDENCE: Final = 0.95
 _RESAMPLES: Final = 4999
 _SEED: Final = 20240229
 
@@ -69,9 +70,7 @@ def is_steady(seconds: Sequence[float], *, window: int = 3, within: float = 0.05
     return abs(after - before) <= within * before
 
 
-def paired_ratio(
-    times: Sequence[float], against: Sequence[float], *, name: str, metric: str = "tpot_s", confidence: float = 0.95
-) -> Ratio:
+def paired_ratio(times: Sequence[float], against: Sequence[float], *, name: str, metric: str = "tpot_s") -> Ratio:
     """Return the ratio of `times` to `against`, paired by round.
 
     Args:
@@ -79,10 +78,10 @@ def paired_ratio(
         against: the other's, in the same rounds.
         name: the other arm's name.
         metric: what was timed, such as "tpot_s".
-        confidence: of the interval.
 
     Returns:
-        The median ratio with its bootstrap interval and the verdict. The same input gives the same result.
+        The median ratio with its bootstrap interval and the verdict; fewer than `MIN_PAIRS` rounds have no interval.
+        The same input gives the same result.
 
     Raises:
         InputError: no pairs, lists of different lengths, or a time that is not positive.
@@ -92,15 +91,17 @@ def paired_ratio(
     if min(*times, *against) <= 0 or not all(map(math.isfinite, (*times, *against))):
         raise InputError(f"{metric}: a measured time is not a positive number")
     logs = [math.log(one / other) for one, other in zip(times, against, strict=True)]
-    median = statistics.median(logs)
-    low, high = _interval(logs, confidence)
-    middle, least, most = math.exp(median), math.exp(low), math.exp(high)
+    middle = math.exp(statistics.median(logs))
+    if len(logs) < MIN_PAIRS:
+        unknown: Verdict = "cannot tell"
+        return Ratio(against=name, metric=metric, pairs=len(logs), verdict=unknown, median=middle, low=None, high=None)
+    least, most = map(math.exp, _interval(logs))
     found = verdict(len(logs), median=middle, low=least, high=most)
     return Ratio(against=name, metric=metric, pairs=len(logs), verdict=found, median=middle, low=least, high=most)
 
 
-def _interval(logs: Sequence[float], confidence: float) -> tuple[float, float]:
-    if len(logs) == 1 or max(logs) == min(logs):
+def _interval(logs: Sequence[float]) -> tuple[float, float]:
+    if max(logs) == min(logs):
         return min(logs), max(logs)
     import numpy as np
     from scipy.stats import bootstrap
@@ -109,22 +110,22 @@ def _interval(logs: Sequence[float], confidence: float) -> tuple[float, float]:
         (np.asarray(logs),),
         np.median,
         n_resamples=_RESAMPLES,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         vectorized=True,
         random_state=np.random.default_rng(_SEED),
     ).confidence_interval
     median = statistics.median(logs)
-    wider = _widening(logs, confidence)
+    wider = _widening(logs)
     return median - wider * (median - float(found.low)), median + wider * (float(found.high) - median)
 
 
-def _widening(logs: Sequence[float], confidence: float) -> float:
+def _widening(logs: Sequence[float]) -> float:
     """Return the factor by which the interval of independent rounds is widened for few or dependent ones."""
     from scipy.stats import norm, t
 
     time = autocorrelation_time(logs)
-    tail = (1 + confidence) / 2
+    tail = (1 + CONFIDENCE) / 2
     return math.sqrt(time) * float(t.ppf(tail, max(len(logs) / time - 1, 1.5)) / norm.ppf(tail))
 
 
@@ -161,6 +162,13 @@ def verdict(pairs: int, *, median: float, low: float, high: float) -> Verdict:
     return "cannot tell"
 
 
+def span(ratio: Ratio, digits: int = 3) -> str:
+    """Return a ratio's interval as "0.971 to 1.034", or "no interval" where too few rounds made one."""
+    if ratio.low is None or ratio.high is None:
+        return "no interval"
+    return f"{ratio.low:.{digits}f} to {ratio.high:.{digits}f}"
+
+
 def is_settled(ratio: Ratio, *, precision: float) -> bool:
     """Return whether more rounds would tell nothing new: the interval is narrow, or far from 1 beside its width.
 
@@ -168,6 +176,8 @@ def is_settled(ratio: Ratio, *, precision: float) -> bool:
         ratio: so far.
         precision: how far the interval may reach from its median, as a part of it.
     """
+    if ratio.low is None or ratio.high is None:
+        return False
     wide = max(math.log(ratio.high / ratio.median), math.log(ratio.median / ratio.low))
     return wide <= math.log1p(precision) or abs(math.log(ratio.median)) > max(4 * wide, math.log(1.1))
 
@@ -179,5 +189,7 @@ def allow_for(ratio: Ratio, control: Ratio | None) -> Ratio:
     """
     if control is None or ratio.verdict not in ("slower", "faster"):
         return ratio
+    if ratio.low is None or ratio.high is None or control.low is None or control.high is None:
+        return replace(ratio, verdict="cannot tell")
     is_beyond = ratio.low > control.high if ratio.verdict == "slower" else ratio.high < control.low
     return ratio if is_beyond else replace(ratio, verdict="cannot tell")

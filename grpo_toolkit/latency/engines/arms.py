@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.model.load import has_processor, load_processor
 from grpo_toolkit.model.memory import free_bytes, process_bytes
 
 if TYPE_CHECKING:
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One thing to time, and how it runs.
+class LatencyArm:
+    """A model to time, and the way in which it runs.
 
     Attributes:
         name: on charts.
@@ -63,6 +66,10 @@ class Arm:
         return (self.engine_key, self.options if self.options.is_compiled else None)
 
 
+Arm = LatencyArm
+"""The older name, which is the one inside this package."""
+
+
 def named_arms(
     arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]], options: Options | None = None
 ) -> list[Arm]:
@@ -104,10 +111,6 @@ def processor_of(arms: Sequence[Arm]) -> Any:
     Raises:
         CheckpointError: a folder that is no checkpoint, or an adapter whose base is not here.
     """
-    from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-    from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
-    from grpo_toolkit.model.load import has_processor, load_processor
-
     for arm in arms:
         if arm.live is not None:
             return arm.live[1]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from itertools import permutations
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -66,9 +68,11 @@ def resampled_medians(times: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.stack([np.median(arm[drawn], axis=1).mean(axis=1) for arm in times])
 
 
-def interval_of(samples: np.ndarray) -> tuple[float, float]:
-    """Return the middle 95% of bootstrap values."""
+def interval_of(samples: np.ndarray, *, rounds: int) -> tuple[float, float] | None:
+    """Return the middle 95% of bootstrap values; None where they come of too few rounds for an interval."""
     import numpy as np
 
+    if rounds < MIN_PAIRS:
+        return None
     low, high = np.percentile(samples, (2.5, 97.5))
     return float(low), float(high)

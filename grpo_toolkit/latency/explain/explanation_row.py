@@ -9,8 +9,10 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.latency.explain.causes import BY_NAME, blanks
+from grpo_toolkit.latency.explain.effects import Arm, interval_of, resampled_medians, shares
 from grpo_toolkit.latency.explain.exact_split import median_round, split_exactly
 from grpo_toolkit.latency.explain.facts import Facts, mean
+from grpo_toolkit.latency.explain.physics import Machine, predicted_effects
 from grpo_toolkit.latency.rows.row import Effect, ExplanationRow
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.engines.pool import Source
     from grpo_toolkit.latency.engines.protocol import Options
-    from grpo_toolkit.latency.explain.effects import Arm
     from grpo_toolkit.latency.rows.row import Timeline
 
 BASE: Final = "base"
@@ -27,7 +28,7 @@ UNEXPLAINED: Final = "unexplained"
 
 @dataclass(frozen=True, kw_only=True)
 class TimedArm:
-    """One thing that is timed: a model, how it runs, and how many tokens each answer has."""
+    """An arm of an explanation: a model, how it runs, and how many tokens each answer has."""
 
     name: str
     source: Source
@@ -53,20 +54,22 @@ def row_of(
     hardware: Mapping[str, float],
     environment: dict[str, str],
 ) -> ExplanationRow:
-    from grpo_toolkit.latency.explain.effects import interval_of, resampled_medians, shares
-
     everything: Arm = frozenset(plan.toggled)
     chosen = {key: [median_round(rounds) for rounds in lines] for key, lines in times.items()}
     values = {key: statistics.fmean(line.e2e_s for line in lines) for key, lines in chosen.items()}
-    samples = dict(zip(times, resampled_medians(_seconds(times)), strict=True))
+    seconds = _seconds(times)
+    rounds = seconds.shape[1]
+    samples = dict(zip(times, resampled_medians(seconds), strict=True))
     effects = shares(plan.toggled, {arm: value for arm, value in values.items() if not isinstance(arm, str)})
     spreads = shares(plan.toggled, {arm: value for arm, value in samples.items() if not isinstance(arm, str)})
     predicted = _predicted(plan, values, chosen, hardware)
     toggled = [
-        _effect(plan, name, effects[name], interval_of(spreads[name]), predicted.get(name)) for name in plan.toggled
+        _effect(plan, name, effects[name], interval_of(spreads[name], rounds=rounds), predicted.get(name))
+        for name in plan.toggled
     ]
     left, spread = values[frozenset()] - values[BASE], samples[frozenset()] - samples[BASE]
-    low, high = interval_of(spread)
+    low, high = interval_of(spread, rounds=rounds) or (None, None)
+    least, most = interval_of(samples[everything] - samples[BASE], rounds=rounds) or (None, None)
     toggled.sort(key=lambda effect: -abs(effect.effect_s))
     rest = Effect(layer="unexplained", cause=UNEXPLAINED, effect_s=left, low_s=low, high_s=high)
     measured = {effect.cause: effect for effect in toggled}
@@ -76,6 +79,8 @@ def row_of(
         metric="e2e_s",
         base_s=values[BASE],
         trained_s=values[everything],
+        low_s=least,
+        high_s=most,
         audit=[measured.get(name) or _effect(plan, name, 0.0, None, None) for name in plan.found],
         split=split_exactly(chosen[BASE], chosen[everything]),
         effects=[*toggled, rest],
@@ -116,8 +121,6 @@ def _predicted(
     chosen: Mapping[Arm | str, list[Timeline]],
     hardware: Mapping[str, float],
 ) -> dict[str, float]:
-    from grpo_toolkit.latency.explain.physics import Machine, predicted_effects
-
     if not hardware:
         return {}
     lines = chosen[BASE]

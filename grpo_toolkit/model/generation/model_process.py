@@ -26,7 +26,6 @@ from grpo_toolkit.model.generation.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from types import TracebackType
 
     from typing_extensions import Self
 
@@ -94,13 +93,17 @@ class ModelProcess:
         }
 
     def close(self) -> None:
-        """End the process (at once, if it does not end by itself) and remove what was left for it."""
+        """End the process (at once, if it does not end by itself) and remove what was left for it.
+
+        Someone who interrupts does not want to wait for the answer that the process is making.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # closing flushes what a dead process never read
             self._process.stdin.close()
+        is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=0 if is_interrupted else 10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -112,9 +115,7 @@ class ModelProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _send(self, message: dict[str, Any]) -> None:

@@ -6,23 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
+from grpo_toolkit.latency.rows.row import METRICS
 from grpo_toolkit.reporting.charts.style import label_of, milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from grpo_toolkit.latency.rows.review import Review
-    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow, Ratio
+    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow, Ratio, Verdict
 
-METRICS: Final = {"e2e_s": "end to end", "tpot_s": "per output token", "ttft_s": "to first token"}
+NO_INTERVAL: Final = "no interval"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
     """The sentence at the top of a report.
 
+    It has one estimator, the paired ratio with its interval: the medians of two arms make another ratio, which may
+    lie on the other side of 1. Where the interval does not tell, it stands large and the ratio small.
+
     Attributes:
-        figure: a ratio such as "0.98x", or a time where there is nothing to compare with.
+        figure: a ratio such as "0.98x"; an interval where it cannot be told, "no interval" where there is none; a time
+            where there is nothing to compare with.
         verdict: "faster", "slower", "same", "cannot tell", or "" where no interval was computed.
         sentence: the figures in words.
     """
@@ -47,22 +53,42 @@ def headline_of(review: Review) -> Headline | None:
     theirs = f"{label_of(reference.arm)} {milliseconds(reference.tpot_s.median)} ms"
     ratio = next((r for r in subject.ratios if r.against == reference.arm and r.metric == "tpot_s"), None)
     if ratio is None:
-        plain = subject.tpot_s.median / reference.tpot_s.median
-        sentence = f"{mine}, {theirs}. A ratio of medians without an interval: it may be chance."
-        return Headline(figure=f"{plain:.2f}\N{MULTIPLICATION SIGN}", verdict="", sentence=sentence)
-    return Headline(
-        figure=f"{ratio.median:.2f}\N{MULTIPLICATION SIGN}",
-        verdict=ratio.verdict,
-        sentence=f"{mine}, {theirs}. {interval(ratio)}",
+        plain = times(subject.tpot_s.median / reference.tpot_s.median)
+        sentence = f"{mine}, {theirs}: {plain}. A ratio of medians without an interval: it may be chance."
+        return Headline(figure=NO_INTERVAL, verdict="", sentence=sentence)
+    reach = interval_figure(ratio)
+    if ratio.verdict != "cannot tell" or reach is None:
+        figure = NO_INTERVAL if reach is None else times(ratio.median)
+        verdict = "" if reach is None else ratio.verdict
+        sentence = f"{mine}, {times(ratio.median)} the {label_of(reference.arm)}'s. {interval(ratio)}"
+        return Headline(figure=figure, verdict=verdict, sentence=sentence)
+    sentence = (
+        f"{mine}. Over the {label_of(reference.arm)}'s: {interval(ratio)} Their median is {times(ratio.median)}."
     )
+    return Headline(figure=reach, verdict=ratio.verdict, sentence=sentence)
 
 
 def _explained(row: ExplanationRow) -> Headline:
     unit = METRICS.get(row.metric, row.metric)
     mine, theirs = f"{milliseconds(row.trained_s)} ms", f"{milliseconds(row.base_s)} ms"
-    figure = f"{row.trained_s / row.base_s:.2f}\N{MULTIPLICATION SIGN}" if row.base_s else mine
+    figure = times(row.trained_s / row.base_s) if row.base_s else mine
+    verdict: Verdict | Literal[""] = ""
+    if row.low_s is None or row.high_s is None:
+        figure = NO_INTERVAL if row.base_s else mine
+    elif row.low_s <= 0 <= row.high_s:
+        figure, verdict = f"{_signed(row.low_s)} to {_signed(row.high_s)} ms", "cannot tell"
     sentence = f"{Path(row.trained).name} {mine} {unit}, {Path(row.base).name} {theirs}. The causes are below."
-    return Headline(figure=figure, verdict="", sentence=sentence)
+    return Headline(figure=figure, verdict=verdict, sentence=sentence)
+
+
+def times(ratio: float) -> str:
+    """Return a ratio as "0.98x"."""
+    return f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def interval_figure(ratio: Ratio) -> str | None:
+    """Return a ratio's interval as "0.71 to 1.33x", None where too few rounds made one."""
+    return None if ratio.low is None or ratio.high is None else f"{ratio.low:.2f} to {times(ratio.high)}"
 
 
 def interval(ratio: Ratio) -> str:
@@ -73,7 +99,13 @@ def interval(ratio: Ratio) -> str:
         "slower": "slower",
         "cannot tell": "too wide to tell, measure more rounds",
     }
+    if ratio.low is None or ratio.high is None:
+        return f"No interval over {ratio.pairs} round{'s' * (ratio.pairs != 1)}: it takes {MIN_PAIRS}."
     return f"95% interval {ratio.low:.2f} to {ratio.high:.2f} over {ratio.pairs} rounds: {words[ratio.verdict]}."
+
+
+def _signed(seconds: float) -> str:
+    return f"{seconds * 1e3:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _pair(rows: Sequence[LatencyRow]) -> tuple[LatencyRow, LatencyRow | None]:

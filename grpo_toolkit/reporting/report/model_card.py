@@ -1,24 +1,26 @@
-"""A section in an export's `README.md`, from its manifest and its measurements.
+"""An export's page, its `README.md`: what it is, how to run it, what is known of it.
 
-What TRL or the user wrote around it stays as it is: the section stands between two comments and is replaced whole.
-Hub metadata is added where a key is absent (https://huggingface.co/docs/hub/model-cards), never overruled.
+The page stands between two comments and is replaced whole; what a user wrote around it stays as it is. Hub metadata is
+added where a key is absent (https://huggingface.co/docs/hub/model-cards), never overruled.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.base_lookup import is_hub_name
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
 from grpo_toolkit.checkpoint.manifest import manifest_of, sha256
-from grpo_toolkit.checkpoint.model_folder import MANIFEST, open_checkpoint
+from grpo_toolkit.checkpoint.model_folder import CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.rows.review import median_of
 from grpo_toolkit.reporting.charts.gallery import write_pictures
-from grpo_toolkit.reporting.charts.style import label_of
+from grpo_toolkit.reporting.report.card_facts import KEY, CardFacts, kept_facts
+from grpo_toolkit.reporting.report.folder_findings import findings_of
 from grpo_toolkit.reporting.report.headline import headline_of
+from grpo_toolkit.reporting.report.rendering import line_of, templates
 
 if TYPE_CHECKING:
     import os
@@ -31,43 +33,18 @@ CARD: Final = "README.md"
 PICTURE: Final = "latency.png"
 _BEGIN: Final = "<!-- grpo_toolkit: this section is written by grpo-toolkit; write around it -->"
 _END: Final = "<!-- grpo_toolkit: end -->"
-_SHOWN_KEYS: Final = ("reward", "reward_std", "completions/mean_length", "loss")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """The figures of a training on its card: steps, and first and last value of what TRL logs."""
-
-    steps: int
-    values: Mapping[str, tuple[float, float]]
-
-    @classmethod
-    def of(cls, steps: int, log_history: Sequence[Mapping[str, Any]]) -> Training:
-        """Read them from a trainer's state."""
-        values = {}
-        for key in _SHOWN_KEYS:
-            found = [float(row[key]) for row in log_history if isinstance(row.get(key), (int, float))]
-            if found:
-                values[key] = (found[0], found[-1])
-        return cls(steps=steps, values=values)
+_MAX_NEW_TOKENS: Final = 256
 
 
 def write_model_card(
-    export: str | os.PathLike[str],
-    review: Review | None = None,
-    *,
-    training: Training | None = None,
-    base: str | os.PathLike[str] | None = None,
-    around: str | os.PathLike[str] | None = None,
+    export: str | os.PathLike[str], review: Review | None = None, *, facts: CardFacts | None = None
 ) -> Path:
-    """Write the section into an export's README.md, and put the card and its picture into the manifest.
+    """Write an export's page into its README.md, and put page, picture and facts into the manifest.
 
     Args:
         export: a folder that this package published.
         review: rows in which an arm named `export` is this folder; None leaves the latency out.
-        training: what the trainer logged; None keeps what an earlier card says.
-        base: the base's folder; one in the Hub's cache gives the card its `base_model`.
-        around: a card to start from where the export has none, as the one that TRL wrote.
+        facts: what only the training knows; where they say nothing, those of an earlier page stay.
 
     Raises:
         InputError: not an export, or its README.md has metadata that is not YAML.
@@ -77,6 +54,7 @@ def write_model_card(
 
     folder = Path(export)
     manifest = manifest_of(folder)
+    facts = (facts or CardFacts()).over(kept_facts(manifest))
     rows = [] if review is None else review.arms
     is_measured = any(row.arm == "export" and Path(row.path).resolve() == folder.resolve() for row in rows)
     written = [CARD]
@@ -84,36 +62,32 @@ def write_model_card(
         (folder / ".card" / "tpot.png").replace(folder / PICTURE)
         (folder / ".card").rmdir()
         written.append(PICTURE)
-    before = _text_before(folder / CARD, None if around is None else Path(around))
-    section = _section(folder, manifest, review if is_measured else None, training, has_picture=PICTURE in written)
+    section = _section(folder, manifest, review if is_measured else None, facts, has_picture=PICTURE in written)
+    before = _text_before(folder / CARD, _title(folder, manifest, facts))
     try:
         card = ModelCard(_with_metadata(_with_section(before, section)), ignore_metadata_errors=False)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{folder / CARD}: its metadata cannot be read ({str(error).splitlines()[0]})") from error
-    for key, value in _metadata(folder, hub_name(base)).items():
+    for key, value in _metadata(open_checkpoint(folder), manifest).items():
         if getattr(card.data, key, None) is None:
             setattr(card.data, key, value)
     tags = getattr(card.data, "tags", None)
     if isinstance(tags, list) and "grpo" not in tags:
         tags.append("grpo")
     card.save(folder / CARD)
-    _update_manifest(folder, written)
+    _update_manifest(folder, written, facts)
     return folder / CARD
 
 
-def hub_name(base: str | os.PathLike[str] | None) -> str | None:
-    """Return the Hub name of a folder in the Hub's cache, such as Qwen/Qwen2.5-VL-3B-Instruct; None for others."""
-    for part in Path(base).parts if base is not None else ():
-        if match := re.fullmatch(r"models--([\w.\-]+?)--([\w.\-]+)", part):
-            return f"{match[1]}/{match[2]}"
-    return None
+def _title(folder: Path, manifest: Mapping[str, Any], facts: CardFacts) -> str:
+    base = manifest.get("base")
+    if facts.repository is not None or not base:
+        return (facts.repository or folder.resolve().name).rpartition("/")[2]
+    return f"{str(base).rpartition('/')[2]}, trained with GRPO"
 
 
-def _text_before(card: Path, around: Path | None) -> str:
-    for path in (card, around):
-        if path is not None and path.is_file():
-            return path.read_text(encoding="utf-8")
-    return f"# {card.parent.resolve().name}\n"
+def _text_before(card: Path, title: str) -> str:
+    return card.read_text(encoding="utf-8") if card.is_file() else f"# {title}\n"
 
 
 def _with_metadata(text: str) -> str:
@@ -128,43 +102,83 @@ def _with_section(text: str, section: str) -> str:
     return f"{text.rstrip()}\n\n{section}\n"
 
 
-def _metadata(folder: Path, base_model: str | None) -> dict[str, Any]:
-    config = open_checkpoint(folder).json("config.json")
-    is_vision = isinstance(config, dict) and "vision_config" in config
+def _is_vision(checkpoint: Checkpoint) -> bool:
+    config = checkpoint.json(CONFIG)
+    return isinstance(config, dict) and "vision_config" in config
+
+
+def _has_template(checkpoint: Checkpoint) -> bool:
+    config = checkpoint.json("tokenizer_config.json")
+    names = ("chat_template.jinja", "chat_template.json")
+    in_config = isinstance(config, dict) and bool(config.get("chat_template"))
+    return in_config or any((checkpoint.path / name).is_file() for name in names)
+
+
+def _metadata(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    base = manifest.get("base")
     found = {
         "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text" if is_vision else "text-generation",
+        "pipeline_tag": "image-text-to-text" if _is_vision(checkpoint) else "text-generation",
         "tags": ["grpo", "trl"],
     }
-    return found if base_model is None else found | {"base_model": base_model}
+    return {"base_model": base} | found if isinstance(base, str) and is_hub_name(base) else found
 
 
 def _section(
-    folder: Path, manifest: Mapping[str, Any], review: Review | None, training: Training | None, *, has_picture: bool
+    folder: Path, manifest: Mapping[str, Any], review: Review | None, facts: CardFacts, *, has_picture: bool
 ) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    templates = Environment(
-        loader=PackageLoader("grpo_toolkit.reporting.report", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=False,
-        autoescape=False,  # Markdown; what comes from files goes through `cell`
-    )
-    templates.filters["cell"] = _cell
-    config = open_checkpoint(folder).json("config.json")
-    text = templates.get_template("model_card.md.jinja").render(
-        manifest=manifest,
+    environment = templates(autoescape=False)  # Markdown; what comes from files goes through `cell`
+    environment.filters["cell"] = _cell
+    checkpoint = open_checkpoint(folder)
+    base = str(manifest.get("base") or "")
+    found = {} if review is None else findings_of(review)
+    text = environment.get_template("model_card.md.jinja").render(
+        manifest={"put_right": [], "verification": None, **manifest, "versions": manifest.get("versions") or {}},
         checks=(manifest.get("verification") or {}).get("checks") or [],
-        training=training,
+        facts=facts,
+        share=_share,
+        base=base,
+        base_link=f"[{_cell(base)}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{_cell(base)}`",
+        findings=_faults(found.get("checkpoint")),
+        left=len(_faults(found.get("export"))),
         headline=None if review is None else headline_of(review),
-        rows=[] if review is None else [_line(row) for row in review.arms],
+        rows=[] if review is None else [line_of(row) for row in review.arms],
         setting="" if review is None else _setting(review.arms[0]),
         picture=PICTURE if has_picture else None,
-        is_vision=isinstance(config, dict) and "vision_config" in config,
+        is_vision=_is_vision(checkpoint),
+        has_template=_has_template(checkpoint),
+        path=facts.repository or ".",
+        system=_literal(facts.system_prompt),
+        dtype=_dtype_argument(manifest),
+        max_new_tokens=_max_new_tokens(facts),
     )
     return f"{_BEGIN}\n{text.strip()}\n{_END}"
+
+
+def _faults(diagnosis: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the findings of a diagnosis that are worse than a note."""
+    found = [] if diagnosis is None else diagnosis.get("findings") or []
+    return [finding for finding in found if finding.get("severity") != "note"]
+
+
+def _literal(text: str | None) -> str | None:
+    """Return a text as a literal for the quick start; None for none, and for one that would end its block."""
+    return None if not text or "```" in text else json.dumps(text, ensure_ascii=False)
+
+
+def _dtype_argument(manifest: Mapping[str, Any]) -> str:
+    """Return the name of the argument in the version that the export was made with (transformers#39782)."""
+    version = re.match(r"(\d+)\.(\d+)", str((manifest.get("versions") or {}).get("transformers")))
+    return "torch_dtype" if version and (int(version[1]), int(version[2])) < (4, 56) else "dtype"
+
+
+def _max_new_tokens(facts: CardFacts) -> int:
+    found = None if facts.training is None else facts.training.settings.get("max_completion_length")
+    return found if isinstance(found, int) else _MAX_NEW_TOKENS
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}"
 
 
 def _cell(value: object) -> str:
@@ -173,16 +187,6 @@ def _cell(value: object) -> str:
         r"(?<![\w.])/(?:[^\s/]+/)+", "", " ".join(str(value).split())
     )  # a card is public: folders' names alone
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-
-
-def _line(row: LatencyRow) -> dict[str, Any]:
-    return {
-        "arm": label_of(row.arm),
-        "ttft": median_of(row.ttft_s, 1e3),
-        "tpot": median_of(row.tpot_s, 1e3),
-        "speed": median_of(row.output_tokens_per_s),
-        "memory": None if row.memory.peak_bytes is None else row.memory.peak_bytes / 1e9,
-    }
 
 
 def _setting(row: LatencyRow) -> str:
@@ -194,18 +198,18 @@ def _setting(row: LatencyRow) -> str:
     )
 
 
-def _update_manifest(folder: Path, names: Sequence[str]) -> None:
-    """Keep the published sums true: the files that were written here get theirs."""
+def _update_manifest(folder: Path, names: Sequence[str], facts: CardFacts) -> None:
+    """Keep the facts, and the published sums true: the files that were written here get theirs."""
     path = folder / MANIFEST
     manifest = read_json(path)
+    manifest[KEY] = facts.to_json()
     files = manifest.get("files")
-    if not isinstance(files, dict):
-        return
-    has_sums = all("sha256" in entry for entry in files.values())
-    for name in names:
-        sums = {"sha256": sha256(folder / name)} if has_sums else {}
-        files[name] = {"bytes": (folder / name).stat().st_size, **sums}
-    manifest["files"] = dict(sorted(files.items()))
+    if isinstance(files, dict):
+        has_sums = all("sha256" in entry for entry in files.values())
+        for name in names:
+            sums = {"sha256": sha256(folder / name)} if has_sums else {}
+            files[name] = {"bytes": (folder / name).stat().st_size, **sums}
+        manifest["files"] = dict(sorted(files.items()))
     staged = path.with_name(f".{path.name}.new")
     staged.write_text(dump_json(manifest), encoding="utf-8")
     staged.replace(path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from grpo_toolkit.latency.bench.measure import Progress
+
+
+_EVERY_S: Final = 10.0
+"""Seconds between two lines of progress in a pipe."""
 
 
 @contextmanager
@@ -33,20 +38,41 @@ def wandb_hint(facts: Mapping[str, Any]) -> str:
     """Return where a W&B run lies and the commands to look at it and to upload it."""
     folder = facts["folder"]
     if facts["mode"] == "offline":
-        return f"W&B run (offline): {folder}\n  look: wandb leet {folder}\n  upload: wandb sync {folder}"
-    return f"W&B run: {facts.get('url') or folder}\n  look: wandb leet {folder}"
+        return f"{'W&B':<12}offline; look: wandb leet {folder}\n{'':<12}upload: wandb sync {folder}"
+    return f"{'W&B':<12}{facts.get('url') or folder}\n{'':<12}look: wandb leet {folder}"
 
 
-def turn_progress() -> Progress | None:
-    """Return a callback that keeps a line on standard error up to date; None where nobody would see it change."""
-    if not sys.stderr.isatty():
-        return None
+def turn_progress(names: str) -> Progress:
+    """Say at once what is loaded, and return a callback that says how far the rounds are, and how long they will take.
+
+    On a terminal one line is kept up to date; into a pipe a line goes every ten seconds.
+    """
+    print(f"loading {names}", file=sys.stderr, flush=True)
+    is_terminal = sys.stderr.isatty()
+    began: dict[str, float] = {}
+    said = -_EVERY_S
 
     def show_turn(arm: str, turn: int, rounds: int) -> None:
-        what = "warming up" if turn < 0 else f"round {turn + 1} of {rounds}"
-        print(f"\r\033[K{arm}: {what}", end="\r", file=sys.stderr, flush=True)
+        nonlocal said
+        now = time.monotonic()
+        if turn < 0:
+            began.clear()
+            what = "warming up"
+        else:
+            first = began.setdefault("rounds", now)
+            left = f", {_duration((now - first) / turn * (rounds - turn))} to go" if turn else ""
+            what = f"round {turn + 1} of {rounds}{left}"
+        if is_terminal:
+            print(f"\r\033[K{arm}: {what}", end="\r", file=sys.stderr, flush=True)
+        elif now - said >= _EVERY_S:
+            said = now
+            print(f"{arm}: {what}", file=sys.stderr, flush=True)
 
     return show_turn
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def say(*parts: object) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
 from grpo_toolkit.doctor.findings import Severity, show
 from grpo_toolkit.doctor.readers import in_words
 
@@ -41,7 +43,7 @@ _CODES: Final = {
 
 
 class Plain:
-    """Text for a pipe or a file: no styles, a paragraph a line, tabs between cells."""
+    """A paper for a pipe or a file: no styles, a paragraph a line, tabs between cells."""
 
     def text(self, text: str, style: str = "") -> str:
         """Return a text in a style."""
@@ -57,7 +59,7 @@ class Plain:
 
 
 class Coloured(Plain):
-    """Text for a terminal; what a stranger's file says is printable by now (`findings.show`)."""
+    """A paper for a terminal; what a stranger's file says is printable by now (`findings.show`)."""
 
     def text(self, text: str, style: str = "") -> str:
         """Return a text in a style."""
@@ -97,6 +99,8 @@ def diagnosis_lines(diagnosis: Diagnosis, on: Plain | None = None) -> Iterator[s
     yield on.text(f"  {', '.join((diagnosis.kind, *diagnosis.facts))}", "dim")
     if diagnosis.base is not None:
         yield on.text(f"  compared with {diagnosis.base}", "dim")
+    elif diagnosis.not_judged:
+        yield on.text(f"NOT COMPARED: {_not_compared(diagnosis)}", "left")
     for finding in diagnosis.findings:
         severity = finding.severity.value
         yield f"{on.text(severity, severity)}: {on.text(finding.title, 'bold')} {on.text(f'[{finding.code}]', 'dim')}"
@@ -120,6 +124,9 @@ def run_lines(diagnoses: Sequence[Diagnosis], empty: Sequence[str], on: Plain | 
     yield from on.rows(rows, styles)
     for line in empty:
         yield on.text(line, "dim")
+    alone = [diagnosis for diagnosis in diagnoses if diagnosis.not_judged]
+    if alone:
+        yield on.text(f"NOT COMPARED ({len(alone)} of {len(diagnoses)}): {_not_compared(alone[0])}", "left")
 
 
 def repair_lines(result: RepairResult, on: Plain | None = None) -> Iterator[str]:
@@ -155,15 +162,19 @@ def _found_and_expected(finding: Finding) -> str:
     return f"{found if isinstance(found, str) else json.dumps(found)}, {expected}"
 
 
+def _not_compared(diagnosis: Diagnosis) -> str:
+    return f"{NOT_COMPARED} ({len(diagnosis.not_judged)} rules); pass --base FOLDER"
+
+
 def _advice(diagnosis: Diagnosis) -> Iterator[str]:
     mendable = [f for f in diagnosis.judged if f.repairable and f.severity is not Severity.NOTE]
-    base = f" --base {diagnosis.base}" if diagnosis.base is not None else ""
+    folder = shlex.quote(str(diagnosis.path))
+    base = f" --base {shlex.quote(str(diagnosis.base))}" if diagnosis.base is not None else ""
     if mendable:
         count = f"{len(mendable)} of these can be mended" if len(mendable) > 1 else "one of these can be mended"
         flag = " --rewrite-weights" if any(finding.needs_rewriting for finding in mendable) else ""
-        yield f"{count}: grpo-toolkit repair {diagnosis.path}{base}{flag}"
-    if diagnosis.not_judged:
-        yield f"not judged without a base ({len(diagnosis.not_judged)} rules): pass --base FOLDER"
+        yield f"{count}: grpo-toolkit repair {folder}{base}{flag}"
+        yield f"  and put back as it was: grpo-toolkit repair {folder} --undo"
 
 
 def _verdict(findings: Sequence[Finding]) -> str:

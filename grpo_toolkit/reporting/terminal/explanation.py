@@ -10,13 +10,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
 from grpo_toolkit.latency.explain.causes import BY_NAME
 from grpo_toolkit.latency.explain.explanation import top_cause, unexplained_share
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from grpo_toolkit.latency.rows.row import Effect, ExplanationRow
+    from grpo_toolkit.latency.rows.row import Effect, ExplanationRow, Ratio
     from grpo_toolkit.latency.tune.tuning import Tuning
 
 
@@ -32,6 +33,11 @@ def explanation(row: ExplanationRow) -> RenderableType:
 def _verdict(row: ExplanationRow) -> Text:
     ratio = row.trained_s / row.base_s
     times = f"{row.trained_s * 1e3:.1f} ms an answer, the base {row.base_s * 1e3:.1f} ms: {ratio:.2f} times as long"
+    if row.low_s is None or row.high_s is None:
+        times += f"\nno interval: that takes {MIN_PAIRS} rounds, so this may be chance"
+    elif row.low_s <= 0 <= row.high_s:
+        reach = f"{row.low_s * 1e3:+.1f} to {row.high_s * 1e3:+.1f} ms"
+        times = f"cannot tell: {reach} an answer, {ratio:.2f} times the base's {row.base_s * 1e3:.1f} ms at the median"
     top = top_cause(row)
     if top is None:
         return Text.assemble((f"{row.trained}\n", "bold"), times, "\n", ("no cause was found", "dim"))
@@ -81,7 +87,7 @@ def _waterfall(row: ExplanationRow) -> Table:
 
 def _interval(effect: Effect) -> str:
     if effect.low_s is None or effect.high_s is None:
-        return ""
+        return "none" if effect.layer != "exact" else ""
     return f"{effect.low_s * 1e3:+.1f} to {effect.high_s * 1e3:+.1f}"
 
 
@@ -120,8 +126,14 @@ def tuned(tuning: Tuning) -> RenderableType:
     ratio = tuning.ratio
     verdict = "the default is the best" if ratio is None else f"{tuning.speedup:.2f} times as fast as the default"
     if ratio is not None:
-        verdict += f" ({1 / ratio.high:.2f} to {1 / ratio.low:.2f}, {ratio.pairs} pairs)"
+        verdict += f" ({_inverse(ratio)}, {ratio.pairs} pairs)"
     lines = [Text(f"{tuning.best.name}: {verdict}", "bold"), Text(), Text(tuning.code()), Text()]
     keys = tuning.generation_keys()
     lines.append(Text(f"generation_config.json: {json.dumps(keys)}" if keys else "generation_config.json: nothing"))
     return Group(table, Text(), *lines, *(Text(command) for command in tuning.serving_commands()))
+
+
+def _inverse(ratio: Ratio) -> str:
+    if ratio.low is None or ratio.high is None:
+        return "no interval"
+    return f"{1 / ratio.high:.2f} to {1 / ratio.low:.2f}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.latency.bench.statistics import span
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -49,13 +51,19 @@ def latency_table(rows: Sequence[LatencyRow]) -> Table:
 def ratio_lines(rows: Sequence[LatencyRow]) -> list[str]:
     """Return the ratios in words, a line per arm and metric: TPOT, TTFT, E2E over the first arm's; what is missing."""
     names = {"tpot_s": "TPOT", "ttft_s": "TTFT", "e2e_s": "E2E"}
-    return [
-        f"{row.arm} / {ratio.against}, {names.get(ratio.metric, ratio.metric)}: {ratio.median:.3f} "
-        f"({ratio.low:.3f} to {ratio.high:.3f}, {ratio.pairs} rounds"
-        f"{f', {ratio.left_out} left out' if ratio.left_out else ''}): {ratio.verdict}"
-        for row in rows
-        for ratio in row.ratios
-    ] + at_once_lines(rows)
+    lines = []
+    for row in rows:
+        for ratio in row.ratios:
+            what = f"{row.arm} / {ratio.against}, {names.get(ratio.metric, ratio.metric)}"
+            left_out = f", {ratio.left_out} left out" if ratio.left_out else ""
+            lines.append(
+                f"{what}: {ratio.median:.3f} ({span(ratio)}, {_rounds(ratio.pairs)}{left_out}): {ratio.verdict}"
+            )
+    return lines + at_once_lines(rows)
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'' if count == 1 else 's'}"
 
 
 def at_once_lines(rows: Sequence[LatencyRow]) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from grpo_vlm.planning.memory import GIB
+from grpo_vlm.training.screen import above_bar
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class CostCallback(TrainerCallback):
         line = f"{len(self.steps_s)} steps of {figures['step_s']:.2f} s"
         if figures["peak_gib"] is not None:
             line += f", GPU memory {figures['peak_gib']:.1f} GiB at the peak, {figures['estimated_gib']:.1f} estimated"
-        print(line, file=sys.stderr, flush=True)
+        above_bar(f"{'cost':<12}{line}")
 
     def _now(self) -> float:
         if self._device is not None and self._device.type == "cuda":

@@ -7,12 +7,13 @@ speaks again only after a while, and never stops a run: whoever watches decides.
 from __future__ import annotations
 
 import operator
-import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
+
+from grpo_vlm.training.screen import above_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,4 +153,4 @@ class HealthCallback(TrainerCallback):
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
-        print(f"health: {text}", file=sys.stderr, flush=True)
+        above_bar(f"health: {text}")

@@ -9,6 +9,7 @@ the one that is exported.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from trl.models import unwrap_model_for_generation
 
 from grpo_vlm.rewards.rewards import completion_text
 from grpo_vlm.training.evaluation import held_out_accuracy
+from grpo_vlm.training.screen import above_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +64,7 @@ class AccuracyTrainer(GRPOTrainer):
 
     @property
     def is_sharded(self) -> bool:
-        """True where no process holds all weights: they come together in forwards that all processes must take."""
+        """Return whether no process holds all weights: they come together in forwards that all processes must take."""
         return self.is_fsdp_enabled or self._zero_stage == 3
 
     def accuracy(self, rows: Dataset, *, direct: bool = False) -> float:
@@ -107,7 +109,7 @@ def measure(trainer: AccuracyTrainer, rows: Dataset, when: str, *, direct: bool 
 def tell(trainer: AccuracyTrainer, accuracy: float, rows: Dataset, when: str, *, note: str = "") -> None:
     """Print a held-out accuracy, once for all processes."""
     if trainer.is_world_process_zero():
-        print(f"held-out accuracy {when}: {accuracy:.1%} of {len(rows)} rows{note}", flush=True)
+        above_bar(f"held-out accuracy {when}: {accuracy:.1%} of {len(rows)} rows{note}", file=sys.stdout)
 
 
 def with_group_health(reward: RewardFunction, *, num_generations: int) -> RewardFunction:

@@ -1,0 +1,102 @@
+"""What callbacks say at the end of a training: few lines, aligned, for a terminal of 80 columns.
+
+The whole of it is in the report, the export's page and its manifest; these lines say the result and where to look.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from grpo_toolkit.latency.rows.review import median_of
+from grpo_toolkit.reporting.charts.style import label_of
+from grpo_toolkit.reporting.report.headline import headline_of
+from grpo_toolkit.reporting.terminal.tables import at_once_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from grpo_toolkit.export.export import ExportResult
+    from grpo_toolkit.latency.rows.review import Review
+    from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
+
+_LABEL: Final = 12
+"""Columns of the labels."""
+
+
+def line(label: str, text: str) -> str:
+    """Return a line whose text begins where that of every other line does."""
+    return f"{label:<{_LABEL}}{text}"
+
+
+def export_lines(result: ExportResult) -> list[str]:
+    """Return where an export is, what it was compared with, what was checked and what was put right."""
+    size = f"{result.bytes / 1e9:.2f} GB" if result.bytes >= 1e7 else f"{result.bytes / 1e6:.2f} MB"
+    lines = [line("export", f"{result.path} ({size} in {result.seconds:.1f} s)")]
+    if result.base is None:
+        lines.append(line("base", result.sources["base"]))
+    checks = () if result.verification is None else result.verification.checks
+    skipped = sum(check.skipped for check in checks)
+    passed = f"{len(checks) - skipped} checks in a fresh process{f', {skipped} skipped' if skipped else ''}"
+    lines.append(line("verified", "NO: verification was switched off" if result.verification is None else passed))
+    files = sorted({repair.file for repair in result.repairs})
+    if files:
+        lines.append(line("put right", f"{len(result.repairs)} values of the base, in {', '.join(files)}"))
+    return lines
+
+
+def latency_lines(rows: Sequence[LatencyRow]) -> list[str]:
+    """Return rows of one session as a table of 80 columns: exact lengths, and natural answers where they were timed.
+
+    The ratios are of the time per token, and of natural answers of the time of a whole answer.
+    """
+    fixed = {row.arm: row for row in rows if row.workload.kind == "fixed"}
+    natural = {row.arm: row for row in rows if row.workload.kind == "natural"}
+    kinds = [(found, metric) for found, metric in ((fixed, "tpot_s"), (natural, "e2e_s")) if found]
+    lines = []
+    for found, metric in kinds:
+        first = next(iter(found.values()))
+        limit = "up to " if first.workload.kind == "natural" else ""
+        lines.append(
+            line("latency", f"{first.workload.kind} answers of {limit}{first.workload.max_new_tokens} tokens, ms")
+        )
+        name = "TPOT" if metric == "tpot_s" else "E2E"
+        lines.append(f"  {'':<18}{'TTFT':>8}{'TPOT':>8}{'E2E':>9}  {name} over {label_of(first.arm)}'s")
+        for row in found.values():
+            if row.error is not None:
+                lines.append(f"  {label_of(row.arm):<18}  {row.error}")
+                continue
+            ratio = next((ratio for ratio in row.ratios if ratio.metric == metric), None)
+            values = (median_of(row.ttft_s, 1e3), median_of(row.tpot_s, 1e3), median_of(row.e2e_s, 1e3))
+            cells = "".join(
+                f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
+                for value, digits, width in zip(values, (1, 2, 0), (8, 8, 9), strict=True)
+            )
+            lines.append(f"  {label_of(row.arm):<18}{cells}  {'' if ratio is None else _told(ratio)}".rstrip())
+    return lines + at_once_lines(rows)
+
+
+def _told(ratio: Ratio) -> str:
+    if ratio.low is None or ratio.high is None:
+        return f"no interval ({ratio.pairs} rounds)"
+    return f"{ratio.low:.2f} to {ratio.high:.2f}  {ratio.verdict}"
+
+
+def verdict_lines(review: Review, findings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return one verdict on the speed, and how many faults a plain save had and the export has."""
+    lines = []
+    headline = headline_of(review)
+    if headline is not None:
+        words = {"": headline.figure, "same": f"{headline.figure} the base's time per token, the same within 3%"}
+        told = words.get(headline.verdict, f"{headline.figure} the base's time per token: {headline.verdict}")
+        lines.append(line("speed", told))
+    counts = {arm: fault_count(found) for arm, found in findings.items() if arm in ("checkpoint", "export")}
+    if counts:
+        names = {"checkpoint": "a plain save", "export": "the export"}
+        lines.append(line("faults", ", ".join(f"{count} in {names[arm]}" for arm, count in counts.items())))
+    return lines
+
+
+def fault_count(diagnosis: Mapping[str, Any]) -> int:
+    """Return the number of findings that are worse than a note."""
+    return sum(finding.get("severity") != "note" for finding in diagnosis.get("findings") or ())

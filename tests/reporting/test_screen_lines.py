@@ -1,0 +1,68 @@
+"""What callbacks say at the end of a training: few lines, aligned, in 80 columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grpo_toolkit.checkpoint.generation_defaults import Repair
+from grpo_toolkit.export.export import ExportResult
+from grpo_toolkit.export.verify import Check, VerificationResult
+from grpo_toolkit.latency.rows.review import Review
+from grpo_toolkit.latency.rows.row import Ratio
+from grpo_toolkit.reporting.report.screen_lines import export_lines, latency_lines, verdict_lines
+from tests.support.latency_rows import arms, natural, row
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def test_latency_is_a_table_of_80_columns() -> None:
+    slower = Ratio(against="base", median=1.8, low=1.7, high=1.9, pairs=12, verdict="slower")
+    unsure = Ratio(against="base", median=1.8, low=None, high=None, pairs=3, verdict="cannot tell")
+    rows = [row("base"), row("checkpoint", ratios=[slower]), row("export"), row("export_no_cache", ratios=[unsure])]
+    lines = latency_lines([*rows, *natural()])
+    assert lines == [
+        "latency     fixed answers of 48 tokens, ms",
+        "                        TTFT    TPOT      E2E  TPOT over base's",
+        "  base                 119.7   20.00     1060",
+        "  plain checkpoint     119.7   36.00     1812  1.70 to 1.90  slower",
+        "  export               119.7   19.60     1041  0.96 to 1.01  same",
+        "  export, cache off    119.7   70.00     3409  no interval (3 rounds)",
+        "latency     natural answers of up to 256 tokens, ms",
+        *lines[7:],
+    ]
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_run_out_of_memory_is_a_line() -> None:
+    failed = row("export", error="out of memory", ratios=[], ttft_s=None, tpot_s=None, e2e_s=None)
+    assert latency_lines([row("base"), failed])[-1] == "  export              out of memory"
+
+
+def test_the_verdict_and_the_faults_are_a_line_each(tmp_path: Path) -> None:
+    found = {"severity": "slow"}, {"severity": "note"}
+    findings = {"base": {"findings": []}, "checkpoint": {"findings": [*found]}, "export": {"findings": [found[1]]}}
+    assert verdict_lines(Review(path=tmp_path, rows=arms()), findings) == [
+        f"speed       0.98{TIMES} the base's time per token, the same within 3%",
+        "faults      1 in a plain save, 0 in the export",
+    ]
+    unsure = Ratio(against="base", median=0.79, low=0.71, high=1.33, pairs=12, verdict="cannot tell")
+    rows = [row("base"), row("export", ratios=[unsure])]
+    assert verdict_lines(Review(path=tmp_path, rows=rows), {}) == [
+        f"speed       0.71 to 1.33{TIMES} the base's time per token: cannot tell"
+    ]
+    rows = [row("base"), row("export", ratios=[])]
+    assert verdict_lines(Review(path=tmp_path, rows=rows), {}) == ["speed       no interval"]
+
+
+def test_an_export_is_three_lines_or_four(tmp_path: Path) -> None:
+    checks = (Check(name="a", passed=True, detail=""), Check(name="b", passed=True, detail="", skipped=True))
+    result = ExportResult(
+        path=Path("runs/tiny/export"), base=Path("base"), changes=(), made_portable=(), sources={"base": "NONE: x"},
+        repairs=(Repair(file="config.json", key="use_cache", found=False, written=True),), bytes=500_000, seconds=6.5,
+        verification=VerificationResult(checks=checks),
+    )  # fmt: skip
+    assert export_lines(result) == [
+        "export      runs/tiny/export (0.50 MB in 6.5 s)",
+        "verified    1 checks in a fresh process, 1 skipped",
+        "put right   1 values of the base, in config.json",
+    ]
