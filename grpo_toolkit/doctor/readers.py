@@ -27,9 +27,9 @@ V4: Final = "transformers<5; vllm@<5; sglang@<5"
 
 _NAMES: Final = {"transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang", "trainer": "Trainer (a resume)"}
 _CHOICES: Final = ("transformers", "vllm", "sglang")
-_ITEM: Final = re.compile(r"(?P<name>[a-z]+)(?P<on>@?)(?P<bounds>(?:(?:<=|>=|<|>)[0-9.]+)*)")
-_BOUND: Final = re.compile(r"(<=|>=|<|>)([0-9.]+)")
-_WORDS: Final = {"<": "before", ">=": "since", "<=": "up to", ">": "after"}
+_ITEM: Final = re.compile(r"(?P<name>[a-z]+)(?P<on>@?)(?P<bounds>(?:(?:==|>=|<)[0-9.]+)*)")
+_BOUND: Final = re.compile(r"(==|>=|<)([0-9.]+)")
+_WORDS: Final = {"<": "before ", ">=": "since ", "==": ""}
 
 Version = tuple[int, ...]
 
@@ -89,6 +89,31 @@ def installed_version(name: str) -> Version:
     return ()
 
 
+@lru_cache(maxsize=16)
+def installed_knows(model_type: str) -> bool | None:
+    """Return whether the installed transformers has a config class for a model type; None where none is installed.
+
+    Its own tables are asked, as text: `CONFIG_MAPPING_NAMES`, which transformers 5 keeps in a file of its own.
+    """
+    for folder in sys.path:
+        auto = os.path.join(folder or ".", "transformers", "models", "auto")  # noqa: PTH118 - as above
+        if os.path.isdir(auto):  # noqa: PTH112
+            return any(f'("{model_type}", "' in _text(os.path.join(auto, name)) for name in _TABLES)  # noqa: PTH118
+    return None
+
+
+_TABLES: Final = ("auto_mappings.py", "configuration_auto.py")
+
+
+@lru_cache(maxsize=2)
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return ""
+
+
 def concerns(fails: str, reader: Reader) -> bool:
     """Return whether a fault that concerns the readers in `fails` concerns this one; an unknown version counts."""
     for item in _items(fails):
@@ -119,7 +144,7 @@ def in_words(fails: str, installed: Reader | None = None) -> str:
 
 
 def _bounds(text: str) -> str:
-    return " and ".join(f"{_WORDS[sign]} {version}" for sign, version in _BOUND.findall(text))
+    return " and ".join(f"{_WORDS[sign]}{version}" for sign, version in _BOUND.findall(text))
 
 
 @lru_cache(maxsize=64)
@@ -134,7 +159,7 @@ def _holds(version: Version, sign: str, bound: str) -> bool:
         return True
     limit = _numbers(bound)
     ours = version[: max(len(limit), 2)]
-    return {"<": ours < limit, "<=": ours <= limit, ">": ours > limit, ">=": ours >= limit}[sign]
+    return {"<": ours < limit, "==": ours == limit, ">=": ours >= limit}[sign]
 
 
 def _numbers(text: str) -> Version:

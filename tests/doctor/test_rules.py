@@ -151,6 +151,7 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "vision-tower-missing": (model({f"language_model.{name}": info for name, info in TENSORS.items()},
                                    config={**VISION, "model_type": "llava"}, chat_template__json=TEMPLATE,
                                    preprocessor_config__json=IMAGES), None, None, "model.safetensors", ""),
+    "model-type-unknown": (model(), None, None, "config.json", "model_type"),
     "model-type-differs": (model(config={"model_type": "mistral"}), BASE, None, "config.json", "model_type"),
     "pixel-limits-unread": (
         model(preprocessor_config__json={
@@ -266,8 +267,10 @@ COMPANIONS = {
 }
 
 
-def diagnose(files: MemoryFiles, base: MemoryFiles | None, digests: Digests | None = None) -> list[Finding]:
-    folder = read_folder(files)
+def diagnose(
+    files: MemoryFiles, base: MemoryFiles | None, digests: Digests | None = None, *, is_known: bool = True
+) -> list[Finding]:
+    folder = replace(read_folder(files), is_known=is_known)
     folder = replace(folder, base=None if base is None else read_folder(base), digests=digests)
     return list(diagnose_folder(folder).findings)
 
@@ -285,7 +288,7 @@ def test_the_clean_folders_are_clean(files: MemoryFiles) -> None:
 @pytest.mark.parametrize("code", CASES)
 def test_the_rule_finds_its_fault_and_no_other_does(code: str) -> None:
     files, base, digests, file, key = CASES[code]
-    findings = diagnose(files, base, digests)
+    findings = diagnose(files, base, digests, is_known=code != "model-type-unknown")
     found = next(finding for finding in findings if finding.code == code)
     assert (found.file, found.key) == (file, key)
     others = {finding.code for finding in findings} - {code}

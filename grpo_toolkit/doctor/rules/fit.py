@@ -9,6 +9,7 @@ from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
 from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
+from grpo_toolkit.doctor.readers import TRANSFORMERS, installed_version
 from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
@@ -149,3 +150,24 @@ def model_type_differs(folder: Folder) -> Iterator[Fault]:
             expected=f"{base.model_type}, as in the base",
             remedies=(WholeFile(file=CONFIG, content=None),),
         )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "model type that the installed transformers does not know",
+    effect="AutoConfig fails: the checkpoint is of a newer release, of a fork, or its name was changed",
+    evidence="https://huggingface.co/docs/transformers/model_doc/auto",
+    fails=TRANSFORMERS,
+)
+def model_type_unknown(folder: Folder) -> Iterator[Fault]:
+    if folder.is_known is not False or folder.get(CONFIG, "auto_map") is not ABSENT:
+        return
+    base_type = "" if folder.base is None or folder.base.model_type == folder.model_type else folder.base.model_type
+    version = ".".join(map(str, installed_version("transformers")))
+    yield Fault(
+        file=CONFIG,
+        key="model_type",
+        found=folder.model_type,
+        expected=f"{base_type}, as in the base" if base_type else f"a type that transformers {version} knows",
+        fails=f"transformers=={version}" if version else "",
+    )
