@@ -7,12 +7,13 @@ through that library. What is installed is found by the names of its metadata, w
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 from grpo_toolkit.errors import InputError
 
@@ -102,10 +103,38 @@ def installed_knows(model_type: str) -> bool | None:
     return None
 
 
+def installed_defaults(model_type: str, key: str) -> tuple[Any, ...]:
+    """Return the defaults that a family's config classes in the installed transformers give a setting, read as text.
+
+    A file has a class for each part of the model, so there may be several; none where it cannot be told.
+    """
+    found = []
+    pattern = re.compile(rf"^ +{re.escape(key)}(?:: [^=\n]+)? ?= ?([^\n]+?),?$", re.MULTILINE)
+    for literal in pattern.findall(_config_source(model_type)):
+        try:
+            found.append(ast.literal_eval(literal))
+        except (ValueError, SyntaxError):
+            return ()
+    return tuple(found)
+
+
+@lru_cache(maxsize=4)
+def _config_source(model_type: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_]{1,60}", model_type):
+        return ""
+    for folder in sys.path:
+        for name in (model_type, model_type.removesuffix("_text")):
+            file = f"configuration_{name}.py"
+            text = _text(os.path.join(folder or ".", "transformers", "models", name, file))  # noqa: PTH118
+            if text:
+                return text
+    return ""
+
+
 _TABLES: Final = ("auto_mappings.py", "configuration_auto.py")
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _text(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123

@@ -135,6 +135,7 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                                   one__safetensors=b""), None, None, "model.safetensors.index.json", ""),
     "index-left-over": (model(model__safetensors__index__json={"weight_map": {"a": "one.safetensors"}}), None, None,
                         "model.safetensors.index.json", ""),
+    "config-missing": (folder_of({}, TENSORS), None, None, "config.json", ""),
     "weights-missing": (folder_of({"config.json": {"model_type": "bert"}}), None, None, "model.safetensors", ""),
     "fsdp-shards-only": (folder_of({"pytorch_model_fsdp_0": b""}), None, None, "pytorch_model_fsdp_0", ""),
     "zero-shards-only": (folder_of({"zero_to_fp32.py": b"", "global_step3": b""}), None, None, "global_step3", ""),
@@ -235,6 +236,14 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                               None, "preprocessor_config.json", "max_pixels"),
     "chat-template-lost": (model(config=VISION, preprocessor_config__json=IMAGES), VLM_BASE, None,
                            "chat_template.json", ""),
+    "chat-template-json-empty": (
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={}, chat_template__jinja=b"x"),
+        None, None, "chat_template.json", "chat_template"),
+    "tokenizer-template-lost": (
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE),
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
+              tokenizer_config__json={**TOKENIZER, **TEMPLATE}), None, "tokenizer_config.json", "chat_template"),
+    "settings-lost": (model(), model(config={"rms_norm_eps": 0.125}), None, "config.json", "rms_norm_eps"),
     "chat-template-missing": (model(config=VISION, preprocessor_config__json=IMAGES), None, None,
                               "chat_template.jinja", ""),
     "chat-templates-differ": (

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import copy
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
-from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
-from grpo_toolkit.doctor.readers import TRANSFORMERS, installed_version
+from grpo_toolkit.doctor.readers import TRANSFORMERS, installed_defaults, installed_version
 from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
@@ -171,3 +172,62 @@ def model_type_unknown(folder: Folder) -> Iterator[Fault]:
         expected=f"{base_type}, as in the base" if base_type else f"a type that transformers {version} knows",
         fails=f"transformers=={version}" if version else "",
     )
+
+
+# What other rules judge, or what a release writes as it likes.
+_OF_OTHER_RULES: Final = frozenset(
+    {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
+    | {"rope_scaling", "rope_theta", "rope_parameters", "tie_word_embeddings", "auto_map", "quantization_config"}
+    | {"layer_types", "head_dim", "eos_token_id", "bos_token_id", "pad_token_id", "text_config", "vision_config"}
+)
+
+
+@rule(
+    Severity.WRONG,
+    "settings of the model lost from its config",
+    effect="the class's own defaults take their place: other sizes than the tensors have, other layers, other numbers",
+    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
+    mend="the base's values",
+    needs_base=True,
+)
+def settings_lost(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type or not folder.is_known:
+        return
+    lost = [
+        (level, key, value)
+        for level, node in base.levels()
+        if level in ((), ("text_config",), ("vision_config",))
+        for key, value in node.items()
+        if key not in _OF_OTHER_RULES and value is not None and _is_lost(folder, level, key, value)
+    ]
+    if lost:
+        names = [".".join((*at, name)) for at, name, _ in lost]
+        yield Fault(
+            file=CONFIG,
+            key=names[0],
+            found=f"{', '.join(names[:6])} absent",
+            expected=f"{lost[0][2]!r}, as in the base",
+            remedies=tuple(
+                Edit(file=CONFIG, path=(*_at(folder, at), name), value=copy.deepcopy(value))
+                for at, name, value in lost
+            ),
+        )
+
+
+def _at(folder: Folder, level: tuple[str, ...]) -> tuple[str, ...]:
+    """Return where a level of the base's config is in ours: the text model's keys may lie flat or nested."""
+    is_nested = isinstance(folder.get(CONFIG, "text_config"), dict)
+    return () if level == ("text_config",) and not is_nested else level
+
+
+def _is_lost(folder: Folder, level: tuple[str, ...], key: str, value: Any) -> bool:
+    """Return whether a setting is nowhere in our config and no default of its class is the base's value.
+
+    A release that saves a config leaves out what is the default: only another value is lost by it.
+    """
+    places = {(*level, key), (key,), ("text_config", key)} if level != ("vision_config",) else {(*level, key)}
+    if any(folder.get(CONFIG, *place) is not ABSENT for place in places):
+        return False
+    defaults = installed_defaults(folder.model_type, key)
+    return bool(defaults) and None not in defaults and value not in defaults

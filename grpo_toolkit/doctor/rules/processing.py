@@ -161,6 +161,45 @@ def chat_template_lost(folder: Folder) -> Iterator[Fault]:
 
 
 @rule(
+    Severity.UNLOADABLE,
+    "chat_template.json without a template",
+    effect="AutoProcessor fails: KeyError 'chat_template'",
+    evidence="https://huggingface.co/docs/transformers/chat_templating_multimodal",
+    mend="the base's file",
+)
+def chat_template_json_empty(folder: Folder) -> Iterator[Fault]:
+    is_read = folder.has(PREPROCESSOR) or folder.has(PROCESSOR)
+    if is_read and TEMPLATE_JSON in folder.objects and folder.get(TEMPLATE_JSON, "chat_template") is ABSENT:
+        has_base = folder.base is not None and TEMPLATE_JSON in folder.base.templates
+        remedies = (WholeFile(file=TEMPLATE_JSON, content=None),) if has_base else ()
+        yield Fault(file=TEMPLATE_JSON, key="chat_template", expected="a template", remedies=remedies)
+
+
+@rule(
+    Severity.WRONG,
+    "chat template lost from the tokenizer",
+    effect="the processor has a template and the tokenizer has none: what prompts the tokenizer alone (servers, text "
+    "training) builds other prompts, or fails",
+    evidence="https://github.com/huggingface/transformers/pull/33957",
+    mend="the base's template in tokenizer_config.json",
+    needs_base=True,
+)
+def tokenizer_template_lost(folder: Folder) -> Iterator[Fault]:
+    inside = None if folder.base is None else folder.base.templates.get(TOKENIZER_CONFIG)
+    ours = folder.templates
+    if inside is None or not ours or TOKENIZER_CONFIG not in folder.objects or folder.kind is not Kind.MODEL:
+        return
+    if TEMPLATE_JINJA not in ours and folder.get(TOKENIZER_CONFIG, "chat_template") in (ABSENT, None):
+        yield Fault(
+            file=TOKENIZER_CONFIG,
+            key="chat_template",
+            found=folder.get(TOKENIZER_CONFIG, "chat_template"),
+            expected="the base's template",
+            remedies=(Edit(file=TOKENIZER_CONFIG, path=("chat_template",), value=inside),),
+        )
+
+
+@rule(
     Severity.NOTE,
     "no chat template",
     effect="a vision-language model has no way to place an image in a prompt but by hand",
