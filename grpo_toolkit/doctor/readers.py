@@ -118,6 +118,20 @@ def installed_defaults(model_type: str, key: str) -> tuple[Any, ...]:
     return tuple(found)
 
 
+def installed_allows_null(model_type: str, level: tuple[str, ...], key: str) -> bool:
+    """Return whether the installed config classes take null for a setting; True where they do not say (4.x).
+
+    A nested config is of the family's text or vision class, the top one of any but the vision class.
+    """
+    part = {"text_config": "Text", "vision_config": "Vision"}.get(level[0] if level else "", "")
+    classes = [text for text in re.split(r"(?m)^(?=class )", _config_source(model_type)) if text.startswith("class ")]
+    names = [(text.partition("(")[0], text) for text in classes]
+    chosen = [text for name, text in names if (part in name if part else "Vision" not in name)]
+    field = re.compile(rf"^    {re.escape(key)}: ([^=\n]+?)(?: =|$)", re.MULTILINE)
+    types = [one for text in chosen for one in field.findall(text)]
+    return not types or any(word in one for one in types for word in ("None", "Optional", "Any"))
+
+
 @lru_cache(maxsize=4)
 def _config_source(model_type: str) -> str:
     if not re.fullmatch(r"[a-z0-9_]{1,60}", model_type):

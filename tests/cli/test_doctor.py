@@ -73,7 +73,7 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"  and put back as it was: grpo-toolkit repair {folder} --undo",
     ]
     assert [line for line in lines if "NOT COMPARED" in line] == [lines[2]]
-    assert lines[2].endswith("(18 rules); pass --base FOLDER")
+    assert lines[2].endswith("(20 rules); pass --base FOLDER")
 
 
 def test_clean_is_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_a_run_that_holds_its_last_model_too(tmp_path: Path, capsys: pytest.Capt
         "checkpoint-1",
         "run",
         "NOT COMPARED (2 of 2): no base was named, and none is recorded here, so nothing was compared with one "
-        "(18 rules); pass --base FOLDER",
+        "(20 rules); pass --base FOLDER",
     ]
     assert main(["repair", str(run)]) == 0
     said = capsys.readouterr().out.splitlines()

@@ -10,7 +10,12 @@ from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
-from grpo_toolkit.doctor.readers import TRANSFORMERS, installed_defaults, installed_version
+from grpo_toolkit.doctor.readers import (
+    TRANSFORMERS,
+    installed_allows_null,
+    installed_defaults,
+    installed_version,
+)
 from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
@@ -178,6 +183,17 @@ def model_type_unknown(folder: Folder) -> Iterator[Fault]:
 _OF_OTHER_RULES: Final = frozenset(
     {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
     | {"rope_scaling", "rope_theta", "rope_parameters", "tie_word_embeddings", "auto_map", "quantization_config"}
+    # Of training alone, or without effect unless another key switches them on.
+    | {"initializer_range", "initializer_factor", "max_window_layers", "sliding_window", "vision_end_token_id"}
+    | {
+        "attention_dropout",
+        "hidden_dropout",
+        "dropout",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attn_pdrop",
+        "output_attentions",
+    }
     | {"layer_types", "head_dim", "eos_token_id", "bos_token_id", "pad_token_id", "text_config", "vision_config"}
 )
 
@@ -231,3 +247,89 @@ def _is_lost(folder: Folder, level: tuple[str, ...], key: str, value: Any) -> bo
         return False
     defaults = installed_defaults(folder.model_type, key)
     return bool(defaults) and None not in defaults and value not in defaults
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "null where the model's class wants a value",
+    effect="transformers 5 checks the types of a config as it loads: StrictDataclassFieldValidationError",
+    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
+    mend="the base's value, or the key deleted so that the class's own default counts",
+    fails="transformers>=5",
+)
+def null_setting(folder: Folder) -> Iterator[Fault]:
+    if not folder.is_known or folder.get(CONFIG, "auto_map") is not ABSENT:
+        return
+    for level, node in folder.levels():
+        if level not in ((), ("text_config",), ("vision_config",)):
+            continue
+        for key, value in node.items():
+            if (
+                value is None
+                and key not in _OF_OTHER_RULES
+                and not installed_allows_null(folder.model_type, level, key)
+            ):
+                right = ABSENT if folder.base is None else folder.base.get(CONFIG, *level, key)
+                yield Fault(
+                    file=CONFIG,
+                    key=".".join((*level, key)),
+                    found=None,
+                    expected="a value" if right in (ABSENT, None) else f"{right!r}, as in the base",
+                    remedies=(Edit(file=CONFIG, path=(*level, key), value=ABSENT if right is None else right),),
+                )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no model type",
+    effect="AutoConfig fails: config.json should have a model_type key",
+    evidence="https://huggingface.co/docs/transformers/model_doc/auto",
+    mend="the base's",
+)
+def model_type_missing(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(CONFIG, "model_type")
+    is_absent = value is ABSENT or value is None
+    if is_absent and CONFIG in folder.objects and weights(folder) and folder.get(CONFIG, "auto_map") is ABSENT:
+        right = "" if folder.base is None else folder.base.model_type
+        remedies = (Edit(file=CONFIG, path=("model_type",), value=right),) if right else ()
+        yield Fault(file=CONFIG, key="model_type", found=value, expected=right or "a model type", remedies=remedies)
+
+
+@rule(
+    Severity.WRONG,
+    "rotary settings lost",
+    effect="positions are rotated otherwise than in training: other text, or an error at the first token",
+    evidence="https://github.com/vllm-project/vllm/pull/42624",
+    mend="the base's settings, where they are absent altogether",
+    needs_base=True,
+)
+def rope_lost(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
+        return
+    wanted, ours = _rope(base), _rope(folder)
+    lost = sorted(set(wanted) - set(ours) - {"type", "rope_type", "rope_theta"})
+    if not lost or CONFIG not in folder.objects:
+        return
+    remedies: tuple[Edit, ...] = ()
+    if not set(ours) - {"rope_theta"} and isinstance(base.get(CONFIG, "rope_scaling"), dict):
+        at = _at(folder, ("text_config",))
+        value = copy.deepcopy(base.get(CONFIG, "rope_scaling"))
+        remedies = (Edit(file=CONFIG, path=(*at, "rope_scaling"), value=value),)
+    yield Fault(
+        file=CONFIG,
+        key="rope_scaling",
+        found=f"{', '.join(lost)} absent",
+        expected=f"{wanted[lost[0]]!r}, as in the base",
+        remedies=remedies,
+    )
+
+
+def _rope(folder: Folder) -> dict[str, Any]:
+    """Return every rotary setting of the text model, in whatever form and at whatever level it is said."""
+    found: dict[str, Any] = {}
+    for level in ((), ("text_config",)):
+        for name in ("rope_scaling", "rope_parameters"):
+            value = folder.get(CONFIG, *level, name)
+            found |= {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else {}
+    return found

@@ -43,6 +43,41 @@ def tokenizer_missing(folder: Folder) -> Iterator[Fault]:
 
 @rule(
     Severity.UNLOADABLE,
+    "empty tokenizer file",
+    effect="AutoTokenizer fails, or falls back on another class",
+    evidence="https://huggingface.co/docs/transformers/main_classes/tokenizer",
+    mend="the base's file",
+)
+def tokenizer_empty(folder: Folder) -> Iterator[Fault]:
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
+        entry = folder.entries.get(name)
+        if entry is not None and entry.is_regular and not entry.is_folder and entry.size == 0:
+            has_base = folder.base is not None and folder.base.has(name)
+            remedies = (WholeFile(file=name, content=None),) if has_base else ()
+            yield Fault(file=name, found="0 bytes", expected="a tokenizer", remedies=remedies)
+
+
+@rule(
+    Severity.WRONG,
+    "tokenizer_config.json lost",
+    effect="the tokenizer's class, its special tokens and its chat template are gone: other ids, or none at all",
+    evidence="https://huggingface.co/docs/transformers/main_classes/tokenizer",
+    mend="the base's file",
+    needs_base=True,
+)
+def tokenizer_config_lost(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    is_whole = folder.kind is Kind.MODEL and folder.has_tokenizer
+    if is_whole and base is not None and base.has(TOKENIZER_CONFIG) and not folder.has(TOKENIZER_CONFIG):
+        yield Fault(
+            file=TOKENIZER_CONFIG,
+            expected="the base's file",
+            remedies=(WholeFile(file=TOKENIZER_CONFIG, content=None),),
+        )
+
+
+@rule(
+    Severity.UNLOADABLE,
     "no image processor",
     effect="AutoProcessor fails: no file named preprocessor_config.json, no image can be asked about",
     evidence="https://github.com/2U1/Qwen-VL-Series-Finetune/issues/34",
