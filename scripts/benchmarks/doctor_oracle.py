@@ -103,6 +103,11 @@ def behaviour(folder: Path) -> dict[str, Any] | str:
                     image = Image.linear_gradient("L").resize(size).convert("RGB")
                     made = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
                     pixels += _digest(made)
+                seen = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Count."}]}]
+                prompt = processor.apply_chat_template(seen, add_generation_prompt=True)
+                asked = processor(text=[prompt], images=[image], return_tensors="pt")
+                with torch.no_grad():
+                    pixels += _digest(model(**asked).logits)
             with torch.no_grad():
                 logits = model(input_ids=inputs["input_ids"]).logits
             answer = model.generate(
@@ -113,6 +118,7 @@ def behaviour(folder: Path) -> dict[str, Any] | str:
         return {
             "clean": report.is_clean,
             "text": text,
+            "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             "ids": inputs["input_ids"].tolist(),
             "pixels": pixels,
             "logits": _digest(logits),
