@@ -76,3 +76,16 @@ def test_accuracies_before_that_are_a_checkpoints_are_called_so(capsys: pytest.C
     of_checkpoint = table_of(summary_of([], direct_accuracy=0.125, begun_with="checkpoint-2"), capsys)
     assert "held-out accuracy (before: of checkpoint-2, not of the base) 25.0% 50.0%" in of_checkpoint
     assert "checkpoint-2, asked for the answer alone 12.5%" in of_checkpoint
+
+
+def test_the_cause_that_slows_a_step_down_most_stands_with_its_cure(capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.support.step_rows import explanation
+
+    summary = summary_of([], steps=explanation())
+    assert summary["step_floor_s"] == 1.5
+    top = summary["step_causes"][0]
+    assert top["cause"] == "attention-by-window"
+    printed = table_of(summary, capsys)
+    assert f"slowed down most by attention-by-window, {top['saving_s']:.2f} s of it" in printed
+    assert "cure: PackedVisionCallback()" in printed
+    assert "slowed down" not in table_of(summary_of([]), capsys)
