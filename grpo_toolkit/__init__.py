@@ -10,7 +10,7 @@ The names below are imported when they are first used, so `import grpo_toolkit` 
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ __all__ = sorted(_MODULES)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib import metadata  # a third of a diagnosis, where nobody asks for it
+
         return metadata.version("grpo-toolkit")
     if name not in _MODULES:
         raise AttributeError(f"module 'grpo_toolkit' has no attribute {name!r}")

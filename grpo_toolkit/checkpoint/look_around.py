@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.file_names import ADAPTER_CONFIG, CONFIG, Kind
+from grpo_toolkit.checkpoint.file_names import ADAPTER_CONFIG, CONFIG, WEIGHTS, WEIGHTS_INDEX, Kind
 from grpo_toolkit.checkpoint.layouts import VERL, Layout, layout_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,11 @@ def kind_of(names: Collection[str], layout: Layout | None) -> Kind | None:
         return Kind.ADAPTER
     if layout is not None and not any(name.endswith(".safetensors") for name in names):
         return layout.kind
-    return Kind.MODEL if CONFIG in names else None
+    return Kind.MODEL if CONFIG in names or any(name in names for name in _WHOLE_WEIGHTS) else None
+
+
+# As accelerate and DeepSpeed write them, without a config: still a model, if none that can be loaded.
+_WHOLE_WEIGHTS: Final = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def look_at(path: Path) -> Place | None:

@@ -8,6 +8,7 @@ once; argparse rather than a prettier library for the same reason.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +29,9 @@ GROUPS: Final = {
 }
 """The commands by what they are for, in the order of the help."""
 
+EXIT_PIPE: Final = 141
+"""As a shell reports a command that a closed pipe ended: 128 and the number of SIGPIPE."""
+
 VERBS: Final = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 """The commands: each a module with `add_command` and a function of its name."""
 
@@ -46,18 +50,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INPUT
     try:
         check_device(getattr(arguments, "device", "cpu"))
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()  # a pipe that was closed early is met here, not when the interpreter ends
+        return code
     except VerificationError as error:
         return fail(error, EXIT_FINDINGS)
     except GrpoToolkitError as error:
         return fail(error, EXIT_INPUT)
     except ModuleNotFoundError as error:  # the doctor needs nothing but this package, so it may stand alone
         return fail(missing(error), EXIT_INPUT)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except OSError as error:  # a full disk, a folder that may not be written: what was staged is gone again
         where = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
-        return fail(f"{where}{': ' if where else ''}{error.strerror or error}; nothing was published", EXIT_INPUT)
+        return fail(
+            f"{where}{': ' if where else ''}{error.strerror or error}{_nothing_published(arguments)}", EXIT_INPUT
+        )
     except KeyboardInterrupt:
         return fail("interrupted; nothing half-written is left", 130)
+
+
+def _nothing_published(arguments: argparse.Namespace) -> str:
+    return "; nothing was published" if hasattr(arguments, "output") else ""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -69,7 +69,7 @@ def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]
         elif folder.kind is Kind.MODEL and not is_lora(name) and is_constant(folder.path, info):
             other = others.get(renames.get(name, name))
             is_as_made = _IN_A_LAYER.search(name) is None or len(info.shape) < 2
-            if is_as_made if other is None or base is None else is_constant(base.path, other):
+            if is_as_made if other is None or base is None else _equal(folder, info, base, other):
                 continue
             empty.append(name)
     return tuple(sorted(empty)), tuple(sorted(broken))

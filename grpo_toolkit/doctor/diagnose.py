@@ -18,7 +18,7 @@ from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule,
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Folder, describe
 from grpo_toolkit.doctor.planned_files import DiskFiles, Files
-from grpo_toolkit.doctor.readers import Reader, installed_reader, parse_reader
+from grpo_toolkit.doctor.readers import Reader, installed_knows, installed_reader, parse_reader
 from grpo_toolkit.doctor.rules import (
     adapter,
     cache,
@@ -135,6 +135,8 @@ def parse_folder(
 ) -> Folder:
     """Read a folder with its base, ready for the rules."""
     folder = read_folder(source)
+    if folder.kind is Kind.MODEL and folder.model_type:
+        folder = replace(folder, is_known=installed_knows(folder.model_type))
     found = base if base is not None else _recorded(source) or _base_in_files(folder)
     if base is not None and _is_same(base, folder.path):
         raise CheckpointError(f"--base {base}: is the folder itself; name the model that it was trained from")

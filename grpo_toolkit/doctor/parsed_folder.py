@@ -76,6 +76,8 @@ class Folder:
     """Where the weights lie: here, or the shards of a layout that are here, below or above."""
     base: Folder | None = None
     digests: Digests | None = None
+    is_known: bool | None = None
+    """Whether the installed transformers has a class for its model type; None where that is not known."""
 
     def get(self, file: str, *path: str) -> Any:
         """Return the value at `path` in the JSON file `file`, or ABSENT."""

@@ -36,6 +36,8 @@ _HARMLESS: Final = frozenset(
     {
         "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core",
         "qalora_group_size", "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
+        # Labels and settings of training that ms-swift, Unsloth and others add; PEFT drops them when it loads.
+        "swift_type", "lora_dtype", "lr_ratio", "lorap_lr_ratio", "loraplus_lr_ratio", "lorap_emb_lr", "unsloth_fixed",
     }
 )  # fmt: skip
 # What they compute is no low-rank sum on the base's own weights, or not for every token.

@@ -8,6 +8,7 @@ that a merge would untie, quantised weights.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -58,6 +59,9 @@ def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:
                 raise CheckpointError(f"{adapter.weights}: two modules of the adapter lead to {stored} of {base.path}")
             updates[stored] = replace(update, replaced_by=earlier.replaced_by)
     homeless = _without_tied_heads(adapter, base, homeless)
+    is_apart = base.is_tied and not adapter.config.get("ensure_weight_tying")
+    if homeless and is_apart and all(_HEAD_OF_ITS_OWN.search(name) for name in homeless):
+        raise _untying(adapter, homeless[0])  # the head of a tied base has no tensor in its files
     if homeless:
         example = next(iter(base.stored))
         raise CheckpointError(
@@ -164,10 +168,17 @@ def _refuse_untying(adapter: Adapter, base: Base, updates: Mapping[str, Update])
         is_whole = update.added is None and update.magnitude is None
         if is_whole and adapter.config.get("ensure_weight_tying"):
             continue
-        raise UnsupportedError(
-            f"{adapter.path}: changes {stored}, which the base ties to its other end: a merge would untie them; leave "
-            "embed_tokens and lm_head out of the adapter, or train them with modules_to_save and ensure_weight_tying"
-        )
+        raise _untying(adapter, stored)
+
+
+_HEAD_OF_ITS_OWN = re.compile(r"(?:^|\.)lm_head\.(?:weight|modules_to_save|original_module)")
+
+
+def _untying(adapter: Adapter, name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{adapter.path}: changes {name}, which the base ties to its other end: a merge would untie them; leave "
+        "embed_tokens and lm_head out of the adapter, or train them with modules_to_save and ensure_weight_tying"
+    )
 
 
 def _refuse_gaps(adapter: Adapter, base: Base) -> None:

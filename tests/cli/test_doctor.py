@@ -73,7 +73,7 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"  and put back as it was: grpo-toolkit repair {folder} --undo",
     ]
     assert [line for line in lines if "NOT COMPARED" in line] == [lines[2]]
-    assert lines[2].endswith("(14 rules); pass --base FOLDER")
+    assert lines[2].endswith("(20 rules); pass --base FOLDER")
 
 
 def test_clean_is_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_a_run_that_holds_its_last_model_too(tmp_path: Path, capsys: pytest.Capt
         "checkpoint-1",
         "run",
         "NOT COMPARED (2 of 2): no base was named, and none is recorded here, so nothing was compared with one "
-        "(14 rules); pass --base FOLDER",
+        "(20 rules); pass --base FOLDER",
     ]
     assert main(["repair", str(run)]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -222,3 +222,26 @@ def test_only_the_standard_library_is_imported(tmp_path: Path) -> None:
 def test_the_table_in_the_readme_is_what_the_rules_give() -> None:
     text = README.read_text(encoding="utf-8")
     assert with_table(text) == text, "python -m scripts.docs.doctor_rules --write README.md"
+
+
+def test_a_pipe_that_closes_early_is_no_error(tmp_path: Path) -> None:
+    folder = unpack("vlm_r1_451", tmp_path / "x")
+    command = [
+        sys.executable,
+        "-c",
+        "from grpo_toolkit.cli import main; raise SystemExit(main())",
+        "doctor",
+        str(folder),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as `| head -0` does
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")
+
+
+def test_a_base_that_is_the_folder_itself_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = unpack("vlm_r1_451", tmp_path / "x")
+    assert main(["doctor", str(folder), "--base", str(folder)]) == 2
+    assert "is the folder itself" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from grpo_toolkit.doctor.readers import (
     Reader,
     concerns,
     in_words,
+    installed_knows,
     installed_version,
     parse_reader,
 )
@@ -111,3 +112,16 @@ def test_the_exit_code_follows_the_reader(tmp_path: Path, capsys: pytest.Capture
     assert said["clean"] is True
     assert said["reader"] == "vLLM"
     assert {(f["code"], f["concerns"]) for f in said["findings"]} >= {("generation-cache-off", False)}
+
+
+def test_a_model_type_is_asked_of_the_library_that_is_installed(tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    for name in ("llama", "qwen2_5_vl", "gpt2", "no_such_model", "qwen2_5_v"):
+        assert installed_knows(name) is (name in CONFIG_MAPPING), name
+    folder = unpack("base", tmp_path / "x")
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(text.replace('"qwen2_5_vl"', '"qwen9_vl"'))
+    found = diagnose_checkpoint(folder).findings[0]
+    assert (found.code, found.key, found.found) == ("model-type-unknown", "model_type", "qwen9_vl")
+    assert not found.concerns(parse_reader("transformers==4.1"))  # nothing is known about others

@@ -208,3 +208,16 @@ def test_tensors_without_information(
     assert main(["export", str(folder), str(tmp_path / "out"), "--base", str(base)]) == 1
     assert not (tmp_path / "out").exists()
     assert not {"tensors-empty", "values-not-finite"} & set(codes(base, deep=True))
+
+
+def test_tied_ends_that_were_trained_apart(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(folder)[0]
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert "adapter-unties" in codes(tmp_path / "adapter", folder)
+    capsys.readouterr()
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--base", str(folder)]) == 2
+    assert "ties to its other end" in capsys.readouterr().err  # not: "is it this adapter's base?"
+    assert not (tmp_path / "out").exists()

@@ -135,6 +135,7 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                                   one__safetensors=b""), None, None, "model.safetensors.index.json", ""),
     "index-left-over": (model(model__safetensors__index__json={"weight_map": {"a": "one.safetensors"}}), None, None,
                         "model.safetensors.index.json", ""),
+    "config-missing": (folder_of({}, TENSORS), None, None, "config.json", ""),
     "weights-missing": (folder_of({"config.json": {"model_type": "bert"}}), None, None, "model.safetensors", ""),
     "fsdp-shards-only": (folder_of({"pytorch_model_fsdp_0": b""}), None, None, "pytorch_model_fsdp_0", ""),
     "zero-shards-only": (folder_of({"zero_to_fp32.py": b"", "global_step3": b""}), None, None, "global_step3", ""),
@@ -151,6 +152,7 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "vision-tower-missing": (model({f"language_model.{name}": info for name, info in TENSORS.items()},
                                    config={**VISION, "model_type": "llava"}, chat_template__json=TEMPLATE,
                                    preprocessor_config__json=IMAGES), None, None, "model.safetensors", ""),
+    "model-type-unknown": (model(), None, None, "config.json", "model_type"),
     "model-type-differs": (model(config={"model_type": "mistral"}), BASE, None, "config.json", "model_type"),
     "pixel-limits-unread": (
         model(preprocessor_config__json={
@@ -234,6 +236,20 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                               None, "preprocessor_config.json", "max_pixels"),
     "chat-template-lost": (model(config=VISION, preprocessor_config__json=IMAGES), VLM_BASE, None,
                            "chat_template.json", ""),
+    "chat-template-json-empty": (
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={}, chat_template__jinja=b"x"),
+        None, None, "chat_template.json", "chat_template"),
+    "tokenizer-template-lost": (
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE),
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
+              tokenizer_config__json={**TOKENIZER, **TEMPLATE}), None, "tokenizer_config.json", "chat_template"),
+    "tokenizer-empty": (model(tokenizer__json=b""), None, None, "tokenizer.json", ""),
+    "tokenizer-config-lost": (model(tokenizer_config__json=None), BASE, None, "tokenizer_config.json", ""),
+    "null-setting": (model(config={"rms_norm_eps": None}), None, None, "config.json", "rms_norm_eps"),
+    "model-type-missing": (model(config={"model_type": None}), None, None, "config.json", "model_type"),
+    "rope-lost": (model(), model(config={"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), None,
+                  "config.json", "rope_scaling"),
+    "settings-lost": (model(), model(config={"rms_norm_eps": 0.125}), None, "config.json", "rms_norm_eps"),
     "chat-template-missing": (model(config=VISION, preprocessor_config__json=IMAGES), None, None,
                               "chat_template.jinja", ""),
     "chat-templates-differ": (
@@ -266,8 +282,10 @@ COMPANIONS = {
 }
 
 
-def diagnose(files: MemoryFiles, base: MemoryFiles | None, digests: Digests | None = None) -> list[Finding]:
-    folder = read_folder(files)
+def diagnose(
+    files: MemoryFiles, base: MemoryFiles | None, digests: Digests | None = None, *, is_known: bool = True
+) -> list[Finding]:
+    folder = replace(read_folder(files), is_known=is_known)
     folder = replace(folder, base=None if base is None else read_folder(base), digests=digests)
     return list(diagnose_folder(folder).findings)
 
@@ -285,7 +303,7 @@ def test_the_clean_folders_are_clean(files: MemoryFiles) -> None:
 @pytest.mark.parametrize("code", CASES)
 def test_the_rule_finds_its_fault_and_no_other_does(code: str) -> None:
     files, base, digests, file, key = CASES[code]
-    findings = diagnose(files, base, digests)
+    findings = diagnose(files, base, digests, is_known=code != "model-type-unknown")
     found = next(finding for finding in findings if finding.code == code)
     assert (found.file, found.key) == (file, key)
     others = {finding.code for finding in findings} - {code}

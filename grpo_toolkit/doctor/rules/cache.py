@@ -144,12 +144,12 @@ def generation_defaults_lost(folder: Folder) -> Iterator[Fault]:
     if folder.kind is not Kind.MODEL or ours is None:
         return
     neutral: dict[str, tuple[Any, ...]] = {**NEUTRAL, "do_sample": (None, False), "repetition_penalty": (None, 1, 1.0)}
-    lost = [key for key, values in neutral.items() if key not in ours and published.get(key) not in values]
+    lost = [key for key, values in neutral.items() if ours.get(key) is None and published.get(key) not in values]
     if lost:
         yield Fault(
             file=GENERATION_CONFIG,
             key=lost[0],
-            found=f"{', '.join(lost)} absent",
+            found=f"{', '.join(lost)} absent or null",
             expected=f"{published[lost[0]]}, as in the base",
             remedies=tuple(Edit(file=GENERATION_CONFIG, path=(key,), value=published[key]) for key in lost),
         )

@@ -265,6 +265,24 @@ def pickled_weights(folder: Folder) -> Iterator[Fault]:
         yield Fault(file=pickles[0], found=f"{len(pickles)} pickles", expected="safetensors")
 
 
+@rule(
+    Severity.UNLOADABLE,
+    "weights without a config",
+    effect="nothing says which class these weights are of: no reader can load them (accelerate's and DeepSpeed's "
+    "mergers write weights alone)",
+    evidence="https://huggingface.co/docs/accelerate/usage_guides/fsdp",
+    mend="the base's config",
+)
+def config_missing(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.MODEL and not folder.has(CONFIG):
+        has_base = folder.base is not None and folder.base.has(CONFIG)
+        yield Fault(
+            file=CONFIG,
+            expected="the base's config" if has_base else "a config; pass --base to take the base's",
+            remedies=(WholeFile(file=CONFIG, content=None),) if has_base else (),
+        )
+
+
 _RESUMABLE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_0.pth")
 
 

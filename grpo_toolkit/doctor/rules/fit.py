@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import copy
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
-from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
+from grpo_toolkit.doctor.readers import (
+    TRANSFORMERS,
+    installed_allows_null,
+    installed_defaults,
+    installed_version,
+)
 from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
@@ -149,3 +156,180 @@ def model_type_differs(folder: Folder) -> Iterator[Fault]:
             expected=f"{base.model_type}, as in the base",
             remedies=(WholeFile(file=CONFIG, content=None),),
         )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "model type that the installed transformers does not know",
+    effect="AutoConfig fails: the checkpoint is of a newer release, of a fork, or its name was changed",
+    evidence="https://huggingface.co/docs/transformers/model_doc/auto",
+    fails=TRANSFORMERS,
+)
+def model_type_unknown(folder: Folder) -> Iterator[Fault]:
+    if folder.is_known is not False or folder.get(CONFIG, "auto_map") is not ABSENT:
+        return
+    base_type = "" if folder.base is None or folder.base.model_type == folder.model_type else folder.base.model_type
+    version = ".".join(map(str, installed_version("transformers")))
+    yield Fault(
+        file=CONFIG,
+        key="model_type",
+        found=folder.model_type,
+        expected=f"{base_type}, as in the base" if base_type else f"a type that transformers {version} knows",
+        fails=f"transformers=={version}" if version else "",
+    )
+
+
+# What other rules judge, or what a release writes as it likes.
+_OF_OTHER_RULES: Final = frozenset(
+    {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
+    | {"rope_scaling", "rope_theta", "rope_parameters", "tie_word_embeddings", "auto_map", "quantization_config"}
+    # Of training alone, or without effect unless another key switches them on.
+    | {"initializer_range", "initializer_factor", "max_window_layers", "sliding_window", "vision_end_token_id"}
+    | {
+        "attention_dropout",
+        "hidden_dropout",
+        "dropout",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attn_pdrop",
+        "output_attentions",
+    }
+    | {"layer_types", "head_dim", "eos_token_id", "bos_token_id", "pad_token_id", "text_config", "vision_config"}
+)
+
+
+@rule(
+    Severity.WRONG,
+    "settings of the model lost from its config",
+    effect="the class's own defaults take their place: other sizes than the tensors have, other layers, other numbers",
+    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
+    mend="the base's values",
+    needs_base=True,
+)
+def settings_lost(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type or not folder.is_known:
+        return
+    lost = [
+        (level, key, value)
+        for level, node in base.levels()
+        if level in ((), ("text_config",), ("vision_config",))
+        for key, value in node.items()
+        if key not in _OF_OTHER_RULES and value is not None and _is_lost(folder, level, key, value)
+    ]
+    if lost:
+        names = [".".join((*at, name)) for at, name, _ in lost]
+        yield Fault(
+            file=CONFIG,
+            key=names[0],
+            found=f"{', '.join(names[:6])} absent",
+            expected=f"{lost[0][2]!r}, as in the base",
+            remedies=tuple(
+                Edit(file=CONFIG, path=(*_at(folder, at), name), value=copy.deepcopy(value))
+                for at, name, value in lost
+            ),
+        )
+
+
+def _at(folder: Folder, level: tuple[str, ...]) -> tuple[str, ...]:
+    """Return where a level of the base's config is in ours: the text model's keys may lie flat or nested."""
+    is_nested = isinstance(folder.get(CONFIG, "text_config"), dict)
+    return () if level == ("text_config",) and not is_nested else level
+
+
+def _is_lost(folder: Folder, level: tuple[str, ...], key: str, value: Any) -> bool:
+    """Return whether a setting is nowhere in our config and no default of its class is the base's value.
+
+    A release that saves a config leaves out what is the default: only another value is lost by it.
+    """
+    places = {(*level, key), (key,), ("text_config", key)} if level != ("vision_config",) else {(*level, key)}
+    if any(folder.get(CONFIG, *place) is not ABSENT for place in places):
+        return False
+    defaults = installed_defaults(folder.model_type, key)
+    return bool(defaults) and None not in defaults and value not in defaults
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "null where the model's class wants a value",
+    effect="transformers 5 checks the types of a config as it loads: StrictDataclassFieldValidationError",
+    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
+    mend="the base's value, or the key deleted so that the class's own default counts",
+    fails="transformers>=5",
+)
+def null_setting(folder: Folder) -> Iterator[Fault]:
+    if not folder.is_known or folder.get(CONFIG, "auto_map") is not ABSENT:
+        return
+    for level, node in folder.levels():
+        if level not in ((), ("text_config",), ("vision_config",)):
+            continue
+        for key, value in node.items():
+            if (
+                value is None
+                and key not in _OF_OTHER_RULES
+                and not installed_allows_null(folder.model_type, level, key)
+            ):
+                right = ABSENT if folder.base is None else folder.base.get(CONFIG, *level, key)
+                yield Fault(
+                    file=CONFIG,
+                    key=".".join((*level, key)),
+                    found=None,
+                    expected="a value" if right in (ABSENT, None) else f"{right!r}, as in the base",
+                    remedies=(Edit(file=CONFIG, path=(*level, key), value=ABSENT if right is None else right),),
+                )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no model type",
+    effect="AutoConfig fails: config.json should have a model_type key",
+    evidence="https://huggingface.co/docs/transformers/model_doc/auto",
+    mend="the base's",
+)
+def model_type_missing(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(CONFIG, "model_type")
+    is_absent = value is ABSENT or value is None
+    if is_absent and CONFIG in folder.objects and weights(folder) and folder.get(CONFIG, "auto_map") is ABSENT:
+        right = "" if folder.base is None else folder.base.model_type
+        remedies = (Edit(file=CONFIG, path=("model_type",), value=right),) if right else ()
+        yield Fault(file=CONFIG, key="model_type", found=value, expected=right or "a model type", remedies=remedies)
+
+
+@rule(
+    Severity.WRONG,
+    "rotary settings lost",
+    effect="positions are rotated otherwise than in training: other text, or an error at the first token",
+    evidence="https://github.com/vllm-project/vllm/pull/42624",
+    mend="the base's settings, where they are absent altogether",
+    needs_base=True,
+)
+def rope_lost(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
+        return
+    wanted, ours = _rope(base), _rope(folder)
+    lost = sorted(set(wanted) - set(ours) - {"type", "rope_type", "rope_theta"})
+    if not lost or CONFIG not in folder.objects:
+        return
+    remedies: tuple[Edit, ...] = ()
+    if not set(ours) - {"rope_theta"} and isinstance(base.get(CONFIG, "rope_scaling"), dict):
+        at = _at(folder, ("text_config",))
+        value = copy.deepcopy(base.get(CONFIG, "rope_scaling"))
+        remedies = (Edit(file=CONFIG, path=(*at, "rope_scaling"), value=value),)
+    yield Fault(
+        file=CONFIG,
+        key="rope_scaling",
+        found=f"{', '.join(lost)} absent",
+        expected=f"{wanted[lost[0]]!r}, as in the base",
+        remedies=remedies,
+    )
+
+
+def _rope(folder: Folder) -> dict[str, Any]:
+    """Return every rotary setting of the text model, in whatever form and at whatever level it is said."""
+    found: dict[str, Any] = {}
+    for level in ((), ("text_config",)):
+        for name in ("rope_scaling", "rope_parameters"):
+            value = folder.get(CONFIG, *level, name)
+            found |= {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else {}
+    return found

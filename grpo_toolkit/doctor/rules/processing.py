@@ -43,6 +43,41 @@ def tokenizer_missing(folder: Folder) -> Iterator[Fault]:
 
 @rule(
     Severity.UNLOADABLE,
+    "empty tokenizer file",
+    effect="AutoTokenizer fails, or falls back on another class",
+    evidence="https://huggingface.co/docs/transformers/main_classes/tokenizer",
+    mend="the base's file",
+)
+def tokenizer_empty(folder: Folder) -> Iterator[Fault]:
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
+        entry = folder.entries.get(name)
+        if entry is not None and entry.is_regular and not entry.is_folder and entry.size == 0:
+            has_base = folder.base is not None and folder.base.has(name)
+            remedies = (WholeFile(file=name, content=None),) if has_base else ()
+            yield Fault(file=name, found="0 bytes", expected="a tokenizer", remedies=remedies)
+
+
+@rule(
+    Severity.WRONG,
+    "tokenizer_config.json lost",
+    effect="the tokenizer's class, its special tokens and its chat template are gone: other ids, or none at all",
+    evidence="https://huggingface.co/docs/transformers/main_classes/tokenizer",
+    mend="the base's file",
+    needs_base=True,
+)
+def tokenizer_config_lost(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    is_whole = folder.kind is Kind.MODEL and folder.has_tokenizer
+    if is_whole and base is not None and base.has(TOKENIZER_CONFIG) and not folder.has(TOKENIZER_CONFIG):
+        yield Fault(
+            file=TOKENIZER_CONFIG,
+            expected="the base's file",
+            remedies=(WholeFile(file=TOKENIZER_CONFIG, content=None),),
+        )
+
+
+@rule(
+    Severity.UNLOADABLE,
     "no image processor",
     effect="AutoProcessor fails: no file named preprocessor_config.json, no image can be asked about",
     evidence="https://github.com/2U1/Qwen-VL-Series-Finetune/issues/34",
@@ -158,6 +193,45 @@ def chat_template_lost(folder: Folder) -> Iterator[Fault]:
         expected=f"a template, as in the base's {', '.join(base.templates)}",
         remedies=tuple(remedies),
     )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "chat_template.json without a template",
+    effect="AutoProcessor fails: KeyError 'chat_template'",
+    evidence="https://huggingface.co/docs/transformers/chat_templating_multimodal",
+    mend="the base's file",
+)
+def chat_template_json_empty(folder: Folder) -> Iterator[Fault]:
+    is_read = folder.has(PREPROCESSOR) or folder.has(PROCESSOR)
+    if is_read and TEMPLATE_JSON in folder.objects and folder.get(TEMPLATE_JSON, "chat_template") is ABSENT:
+        has_base = folder.base is not None and TEMPLATE_JSON in folder.base.templates
+        remedies = (WholeFile(file=TEMPLATE_JSON, content=None),) if has_base else ()
+        yield Fault(file=TEMPLATE_JSON, key="chat_template", expected="a template", remedies=remedies)
+
+
+@rule(
+    Severity.WRONG,
+    "chat template lost from the tokenizer",
+    effect="the processor has a template and the tokenizer has none: what prompts the tokenizer alone (servers, text "
+    "training) builds other prompts, or fails",
+    evidence="https://github.com/huggingface/transformers/pull/33957",
+    mend="the base's template in tokenizer_config.json",
+    needs_base=True,
+)
+def tokenizer_template_lost(folder: Folder) -> Iterator[Fault]:
+    inside = None if folder.base is None else folder.base.templates.get(TOKENIZER_CONFIG)
+    ours = folder.templates
+    if inside is None or not ours or TOKENIZER_CONFIG not in folder.objects or folder.kind is not Kind.MODEL:
+        return
+    if TEMPLATE_JINJA not in ours and folder.get(TOKENIZER_CONFIG, "chat_template") in (ABSENT, None):
+        yield Fault(
+            file=TOKENIZER_CONFIG,
+            key="chat_template",
+            found=folder.get(TOKENIZER_CONFIG, "chat_template"),
+            expected="the base's template",
+            remedies=(Edit(file=TOKENIZER_CONFIG, path=("chat_template",), value=inside),),
+        )
 
 
 @rule(
