@@ -48,7 +48,7 @@ class RowsOnce(Dataset):  # type: ignore[misc]
     def __copy__(self) -> RowsOnce:
         """Return a shallow copy, which reads for itself: it may be given another format."""
         other = object.__new__(RowsOnce)
-        vars(other).update(vars(self))
+        other.__dict__.update(self.__dict__)
         other.rows_kept = Kept(self.rows_kept.max_bytes)
         return other
 

@@ -240,8 +240,9 @@ def _generate(model: Any, inputs: Any = None, generation_config: Any = None, **k
 def _is_fsdps(generate: Any) -> bool:
     """Return whether it is the class's, made one of FSDP2's forwards as the trainer does it."""
     model, wrapped = getattr(generate, "__self__", None), getattr(generate, "__wrapped__", None)
-    is_sharded_by_fsdp2 = hasattr(model, "unshard")
-    return is_sharded_by_fsdp2 and getattr(wrapped, "__func__", None) is type(model).generate
+    if not hasattr(model, "unshard") or wrapped is None:
+        return False
+    return getattr(wrapped, "__func__", None) is getattr(type(model), "generate", None)
 
 
 def _let_go_of_frames(error: BaseException | None) -> None:
