@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from grpo_toolkit.checkpoint.trainer_checkpoints import last_whole_checkpoint
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
-    from grpo_toolkit.doctor.findings import Diagnosis, Finding
+    from grpo_toolkit.doctor.findings import Diagnosis, Finding, RunDiagnosis
     from grpo_toolkit.doctor.repair import RepairResult, repair_checkpoint, undo_repair
     from grpo_toolkit.errors import (
         CheckpointError,
@@ -84,6 +84,7 @@ _MODULES = {
     "Request": "model.generation.request",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
+    "RunDiagnosis": "doctor.findings",
     "TrackerError": "errors",
     "Tuning": "latency.tune.tuning",
     "UnsupportedError": "errors",
@@ -133,6 +134,7 @@ __all__ = [
     "Request",
     "ResumeError",
     "ResumeGuardCallback",
+    "RunDiagnosis",
     "TrackerError",
     "Tuning",
     "UnsupportedError",

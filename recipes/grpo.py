@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main(argv: list[str]) -> None:
     check_versions()
-    recipe, training, model = parse(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that TRL's own config sets
+        recipe, training, model = parse(argv)
     if not recipe.verbose:
         quiet_libraries()
     check_output(training.output_dir)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.cli.shell import check_attention
-from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.model.generation.request import Request
-
-
-DEFAULT_IMAGE_TOKENS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,8 +162,10 @@ def _named(
 
 
 def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | None]:
+    from grpo_toolkit.latency.bench.workload import MADE_UP_IMAGE_TOKENS
+
     if arguments.image_tokens is None:
-        return [DEFAULT_IMAGE_TOKENS if hasattr(processor, "image_processor") else None]
+        return [MADE_UP_IMAGE_TOKENS if hasattr(processor, "image_processor") else None]
     return [count or None for count in arguments.image_tokens]
 
 
@@ -228,49 +225,15 @@ def named_model(item: str) -> tuple[str, str]:
 def given_requests(arguments: argparse.Namespace) -> list[Request]:
     """Return the requests of `--prompt`, `--image` and `--prompts`; none where prompts are made up."""
     from grpo_toolkit.model.generation.request import Request, requests_from_rows
+    from grpo_toolkit.model.generation.request_forms import MOST, prompt_rows, read_image
 
     if arguments.prompts is not None:
-        return requests_from_rows(_prompt_rows(arguments.prompts), limit=10_000)
+        return requests_from_rows(prompt_rows(arguments.prompts, f"--prompts {arguments.prompts}"), limit=MOST)
     if arguments.prompt is None and arguments.image is None:
         return []
     images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
     prompt = arguments.prompt or "Describe what you see, step by step."
     return [Request(messages=[{"role": "user", "content": prompt}], images=images)]
-
-
-def _prompt_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path}: cannot be read ({error})") from error
-    rows = []
-    for number, line in enumerate(filter(str.strip, lines), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"--prompts {path}: line {number} is not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
-            raise InputError(f'--prompts {path}: line {number} has no "prompt" (a text, or chat messages)')
-        if row.get("image") is not None:
-            row["image"] = read_image(path.parent / str(row["image"]), f"--prompts {path}: line {number}")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"--prompts {path}: holds no prompts")
-    return rows
-
-
-def read_image(path: Path, where: str) -> Any:
-    """Read an image as RGB.
-
-    Raises:
-        InputError: it cannot be read as one.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"{where} {path}: cannot be read as an image ({error})") from error
 
 
 def count(text: str) -> int:

@@ -120,8 +120,8 @@ def with_settings(options: Options, settings: list[str]) -> Options:
 
 
 def _requests(arguments: argparse.Namespace) -> list[Any]:
-    from grpo_toolkit.cli.bench_arguments import read_image
     from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.model.generation.request_forms import read_image
 
     if arguments.prompt is None:
         if arguments.image is not None:

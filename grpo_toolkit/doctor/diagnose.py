@@ -13,7 +13,7 @@ from grpo_toolkit.checkpoint.json_files import parse_json
 from grpo_toolkit.checkpoint.lineage import BASE_RECORD, base_in_record
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG
 from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
-from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule
+from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule, RunDiagnosis
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Folder, describe
 from grpo_toolkit.doctor.planned_files import DiskFiles, Files
@@ -36,24 +36,38 @@ DIALECT_CODES: Final = frozenset(rule.code for rule in ALL_RULES if rule.check._
 
 def diagnose_checkpoint(
     path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, deep: bool = False
-) -> Diagnosis:
-    """Find what is wrong with a model folder, from its JSON files and safetensors headers.
+) -> Diagnosis | RunDiagnosis:
+    """Find what is wrong with a model folder, or with every checkpoint of a run, from JSON and safetensors headers.
 
     No code of the folder is run, no pickle opened, no network asked; without `deep` no weight is read either.
 
     Args:
-        path: a full model, an adapter, a trainer checkpoint, FSDP or DeepSpeed shards.
+        path: a full model, an adapter, a trainer checkpoint, FSDP or DeepSpeed shards; or a run's folder with many.
         base: folder or Hub name (in the local cache) of the model that this one was trained from. By default the one
             that the folder names, if it is here.
         deep: also compare the bytes of weights: copies of the head, the base's weights, an adapter's zeros.
 
     Returns:
-        The kind of the folder and its findings, worst first.
+        The kind of the folder and its findings, worst first; of a run, those of its checkpoints.
 
     Raises:
         CheckpointError: no folder, or nothing in it that could be examined; or `base` is not a model folder here.
     """
     folder = Path(path)
+    if os.path.isdir(folder) and checkpoints_in(folder):  # noqa: PTH112 - says no to names that Path cannot ask about
+        diagnoses, empty = diagnose_run(folder, base=base, deep=deep)
+        if not diagnoses:
+            raise CheckpointError(f"{folder}: none of its checkpoints holds anything to examine: {empty[0]}")
+        return RunDiagnosis(path=folder, diagnoses=tuple(diagnoses), empty=tuple(empty))
+    return diagnose_model(folder, base=base, deep=deep)
+
+
+def diagnose_model(folder: Path, *, base: str | os.PathLike[str] | None = None, deep: bool = False) -> Diagnosis:
+    """Diagnose one folder, whether or not a run's checkpoints lie in it (see `diagnose_checkpoint`).
+
+    Raises:
+        CheckpointError: as there.
+    """
     if not os.path.isdir(folder):  # noqa: PTH112 - says no to names that Path cannot ask about
         raise CheckpointError(f"{folder}: not a folder")
     named = None if base is None else named_base(base)
