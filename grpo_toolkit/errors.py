@@ -20,7 +20,7 @@ from __future__ import annotations
 
 
 class GrpoToolkitError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """The base class of every error that this package raises on purpose."""
 
 
 class GateError(GrpoToolkitError):
@@ -28,7 +28,7 @@ class GateError(GrpoToolkitError):
 
 
 class InputError(GrpoToolkitError):
-    """The caller's arguments or files are off; nothing was changed."""
+    """The caller's arguments or files are wrong; nothing was changed."""
 
 
 class CheckpointError(InputError):
@@ -64,4 +64,18 @@ class VerificationError(GrpoToolkitError):
 
 
 class WorkerError(GrpoToolkitError):
-    """A worker process failed, with the end of its log."""
+    """A worker process failed; the message ends with the end of its log."""
+
+
+def first_words(error: BaseException) -> str:
+    """Return the first lines of an exception that say something: a line that ends in a colon, and those under it.
+
+    "RuntimeError: Error(s) in loading state_dict for PeftModelForCausalLM:" alone tells nobody that the sizes differ.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said: list[str] = []
+    for line in lines:
+        said.append(line)
+        if not line.endswith(":") or len(said) == 3:
+            break
+    return " ".join(said) or type(error).__name__

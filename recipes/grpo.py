@@ -22,12 +22,16 @@ from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_confi
 
 from grpo_toolkit import (
     ExportCallback,
+    FastRolloutCallback,
     GrpoToolkitError,
     InputError,
     KVCacheCallback,
     LatencyCallback,
+    PackedVisionCallback,
     ResumeGuardCallback,
+    StepTimeCallback,
     last_whole_checkpoint,
+    rows_once,
     write_report,
 )
 from grpo_vlm.arguments import RecipeArguments, parse
@@ -95,13 +99,21 @@ def main(argv: list[str]) -> None:
     )
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
     callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
+    # What makes a step fast comes after what it must see whole: the cache's watch, weights put right at a resume.
+    callbacks += [PackedVisionCallback()] if recipe.packed_vision else []
+    callbacks += [FastRolloutCallback("plain" if plan.fast_rollouts is False else "auto")] * recipe.fast_rollouts
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
+    steps = StepTimeCallback() if recipe.step_time else None
+
+    # First of all, so that what the others do after a step counts as theirs and not as reading rows.
+    callbacks = [*([] if steps is None else [steps]), *callbacks]
     if not recipe.verbose:
         callbacks = [BarCallback(), *callbacks]
-
     trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
     if not recipe.verbose:
         without_own_bar(trainer)
+    if steps is not None:
+        steps.trainer = trainer
     if trainer.is_world_process_zero():
         mark_output(training, recipe, model)
     baselines = Baselines(
@@ -127,6 +139,7 @@ def main(argv: list[str]) -> None:
             begun_with=baselines.checkpoint_name,
             cost=cost.figures(),
             latency=Path(training.output_dir, "latency") if timing.rows else None,
+            steps=None if steps is None else steps.explanation,
         )
         if timing.rows and not baselines.checkpoint_name:  # the page of the export says what was learnt, too
             write_report(training.output_dir, results={"held-out accuracy": (baselines.figures.accuracy, after)})
@@ -164,7 +177,7 @@ def make_trainer(
             args=training,
             reward_funcs=rewards,
             processing_class=processor,
-            train_dataset=splits.train,
+            train_dataset=rows_once(splits.train),
             eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
             peft_config=get_peft_config(model),
             callbacks=callbacks,

@@ -14,6 +14,7 @@ from grpo_toolkit.callbacks.kv_cache import KVCacheCallback
 from grpo_toolkit.callbacks.latency import LatencyCallback
 from grpo_toolkit.callbacks.packed_vision import PackedVisionCallback
 from grpo_toolkit.callbacks.resume_guard import ResumeGuardCallback
+from grpo_toolkit.callbacks.step_time import StepTimeCallback
 
 __all__ = [
     "ExportCallback",
@@ -22,4 +23,5 @@ __all__ = [
     "LatencyCallback",
     "PackedVisionCallback",
     "ResumeGuardCallback",
+    "StepTimeCallback",
 ]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
-from grpo_toolkit.callbacks.rotary_positions import restore_positions
 from grpo_toolkit.checkpoint.publish import check_output
 from grpo_toolkit.export.export import ExportResult, export_model
 from grpo_toolkit.export.export_plan import refuse_unsupported
+from grpo_toolkit.export.preflight import look_ahead
 from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.rotary_buffers import restore_positions
 from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of
 from grpo_toolkit.reporting.report.model_card import write_model_card
 from grpo_toolkit.reporting.report.screen_lines import export_lines
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from grpo_toolkit.export.preflight import Finding
     from grpo_toolkit.model.generation.request import Request
 
 logger = logging.getLogger(__name__)
@@ -36,10 +38,15 @@ published: WeakKeyDictionary[torch.nn.Module, ExportResult] = WeakKeyDictionary(
 
 
 class ExportCallback(GuardedCallback):
-    """Exports the trained model at the end of training: merged, verified, published atomically.
+    """A callback that exports the trained model at the end of training: merged, verified, published atomically.
 
-    Before the training it sees to it that an export can be equal to the policy at all: rotary frequencies that loading
-    has rounded (see `model/rotary_buffers.py`) are computed again, as by `KVCacheCallback`.
+    Before the first step it says what would make the export fail, and what to do about it: names, embeddings that are
+    tied otherwise, an adapter's targets, the processor, quantisation, room on the disk, permission to write
+    (`findings`). The export is tried at the end all the same. One that fails verification is kept as
+    `<output_dir>.rejected`, with the report in it.
+
+    It also makes sure that an export can equal the trained model at all: rotary frequencies that loading has rounded
+    (see `model/rotary_buffers.py`) are computed again, as `KVCacheCallback` does.
 
     Args:
         output_dir: the folder to publish.
@@ -79,21 +86,37 @@ class ExportCallback(GuardedCallback):
         self.generation_overrides = generation_overrides
         self.overwrite = overwrite
         self.result: ExportResult | None = None
+        self.findings: tuple[Finding, ...] = ()
         check_output(self.output_dir, overwrite=overwrite)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say before training, not after it, if the model is one that cannot be exported; put right what can be."""
+        """Say before training, not after it, what would make the export fail; put right what can be."""
         super().on_train_begin(args, state, control, **kwargs)
-        self.result = None
+        self.result, self.findings = None, ()
         with self._guarded("the export after this training"):
             published.pop(base_model(kwargs["model"]), None)
             if state.is_world_process_zero:
                 refuse_unsupported(kwargs["model"])
+        if state.is_world_process_zero and not self.failures:
+            with self._guarded("looking ahead to the export", is_vital=False):
+                self._look_ahead(kwargs["model"], kwargs.get("processing_class"))
         # Where it cannot be done (a class that is not built from its config alone), verification has the last word.
         with self._guarded("computing the rotary positions again", is_vital=False):
             restore_positions(kwargs["model"], args, state)
+
+    def _look_ahead(self, model: torch.nn.Module, processing_class: Any) -> None:
+        for finding in look_ahead(
+            model,
+            self.output_dir,
+            base=self.base,
+            processing_class=processing_class,
+            overrides=self.generation_overrides,
+            overwrite=self.overwrite,
+        ):
+            self.findings += (finding,)
+            logger.warning("grpo_toolkit: %s", finding)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -30,7 +30,7 @@ KL_LIMIT: Final = 0.05
 
 
 class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[misc]
-    """Rollouts compiled, prefilled once a prompt, from weights that need no casting.
+    """A callback that makes rollouts faster: compiled, prefilled once a prompt, from weights that need no casting.
 
         trainer = GRPOTrainer(..., callbacks=[KVCacheCallback(), FastRolloutCallback()])
 
@@ -69,14 +69,14 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         self._told: set[str] = set()
 
     def state(self) -> dict[str, Any]:
-        """Return what `trainer_state.json` keeps: the arguments, and the way that was chosen."""
+        """Return the values that `trainer_state.json` keeps: the arguments, and the way that was chosen."""
         arguments = {"way": self.way, "kl_limit": self.kl_limit, "strict": self.strict}
         return {"args": arguments, "attributes": {"chosen": self.chosen}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Choose the way, together with the other ranks, and take the rollouts."""
+        """Choose the way, together with the other ranks, and take over `generate` for the fast one."""
         super().on_train_begin(args, state, control, **kwargs)
         self._let_go()
         self._told.clear()
@@ -101,7 +101,7 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After an optimizer step, the copy of the weights is an old one."""
+        """Mark the copy of the weights as out of date after an optimizer step."""
         if self._rollouts is not None:
             self._rollouts.mark_dirty()
 
@@ -113,7 +113,7 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the divergence to the log."""
+        """Add the measured divergence to the log."""
         if self.kl is None or logs is None or "loss" not in logs:
             return
         logs["sampling/rollout_kl"] = self.kl
@@ -123,12 +123,12 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give `generate` back, and the memory."""
+        """Give `generate` back to the model, and free the memory."""
         self._let_go()
         self._raise_if_strict()
 
     def _why_plain(self, args: Any, before: str | None) -> str | None:
-        """Return why this rank's rollouts go the plain way; None where they can go the fast one."""
+        """Return the reason why this rank's rollouts go the plain way; None where they can go the fast one."""
         if self.way == "plain":
             return "you chose it"
         if getattr(args, "use_vllm", False) or getattr(args, "use_transformers_continuous_batching", False):
@@ -208,14 +208,14 @@ _SILENT: Final = (_NOT_OURS, _NO_GPU)
 
 
 def _chosen_before(state: TrainerState) -> str | None:
-    """Return the way that the checkpoint was trained with, which a resumed training's state has from its file."""
+    """Return the way that the checkpoint was trained with; a resumed training reads it from `trainer_state.json`."""
     kept = (state.stateful_callbacks or {}).get(FastRolloutCallback.__name__)
     kept = kept[0] if isinstance(kept, list) and kept else kept
     return kept.get("attributes", {}).get("chosen") if isinstance(kept, dict) else None
 
 
 def _rows(args: Any) -> int:
-    """Return how many sequences a training's rollout has in this process."""
+    """Return the number of sequences that this process generates in one rollout."""
     return int(args.per_device_train_batch_size * (getattr(args, "steps_per_generation", None) or 1))
 
 

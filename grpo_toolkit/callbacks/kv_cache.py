@@ -6,8 +6,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
-from grpo_toolkit.callbacks.rotary_positions import restore_positions
 from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn, plans_per_length
+from grpo_toolkit.model.cache_probe import Decoding, RolloutWatch
 from grpo_toolkit.model.kv_cache import (
     disable_cache_for_training,
     enable_cache_for_generation,
@@ -16,8 +16,10 @@ from grpo_toolkit.model.kv_cache import (
     set_cache_flags,
 )
 from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.rollout_watch import Decoding, RolloutWatch
+from grpo_toolkit.model.merge_guard import guard_merges
+from grpo_toolkit.model.processor_hook import hook_processor
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
+from grpo_toolkit.model.rotary_buffers import restore_positions
 from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, remember_plain_state
 
 if TYPE_CHECKING:
@@ -35,12 +37,15 @@ class KVCacheCallback(GuardedCallback):
     """A callback that keeps the KV cache off in the training forward, on in rollouts, on in every saved file.
 
     A saved model is also to mean what was trained: rotary frequencies that loading has rounded (see `buffers`) are
-    computed again before the first step.
+    computed again before the first step, and an adapter that is merged into the live base and taken out again, as TRL
+    does for vLLM, leaves that base as it was (see `model/merge_guard.py`).
 
     Args:
         generation_overrides: keys for `generation_config.json` in every save that win over the base's.
         cudnn_decoding: whether rollouts may decode with cuDNN's attention; None (the default) keeps them off it on
             Hopper GPUs, where it plans anew for every length.
+        portable_saves: write config, tokenizer and processor of every save as the base has them, with what training
+            changed, so that what loads the base loads the save; False for the forms of the transformers that saves.
         strict: raise at the end of training if a promise could not be kept.
 
     Attributes:
@@ -54,11 +59,13 @@ class KVCacheCallback(GuardedCallback):
         *,
         generation_overrides: Mapping[str, Any] | None = None,
         cudnn_decoding: bool | None = None,
+        portable_saves: bool = True,
         strict: bool = False,
     ) -> None:
         super().__init__(strict=strict)
         self.generation_overrides = generation_overrides
         self.cudnn_decoding = cudnn_decoding
+        self.portable_saves = portable_saves
         self.defaults: InferenceDefaults | None = None
         self.decoding: Decoding | None = None
         self._watch: RolloutWatch | None = None
@@ -69,7 +76,7 @@ class KVCacheCallback(GuardedCallback):
     ) -> None:
         """Capture the base's defaults and hook the saves, before `Trainer.__init__` sets `use_cache` to False."""
         with self._guarded("hooking the saves"):
-            self._attach(kwargs["model"])
+            self._attach(kwargs["model"], kwargs.get("processing_class"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,7 +85,7 @@ class KVCacheCallback(GuardedCallback):
         model = kwargs["model"]
         with self._guarded("hooking the saves"):
             if self.defaults is None:  # added with trainer.add_callback(), after on_init_end
-                self._attach(model)
+                self._attach(model, kwargs.get("processing_class"))
         with self._guarded("setting the cache for training"):
             remember_plain_state(model)
             if is_checkpointing(model):
@@ -89,6 +96,8 @@ class KVCacheCallback(GuardedCallback):
                     "would have run without a cache. It is on now, and will be in every save",
                     "none on disk" if self.defaults is None else self.defaults.source,
                 )
+        with self._guarded("guarding the adapter's base"):
+            guard_merges(model)
         # Where it cannot be done (a class that is not built from its config alone), an export's verification decides.
         with self._guarded("computing the rotary positions again", is_vital=False):
             restore_positions(model, args, state)
@@ -131,6 +140,10 @@ class KVCacheCallback(GuardedCallback):
             if self.defaults is not None:
                 set_cache_flags(base_model(model).config, dict.fromkeys(self.defaults.cache_levels, True))
             leave_training(model)
+        with self._guarded("keeping the adapter's base as it was"):
+            guard = guard_merges(model)
+            if guard is not None:
+                guard.check()
         self._raise_if_strict()
 
     def _let_go(self) -> None:
@@ -139,6 +152,8 @@ class KVCacheCallback(GuardedCallback):
                 hooks.close()
         self._watch = self._without_cudnn = None
 
-    def _attach(self, model: torch.nn.Module) -> None:
+    def _attach(self, model: torch.nn.Module, processing_class: Any) -> None:
         self.defaults = capture_model_defaults(model, overrides=self.generation_overrides)
-        install_save_hook(model, self.defaults)
+        install_save_hook(model, self.defaults, portable=self.portable_saves)
+        if processing_class is not None:
+            hook_processor(processing_class, self.defaults.folder if self.portable_saves else None)

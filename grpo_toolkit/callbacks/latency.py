@@ -113,7 +113,7 @@ class LatencyCallback(GuardedCallback):
             new_tokens=new_tokens,
             rounds=rounds,
             max_new_tokens=max_new_tokens,
-            gate=None if gate is None else gate_of(gate),
+            max_slowdown=None if gate is None else gate_of(gate),
         )
         self.every_steps = every_steps
         self.prompts = prompts

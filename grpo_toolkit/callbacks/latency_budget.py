@@ -15,7 +15,7 @@ from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm, fitting
 from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.explain.missed_gate import explain_missed
+from grpo_toolkit.latency.explain.explanation import explain_missed
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.save_hook import base_folder
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from grpo_toolkit.latency.bench.gate import Gate, Missed
+    from grpo_toolkit.latency.bench.gate import Missed
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
     from grpo_toolkit.model.generation.request import Request
@@ -54,7 +54,7 @@ class Settings:
     new_tokens: int
     rounds: int
     max_new_tokens: int | None
-    gate: Gate | None
+    max_slowdown: float | None
 
     def workloads(self, requests: Sequence[Request]) -> list[Traffic]:
         """Return the fixed workload and, unless it is left out, the natural one."""
@@ -66,25 +66,25 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The time that the end of a training may take, by when the training began and ended (`time.perf_counter`)."""
+    """The time that the measurement at the end of a training may take; its two times are `time.perf_counter`'s."""
 
     began: float
     ended: float
 
     @property
     def allowed_s(self) -> float:
-        """`COST` of the training's own time."""
+        """The seconds that the measurement may take: the share `COST` of the training's own time."""
         return COST * (self.ended - self.began)
 
     def left_s(self, asked_s: float) -> float:
-        """Return what is left for warm-up and rounds: of the one percent by now, or of the minute after `asked_s`."""
+        """Return the seconds left for warm-up and rounds: one percent of the training, or a minute if that is more."""
         spent_s = time.perf_counter() - self.ended
         return max(self.allowed_s - spent_s, LEAST_BUDGET_S - asked_s, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndMeasurement:
-    """One measurement at the end of a training; its rows are on disk as soon as they are known."""
+    """A measurement at the end of a training; its rows are on disk as soon as they are known."""
 
     settings: Settings
     budget: Budget
@@ -95,7 +95,7 @@ class EndMeasurement:
     explanations: list[ExplanationRow] = field(default_factory=list)
 
     def run(self, arms: Sequence[Arm]) -> list[Missed]:
-        """Time the arms and explain what missed the gate; returns what did."""
+        """Time the arms, explain those that missed the gate, and return them."""
         timed = fitting(arms, spare=["checkpoint"])
         if len(timed) < len(arms):
             say("no room on the GPU for all arms at once: the plain checkpoint is not timed")
@@ -130,10 +130,10 @@ class EndMeasurement:
         return f"{kinds} answers, {rounds} rounds each, about {self.budget.left_s(0.0):.0f} s"
 
     def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
-        """Return what misses the gate: the export, or where none was measured any arm but the first."""
-        if self.settings.gate is None:
+        """Return the arms that miss the gate: the export, or where none was measured any arm but the first."""
+        if self.settings.max_slowdown is None:
             return []
-        missed = missed_by(self.settings.gate, rows)
+        missed = missed_by(self.settings.max_slowdown, rows)
         has_export = any(row.arm == "export" for row in rows[1:])
         return [miss for miss in missed if miss.arm == "export" or not has_export]
 

@@ -122,7 +122,7 @@ def write_configs(
     """
     config = read_json(base / CONFIG)
     generation = read_json(base / GENERATION_CONFIG) if (base / GENERATION_CONFIG).is_file() else ABSENT
-    defaults = capture_defaults(config, generation, source=str(base), overrides=overrides)
+    defaults = capture_defaults(config, generation, folder=base, overrides=overrides)
     wanted = with_cache_defaults(merge_changes(config, changes), defaults)
     _write_json(base / CONFIG, output_dir / CONFIG, config, wanted)
     if generation is not ABSENT and defaults.generation is not ABSENT:
@@ -139,6 +139,12 @@ def declare_dtype(folder: Path, dtype: str) -> None:
     (folder / CONFIG).write_text(dump_json(written), encoding="utf-8")
 
 
+def declare_version(folder: Path, version: str) -> None:
+    """Write the version of transformers that saved a folder of our own into its config, over the base's."""
+    config = read_json(folder / CONFIG)
+    (folder / CONFIG).write_text(dump_json(config | {"transformers_version": version}), encoding="utf-8")
+
+
 def _with_dtype(node: JsonObject, dtype: str) -> JsonObject:
     return {
         key: dtype if key in _DTYPE_KEYS else _with_dtype(value, dtype) if isinstance(value, dict) else value
@@ -148,7 +154,7 @@ def _with_dtype(node: JsonObject, dtype: str) -> JsonObject:
 
 def _write_json(source: Path, target: Path, found: JsonObject, wanted: JsonObject) -> None:
     if found == wanted:
-        _copy(source, target)
+        shutil.copyfile(source, target)
     else:
         target.write_text(dump_json(wanted), encoding="utf-8")
 
@@ -184,8 +190,4 @@ def copy_files(files: list[Path], source: Path, output_dir: Path) -> None:
     for path in files:
         target = output_dir / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
-        _copy(path, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
+        shutil.copyfile(path, target)

@@ -9,6 +9,7 @@ already say false or null); the difference is then reported.
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 SAMPLING: Final = frozenset({"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"})
 """The keys of a generation config that only sampling uses; they are invalid where `do_sample` is false."""
@@ -35,7 +37,7 @@ class Repair:
     written: Any
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.key} was {_show(self.found)}, now {_show(self.written)}"
+        return f"{self.file}: {self.key} was {json.dumps(self.found)}, now {json.dumps(self.written)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +48,26 @@ class InferenceDefaults:
         cache_levels: levels of the config that carry `use_cache` (and carry it as true).
         generation: the JSON object of `generation_config.json`, overrides applied, or ABSENT where the base has none.
         repairs: what had to be changed because the base itself was poisoned.
-        source: where the defaults were read, for messages.
+        folder: where the defaults were read, or None if from a live model.
     """
 
     cache_levels: frozenset[Level]
     generation: JsonObject | Absent
     repairs: tuple[Repair, ...] = ()
-    source: str = "live model"
+    folder: Path | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """Return where the defaults were read, for messages."""
+        return str(self.folder or "live model")
 
 
 def capture_defaults(
     config: JsonObject,
     generation: JsonObject | Absent,
     *,
-    source: str = "live model",
+    folder: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> InferenceDefaults:
     """Derive the defaults from a config and a generation config as the base has them."""
@@ -85,7 +92,7 @@ def capture_defaults(
         cache_levels=frozenset(found),
         generation=generation,
         repairs=tuple(repairs),
-        source=source,
+        folder=folder,
         overrides=dict(overrides or {}),
     )
 
@@ -116,11 +123,3 @@ def _cache_values(node: JsonObject, here: Level = ()) -> Iterator[tuple[Level, A
             yield here, value
         elif isinstance(value, dict):
             yield from _cache_values(value, (*here, key))
-
-
-def _show(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if _is_flag(value) else repr(value)
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)

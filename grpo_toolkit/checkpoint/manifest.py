@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_files import dump_json, read_json
+from grpo_toolkit.checkpoint.json_files import dump_json
 from grpo_toolkit.checkpoint.model_folder import MANIFEST, open_checkpoint
 from grpo_toolkit.errors import InputError
 
@@ -45,12 +45,11 @@ def compare_manifest(path: str | os.PathLike[str]) -> tuple[int, dict[str, str]]
         How many files the manifest lists, and what is wrong with those that are not as it says, or that it lacks.
 
     Raises:
+        CheckpointError: the folder is no model folder.
         InputError: no manifest, or one without sums (a merge, an export that was not verified).
     """
     folder = Path(path)
-    if not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}: no {MANIFEST} in it, so it is not an export of this package")
-    listed = read_json(folder / MANIFEST).get("files")
+    listed = manifest_of(folder).get("files")
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         raise InputError(f"{folder / MANIFEST}: lists no files; it is damaged")
     if not all("sha256" in entry for entry in listed.values()):

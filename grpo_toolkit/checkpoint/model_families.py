@@ -22,6 +22,7 @@ class Family:
         published: prefixes of live names and the published ones; the first match counts.
         is_flat: the published config has the text model's keys at the top; 4.x before 4.52 reads nothing else.
         is_tied: what `tie_word_embeddings` is where no level of the config says it.
+        extra_embeddings: rows of the input embeddings beyond `vocab_size`, by the model's design.
         is_in_v4: transformers 4.x knows it too, so that a folder that 4.x cannot load is a fault.
         source: where the spellings are written down.
     """
@@ -31,6 +32,7 @@ class Family:
     published: tuple[tuple[str, str], ...] = ()
     is_flat: bool = False
     is_tied: bool = False
+    extra_embeddings: int = 0
     is_in_v4: bool = True
     source: str
 
@@ -108,7 +110,8 @@ FAMILIES: Final = (
         model_types=frozenset({"mllama"}),
         live=(*_LLAVA[:2], (r"^(vision_model|multi_modal_projector)\.", r"model.\1.")),
         published=_LLAVA_PUBLISHED,
-        source=f"{_CONVERSIONS} (mllama)",
+        extra_embeddings=8,
+        source=f"{_CONVERSIONS} (mllama); the eight rows: MllamaTextModel in modeling_mllama.py",
     ),
     Family(model_types=frozenset({"mixtral", "minimax"}), live=_MIXTRAL, source=f"{_CONVERSIONS} (mixtral)"),
     Family(

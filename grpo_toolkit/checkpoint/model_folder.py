@@ -6,12 +6,22 @@ Standard library only. Folders come from strangers, so everything is read by the
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.file_names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    GENERATION_CONFIG,
+    MANIFEST,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Kind,
+)
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject, read_json
+from grpo_toolkit.checkpoint.look_around import around, shards_of
 from grpo_toolkit.checkpoint.safetensors_header import TensorInfo, read_safetensors_header
 from grpo_toolkit.errors import CheckpointError
 
@@ -19,22 +29,18 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
 
-CONFIG: Final = "config.json"
-GENERATION_CONFIG: Final = "generation_config.json"
-ADAPTER_CONFIG: Final = "adapter_config.json"
-MANIFEST: Final = "grpo_toolkit.json"
-WEIGHTS: Final = "model.safetensors"
-WEIGHTS_INDEX: Final = "model.safetensors.index.json"
-ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
-
-
-class Kind(enum.Enum):
-    """The content of a folder."""
-
-    MODEL = "full model"
-    ADAPTER = "adapter"
-    FSDP = "sharded FSDP checkpoint"
-    DEEPSPEED = "DeepSpeed ZeRO checkpoint"
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "CONFIG",
+    "GENERATION_CONFIG",
+    "MANIFEST",
+    "WEIGHTS",
+    "WEIGHTS_INDEX",
+    "Checkpoint",
+    "Kind",
+    "open_checkpoint",
+]
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).is_file():
         return Checkpoint(folder, Kind.ADAPTER)
     if (folder / CONFIG).is_file():
+        shards = shards_of(folder)
+        if shards is not None:
+            raise CheckpointError(f"{folder}: no weights here; {shards.path} holds {shards.what}: {shards.command}")
         return Checkpoint(folder, Kind.MODEL)
-    nested = [child for child in folder.glob("checkpoint-*") if child.is_dir()]
-    exported = [folder / "export"] if (folder / "export" / MANIFEST).is_file() else []
-    newest = max(nested, key=lambda child: (len(child.name), child.name), default=None)
-    meant = [str(child) for child in (newest, *exported) if child is not None]
-    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
-    raise CheckpointError(f"{folder}: no {CONFIG} and no {ADAPTER_CONFIG}, so this is no checkpoint{hint}")
+    raise CheckpointError(f"{folder}: no {CONFIG} and no {ADAPTER_CONFIG}, so this is no checkpoint{around(folder)}")

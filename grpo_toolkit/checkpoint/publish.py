@@ -151,22 +151,40 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def keep_rejected(staging: Path, output_dir: Path) -> Path | None:
+    """Give a staged folder that is whole, and was refused all the same, the name of its output with `.rejected`.
+
+    It takes the place of an earlier one.
+
+    Returns:
+        Its path; None where something of another's has that name, or the disk refuses.
+    """
+    output_dir = Path(os.path.realpath(output_dir))
+    rejected = output_dir.with_name(f"{output_dir.name}.rejected")
+    try:
+        check_output(rejected, overwrite=True)
+        _finish_files(staging)
+        replace_folder(staging, rejected)
+    except (InputError, OSError):
+        return None
+    return rejected
+
+
 def _sweep(parent: Path, prefix: str) -> None:
     """Remove staging folders whose owner is dead, and put back what it moved away and never replaced."""
     import glob
     import shutil
 
-    for leftover in parent.glob(f"{glob.escape(prefix.replace('.staging-', '.previous-'))}*"):
-        pid, published = leftover.name.rpartition("-")[2], parent / prefix[1:].partition(".staging-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            if published.exists():
+    published = parent / prefix[1:].partition(".staging-")[0]
+    for start in (prefix.replace(".staging-", ".previous-"), prefix):
+        for leftover in parent.glob(f"{glob.escape(start)}*"):
+            pid = leftover.name.rpartition("-")[2]
+            if not pid.isdigit() or _is_alive(int(pid)):
+                continue
+            if start == prefix or published.exists():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.rename(published)
-    for leftover in parent.glob(f"{glob.escape(prefix)}*"):
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:
@@ -181,31 +199,24 @@ def _is_alive(pid: int) -> bool:
 
 def _finish_files(folder: Path) -> None:
     """Give every file the mode of the umask (safetensors >= 0.8 writes 0600) and flush it to disk."""
-    mode = _umask_mode()
+    mode = _folder_mode(folder)
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
                 if os.fstat(file.fileno()).st_nlink == 1:  # a linked file's mode is its other name's, too
-                    os.fchmod(file.fileno(), mode)
+                    os.fchmod(file.fileno(), mode & 0o666)
                 os.fsync(file.fileno())
         elif path.is_dir():
-            path.chmod(mode | 0o111 & ~_umask())
+            path.chmod(mode)
             sync_folder(path)
-    folder.chmod(0o777 & ~_umask())
+    folder.chmod(mode)
     sync_folder(folder)
 
 
-def _umask() -> int:
-    # os.umask can only be read by setting it. /proc gives it without the race, where there is one.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
-
-
-def _umask_mode() -> int:
-    return 0o666 & ~_umask()
+def _folder_mode(folder: Path) -> int:
+    """Return the mode that a new folder gets here, seen on one: a process learns its umask only by setting it."""
+    probe = folder / ".mode"
+    probe.mkdir()
+    mode = probe.stat().st_mode & 0o777
+    probe.rmdir()
+    return mode

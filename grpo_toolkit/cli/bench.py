@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.cli.shell import Commands
     from grpo_toolkit.latency.bench.compare import Comparison
-    from grpo_toolkit.latency.bench.gate import Gate, Missed
+    from grpo_toolkit.latency.bench.gate import Missed
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.pool import Engines
@@ -97,7 +98,7 @@ def _say_order(arms: Sequence[Arm]) -> None:
             say(f"NOTE: {notice}")
 
 
-def _finish(arguments: argparse.Namespace, gate: Gate | None, found: Sequence[Comparison], *, base: str) -> int:
+def _finish(arguments: argparse.Namespace, gate: float | None, found: Sequence[Comparison], *, base: str) -> int:
     """Hold what was measured against the gate, and explain what missed it; print JSON if that is wanted."""
     from grpo_toolkit.latency.bench.gate import missed_by
 
@@ -106,7 +107,7 @@ def _finish(arguments: argparse.Namespace, gate: Gate | None, found: Sequence[Co
     if arguments.json:
         rows = [row.to_json() for comparison in found for row in comparison.rows]
         controls = [comparison.control.to_json() for comparison in found if comparison.control is not None]
-        reasons = [miss.to_json() for miss in missed]
+        reasons = [asdict(miss) for miss in missed]
         why = [row.to_json() for row in explained]
         print(json.dumps({"rows": rows, "controls": controls, "missed": reasons, "explanations": why}))
     return 1 if missed else 0
@@ -116,7 +117,7 @@ def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Mis
     """Explain what missed a gate, and print it unless JSON is wanted."""
     if not missed:
         return []
-    from grpo_toolkit.latency.explain.missed_gate import explain_missed
+    from grpo_toolkit.latency.explain.explanation import explain_missed
 
     rows = explain_missed(base, missed, device=arguments.device)
     if not arguments.json:
@@ -131,7 +132,8 @@ def report_missed(arguments: argparse.Namespace, base: str, missed: Sequence[Mis
 
 def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
     """Compare rows of earlier measurements again: those of one session and workload with each other."""
-    from grpo_toolkit.latency.bench.compare import CONTROL, compare_rows
+    from grpo_toolkit.latency.bench.compare import compare_rows
+    from grpo_toolkit.latency.rows.review import CONTROL
     from grpo_toolkit.latency.rows.store import read_measurements
 
     groups: dict[tuple[str, str], list[LatencyRow]] = {}
@@ -153,11 +155,10 @@ def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
 
 
 def _measured(
-    arguments: argparse.Namespace, arms: Sequence[Arm], make: Callable[[int], Traffic], engines: Engines
+    arguments: argparse.Namespace, arms: Sequence[Arm], make: Callable[..., Traffic], engines: Engines
 ) -> Iterator[Comparison]:
     """Compare the arms at each batch size."""
-    from grpo_toolkit.latency.bench.compare import compare_latency
-    from grpo_toolkit.latency.bench.sweep import doubling, sweep_batches
+    from grpo_toolkit.latency.bench.compare import compare_latency, doubling, sweep_batches
     from grpo_toolkit.reporting.terminal.console import turn_progress
 
     progress = turn_progress(", ".join(arm.name for arm in arms))
@@ -165,7 +166,7 @@ def _measured(
     def compare(left: Sequence[Arm], size: int) -> Comparison:
         return compare_latency(
             left,
-            make(size),
+            make(batch_size=size),
             rounds=arguments.rounds,
             control=len(left) > 1 and not arguments.no_control,
             roofline=not arguments.no_roofline,

@@ -8,17 +8,27 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.cli.shell import check_attention
+from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from grpo_toolkit.latency.bench.sweep import Setting
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.model.generation.request import Request
+
+
+CACHES: Final[dict[str, dict[str, Any]]] = {
+    "dynamic": {"cache_implementation": "dynamic", "compiled": False},
+    "static": {"cache_implementation": "static", "compiled": False},
+    "static+compile": {"cache_implementation": "static", "compiled": True},
+    "static+compile+ahead": {"cache_implementation": "static", "compiled": True, "ahead": True},
+}
+"""The values of the setting `cache`, as options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,89 +86,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def find_workloads(
     arguments: argparse.Namespace, given: Sequence[Request], processor: Any
-) -> Iterator[Callable[[int], Traffic]]:
-    """Yield the workloads that the flags name, as functions of the batch size."""
+) -> Iterator[Callable[..., Traffic]]:
+    """Yield the workloads that the flags name, as functions of `batch_size`."""
+    from grpo_toolkit.latency.bench.workload import made_up, traffic_of
+
+    make = partial(traffic_of, given) if given else partial(made_up, processor)
+    images = [{}] if given else [{"image_tokens": tokens} for tokens in _image_tokens(arguments, processor)]
+    make = partial(make, seed=arguments.seed)
     if arguments.workload != "natural":
-        yield from _fixed(arguments, given, processor)
+        for settings in _fixed(arguments, is_made_up=not given):
+            yield from (partial(make, kind="fixed", **settings, **image) for image in images)
     if arguments.workload != "fixed":
-        yield from _natural(arguments, given, processor)
-
-
-def _fixed(
-    arguments: argparse.Namespace, given: Sequence[Request], processor: Any
-) -> Iterator[Callable[[int], Traffic]]:
-    from grpo_toolkit.latency.bench.workload import made_up
-
-    if given:
-        for new_tokens in arguments.new_tokens:
-            yield partial(
-                _named, given=given, kind="fixed", max_new_tokens=new_tokens, thinking=None, seed=arguments.seed
+        for thinking in {"off": [False], "on": [True], "both": [False, True]}[arguments.thinking]:
+            name = "natural_thinking" if thinking else "natural"
+            natural = partial(
+                make, name=name, kind="natural", max_new_tokens=arguments.max_new_tokens, thinking=thinking
             )
+            yield from (partial(natural, **image) for image in images)
+
+
+def _fixed(arguments: argparse.Namespace, *, is_made_up: bool) -> Iterator[dict[str, Any]]:
+    """Yield the settings of each fixed workload: of given prompts only the length of the answer is free."""
+    if not is_made_up:
+        yield from ({"max_new_tokens": new_tokens} for new_tokens in arguments.new_tokens)
         return
-    lengths = ["repeated", "new"] if arguments.lengths == "both" else [arguments.lengths]
-    sizes = (lengths, arguments.new_tokens, arguments.prompt_tokens, _image_tokens(arguments, processor))
-    for length, new_tokens, prompt_tokens, image_tokens in product(*sizes):
-
-        def make(
-            size: int,
-            length: Any = length,
-            new_tokens: int = new_tokens,
-            prompt_tokens: int = prompt_tokens,
-            image_tokens: int | None = image_tokens,
-        ) -> Traffic:
-            name = "fixed" if length == "repeated" else "fixed_new_lengths"
-            traffic = made_up(
-                processor,
-                prompt_tokens=prompt_tokens,
-                image_tokens=image_tokens,
-                max_new_tokens=new_tokens,
-                batch_size=size,
-                lengths=length,
-                seed=arguments.seed,
-            )
-            return replace(traffic, name=name)
-
-        yield make
-
-
-def _natural(
-    arguments: argparse.Namespace, given: Sequence[Request], processor: Any
-) -> Iterator[Callable[[int], Traffic]]:
-    from grpo_toolkit.latency.bench.workload import made_up
-
-    cap = arguments.max_new_tokens
-    for thinking in {"off": [False], "on": [True], "both": [False, True]}[arguments.thinking]:
-        if given:
-            yield partial(
-                _named, given=given, kind="natural", max_new_tokens=cap, thinking=thinking, seed=arguments.seed
-            )
-            continue
-        for image_tokens in _image_tokens(arguments, processor):
-
-            def make(size: int, thinking: bool = thinking, image_tokens: int | None = image_tokens) -> Traffic:
-                traffic = made_up(
-                    processor,
-                    kind="natural",
-                    image_tokens=image_tokens,
-                    max_new_tokens=cap,
-                    batch_size=size,
-                    thinking=thinking,
-                    seed=arguments.seed,
-                )
-                return replace(traffic, name="natural_thinking" if thinking else "natural")
-
-            yield make
-
-
-def _named(
-    size: int, *, given: Sequence[Request], kind: Any, max_new_tokens: int, thinking: bool | None, seed: int
-) -> Traffic:
-    from grpo_toolkit.latency.bench.workload import traffic_of
-
-    traffic = traffic_of(
-        given, kind=kind, max_new_tokens=max_new_tokens, batch_size=size, thinking=thinking, seed=seed
-    )
-    return replace(traffic, name=f"{kind}_thinking" if thinking else kind)
+    names = {"repeated": "fixed", "new": "fixed_new_lengths"}
+    lengths = names if arguments.lengths == "both" else [arguments.lengths]
+    for length, new_tokens, prompt_tokens in product(lengths, arguments.new_tokens, arguments.prompt_tokens):
+        yield {
+            "name": names[length],
+            "lengths": length,
+            "max_new_tokens": new_tokens,
+            "prompt_tokens": prompt_tokens,
+        }
 
 
 def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | None]:
@@ -172,7 +132,6 @@ def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | N
 def find_arms(arguments: argparse.Namespace) -> list[Arm]:
     """Return every model in every setting that the flags name."""
     from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-    from grpo_toolkit.latency.bench.sweep import with_setting
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Options
 
@@ -187,7 +146,7 @@ def find_arms(arguments: argparse.Namespace) -> list[Arm]:
             continue
         open_checkpoint(Path(place))
         chosen = [("", plain)]
-        settings: tuple[tuple[Setting, list[Any] | None], ...] = (
+        settings: tuple[tuple[str, list[Any] | None], ...] = (
             ("cache", arguments.cache),
             ("attn_implementation", arguments.attn),
             ("sdpa_backend", arguments.sdpa),
@@ -203,6 +162,19 @@ def find_arms(arguments: argparse.Namespace) -> list[Arm]:
                 ]
         arms += [Arm(name=f"{name}{suffix}", path=Path(place), options=options) for suffix, options in chosen]
     return arms
+
+
+def with_setting(options: Options, setting: str, value: Any) -> Options:
+    """Return the options with one setting changed: a field of theirs, or `cache`, which is several.
+
+    Raises:
+        InputError: a cache that is not known.
+    """
+    if setting != "cache":
+        return replace(options, **{setting: value})
+    if value not in CACHES:
+        raise InputError(f"no cache called {value!r}; choose from {', '.join(CACHES)}")
+    return replace(options, **CACHES[value])
 
 
 def _word(setting: str, value: Any) -> str:
@@ -224,16 +196,22 @@ def named_model(item: str) -> tuple[str, str]:
 
 def given_requests(arguments: argparse.Namespace) -> list[Request]:
     """Return the requests of `--prompt`, `--image` and `--prompts`; none where prompts are made up."""
-    from grpo_toolkit.model.generation.request import Request, requests_from_rows
-    from grpo_toolkit.model.generation.request_forms import MOST, prompt_rows, read_image
+    from grpo_toolkit.model.generation.request import requests_from_rows
+    from grpo_toolkit.model.generation.request_forms import MOST, prompt_rows
 
     if arguments.prompts is not None:
         return requests_from_rows(prompt_rows(arguments.prompts, f"--prompts {arguments.prompts}"), limit=MOST)
-    if arguments.prompt is None and arguments.image is None:
-        return []
+    return [] if arguments.prompt is None and arguments.image is None else [asked(arguments)]
+
+
+def asked(arguments: argparse.Namespace) -> Request:
+    """Return the request of `--prompt` and `--image`."""
+    from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.model.generation.request_forms import read_image
+
     images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
     prompt = arguments.prompt or "Describe what you see, step by step."
-    return [Request(messages=[{"role": "user", "content": prompt}], images=images)]
+    return Request(messages=[{"role": "user", "content": prompt}], images=images)
 
 
 def count(text: str) -> int:

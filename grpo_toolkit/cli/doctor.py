@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.shell import EXIT_FINDINGS, add_json, add_verb, print_lines
+from grpo_toolkit.cli.shell import EXIT_FINDINGS, READER_HELP, add_json, add_verb, print_lines
 from grpo_toolkit.reporting.terminal.diagnosis import diagnosis_lines, paper, run_lines
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("path", type=Path, help="a model, an adapter, a checkpoint, or a run folder with many")
     parser.add_argument("--base", help="folder or Hub name (in the local cache) of the model it was trained from")
     parser.add_argument("--deep", action="store_true", help="also compare weights byte by byte")
+    parser.add_argument("--for", dest="reader", metavar="READER", help=READER_HELP)
     parser.set_defaults(run=doctor)
     add_json(parser)
 
@@ -47,7 +48,7 @@ def _doctor(path: Path, arguments: argparse.Namespace) -> int:
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
     from grpo_toolkit.doctor.findings import RunDiagnosis
 
-    found = diagnose_checkpoint(path, base=arguments.base, deep=arguments.deep)
+    found = diagnose_checkpoint(path, base=arguments.base, deep=arguments.deep, reader=arguments.reader)
     if arguments.json:
         print(json.dumps(found.to_json()))
     elif isinstance(found, RunDiagnosis):

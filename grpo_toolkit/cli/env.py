@@ -46,7 +46,7 @@ def env(arguments: argparse.Namespace) -> int:
     else:
         import torch
 
-        from grpo_toolkit.latency.hardware.environment import environment_of
+        from grpo_toolkit.model.hardware.environment import environment_of
 
         facts |= environment_of("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.json:

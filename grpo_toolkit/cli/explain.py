@@ -34,15 +34,18 @@ def add_command(commands: Commands) -> None:
     parser = add_verb(
         commands,
         "explain",
-        help="say why a trained model is slower than its base",
+        help="say why a trained model is slower than its base, or a training step than it need be",
         examples=(
             "BASE out/checkpoint-500",
             "BASE out/checkpoint-500 --with dtype=float32 --rounds 12",
-            'BASE out/checkpoint-500 --image cat.png --prompt "What is it?"',
+            "--steps out",
         ),
     )
-    parser.add_argument("base", type=Path, help="the base model's folder")
-    parser.add_argument("trained", type=Path, help="the trained model's or adapter's folder")
+    parser.add_argument("base", type=Path, nargs="?", help="the base model's folder")
+    parser.add_argument("trained", type=Path, nargs="?", help="the trained model's or adapter's folder")
+    parser.add_argument(
+        "--steps", type=Path, metavar="RUN_DIR", help="say instead where a training's steps spend their time, and why"
+    )
     parser.add_argument(
         "--with",
         dest="settings",
@@ -64,6 +67,10 @@ def add_command(commands: Commands) -> None:
 
 def explain(arguments: argparse.Namespace) -> int:
     """Explain, print, and return the exit code: 1 where a cause was found."""
+    if arguments.steps is not None:
+        return _explain_steps(arguments)
+    if arguments.base is None or arguments.trained is None:
+        raise InputError("give a base and a trained model, or --steps and a training's output folder")
     from grpo_toolkit.checkpoint.lineage import order_notice
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
@@ -101,6 +108,26 @@ def explain(arguments: argparse.Namespace) -> int:
     return 0 if top_cause(row) is None else 1
 
 
+def _explain_steps(arguments: argparse.Namespace) -> int:
+    from grpo_toolkit.reporting.report.step_section import explained
+    from grpo_toolkit.step_time.store import load_step_review
+
+    if arguments.base is not None:
+        raise InputError("--steps is about a training's output folder, and takes no models")
+    review = load_step_review(arguments.steps)
+    row = explained(review)
+    if row is None:
+        raise InputError(f"{review.path}: no step in it has phases, so there is nothing to explain")
+    if arguments.json:
+        print(json.dumps({**row.to_json(), "top_cause": row.top_cause}))
+    else:
+        from grpo_toolkit.reporting.terminal.console import show
+        from grpo_toolkit.reporting.terminal.step_time import step_time
+
+        show(step_time(row))
+    return 0 if row.top_cause is None else 1
+
+
 def with_settings(options: Options, settings: list[str]) -> Options:
     """Return options with settings given as KEY=VALUE.
 
@@ -120,12 +147,10 @@ def with_settings(options: Options, settings: list[str]) -> Options:
 
 
 def _requests(arguments: argparse.Namespace) -> list[Any]:
-    from grpo_toolkit.model.generation.request import Request
-    from grpo_toolkit.model.generation.request_forms import read_image
+    from grpo_toolkit.cli.bench_arguments import asked
 
     if arguments.prompt is None:
         if arguments.image is not None:
             raise InputError("--image: say what to ask about it with --prompt")
         return []
-    images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
-    return [Request(messages=[{"role": "user", "content": arguments.prompt}], images=images)]
+    return [asked(arguments)]

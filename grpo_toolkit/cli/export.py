@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.shell import COMPAT_HELP, add_device, add_json, add_verb, quiet_libraries, repository
+from grpo_toolkit.cli.shell import add_device, add_json, add_publishing, add_verb, quiet_libraries, repository
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,18 +29,14 @@ def add_command(commands: Commands) -> None:
             "out/checkpoint-500 exported --push-to-hub me/policy",
         ),
     )
-    parser.add_argument("source", type=Path, help="a full checkpoint or a LoRA adapter")
-    parser.add_argument("output", type=Path, help="the folder to publish")
+    parser.add_argument("source", type=Path, help="a full checkpoint, a LoRA adapter, or a verl run's global_step_N")
+    add_publishing(parser)
     parser.add_argument("--base", help="folder or Hub name of the base model whose files are carried")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--adapter-name", metavar="NAME", help="which one, of a folder that holds several adapters")
     parser.add_argument("--link", action="store_true", help="hard links to the source's weight files where they fit")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
-    parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor, such as float16")
-    parser.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
     parser.add_argument(
         "--push-to-hub", type=repository, metavar="REPO", help="upload the verified folder (a new repo is private)"
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
     parser.add_argument("--tuned", action="store_true", help="find the fastest setting, and write what files can hold")
     parser.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
     parser.set_defaults(run=export)
@@ -54,6 +50,7 @@ def export(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint.model_folder import open_checkpoint
     from grpo_toolkit.checkpoint.publish import check_output
     from grpo_toolkit.export.export import export_model
+    from grpo_toolkit.merge.adapter import find_adapter
     from grpo_toolkit.reporting.report.card_facts import CardFacts
     from grpo_toolkit.reporting.report.model_card import write_model_card
     from grpo_toolkit.reporting.terminal.console import byte_progress, say
@@ -62,7 +59,10 @@ def export(arguments: argparse.Namespace) -> int:
     if arguments.push_to_hub and arguments.no_verify:
         raise InputError("--push-to-hub sends what was verified: leave out --no-verify")
     check_output(arguments.output, overwrite=arguments.overwrite)
-    open_checkpoint(arguments.source)
+    if arguments.adapter_name is not None:
+        find_adapter(arguments.source, arguments.adapter_name)
+    elif not _are_read_here(arguments.source):
+        open_checkpoint(arguments.source)
     quiet_libraries()
     overrides: dict[str, Any] = {}
     notes: dict[str, Any] = {}
@@ -86,6 +86,7 @@ def export(arguments: argparse.Namespace) -> int:
             progress=progress,
             generation_overrides=overrides,
             notes=notes,
+            adapter_name=arguments.adapter_name,
             finish=partial(write_model_card, facts=CardFacts(repository=arguments.push_to_hub)),
         )
     assert result is not None, "one process is rank 0"
@@ -98,6 +99,15 @@ def export(arguments: argparse.Namespace) -> int:
     else:
         print(result.path)
     return 0
+
+
+def _are_read_here(source: Path) -> bool:
+    """Return whether the source is shards that an export reads itself."""
+    from grpo_toolkit.checkpoint.layouts import VERL
+    from grpo_toolkit.checkpoint.look_around import shards_of
+
+    shards = shards_of(source)
+    return shards is not None and shards.layout is VERL
 
 
 def _pushed(repository: str, path: Path) -> str:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.shell import COMPAT_HELP, add_json, add_verb
+from grpo_toolkit.cli.shell import add_json, add_publishing, add_verb
 
 if TYPE_CHECKING:
     import argparse
@@ -29,17 +29,10 @@ def add_command(commands: Commands) -> None:
         ),
     )
     parser.add_argument("adapter", type=Path, help="an adapter as PEFT saves it")
-    parser.add_argument("output", type=Path, help="the folder to publish")
+    add_publishing(parser)
     parser.add_argument("--base", help="folder or Hub name of the base (default: the one that the adapter names)")
     parser.add_argument("--adapter-name", metavar="NAME", help="which one, of a folder that holds several")
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB (default: the base's)"
-    )
-    parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor (default: the base's)")
-    parser.add_argument("--compat", choices=("all", "v5"), default="all", help=COMPAT_HELP)
     parser.add_argument("--allow-unchanged", action="store_true", help="publish even if some of it changes nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge or export")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
     add_json(parser)
     parser.set_defaults(run=merge)
 

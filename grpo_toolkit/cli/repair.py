@@ -42,12 +42,12 @@ def add_command(commands: Commands) -> None:
 
 def repair(arguments: argparse.Namespace) -> int:
     """Repair a folder, or every checkpoint of a run; 0 if all is clean afterwards, 1 if something is left."""
-    from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
+    from grpo_toolkit.doctor.diagnose import parts_of
     from grpo_toolkit.doctor.repair import undo_repair
     from grpo_toolkit.doctor.undo import UNDO
 
     path: Path = arguments.path
-    checkpoints = checkpoints_in(path) if path.is_dir() else []
+    checkpoints = parts_of(path) if path.is_dir() else []
     folders = [*checkpoints, path]
     if arguments.undo:
         mended = [folder for folder in folders if (folder / UNDO).is_dir()] or [path]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError
@@ -12,16 +13,29 @@ from grpo_toolkit.errors import InputError
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
-    from pathlib import Path
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 EXIT_FINDINGS: Final = 1
 EXIT_INPUT: Final = 2
 
-COMPAT_HELP: Final = (
+_COMPAT_HELP: Final = (
     "who can read it: all (also transformers 4 and servers, whatever wrote the base), v5 (the base's forms)"
 )
+READER_HELP: Final = (
+    "judge for one reader: transformers, vllm or sglang, with a version if you like (transformers==4.49); without it "
+    "a fault for any of them counts, and what is wrong for the installed transformers comes first"
+)
+
+
+def add_publishing(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of commands that publish a folder."""
+    parser.add_argument("output", type=Path, help="the folder to publish")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export or merge")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
+    parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor (default: the base's)")
+    parser.add_argument("--compat", choices=("all", "v5"), default="all", help=_COMPAT_HELP)
+    parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
 
 
 def add_verb(commands: Commands, name: str, *, help: str, examples: tuple[str, ...]) -> argparse.ArgumentParser:

@@ -38,12 +38,14 @@ def add_command(commands: Commands) -> None:
 def verify(arguments: argparse.Namespace) -> int:
     """Verify, print every check (or JSON), and return the exit code."""
     from grpo_toolkit.checkpoint.base_lookup import named_base
-    from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+    from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
+    from grpo_toolkit.errors import CheckpointError
     from grpo_toolkit.export.verify import reference_records, verify_export
 
     if arguments.manifest:
         return _verify_manifest(arguments)
-    open_checkpoint(arguments.export)
+    if open_checkpoint(arguments.export).kind is Kind.ADAPTER:
+        raise CheckpointError(f"{arguments.export}: an adapter, which answers nothing alone: export or merge it first")
     quiet_libraries()
     requests: list[Any] = []
     expected: list[Any] = []

@@ -5,11 +5,17 @@ Standard library only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.tensor_names import find_suffix, plan_renames
+from grpo_toolkit.checkpoint.model_families import family_of
+from grpo_toolkit.checkpoint.model_folder import Kind
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors, read_chunks
+from grpo_toolkit.checkpoint.weights.tensor_values import is_constant, is_finite
 from grpo_toolkit.doctor.parsed_folder import Digests
+
+_IN_A_LAYER: Final = re.compile(r"\.[0-9]+\..*\.weight$|(?:embed_tokens|lm_head)\.weight$")
 
 if TYPE_CHECKING:
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
@@ -28,6 +34,7 @@ def compare_heads(folder: Folder) -> Digests:
 def compare_weights(folder: Folder) -> Digests:
     """Read the weights of a folder, and of its base as far as they are alike."""
     compared, is_the_base = _compare_with_base(folder)
+    empty, broken = _empty_and_broken(folder)
     second = [info for name, info in folder.tensors.items() if ".lora_B" in name]
     return Digests(
         heads_differ=compare_heads(folder).heads_differ,
@@ -35,17 +42,49 @@ def compare_weights(folder: Folder) -> Digests:
         is_the_base=is_the_base,
         is_zero=bool(second)
         and all(not any(map(any, read_chunks(folder.path, info, inside=True))) for info in second),
+        empty=empty,
+        broken=broken,
     )
+
+
+def inspect_values(folder: Folder) -> Digests:
+    """Compare only the head with the embedding, and look for tensors without information."""
+    empty, broken = _empty_and_broken(folder)
+    return Digests(heads_differ=compare_heads(folder).heads_differ, empty=empty, broken=broken)
+
+
+def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the tensors that are one value throughout, and those with a NaN or an infinity.
+
+    Some are so when they are made: a bias of zeros, a norm of ones, a projection that starts from zero. They count
+    where the base's are not so; without a base only matrices inside the layers do.
+    """
+    base = folder.base if folder.kind is Kind.MODEL else None
+    others = {} if base is None else base.tensors
+    renames = plan_renames(folder.tensors, frozenset(others) or None, folder.model_type)
+    empty, broken = [], []
+    for name, info in folder.tensors.items():
+        if not is_finite(folder.path, info):
+            broken.append(name)
+        elif folder.kind is Kind.MODEL and not is_lora(name) and is_constant(folder.path, info):
+            other = others.get(renames.get(name, name))
+            is_as_made = _IN_A_LAYER.search(name) is None or len(info.shape) < 2
+            if is_as_made if other is None or base is None else is_constant(base.path, other):
+                continue
+            empty.append(name)
+    return tuple(sorted(empty)), tuple(sorted(broken))
 
 
 def _compare_with_base(folder: Folder) -> tuple[int, bool]:
     base = folder.base
     if base is None:
         return 0, False
+    family = family_of(folder.model_type)
     renames = plan_renames(folder.tensors, frozenset(base.tensors), folder.model_type)
+    published = {live_name(name, family): info for name, info in base.tensors.items()}
     compared = 0
     for name, info in folder.tensors.items():
-        other = base.tensors.get(renames.get(name, name))
+        other = published.get(live_name(renames.get(name, name), family))
         if other is not None:
             if not _equal(folder, info, base, other):
                 return compared, False

@@ -11,19 +11,33 @@ from typing import TYPE_CHECKING, Final
 from grpo_toolkit.checkpoint.base_lookup import find_base, named_base
 from grpo_toolkit.checkpoint.json_files import parse_json
 from grpo_toolkit.checkpoint.lineage import BASE_RECORD, base_in_record
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG
+from grpo_toolkit.checkpoint.look_around import models_below
+from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, Kind
 from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
-from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule, RunDiagnosis
+from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule, RunDiagnosis, Severity
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Folder, describe
 from grpo_toolkit.doctor.planned_files import DiskFiles, Files
-from grpo_toolkit.doctor.rules import adapter, cache, dialect, dtypes, files, processing, tied, weights
+from grpo_toolkit.doctor.readers import Reader, installed_reader, parse_reader
+from grpo_toolkit.doctor.rules import (
+    adapter,
+    cache,
+    custom_code,
+    dialect,
+    dtypes,
+    files,
+    fit,
+    processing,
+    shards,
+    tied,
+    weights,
+)
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_MODULES: Final = (files, cache, weights, tied, dtypes, dialect, processing, adapter)
+_MODULES: Final = (files, shards, cache, weights, fit, tied, dtypes, dialect, custom_code, processing, adapter)
 
 ALL_RULES: Final = tuple(
     rule for module in _MODULES for rule in RULES.values() if rule.check.__module__ == module.__name__
@@ -35,34 +49,51 @@ DIALECT_CODES: Final = frozenset(rule.code for rule in ALL_RULES if rule.check._
 
 
 def diagnose_checkpoint(
-    path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, deep: bool = False
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    deep: bool = False,
+    reader: str | Reader | None = None,
 ) -> Diagnosis | RunDiagnosis:
     """Find what is wrong with a model folder, or with every checkpoint of a run, from JSON and safetensors headers.
 
     No code of the folder is run, no pickle opened, no network asked; without `deep` no weight is read either.
 
     Args:
-        path: a full model, an adapter, a trainer checkpoint, FSDP or DeepSpeed shards; or a run's folder with many.
+        path: a full model, an adapter, a trainer checkpoint, shards of FSDP, DeepSpeed, verl, Megatron and others; or
+            a run's folder with many.
         base: folder or Hub name (in the local cache) of the model that this one was trained from. By default the one
             that the folder names, if it is here.
         deep: also compare the bytes of weights: copies of the head, the base's weights, an adapter's zeros.
+        reader: who is judged for ("transformers==4.49", "vllm", "sglang"); by default every supported reader.
 
     Returns:
-        The kind of the folder and its findings, worst first; of a run, those of its checkpoints.
+        The kind of the folder and its findings: those that concern the reader (by default the transformers that is
+        installed) first, worst first; of a run, those of its checkpoints.
 
     Raises:
         CheckpointError: no folder, or nothing in it that could be examined; or `base` is not a model folder here.
     """
     folder = Path(path)
-    if os.path.isdir(folder) and checkpoints_in(folder):  # noqa: PTH112 - says no to names that Path cannot ask about
-        diagnoses, empty = diagnose_run(folder, base=base, deep=deep)
+    is_folder = os.path.isdir(folder)  # noqa: PTH112 - says no to names that Path cannot ask about
+    parts = parts_of(folder) if is_folder else []
+    if len(parts) == 1 and parts[0].parent == folder and not checkpoints_in(folder):
+        folder, parts = parts[0], []
+    if parts:
+        diagnoses, empty = diagnose_run(folder, base=base, deep=deep, reader=reader)
         if not diagnoses:
             raise CheckpointError(f"{folder}: none of its checkpoints holds anything to examine: {empty[0]}")
         return RunDiagnosis(path=folder, diagnoses=tuple(diagnoses), empty=tuple(empty))
-    return diagnose_model(folder, base=base, deep=deep)
+    return diagnose_model(folder, base=base, deep=deep, reader=reader)
 
 
-def diagnose_model(folder: Path, *, base: str | os.PathLike[str] | None = None, deep: bool = False) -> Diagnosis:
+def diagnose_model(
+    folder: Path,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    deep: bool = False,
+    reader: str | Reader | None = None,
+) -> Diagnosis:
     """Diagnose one folder, whether or not a run's checkpoints lie in it (see `diagnose_checkpoint`).
 
     Raises:
@@ -71,13 +102,17 @@ def diagnose_model(folder: Path, *, base: str | os.PathLike[str] | None = None, 
     if not os.path.isdir(folder):  # noqa: PTH112 - says no to names that Path cannot ask about
         raise CheckpointError(f"{folder}: not a folder")
     named = None if base is None else named_base(base)
-    return diagnose_files(DiskFiles(folder), base=named, deep=deep)
+    return diagnose_files(DiskFiles(folder), base=named, deep=deep, reader=reader)
 
 
 def diagnose_run(
-    path: Path, *, base: str | os.PathLike[str] | None = None, deep: bool = False
+    path: Path,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    deep: bool = False,
+    reader: str | Reader | None = None,
 ) -> tuple[list[Diagnosis], list[str]]:
-    """Diagnose every checkpoint of a run folder (and the folder itself where it holds a model too).
+    """Diagnose every checkpoint of a run folder, adapters with names of their own, and the folder itself if it is one.
 
     Returns:
         The diagnoses, oldest checkpoint first, and a line for each checkpoint that holds nothing to examine.
@@ -85,20 +120,39 @@ def diagnose_run(
     diagnoses, empty = [], []
     bases: dict[Path, Folder] = {}
     named = None if base is None else named_base(base)
-    for folder in (*checkpoints_in(path), path):
+    for folder in (*parts_of(path), path):
         try:
-            diagnoses.append(diagnose_files(DiskFiles(folder), base=named, deep=deep, bases=bases))
+            diagnoses.append(diagnose_files(DiskFiles(folder), base=named, deep=deep, bases=bases, reader=reader))
         except CheckpointError as error:
             if folder != path:
                 empty.append(str(error))
     return diagnoses, empty
 
 
+def parts_of(path: Path) -> list[Path]:
+    """Return the folders of a run that are examined one by one: its checkpoints, or what is in them.
+
+    An adapter that is not called "default" lies in a folder of its own, inside a checkpoint or a folder that is
+    nothing itself.
+    """
+    checkpoints = checkpoints_in(path)
+    if not checkpoints:
+        return models_below(path)
+    return [part for checkpoint in checkpoints for part in models_below(checkpoint) or [checkpoint]]
+
+
 def diagnose_files(
-    source: Files, *, base: Path | None = None, deep: bool = False, bases: dict[Path, Folder] | None = None
+    source: Files,
+    *,
+    base: Path | None = None,
+    deep: bool = False,
+    bases: dict[Path, Folder] | None = None,
+    reader: str | Reader | None = None,
 ) -> Diagnosis:
     """Diagnose files from anywhere; `bases` remembers bases that were read before."""
-    return diagnose_folder(parse_folder(source, base=base, deep=deep, bases=bases))
+    named = parse_reader(reader) if isinstance(reader, str) else reader
+    folder = parse_folder(source, base=base, deep=deep, bases=bases)
+    return diagnose_folder(folder, reader=named, installed=installed_reader())
 
 
 def parse_folder(
@@ -107,6 +161,8 @@ def parse_folder(
     """Read a folder with its base, ready for the rules."""
     folder = read_folder(source)
     found = base if base is not None else _recorded(source) or _base_in_files(folder)
+    if base is not None and _is_same(base, folder.path):
+        raise CheckpointError(f"--base {base}: is the folder itself; name the model that it was trained from")
     if found is not None and not _is_same(found, folder.path):
         folder = replace(folder, base=_read_base(found, {} if bases is None else bases, must=base is not None))
     if deep:
@@ -116,17 +172,31 @@ def parse_folder(
     return folder
 
 
-def diagnose_folder(folder: Folder) -> Diagnosis:
-    """Ask every rule about a parsed folder; a pure function."""
+def diagnose_folder(folder: Folder, *, reader: Reader | None = None, installed: Reader | None = None) -> Diagnosis:
+    """Ask every rule about a parsed folder; a pure function.
+
+    Args:
+        folder: parsed.
+        reader: who is judged for; None for every reader.
+        installed: the reader whose findings come first.
+    """
+    first = reader or installed
     findings = [_finding(rule, fault) for rule in ALL_RULES for fault in rule.check(folder)]
     return Diagnosis(
         path=folder.path,
-        kind=folder.kind.value,
+        kind=folder.place.what if folder.kind is Kind.FOREIGN and folder.place else folder.kind.value,
         facts=describe(folder),
         base=None if folder.base is None else folder.base.path,
-        findings=tuple(sorted(findings, key=lambda finding: finding.severity.rank)),
+        findings=tuple(sorted(findings, key=lambda finding: _order(finding, first))),
+        reader=reader,
+        installed=installed,
         not_judged=tuple(rule.code for rule in ALL_RULES if rule.needs_base) if folder.base is None else (),
     )
+
+
+def _order(finding: Finding, reader: Reader | None) -> tuple[bool, bool, int]:
+    """Return the place of a finding: notes last, before them what other readers alone fail on."""
+    return finding.severity is Severity.NOTE, not finding.concerns(reader), finding.severity.rank
 
 
 def _finding(rule: Rule, fault: Fault) -> Finding:
@@ -142,6 +212,7 @@ def _finding(rule: Rule, fault: Fault) -> Finding:
         evidence=rule.evidence,
         repairable=bool(fault.remedies),
         remedies=fault.remedies,
+        fails=fault.fails or rule.fails,
     )
 
 

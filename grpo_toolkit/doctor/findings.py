@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent
 from grpo_toolkit.checkpoint.short_repr import HtmlTable, ShortRepr
+from grpo_toolkit.doctor.readers import ALL, Reader, concerns, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -65,7 +66,7 @@ class Unmark:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Tensors renamed, dropped (`renames[name]` is None) or cast; done only where rewriting weights is allowed."""
+    """A change of tensors: renamed, dropped (`renames[name]` is None) or cast; only where weights may be rewritten."""
 
     renames: Mapping[str, str | None]
     dtypes: Mapping[str, str]
@@ -83,6 +84,8 @@ class Fault:
     found: Any = ABSENT
     expected: str
     remedies: tuple[Remedy, ...] = ()
+    fails: str = ""
+    """The readers that fail (`readers.py`), where they are others than the rule's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,7 @@ class Rule:
         evidence: a link to where it was reported or where the mechanism can be read.
         mend: how it is repaired, in a few words; empty where it cannot be.
         needs_base: whether it can only be judged beside the base.
+        fails: the readers that fail, as `readers.py` writes them.
         check: the function.
     """
 
@@ -107,6 +111,7 @@ class Rule:
     evidence: str
     mend: str
     needs_base: bool
+    fails: str
     check: Callable[[Folder], Iterable[Fault]]
 
 
@@ -115,7 +120,14 @@ RULES: Final[dict[str, Rule]] = {}
 
 
 def rule(
-    severity: Severity, title: str, *, effect: str, evidence: str, mend: str = "", needs_base: bool = False
+    severity: Severity,
+    title: str,
+    *,
+    effect: str,
+    evidence: str,
+    mend: str = "",
+    needs_base: bool = False,
+    fails: str = ALL,
 ) -> Callable[[Callable[[Folder], Iterable[Fault]]], Callable[[Folder], Iterable[Fault]]]:
     """Register a function as a rule; its name with dashes is the rule's code."""
 
@@ -130,6 +142,7 @@ def rule(
             evidence=evidence,
             mend=mend,
             needs_base=needs_base,
+            fails=fails,
             check=check,
         )
         return check
@@ -149,6 +162,7 @@ class Finding(ShortRepr):
         expected: what should be there, in words or as JSON.
         repairable: whether `repair` mends it.
         remedies: how.
+        fails: the readers that fail.
     """
 
     code: str
@@ -162,6 +176,11 @@ class Finding(ShortRepr):
     evidence: str
     repairable: bool
     remedies: tuple[Remedy, ...] = ()
+    fails: str = ALL
+
+    def concerns(self, reader: Reader | None) -> bool:
+        """Return whether this reader fails; some supported reader does always."""
+        return reader is None or concerns(self.fails, reader)
 
     @property
     def needs_rewriting(self) -> bool:
@@ -180,6 +199,7 @@ class Finding(ShortRepr):
             "evidence": self.evidence,
             "repairable": self.repairable,
             "rewrites_weights": self.needs_rewriting,
+            "readers": in_words(self.fails),
         }
 
 
@@ -192,8 +212,10 @@ class Diagnosis(HtmlTable):
         kind: its content ("full model", "adapter", "sharded FSDP checkpoint", "DeepSpeed ZeRO checkpoint").
         facts: more that was recognised: trainer checkpoint, dialect, size.
         base: the base folder it was compared with, or None.
-        findings: worst first.
+        findings: those that concern the reader first, worst first.
         not_judged: codes of the rules that need a base where there is none.
+        reader: who is judged for, or None for every reader.
+        installed: the transformers that is installed beside us, or None.
     """
 
     path: Path
@@ -202,11 +224,18 @@ class Diagnosis(HtmlTable):
     base: Path | None
     findings: tuple[Finding, ...]
     not_judged: tuple[str, ...]
+    reader: Reader | None = None
+    installed: Reader | None = None
 
     @property
     def is_clean(self) -> bool:
-        """Return whether nothing worse than a note was found."""
-        return all(finding.severity is Severity.NOTE for finding in self.findings)
+        """Return whether nothing worse than a note was found that concerns the reader."""
+        return all(finding.severity is Severity.NOTE for finding in self.judged)
+
+    @property
+    def judged(self) -> tuple[Finding, ...]:
+        """The findings that concern the reader who is judged for."""
+        return tuple(finding for finding in self.findings if finding.concerns(self.reader))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -215,7 +244,11 @@ class Diagnosis(HtmlTable):
             "facts": list(self.facts),
             "base": None if self.base is None else str(self.base),
             "clean": self.is_clean,
-            "findings": [finding.to_json() for finding in self.findings],
+            "reader": None if self.reader is None else str(self.reader),
+            "findings": [
+                {**finding.to_json(), "concerns": finding.concerns(self.reader or self.installed)}
+                for finding in self.findings
+            ],
             "not_judged": list(self.not_judged),
         }
 

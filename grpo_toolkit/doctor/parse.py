@@ -10,6 +10,16 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.json_files import JsonObject, parse_json
+from grpo_toolkit.checkpoint.layouts import layout_of
+from grpo_toolkit.checkpoint.look_around import (
+    Place,
+    around,
+    has_weights,
+    kind_of,
+    look_above,
+    look_around,
+    names_in,
+)
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX, Kind
 from grpo_toolkit.checkpoint.safetensors_header import MAX_TENSORS, TensorInfo
 from grpo_toolkit.doctor.parsed_folder import (
@@ -20,14 +30,14 @@ from grpo_toolkit.doctor.parsed_folder import (
     TOKENIZER_CONFIG,
     Folder,
     plain_shards,
+    unnamed_weights,
 )
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
-    from grpo_toolkit.doctor.planned_files import Entry, Files
+    from grpo_toolkit.doctor.planned_files import Files
 
 _CONTAINERS: Final = 50_000
 _TOKENIZER_HEAD: Final = 4 * MIB
@@ -42,7 +52,8 @@ def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
         CheckpointError: it is no model folder of any kind.
     """
     entries = files.entries
-    kind = _recognise(files.path, entries)
+    place = _recognise(files)
+    kind = place.kind
     refused: dict[str, str] = {}
     repeated: dict[str, tuple[str, ...]] = {}
     marked = set()
@@ -62,15 +73,19 @@ def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
                 repeated[name] = tuple(again)
             if raw.startswith(b"\xef\xbb\xbf"):
                 marked.add(name)
+    shards = _read_shards(files, kind, objects, refused)
+    if kind is Kind.MODEL and not has_weights(entries):
+        place = look_above(files.path) or place
     return Folder(
         path=files.path,
         kind=kind,
+        place=place,
         entries=entries,
         objects=objects,
         jinja=_read_text(files, TEMPLATE_JINJA, refused),
         added_tokens=_read_added_tokens(files, objects.get(TOKENIZER_CONFIG)),
         card=_read_card(files),
-        shards=_read_shards(files, kind, objects, refused),
+        shards=shards,
         refused=refused,
         repeated=repeated,
         marked=frozenset(marked),
@@ -83,19 +98,25 @@ def _reason(error: CheckpointError) -> str:
     return str(error).partition(": ")[2] or str(error)
 
 
-def _recognise(path: Path, entries: Mapping[str, Entry]) -> Kind:
-    has_weights = any(name.endswith(".safetensors") for name in entries)
-    if ADAPTER_CONFIG in entries:
-        return Kind.ADAPTER
-    if not has_weights and any(name.startswith("pytorch_model_fsdp") or name.endswith(".distcp") for name in entries):
-        return Kind.FSDP
-    if not has_weights and ("zero_to_fp32.py" in entries or any(name.startswith("global_step") for name in entries)):
-        return Kind.DEEPSPEED
-    if CONFIG in entries:
-        return Kind.MODEL
+def _recognise(files: Files) -> Place:
+    """Return what the folder is or, where it is nothing itself, the shards that lie in its folders.
+
+    Raises:
+        CheckpointError: it is no model folder of any kind, and holds no shards; the message says what lies around.
+    """
+    path, entries = files.path, files.entries
+    layout = layout_of(path.name, entries, names_in(path.parent))
+    kind = kind_of(entries, layout)
+    if kind in (Kind.MODEL, Kind.ADAPTER):
+        return Place(path=path, kind=kind)
+    if kind is not None:
+        return look_above(path) or Place(path=path, kind=kind, layout=layout)
+    below = next(iter(look_around(path)), None)
+    if below is not None and below.layout is not None:
+        return below
     raise CheckpointError(
-        f"{path}: no {CONFIG}, no {ADAPTER_CONFIG}, no FSDP or DeepSpeed shards and no checkpoint-* in it, so there "
-        "is nothing to examine"
+        f"{path}: no {CONFIG}, no {ADAPTER_CONFIG}, no shards of a known layout and no checkpoint-* in it, so there "
+        f"is nothing to examine{around(path)}"
     )
 
 
@@ -184,5 +205,9 @@ def _weight_files(files: Files, kind: Kind, objects: Mapping[str, JsonObject]) -
     single = ADAPTER_WEIGHTS if kind is Kind.ADAPTER else WEIGHTS
     if single in files.entries:
         return [single]
-    weight_map = objects.get(WEIGHTS_INDEX, {}).get("weight_map")
-    return plain_shards(weight_map) if isinstance(weight_map, dict) and kind is not Kind.ADAPTER else []
+    if kind is Kind.ADAPTER:
+        return []
+    if WEIGHTS_INDEX in files.entries:
+        weight_map = objects.get(WEIGHTS_INDEX, {}).get("weight_map")
+        return plain_shards(weight_map) if isinstance(weight_map, dict) else []
+    return unnamed_weights(files.entries) if kind is Kind.MODEL else []

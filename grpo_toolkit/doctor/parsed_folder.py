@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from grpo_toolkit.checkpoint.look_around import Place
     from grpo_toolkit.checkpoint.model_families import Family
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.planned_files import Entry
@@ -71,6 +72,8 @@ class Folder:
     added_tokens: Mapping[str, int] | None = None
     card: str = ""
     shards: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
+    place: Place | None = None
+    """Where the weights lie: here, or the shards of a layout that are here, below or above."""
     base: Folder | None = None
     digests: Digests | None = None
 
@@ -169,6 +172,18 @@ def plain_shards(weight_map: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in names if is_plain(name))
 
 
+_OTHER_WEIGHTS: Final = ("adapter_", "optimizer", "consolidated", "training_", "rng_", "scheduler")
+
+
+def unnamed_weights(entries: Mapping[str, Entry]) -> list[str]:
+    """Return the safetensors files of a model in which no `model.safetensors` and no index names one."""
+    return sorted(
+        name
+        for name, entry in entries.items()
+        if name.endswith(".safetensors") and not name.startswith(_OTHER_WEIGHTS) and not entry.is_folder
+    )
+
+
 def is_plain(name: str) -> bool:
     """Return whether a name from an index stays in the folder: it is no path, and printable."""
     return name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..") and len(name) < 256
@@ -214,9 +229,13 @@ class Digests:
         compared: how many tensors could be compared with the base's.
         is_the_base: all of them are equal, and there was at least one.
         is_zero: every second factor of an adapter is zero.
+        empty: tensors that are one value throughout (all zero, most often) where they should not be.
+        broken: tensors with a NaN or an infinity in them.
     """
 
     heads_differ: bool = False
     compared: int = 0
     is_the_base: bool = False
     is_zero: bool = False
+    empty: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()

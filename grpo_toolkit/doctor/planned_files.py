@@ -101,7 +101,7 @@ class Rewritten:
     dtypes: Mapping[str, str]
 
     def then(self, renames: Mapping[str, str | None], dtypes: Mapping[str, str]) -> Rewritten:
-        """This and then another change, which speaks of the names that this one gives."""
+        """Return one change that does this one and then another, which is written in the names that this one gives."""
         names: dict[str, str | None] = {name: renames.get(new, new) for name, new in self.renames.items() if new}
         names |= {name: None for name, new in self.renames.items() if new is None}
         moved = set(self.renames) | {new for new in self.renames.values() if new}
@@ -111,7 +111,7 @@ class Rewritten:
         return Rewritten(renames=names, dtypes=cast)
 
     def apply(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """The tensors as they will be."""
+        """Return the tensors as they will be after the change."""
         result = {}
         for name, info in tensors.items():
             new = self.renames.get(name, name)

@@ -39,7 +39,7 @@ _BLOCK_BYTES: Final = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was verified: what, whether it held, and the figure that shows it; or why it was skipped."""
+    """A single check of a verification: its name, its outcome, and the figure behind it or the reason to skip it."""
 
     name: str
     passed: bool
@@ -151,8 +151,13 @@ def check_inputs(pairs: Sequence[tuple[Evidence, Evidence]]) -> Check:
     return Check(name="same token ids and pixel values from the processor", passed=not said, detail=detail)
 
 
-def check_logits(pairs: Sequence[tuple[Evidence, Evidence]], *, dtype: str, noise: float) -> Check:
-    """Check that the export's logits are the trained model's, along the trained model's own tokens."""
+def check_logits(
+    pairs: Sequence[tuple[Evidence, Evidence]], *, dtype: str, noise: float, distance: float | None = None
+) -> Check:
+    """Check that the export's logits are the trained model's, along the trained model's own tokens.
+
+    Of an adapter those are its merge's; `distance` says how far that is from the adapter beside its base.
+    """
     name = "same logits as the trained policy"
     tolerance = max(LOGIT_TOLERANCES.get(dtype, 1e-3), 2 * noise)
     try:
@@ -161,11 +166,12 @@ def check_logits(pairs: Sequence[tuple[Evidence, Evidence]], *, dtype: str, nois
         return Check(name=name, passed=False, detail=str(error))
     relative, largest = (max(distances) for distances in zip(*distances, strict=True))
     tokens = sum(len(want.logits) for want, _ in pairs)
+    merged = "" if distance is None else f"; the live policy, its adapter not merged, is {distance:.2g} from that"
     return Check(
         name=name,
         passed=relative <= tolerance,  # which NaN is not
         detail=f"{relative:.2g} of their spread apart (allowed in {dtype}: {tolerance:.2g}), {largest:.2g} at "
-        f"the worst token; {tokens} tokens of {len(pairs)} requests",
+        f"the worst token; {tokens} tokens of {len(pairs)} requests{merged}",
     )
 
 

@@ -3,46 +3,54 @@
     gather the weights -> merge an adapter -> the base's own files -> verify in a fresh process -> publish
 
 Everything happens in a staging folder beside the target; what fails on the way leaves nothing behind, and a folder
-under the target's name has passed every check.
+under the target's name has passed every check. One that is whole and failed a check is kept as `<target>.rejected`,
+with the report in its manifest: hours of training went into it.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.base_files import Change, config_changes, declare_dtype, write_configs
+from grpo_toolkit.checkpoint.base_files import Change, declare_dtype, write_configs
 from grpo_toolkit.checkpoint.base_lookup import named_base, public_name
-from grpo_toolkit.checkpoint.generation_defaults import Repair, with_cache_defaults
 from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
 from grpo_toolkit.checkpoint.manifest import write_manifest
-from grpo_toolkit.checkpoint.publish import check_output, staged
+from grpo_toolkit.checkpoint.model_folder import MANIFEST
+from grpo_toolkit.checkpoint.publish import check_output, keep_rejected, staged
 from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.doctor.compat import check_compat, write_older_forms
-from grpo_toolkit.errors import VerificationError
+from grpo_toolkit.errors import VerificationError, WorkerError
 from grpo_toolkit.export.export_plan import ExportPlan, Storage, plan_export
 from grpo_toolkit.export.export_weights import gather_weights, write_weights
 from grpo_toolkit.export.format_reward import format_reward_of, format_scores
 from grpo_toolkit.export.policy_answers import PolicyAnswers, ask_policy
+from grpo_toolkit.export.policy_weights import is_quantised
+from grpo_toolkit.export.quantised_policy import ask_unquantised
 from grpo_toolkit.export.verify import VerificationResult, verify_export
+from grpo_toolkit.export.verl_shards import as_model_folder
+from grpo_toolkit.merge.adapter import find_adapter
 from grpo_toolkit.model.generation.request import logged_requests
 from grpo_toolkit.model.live_model import random_state_kept
-from grpo_toolkit.model.processor_files import write_processor
+from grpo_toolkit.model.portable_files import trained_changes
+from grpo_toolkit.model.processor_files import save_plainly, write_processor
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
 
 NONE: Final = f"NONE: {NOT_COMPARED}; pass base= (--base FOLDER)"
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
     from transformers import Trainer
 
+    from grpo_toolkit.checkpoint.generation_defaults import Repair
     from grpo_toolkit.checkpoint.weights.shard_writer import Progress
     from grpo_toolkit.export.format_reward import Score
     from grpo_toolkit.model.generation.request import Request
@@ -99,6 +107,7 @@ def export_model(
     compat: str = "all",
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
+    adapter_name: str | None = None,
     finish: Callable[[Path], object] | None = None,
 ) -> ExportResult | None:
     """Export a trained model for inference.
@@ -107,7 +116,8 @@ def export_model(
     ZeRO-3) and ask it together, rank 0 publishes.
 
     Args:
-        source: a trainer, a model (PEFT-wrapped or not), or a folder with a full model or a LoRA adapter.
+        source: a trainer, a model (PEFT-wrapped or not), or a folder with a full model, a LoRA adapter or the
+            shards of verl's family.
         output_dir: the folder to publish; its parent must be writable.
         base: folder or Hub name of the base model; by default the one that the model or adapter names.
         processing_class: the processor or tokenizer used in training; by default the trainer's or the folder's.
@@ -128,6 +138,7 @@ def export_model(
         progress: called with the bytes of weights that are written and the bytes in all; not for a live model that is
             saved whole.
         notes: further facts for the manifest.
+        adapter_name: which adapter of a folder that holds several.
         finish: called with the complete folder before it gets its name; what it writes is published with it.
 
     Returns:
@@ -137,7 +148,8 @@ def export_model(
         OutputExistsError: `output_dir` is there and may not be replaced.
         CheckpointError: `source` or `base` is a folder that holds no model.
         UnsupportedError: the model is wrapped by FSDP1, or its adapter cannot be merged; the message says what to do.
-        VerificationError: a check failed; nothing was published.
+        VerificationError: a check failed; nothing was published, and the candidate is in `<output_dir>.rejected`.
+        WorkerError: the export cannot be loaded, which is kept in the same way.
     """
     if rank() != 0 and not _takes_all_ranks(source):
         return None
@@ -152,11 +164,12 @@ def export_model(
         link=link,
         progress=progress,
     )
-    with random_state_kept():
+    named = None if base is None else named_base(base)
+    with random_state_kept(), _opened(source, target, named, adapter_name) as opened:
         plan = plan_export(
-            source,
+            opened,
             storage,
-            base=None if base is None else named_base(base),
+            base=named,
             processing_class=processing_class,
             overrides=generation_overrides,
             device=device,
@@ -170,21 +183,58 @@ def export_model(
         with staged(target, overwrite=overwrite) as staging:
             write_weights(plan, weights, staging)
             repairs, changes, made_portable = _write_files(plan, staging)
+            verification = None if answers is None else _verify(plan, staging, answers, scores)
             result = ExportResult(
                 path=target,
                 base=plan.known_base,
                 repairs=repairs,
                 changes=changes,
                 made_portable=made_portable,
-                sources={"source": str(plan.source), "base": str(plan.known_base or NONE)},
-                verification=None if answers is None else _verify(plan, staging, answers, scores),
+                sources=_sources(plan, source, opened),
+                verification=verification if isinstance(verification, VerificationResult) else None,
                 bytes=sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
                 seconds=time.monotonic() - started,
             )
-            _write_manifest(staging, result, notes or {})
+            _write_manifest(staging, result, verification, notes or {})
+            _refuse_failed(staging, target, verification)
             if finish is not None:
                 finish(staging)
     return result
+
+
+@contextmanager
+def _opened(source: Any, target: Path, base: Path | None, adapter_name: str | None) -> Iterator[Any]:
+    """Yield what is exported: of a folder one of its adapters, or a model folder that is made of verl's shards."""
+    if not isinstance(source, (str, os.PathLike)):
+        yield source
+        return
+    folder = Path(source) if adapter_name is None else find_adapter(source, adapter_name)
+    with as_model_folder(folder, beside=target, base=base) as model:
+        yield model
+
+
+def _sources(plan: ExportPlan, source: Any, opened: Any) -> dict[str, str]:
+    """Return what went in, by name; shards by the folder that was named, not by the one that was made of them."""
+    said = str(plan.source)
+    if plan.source.folder is not None and opened != Path(source):
+        said = f"shards {source}" if not Path(opened).is_relative_to(source) else said
+    return {"source": said, "base": str(plan.known_base or NONE)}
+
+
+def _refuse_failed(staging: Path, target: Path, verification: VerificationResult | WorkerError | None) -> None:
+    """Raise for an export that failed verification, and keep it under another name, with the report in it.
+
+    Raises:
+        VerificationError, WorkerError: see `export_model`.
+    """
+    if verification is None or (isinstance(verification, VerificationResult) and verification.passed):
+        return
+    kept = keep_rejected(staging, target)
+    where = f"; what was refused is in {kept}, with the report in {MANIFEST}" if kept else ""
+    if isinstance(verification, WorkerError):
+        raise WorkerError(f"{verification}{where}") from verification
+    failed = "; ".join(f"{check.name}: {check.detail}" for check in verification.failures)
+    raise VerificationError(f"not published, because the export failed verification: {failed}{where}")
 
 
 def _takes_all_ranks(source: Any) -> bool:
@@ -197,7 +247,10 @@ def _ask(plan: ExportPlan, requests: Sequence[Request], logged: Sequence[Request
     source = plan.source
     if not source.is_loaded:
         return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
-    return ask_policy(source.model, source.processor, [*requests, *logged], dtype=plan.dtype, defaults=plan.defaults)
+    asked = [*requests, *logged]
+    if source.is_adapter and source.base is not None and is_quantised(source.model) and not is_sharded(source.model):
+        return ask_unquantised(plan, source.base, asked)
+    return ask_policy(source.model, source.processor, asked, dtype=plan.dtype, defaults=plan.defaults)
 
 
 def _write_files(plan: ExportPlan, staging: Path) -> tuple[tuple[Repair, ...], tuple[Change, ...], tuple[str, ...]]:
@@ -210,12 +263,11 @@ def _write_files(plan: ExportPlan, staging: Path) -> tuple[tuple[Repair, ...], t
     repairs = defaults.repairs
     changes: tuple[Change, ...] = ()
     if plan.base_folder is not None:
-        loaded = with_cache_defaults(type(model.config).from_pretrained(plan.base_folder).to_dict(), defaults)
-        changes = config_changes(loaded, with_cache_defaults(model.config.to_dict(), defaults))
+        changes = trained_changes(model, plan.base_folder, defaults)
         repairs = write_configs(plan.base_folder, staging, changes=changes, overrides=defaults.overrides).repairs
         changes += tuple(Change(file=name) for name in write_processor(processor, plan.base_folder, staging))
     elif processor is not None:
-        processor.save_pretrained(staging)
+        save_plainly(processor, staging)
     if plan.storage.dtype_name is not None:
         declare_dtype(staging, plan.storage.dtype_name)
     return repairs, changes, write_older_forms(staging) if plan.storage.compat == "all" else ()
@@ -223,31 +275,41 @@ def _write_files(plan: ExportPlan, staging: Path) -> tuple[tuple[Repair, ...], t
 
 def _verify(
     plan: ExportPlan, staging: Path, answers: PolicyAnswers, scores: Mapping[str, Score]
-) -> VerificationResult:
+) -> VerificationResult | WorkerError:
     """Check the staged export in a fresh process, against what the trained model answered.
 
-    Raises:
-        VerificationError: a check failed.
+    Returns:
+        Every check, or why the export cannot be loaded.
     """
-    result = verify_export(
-        staging,
-        requests=answers.requests,
-        expected=answers.records,
-        noise=answers.noise,
-        logit_noise=answers.logit_noise,
-        scores=scores,
-        base=plan.source.base,
-        dtype=plan.storage.dtype_name,
-        device=plan.source.device,
-        attn_implementation=getattr(plan.source.plain.config, "_attn_implementation", None),
-    )
-    if not result.passed:
-        failed = "; ".join(f"{check.name}: {check.detail}" for check in result.failures)
-        raise VerificationError(f"not published, because the export failed verification: {failed}")
-    return result
+    try:
+        return verify_export(
+            staging,
+            requests=answers.requests,
+            expected=answers.records,
+            noise=answers.noise,
+            logit_noise=answers.logit_noise,
+            distance=answers.distance,
+            scores=scores,
+            base=plan.source.base,
+            dtype=plan.storage.dtype_name,
+            device=answers.device or plan.source.device,
+            attn_implementation=getattr(plan.source.plain.config, "_attn_implementation", None),
+        )
+    except WorkerError as error:
+        return error
 
 
-def _write_manifest(staging: Path, result: ExportResult, notes: Mapping[str, Any]) -> None:
+def _write_manifest(
+    staging: Path,
+    result: ExportResult,
+    verification: VerificationResult | WorkerError | None,
+    notes: Mapping[str, Any],
+) -> None:
+    said: Any = verification
+    if isinstance(verification, VerificationResult):
+        said = verification.to_json()
+    elif isinstance(verification, WorkerError):
+        said = {"passed": False, "checks": [], "error": str(verification)}
     write_manifest(
         staging,
         {
@@ -255,8 +317,8 @@ def _write_manifest(staging: Path, result: ExportResult, notes: Mapping[str, Any
             "put_right": [asdict(repair) for repair in result.repairs],
             "changed_in_training": [str(change) for change in result.changes],
             "made_portable": list(result.made_portable),
-            "verification": None if result.verification is None else result.verification.to_json(),
+            "verification": said,
             **notes,
         },
-        sums=result.verification is not None,
+        sums=verification is not None,
     )

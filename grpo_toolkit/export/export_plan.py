@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
 from grpo_toolkit.checkpoint.lineage import recorded_base
-from grpo_toolkit.checkpoint.model_folder import GENERATION_CONFIG, Kind, open_checkpoint
+from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.copy_weights import plan_copy
 from grpo_toolkit.doctor.compat import published_renames
-from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError
+from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, first_words
+from grpo_toolkit.export.findings_check import loads_whole, refuse_unloadable
 from grpo_toolkit.export.live_adapter import is_adapted, refuse_unmergeable
 from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.load import auto_class, load_model
+from grpo_toolkit.model.load import load_model, model_without_weights
 from grpo_toolkit.model.memory import why_too_large
 from grpo_toolkit.model.processor_files import processor_of
 from grpo_toolkit.model.save_hook import base_folder, capture_model_defaults
 from grpo_toolkit.model.sharding.gather import is_fsdp1
+from grpo_toolkit.model.unheld_tensors import without_the_bases
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,7 +59,7 @@ class Storage:
 
     @property
     def dtype_name(self) -> str | None:
-        """torch's name of `dtype` ("bfloat16"), or None."""
+        """The name that torch has for `dtype` ("bfloat16"), or None."""
         return None if self.dtype is None else FLOAT_NAMES[self.dtype]
 
     def renames(self, names: Iterable[str], model_type: object) -> dict[str, str]:
@@ -97,7 +99,7 @@ class Source:
 
     @property
     def plain(self) -> PreTrainedModel:
-        """The transformers model inside all wrappers."""
+        """The transformers model itself, without wrappers (DDP, `torch.compile`, PEFT)."""
         return base_model(self.model)
 
     def __str__(self) -> str:
@@ -127,7 +129,7 @@ class ExportPlan:
 
     @cached_property
     def stored(self) -> Mapping[str, str]:
-        """torch's name of the dtype of every floating-point tensor of the base, by its name in the export."""
+        """The dtypes of the base's floating-point tensors, as torch names them, by their names in the export."""
         tensors = {} if self.source.base is None else self.source.base.tensors
         return {
             self.source.renames.get(name, name): FLOAT_NAMES[self.storage.dtype or info.dtype]
@@ -137,7 +139,7 @@ class ExportPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that was asked for, else that of most of the base's tensors, else (no base) the model's own.
+        """The dtype of the export: the one asked for, else that of most of the base's tensors, else the model's own.
 
         TRL loads a model given by name in float32 unless told otherwise: a bfloat16 base would double in size.
         """
@@ -221,6 +223,7 @@ def _open_folder(
     origin = base or (base_of_adapter(folder) if is_adapter else recorded_base(folder) or folder)
     known = open_base(checkpoint if origin == folder else open_checkpoint(origin))
     tensors = known.tensors if origin == folder else checkpoint.tensors()
+    refuse_unloadable(folder, origin)
     renames = storage.renames(known.tensors, known.config.get("model_type"))
     shards: Sequence[Shard] = ()
     if tensors and known.tensors and not is_adapter:
@@ -228,7 +231,7 @@ def _open_folder(
         shards = plan_copy(folder, tensors, known, names=renames, dtype=storage.dtype, max_shard_size=size) or ()
     is_streamed = is_adapter or bool(shards)
     fits = not is_streamed or (load and why_too_large(known.tensors if is_adapter else tensors, device) is None)
-    model, own = _load(folder, base, device) if fits else _without_weights(folder, origin if is_adapter else folder)
+    model, own = _load(folder, base, known, device) if fits else _empty(folder, origin if is_adapter else folder)
     refuse_unsupported(model)
     return Source(
         model=model,
@@ -250,28 +253,21 @@ def _processor(given: Any, own: Any, base: Path | None) -> Any:
     return processor if processor is not None or base is None else processor_of(base)
 
 
-def _load(folder: Path, base: Path | None, device: str) -> tuple[torch.nn.Module, Any]:
+def _load(folder: Path, base: Path | None, known: Base, device: str) -> tuple[torch.nn.Module, Any]:
     with _named_if_unloadable(folder):
         model, processor, report = load_model(folder, device=device, base=base)
+    report = without_the_bases(report, known)
     if not report.is_clean:
         raise InputError(
-            f"{folder}: its weights do not fit its config (missing {report.missing[:2]}, "
-            f"unexpected {report.unexpected[:2]}, mismatched {report.mismatched[:2]}); nothing was exported"
+            f"{folder}: its weights do not fit its config ({loads_whole(report).detail}); nothing was exported"
         )
     return model, processor
 
 
-def _without_weights(folder: Path, origin: Path) -> tuple[torch.nn.Module, Any]:
+def _empty(folder: Path, origin: Path) -> tuple[torch.nn.Module, Any]:
     """Build the model of `origin` from its configs alone, on the meta device, and open the folder's processor."""
-    import torch
-    from transformers import AutoConfig, GenerationConfig
-
     with _named_if_unloadable(folder):
-        with torch.device("meta"):
-            model: PreTrainedModel = auto_class(origin).from_config(AutoConfig.from_pretrained(origin))
-        if (origin / GENERATION_CONFIG).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(origin)
-        return model, processor_of(folder)
+        return model_without_weights(origin), processor_of(folder)
 
 
 @contextmanager
@@ -280,5 +276,4 @@ def _named_if_unloadable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {first_words(error)})") from error

@@ -9,7 +9,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.export.policy_weights import is_mergeable, weights_as
 from grpo_toolkit.model.generation.agreement import LOGIT_TOLERANCES, TIE_MARGINS, first_difference, logit_distance
+from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
 from grpo_toolkit.model.generation.generate import Record, generate
 from grpo_toolkit.model.generation.request import Request, plain_request
 from grpo_toolkit.model.hooks import LookingHooks
@@ -30,20 +32,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyAnswers:
-    """The answers of a trained policy, and by how much its logits may be off: between two runs of it, and by what its
-    dtype rounds.
+    """The answers of a trained model, and the distance by which an export's logits may differ from its own.
+
+    That distance is the larger one of what two runs of the model differ by and of what its dtype rounds.
 
     Attributes:
         requests: what it was asked.
         records: what it answered, with evidence.
         noise: the largest gap between two logits that changed, in logits.
         logit_noise: how far all logits were apart, relative to their spread (`logit_distance`).
+        distance: the same between what was trained (an adapter beside its base, which may be quantised) and what
+            answered (merged, rounded as it is stored); None where the two are one.
+        device: where it answered, if that is not where the policy runs.
     """
 
     requests: tuple[Request, ...]
     records: tuple[Record, ...]
     noise: float
     logit_noise: float = 0.0
+    distance: float | None = None
+    device: str | None = None
 
 
 def ask_policy(
@@ -73,6 +81,8 @@ def ask_policy(
         rounding = [TIE_MARGINS.get(name, 0.0) / 2 for name in computed_in]
         blurring = [LOGIT_TOLERANCES.get(name, 0.0) / 2 for name in computed_in]
         again = _records_again(model, processor, asked, dtype=dtype)
+        is_merged = dtype is not None and not is_sharded(model) and is_mergeable(model)
+        distance = distance_from(model, processor, asked, records) if is_merged else None
     # FSDP2 and ZeRO compute in bfloat16 also where the export of a float32 base does not: the export's own margin is
     # too narrow for what the policy rounds.
     return PolicyAnswers(
@@ -80,14 +90,28 @@ def ask_policy(
         records=tuple(records),
         noise=max(policy_noise(records, again), *rounding),
         logit_noise=max(logit_noise(records, again), *blurring),
+        distance=distance,
     )
+
+
+def distance_from(
+    model: torch.nn.Module, processor: Any, requests: Sequence[Request], records: Sequence[Record]
+) -> float:
+    """Return how far a live model, as it is, is from given answers to the same requests, along their first tokens."""
+    forced = [
+        replace(request, forced=record.tokens[:LOGIT_STEPS], max_new_tokens=len(record.tokens[:LOGIT_STEPS]))
+        for request, record in zip(requests, records, strict=True)
+    ]
+    return logit_noise(records, policy_records(model, processor, forced))
 
 
 def _records_again(
     model: torch.nn.Module, processor: Any, asked: Sequence[Request], *, dtype: torch.dtype | None
 ) -> list[Record]:
-    """The same weights on the same requests in float32, which shows what their dtype rounds; in that dtype once more
-    where the model is sharded, or float32 does not fit."""
+    """Generate all answers a second time, in float32, which shows how much the model's own dtype rounds.
+
+    A sharded model, and one that does not fit in float32, runs in its own dtype again.
+    """
     import torch
 
     if not is_sharded(model):
@@ -120,21 +144,27 @@ def policy_records(
 ) -> list[Record]:
     """Return a trained model's greedy answers, with its weights rounded to the export's `dtype`.
 
-    It computes in that dtype too, or in `computed_in`. A sharded model is asked by all ranks together, in the dtype of
-    its mixed precision: its engine holds on to parameters of its own.
+    It computes in that dtype too, or in `computed_in`; an adapter is merged for it, as the export's is. All ranks ask
+    a sharded model together, as it is and in the dtype of its mixed precision: its engine holds on to parameters of
+    its own.
 
     Raises:
         PeerError: another rank could not ask it.
     """
     sharded = is_sharded(model)
     together = failing_together() if sharded else nullcontext()
-    rounded = _parameters_as(model, *((None, None) if sharded else (dtype, computed_in or dtype)))
+    is_merged = not sharded and is_mergeable(model)
+    rounded = (
+        nullcontext()
+        if sharded or dtype is None
+        else weights_as(model, dtype, computed_in or dtype, is_merged=is_merged)
+    )
     with together, inference_ready(model), _without_autocast(model), whole_weights(model), rounded:
         return [generate(model, processor, request) for request in requests]
 
 
 def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
-    """Return by how much the logits of two runs of the same requests differ.
+    """Return the largest change of a logit between two runs of the same requests.
 
     A dtype rounds, and by more where weights are wide: a tiny bfloat16 model was 0.33 away from itself in float32.
     Kernels on a GPU may sum in another order each time: at the 3B shape in bfloat16 on an H200 the same model differed
@@ -152,7 +182,7 @@ def policy_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
 
 
 def logit_noise(once: Sequence[Record], again: Sequence[Record]) -> float:
-    """Return how far apart the logits of two runs of the same requests are, up to the first other token."""
+    """Return the distance between the logits of two runs of the same requests, up to their first different token."""
     distances = [0.0]
     for first, second in zip(once, again, strict=True):
         where = first_difference(first.tokens, second.tokens)
@@ -177,24 +207,3 @@ def _without_autocast(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, forward in wrapped:
             module.forward = forward
-
-
-@contextmanager
-def _parameters_as(
-    model: torch.nn.Module, dtype: torch.dtype | None, computed_in: torch.dtype | None
-) -> Iterator[None]:
-    """Round the parameters to `dtype`, hold them as `computed_in`, and put the very same tensors back.
-
-    Buffers stay, as `from_pretrained` leaves them.
-    """
-    if dtype is None or computed_in is None or base_model(model).dtype == dtype == computed_in:
-        yield
-        return
-    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
-    try:
-        for parameter, data in kept:
-            parameter.data = data.to(dtype).to(computed_in)
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
+from grpo_toolkit.errors import WorkerError
 from grpo_toolkit.export.checks import (
     Check,
     check_cache,
@@ -24,6 +25,7 @@ from grpo_toolkit.export.checks import (
     check_tokens,
     check_values,
 )
+from grpo_toolkit.export.findings_check import check_findings, loads_whole
 from grpo_toolkit.export.verification_process import Worker
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS
 from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.evidence import Evidence
     from grpo_toolkit.model.generation.generate import Record
     from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.model.load import LoadReport
 
 __all__ = ["VerificationResult", "plain_request", "reference_records", "verify_export"]
 
@@ -52,7 +55,7 @@ _NEED_LOADING: Final = (
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class VerificationResult(HtmlTable):
-    """Every check of one export, in the order in which they were made."""
+    """The checks of one export, in the order in which they were made."""
 
     checks: tuple[Check, ...]
 
@@ -89,6 +92,7 @@ def verify_export(
     expected: Sequence[Record] = (),
     noise: float = 0.0,
     logit_noise: float = 0.0,
+    distance: float | None = None,
     scores: Mapping[str, Callable[[Sequence[Record]], list[float]]] | None = None,
     base: str | os.PathLike[str] | Base | None = None,
     dtype: str | None = None,
@@ -107,6 +111,7 @@ def verify_export(
             are compared between cached and uncached decoding alone.
         noise: by how much logits of the policy differ between two runs of the same requests (`policy_noise`).
         logit_noise: the same over all logits, relative to their spread (`policy_answers.logit_noise`).
+        distance: how far the trained policy itself was from `expected`, where that was its merge (told, not judged).
         scores: reward functions by name, as functions of records: the answers have to earn what the policy's do.
         base: the base's folder, or its headers as `open_base` read them, to compare tensor names (as published),
             shapes, dtypes and ties with.
@@ -124,28 +129,23 @@ def verify_export(
     if origin is not None:
         checks.append(check_tensors(checkpoint, tensors, origin, dtype))
     checks.append(check_values(checkpoint.path, tensors))
+    findings = check_findings(checkpoint.path, None if origin is None else origin.path)
+    checks.append(findings)
     too_large = why_too_large(tensors, device)
     if too_large is not None:
         checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in _NEED_LOADING]
         return VerificationResult(checks=tuple(checks))
     requests = requests or [plain_request()]
     with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
-        report = worker.report
-        checks.append(
-            Check(
-                name="loads whole",
-                passed=report.is_clean,
-                detail=f"{report.parameters:,} parameters in {report.dtype}; missing {report.missing or 'none'}, "
-                f"unexpected {report.unexpected or 'none'}, mismatched {report.mismatched or 'none'}",
-            )
-        )
-        if not report.is_clean:
+        report = _report(worker, findings)
+        checks.append(loads_whole(report, origin))
+        if not checks[-1].passed:
             return VerificationResult(checks=tuple(checks))
         if origin is not None:
             checks.append(check_ties(report, origin))
         if pairs := list(_evidence(worker, requests, expected)):
             checks.append(check_inputs(pairs))
-            checks.append(check_logits(pairs, dtype=report.dtype, noise=logit_noise))
+            checks.append(check_logits(pairs, dtype=report.dtype, noise=logit_noise, distance=distance))
         records = [worker.generate(replace(request, with_evidence=False)) for request in requests]
         # Each of the two that are compared is as noisy as the policy.
         tie_margin = max(TIE_MARGINS.get(report.dtype, 1e-3), 2 * noise)
@@ -159,6 +159,14 @@ def verify_export(
         checks.append(check_cache([cached, *records]))
         checks.append(check_tokens("same tokens with and without the cache", [uncached], [cached], tie_margin))
     return VerificationResult(checks=tuple(checks))
+
+
+def _report(worker: Worker, findings: Check) -> LoadReport:
+    """Return the report of loading; where it fails, the doctor's reason stands beside the reader's."""
+    try:
+        return worker.report
+    except WorkerError as error:
+        raise (error if findings.passed else WorkerError(f"{error}; the doctor: {findings.detail}")) from error
 
 
 def _evidence(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import JsonObject, read_json
+from grpo_toolkit.checkpoint.look_around import around
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES, TensorInfo, read_safetensors_header
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError
@@ -79,7 +80,7 @@ class Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter folder, read and found mergeable. Make one with `open_adapter`."""
+    """An adapter folder that was read and can be merged; `open_adapter` makes one."""
 
     path: Path
     config: JsonObject
@@ -93,11 +94,11 @@ class Adapter:
         return self.path / ADAPTER_WEIGHTS
 
     def alpha(self, name: str) -> float:
-        """`lora_alpha`, or what `alpha_pattern` says for this module or parameter."""
+        """Return `lora_alpha`, or what `alpha_pattern` says for this module or parameter."""
         return float(_by_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", 8)))
 
     def rank(self, name: str) -> int:
-        """`r`, or what `rank_pattern` says."""
+        """Return `r`, or what `rank_pattern` says for this module or parameter."""
         return int(_by_pattern(self.config.get("rank_pattern"), name, self.config.get("r", 8)))
 
     def targets(self, name: str) -> bool:
@@ -119,7 +120,7 @@ class Adapter:
 
 
 def find_adapter(path: str | os.PathLike[str], name: str | None = None) -> Path:
-    """The folder of one adapter: `path` itself, or the sub-folder that PEFT saves an adapter of another name in.
+    """Return the folder of one adapter: `path` itself, or the folder in it that PEFT saves a named adapter in.
 
     Raises:
         InputError: no adapter there, or several and none was named.
@@ -132,7 +133,8 @@ def find_adapter(path: str | os.PathLike[str], name: str | None = None) -> Path:
         found = {"default": folder, **found}
         name = name or "default"
     if not found:
-        raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG} in it or in a folder of it, so this is no adapter")
+        what = f"{folder}: no {ADAPTER_CONFIG} in it or in a folder of it, so this is no adapter"
+        raise CheckpointError(what + around(folder))
     if name is None and len(found) == 1:
         return next(iter(found.values()))
     if name is None:
@@ -150,14 +152,23 @@ def open_adapter(folder: Path) -> Adapter:
         CheckpointError: damaged, or tensors that belong to no module.
     """
     config = read_json(folder / ADAPTER_CONFIG)
-    refuse_options(config, folder / ADAPTER_CONFIG)
-    _check_types(config, folder / ADAPTER_CONFIG)
+    _check_config(config, folder)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         pickled = folder / "adapter_model.bin"
         what = f"only {pickled.name}, a pickle, which is not opened" if pickled.is_file() else "no weights"
         raise CheckpointError(f"{folder}: {what}; expected {ADAPTER_WEIGHTS} (PEFT's save_pretrained writes it)")
-    tensors = read_safetensors_header(weights)
+    return adapter_of(folder, config, read_safetensors_header(weights))
+
+
+def adapter_of(folder: Path, config: JsonObject, tensors: Mapping[str, TensorInfo]) -> Adapter:
+    """Return the adapter of a config and tensors, wherever they were read from; `folder` is what messages name.
+
+    Raises:
+        UnsupportedError, CheckpointError: see `open_adapter`.
+    """
+    _check_config(config, folder)
+    weights = folder / ADAPTER_WEIGHTS
     strange = [name for name, info in tensors.items() if info.dtype not in FLOAT_NAMES]
     if strange:
         raise CheckpointError(
@@ -165,6 +176,11 @@ def open_adapter(folder: Path) -> Adapter:
         )
     modules, replaced = _grouped(tensors, weights)
     return Adapter(path=folder, config=config, tensors=tensors, modules=modules, replaced=replaced)
+
+
+def _check_config(config: JsonObject, folder: Path) -> None:
+    refuse_options(config, folder / ADAPTER_CONFIG)
+    _check_types(config, folder / ADAPTER_CONFIG)
 
 
 def refuse_options(config: JsonObject, path: Path) -> None:
@@ -278,5 +294,5 @@ def _grouped(tensors: Mapping[str, TensorInfo], path: Path) -> tuple[tuple[Modul
 
 
 def _plain(name: str) -> str:
-    """A name without PEFT's prefix and wrappers."""
+    """Return a name without PEFT's prefix and wrappers."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")

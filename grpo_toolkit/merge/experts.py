@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint.model_families import EXPERT_PARTS
+from grpo_toolkit.checkpoint.module_lookup import expert_names
 from grpo_toolkit.checkpoint.tensor_names import live_name
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.merge.adapter import is_named
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def parameter_updates(adapter: Adapter, base: Base, name: str, modules: list[Module]) -> list[tuple[str, Update]]:
-    """`target_parameters`: wrappers around one module, each for a parameter of it, most often stacked experts."""
+    """Plan the updates of one module's parameters (`target_parameters`): each wrapper around it is for one of them."""
     names = sorted({target.rpartition(".")[2] for target in adapter.config.get("target_parameters") or ()})
     names = [leaf for leaf in names if any(is_named(f"{name}.{leaf}", t) for t in adapter.config["target_parameters"])]
     parameters = {
@@ -52,7 +52,7 @@ def parameter_updates(adapter: Adapter, base: Base, name: str, modules: list[Mod
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of one expert (or of all of them stacked) that a stored tensor holds."""
+    """The rows of one expert (or of all of them stacked) that a stored tensor holds."""
 
     stored: str
     expert: int | None
@@ -69,21 +69,15 @@ def _stored_parts(base: Base, live: str) -> list[_Part]:
             if len(base.tensors[stored].shape) in (2, 3)
             else []
         )
-    module, _, leaf = live.rpartition(".")
-    for names in EXPERT_PARTS.get(leaf, ()):
-        parts: list[_Part] = []
-        expert = 0
-        while all(f"{module}.{expert}.{name}.weight" in base.stored for name in names):
-            first = 0
-            for name in names:
-                stored = base.stored[f"{module}.{expert}.{name}.weight"]
-                rows = base.tensors[stored].shape[0]
-                parts.append(_Part(stored, expert, first, rows))
-                first += rows
-            expert += 1
-        if parts:
-            return parts
-    return []
+    found: list[_Part] = []
+    for expert, names in enumerate(expert_names(live, base.stored)):
+        first = 0
+        for name in names:
+            stored = base.stored[name]
+            rows = base.tensors[stored].shape[0]
+            found.append(_Part(stored, expert, first, rows))
+            first += rows
+    return found
 
 
 def _fit_experts(
@@ -118,7 +112,7 @@ def _fit_experts(
 
 
 def containers_without_factors(adapter: Adapter, base: Base, spelled: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Stacks of experts that the config targets, and for which the adapter has fewer factors than parameters.
+    """Yield the stacks of experts that the config targets, but for which the adapter lacks factors of some parameter.
 
     Args:
         adapter: the adapter.
@@ -146,7 +140,7 @@ def containers_without_factors(adapter: Adapter, base: Base, spelled: Iterable[t
 
 
 def scale_of(adapter: Adapter, name: str, rank: int) -> float:
-    """The number that a module's factors are multiplied with.
+    """Return the number that a module's factors are multiplied with.
 
     Raises:
         CheckpointError: their rank is none, or not the config's.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """Two factors of an adapter, by their tensors' names, and how they lie on a stored tensor.
+    """A pair of an adapter's factors, by their tensors' names, and how they lie on a stored tensor.
 
     Attributes:
         a: shape (rank, in, ...) for a layer, (experts * rank, in) for stacked experts.
@@ -50,7 +50,7 @@ class Bias:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """All that an adapter does to one stored tensor: put another in its place, add to it, scale it.
+    """The changes that an adapter makes to one stored tensor: put another in its place, add to it, scale it.
 
     Attributes:
         replaced_by: the adapter's tensor that takes its place first (`modules_to_save`, trained biases).
@@ -64,20 +64,20 @@ class Update:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The adapter's tensors that go into it."""
+        """The names of the adapter's tensors that the update needs."""
         added = self.added
         factors = (added.a, added.b) if isinstance(added, LowRank) else (added.vector,) if added else ()
         return tuple(name for name in (self.replaced_by, *factors, self.magnitude) if name)
 
     @property
     def lengths_by_column(self) -> bool:
-        """True if DoRA's lengths are those of the stored matrix's columns."""
+        """Return whether DoRA's lengths are those of the stored matrix's columns, not of its rows."""
         return self.magnitude is not None and isinstance(self.added, LowRank) and self.added.is_transposed
 
 
 @dataclass(frozen=True)
 class Run:
-    """`scale * left @ right` for the rows from `first`: left (rows, rank), right (rank, columns)."""
+    """A sum for the rows from `first`: `scale * left @ right`, with left (rows, rank) and right (rank, columns)."""
 
     first: int
     left: torch.Tensor

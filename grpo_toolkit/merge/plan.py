@@ -19,6 +19,7 @@ from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
 from grpo_toolkit.merge.experts import containers_without_factors, parameter_updates, scale_of
 from grpo_toolkit.merge.low_rank import Bias, LowRank, Update
+from grpo_toolkit.model.unheld_tensors import unheld_in_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -73,7 +74,7 @@ def plan_updates(adapter: Adapter, base: Base) -> dict[str, Update]:
 
 
 def _by_name(adapter: Adapter) -> dict[str, list[Module]]:
-    """Modules by name, each with its wrappers from the innermost out."""
+    """Group modules by name, each with its wrappers from the innermost out."""
     grouped: dict[str, list[Module]] = defaultdict(list)
     for module in sorted(adapter.modules, key=lambda module: -module.depth):
         grouped[module.name].append(module)
@@ -135,7 +136,7 @@ def _check_replaced(adapter: Adapter, base: Base, tensor: str, stored: str) -> N
 
 
 def _without_tied_heads(adapter: Adapter, base: Base, homeless: list[str]) -> list[str]:
-    """A trained head of a tied base that PEFT kept tied (`ensure_weight_tying`) is stored with the embeddings."""
+    """Leave out the trained heads that PEFT kept tied (`ensure_weight_tying`): they are stored as the embeddings."""
     if not (base.is_tied and adapter.config.get("ensure_weight_tying")):
         return homeless
     replaced = {live_name(name, base.family): tensor for name, tensor in adapter.replaced.items()}
@@ -170,7 +171,10 @@ def _refuse_untying(adapter: Adapter, base: Base, updates: Mapping[str, Update])
 
 
 def _refuse_gaps(adapter: Adapter, base: Base) -> None:
-    """Raise where a layer has no factors though its siblings have and the config asks for them: a torn file."""
+    """Raise where a layer has no factors though its siblings have and the config asks for them: a torn file.
+
+    Layers of the base that its class does not hold (heads that predict several tokens ahead) never had any.
+    """
     present = {module.name for module in adapter.modules}
     prefixes = {_prefixes(name, live_name(name, base.family)) for name in present}
     lacking = list(containers_without_factors(adapter, base, prefixes))
@@ -182,10 +186,18 @@ def _refuse_gaps(adapter: Adapter, base: Base) -> None:
         if spelled and not spelled & present and any(adapter.targets(name) for name in spelled):
             lacking.append(module)
     if lacking:
+        tensors = {module: _tensors_in(base, module) for module in lacking}
+        unheld = unheld_in_folder(base.path, base.tensors, tensors)
+        lacking = [module for module in lacking if module not in unheld]
+    if lacking:
         raise CheckpointError(
             f"{adapter.weights}: has no factors for {len(lacking)} modules that its config targets: "
             f"{', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''}; it is not whole"
         )
+
+
+def _tensors_in(base: Base, module: str) -> set[str]:
+    return {stored for live, stored in base.stored.items() if live.startswith(f"{module}.")}
 
 
 def _prefixes(one: str, other: str) -> tuple[str, str]:

@@ -70,7 +70,7 @@ class _Buffers(threading.local):
 
 
 class TensorMerger:
-    """Makes the tensors that an adapter changes, or that get another dtype; `fill` may run in several threads at once.
+    """The maker of tensors that an adapter changes, or that get another dtype; threads may call `fill` at once.
 
     Args:
         adapter: what is merged.
@@ -142,7 +142,10 @@ class TensorMerger:
         return self._base[self._file_of[self._stored_name(entry)]]
 
     def _sums(self, entry: Entry, update: Update) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Row blocks of `W + scale * left @ right`: first row, the rows as stored, the sum; good until the next."""
+        """Yield blocks of rows: the first row's number, the rows as stored, and `W + scale * left @ right` for them.
+
+        Both blocks are overwritten when the next one is asked for.
+        """
         rows, columns = _matrix(entry, update)
         source, name = (
             (self._adapter, update.replaced_by)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class LookingHooks:
-    """Forward hooks that cannot change or break the forward that they look at.
+    """A set of forward hooks that cannot change or break the forward that they look at.
 
     What a hook returns is dropped. At the first exception all hooks of the group are taken off for good, and a warning
     says which one failed. A forward may run in another thread than the one that registered them, as it does with
@@ -50,11 +50,15 @@ class LookingHooks:
 
     def before(self, module: torch.nn.Module, look: Callable[..., object]) -> None:
         """Call `look(module, args, kwargs)` before each forward of a module."""
-        self._handles.append(module.register_forward_pre_hook(partial(self._guarded, look), with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(partial(self.guarded, look), with_kwargs=True))
 
     def after(self, module: torch.nn.Module, look: Callable[..., object], *, always: bool = False) -> None:
         """Call `look(module, args, output)` after each forward of a module; `always`: also after one that failed."""
-        self._handles.append(module.register_forward_hook(partial(self._guarded, look), always_call=always))
+        self._handles.append(module.register_forward_hook(partial(self.guarded, look), always_call=always))
+
+    def on_gradient(self, tensor: torch.Tensor, look: Callable[..., object]) -> None:
+        """Call `look(gradient)` when the backward pass has come to a tensor that wants a gradient."""
+        tensor.register_hook(partial(self.guarded, look))  # type: ignore[no-untyped-call]  # goes with the graph
 
     def close(self) -> None:
         """Take the hooks off, and put back what they have switched."""
@@ -63,7 +67,8 @@ class LookingHooks:
         if self._put_back is not None:
             self._put_back()
 
-    def _guarded(self, look: Callable[..., object], *given: Any) -> None:
+    def guarded(self, look: Callable[..., object], *given: Any) -> None:
+        """Call `look(*given)`; at its first exception all hooks of the group are taken off."""
         if self.failed:  # another thread's forward had it in its list already
             return
         try:

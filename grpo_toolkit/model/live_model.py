@@ -32,6 +32,17 @@ def base_model(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
+def is_tied(model: torch.nn.Module) -> bool | None:
+    """Return whether the output embeddings are the input embeddings; None where the model does not have both."""
+    inner = base_model(model)
+    inputs, outputs = (
+        # Inside what PEFT may have put around it: LoRA, or a trained copy.
+        getattr(module, "base_layer", getattr(module, "original_module", module))
+        for module in (inner.get_input_embeddings(), inner.get_output_embeddings())
+    )
+    return None if inputs is None or outputs is None else getattr(outputs, "weight", None) is inputs.weight
+
+
 def config_levels(config: PretrainedConfig, here: Level = ()) -> Iterator[tuple[Level, PretrainedConfig]]:
     """Return the config and every config nested in it, each with its path."""
     from transformers import PretrainedConfig

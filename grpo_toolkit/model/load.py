@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
 from grpo_toolkit.checkpoint.json_files import read_json
-from grpo_toolkit.checkpoint.model_folder import CONFIG, Kind, open_checkpoint
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind, open_checkpoint
+from grpo_toolkit.model.live_model import is_tied
+from grpo_toolkit.model.sharding.gather import unsharded_models
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+NO_CODE: Final = {"trust_remote_code": False}
+"""Said in every call that could run a folder's code: left out, transformers asks on the terminal whether to run it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,7 @@ def load_model(
     model, info = auto_class(path).from_pretrained(
         path,
         output_loading_info=True,
+        **NO_CODE,
         **{dtype_argument(): dtype},
         **{name: value for name, value in extra.items() if value is not None},
     )
@@ -77,14 +83,9 @@ def load_model(
         mismatched=sorted(str(key) for key in info["mismatched_keys"]),
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=model.num_parameters(),
-        tied=_is_tied(model),
+        tied=is_tied(model),
     )
     return (model if device_map else model.to(device)).eval(), load_processor(path), report
-
-
-def _is_tied(model: PreTrainedModel) -> bool | None:
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    return None if inputs is None or outputs is None else getattr(outputs, "weight", None) is inputs.weight
 
 
 def _load_adapter(
@@ -116,19 +117,35 @@ def load_processor(path: Path) -> Any:
     """Load the folder's processor, or its tokenizer where it has no image side."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(path)
+    return AutoProcessor.from_pretrained(path, **NO_CODE)
 
 
 def auto_class(path: Path) -> Any:
     """Return the Auto class that loads this folder for generation: image-text-to-text if the type has one."""
     import transformers
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     model_type = read_json(path / CONFIG).get("model_type")
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return transformers.AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    return transformers.AutoModelForCausalLM
+
+
+def model_without_weights(path: Path) -> PreTrainedModel:
+    """Build a folder's model from its configs alone, on the meta device.
+
+    Raises:
+        OSError, ValueError, KeyError, ImportError: this transformers does not know it.
+    """
+    import torch
+    from transformers import AutoConfig, GenerationConfig
+
+    with unsharded_models(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, **NO_CODE)
+        model: PreTrainedModel = auto_class(path).from_config(config, **NO_CODE)
+    if (path / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
 
 
 def dtype_argument() -> str:

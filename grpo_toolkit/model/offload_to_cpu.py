@@ -13,11 +13,9 @@ from grpo_toolkit.model.memory import free_bytes
 from grpo_toolkit.model.sharding.gather import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import torch
-
-    Place = tuple[torch.Tensor, Callable[[torch.Tensor], None]]
 
 
 @contextmanager
@@ -35,57 +33,45 @@ def parked(model: torch.nn.Module, optimizer: Any = None) -> Iterator[int]:
     """
     import torch
 
-    places = [(tensor, put) for tensor, put in movable(model, optimizer) if tensor.device.type == "cuda"]
-    count = sum(tensor.numel() * tensor.element_size() for tensor, _ in places)
+    holders = [holder for holder in movable(model, optimizer) if holder.data.device.type == "cuda"]
+    count = sum(holder.data.numel() * holder.data.element_size() for holder in holders)
     free = free_bytes("cpu")
-    if not places or (free is not None and count > 0.8 * free):
+    if not holders or (free is not None and count > 0.8 * free):
         yield 0
         return
-    away: list[tuple[Callable[[torch.Tensor], None], torch.Tensor, torch.device]] = []
+    away: list[tuple[torch.Tensor, torch.device]] = []
     try:
-        while places:  # popped one by one: the list would hold on the GPU what is to be freed there
-            tensor, put = places.pop()
-            away.append((put, tensor.to("cpu"), tensor.device))
-            put(away[-1][1])
-            del tensor
+        for holder in holders:
+            away.append((holder, holder.data.device))
+            holder.data = holder.data.to("cpu")
         torch.cuda.empty_cache()
         yield count
     finally:
-        for put, copy, device in away:
-            put(copy.to(device))
+        for holder, device in away:
+            holder.data = holder.data.to(device)
 
 
-def movable(model: torch.nn.Module, optimizer: Any = None) -> list[Place]:
-    """Return every tensor of a training, with a function that replaces it; none where that is not safe."""
+def movable(model: torch.nn.Module, optimizer: Any = None) -> list[torch.Tensor]:
+    """Return every tensor of a training whose `data` can be replaced; none where that is not safe."""
     import torch
 
     # Asked first: a shard of FSDP2 has no storage to look at.
     if is_sharded(model) or any(type(parameter) is not torch.nn.Parameter for parameter in model.parameters()):
         return []
-    places = list(_places(model, optimizer))
-    filled = [tensor for tensor, _ in places if tensor.numel()]
+    found = list(_tensors(model, optimizer))
+    filled = [tensor for tensor in found if tensor.numel()]
     has_views = len({tensor.untyped_storage().data_ptr() for tensor in filled}) < len(filled)
-    return [] if has_views else places
+    return [] if has_views else found
 
 
-def _places(model: torch.nn.Module, optimizer: Any) -> Iterator[Place]:
+def _tensors(model: torch.nn.Module, optimizer: Any) -> Iterator[torch.Tensor]:
     for parameter in model.parameters():
-        yield parameter.data, _data_setter(parameter)
+        yield parameter
         if parameter.grad is not None:
-            yield parameter.grad.data, _data_setter(parameter.grad)
-    for buffer in model.buffers():
-        yield buffer.data, _data_setter(buffer)
+            yield parameter.grad
+    yield from model.buffers()
     inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
     # Others page or quantise their state, and know it by more than its tensors.
     is_plain = type(inner).__module__.startswith("torch.optim")
     for state in inner.state.values() if is_plain else ():
-        for value in state.values():
-            if hasattr(value, "element_size"):
-                yield value.data, _data_setter(value)
-
-
-def _data_setter(tensor: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    def put(data: torch.Tensor) -> None:
-        tensor.data = data
-
-    return put
+        yield from (value for value in state.values() if hasattr(value, "element_size"))

@@ -20,18 +20,23 @@ def processor_of(folder: Path) -> Any:
     return load_processor(folder) if has_processor(folder) else None
 
 
+def save_plainly(processor: Any, folder: Path) -> None:
+    """Save a processor or tokenizer as its library does, past a save hook on it (`processor_hook.py`)."""
+    type(processor).save_pretrained(processor, folder)
+
+
 def write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
     """Copy the base's tokenizer and processor files, unless training changed the processor; returns what changed.
 
     Whether it did is found by saving both with this library and comparing the files.
     """
-    original = processor_of(base)
+    original = _like(processor, processor_of(base))
     if processor is not None and original is not None:
         trained = _without_rollout_settings(processor, original)
         with tempfile.TemporaryDirectory(prefix="grpo-toolkit-processor-") as folder:
             left, right = Path(folder, "base"), Path(folder, "trained")
-            original.save_pretrained(left)
-            trained.save_pretrained(right)
+            save_plainly(original, left)
+            save_plainly(trained, right)
             changed = differing_files(left, right)
             limits = _pixel_limits(left, right, changed) if (base / PREPROCESSOR).is_file() else {}
             if limits:  # the base's own file says it in a form that every version reads
@@ -42,10 +47,16 @@ def write_processor(processor: Any, base: Path, staging: Path) -> list[str]:
                 copy_files(sorted(path for path in right.rglob("*") if path.is_file()), right, staging)
                 return changed
     elif processor is not None:
-        processor.save_pretrained(staging)
+        save_plainly(processor, staging)
         return ["(tokenizer and processor)"]
     copy_files(carried_files(base), base, staging)
     return []
+
+
+def _like(processor: Any, original: Any) -> Any:
+    """Return the base's tokenizer where a text trainer has nothing but that of a base with images."""
+    is_tokenizer = hasattr(processor, "convert_tokens_to_ids") and not hasattr(processor, "tokenizer")
+    return getattr(original, "tokenizer", original) if is_tokenizer else original
 
 
 def _pixel_limits(left: Path, right: Path, changed: list[str]) -> dict[str, int]:

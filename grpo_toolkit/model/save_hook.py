@@ -2,8 +2,10 @@
 
 Trainer checkpoints, `save_model`, Hub pushes and a user's own call all end in the model's `save_pretrained`, in every
 distributed backend. So the hook sits there, on the instance: for the duration of one save the configs say what an
-inference-ready folder must say, and afterwards they are what training needs. Nothing is edited after the fact, so a
-push that happens inside the call uploads the right files too.
+inference-ready folder must say, and afterwards they are what training needs. When the library has written them, the
+config becomes the base's own with what training changed (`portable_files.py`), and only then is pushed what the call
+was to push (`push_after.py`). The processing class is saved by a call of its own, with a hook of its own
+(`processor_hook.py`).
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from grpo_toolkit.checkpoint.base_lookup import find_base
 from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults, capture_defaults
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject, read_json
 from grpo_toolkit.checkpoint.lineage import record_base
-from grpo_toolkit.checkpoint.model_folder import GENERATION_CONFIG
+from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.model.kv_cache import cache_flags, set_cache_flags
 from grpo_toolkit.model.live_model import base_model, config_levels
+from grpo_toolkit.model.portable_files import rewrite_config
+from grpo_toolkit.model.processor_files import save_plainly
+from grpo_toolkit.model.push_after import take_push
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DEFAULTS = "_grpo_toolkit_defaults"
+_PORTABLE = "_grpo_toolkit_portable"
 _GENERATION = "_grpo_toolkit_generation_config"
 _PLAIN_STATE = "_grpo_toolkit_plain_state"
 
@@ -68,7 +74,7 @@ def capture_model_defaults(
         generation: JsonObject | Absent = read_json(folder / GENERATION_CONFIG)
     else:
         generation = _snapshot_generation(inner)
-    defaults = capture_defaults(config, generation, source=str(folder or "live model"), overrides=overrides)
+    defaults = capture_defaults(config, generation, folder=folder, overrides=overrides)
     if overrides:
         _check_overrides(defaults)
     return defaults
@@ -115,8 +121,14 @@ def _snapshot_generation(model: PreTrainedModel) -> JsonObject | Absent:
     return generation
 
 
-def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults) -> None:
+def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults, *, portable: bool = True) -> None:
     """Make every later `save_pretrained` of this model write `defaults`; installing again replaces them.
+
+    Args:
+        model: a transformers model or a wrapper around one.
+        defaults: as `capture_model_defaults` returned them.
+        portable: also write the config in the base's own form, so that what loads the base loads the save; False for
+            the form of the library that saves.
 
     What a user changes in `model.generation_config` after this is written as well, and wins: only `use_cache` and the
     token ids, which trainers align for their rollouts, are the base's whatever happens.
@@ -126,6 +138,7 @@ def install_save_hook(model: torch.nn.Module, defaults: InferenceDefaults) -> No
     """
     inner = base_model(model)
     setattr(inner, _DEFAULTS, defaults)
+    setattr(inner, _PORTABLE, portable)
     setattr(inner, _GENERATION, _generation_values(inner))
     inner.save_pretrained = types.MethodType(save_pretrained, inner)
 
@@ -135,10 +148,13 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
     The name is the method's own: pickling a bound method stores its name, and unpickling looks it up on the class.
     """
+    arguments = _named_arguments(self, args, kwargs)
+    is_portable, is_written = self.__dict__[_PORTABLE], arguments.get("is_main_process", True)
+    push = take_push(arguments["save_directory"], arguments) if is_portable and is_written else None
     with ExitStack() as ours:
         try:
-            if kwargs.get("state_dict") is not None:
-                kwargs["state_dict"] = tied_again(self, kwargs["state_dict"])
+            if arguments.get("state_dict") is not None:
+                arguments["state_dict"] = tied_again(self, arguments["state_dict"])
             ours.enter_context(inference_defaults(self, self.__dict__[_DEFAULTS]))
             ours.enter_context(published_names(self))
         except Exception as error:  # a checkpoint without our defaults is better than none
@@ -148,25 +164,55 @@ def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
                 type(error).__name__,
                 error,
             )
-        saved = type(self).save_pretrained(self, *args, **kwargs)
-    _record_base(self, args, kwargs)
+        saved = type(self).save_pretrained(self, **arguments)
+    if is_portable and is_written:
+        _make_portable(self, Path(arguments["save_directory"]))
+    if is_written:
+        _record_base(self, Path(arguments["save_directory"]))
+    if push is not None:
+        push.upload(tags=getattr(self, "model_tags", None) or ())
     return saved
 
 
-def _record_base(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _record_base(model: PreTrainedModel, folder: Path) -> None:
     """Write the base's name beside the weights; a checkpoint without it is still one."""
-    name, folder = getattr(model.config, "_name_or_path", None), kwargs.get("save_directory", *args[:1])
-    if not name or folder is None or not kwargs.get("is_main_process", True) or not Path(folder).is_dir():
+    name = getattr(model.config, "_name_or_path", None)
+    if not name or not folder.is_dir():
         return
     try:
         is_here = Path(name).is_dir()
         record_base(
-            Path(folder),
+            folder,
             str(Path(name).resolve()) if is_here else str(name),
             revision=None if is_here else getattr(model.config, "_commit_hash", None),
         )
     except OSError as error:
         logger.warning("grpo_toolkit: the base's name could not be written into %s (%s)", folder, error)
+
+
+def _named_arguments(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    from transformers import PreTrainedModel
+
+    signature = inspect.signature(type(model).save_pretrained)
+    if "save_directory" not in signature.parameters:  # a subclass that passes on whatever it gets
+        signature = inspect.signature(PreTrainedModel.save_pretrained)
+    named = dict(signature.bind(model, *args, **kwargs).arguments)
+    others = named.pop("kwargs", {})
+    del named["self"]
+    return {**named, **others}
+
+
+def _make_portable(model: PreTrainedModel, folder: Path) -> None:
+    defaults: InferenceDefaults = model.__dict__[_DEFAULTS]
+    try:
+        rewrite_config(model, defaults.folder, folder, defaults)
+    except Exception as error:  # the library's own files are there
+        logger.error(
+            "grpo_toolkit: %s is in this library's form, which older versions may not load (%s: %s)",
+            folder / CONFIG,
+            type(error).__name__,
+            error,
+        )
 
 
 def saved_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -278,4 +324,4 @@ def save_as_plain_trainer(
         set_cache_flags(inner.config, flags)
         inner.generation_config = generation_config
     if processing_class is not None:
-        processing_class.save_pretrained(folder)
+        save_plainly(processing_class, folder)

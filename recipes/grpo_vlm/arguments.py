@@ -107,6 +107,20 @@ class RecipeArguments(ScriptArguments):
     latency_new_tokens: int = field(
         default=64, metadata={"help": "Tokens generated per request when latency is measured."}
     )
+    packed_vision: bool = field(
+        default=True,
+        metadata={
+            "help": "One attention call a layer in the vision tower, and each distinct image once, equal but for "
+            "rounding (PackedVisionCallback)."
+        },
+    )
+    fast_rollouts: bool = field(
+        default=True,
+        metadata={
+            "help": "Rollouts compiled and prefilled once a prompt, on a GPU with room for a copy of the weights "
+            "(FastRolloutCallback)."
+        },
+    )
     direct_baseline: bool = field(
         default=False,
         metadata={"help": "Before training, also measure the base when it is asked for the answer alone."},
@@ -118,13 +132,17 @@ class RecipeArguments(ScriptArguments):
         default=False,
         metadata={"help": "Print everything: the whole plan, every log, other libraries' bars and warnings."},
     )
+    step_time: bool = field(
+        default=True,
+        metadata={"help": "Say where a step's time goes, and why: step_time.jsonl and step_time.html in output_dir."},
+    )
     latency_rounds: int = field(
         default=24, metadata={"help": "Measured requests per arm, at most; 0 skips the measurement."}
     )
 
 
 class _Parser(TrlParser):  # type: ignore[misc]
-    """TRL's parser, which prints one line about an error instead of its very long usage."""
+    """A parser like TRL's that prints one line about an error instead of its very long usage."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists every setting")

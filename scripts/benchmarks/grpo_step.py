@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--words", type=int, default=400, help="longest prompt, in words")
+    parser.add_argument("--words", type=int, default=170, help="longest prompt, in words (1,040 tokens)")
     parser.add_argument("--image", type=int, nargs=2, default=(616, 616), help="pixels")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", default="bench_step")
@@ -171,7 +171,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Clock:
-    """Wall time of steps and of their phases, the GPU's work included."""
+    """A clock for the wall time of steps and of their phases, the GPU's work included."""
 
     def __init__(self, on_gpu: bool) -> None:
         self.on_gpu = on_gpu

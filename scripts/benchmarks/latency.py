@@ -35,17 +35,17 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from grpo_toolkit.latency.bench.compare import compare_latency
+from grpo_toolkit.cli.bench_arguments import CACHES
+from grpo_toolkit.latency.bench.compare import compare_latency, doubling, sweep_batches
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.bench.statistics import span
-from grpo_toolkit.latency.bench.sweep import CACHES, doubling, sweep_batches
 from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.hardware.environment import environment_of
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
+from grpo_toolkit.model.hardware.environment import environment_of
 from grpo_toolkit.model.load import load_model, load_processor
 from scripts.benchmarks.decode_steps import after_each_step
 from scripts.models.random_vlm import make_random_vlm

@@ -12,7 +12,8 @@ Three tables, printed at the end:
   cuDNN plans;
 * how far each way is from float64, in its dtype.
 
-Times are medians in milliseconds; ways take turns, so that a clock that drifts falls on all of them.
+Times are medians in milliseconds; ways take turns, so that a clock that drifts falls on all of them. A way whose first
+call takes more than a second is measured once again only. Each row goes to standard error as soon as it is there.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ AROUND_1950 = [(44, 44), (46, 42), (38, 52), (54, 36), (40, 48), (50, 40), (42, 
 
 WAYS = ("loop", "batch", "varlen", "packed")
 SKIPPED = float("nan")
+SLOW_MS = 1000
 
 
 def main() -> None:
@@ -61,9 +63,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tables = {
-        "tower": list(tower_rows(device, dtype, tiny=options.tiny, rounds=options.rounds)),
-        "attention": list(attention_rows(device, dtype, tiny=options.tiny, rounds=options.rounds)),
-        "distance": list(distance_rows(device, tiny=options.tiny)),
+        "tower": told(tower_rows(device, dtype, tiny=options.tiny, rounds=options.rounds)),
+        "attention": told(attention_rows(device, dtype, tiny=options.tiny, rounds=options.rounds)),
+        "distance": told(distance_rows(device, tiny=options.tiny)),
     }
     if options.json:
         print(json.dumps({"device": name_of(device), "torch": torch.__version__, **tables}))
@@ -73,8 +75,17 @@ def main() -> None:
         print_table(table)
 
 
+def told(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows, each printed as soon as it was measured: a run that is cut short has shown something."""
+    found = []
+    for row in rows:
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        found.append(row)
+    return found
+
+
 def tower_rows(device: torch.device, dtype: torch.dtype, *, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
-    """The whole tower, each way in turn."""
+    """Time the whole tower, each way in turn."""
     import torch
 
     few = [(6, 10), (4, 4), (8, 6)]
@@ -99,7 +110,7 @@ def tower_rows(device: torch.device, dtype: torch.dtype, *, tiny: bool, rounds: 
 
 
 def attention_rows(device: torch.device, dtype: torch.dtype, *, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
-    """Attention alone over segments of these lengths."""
+    """Time attention alone, over segments of these lengths."""
     windows = [64, 64, 64, 48, 32] if tiny else [64] * 26 + [48] * 6 + [32] * 4 + [16]
     frames = [60, 16, 48] if tiny else [height * width for height, width in AROUND_1950]
     shapes = {
@@ -123,7 +134,7 @@ def attention_rows(device: torch.device, dtype: torch.dtype, *, tiny: bool, roun
 
 
 def distance_rows(device: torch.device, *, tiny: bool) -> Iterator[dict[str, Any]]:
-    """The largest distance from float64, of the output and of the gradients, as a part of the largest value."""
+    """Measure the largest distance from float64, of output and gradients, as a part of the largest value."""
     import torch
 
     lengths = [64, 64, 48, 20] if tiny else [64] * 20 + [48, 32, 16, 900, 700]
@@ -178,21 +189,29 @@ def backward(tower: Any, patches: torch.Tensor, grid: torch.Tensor) -> None:
 
 
 def in_turns(tower: Any, call: Callable[[], None], *, rounds: int) -> dict[str, float]:
-    """Median milliseconds of a call of the tower by each way; one call of each to warm up."""
+    """Return the median milliseconds of a call of the tower by each way; one call of each to warm up."""
     from grpo_toolkit.model.attention.packed_vision import packed_vision
 
-    times: dict[str, list[float]] = {}
     query = next(tower.parameters())
-    ways = [way for way in WAYS if can_force(way, query)]
-    for turn in range(rounds + 1):
+
+    def measure(way: str) -> float:
+        with ExitStack() as stack:
+            if way != "loop":
+                stack.enter_context(packed_vision(tower))
+                stack.enter_context(forced(way))
+            return timed(call, query.device)
+
+    return medians(measure, [way for way in WAYS if can_force(way, query)], rounds=rounds)
+
+
+def medians(measure: Callable[[str], float], ways: list[str], *, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each way, in turns; slow ways get one call beside the first, which warms up."""
+    left = {way: 1 if measure(way) > SLOW_MS else rounds for way in ways}
+    times: dict[str, list[float]] = {}
+    for turn in range(rounds):
         for way in ways:
-            with ExitStack() as stack:
-                if way != "loop":
-                    stack.enter_context(packed_vision(tower))
-                    stack.enter_context(forced(way))
-                spent = timed(call, query.device)
-            if turn:
-                times.setdefault(way, []).append(spent)
+            if turn < left[way]:
+                times.setdefault(way, []).append(measure(way))
     return {way: statistics.median(times[way]) if way in times else SKIPPED for way in WAYS}
 
 
@@ -200,18 +219,15 @@ def attention_in_turns(
     lengths: list[int], device: torch.device, dtype: torch.dtype, *, rounds: int, is_backward: bool
 ) -> dict[str, float]:
     tensors = inputs(sum(lengths), device, dtype)
-    times: dict[str, list[float]] = {}
-    for turn in range(rounds + 1):
-        for way in WAYS:
-            if can_force(way, tensors[0]):
-                spent = timed(lambda: attend(way, lengths, tensors, is_backward=is_backward), device)  # noqa: B023
-                if turn:
-                    times.setdefault(way, []).append(spent)
-    return {way: statistics.median(times[way]) if way in times else SKIPPED for way in WAYS}
+
+    def measure(way: str) -> float:
+        return timed(lambda: attend(way, lengths, tensors, is_backward=is_backward), device)
+
+    return medians(measure, [way for way in WAYS if can_force(way, tensors[0])], rounds=rounds)
 
 
 def first_call(way: str, device: torch.device, dtype: torch.dtype, *, start: int) -> float:
-    """Median milliseconds of the first call of a length, over five lengths that no other way is given."""
+    """Return the median milliseconds of the first call of a length, over five lengths that no other way is given."""
     times = []
     for step in range(5):
         length = start + 8 * (5 * WAYS.index(way) + step)
@@ -226,7 +242,7 @@ _BORDERS: dict[Any, torch.Tensor] = {}
 
 
 def attend(way: str, lengths: list[int], tensors: list[torch.Tensor], *, is_backward: bool) -> list[torch.Tensor]:
-    """Attention over segments, and its gradients; the plan of the same lengths is kept, as for a forward's layers."""
+    """Attend over segments, with gradients if asked; the plan of equal lengths is kept, as for a forward's layers."""
     import torch
 
     from grpo_toolkit.model.attention.segment_attention import packed_attention
@@ -248,9 +264,9 @@ def attend(way: str, lengths: list[int], tensors: list[torch.Tensor], *, is_back
 def inputs(rows: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     import torch
 
-    torch.manual_seed(rows)
+    draws = torch.Generator(device).manual_seed(rows)
     shape = (rows, 16, 80)
-    tensors = [torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(3)]
+    tensors = [torch.randn(shape, dtype=torch.float64, device=device, generator=draws).to(dtype) for _ in range(3)]
     return [tensor.transpose(0, 1)[None].requires_grad_() for tensor in tensors]
 
 
@@ -268,7 +284,7 @@ def can_force(way: str, query: torch.Tensor) -> bool:
 
 @contextmanager
 def forced(way: str) -> Iterator[None]:
-    """The packed attention by one kernel, whatever the library would choose."""
+    """Make packed attention use one kernel inside, whatever the library would choose."""
     from grpo_toolkit.model.attention import segment_attention
 
     chosen = segment_attention.choose_kernel

@@ -89,8 +89,10 @@ def parse() -> argparse.Namespace:
 
 
 def letters_reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Reward different characters. What random weights write earns nothing by the usual rewards, and where
-    a group's rewards are equal there is no gradient."""
+    """Reward different characters.
+
+    The text of random weights earns nothing by the usual rewards, and a group of equal rewards has no gradient.
+    """
     return [float(len(set(completion[0]["content"]))) for completion in completions]
 
 

@@ -83,7 +83,7 @@ TINY = Plan(
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of the table."""
+    """A number of the table."""
 
     what: str
     arm: str
@@ -109,7 +109,7 @@ def build(plan: Plan, *, dtype: torch.dtype, device: str) -> Any:
 
 
 def batch(plan: Plan, *, prompts: int, copies: int, device: str, with_images: bool = True) -> dict[str, torch.Tensor]:
-    """Left-padded prompts of unlike lengths, each several times, an image each."""
+    """Return left-padded prompts of unlike lengths, each several times, with an image each."""
     draws = torch.Generator().manual_seed(0)
     length, patches = plan.prompt_tokens, plan.grid**2
     tokens = torch.randint(1000, 100_000, (prompts, length), generator=draws)
@@ -139,7 +139,7 @@ def wait(device: str) -> float:
 
 
 def step_arms(plan: Plan, device: str) -> Iterator[Figure]:
-    """Milliseconds of a decode step, at each number of sequences."""
+    """Time a decode step, in milliseconds, at each number of sequences."""
     model = build(plan, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device).eval()
     static = {"cache_implementation": "static"}
     arms: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -178,7 +178,7 @@ def one_call(generate: Any, inputs: Any, plan: Plan, device: str, options: dict[
 
 
 def rollout_arms(plan: Plan, device: str, kind: str) -> Iterator[Figure]:
-    """Seconds of a whole rollout, plain against fast, of a float32 model under autocast or one with an adapter."""
+    """Time a whole rollout, in seconds, plain and fast, of a float32 model under autocast or one with an adapter."""
     from transformers import GenerationConfig
 
     is_lora = kind == "LoRA"

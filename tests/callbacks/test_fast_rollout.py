@@ -13,7 +13,7 @@ from packaging.version import Version
 from transformers import TrainerCallback
 
 from grpo_toolkit import FastRolloutCallback, InputError, KVCacheCallback, ResumeGuardCallback
-from grpo_toolkit.model.rollout_watch import Decoding
+from grpo_toolkit.model.cache_probe import Decoding
 from grpo_toolkit.model.rollouts import rollouts
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from tests.support.training import LANGUAGE_QV, grpo_trainer, rows

@@ -147,7 +147,8 @@ def test_an_export_ends_with_one_table_of_what_went_in_was_put_right_was_proven_
     rows = [line.split("│")[1].strip() for line in said.err.splitlines() if line.startswith("│")]
     assert [row for row in rows if row] == [
         "source", "base", "put right", "changed in training", "cache not switched off in the files",
-        "tensors as in the base", "every stored value is finite", "loads whole", "embeddings tied as in the base",
+        "tensors as in the base", "every stored value is finite", "nothing found by the doctor", "loads whole",
+        "embeddings tied as in the base",
         "same token ids and pixel values from the processor", "same logits as the trained policy",
         "same greedy tokens as the trained policy", "KV cache in use", "same tokens with and without the cache",
         "published",

@@ -54,6 +54,8 @@ def test_json_is_one_object(base: Path, tmp_path: Path, capsys: pytest.CaptureFi
         "evidence": "https://github.com/om-ai-lab/VLM-R1/issues/229",
         "repairable": True,
         "rewrites_weights": False,
+        "readers": "transformers",
+        "concerns": True,
     }
 
 
@@ -71,7 +73,7 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"  and put back as it was: grpo-toolkit repair {folder} --undo",
     ]
     assert [line for line in lines if "NOT COMPARED" in line] == [lines[2]]
-    assert lines[2].endswith("(14 rules); pass --base FOLDER")
+    assert lines[2].endswith("(16 rules); pass --base FOLDER")
 
 
 def test_clean_is_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +121,7 @@ def test_a_run_that_holds_its_last_model_too(tmp_path: Path, capsys: pytest.Capt
         "checkpoint-1",
         "run",
         "NOT COMPARED (2 of 2): no base was named, and none is recorded here, so nothing was compared with one "
-        "(14 rules); pass --base FOLDER",
+        "(16 rules); pass --base FOLDER",
     ]
     assert main(["repair", str(run)]) == 0
     said = capsys.readouterr().out.splitlines()

@@ -75,6 +75,21 @@ def sharded(index: Any, **shards: Any) -> MemoryFiles:
     return files
 
 
+def unindexed(**shards: Any) -> MemoryFiles:
+    files = model({})
+    del files.contents["model.safetensors"]
+    for name, tensors in shards.items():
+        put_tensors(files, f"{name.replace('__', '-')}.safetensors", tensors)
+    return files
+
+
+def beside(**shards: Any) -> MemoryFiles:
+    files = model()
+    for name, tensors in shards.items():
+        put_tensors(files, f"{name.replace('__', '-')}.safetensors", tensors)
+    return files
+
+
 def adapter(factors: Any = None, **config: Any) -> MemoryFiles:
     return folder_of({"adapter_config.json": {**LORA, **config}}, FACTORS if factors is None else factors)
 
@@ -123,6 +138,28 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "weights-missing": (folder_of({"config.json": {"model_type": "bert"}}), None, None, "model.safetensors", ""),
     "fsdp-shards-only": (folder_of({"pytorch_model_fsdp_0": b""}), None, None, "pytorch_model_fsdp_0", ""),
     "zero-shards-only": (folder_of({"zero_to_fp32.py": b"", "global_step3": b""}), None, None, "global_step3", ""),
+    "shards-of-another-trainer": (folder_of({"model_world_size_2_rank_0.pt": b""}), None, None,
+                                  "model_world_size_2_rank_0.pt", ""),
+    "weights-unnamed": (unindexed(model__00001__of__00001=TENSORS), None, None, "model.safetensors.index.json", ""),
+    "shards-left-over": (beside(model__00001__of__00001=TENSORS), None, None,
+                         "model-00001-of-00001.safetensors", ""),
+    "trainer-state-missing": (model(optimizer__pt=b""), None, None, "trainer_state.json", ""),
+    "ids-beyond-rows": (model(tokenizer_config__json={**TOKENIZER, "added_tokens_decoder": {
+        **TOKENS, "8": {"content": "<new>"}}}), None, None, "tokenizer_config.json", "<new>"),
+    "class-does-not-fit": (model({f"language_model.{name}": info for name, info in TENSORS.items()}), None, None,
+                           "config.json", "model_type"),
+    "vision-tower-missing": (model({f"language_model.{name}": info for name, info in TENSORS.items()},
+                                   config={**VISION, "model_type": "llava"}, chat_template__json=TEMPLATE,
+                                   preprocessor_config__json=IMAGES), None, None, "model.safetensors", ""),
+    "model-type-differs": (model(config={"model_type": "mistral"}), BASE, None, "config.json", "model_type"),
+    "pixel-limits-unread": (
+        model(preprocessor_config__json={
+            "image_processor_type": "Qwen2VLImageProcessor", "size": {"min_pixels": 1, "max_pixels": 2}}),
+        None, None, "preprocessor_config.json", "size"),
+    "code-missing": (model(config={"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}), None, None,
+                     "config.json", "auto_map"),
+    "adapter-unties": (adapter({**FACTORS, "base_model.model.lm_head.weight": ("BF16", (8, 4))},
+                               modules_to_save=["lm_head"]), TIED, None, "adapter_config.json", "modules_to_save"),
     "pickled-weights": (folder_of({"config.json": {}, "pytorch_model.bin": b""}), None, None, "pytorch_model.bin", ""),
     "resume-starts-from-base": (model(config=QWEN, trainer_state__json={}), None, None, "trainer_state.json", ""),
     "generation-cache-off": (model(generation_config__json={**GENERATION, "use_cache": False}), None, None,
@@ -156,6 +193,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "vocabulary-mismatch": (model(config={"vocab_size": 9}), None, None, "config.json", "vocab_size"),
     "layers-missing": (model(config={"num_hidden_layers": 3}), None, None, "config.json", "num_hidden_layers"),
     "identical-to-base": (model(), BASE, Digests(compared=5, is_the_base=True), "model.safetensors", ""),
+    "tensors-empty": (model(), BASE, Digests(empty=("model.norm.weight",)), "model.safetensors", "model.norm.weight"),
+    "values-not-finite": (model(), None, Digests(broken=("lm_head.weight",)), "model.safetensors", "lm_head.weight"),
     "head-missing": (model(without("lm_head.weight")), None, None, "config.json", "tie_word_embeddings"),
     "embedding-under-head": (model(without("model.embed_tokens.weight"), config={"tie_word_embeddings": True}), TIED,
                              None, "model.safetensors", "lm_head.weight"),
@@ -306,6 +345,37 @@ def test_an_adapter_is_held_against_live_and_published_names(model_type: str, pr
     base = model(config={"model_type": model_type})
     codes = {finding.code for finding in diagnose(adapter(prefixed(prefix)), base)}
     assert ("adapter-reaches-nothing" not in codes) is is_reached
+
+
+EXPERTS = {f"base_model.model.model.layers.0.mlp.experts{depth}.lora_{side}.weight": ("F32", shape)
+           for depth in ("", ".base_layer") for side, shape in (("A", (4, 4)), ("B", (4, 4)))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_reached"),
+    [
+        ({"model.layers.0.mlp.experts.0.down_proj.weight"}, True),
+        ({"model.layers.0.block_sparse_moe.experts.0.w2.weight"}, True),
+        ({"model.layers.0.mlp.experts.gate_up_proj"}, True),  # as transformers 5 stacks them
+        ({"model.layers.0.mlp.experts.0.gate_proj.weight"}, False),  # half of a parameter
+        ({"model.layers.1.mlp.experts.0.down_proj.weight"}, False),
+    ],
+)
+def test_an_adapter_on_stacked_experts_reaches_those_that_are_stored_one_by_one(
+    stored: set[str], is_reached: bool
+) -> None:
+    base = model(dict.fromkeys(stored, ("BF16", (4, 4))), config={"model_type": "mixtral"})
+    codes = {finding.code for finding in diagnose(adapter(EXPERTS), base)}
+    assert ("adapter-reaches-nothing" not in codes) is is_reached
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rows", "is_right"), [("mllama", 16, True), ("mllama", 8, False), ("llama", 16, False)]
+)
+def test_mllama_embeds_eight_more_tokens_than_its_vocabulary_has(model_type: str, rows: int, is_right: bool) -> None:
+    tensors = {**TENSORS, "model.embed_tokens.weight": ("BF16", (rows, 4))}
+    codes = {finding.code for finding in diagnose(model(tensors, config={"model_type": model_type}), None)}
+    assert ("vocabulary-mismatch" not in codes) is is_right
 
 
 def test_a_head_that_cannot_be_dropped_is_not_said_to_be_mendable() -> None:

@@ -17,9 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from grpo_toolkit.checkpoint.manifest import manifest_of
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-from grpo_toolkit.errors import CheckpointError, InputError, OutputExistsError, UnsupportedError, VerificationError
+from grpo_toolkit.errors import (
+    CheckpointError,
+    InputError,
+    OutputExistsError,
+    UnsupportedError,
+    VerificationError,
+    WorkerError,
+)
+from grpo_toolkit.export import export
+from grpo_toolkit.export.checks import Check
 from grpo_toolkit.export.export import export_model
-from grpo_toolkit.export.verify import verify_export
+from grpo_toolkit.export.push_to_hub import push_export
+from grpo_toolkit.export.verify import VerificationResult, verify_export
 from grpo_toolkit.merge.merge import merge_adapter
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.generation.request import requests_from_rows
@@ -66,6 +76,7 @@ def test_a_full_fine_tune_keeps_every_file_of_its_base(any_base: Path, tmp_path:
         "cache not switched off in the files",
         "tensors as in the base",
         "every stored value is finite",
+        "nothing found by the doctor",
         "loads whole",
         "embeddings tied as in the base",
         "same token ids and pixel values from the processor",
@@ -246,9 +257,56 @@ def test_nothing_is_published_that_fails_verification(
         original(self, folder, state_dict=state_dict, **kwargs)
 
     monkeypatch.setattr(type(model), "save_pretrained", forgetful)
-    with pytest.raises(VerificationError, match=r"same greedy tokens as the trained policy: .*differs from token"):
+    (tmp_path / "export").mkdir()
+    for _ in range(2):  # the second takes the first one's place
+        with pytest.raises(
+            VerificationError, match=r"policy: .*differs from token.*; what was refused is in .*rejected"
+        ):
+            export_model(model, tmp_path / "export", processing_class=processor)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "export.rejected"]
+        assert list((tmp_path / "export").iterdir()) == []
+    report = manifest_of(tmp_path / "export.rejected")["verification"]
+    assert report["passed"] is False
+    assert "same greedy tokens as the trained policy" in {c["name"] for c in report["checks"] if not c["passed"]}
+    kept = load_file(tmp_path / "export.rejected" / "model.safetensors")
+    assert any(not tensor.any() for name, tensor in kept.items() if "layers.1." in name)
+    with pytest.raises(InputError, match="was not verified"):
+        push_export(tmp_path / "export.rejected", "someone/something")
+
+
+def test_what_is_anothers_is_not_replaced_by_a_rejected_export(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "export.rejected").mkdir()
+    (tmp_path / "export.rejected" / "mine.txt").write_text("x")
+    model, processor, _ = load_model(qwen)
+    monkeypatch.setattr("grpo_toolkit.export.export.verify_export", failing_verification)
+    with pytest.raises(VerificationError, match=r"verification: a check: no$"):
         export_model(model, tmp_path / "export", processing_class=processor)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["export.rejected", "mine.txt"]
+
+
+def failing_verification(*args: Any, **kwargs: Any) -> VerificationResult:
+    return VerificationResult(checks=(Check(name="a check", passed=False, detail="no"),))
+
+
+def test_an_export_that_cannot_be_loaded_is_kept_too(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, _ = load_model(qwen)
+    original = export._write_files
+
+    def damaging(plan: Any, staging: Path) -> Any:
+        written = original(plan, staging)
+        config = json.loads((staging / "config.json").read_text())
+        (staging / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+        return written
+
+    monkeypatch.setattr(export, "_write_files", damaging)
+    with pytest.raises(WorkerError, match=r"unheard_of[\s\S]*; what was refused is in .*export.rejected"):
+        export_model(model, tmp_path / "export", processing_class=processor)
+    assert [path.name for path in tmp_path.iterdir()] == ["export.rejected"]
+    assert "unheard_of" in manifest_of(tmp_path / "export.rejected")["verification"]["error"]
 
 
 def test_verify_names_what_is_wrong(qwen: Path, tmp_path: Path) -> None:
@@ -272,7 +330,7 @@ def test_verify_names_what_is_wrong(qwen: Path, tmp_path: Path) -> None:
     weights = load_file(export / "model.safetensors")
     renamed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}  # PEFT's prefix, left in
     save_file(renamed, export / "model.safetensors", metadata={"format": "pt"})
-    assert set(failing()) == {"tensors as in the base", "loads whole"}
+    assert set(failing()) == {"tensors as in the base", "nothing found by the doctor", "loads whole"}
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from grpo_toolkit.cli.bench_arguments import with_setting
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.bench.compare import Comparison, compare_latency, compare_rows
+from grpo_toolkit.latency.bench.compare import Comparison, compare_latency, compare_rows, doubling, sweep_batches
 from grpo_toolkit.latency.bench.measure import measure_latency
-from grpo_toolkit.latency.bench.sweep import doubling, sweep_batches, with_setting
 from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.pool import Engines
@@ -235,7 +235,6 @@ def test_batch_sizes_double_until_out_of_memory_which_is_a_row(qwen: Path, fresh
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda arm: with_setting(arm.options, "colour", 1), "no setting called 'colour'"),
         (lambda arm: with_setting(arm.options, "cache", "paged"), "no cache called 'paged'"),
         (lambda arm: compare_latency([], []), "at least one arm"),
         (lambda arm: measure_latency([arm, arm], [object()]), "two arms have the same name"),

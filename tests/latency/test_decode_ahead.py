@@ -255,6 +255,18 @@ def test_a_cache_is_as_long_as_the_longest_so_far(caches: list[torch.Tensor], tm
 
 
 @makes_caches
+@pytest.mark.parametrize("max_cache_len", [None, 50])
+def test_a_cache_is_of_a_length_that_tensor_cores_read_fast(
+    caches: list[torch.Tensor], tmp_path: Path, max_cache_len: int | None
+) -> None:
+    model = load_model(build_llama(tmp_path / "llama"))[0]
+    plain = model.generate(prompt(0), **STATIC, max_new_tokens=6)
+    said = DecodeAhead(model, max_cache_len=max_cache_len).generate(prompt(0), **STATIC, max_new_tokens=6)
+    assert torch.equal(said, plain)
+    assert [keys.shape[2] for keys in caches] == [12, 16 if max_cache_len is None else 56]  # 12: the library's
+
+
+@makes_caches
 def test_a_cache_that_is_returned_is_the_callers(llama: Any) -> None:
     decoder = DecodeAhead(llama)
     given = cache_in(decoder.generate(prompt(0), **STATIC, max_new_tokens=6, return_dict_in_generate=True))

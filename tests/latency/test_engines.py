@@ -20,7 +20,7 @@ from grpo_toolkit.latency.engines.local import LocalEngine
 from grpo_toolkit.latency.engines.pool import open_engine
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.engines.think_markers import SplitAnswer, split_answer
+from grpo_toolkit.latency.engines.think_markers import count_thinking
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import load_model, load_processor
 from tests.support.training import forgets_in_training
@@ -200,18 +200,18 @@ def test_every_family_is_timed(any_base: Path) -> None:
 @pytest.mark.parametrize(
     ("pieces", "expected"),
     [
-        (["4"], SplitAnswer(think=0, answer=1, first_answer=0)),
-        (["<think>", "hm", "</think>", "<answer>", "4", "</answer>"], SplitAnswer(think=4, answer=2, first_answer=4)),
-        (["<th", "ink>hm</th", "ink> ", "4"], SplitAnswer(think=2, answer=2, first_answer=2)),
-        (["<think>", "hm", "</think>"], SplitAnswer(think=3, answer=0, first_answer=None)),
-        (["<think>", "hm"], SplitAnswer(think=2, answer=0, first_answer=None)),
-        ([" ", "<think>", "hm"], SplitAnswer(think=3, answer=0, first_answer=None)),
-        (["so <think> it is"], SplitAnswer(think=0, answer=1, first_answer=0)),
-        ([], SplitAnswer(think=0, answer=0, first_answer=None)),
+        (["4"], 0),
+        (["<think>", "hm", "</think>", "<answer>", "4", "</answer>"], 4),
+        (["<th", "ink>hm</th", "ink> ", "4"], 2),
+        (["<think>", "hm", "</think>"], 3),
+        (["<think>", "hm"], 2),
+        ([" ", "<think>", "hm"], 3),
+        (["so <think> it is"], 0),
+        ([], 0),
     ],
 )
-def test_where_thinking_ends(pieces: list[str], expected: SplitAnswer) -> None:
-    assert split_answer(pieces) == expected
+def test_where_thinking_ends(pieces: list[str], expected: int) -> None:
+    assert count_thinking(pieces) == expected
 
 
 def test_a_process_answers_as_the_model_does_here(engine: LocalEngine, qwen: Path) -> None:

@@ -19,11 +19,11 @@ from grpo_toolkit.latency.explain.effects import arms_of, shares
 from grpo_toolkit.latency.explain.exact_split import split_exactly
 from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
 from grpo_toolkit.latency.explain.physics import Machine, Work, _step
-from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
 from grpo_toolkit.latency.rows.row import Effect, ExplanationRow, Timeline
 from grpo_toolkit.latency.rows.store import append_rows, read_rows
 from grpo_toolkit.latency.tune.tuning import STATIC_SINCE
 from grpo_toolkit.model.generation.request import Request
+from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.reporting.terminal.explanation import explanation
 from scripts.benchmarks.seeded_causes import ABOUT_LENGTHS, ALL, bases, seed_causes

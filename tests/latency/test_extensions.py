@@ -15,7 +15,7 @@ import pytest
 from grpo_toolkit.errors import InputError, WorkerError
 from grpo_toolkit.latency.engines import endpoint
 from grpo_toolkit.latency.engines.endpoint import EndpointEngine
-from grpo_toolkit.latency.engines.endpoint_extensions import Manner, find_extensions, with_extensions
+from grpo_toolkit.latency.engines.endpoint_extensions import find_extensions, with_extensions
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.model.generation.request import Request
 
@@ -229,17 +229,17 @@ def test_a_server_that_stays_busy_is_one_line(waits: list[float]) -> None:
 def test_what_is_sent_is_what_the_request_needs() -> None:
     body = {"max_tokens": 2}
     taken = frozenset(ALL)
-    natural = with_extensions(body, taken, Manner(exact=False, greedy=True))
+    natural = with_extensions(body, taken, exact=False, greedy=True)
     assert keys_of(natural) == ALL - {"min_tokens"}
     assert natural["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
     assert natural["repetition_penalty"] == 1.0
-    sampled = with_extensions(body, taken, Manner(exact=True, greedy=False))
+    sampled = with_extensions(body, taken, exact=True, greedy=False)
     assert keys_of(sampled) == ALL - {"repetition_penalty"}
     assert sampled["min_tokens"] == 2
     assert sampled["cache_salt"] != natural["cache_salt"]
-    whole = with_extensions(body, frozenset({"generation_config"}), Manner(exact=True, greedy=True))
+    whole = with_extensions(body, frozenset({"generation_config"}), exact=True, greedy=True)
     assert json.loads(whole["generation_config"]) == GENERATION_CONFIG
-    plain = with_extensions(body, frozenset({"generation_config"}), Manner(exact=False, greedy=False))
+    plain = with_extensions(body, frozenset({"generation_config"}), exact=False, greedy=False)
     assert plain == body == {"max_tokens": 2}
 
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-from grpo_toolkit.latency.bench.roofline import roofline
-from grpo_toolkit.latency.engines.local import live_sizes
-from grpo_toolkit.latency.hardware.data_sheets import DATA_SHEETS, data_sheet
-from grpo_toolkit.latency.hardware.gpu_state import by_nvidia_smi, by_nvml, throttle_reasons
-from grpo_toolkit.latency.hardware.model_sizes import ModelSizes, sizes_of
+from grpo_toolkit.latency.bench.roofline import roofline_of
+from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Measured
+from grpo_toolkit.latency.rows.row import Proof, Timeline
+from grpo_toolkit.model.hardware.data_sheets import DATA_SHEETS, data_sheet
+from grpo_toolkit.model.hardware.environment import state_of_card, throttle_reasons
+from grpo_toolkit.model.hardware.model_sizes import ModelSizes, live_sizes, sizes_of
 from grpo_toolkit.model.load import load_model
 
 if TYPE_CHECKING:
@@ -46,6 +47,29 @@ def _product(dims: tuple[int, ...]) -> int:
     return count
 
 
+def measured(
+    sizes: ModelSizes,
+    hardware: str,
+    *,
+    bandwidth: float,
+    flops: float,
+    prompt_tokens: int,
+    times: list[float],
+    first_s: float,
+) -> Measured:
+    line = Timeline(
+        token_times_s=times,
+        prompt_tokens=prompt_tokens,
+        output_tokens=len(times),
+        phases_s={"prefill_s": first_s, "vision_s": 0.0},
+    )
+    return Measured(
+        facts=EngineFacts(dtype="bfloat16", sizes=sizes, environment={"hardware": hardware}),
+        answers=[Answer(timeline=line)],
+        hardware={"bandwidth_bytes_per_s": bandwidth, "flops_per_s": flops},
+    )
+
+
 def test_the_published_3b_shape(three_b: ModelSizes) -> None:
     # Worked out in the notes of the project: 3.086 B parameters read per token, 36,864 bytes of cache per token.
     assert three_b.decode_parameters == 3_085_938_688
@@ -57,18 +81,11 @@ def test_the_published_3b_shape(three_b: ModelSizes) -> None:
 
 
 def test_the_floor_of_the_3b_shape_on_an_h200(three_b: ModelSizes) -> None:
-    found = roofline(
-        three_b,
-        hardware="NVIDIA H200",
-        bandwidth=4.3e12,
-        flops=7e14,
-        is_bfloat16=True,
-        prompt_tokens=1024,
-        output_tokens=256,
-        patches=1024,
-        tpot_s=0.005,
-        first_s=0.04,
-    )
+    times = [0.1 + 0.005 * step for step in range(256)]
+    arm = measured(three_b, "NVIDIA H200", bandwidth=4.3e12, flops=7e14, prompt_tokens=1024, times=times, first_s=0.04)
+    arm.evidence = Evidence(proof=Proof(), patches=1024)
+    found = roofline_of(arm, batch_size=1)
+    assert found is not None
     assert found.bytes_per_step == 6_171_877_376 + 36_864 * (1024 + 128)
     assert found.floor_tpot_s == pytest.approx(0.001445, abs=1e-6)
     assert found.mbu == pytest.approx(0.289, abs=1e-3)
@@ -81,10 +98,11 @@ def test_the_floor_of_the_3b_shape_on_an_h200(three_b: ModelSizes) -> None:
 
 
 def test_an_unknown_device_has_the_measured_figures_alone(three_b: ModelSizes) -> None:
-    found = roofline(
-        three_b, hardware="AMD EPYC, 2 cores", bandwidth=1e10, flops=1e11, is_bfloat16=True, prompt_tokens=10,
-        output_tokens=1, first_s=1.0,
-    )  # fmt: skip
+    arm = measured(
+        three_b, "AMD EPYC, 2 cores", bandwidth=1e10, flops=1e11, prompt_tokens=10, times=[1.0], first_s=1.0
+    )
+    found = roofline_of(arm, batch_size=1)
+    assert found is not None
     assert (found.datasheet_bytes_per_s, found.peak_flops_per_s) == (None, 1e11)
     assert (found.mbu, found.gap_s, found.vision_flops) == (None, None, None)
 
@@ -169,15 +187,14 @@ def test_every_data_sheet_names_its_source() -> None:
 @pytest.mark.parametrize(
     ("bits", "words"),
     [
-        ("0x0000000000000000", "none"),
-        ("0x0000000000000001", "none"),
-        ("0x0000000000000004", "power cap"),
-        ("0x0000000000000060", "software thermal, hardware thermal"),
-        ("0x0000000000000010", "other (0x0000000000000010)"),
-        ("Not Active", "Not Active"),
+        (0x0, "none"),
+        (0x1, "none"),
+        (0x4, "power cap"),
+        (0x60, "software thermal, hardware thermal"),
+        (0x10, "other (0x0000000000000010)"),
     ],
 )
-def test_throttling_in_words(bits: str, words: str) -> None:
+def test_throttling_in_words(bits: int, words: str) -> None:
     assert throttle_reasons(bits) == words
 
 
@@ -202,17 +219,16 @@ def test_a_gpus_state_is_what_nvml_can_read(monkeypatch: pytest.MonkeyPatch) -> 
     module = ModuleType("pynvml")
     module.__getattr__ = nvml.__getitem__  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    assert by_nvml("GPU-1") == {
+    assert state_of_card("GPU-1") == {
         "driver": "580.159.04",
         "power_w": "88.46",
         "gpu_memory_used_mib": "1643",
         "throttle_reasons": "power cap",
     }
     nvml["nvmlInit"] = broken
-    assert by_nvml("GPU-1") == {}
+    assert state_of_card("GPU-1") == {}
 
 
-def test_a_machine_without_nvidias_programs_has_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_nvidias_module_has_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    monkeypatch.setenv("PATH", "")
-    assert by_nvml("GPU-1") == by_nvidia_smi("GPU-1") == {}
+    assert state_of_card("GPU-1") == {}

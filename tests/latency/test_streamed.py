@@ -13,9 +13,8 @@ from grpo_toolkit.latency.bench.measure import _paces
 from grpo_toolkit.latency.bench.statistics import summary
 from grpo_toolkit.latency.engines.endpoint_stream import Stream, answer_of
 from grpo_toolkit.latency.rows.row import LatencyRow, Timeline, Tokens
-from grpo_toolkit.reporting.charts.arms import _gaps
+from grpo_toolkit.reporting.charts.arms import token_gaps
 from grpo_toolkit.reporting.terminal.tables import ratio_lines
-from grpo_toolkit.reporting.trackers.wandb_plots import _gaps_ms
 from tests.support.latency_rows import row
 
 NOTHING = {"logprobs": None, "finish_reason": None, "matched_stop": None}
@@ -147,8 +146,7 @@ def test_a_gap_on_a_chart_is_one_of_a_stream() -> None:
         sequence_times_s=streams,
     )  # fmt: skip
     found = measured("server", [merged])
-    assert _gaps(found) == [[pytest.approx(0.1)] * 2, [pytest.approx(0.2)] * 2]
-    assert _gaps_ms(found) == pytest.approx([100.0, 200.0])
+    assert token_gaps(found) == [[pytest.approx(0.1)] * 2, [pytest.approx(0.2)] * 2]
 
 
 HELD_BACK = Timeline(token_times_s=[0.5, 0.50001, 0.50002], prompt_tokens=4, output_tokens=3)

@@ -15,12 +15,12 @@ from grpo_toolkit.cli import main
 from grpo_toolkit.cli.bench import report_missed
 from grpo_toolkit.errors import GateError, InputError
 from grpo_toolkit.export.export import export_model
-from grpo_toolkit.latency.bench.gate import Gate, Missed, gate_of, missed_by
+from grpo_toolkit.latency.bench.gate import Missed, gate_of, missed_by
 from grpo_toolkit.latency.engines.pool import Engines, Source
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.row import LatencyRow, Proof, Ratio, Settings, Workload
 from grpo_toolkit.latency.rows.store import read_rows
-from grpo_toolkit.latency.tune.tune import _ahead, _Bench, _Limits, tune_latency
+from grpo_toolkit.latency.tune.tune import _ahead, _Bench, tune_latency
 from grpo_toolkit.latency.tune.tuning import Trial, Tuning, keys_for_files
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.reporting.terminal.console import say, show
@@ -162,7 +162,8 @@ def test_other_tokens_count_as_the_same_only_after_a_tie(tokens: list[int], is_s
         pool=Engines(),
         source=Source(path=None),
         request=Request(messages=[]),
-        limits=_Limits(tpot_s=None, memory_bytes=None),
+        max_tpot_s=None,
+        max_memory_bytes=None,
         progress=None,
         expected=[7, 8, 9],
         rivals=[{}, {5: 0.25, 6: 0.5}, {}],
@@ -206,7 +207,7 @@ def test_export_tuned_writes_the_keys_that_its_manifest_names(llama: Path, tmp_p
 def test_a_gate_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=re.escape(f"gate '{text}': expected max-slowdown=RATIO")):
         gate_of(text)
-    assert gate_of("max-slowdown=1.05") == Gate(max_slowdown=1.05)
+    assert gate_of("max-slowdown=1.05") == 1.05
 
 
 def row(arm: str, **changes: Any) -> LatencyRow:
@@ -245,7 +246,7 @@ def times(median: float, low: float, high: float, metric: str = "tpot_s") -> lis
     ],
 )
 def test_what_misses_a_gate(export: LatencyRow, reason: str | None) -> None:
-    found = missed_by(Gate(max_slowdown=1.05), [row("base"), export])
+    found = missed_by(1.05, [row("base"), export])
     assert [miss.reason for miss in found] == ([] if reason is None else [reason])
     assert [str(miss) for miss in found] == ([] if reason is None else [f"export misses the gate (fixed): {reason}"])
 

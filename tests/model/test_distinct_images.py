@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from grpo_toolkit.model.attention import distinct_images
+from grpo_toolkit.model.attention import image_digests as image_digests_module
 from grpo_toolkit.model.attention.distinct_images import DistinctImages, UnknownOutputError, repeat_for_copies
 from grpo_toolkit.model.attention.gather_copies import repeat_spans
-from grpo_toolkit.model.attention.image_digests import equal_images, image_digests
+from grpo_toolkit.model.attention.image_digests import by_digests, equal_images, equal_rows, image_digests
 from grpo_toolkit.model.attention.packed_vision import packed_vision
 from tests.support.models import build_llava
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_images_are_equal_by_their_bits_and_their_grid() -> None:
+@pytest.mark.parametrize("way", ["compared", "digests"])
+def test_images_are_equal_by_their_bits_and_their_grid(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "digests":  # as on a GPU
+        monkeypatch.setattr(image_digests_module, "_compared", lambda *given: by_digests(*given))
     grid = torch.tensor([[1, 2, 4], [1, 4, 2], [1, 2, 4], [1, 2, 4], [1, 2, 4]])
     image = torch.randn(8, 6)
     nearly, swapped = image.clone(), image.clone()
@@ -29,6 +33,16 @@ def test_images_are_equal_by_their_bits_and_their_grid() -> None:
         assert equal_images(patches, grid) == ([8] * 5, [0, 1, 0, 3, 4])
     half = torch.cat([image, image, image, -image, image * 0]).bfloat16()
     assert equal_images(half, grid) == ([8] * 5, [0, 1, 0, 3, 4])
+
+
+def test_rows_of_any_field_are_told_apart() -> None:
+    assert equal_rows(torch.tensor([[True, False], [True, True], [True, False]])) == [0, 1, 0]
+    assert equal_rows(torch.tensor([3, 3, 4])) == [0, 0, 2]
+    assert equal_rows(torch.zeros(2, 0)) == [0, 0]
+    # Long ones that differ in one place, which no sample of their rows shows.
+    images = torch.zeros(3, 100, 5)
+    images[1, 51, 2] = 1
+    assert equal_images(images.reshape(300, 5), torch.tensor([[1, 10, 10]] * 3)) == ([100] * 3, [0, 1, 0])
 
 
 def test_images_in_several_pieces_have_the_same_digests(monkeypatch: pytest.MonkeyPatch) -> None:

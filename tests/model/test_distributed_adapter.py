@@ -31,3 +31,15 @@ def test_the_adapter_of_a_sharded_model_is_exported(kind: str, qwen: Path, tmp_p
     if (tmp_path / "saved" / "adapter_config.json").is_file() and open_checkpoint(tmp_path / "saved").tensors():
         merge_adapter(tmp_path / "saved", tmp_path / "merged")
         assert all(tensor.equal(found[name]) for name, tensor in stored(tmp_path / "merged").items())
+
+
+@pytest.mark.parametrize(("kind", "drifts"), [("fsdp2_full", True), ("zero3", False)])
+def test_the_base_of_a_sharded_model_is_kept_through_merges(
+    kind: str, drifts: bool, qwen: Path, tmp_path: Path
+) -> None:
+    """FSDP2's shards drift as whole weights do; ZeRO-3 throws away what a merge writes into gathered ones."""
+    for guarded in (False, True):
+        report, _ = launch(kind, "merged_for_vllm", tmp_path / str(guarded), model=str(qwen), guarded=guarded)
+        assert report["weights"] == 8  # two layers, q and v, each with a bias
+        assert min(report["sent"]) > 0
+        assert bool(report["changed"]) == (drifts and not guarded)

@@ -25,10 +25,9 @@ from grpo_toolkit.export.policy_answers import _seen_dtype
 from grpo_toolkit.latency.engines import timers
 from grpo_toolkit.latency.engines.timers import VisionTimer, timed_images
 from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn
-from grpo_toolkit.model.cache_probe import CacheProbe
+from grpo_toolkit.model.cache_probe import CacheProbe, RolloutWatch
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.load import load_model
-from grpo_toolkit.model.rollout_watch import RolloutWatch
 from tests.support.models import build_llama
 from tests.support.training import LANGUAGE_QV, grpo_trainer
 

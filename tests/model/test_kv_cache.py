@@ -12,7 +12,7 @@ import torch
 
 from grpo_toolkit.callbacks import KVCacheCallback
 from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn
-from grpo_toolkit.model.cache_probe import CacheProbe, vision_tower
+from grpo_toolkit.model.cache_probe import CacheProbe, Decoding, RolloutWatch, vision_tower
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.kv_cache import (
@@ -25,7 +25,6 @@ from grpo_toolkit.model.kv_cache import (
 )
 from grpo_toolkit.model.live_model import base_model, config_levels
 from grpo_toolkit.model.load import load_model
-from grpo_toolkit.model.rollout_watch import Decoding, RolloutWatch
 from grpo_toolkit.model.sharding.gather import is_sharded
 from tests.support.training import FORGETS_IN_TRAINING, forgets_in_training, grpo_trainer, v5_only
 

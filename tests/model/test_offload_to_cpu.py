@@ -38,8 +38,8 @@ def test_everything_that_a_training_holds_has_a_place(qwen: Path) -> None:
     count = sum(1 for _ in model.parameters())
     # Values, gradients and AdamW's step and two moments; then the buffers.
     assert len(places) == 5 * count + sum(1 for _ in model.buffers())
-    for tensor, put in places:
-        put(tensor.clone() + 1)
+    for tensor in places:
+        tensor.data = tensor.data.clone() + 1
     assert all(bool((parameter.grad == 2).all()) for parameter in model.parameters())
     state = optimizer.state[next(model.parameters())]
     assert float(state["step"]) == 2.0
@@ -64,13 +64,13 @@ def test_there_is_memory() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_empty_meanwhile_and_full_again(qwen: Path) -> None:
     model, optimizer = trained(qwen, "cuda")
-    before = [tensor.clone().cpu() for tensor, _ in movable(model, optimizer)]
+    before = [tensor.clone().cpu() for tensor in movable(model, optimizer)]
     held = torch.cuda.memory_allocated()
     with parked(model, optimizer) as freed:
         assert freed > 0.9 * held
         assert torch.cuda.memory_allocated() < 0.1 * held
         assert not any(parameter.is_cuda for parameter in model.parameters())
-    after = [tensor for tensor, _ in movable(model, optimizer)]
+    after = movable(model, optimizer)
     assert all(parameter.is_cuda for parameter in model.parameters())
     assert all(torch.equal(one, other.cpu()) for one, other in zip(before, after, strict=True))
     optimizer.step()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_toolkit.model.attention import segment_attention
+from grpo_toolkit.model.attention import decode_without_cudnn, segment_attention
 from grpo_toolkit.model.attention.segment_attention import packed_attention
 from grpo_toolkit.model.attention.segment_plan import batch_lengths, make_plan, plan_of
 
@@ -25,6 +25,16 @@ def _inputs(rows: int, dtype: torch.dtype, *, heads: int = 4, key_heads: int = 4
     shapes = [(rows, heads, 16), (rows, key_heads, 16), (rows, key_heads, 16)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5 for shape in shapes]
     return [tensor.to(dtype).transpose(0, 1)[None].requires_grad_() for tensor in tensors]
+
+
+class _Counted:
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.count = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self.function(*args, **kwargs)
 
 
 class Layer(torch.nn.Module):
@@ -66,6 +76,18 @@ def test_attention_equals_the_loop(lengths: list[int]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         loop, packed = (_farthest(_attend(lengths, dtype, loop=way), exact) for way in (True, False))
         assert packed <= 1.25 * loop, dtype
+
+
+def test_on_a_cpu_segments_of_several_lengths_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = _attend(RAGGED, torch.float64, loop=True)
+    monkeypatch.setattr(segment_attention, "LOOPED_ON", ("cpu",))
+    monkeypatch.setattr(segment_attention, "_sdpa", counted := _Counted(segment_attention._sdpa))
+    looped = _attend(RAGGED, torch.float64, loop=False)
+    assert counted.count == len(RAGGED)
+    assert _farthest(looped, exact) < 2e-15
+    counted.count = 0
+    _attend([64] * 5, torch.float64, loop=False)
+    assert counted.count == 1
 
 
 def test_attention_of_grouped_and_causal_layers_equals_the_loop() -> None:
@@ -118,6 +140,25 @@ def test_long_sequences_are_not_padded_to_the_longest(calls: list[torch.Size]) -
     _attend([2000, 40, 40, 40, 40, 40, 40], torch.float32, loop=False)
 
     assert sorted(shape[0] * shape[2] for shape in calls) == [240, 2000]
+
+
+@pytest.mark.parametrize("plans", [True, False])
+def test_segments_are_kept_off_cudnn_where_it_plans_for_every_length(
+    monkeypatch: pytest.MonkeyPatch, plans: bool
+) -> None:
+    seen: list[bool] = []
+    library = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return library(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(decode_without_cudnn, "plans_per_length", lambda device: plans)  # as on Hopper
+    _attend([64] * 3, torch.float32, loop=False)
+
+    assert seen == [not plans]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_plan_is_made_once_for_the_layers_of_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:

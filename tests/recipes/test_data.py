@@ -750,7 +750,6 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     decode = image_sizes.decode
     monkeypatch.setattr(image_sizes, "decode", counted)
-    image_sizes._fitted.cache_clear()
     return seen
 
 
@@ -764,10 +763,13 @@ def image_rows(count: int) -> Any:
 
 
 def test_an_image_is_decoded_once_for_all_readings_of_a_rollout(decodings: list[Any]) -> None:
-    rows = image_rows(2)
-    batches = [rows[[0, 0, 0, 0, 1, 1, 1, 1]] for _ in range(8)]  # as TRL reads eight micro-batches of two prompts
+    from grpo_toolkit import rows_once
+
+    rows: Any = rows_once(image_rows(2))
+    # As TRL reads eight micro-batches of two prompts.
+    batches = [rows.__getitems__([0, 0, 0, 0, 1, 1, 1, 1]) for _ in range(8)]
     assert len(decodings) == 2
-    assert all(max(image.size) <= 56 for batch in batches for image in batch["image"])
+    assert all(max(row["image"].size) <= 56 for batch in batches for row in batch)
 
 
 def test_answer_types_are_found_without_a_look_at_the_images(decodings: list[Any]) -> None:

@@ -474,7 +474,7 @@ def test_fsdp_that_gives_nothing_back_has_all_weights_gathered(
 ) -> None:
     """Planned for two processes, as `accelerate launch` with multi_node.yaml sets the environment."""
     from grpo_vlm.planning.memory import Load, estimate
-    from grpo_vlm.planning.plan import reshards_after_forward
+    from grpo_vlm.planning.sharing import reshards_after_forward
 
     plan = plan_of(qwen, geometry, tmp_path)
     load = Load(prompt_tokens=8, image_patches=0, completion_tokens=8, training_batch=1, rollout_batch=1)
@@ -591,20 +591,81 @@ def test_a_part_of_the_gpu_without_room_for_vllms_weights_is_a_warning(
     assert not any(said in text for text in plan_of(qwen, geometry, tmp_path, *flags, "0.4").warnings)
 
 
-def test_sharing_divides_what_stays() -> None:
-    from grpo_vlm.planning.memory import GIB, Load, ModelSize, estimate
+def size_of_3b(**different: Any) -> Any:
+    from grpo_vlm.planning.memory import ModelSize
 
-    size = ModelSize(
-        parameters=3_754_622_976,
-        vision_parameters=668_683_264,
-        trained=3_754_622_976,
-        hidden_size=2048,
-        intermediate_size=11008,
-        layers=36,
-        layer_parameters=77_077_000,
-        embedding_parameters=311_164_928,
-        kv_values_per_token=18_432,
+    counts = {
+        "parameters": 3_754_622_976,
+        "vision_parameters": 668_683_264,
+        "trained": 3_754_622_976,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "layers": 36,
+        "layer_parameters": 77_077_000,
+        "embedding_parameters": 311_164_928,
+        "kv_values_per_token": 18_432,
+    }
+    return ModelSize(**(counts | different))
+
+
+def test_fast_rollouts_keep_a_copy_a_cache_and_graphs() -> None:
+    """At the shape and load of docs/benchmarks/training.md, where a full fine-tune took 11.5 GiB more with them."""
+    from grpo_toolkit.model.rollouts.static_caches import bucketed
+    from grpo_vlm.planning.fast_rollouts import cache_length
+    from grpo_vlm.planning.memory import GIB, Load, estimate
+
+    assert [cache_length(tokens) for tokens in range(1, 9000, 7)] == [bucketed(tokens) for tokens in range(1, 9000, 7)]
+    load = Load(
+        prompt_tokens=1040,
+        image_patches=1936,
+        completion_tokens=128,
+        training_batch=8,
+        rollout_batch=64,
+        rollout_prompts=8,
     )
+    options: dict[str, Any] = {"mixed_precision": True, "optimizer": "adamw_torch_fused"}
+    full = estimate(size_of_3b(), load, weight_bytes=4, fast_rollouts=True, **options)
+    plain = estimate(size_of_3b(), load, weight_bytes=4, **options)
+    # Weights in bfloat16, 64 caches of 1,536 tokens, graphs.
+    assert full.parts["fast rollouts"] / GIB == pytest.approx(7.0 + 3.4 + 0.9, abs=0.1)
+    assert full.allocated <= plain.allocated + full.parts["fast rollouts"]
+    adapter = size_of_3b(trained=119_734_272, adapted_modules=252)
+    lora = estimate(adapter, load, weight_bytes=2, fast_rollouts=True, **options)
+    assert lora.parts["fast rollouts"] / GIB == pytest.approx(5.2 + 3.4 + 0.9, abs=0.1)
+    # One prefill a prompt, from weights without an adapter.
+    assert lora.moments["rollouts"] < estimate(adapter, load, weight_bytes=2, **options).moments["rollouts"] / 3
+
+
+def test_rollouts_are_planned_the_fast_way_where_there_is_room(
+    qwen: Path, geometry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grpo_vlm.planning import fast_rollouts, plan
+
+    flags = ("--per_device_train_batch_size", "4", "--num_generations", "4", "--dry_run", "true")
+    dry = plan_of(qwen, geometry, tmp_path, *flags)
+    assert dry.fast_rollouts is True
+    assert any("fast rollouts" in line for line in dry.lines())
+    for off in (("--fast_rollouts", "false"), ("--use_vllm", "true"), ("--load_in_4bit", "true")):
+        other = plan_of(qwen, geometry, tmp_path, *flags, *off)
+        assert (other.fast_rollouts, "fast rollouts" in other.memory.parts) == (None, False)
+    assert plan_of(qwen, geometry, tmp_path, *flags[:-2]).fast_rollouts is None  # on a CPU
+    # A GPU with room for the training alone.
+    kept = dry.memory.parts["fast rollouts"]
+    monkeypatch.setattr(plan, "gpu_memory", lambda: (dry.memory.needed, dry.memory.needed - kept / 2))
+    tight = plan_of(qwen, geometry, tmp_path, *flags)
+    assert tight.fast_rollouts is False
+    assert "fast rollouts" not in tight.memory.parts
+    assert [text for text in tight.warnings if "plain way" in text] == [
+        "rollouts go the plain way: GPU memory has no room for a copy of the weights and a static cache"
+    ]
+    monkeypatch.setattr(fast_rollouts, "OLDEST", "99.0")
+    assert plan_of(qwen, geometry, tmp_path, *flags).fast_rollouts is None
+
+
+def test_sharing_divides_what_stays() -> None:
+    from grpo_vlm.planning.memory import GIB, Load, estimate
+
+    size = size_of_3b()
     load = Load(prompt_tokens=512, image_patches=0, completion_tokens=512, training_batch=8, rollout_batch=8)
 
     def standing(sharing: Any, processes: int) -> list[float]:

@@ -120,7 +120,40 @@ def asked_midway(
     return {"answers": answers, "gathers": gathers, "errors": errors, "digest": digest(trainer)}, trainer
 
 
+def merged_for_vllm(folder: Path, *, guarded: bool, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train an adapter, walking before each step over the weights as TRL does for vLLM; compare the base's."""
+    from transformers import TrainerCallback
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from grpo_toolkit.model.merge_guard import guard_merges
+    from grpo_toolkit.model.sharding.gather import gather
+
+    found: list[dict[str, Any]] = []
+    sent: list[int] = []
+
+    class Sync(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            from accelerate import Accelerator
+            from trl.distributed import DistributedBackend
+
+            model = kwargs["model"]
+            if guarded:
+                guard_merges(model)
+            base = {name: weight for name, weight in model.named_parameters() if "base_layer" in name}
+            found.append(gather(base))
+            generation = object.__new__(VLLMGeneration)  # its __init__ starts vLLM
+            generation.model, generation.accelerator = model, Accelerator()
+            generation._dist = DistributedBackend(generation.accelerator)
+            sent.append(sum(weight.numel() for _, weight in generation._iter_named_params()))
+
+    options = {"max_steps": 3, "learning_rate": 0.1, "adam_epsilon": 1e-8, "save_strategy": "no", **options}
+    trainer = train(folder / "out", [Sync()], lora=True, **options)
+    changed = [name for name, weight in found[0].items() if not weight.equal(found[-1][name])]
+    return {"changed": changed, "sent": sent, "weights": len(found[0])}, trainer
+
+
 SCENARIOS = {
+    "merged_for_vllm": merged_for_vllm,
     "all_callbacks": all_callbacks,
     "plain": plain,
     "resumes": resumes,

@@ -35,7 +35,7 @@ class Base:
 
     @property
     def is_tied(self) -> bool:
-        """True if the output embeddings are the input embeddings."""
+        """Return whether the output embeddings are the input embeddings."""
         text = self.config.get("text_config")
         levels = [self.config, text if isinstance(text, dict) else {}]
         flags = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]

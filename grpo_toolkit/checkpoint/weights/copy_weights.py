@@ -133,7 +133,13 @@ def copy_weights(
 
 
 def rewrite_shard(
-    source: Path, target: Path, *, renames: Mapping[str, str | None], dtypes: Mapping[str, str], inside: bool = False
+    source: Path,
+    target: Path,
+    *,
+    renames: Mapping[str, str | None],
+    dtypes: Mapping[str, str],
+    added: Sequence[Entry] = (),
+    inside: bool = False,
 ) -> int:
     """Write a safetensors file anew with its tensors renamed, dropped or cast; returns how many were written.
 
@@ -142,6 +148,7 @@ def rewrite_shard(
         target: another one, which must not be there.
         renames: new names of tensors by their present ones; None drops a tensor.
         dtypes: safetensors' names of new dtypes, by present names; floating-point tensors alone can be cast.
+        added: tensors of other files that are written behind them, see `added_entry`.
         inside: refuse a file that is a link out of its folder.
 
     Raises:
@@ -160,18 +167,44 @@ def rewrite_shard(
             span = Span(path=source, begin=info.span[0], end=info.span[1], dtype=info.dtype)
             work = _CAST if is_cast else None
             entries.append(Entry(name=new, dtype=dtype, shape=info.shape, source=span, work=work))
+    entries += added
     metadata = read_safetensors_metadata(source, inside=inside)
     shard = Shard(
         file=target.name, entries=tuple(entries), metadata={"format": "pt"} if metadata is None else metadata
     )
-    is_cast = any(entry.work for entry in entries)
+    _write_alone(shard, target.parent)
+    return len(entries)
+
+
+def added_entry(name: str, info: TensorInfo, folder: Path, *, dtype: str | None = None) -> Entry:
+    """Return a tensor of a folder as it is written under `name` into another: copied, or cast to `dtype`."""
+    span = Span(path=folder / info.file, begin=info.span[0], end=info.span[1], dtype=info.dtype)
+    wanted = info.dtype if dtype is None or info.dtype not in FLOAT_NAMES else dtype
+    return Entry(name=name, dtype=wanted, shape=info.shape, source=span, work=None if wanted == info.dtype else _CAST)
+
+
+def write_shard(file: str, entries: Sequence[Entry], folder: Path) -> None:
+    """Write tensors of other files into a new file of `folder`; the index is the caller's.
+
+    Raises:
+        InputError: no room.
+        VerificationError: a value does not fit into the new dtype.
+        OSError: the file cannot be written.
+    """
+    shard = Shard(file=file, entries=tuple(entries))
+    refuse_full_disk(folder, [shard])
+    _write_alone(shard, folder)
+
+
+def _write_alone(shard: Shard, folder: Path) -> None:
+    """Write one file and see it on the disk."""
+    is_cast = any(entry.work for entry in shard.entries)
     with single_threaded() if is_cast else nullcontext() as setup:  # torch is loaded for a cast alone
         # One thread: a repair's steps then have one order, which is what can be killed at each of them and tested.
-        for _ in fill_shards([shard], target.parent, fill=_write_cast, workers=1, setup=setup):
+        for _ in fill_shards([shard], folder, fill=_write_cast, workers=1, setup=setup):
             pass
-    with target.open("rb") as file:
+    with (folder / shard.file).open("rb") as file:
         os.fsync(file.fileno())
-    return len(entries)
 
 
 def _copy_files(source: Path, shards: Sequence[Shard], folder: Path, *, link: bool, progress: Progress | None) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # In the format, but no dtype of torch's that a model could be loaded into.
 _UNKNOWN: Final = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2FNUZ", "F8_E4M3FNUZ"})
-# What else an export writes: configs, tokenizer, index.
-_SPARE_BYTES: Final = 64 * 2**20
+SPARE_BYTES: Final = 64 * 2**20
+"""What an export writes beside its weights: configs, tokenizer, index."""
 
 
 def plan_shards(
@@ -108,7 +108,7 @@ def refuse_full_disk(folder: Path, shards: Sequence[Shard]) -> None:
     Raises:
         InputError: too little room on the folder's file system.
     """
-    needed, free = sum(shard.nbytes for shard in shards) + _SPARE_BYTES, shutil.disk_usage(folder).free
+    needed, free = sum(shard.nbytes for shard in shards) + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
             f"{folder.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, or name "

@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 from collections import Counter
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -162,6 +162,11 @@ class _Task:
     size: int
     is_copy: bool
 
+    def do(self) -> int:
+        """Write the part and return its bytes."""
+        self.write(self.descriptor, self.offset)
+        return self.size
+
 
 def _prepared(fill: Fill, setup: Callable[[], None] | None) -> Fill:
     """Return `fill`, with `setup` run before its first call in each thread."""
@@ -183,89 +188,63 @@ def _open_shard(shard: Shard, folder: Path, opened: ExitStack, fill: Fill) -> li
     opened.callback(os.close, descriptor)
     os.ftruncate(descriptor, len(header) + shard.nbytes)
     write_at(descriptor, header, 0)
-    return [
-        _Task(write, descriptor, offset, size, is_copy)
-        for write, offset, size, is_copy in _tasks(shard, len(header), fill)
-    ]
+    return list(_tasks(shard, len(header), descriptor, fill))
 
 
 def _carry_out(tasks: Sequence[_Task], pool: ThreadPoolExecutor) -> Iterator[int]:
-    """Do all tasks, copies first (they need no library, which is loaded meanwhile); yield the bytes of each."""
-    queue = _Queue(tasks)
-    pending = [pool.submit(queue.do_next) for _ in tasks]
+    """Do all tasks, and yield the bytes of each."""
+    pending = [pool.submit(task.do) for task in _in_turns(tasks)]
     try:
-        waiting = set(pending)
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_EXCEPTION, timeout=0.1)
-            for future in finished:
-                yield future.result()
+        for future in as_completed(pending):
+            yield future.result()
     finally:
         for future in pending:
             future.cancel()
         wait(pending)
 
 
-class _Queue:
-    """A queue that hands out tasks so that workers write into different files where they can.
+def _in_turns(tasks: Sequence[_Task]) -> list[_Task]:
+    """Order tasks: copies first (they need no library, which is loaded meanwhile), the files taking turns.
 
     The kernel lets one thread at a time write into a file, and the others spin: with two workers on one file that was
     a tenth of a merge's processor time (ext4).
     """
-
-    def __init__(self, tasks: Sequence[_Task]) -> None:
-        self._lock = threading.Lock()
-        self._copies: dict[int, list[_Task]] = {}
-        self._fills: dict[int, list[_Task]] = {}
-        for task in reversed(tasks):  # taken from the end
-            (self._copies if task.is_copy else self._fills).setdefault(task.descriptor, []).append(task)
-        self._writers = Counter[int]()
-
-    def do_next(self) -> int:
-        """Do the next task and return its bytes."""
-        with self._lock:
-            left = self._copies or self._fills
-            file = min(left, key=lambda descriptor: self._writers[descriptor])
-            task = left[file].pop()
-            if not left[file]:
-                del left[file]
-            self._writers[file] += 1
-        try:
-            task.write(task.descriptor, task.offset)
-        finally:
-            with self._lock:
-                self._writers[file] -= 1
-        return task.size
+    counts, order = Counter[tuple[bool, int]](), []
+    for number, task in enumerate(tasks):
+        counts[task.is_copy, task.descriptor] += 1
+        order.append((not task.is_copy, counts[task.is_copy, task.descriptor], number))
+    return [tasks[number] for *_, number in sorted(order)]
 
 
-def _tasks(shard: Shard, offset: int, fill: Fill) -> Iterator[tuple[Callable[[int, int], None], int, int, bool]]:
-    """Yield each part of a file: what writes it, where, its bytes; neighbours that are copied are copied together."""
+def _tasks(shard: Shard, offset: int, descriptor: int, fill: Fill) -> Iterator[_Task]:
+    """Yield each part of a file; neighbours that are copied are copied together."""
     copied: list[Entry] = []
     begin = offset
     for entry in shard.entries:
         if entry.work is None and (not copied or _follows(copied[-1], entry)):
             copied.append(entry)
         else:
-            yield from _copies(copied, begin)
+            yield from _copies(copied, begin, descriptor)
             copied, begin = ([entry], offset) if entry.work is None else ([], offset)
             if entry.work is not None:
-                yield partial(fill, entry), offset, entry.nbytes, False
+                yield _Task(partial(fill, entry), descriptor, offset, entry.nbytes, is_copy=False)
                 begin = offset + entry.nbytes
         offset += entry.nbytes
-    yield from _copies(copied, begin)
+    yield from _copies(copied, begin, descriptor)
 
 
 def _follows(one: Entry, other: Entry) -> bool:
     return one.source.path == other.source.path and one.source.end == other.source.begin
 
 
-def _copies(entries: list[Entry], offset: int) -> Iterator[tuple[Callable[[int, int], None], int, int, bool]]:
+def _copies(entries: list[Entry], offset: int, descriptor: int) -> Iterator[_Task]:
     if not entries:
         return
     path, begin, end = entries[0].source.path, entries[0].source.begin, entries[-1].source.end
     for start in range(begin, end, COPY_BYTES):
         size = min(COPY_BYTES, end - start)
         span = Span(path=path, begin=start, end=start + size, dtype="U8")
-        yield partial(copy_span, span), offset + start - begin, size, True
+        yield _Task(partial(copy_span, span), descriptor, offset + start - begin, size, is_copy=True)
 
 
 def copy_span(span: Span, descriptor: int, offset: int) -> None:

@@ -48,7 +48,7 @@ def single_threaded() -> Iterator[Callable[[], None]]:
 
 
 class Buffer:
-    """Memory that is used again: what `take` returns is good until the next call."""
+    """A piece of memory that is used again: what `take` returns is good until the next call."""
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, Kind
-from grpo_toolkit.checkpoint.tensor_names import is_lora, is_vision, published_name
+from grpo_toolkit.checkpoint.module_lookup import is_stored
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name
 from grpo_toolkit.doctor.findings import Fault, Severity, rule
+from grpo_toolkit.doctor.readers import SERVERS
+from grpo_toolkit.doctor.rules.tensor_facts import HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,11 +25,14 @@ def _tail(module: str) -> str:
 
 
 def _modules(folder: Folder) -> list[str]:
-    """Return the modules that the adapter's factors belong to, as the base's live model names them."""
+    """Return the modules that the adapter's factors belong to, as the base's live model names them.
+
+    PEFT wraps stacked experts once for each of their parameters, `.base_layer` by `.base_layer`.
+    """
     if folder.kind is not Kind.ADAPTER:
         return []
     bare = (name.removeprefix("base_model.model.") for name in folder.tensors if is_lora(name))
-    return sorted({re.split(r"\.lora_", name, maxsplit=1)[0] for name in bare})
+    return sorted({re.split(r"\.lora_", name, maxsplit=1)[0].replace(".base_layer", "") for name in bare})
 
 
 @rule(
@@ -60,6 +67,7 @@ def adapter_alpha_zero(folder: Folder) -> Iterator[Fault]:
     effect="servers apply adapters to the language model only: the vision part is ignored with a warning, or the "
     "adapter is refused. Merge it with `grpo-toolkit export`",
     evidence="https://github.com/vllm-project/vllm/issues/23796",
+    fails=SERVERS,
 )
 def adapter_on_vision(folder: Folder) -> Iterator[Fault]:
     modules = _modules(folder)
@@ -78,12 +86,46 @@ def adapter_on_vision(folder: Folder) -> Iterator[Fault]:
     "adapter with whole modules",
     effect="servers refuse adapters on the head or the embedding, or with modules_to_save; a merge takes them in",
     evidence="https://github.com/vllm-project/vllm/issues/21500",
+    fails=SERVERS,
 )
 def adapter_with_whole_modules(folder: Folder) -> Iterator[Fault]:
+    if any(True for _ in adapter_unties(folder)):
+        return
     saved = folder.get(ADAPTER_CONFIG, "modules_to_save")
     ends = [module for module in _modules(folder) if module.endswith(("lm_head", "embed_tokens"))]
     if folder.kind is Kind.ADAPTER and (ends or (isinstance(saved, list) and saved)):
         yield Fault(file=ADAPTER_CONFIG, key="modules_to_save", found=ends or saved, expected="none")
+
+
+@rule(
+    Severity.WRONG,
+    "tied ends trained apart",
+    effect="the base ties its head to its embedding and the adapter holds a copy of its own: a merge has to untie "
+    "them (tie_word_embeddings false, both stored), and releases that tie again at loading lose the trained head",
+    evidence="https://github.com/huggingface/transformers/issues/45127",
+    needs_base=True,
+)
+def adapter_unties(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    if folder.kind is not Kind.ADAPTER or base is None or find_suffix(base.tensors, HEAD) is not None:
+        return
+    if base.text_value("tie_word_embeddings") is not True and not (base.family is not None and base.family.is_tied):
+        return
+    if folder.get(ADAPTER_CONFIG, "ensure_weight_tying") is True:
+        return
+    own = sorted(name for name in folder.tensors if _END.search(name))
+    names = [end for end in ("embed_tokens", "lm_head") if any(f".{end}." in f".{name}" for name in own)]
+    if names:
+        yield Fault(
+            file=ADAPTER_CONFIG,
+            key="modules_to_save",
+            found=f"{' and '.join(names)} of its own, over a tied base",
+            expected="neither of them, or ensure_weight_tying true",
+        )
+
+
+# Whole copies, and factors; of an embedding's LoRA, too, a merge changes one end alone.
+_END = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.(?:modules_to_save\.|weight$|lora_)")
 
 
 @rule(
@@ -98,15 +140,15 @@ def adapter_reaches_nothing(folder: Folder) -> Iterator[Fault]:
     base, modules = folder.base, _modules(folder)
     if base is None or not modules or not base.tensors:
         return
-    known = {name.rpartition(".")[0] for name in base.tensors}
-    tails = {_tail(module) for module in known}
+    family = family_of(base.model_type)
+    known = {live_name(name, family) for name in base.tensors}
+    tails = {_tail(name.rpartition(".")[0]) for name in known}
     unreached = [
         module
         for module in modules
-        if module not in known
-        and published_name(module + ".", base.model_type)[:-1] not in known
+        if not _is_reached(module, live_name(module, family), known, base)
         # Where we do not know how the live model names its parts, only a layer that is nowhere is unreached.
-        and not (_tail(module) in tails and (is_vision(module + ".") or not (base.family and base.family.published)))
+        and not (_tail(module) in tails and (is_vision(module + ".") or not family.published))
     ]
     if unreached:
         yield Fault(
@@ -115,6 +157,14 @@ def adapter_reaches_nothing(folder: Folder) -> Iterator[Fault]:
             found=f"{len(unreached)} of {len(modules)} modules are not in {base.path.name}",
             expected="modules of the base",
         )
+
+
+def _is_reached(module: str, live: str, known: set[str], base: Folder) -> bool:
+    """Return whether a module is in the base under the name that a loader looks for: the live or the stored one.
+
+    A merge understands more spellings. PEFT and servers pass those over without a word.
+    """
+    return is_stored(live, known) and (module == live or is_stored(module, base.tensors))
 
 
 @rule(

@@ -8,6 +8,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER_CONFIG
+from grpo_toolkit.doctor.readers import TRANSFORMERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +33,7 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     effect="every token recomputes the whole prompt, and a vision model re-encodes the image for each of them",
     evidence="https://github.com/om-ai-lab/VLM-R1/issues/229",
     mend="true, or the key deleted where the base has none",
+    fails=TRANSFORMERS,
 )
 def generation_cache_off(folder: Folder) -> Iterator[Fault]:
     value = folder.get(GENERATION_CONFIG, "use_cache")
@@ -46,6 +48,7 @@ def generation_cache_off(folder: Folder) -> Iterator[Fault]:
     "whole prompt",
     evidence="https://github.com/hiyouga/EasyR1/issues/265",
     mend="true, or the key deleted where the base has none",
+    fails=TRANSFORMERS,
 )
 def config_cache_off(folder: Folder) -> Iterator[Fault]:
     if not folder.has(GENERATION_CONFIG):
@@ -59,6 +62,7 @@ def config_cache_off(folder: Folder) -> Iterator[Fault]:
     "starts from this folder and a merger that drops that file all decode without a cache",
     evidence="https://github.com/hiyouga/LlamaFactory/issues/1161",
     mend="true, or the key deleted where the base has none",
+    fails=TRANSFORMERS,
 )
 def config_cache_off_latent(folder: Folder) -> Iterator[Fault]:
     if folder.has(GENERATION_CONFIG):
@@ -158,6 +162,7 @@ def generation_defaults_lost(folder: Folder) -> Iterator[Fault]:
     "(GenerationConfig is invalid)",
     evidence="https://github.com/huggingface/transformers/issues/29988",
     mend="do_sample as in the base, else true",
+    fails=TRANSFORMERS,
 )
 def sampling_without_do_sample(folder: Folder) -> Iterator[Fault]:
     settings = folder.objects.get(GENERATION_CONFIG, {})
@@ -187,14 +192,27 @@ def _ids(value: Any) -> list[int] | None:
 
 
 def _eos_place(folder: Folder) -> tuple[str, tuple[str, ...], list[int]] | None:
-    """Return the end-of-sequence ids that generate uses, with the file and the path that they are read from."""
-    places: list[tuple[str, tuple[str, ...]]] = [(GENERATION_CONFIG, ("eos_token_id",))]
-    places += [(CONFIG, ("eos_token_id",)), (CONFIG, ("text_config", "eos_token_id"))]
-    for file, path in places:
-        ids = _ids(folder.get(file, *path))
+    """Return the end-of-sequence ids that generate uses, with the file and the path that they are read from.
+
+    transformers asks config.json only where there is no generation_config.json: in one without ids there are none.
+    """
+    if folder.has(GENERATION_CONFIG):
+        if GENERATION_CONFIG not in folder.objects:
+            return None
+        value = folder.get(GENERATION_CONFIG, "eos_token_id")
+        ids = [] if value is ABSENT or value is None else _ids(value)
+        return None if ids is None else (GENERATION_CONFIG, ("eos_token_id",), ids)
+    for path in (("eos_token_id",), ("text_config", "eos_token_id")):
+        ids = _ids(folder.get(CONFIG, *path))
         if ids is not None:
-            return file, path, ids
+            return CONFIG, path, ids
     return None
+
+
+def _config_eos(folder: Folder) -> list[int]:
+    """Return the ids in config.json, which nobody asks where generation_config.json exists."""
+    values = (folder.get(CONFIG, *path) for path in (("eos_token_id",), ("text_config", "eos_token_id")))
+    return next((ids for ids in map(_ids, values) if ids is not None), [])
 
 
 def _token_id(folder: Folder, name: str) -> int | None:
@@ -209,23 +227,34 @@ def _token_id(folder: Folder, name: str) -> int | None:
     effect="generate does not stop at the end of an answer and goes on to max_new_tokens",
     evidence="https://github.com/meta-llama/llama-cookbook/issues/640",
     mend="the base's ids, else the tokenizer's id added",
+    fails=TRANSFORMERS,
 )
 def eos_token_lost(folder: Folder) -> Iterator[Fault]:
     eos, place = _token_id(folder, "eos_token"), _eos_place(folder)
-    if folder.kind is not Kind.MODEL or eos is None or place is None or eos in place[2]:
+    if folder.kind is not Kind.MODEL or place is None:
         return
     file, path, ids = place
+    if eos in ids or (ids and eos is None) or not (ids or folder.is_generative):
+        return
     base = None if folder.base is None else _eos_place(folder.base)
     if base is not None and sorted(base[2]) == sorted(ids):
         return  # the maker's own choice
-    written = base[2] if base is not None and eos in base[2] else [eos, *ids]
-    yield Fault(
-        file=file,
-        key=".".join(path),
-        found=folder.get(file, *path),
-        expected=f"{written if len(written) > 1 else written[0]}, with the tokenizer's end of sequence",
-        remedies=(Edit(file=file, path=path, value=written if len(written) > 1 else written[0]),),
-    )
+    written = _right_ids(eos, ids or _config_eos(folder), [] if base is None else base[2])
+    if written:
+        yield Fault(
+            file=file,
+            key=".".join(path),
+            found=folder.get(file, *path),
+            expected=f"{written if len(written) > 1 else written[0]}, with the tokenizer's end of sequence",
+            remedies=(Edit(file=file, path=path, value=written if len(written) > 1 else written[0]),),
+        )
+
+
+def _right_ids(eos: int | None, ids: list[int], base: list[int]) -> list[int]:
+    """Return the base's ids if the tokenizer's end is among them (or not known), else that end and the known ids."""
+    if base and (eos is None or eos in base):
+        return base
+    return list(dict.fromkeys([*([] if eos is None else [eos]), *ids]))
 
 
 @rule(
@@ -243,7 +272,7 @@ def eos_differs(folder: Folder) -> Iterator[Fault]:
     if folder.kind is not Kind.MODEL or ours is None or base is None or sorted(ours[2]) == sorted(base[2]):
         return
     file, path, ids = ours
-    if eos is not None and (eos not in ids or eos not in base[2]):
+    if not ids or not base[2] or (eos is not None and (eos not in ids or eos not in base[2])):
         return  # `eos_token_lost` reports the one; in the other the tokenizer was changed on purpose
     written: Any = base[2] if len(base[2]) > 1 else base[2][0]
     yield Fault(

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject
 from grpo_toolkit.checkpoint.model_folder import CONFIG
+from grpo_toolkit.checkpoint.pixel_limits import PIXEL_LIMITS, pixel_limits
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, VIDEO_PREPROCESSOR
+from grpo_toolkit.doctor.readers import V4
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +31,7 @@ _ROPE_TYPES_WITHOUT_SETTINGS: Final = ("default", "mrope", "axial")
     effect="transformers before 4.52 cannot load it: 'dict' object has no attribute 'to_dict'",
     evidence="https://github.com/hiyouga/EasyR1/issues/326",
     mend="the text model's keys moved to the top, as published",
+    fails="transformers<4.52; vllm@<4.52; sglang@<4.52",
 )
 def nested_text_config(folder: Folder) -> Iterator[Fault]:
     text = folder.get(CONFIG, "text_config")
@@ -63,9 +66,10 @@ _INNER: Final = frozenset({"use_cache", "rope_parameters", "rope_scaling", "rope
     "something else; so do servers on it",
     evidence="https://github.com/vllm-project/vllm/pull/42624",
     mend="rope_scaling and rope_theta written beside it",
+    fails=V4,
 )
 def rope_parameters_alone(folder: Folder) -> Iterator[Fault]:
-    if folder.family is None:
+    if folder.family is None or _has_rope_parameters_alone(folder.base):
         return
     for level, node in folder.levels():
         rope = node.get("rope_parameters")
@@ -92,6 +96,12 @@ def rope_parameters_alone(folder: Folder) -> Iterator[Fault]:
         )
 
 
+def _has_rope_parameters_alone(base: Folder | None) -> bool:
+    """Return whether the base is published in this form: then so may be what was trained from it."""
+    levels = () if base is None else base.levels()
+    return any("rope_parameters" in node and "rope_theta" not in node for _, node in levels)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -113,6 +123,7 @@ def _older_scaling(rope: JsonObject) -> JsonObject | None:
     effect="AutoTokenizer of 4.x, vLLM on it, llama.cpp and mlx-lm: Tokenizer class TokenizersBackend does not exist",
     evidence="https://github.com/unslothai/unsloth/issues/8444",
     mend="the base's class, else PreTrainedTokenizerFast",
+    fails=V4,
 )
 def tokenizers_backend(folder: Folder) -> Iterator[Fault]:
     value = folder.get(TOKENIZER_CONFIG, "tokenizer_class")
@@ -138,6 +149,7 @@ def tokenizers_backend(folder: Folder) -> Iterator[Fault]:
     effect="4.x cannot load the tokenizer: 'list' object has no attribute 'keys'",
     evidence="https://github.com/huggingface/transformers/pull/44781",
     mend="moved to additional_special_tokens, which all versions read",
+    fails=V4,
 )
 def extra_special_tokens_list(folder: Folder) -> Iterator[Fault]:
     value = folder.get(TOKENIZER_CONFIG, "extra_special_tokens")
@@ -163,6 +175,7 @@ def extra_special_tokens_list(folder: Folder) -> Iterator[Fault]:
     effect="4.x looks for preprocessor_config.json: no processor, no image",
     evidence="https://github.com/2U1/Qwen-VL-Series-Finetune/issues/34",
     mend="the nested processors moved into files of their own",
+    fails=V4,
 )
 def preprocessor_config_missing(folder: Folder) -> Iterator[Fault]:
     outer = folder.objects.get(PROCESSOR)
@@ -225,14 +238,66 @@ def unknown_image_processor(folder: Folder) -> Iterator[Fault]:
             )
 
 
-@rule(
-    Severity.NOTE,
-    "code in the folder",
-    effect="the config names Python code to run when the model is loaded; it was not run, and not judged",
-    evidence="https://huggingface.co/docs/transformers/custom_models",
+# Image and video processors that resize to a number of pixels between two limits: every release since 4.50 asks for
+# both edges in `size`, at loading or at the first picture. Source: `resize` of image_processing_qwen2_vl.py and of the
+# classes that were made from it.
+_BETWEEN_LIMITS: Final = (
+    "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Glm4v", "Glm46V", "GlmImage", "Ernie4_5_VL", "PaddleOCRVL", "VideoLlama3",
+    "HunYuanVL", "MiniMaxM3VL",
+)  # fmt: skip
+_EDGES: Final = ("shortest_edge", "longest_edge")
+_PROCESSORS: Final = (
+    (PREPROCESSOR, (), "image_processor_type"),
+    (PROCESSOR, ("image_processor",), "image_processor_type"),
+    (VIDEO_PREPROCESSOR, (), "video_processor_type"),
+    (PROCESSOR, ("video_processor",), "video_processor_type"),
 )
-def remote_code(folder: Folder) -> Iterator[Fault]:
-    for file in (CONFIG, TOKENIZER_CONFIG, PREPROCESSOR, PROCESSOR):
-        value = folder.get(file, "auto_map")
-        if value is not ABSENT:
-            yield Fault(file=file, key="auto_map", found=value, expected="a look at that code before it is trusted")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "pixel limits in a form that no reader takes",
+    effect="4.50 to 4.57 refuse the processor (size must contain 'shortest_edge' and 'longest_edge' keys), 5.x raises "
+    "at the first image, and 4.49 passes over the limits",
+    evidence="https://github.com/huggingface/transformers/issues/37811",
+    mend="size as shortest_edge and longest_edge, and min_pixels and max_pixels beside it",
+)
+def pixel_limits_unread(folder: Folder) -> Iterator[Fault]:
+    for file, path, kind in _PROCESSORS:
+        settings, size = folder.get(file, *path), folder.get(file, *path, "size")
+        name = folder.get(file, *path, kind)
+        if not isinstance(size, dict) or not isinstance(name, str) or not name.startswith(_BETWEEN_LIMITS):
+            continue
+        if all(_is_number(size.get(edge)) for edge in _EDGES):
+            continue
+        limits = _limits(settings, folder.base.get(file, *path) if folder.base else ABSENT)
+        outer_alone = all(_is_number(settings.get(name)) for name in PIXEL_LIMITS)
+        yield Fault(
+            file=file,
+            key=".".join((*path, "size")),
+            found=size,
+            expected="shortest_edge and longest_edge",
+            remedies=() if limits is None else tuple(_limit_edits(file, path, limits, settings)),
+            # The limits beside `size` fill it in 5.x, and are all that 4.49 reads.
+            fails=_REFUSE_LIMITS if outer_alone else "",
+        )
+
+
+def _limit_edits(file: str, path: tuple[str, ...], limits: JsonObject, settings: JsonObject) -> Iterator[Edit]:
+    yield Edit(file=file, path=(*path, "size"), value=limits)
+    if "image_processor_type" in settings:  # 4.49 reads the limits of an image here, and nowhere else
+        for name, edge in PIXEL_LIMITS.items():
+            if not _is_number(settings.get(name)):
+                yield Edit(file=file, path=(*path, name), value=limits[edge])
+
+
+_REFUSE_LIMITS: Final = "transformers>=4.50<5; vllm@>=4.50<5; sglang@>=4.50<5"
+
+
+def _limits(settings: JsonObject, base: Any) -> JsonObject | None:
+    """Return `size` in the form that is read, from the limits in another form or else from the base's."""
+    for node in (settings, base):
+        low, high = pixel_limits(node) if isinstance(node, dict) else (ABSENT, ABSENT)
+        if _is_number(low) and _is_number(high):
+            return {"shortest_edge": low, "longest_edge": high}
+    return None

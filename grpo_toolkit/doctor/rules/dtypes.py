@@ -8,7 +8,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_folder import CONFIG
 from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, FLOAT_NAMES
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
-from grpo_toolkit.doctor.rules.tensor_facts import HEAD, base_tensors, new_names, settled, weights
+from grpo_toolkit.doctor.rules.tensor_facts import HEAD, base_by_live_name, base_tensors, by_live_name, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,22 +25,21 @@ if TYPE_CHECKING:
     needs_base=True,
 )
 def wider_than_base(folder: Folder) -> Iterator[Fault]:
-    ours, base = settled(folder), base_tensors(folder)
-    back = {new: old for old, new in new_names(folder).items()}
+    ours, base = weights(folder), base_tensors(folder)
+    published = base_by_live_name(folder)
+    origins = {name: base[published[live]] for live, name in by_live_name(folder).items() if live in published}
     casts = {
-        back.get(name, name): base[name].dtype
-        for name, info in ours.items()
-        if name in base
-        and {info.dtype, base[name].dtype} <= set(FLOAT_NAMES)
-        and _is_wider(info.dtype, base[name].dtype)
+        name: other.dtype
+        for name, other in origins.items()
+        if {ours[name].dtype, other.dtype} <= set(FLOAT_NAMES) and _is_wider(ours[name].dtype, other.dtype)
     }
     if not casts:
         return
     common = folder.base.stored_dtype if folder.base else None
     casts |= {  # a doubled head is in no base, and is cast with the rest so that it can be compared and dropped
-        back.get(name, name): common
+        name: common
         for name, info in ours.items()
-        if common and name not in base and name.endswith(HEAD) and _is_wider(info.dtype, common)
+        if common and name not in origins and name.endswith(HEAD) and _is_wider(info.dtype, common)
     }
     first = min(casts)
     yield Fault(

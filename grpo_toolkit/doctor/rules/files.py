@@ -23,6 +23,7 @@ from grpo_toolkit.doctor.parsed_folder import (
     is_plain,
     plain_shards,
 )
+from grpo_toolkit.doctor.readers import TRAINER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -253,53 +254,6 @@ def index_left_over(folder: Folder) -> Iterator[Fault]:
 
 
 @rule(
-    Severity.UNLOADABLE,
-    "no weights",
-    effect="there is a config and nothing to load",
-    evidence="https://github.com/huggingface/transformers/issues/30491",
-)
-def weights_missing(folder: Folder) -> Iterator[Fault]:
-    has_index = folder.has(WEIGHTS_INDEX)
-    others = any(name.endswith((".safetensors", ".gguf", ".h5", ".msgpack")) for name in folder.entries)
-    if (
-        folder.kind is Kind.MODEL
-        and not folder.has(WEIGHTS)
-        and not has_index
-        and not folder.has_pickles
-        and not others
-    ):
-        yield Fault(file=WEIGHTS, expected="weights")
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "FSDP shards only",
-    effect="SHARDED_STATE_DICT saves no model: no config, no safetensors; nothing but the trainer can load it",
-    evidence="https://github.com/huggingface/transformers/issues/30491",
-)
-def fsdp_shards_only(folder: Folder) -> Iterator[Fault]:
-    if folder.kind is Kind.FSDP:
-        name = min((n for n in folder.entries if n.startswith("pytorch_model_fsdp")), default=".")
-        expected = f"run: accelerate merge-weights {name} OUT, then add the base's config and tokenizer"
-        yield Fault(file=name, found="distributed shards", expected=expected)
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "ZeRO shards only",
-    effect="ZeRO-3 without 16-bit gathering saves no weights beside the config",
-    evidence="https://github.com/huggingface/transformers/issues/20082",
-)
-def zero_shards_only(folder: Folder) -> Iterator[Fault]:
-    if folder.kind is Kind.DEEPSPEED:
-        name = min((n for n in folder.entries if n.startswith("global_step")), default="zero_to_fp32.py")
-        expected = (
-            "run the folder's zero_to_fp32.py if you trust it, and stage3_gather_16bit_weights_on_model_save next time"
-        )
-        yield Fault(file=name, found="DeepSpeed shards", expected=expected)
-
-
-@rule(
     Severity.NOTE,
     "pickled weights",
     effect="a pickle can run code when it is opened, so it was not; nothing is known about these weights",
@@ -309,6 +263,23 @@ def pickled_weights(folder: Folder) -> Iterator[Fault]:
     pickles = sorted(name for name in folder.entries if name.startswith("pytorch_model") and name.endswith(".bin"))
     if folder.kind is Kind.MODEL and pickles and not folder.shards:
         yield Fault(file=pickles[0], found=f"{len(pickles)} pickles", expected="safetensors")
+
+
+_RESUMABLE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_0.pth")
+
+
+@rule(
+    Severity.WRONG,
+    "no trainer_state.json beside an optimizer",
+    effect="no resume takes this checkpoint: Trainer reads its step from there and stops without it; the model itself "
+    "loads",
+    evidence="https://huggingface.co/docs/transformers/main_classes/trainer#transformers.Trainer.train",
+    fails=TRAINER,
+)
+def trainer_state_missing(folder: Folder) -> Iterator[Fault]:
+    parts = [name for name in _RESUMABLE if folder.has(name)]
+    if folder.kind in (Kind.MODEL, Kind.ADAPTER) and parts and not folder.has("trainer_state.json"):
+        yield Fault(file="trainer_state.json", expected=f"the trainer's state, as {parts[0]} is here")
 
 
 @rule(

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import CONFIG, Kind
-from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, plan_renames
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames, stored_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.parsed_folder import Folder
+
+# Heads that predict several tokens ahead, and what once was a parameter or a stored buffer: loaders pass over them and
+# saving leaves them out. Such a head may also be one layer more than the config counts.
+# Source: `_keys_to_ignore_on_load_unexpected` of the classes in transformers 5.24, and `PreTrainedModel.
+# _adjust_missing_and_unexpected_keys`.
+_PASSED_OVER: Final = re.compile(
+    r"(?:^|\.)mtp[._]|rotary_emb\.inv_freq$|(?:^|\.)position_ids$|\.attn\.(?:bias|masked_bias|causal_mask)$"
+)
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
@@ -37,10 +47,21 @@ def new_names(folder: Folder) -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def settled(folder: Folder) -> dict[str, TensorInfo]:
-    """Return our tensors under the names that they should have, for comparison with the base."""
-    renames = new_names(folder)
-    return {renames.get(name, name): info for name, info in weights(folder).items()}
+def by_live_name(folder: Folder) -> dict[str, str]:
+    """Return a full model's stored names by the live model's: two folders may spell one model in two ways."""
+    family, renames = family_of(folder.model_type), new_names(folder)
+    return {live_name(renames.get(name, name), family): name for name in weights(folder)}
+
+
+def base_by_live_name(folder: Folder) -> dict[str, str]:
+    """Return the same of the base, where it is a full model."""
+    return {} if folder.base is None else by_live_name(folder.base)
+
+
+def is_passed_over(folder: Folder, name: str) -> bool:
+    """Return whether no class of transformers holds a stored tensor: a model without it is whole all the same."""
+    layers, layer = folder.text_value("num_hidden_layers"), stored_layers([name])
+    return _PASSED_OVER.search(name) is not None or (type(layers) is int and bool(layer) and min(layer) >= layers)
 
 
 @lru_cache(maxsize=4)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.model_folder import CONFIG
+from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
 from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
     HEAD,
+    base_by_live_name,
     base_tensors,
+    by_live_name,
     ends,
     has_lora,
+    is_passed_over,
     lone_head,
     new_names,
-    settled,
     weights,
 )
 
@@ -49,10 +53,16 @@ def wrapped_names(folder: Folder) -> Iterator[Fault]:
 def unpublished_names(folder: Folder) -> Iterator[Fault]:
     renames = {old: new for old, new in new_names(folder).items() if without_wrappers(old) == old}
     if renames and not has_lora(folder):
-        yield _naming(folder, renames)
+        live = tuple(prefix for prefix, _ in folder.family.published) if folder.family else ()
+        is_live = bool(live) and all(name.startswith(live) for name in renames)
+        yield _naming(folder, renames, fails=_KNOW_PUBLISHED_NAMES if is_live else "")
 
 
-def _naming(folder: Folder, renames: dict[str, str]) -> Fault:
+_KNOW_PUBLISHED_NAMES = "transformers<4.52; vllm; sglang"
+"""The readers of published names alone; later releases of transformers know the live ones too."""
+
+
+def _naming(folder: Folder, renames: dict[str, str], *, fails: str = "") -> Fault:
     old = min(renames)
     stays = set(folder.tensors) - set(renames)
     is_clear = len(set(renames.values()) | stays) == len(folder.tensors)  # no two tensors end under one name
@@ -62,6 +72,7 @@ def _naming(folder: Folder, renames: dict[str, str]) -> Fault:
         found=f"{len(renames)} of {len(folder.tensors)} tensors",
         expected=renames[old],
         remedies=(Weights(renames=renames, dtypes={}),) if is_clear else (),
+        fails=fails,
     )
 
 
@@ -107,10 +118,11 @@ def empty_tensors(folder: Folder) -> Iterator[Fault]:
     needs_base=True,
 )
 def tensors_missing(folder: Folder) -> Iterator[Fault]:
-    ours, base = settled(folder), base_tensors(folder)
+    ours, base = by_live_name(folder), base_by_live_name(folder)
     if not ours or not base or has_lora(folder):
         return
-    missing = sorted(set(base) - set(ours))
+    missing = sorted(base[live] for live in base.keys() - ours.keys())
+    missing = [name for name in missing if not is_passed_over(folder, name)]
     if lone_head(folder):
         missing = [name for name in missing if not name.endswith(EMBEDDING)]
     if missing and not _is_tied_away(folder, missing):
@@ -134,11 +146,11 @@ def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
     needs_base=True,
 )
 def tensors_extra(folder: Folder) -> Iterator[Fault]:
-    ours, base = settled(folder), base_tensors(folder)
-    extra = sorted(name for name in set(ours) - set(base) if not is_lora(name) and not name.endswith(HEAD))
+    ours, base = by_live_name(folder), base_by_live_name(folder)
+    extra = sorted(ours[live] for live in ours.keys() - base.keys() if not is_lora(live) and not live.endswith(HEAD))
     if base and extra:
         yield Fault(
-            file=ours[extra[0]].file,
+            file=folder.tensors[extra[0]].file,
             key=extra[0],
             found=f"{len(extra)} tensors",
             expected="the base's tensors only",
@@ -153,17 +165,16 @@ def tensors_extra(folder: Folder) -> Iterator[Fault]:
     needs_base=True,
 )
 def shapes_differ(folder: Folder) -> Iterator[Fault]:
-    ours, base = settled(folder), base_tensors(folder)
-    other = sorted(
-        name for name, info in ours.items() if name in base and info.shape != base[name].shape and 0 not in info.shape
-    )
+    names, published, base = by_live_name(folder), base_by_live_name(folder), base_tensors(folder)
+    pairs = {names[live]: (folder.tensors[names[live]], base[published[live]]) for live in names.keys() & published}
+    other = sorted(name for name, (one, two) in pairs.items() if one.shape != two.shape and 0 not in one.shape)
     if other and folder.text_value("vocab_size") == (folder.base.text_value("vocab_size") if folder.base else None):
-        name = other[0]
+        ours, wanted = pairs[other[0]]
         yield Fault(
-            file=ours[name].file,
-            key=name,
-            found=list(ours[name].shape),
-            expected=f"{list(base[name].shape)}, as in the base",
+            file=ours.file,
+            key=other[0],
+            found=list(ours.shape),
+            expected=f"{list(wanted.shape)}, as in the base",
         )
 
 
@@ -176,7 +187,8 @@ def shapes_differ(folder: Folder) -> Iterator[Fault]:
 def vocabulary_mismatch(folder: Folder) -> Iterator[Fault]:
     name, size = ends(folder)[1], folder.text_value("vocab_size")
     shape = folder.tensors[name].shape if name else ()
-    if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size):
+    extra = family_of(folder.model_type).extra_embeddings
+    if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size + extra):
         yield Fault(file=CONFIG, key="vocab_size", found=size, expected=f"{shape[0]}, the rows of {name}")
 
 
@@ -213,4 +225,40 @@ def identical_to_base(folder: Folder) -> Iterator[Fault]:
             file=next(iter(folder.shards)),
             found=f"all {folder.digests.compared} tensors equal the base's",
             expected="at least one trained tensor",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "tensors without information",
+    effect="whole layers are zero, or one value throughout: the model speaks gibberish (found with --deep)",
+    evidence="https://github.com/H-EmbodVis/NAUTILUS/issues/5",
+)
+def tensors_empty(folder: Folder) -> Iterator[Fault]:
+    empty = () if folder.digests is None else folder.digests.empty
+    if empty:
+        where = "which are not so in the base" if base_tensors(folder) else "matrices among them"
+        yield Fault(
+            file=folder.tensors[empty[0]].file,
+            key=empty[0],
+            found=f"{len(empty)} of {len(folder.tensors)} tensors are one value throughout, {where}: "
+            + summarised(empty),
+            expected="trained values",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "values that are not numbers",
+    effect="one NaN or infinity spreads through every answer (found with --deep)",
+    evidence="https://github.com/IntMeGroup/FineVQ/issues/6",
+)
+def values_not_finite(folder: Folder) -> Iterator[Fault]:
+    broken = () if folder.digests is None else folder.digests.broken
+    if broken:
+        yield Fault(
+            file=folder.tensors[broken[0]].file,
+            key=broken[0],
+            found=f"NaN or infinity in {len(broken)} of {len(folder.tensors)} tensors: {summarised(broken)}",
+            expected="finite values",
         )

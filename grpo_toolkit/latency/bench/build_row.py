@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import uuid
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -18,11 +17,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Measured
-
-
-def new_session() -> str:
-    """Return a new id for rows that take turns."""
-    return uuid.uuid4().hex
 
 
 def row_of_arm(arm: Arm, found: Measured, traffic: Traffic, session: str) -> LatencyRow:

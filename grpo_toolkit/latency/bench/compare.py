@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.bench.measure import Plan, pairs_of, traffic_for
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, allow_for, paired_ratio, span
 from grpo_toolkit.latency.engines.arms import named_arms
+from grpo_toolkit.latency.rows.review import CONTROL
+from grpo_toolkit.latency.rows.row import METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from typing import Any
 
     from grpo_toolkit.latency.bench.measure import Progress
     from grpo_toolkit.latency.engines.arms import Arm
@@ -21,15 +24,12 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.rows.row import LatencyRow, Ratio, Summary
 
-CONTROL: Final = "control"
-"""The arm's name of the A/A control: the first arm once more, in a process of its own."""
-
-METRICS: Final = ("tpot_s", "ttft_s", "e2e_s")
+LARGEST_BATCH: Final = 1024
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(HtmlTable):
-    """Arms that took turns.
+    """A comparison of arms that took turns.
 
     Attributes:
         rows: one per arm; the first is what the others' `ratios` are against.
@@ -50,10 +50,6 @@ class Comparison(HtmlTable):
                 if row.arm == arm and ratio.metric == metric:
                     return ratio
         raise InputError(f"no ratio of {metric} for an arm {arm!r}: it was not measured, or against nothing")
-
-    def to_json(self) -> dict[str, Any]:
-        control = None if self.control is None else self.control.to_json()
-        return {"rows": [row.to_json() for row in self.rows], "control": control}
 
     def table_rows(self) -> list[dict[str, object]]:
         return [
@@ -178,3 +174,31 @@ def ratios(row: LatencyRow, against: LatencyRow) -> list[Ratio]:
             times, others = zip(*both, strict=True)
             found.append(replace(paired_ratio(times, others, name=against.arm, metric=metric), left_out=left_out))
     return found
+
+
+def doubling() -> Iterator[int]:
+    """Yield the batch sizes 1, 2, 4, ..., to be left when nothing fits any more."""
+    size = 1
+    while size <= LARGEST_BATCH:
+        yield size
+        size *= 2
+
+
+def sweep_batches(
+    arms: Sequence[Arm], sizes: Iterable[int], compare: Callable[[Sequence[Arm], int], Comparison]
+) -> Iterator[Comparison]:
+    """Compare arms at one batch size after the other.
+
+    Args:
+        arms: what is compared; one that ran out of memory is asked nothing larger.
+        sizes: in this order, such as `doubling()`.
+        compare: compares the arms that are left at one size.
+    """
+    left = list(arms)
+    for size in sizes:
+        comparison = compare(left, size)
+        yield comparison
+        failed = {row.arm for row in comparison.rows if row.error is not None}
+        left = [arm for arm in left if arm.name not in failed]
+        if not left:
+            return

@@ -8,8 +8,8 @@ arm has one, whatever the clock says: on a GPU both can take the same time until
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError
 
@@ -19,19 +19,12 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.rows.row import LatencyRow
 
 MAX_SLOWDOWN: Final = "max-slowdown"
-METRICS: Final = {"tpot_s": "time per output token", "e2e_s": "end to end"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """The largest allowed ratio of times."""
-
-    max_slowdown: float
+_HELD: Final = {"tpot_s": "time per output token", "e2e_s": "end to end"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Missed:
-    """One arm that missed the gate, on one workload, and what shows it."""
+    """An arm that missed the gate on one workload, with the figure that shows it."""
 
     arm: str
     path: str
@@ -41,12 +34,9 @@ class Missed:
     def __str__(self) -> str:
         return f"{self.arm} misses the gate ({self.workload}): {self.reason}"
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def gate_of(text: str) -> Gate:
-    """Return the gate of a text such as `max-slowdown=1.05`.
+def gate_of(text: str) -> float:
+    """Return the largest allowed ratio of times that a text such as `max-slowdown=1.05` names.
 
     Raises:
         InputError: another name, or a limit that is not a number from 1 on.
@@ -58,27 +48,27 @@ def gate_of(text: str) -> Gate:
         limit = math.nan
     if name != MAX_SLOWDOWN or not 1 <= limit < math.inf:
         raise InputError(f"gate {text!r}: expected {MAX_SLOWDOWN}=RATIO with a ratio of 1 or more, such as 1.05")
-    return Gate(max_slowdown=limit)
+    return limit
 
 
-def missed_by(gate: Gate, rows: Sequence[LatencyRow]) -> list[Missed]:
+def missed_by(max_slowdown: float, rows: Sequence[LatencyRow]) -> list[Missed]:
     """Return the arms that miss a gate.
 
     Args:
-        gate: the limit.
+        max_slowdown: the largest allowed ratio of times.
         rows: arms that took turns, with their ratios against the first. Arms whose cache was switched off by the
             caller are left out: they are slow on purpose.
     """
     found = []
     first = rows[0]
     for row in rows[1:]:
-        reason = "" if row.settings.use_cache is False else _reason(gate, row, first)
+        reason = "" if row.settings.use_cache is False else _reason(max_slowdown, row, first)
         if reason:
             found.append(Missed(arm=row.arm, path=row.path, workload=row.workload.name, reason=reason))
     return found
 
 
-def _reason(gate: Gate, row: LatencyRow, first: LatencyRow) -> str:
+def _reason(max_slowdown: float, row: LatencyRow, first: LatencyRow) -> str:
     if row.error is not None and first.error is None:
         return row.error
     if row.proof.is_cached is False and first.proof.is_cached:
@@ -87,8 +77,8 @@ def _reason(gate: Gate, row: LatencyRow, first: LatencyRow) -> str:
     for ratio in row.ratios:
         if ratio.low is None or ratio.high is None:
             continue
-        if ratio.metric in METRICS and ratio.against == first.arm and ratio.low > 1:
+        if ratio.metric in _HELD and ratio.against == first.arm and ratio.low > 1:
             times = f"{ratio.median:.2f} times as long as {first.arm} ({ratio.low:.2f} to {ratio.high:.2f})"
-            if ratio.median > gate.max_slowdown:
-                return f"{METRICS[ratio.metric]} {times}, allowed are {gate.max_slowdown:g}"
+            if ratio.median > max_slowdown:
+                return f"{_HELD[ratio.metric]} {times}, allowed are {max_slowdown:g}"
     return ""

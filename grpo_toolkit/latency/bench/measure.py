@@ -12,12 +12,13 @@ another arm or for an earlier workload, has its kernels and its memory: only wha
 from __future__ import annotations
 
 import time
+import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
-from grpo_toolkit.latency.bench.build_row import new_session, row_of_arm
+from grpo_toolkit.latency.bench.build_row import row_of_arm
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
 from grpo_toolkit.latency.bench.workload import (
     MADE_UP_IMAGE_TOKENS,
@@ -175,7 +176,7 @@ class Plan:
             if self.roofline:
                 measuring.probe_hardware()
             measuring.pool.asked_s += measuring.spent_s
-            session = new_session()
+            session = uuid.uuid4().hex
             return [row_of_arm(arm, measuring.found[arm.name], self.traffic, session) for arm in self.arms]
 
 
@@ -200,7 +201,7 @@ class _Measuring:
 
     @property
     def spent_s(self) -> float:
-        """Seconds since the models were loaded."""
+        """The seconds since the models were loaded."""
         return time.perf_counter() - self._began
 
     def _alive(self, names: Sequence[str]) -> list[str]:

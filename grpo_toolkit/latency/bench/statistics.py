@@ -30,6 +30,7 @@ MIN_PAIRS: Final = 6
 PERCENTILES: Final = {"p90": (90, 64), "p95": (95, 130), "p99": (99, 662)}
 """Percentile and the smallest sample that carries it: about six values lie beyond it there."""
 
+CONFIDENCE: Final = 0.95
 _RESAMPLES: Final = 4999
 _SEED: Final = 20240229
 
@@ -69,9 +70,7 @@ def is_steady(seconds: Sequence[float], *, window: int = 3, within: float = 0.05
     return abs(after - before) <= within * before
 
 
-def paired_ratio(
-    times: Sequence[float], against: Sequence[float], *, name: str, metric: str = "tpot_s", confidence: float = 0.95
-) -> Ratio:
+def paired_ratio(times: Sequence[float], against: Sequence[float], *, name: str, metric: str = "tpot_s") -> Ratio:
     """Return the ratio of `times` to `against`, paired by round.
 
     Args:
@@ -79,7 +78,6 @@ def paired_ratio(
         against: the other's, in the same rounds.
         name: the other arm's name.
         metric: what was timed, such as "tpot_s".
-        confidence: of the interval.
 
     Returns:
         The median ratio with its bootstrap interval and the verdict; fewer than `MIN_PAIRS` rounds have no interval.
@@ -97,12 +95,12 @@ def paired_ratio(
     if len(logs) < MIN_PAIRS:
         unknown: Verdict = "cannot tell"
         return Ratio(against=name, metric=metric, pairs=len(logs), verdict=unknown, median=middle, low=None, high=None)
-    least, most = map(math.exp, _interval(logs, confidence))
+    least, most = map(math.exp, _interval(logs))
     found = verdict(len(logs), median=middle, low=least, high=most)
     return Ratio(against=name, metric=metric, pairs=len(logs), verdict=found, median=middle, low=least, high=most)
 
 
-def _interval(logs: Sequence[float], confidence: float) -> tuple[float, float]:
+def _interval(logs: Sequence[float]) -> tuple[float, float]:
     if max(logs) == min(logs):
         return min(logs), max(logs)
     import numpy as np
@@ -112,22 +110,22 @@ def _interval(logs: Sequence[float], confidence: float) -> tuple[float, float]:
         (np.asarray(logs),),
         np.median,
         n_resamples=_RESAMPLES,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         vectorized=True,
         random_state=np.random.default_rng(_SEED),
     ).confidence_interval
     median = statistics.median(logs)
-    wider = _widening(logs, confidence)
+    wider = _widening(logs)
     return median - wider * (median - float(found.low)), median + wider * (float(found.high) - median)
 
 
-def _widening(logs: Sequence[float], confidence: float) -> float:
+def _widening(logs: Sequence[float]) -> float:
     """Return the factor by which the interval of independent rounds is widened for few or dependent ones."""
     from scipy.stats import norm, t
 
     time = autocorrelation_time(logs)
-    tail = (1 + confidence) / 2
+    tail = (1 + CONFIDENCE) / 2
     return math.sqrt(time) * float(t.ppf(tail, max(len(logs) / time - 1, 1.5)) / norm.ppf(tail))
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from grpo_toolkit.checkpoint.pixel_limits import pixel_limits
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.model.generation.chat_inputs import image_messages, render_chat
+from grpo_toolkit.model.generation.chat_inputs import image_messages, render_chat, text_of
 from grpo_toolkit.model.generation.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from PIL.Image import Image
 
@@ -84,6 +84,7 @@ class Traffic:
 def traffic_of(
     requests: Sequence[Request],
     *,
+    name: str | None = None,
     kind: Literal["fixed", "natural"] = "fixed",
     max_new_tokens: int,
     batch_size: int = 1,
@@ -109,14 +110,15 @@ def traffic_of(
         return _marked(pool[place], f"{random.Random(f'mark {seed} {number}').randrange(10**6):06d}")
 
     return Traffic(
-        name=kind, kind=kind, make=make, max_new_tokens=max_new_tokens, batch_size=batch_size, thinking=thinking,
-        seed=seed,
+        name=name or kind, kind=kind, make=make, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        thinking=thinking, seed=seed,
     )  # fmt: skip
 
 
 def made_up(
     processor: Any,
     *,
+    name: str | None = None,
     kind: Literal["fixed", "natural"] = "fixed",
     prompt_tokens: int = 256,
     image_tokens: int | None = None,
@@ -133,6 +135,7 @@ def made_up(
 
     Args:
         processor: whose tokens are counted; None (nothing but an endpoint is known) counts four characters a token.
+        name: on charts; by default the kind.
         kind: fixed or natural.
         prompt_tokens: length of a fixed prompt; where `lengths` are new, of the shortest.
         image_tokens: tokens of the image; None asks without one.
@@ -163,7 +166,7 @@ def made_up(
 
     make(0)  # what cannot be made is said before any model is loaded
     return Traffic(
-        name=kind, kind=kind, make=make, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        name=name or kind, kind=kind, make=make, max_new_tokens=max_new_tokens, batch_size=batch_size,
         thinking=bool(thinking), seed=seed, lengths=lengths,
     )  # fmt: skip
 
@@ -237,15 +240,11 @@ def count_tokens(request: Request, processor: Any, image_tokens: int | None = No
     images = len(request.images) * (image_tokens or 0)
     messages = image_messages(request)
     if processor is None:
-        return images + sum(len(_text(message)) for message in messages) // 4
+        return images + sum(len(text_of(message["content"])) for message in messages) // 4
     if not hasattr(processor, "image_processor"):
         return len(processor(render_chat(processor, messages), add_special_tokens=False)["input_ids"])
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return len(processor.tokenizer(text)["input_ids"]) - len(request.images) + images
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    return "".join(part.get("text", "") for part in message["content"])
 
 
 def _words(seed: int, number: int, count: int) -> str:

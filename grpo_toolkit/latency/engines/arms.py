@@ -7,8 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.model.load import has_processor, load_processor
 from grpo_toolkit.model.memory import free_bytes, process_bytes
 
 if TYPE_CHECKING:
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One thing to time, and how it runs.
+class LatencyArm:
+    """A model to time, and the way in which it runs.
 
     Attributes:
         name: on charts.
@@ -61,6 +64,10 @@ class Arm:
     def warm_key(self) -> tuple[object, ...]:
         """The key of the warm-up: arms with the same one share an engine, and what is compiled for their options."""
         return (self.engine_key, self.options if self.options.is_compiled else None)
+
+
+Arm = LatencyArm
+"""The older name, which is the one inside this package."""
 
 
 def named_arms(
@@ -110,10 +117,6 @@ def processor_of(arms: Sequence[Arm]) -> Any:
     Raises:
         CheckpointError: a folder that is no checkpoint, or an adapter whose base is not here.
     """
-    from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-    from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
-    from grpo_toolkit.model.load import has_processor, load_processor
-
     for arm in arms:
         if arm.live is not None:
             return arm.live[1]

@@ -16,28 +16,25 @@ import json
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from grpo_toolkit.errors import InputError, WorkerError
-from grpo_toolkit.latency.engines.endpoint_extensions import (
-    ALL_IDS,
-    RUNNING_USAGE,
-    Manner,
-    find_extensions,
-    with_extensions,
-)
+from grpo_toolkit.latency.engines.endpoint_extensions import ALL_IDS, RUNNING_USAGE, find_extensions, with_extensions
 from grpo_toolkit.latency.engines.endpoint_stream import Stream, answer_of
-from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
+from grpo_toolkit.latency.engines.protocol import Answer, Engine, EngineFacts, Options
 from grpo_toolkit.model.generation.chat_inputs import image_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import httpx
     from PIL.Image import Image
 
     from grpo_toolkit.model.generation.request import Request
+
+_Said = TypeVar("_Said")
 
 _REFUSALS: Final = (400, 422)
 """The statuses with which a server refuses keys that it does not take."""
@@ -64,7 +61,7 @@ class _BrokenError(WorkerError):
     """A connection that broke off and may hold the next time."""
 
 
-class EndpointEngine:
+class EndpointEngine(Engine):
     """An endpoint and one model there (see `Engine`).
 
     Args:
@@ -128,27 +125,9 @@ class EndpointEngine:
                 )
         return answer_of(streams)
 
-    def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
-        """Return None: a server cannot be looked into."""
-        return None
-
-    def environment(self) -> dict[str, str]:
-        """Return the same as in `facts`."""
-        return self.facts().environment
-
-    def probe_hardware(self) -> dict[str, float]:
-        """Return {}: its device is out of reach."""
-        return {}
-
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
-
-    def __enter__(self) -> EndpointEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _model_called(self, name: str | None) -> str:
         answer = self._get(f"{self.url}/models")
@@ -166,19 +145,18 @@ class EndpointEngine:
         return "" if self.url.endswith("/v1") else f"is it {self.url}/v1? "
 
     def _get(self, page: str) -> httpx.Response:
-        for wait_s in (0.0, *_WAITS_S[:1]):
-            with suppress(_BrokenError), self._said():  # a server may close a connection that it said it would keep
+        def get() -> httpx.Response:
+            with self._said():  # a server may close a connection that it said it would keep
                 return self._client.get(page)
-            time.sleep(wait_s)
-        with self._said():
-            return self._client.get(page)
+
+        return self._patiently(get, waits_s=(0.0, *_WAITS_S[:1]))
 
     def _body(self, request: Request, options: Options) -> dict[str, Any]:
         body = self._plain_body(request, options)
         if self._extensions is None:
             self._extensions = self._find_extensions(body)
             body = self._plain_body(request, options)  # with images of its own
-        return with_extensions(body, self._extensions, Manner(exact=request.exact, greedy=not options.sample))
+        return with_extensions(body, self._extensions, exact=request.exact, greedy=not options.sample)
 
     def _plain_body(self, request: Request, options: Options) -> dict[str, Any]:
         return {
@@ -196,7 +174,8 @@ class EndpointEngine:
         def refusal(keys: frozenset[str]) -> str | None:
             nonlocal named
             try:
-                stream = self._patient(with_extensions(short, keys, Manner(exact=True, greedy=True)))
+                asked = with_extensions(short, keys, exact=True, greedy=True)
+                stream = self._patiently(partial(self._stream, asked, 0.0))
             except _StatusError as error:
                 if error.status not in _REFUSALS:
                     raise
@@ -210,18 +189,18 @@ class EndpointEngine:
             raise refused[-1]
         return found - {RUNNING_USAGE, ALL_IDS} if named else found  # it says more: no need for the server to count
 
-    def _patient(self, body: dict[str, Any]) -> Stream:
-        """Send a short request, again where the server is busy or the connection breaks."""
-        for wait_s in _WAITS_S:
+    def _patiently(self, call: Callable[[], _Said], *, waits_s: Sequence[float] = _WAITS_S) -> _Said:
+        """Make a short call, again where the server is busy or the connection breaks."""
+        for wait_s in waits_s:
             try:
-                return self._stream(body, 0.0)
+                return call()
             except _BrokenError:
                 time.sleep(wait_s)
             except _StatusError as error:
                 if error.status not in _BUSY:
                     raise
                 time.sleep(max(wait_s, error.wait_s))
-        return self._stream(body, 0.0)
+        return call()
 
     def _stream(self, body: dict[str, Any], start: float) -> Stream:
         found = Stream()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -31,40 +30,34 @@ _INSTEAD: Final = {CONFIG: LEAST}
 _OFFERED: Final = (TOKEN_IDS, ALL_IDS, USAGE, RUNNING_USAGE, SALT, NO_PENALTY, LEAST, CONFIG)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manner:
-    """The manner in which a request is to be answered.
+def with_extensions(body: dict[str, Any], taken: frozenset[str], *, exact: bool, greedy: bool) -> dict[str, Any]:
+    """Return a request with all of the keys that apply to it.
 
-    Attributes:
+    Args:
+        body: the request.
+        taken: the keys that the server takes.
         exact: with exactly as many tokens as it may have.
         greedy: with the most likely tokens, every penalty off.
     """
-
-    exact: bool
-    greedy: bool
-
-
-def with_extensions(body: dict[str, Any], taken: frozenset[str], manner: Manner) -> dict[str, Any]:
-    """Return a request with all of the keys that apply to it."""
     found = dict(body)
     for key in _OFFERED:
-        value = _value(key, int(body["max_tokens"]), manner) if key in taken else None
+        value = _value(key, int(body["max_tokens"]), exact=exact, greedy=greedy) if key in taken else None
         if value is not None:
             outer, _, inner = key.partition(".")
             found[outer] = {**found.get(outer, {}), inner: value} if inner else value
     return found
 
 
-def _value(key: str, tokens: int, manner: Manner) -> Any:
+def _value(key: str, tokens: int, *, exact: bool, greedy: bool) -> Any:
     if key == NO_PENALTY:
-        return 1.0 if manner.greedy else None
+        return 1.0 if greedy else None
     if key == LEAST:
         # Not ignore_eos: that says the end of sequence and goes on behind it; transformers takes the next best token.
-        return tokens if manner.exact else None
+        return tokens if exact else None
     if key == CONFIG:
-        exact = {"min_new_tokens": tokens} if manner.exact else {}
-        greedy = {"do_sample": False, "repetition_penalty": 1.0} if manner.greedy else {}
-        return json.dumps({"max_new_tokens": tokens, **exact, **greedy}) if exact or greedy else None
+        least = {"min_new_tokens": tokens} if exact else {}
+        likely = {"do_sample": False, "repetition_penalty": 1.0} if greedy else {}
+        return json.dumps({"max_new_tokens": tokens, **least, **likely}) if exact or greedy else None
     if key == SALT:  # else what requests have in common, the thinking instruction say, is computed once for all
         return uuid.uuid4().hex
     return True

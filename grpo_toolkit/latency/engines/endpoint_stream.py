@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.latency.engines.protocol import Answer
-from grpo_toolkit.latency.engines.think_markers import split_answer
+from grpo_toolkit.latency.engines.think_markers import count_thinking
 from grpo_toolkit.latency.rows.row import Timeline
 
 if TYPE_CHECKING:
@@ -116,14 +116,15 @@ class Stream:
         if any(self.is_reasoning):
             # A piece without text is a marker that the server's parser took out: it counts as thinking.
             begun, pieces = self.is_reasoning.index(True), zip(self.is_reasoning, self.pieces, strict=True)
-            first = next((i for i, (thinks, text) in enumerate(pieces) if i > begun and text and not thinks), None)
+            answers = (i for i, (thinks, text) in enumerate(pieces) if i > begun and text and not thinks)
+            first = next(answers, len(self.pieces))
         else:
-            first = split_answer(self.pieces).first_answer
-        moment = None if first is None else self.times_s[first]
+            first = count_thinking(self.pieces)
+        moment = self.times_s[first] if first < len(self.pieces) else None
         if self._is_counted():
-            think = self.length if first is None else sum(self._sizes()[:first])
+            think = self.length if moment is None else sum(self._sizes()[:first])
         elif len(self.pieces) == self.length:
-            think = self.length if first is None else first
+            think = first
         else:
             return None, None, moment
         return think, self.length - think, moment

@@ -8,13 +8,13 @@ by a hook of its own, with CUDA events on a GPU, read when the answer is done. W
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-from grpo_toolkit.latency.engines.think_markers import split_answer
+from grpo_toolkit.latency.engines.protocol import Answer, Engine, EngineFacts, Evidence, Options
+from grpo_toolkit.latency.engines.think_markers import count_thinking
 from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
 from grpo_toolkit.latency.engines.toggles import (
     expected_errors,
@@ -23,18 +23,20 @@ from grpo_toolkit.latency.engines.toggles import (
     sdpa_limited_to,
     without_stored_graphs,
 )
-from grpo_toolkit.latency.hardware.environment import environment_of, probe_hardware
-from grpo_toolkit.latency.hardware.model_sizes import ModelSizes, sizes_of
 from grpo_toolkit.latency.rows.row import Proof, Timeline
 from grpo_toolkit.model.cache_probe import CacheProbe, cache_in
 from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
 from grpo_toolkit.model.generation.decode_ahead import DecodeAhead
 from grpo_toolkit.model.generation.generate import GREEDY, rivals
+from grpo_toolkit.model.hardware.environment import environment_of, probe_hardware
+from grpo_toolkit.model.hardware.model_sizes import live_sizes
 from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.memory import resident_peak
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     import torch
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.request import Request
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """A model and its processor, where they are, as they stand (eval mode or not, cache on or not)."""
 
     def __init__(self, model: torch.nn.Module, processor: Any) -> None:
@@ -56,11 +58,11 @@ class LocalEngine:
         """Return dtype, sizes, attention and the environment of this process."""
         inner = base_model(self.model)
         return EngineFacts(
+            model_type=inner.config.model_type,
             dtype=str(inner.dtype).removeprefix("torch."),
             device=str(inner.device),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             attn_implementation=getattr(inner.config, "_attn_implementation", None),
-            is_adapter=hasattr(self.model, "peft_config"),
             places=sorted({str(place) for place in (getattr(inner, "hf_device_map", None) or {}).values()}),
             sizes=live_sizes(self.model),
             environment=self.environment(),
@@ -68,8 +70,6 @@ class LocalEngine:
 
     def ask(self, requests: Sequence[Request], options: Options) -> Answer:
         """Answer a batch, timed (see `Engine.ask`)."""
-        import torch
-
         cap, exact = requests[0].max_new_tokens, requests[0].exact
         device = base_model(self.model).device
         options = replace(options, device=str(device))  # of a live model, the caller need not have said
@@ -86,7 +86,7 @@ class LocalEngine:
             prompt = int(inputs["input_ids"].shape[1])
             texts = self._tokenizer.batch_decode(output[:, prompt:], skip_special_tokens=True)
             end_s = clock.now()
-            peaks = clock.peaks()
+            allocated, reserved = clock.peaks()
             before_s, after_s = vision.seconds(first_token=clock.first_token)
         times = clock.times_s
         tokens = self._cut(output[:, prompt:].tolist(), exact=exact, options=options)
@@ -99,9 +99,10 @@ class LocalEngine:
             "decode_s": times[-1] - times[0] - after_s,
             "detokenize_s": end_s - times[-1],
         }
-        think = split_answer([self._tokenizer.decode([token]) for token in tokens[0]]) if len(tokens) == 1 else None
+        think = None
+        if len(tokens) == 1:
+            think = count_thinking([self._tokenizer.decode([token]) for token in tokens[0]])
         del output
-        torch_peak = torch.device(device).type == "cuda"
         return Answer(
             timeline=Timeline(
                 token_times_s=times,
@@ -109,16 +110,16 @@ class LocalEngine:
                 output_tokens=sum(map(len, tokens)),
                 output_lengths=[len(row) for row in tokens],
                 image_tokens=self._image_tokens(inputs["input_ids"]),
-                think_tokens=None if think is None else think.think,
-                answer_tokens=None if think is None else think.answer,
-                first_answer_s=None if think is None or think.first_answer is None else times[think.first_answer],
+                think_tokens=think,
+                answer_tokens=None if think is None else len(tokens[0]) - think,
+                first_answer_s=None if think is None or think == len(tokens[0]) else times[think],
                 is_capped=not exact and any(len(row) == cap and not self._ends(row, options) for row in tokens),
                 phases_s=phases,
             ),
             tokens=tokens,
             texts=texts,
-            peak_allocated_bytes=peaks[0] if torch_peak else None,
-            peak_reserved_bytes=peaks[1] if torch_peak else None,
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
             peak_resident_bytes=resident_peak(),
         )
 
@@ -154,12 +155,6 @@ class LocalEngine:
     def close(self) -> None:
         """Do nothing: the model is its owner's."""
 
-    def __enter__(self) -> LocalEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @contextmanager
     def _ready(self, requests: Sequence[Request], options: Options) -> Iterator[None]:
         import torch
@@ -185,12 +180,14 @@ class LocalEngine:
                 stack.enter_context(sdpa_limited_to(options.sdpa_backend))
                 if options.is_compiled:
                     stack.enter_context(without_stored_graphs())
-            if options.training:
-                stack.enter_context(left_in_training(self.model))
+            stack.enter_context(self._state(options))
             if options.sample:
                 torch.manual_seed(0)
             with expected_errors(f"a batch of {len(requests)}"):
                 yield
+
+    def _state(self, options: Options) -> AbstractContextManager[None]:
+        return left_in_training(self.model) if options.training else nullcontext()
 
     def _compile_for(self, kernels: str | None) -> None:
         """Drop what was compiled for other SDPA kernels: torch chooses one when it compiles, and never looks again."""
@@ -232,8 +229,6 @@ class LocalEngine:
 
 def load_as(path: Path, options: Options) -> tuple[torch.nn.Module, Any]:
     """Load a folder as options say; returns the model and its processor."""
-    from grpo_toolkit.model.load import load_model
-
     model, processor, _ = load_model(
         path,
         device=options.device,
@@ -242,12 +237,6 @@ def load_as(path: Path, options: Options) -> tuple[torch.nn.Module, Any]:
         device_map=options.device_map,
     )
     return model, processor
-
-
-def live_sizes(model: torch.nn.Module) -> ModelSizes | None:
-    """Return the sizes of a live model, adapters included."""
-    tensors = {name: (tuple(p.shape), p.numel() * p.element_size()) for name, p in model.named_parameters()}
-    return sizes_of(base_model(model).config.to_dict(), tensors)
 
 
 def cache_bytes(cache: Any) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,12 @@ from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     import torch
 
     from grpo_toolkit.latency.engines.arms import Arm
-    from grpo_toolkit.latency.engines.protocol import Answer, Engine, Evidence, Options
-    from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.latency.engines.protocol import Engine, Options
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +50,7 @@ class Source:
         return self.model is not None and bool(getattr(base_model(self.model), "hf_device_map", None))
 
 
-class Engines:
+class Engines(AbstractContextManager["Engines"]):
     """The models that are open, each loaded once. A context manager that closes them all.
 
     Args:
@@ -73,9 +72,6 @@ class Engines:
         self._merged: dict[Path, Path] = {}
         self._folders = ExitStack()
 
-    def __enter__(self) -> Engines:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -95,9 +91,6 @@ class Engines:
 
     def engine(self, source: Source, options: Options) -> Engine:
         """Return the engine of a source, loaded as the options say."""
-        if source.model is not None and source.is_dispatched and options.device_map is None:
-            assert source.path is not None
-            source = Source(path=source.path)  # as whole as it was before accelerate spread it out
         place = id(source.model) if source.model is not None else source.path
         key = (place, *options.load_key, options.training)
         if key not in self._open:
@@ -138,17 +131,15 @@ class Engines:
         if key not in self._models:
             self._models[key] = load_as(source.path, options)
         model, processor = self._models[key]
-        return LocalEngine(model, _limited(processor, options))
+        return LocalEngine(model, with_pixels(processor, options))
 
     def _open_live(self, source: Source, model: torch.nn.Module, options: Options) -> Engine:
         inner = base_model(model)
         dtype = str(inner.dtype).removeprefix("torch.")
         attention = getattr(inner.config, "_attn_implementation", None)
-        processor = _limited(source.processor, options)
+        processor = with_pixels(source.processor, options)
         if options.dtype in (None, dtype) and options.attn_implementation in (None, attention):
             return LiveEngine(model, processor)
-        if source.is_dispatched:  # accelerate lets nobody move or copy it
-            return LiveEngine(self._dispatched_again(source, inner, options), processor)
         import torch
 
         changed = copy.deepcopy(model)
@@ -158,31 +149,9 @@ class Engines:
             base_model(changed).set_attn_implementation(options.attn_implementation)
         return LiveEngine(changed, processor)
 
-    def _dispatched_again(self, source: Source, model: Any, options: Options) -> torch.nn.Module:
-        """Load a dispatched model once more, laid out alike, in another dtype or with other attention."""
-        from grpo_toolkit.model.load import auto_class, dtype_argument
-
-        assert source.path is not None, "only a model with a folder is toggled"
-        settings: dict[str, Any] = {dtype_argument(): options.dtype or str(model.dtype).removeprefix("torch.")}
-        if options.attn_implementation is not None:
-            settings["attn_implementation"] = options.attn_implementation
-        offloaded = self._folders.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-offloaded-"))
-        again: torch.nn.Module = auto_class(source.path).from_pretrained(
-            source.path, device_map=model.hf_device_map, offload_folder=offloaded, **settings
-        )
-        return again.eval()
-
 
 class LiveEngine(LocalEngine):
     """A live model that may be in its training state: as it stands where the options say `training`, else ready."""
-
-    def ask(self, requests: Sequence[Request], options: Options) -> Answer:
-        with self._state(options):
-            return super().ask(requests, replace(options, training=False))
-
-    def prove(self, requests: Sequence[Request], options: Options) -> Evidence:
-        with self._state(options):
-            return super().prove(requests, replace(options, training=False))
 
     @contextmanager
     def _state(self, options: Options) -> Iterator[None]:
@@ -195,12 +164,6 @@ class LiveEngine(LocalEngine):
             if config is not None:
                 config.use_cache = cached  # a lost cache is a cause of its own
             yield
-
-
-def _limited(processor: Any, options: Options) -> Any:
-    if options.min_pixels is None and options.max_pixels is None:
-        return processor
-    return with_pixels(copy.deepcopy(processor), min_pixels=options.min_pixels, max_pixels=options.max_pixels)
 
 
 def open_engine(arm: Arm) -> Engine:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.errors import OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
 from grpo_toolkit.latency.rows.row import Proof, Timeline
 from grpo_toolkit.model.generation.model_process import ModelProcess, answering, read_request
+from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ class ProcessEngine(ModelProcess):
 
     def __init__(self, path: Path, options: Options, *, timeout_s: float = 1800.0) -> None:
         self._facts: EngineFacts | None = None
-        super().__init__(path, {"options": options.to_json()}, module=__name__, timeout_s=timeout_s)
+        super().__init__(path, {"options": asdict(options)}, module=__name__, timeout_s=timeout_s)
 
     def facts(self) -> EngineFacts:
         """Return what was loaded; waits for it the first time, so several processes can load side by side."""
@@ -65,7 +65,7 @@ class ProcessEngine(ModelProcess):
     def _call(self, what: str, requests: Sequence[Request], options: Options) -> dict[str, Any]:
         self.facts()
         written = [self._write_request(request) for request in requests]
-        self._send({"do": what, "requests": written, "options": options.to_json()})
+        self._send({"do": what, "requests": written, "options": asdict(options)})
         try:
             answer = self._receive()
         except WorkerError as error:
@@ -112,7 +112,7 @@ def _load(path: Path, options: Options) -> Any:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model, processor = load_as(path, options)
-    return LocalEngine(model, with_pixels(processor, min_pixels=options.min_pixels, max_pixels=options.max_pixels))
+    return LocalEngine(model, with_pixels(processor, options))
 
 
 def _options(data: dict[str, Any]) -> Options:

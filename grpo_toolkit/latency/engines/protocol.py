@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
+    from typing_extensions import Self
+
     from grpo_toolkit.latency.rows.row import Proof, Timeline
     from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 SdpaBackend = Literal["flash", "efficient", "math", "cudnn", "no_cudnn"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class RunOptions:
     """The way in which a model is loaded and run. None leaves a setting to the model's files, or to the library.
 
     Attributes:
@@ -66,8 +68,9 @@ class Options:
         wanted = self.device.startswith("cuda") if self.compiled is None else self.compiled
         return wanted and self.cache_implementation in ("static", "hybrid", "sliding_window")
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+Options = RunOptions
+"""The older name, which is the one inside this package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +78,21 @@ class EngineFacts:
     """The facts that an engine tells of itself; None where it does not say.
 
     Attributes:
+        model_type: of its config, "" behind an endpoint.
         dtype: of the weights, "" behind an endpoint.
         device: where the model is, "" behind an endpoint.
         parameters: how many.
         attn_implementation: what the library chose.
-        is_adapter: whether an unmerged adapter runs beside its base.
         places: where accelerate put its modules ("cuda:0", "cpu", "disk"); empty where all went to one device.
         sizes: what the roofline needs.
         environment: versions and hardware of the process that runs the model.
     """
 
+    model_type: str = ""
     dtype: str = ""
     device: str = ""
     parameters: int | None = None
     attn_implementation: str | None = None
-    is_adapter: bool = False
     places: list[str] = field(default_factory=list)
     sizes: ModelSizes | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -137,7 +140,10 @@ class Evidence:
 
 
 class Engine(Protocol):
-    """A model that can be asked. `close` frees what it holds; an engine is also a context manager."""
+    """A model that can be asked. `close` frees what it holds; an engine is also a context manager.
+
+    What has a body here is that of an engine which cannot be looked into.
+    """
 
     def facts(self) -> EngineFacts:
         """Return what is running; waits until it is loaded."""
@@ -152,15 +158,24 @@ class Engine(Protocol):
 
     def prove(self, requests: Sequence[Request], options: Options) -> Evidence | None:
         """Answer a batch under observation, untimed; None where nothing can be observed."""
+        return None
 
     def environment(self) -> dict[str, str]:
         """Return versions and hardware as in `facts`, with clocks, throttling and load as they are now."""
+        return self.facts().environment
 
     def probe_hardware(self) -> dict[str, float]:
         """Measure bandwidth (bytes/s) and matrix throughput (FLOP/s) of the device; {} if out of reach."""
+        return {}
 
     def close(self) -> None:
         """Free everything."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass

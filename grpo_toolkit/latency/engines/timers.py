@@ -49,12 +49,12 @@ class TokenClock:
     def end(self) -> None:
         """Do nothing: the last token has been noted."""
 
-    def peaks(self) -> tuple[int, int]:
-        """Return the GPU's peaks of allocated and reserved bytes; zeros on a CPU."""
+    def peaks(self) -> tuple[int | None, int | None]:
+        """Return the GPU's peaks of allocated and reserved bytes; None on a CPU."""
         import torch
 
         if self.device.type != "cuda":
-            return 0, 0
+            return None, None
         return int(torch.cuda.max_memory_allocated(self.device)), int(torch.cuda.max_memory_reserved(self.device))
 
 

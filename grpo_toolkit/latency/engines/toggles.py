@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from contextlib import contextmanager
 from functools import partial
@@ -12,8 +13,11 @@ from grpo_toolkit.errors import OutOfMemoryError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     import torch
+
+    from grpo_toolkit.latency.engines.protocol import Options
 
 
 @contextmanager
@@ -30,8 +34,7 @@ def generation_config_changed(model: Any, changes: dict[str, Any]) -> Iterator[N
             setattr(generation_config, name, value)
 
 
-@contextmanager
-def sdpa_limited_to(backend: str) -> Iterator[None]:
+def sdpa_limited_to(backend: str) -> AbstractContextManager[None]:
     """Allow SDPA one kernel alone, or ("no_cudnn") all but cuDNN's."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,12 +45,10 @@ def sdpa_limited_to(backend: str) -> Iterator[None]:
         "cudnn": SDPBackend.CUDNN_ATTENTION,
     }
     allowed = [known[name] for name in known if name != "cudnn"] if backend == "no_cudnn" else [known[backend]]
-    with sdpa_kernel(allowed):
-        yield
+    return sdpa_kernel(allowed)
 
 
-@contextmanager
-def without_stored_graphs() -> Iterator[None]:
+def without_stored_graphs() -> AbstractContextManager[None]:
     """Compile what is compiled here, whatever lies in torch's cache on the disk.
 
     The keys of that cache know nothing of which SDPA kernels are allowed (torch 2.11 and 2.15): a step compiled for
@@ -55,8 +56,8 @@ def without_stored_graphs() -> Iterator[None]:
     """
     import torch._functorch.config as settings
 
-    with settings.patch(enable_autograd_cache=False):
-        yield
+    patched: AbstractContextManager[None] = settings.patch(enable_autograd_cache=False)
+    return patched
 
 
 @contextmanager
@@ -116,11 +117,15 @@ def expected_errors(what: str) -> Iterator[None]:
     raise OutOfMemoryError(f"out of memory with {what}: {message}")
 
 
-def with_pixels(processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> Any:
-    """Overrule the pixel limits of a processor, in both forms in which releases keep them."""
+def with_pixels(processor: Any, options: Options) -> Any:
+    """Return a copy of a processor with the options' pixel limits, in both forms in which releases keep them."""
+    limits = options.min_pixels, options.max_pixels
+    if limits == (None, None):
+        return processor
+    processor = copy.deepcopy(processor)
     images: Any = getattr(processor, "image_processor", None)
     size: dict[str, int] = {}
-    for (name, edge), value in zip(PIXEL_LIMITS.items(), (min_pixels, max_pixels), strict=True):
+    for (name, edge), value in zip(PIXEL_LIMITS.items(), limits, strict=True):
         if value is not None and images is not None:
             setattr(images, name, value)
             size[edge] = value

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.latency.explain.facts import declared_by
+from grpo_toolkit.model.generation.request import Request
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from grpo_toolkit.latency.engines.pool import Source
     from grpo_toolkit.latency.explain.effects import Arm
-    from grpo_toolkit.model.generation.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Output tokens of each of the base's answers, and what causes add to them."""
+    """The output tokens of each of the base's answers, and what causes add to them."""
 
     base: tuple[int, ...]
     added: Mapping[str, tuple[int, ...]]
@@ -37,8 +39,6 @@ def minus(lengths: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, ...]:
 
 def natural_requests(requests: Sequence[Request], sources: tuple[Source, Source], cap: int) -> list[Request]:
     """Return the requests, to be answered until the model ends; made up where none are given."""
-    from grpo_toolkit.model.generation.request import Request
-
     asked = list(requests)
     if not asked:
         words = "Look closely, think step by step, and say what you see. " * 12
@@ -49,11 +49,7 @@ def natural_requests(requests: Sequence[Request], sources: tuple[Source, Source]
 def _images(source: Source) -> list[Any]:
     from PIL import Image
 
-    from grpo_toolkit.checkpoint.pixel_limits import known_pixel_limits
-    from grpo_toolkit.latency.explain.facts import declared_by
-
-    declared = declared_by(source, None)
-    sees = declared.pixel_limits or known_pixel_limits(source.processor)
+    sees = declared_by(source, None).pixel_limits is not None
     return [Image.effect_noise((448, 448), 64).convert("RGB")] if sees else []
 
 

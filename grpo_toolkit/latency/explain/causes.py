@@ -23,7 +23,7 @@ Cured = Callable[[Options, Facts], Options]
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """One cause.
+    """A cause of slowness.
 
     Attributes:
         name: stable, in kebab-case; `Effect.cause` holds it.
@@ -96,14 +96,11 @@ def _pixels(base: Facts, trained: Facts) -> str | None:
     if trained.pixel_limits == base.pixel_limits or trained.pixel_limits is None:
         return None
     low, high = trained.pixel_limits
-    seen = f"images of {low} to {high} pixels, in the base of {_span(base)}"
+    usual = "any size" if base.pixel_limits is None else "{} to {}".format(*base.pixel_limits)
+    seen = f"images of {low} to {high} pixels, in the base of {usual}"
     if trained.image_tokens != base.image_tokens:
         seen += f"; image tokens {mean(trained.image_tokens):.0f} instead of {mean(base.image_tokens):.0f}"
     return seen
-
-
-def _span(facts: Facts) -> str:
-    return "any size" if facts.pixel_limits is None else "{} to {}".format(*facts.pixel_limits)
 
 
 def _attention(base: Facts, trained: Facts) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, UnsupportedError
@@ -20,17 +21,17 @@ from grpo_toolkit.latency.engines.pool import Engines, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.explain.answer_lengths import Lengths, lengthened, minus, natural_requests
 from grpo_toolkit.latency.explain.causes import BY_NAME, CAUSES, Cause
+from grpo_toolkit.latency.explain.effects import Arm, arms_of
 from grpo_toolkit.latency.explain.explanation_row import BASE, Plan, TimedArm, row_of
 from grpo_toolkit.latency.explain.facts import Facts, declared_by, facts_of
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     import torch
 
-    from grpo_toolkit.latency.explain.effects import Arm
+    from grpo_toolkit.latency.bench.gate import Missed
     from grpo_toolkit.latency.rows.row import ExplanationRow, Timeline
     from grpo_toolkit.model.generation.request import Request
 
@@ -38,6 +39,8 @@ LONGER: Final = "longer-answers"
 UNMERGED: Final = "unmerged-adapter"
 _MOVE_ENDS: Final = ("eos", "training-state")
 """Causes that decide where an answer ends: cured last."""
+_NEED_A_COPY: Final = ("device-map", "float32", "attention")
+"""Causes of which a live model is cured in a copy."""
 _PROOF_TOKENS: Final = 6
 _LEAST_ROUNDS: Final = 3
 
@@ -102,6 +105,33 @@ def explain_latency(
     return row_of(plan, times, hardware, environment)
 
 
+def explain_missed(
+    base: str,
+    missed: Sequence[Missed],
+    *,
+    device: str,
+    requests: Sequence[Request] = (),
+    max_new_tokens: int = 64,
+    budget_s: float | None = None,
+) -> list[ExplanationRow]:
+    """Explain each folder that missed its gate; what is no folder (an endpoint) is left out.
+
+    Args:
+        base: the first arm's folder; "" explains nothing.
+        missed: what missed the gate.
+        device, requests, max_new_tokens, budget_s: as for `explain_latency`.
+    """
+    if not base or not Path(base).is_dir():
+        return []
+    folders = dict.fromkeys(miss.path for miss in missed if Path(miss.path).is_dir())
+    return [
+        explain_latency(
+            base, folder, requests=requests, max_new_tokens=max_new_tokens, device=device, budget_s=budget_s
+        )
+        for folder in folders
+    ]
+
+
 def top_cause(row: ExplanationRow) -> str | None:
     """Return what to repair first; None where nothing was found.
 
@@ -156,8 +186,6 @@ class _Lab:
 
     def plan(self, sources: tuple[Source, Source], known: Facts, seen: Facts, found: Mapping[str, str]) -> Plan:
         """Plan the arms: every combination of causes on the trained model, and the base."""
-        from grpo_toolkit.latency.explain.effects import arms_of
-
         lengths = self._lengths(sources[1], known, seen, found)
         told = {name: what for name, what in found.items() if name != LONGER or lengths.changed(LONGER)}
         if lengths.changed(LONGER) and LONGER not in told:
@@ -203,8 +231,8 @@ class _Lab:
             return False  # it is no difference
         if cause.name == UNMERGED:
             return trained.model is None or hasattr(trained.model, "merge_and_unload")
-        if trained.is_dispatched and cause.options is not None and trained.path is None:
-            return cause.name not in ("device-map", "float32", "attention")  # these load it once more
+        if trained.is_dispatched and cause.name in _NEED_A_COPY:
+            return False  # accelerate lets nobody move or copy it
         return cause.options is not None or cause.name == LONGER
 
     def _arm(
@@ -249,10 +277,5 @@ class _Lab:
 def _as_it_stands(source: Source, options: Options) -> Options:
     """Return options that spell out what the files or a live model's state say: only that can be toggled."""
     declared = declared_by(source, None)
-    if options.cache_implementation is None and declared.cache_implementation is not None:
-        options = replace(options, cache_implementation=declared.cache_implementation)
-    if source.model is None:
-        return options
-    if source.is_dispatched and options.device_map is None:
-        options = replace(options, device_map="as dispatched")
-    return replace(options, training=options.training or declared.is_training)
+    cache = options.cache_implementation or declared.cache_implementation
+    return replace(options, cache_implementation=cache, training=options.training or declared.is_training)

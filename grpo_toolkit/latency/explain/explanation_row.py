@@ -9,8 +9,10 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.latency.explain.causes import BY_NAME, blanks
+from grpo_toolkit.latency.explain.effects import Arm, interval_of, resampled_medians, shares
 from grpo_toolkit.latency.explain.exact_split import median_round, split_exactly
 from grpo_toolkit.latency.explain.facts import Facts, mean
+from grpo_toolkit.latency.explain.physics import Machine, predicted_effects
 from grpo_toolkit.latency.rows.row import Effect, ExplanationRow
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.engines.pool import Source
     from grpo_toolkit.latency.engines.protocol import Options
-    from grpo_toolkit.latency.explain.effects import Arm
     from grpo_toolkit.latency.rows.row import Timeline
 
 BASE: Final = "base"
@@ -27,7 +28,7 @@ UNEXPLAINED: Final = "unexplained"
 
 @dataclass(frozen=True, kw_only=True)
 class TimedArm:
-    """One thing that is timed: a model, how it runs, and how many tokens each answer has."""
+    """An arm of an explanation: a model, how it runs, and how many tokens each answer has."""
 
     name: str
     source: Source
@@ -53,8 +54,6 @@ def row_of(
     hardware: Mapping[str, float],
     environment: dict[str, str],
 ) -> ExplanationRow:
-    from grpo_toolkit.latency.explain.effects import interval_of, resampled_medians, shares
-
     everything: Arm = frozenset(plan.toggled)
     chosen = {key: [median_round(rounds) for rounds in lines] for key, lines in times.items()}
     values = {key: statistics.fmean(line.e2e_s for line in lines) for key, lines in chosen.items()}
@@ -122,8 +121,6 @@ def _predicted(
     chosen: Mapping[Arm | str, list[Timeline]],
     hardware: Mapping[str, float],
 ) -> dict[str, float]:
-    from grpo_toolkit.latency.explain.physics import Machine, predicted_effects
-
     if not hardware:
         return {}
     lines = chosen[BASE]

@@ -18,6 +18,7 @@ from grpo_toolkit.doctor.diagnose import diagnose_model
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, Folder
 from grpo_toolkit.doctor.planned_files import DiskFiles
+from grpo_toolkit.latency.rows.row import Proof
 from grpo_toolkit.model.kv_cache import is_checkpointing
 from grpo_toolkit.model.live_model import base_model
 
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.doctor.findings import Finding
     from grpo_toolkit.latency.engines.pool import Source
     from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-    from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
-    from grpo_toolkit.latency.rows.row import Proof
+    from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 _OFF_DEVICE: Final = ("cpu", "disk", "meta")
 
@@ -215,8 +215,6 @@ def facts_of(
         evidence: of one short answer.
         answers: to every request, ended by the model itself.
     """
-    from grpo_toolkit.latency.rows.row import Proof
-
     lines = [answer.timeline for answer in answers]
     return Facts(
         path=path,

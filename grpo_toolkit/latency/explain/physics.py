@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.explain.effects import Arm
     from grpo_toolkit.latency.explain.facts import Facts
-    from grpo_toolkit.latency.hardware.model_sizes import ModelSizes
+    from grpo_toolkit.model.hardware.model_sizes import ModelSizes
 
 PREDICTABLE: Final = frozenset({"cache-off", "float32", "unmerged-adapter", "pixel-limits", "eos", "longer-answers"})
 """Causes that change bytes, FLOPs or the number of steps."""
@@ -52,8 +52,15 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The measured speed of a device, and the base's times on it. `overlaps`: launching runs beside
-    computing."""
+    """The measured speed of a device, and the base's times on it.
+
+    Attributes:
+        bandwidth: in bytes/s.
+        flops: in FLOP/s.
+        overlaps: whether kernels are launched while earlier ones compute, so that the launches cost no time.
+        base_ttft_s: the base's time to the first token.
+        base_tpot_s: the base's time per output token.
+    """
 
     bandwidth: float
     flops: float

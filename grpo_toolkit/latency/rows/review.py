@@ -32,7 +32,7 @@ _SWEPT: Final = re.compile(r"_(batch_size|new_tokens|prompt_tokens|image_tokens|
 
 @dataclass(frozen=True, kw_only=True)
 class Review:
-    """All rows of a run, oldest first, each id once.
+    """The rows of a run, oldest first, each id once.
 
     Attributes:
         path: the folder of `latency.jsonl`; the report and the pictures lie beside it.
@@ -57,15 +57,14 @@ class Review:
         """Every ratio of the newest comparison, with its row."""
         return [(row, ratio) for row in self.arms for ratio in row.ratios]
 
-    def ratio(self, arm: str = "export", against: str = "base", metric: str = "tpot_s") -> Ratio | None:
-        """Return the newest paired ratio of one arm against another, None where it was not computed."""
-        found = (r for row, r in self.ratios if (row.arm, r.against, r.metric) == (arm, against, metric))
-        return next(found, None)
-
     @property
     def batches(self) -> list[LatencyRow]:
         """The newest row of every arm and batch size of the workload that was measured at most sizes."""
-        return _sweep(self.rows, lambda row: row.workload.batch_size, _prompt)
+        return _sweep(
+            self.rows,
+            lambda row: row.workload.batch_size,
+            lambda row: (row.workload.prompt_tokens, row.workload.image_tokens),
+        )
 
     @property
     def images(self) -> list[LatencyRow]:
@@ -78,7 +77,8 @@ class Review:
         """The newest rows that ended where the model ended them, one per arm and thinking."""
         rows = [row for row in self.rows if row.workload.kind == "natural" and row.tokens is not None]
         rows = [row for row in rows if row.arm != CONTROL]
-        return _newest(rows, lambda row: (row.arm, row.workload.thinking))
+        newest = {(row.arm, row.workload.thinking): row for row in rows}
+        return sorted(newest.values(), key=lambda row: arm_order(row.arm))
 
 
 def load_review(path: str | os.PathLike[str]) -> Review:
@@ -144,14 +144,6 @@ def key_part(name: str) -> str:
 def median_of(summary: Summary | None, factor: float = 1.0) -> float | None:
     """Return a figure's median in another unit, None where it was not measured."""
     return None if summary is None else summary.median * factor
-
-
-def _newest(rows: Iterable[LatencyRow], key: Callable[[LatencyRow], Hashable]) -> list[LatencyRow]:
-    return sorted({key(row): row for row in rows}.values(), key=lambda row: arm_order(row.arm))
-
-
-def _prompt(row: LatencyRow) -> tuple[int, int | None]:
-    return row.workload.prompt_tokens, row.workload.image_tokens
 
 
 def _sweep(

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION: Final = 2
 
+METRICS: Final = {"tpot_s": "per output token", "ttft_s": "to first token", "e2e_s": "end to end"}
+"""The times that arms are compared by, and their names for people."""
+
 Verdict = Literal["faster", "slower", "same", "cannot tell"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One figure over the measured requests; percentiles only where the sample carries them (see `statistics`)."""
+    """A figure over the measured requests; percentiles only where the sample is large enough (see `statistics`)."""
 
     n: int
     median: float
@@ -163,7 +166,7 @@ class Roofline:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """This arm's time over another's, paired by round: the median and its 95% bootstrap interval.
+    """The ratio of this arm's time to another's, paired by round: the median and its 95% bootstrap interval.
 
     `low`, `high`: None of too few rounds for an interval. `left_out`: rounds that are no pair because the answer of
     one of the two arms arrived at once and has no TPOT.
@@ -185,7 +188,7 @@ AT_ONCE_S: Final = 5e-5
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Timeline(ShortRepr):
-    """One measured request (or batch), raw.
+    """A measured request (or batch), raw.
 
     `token_times_s` run from the start of preprocessing, one per step of the batch; of an endpoint, one per token where
     it says which tokens arrived (vLLM) or how many (SGLang), otherwise one per piece of text. Where sequences were
@@ -208,12 +211,12 @@ class Timeline(ShortRepr):
 
     @property
     def ttft_s(self) -> float:
-        """Time to the first token, preprocessing included; of several streams, to the first token of any."""
+        """The time to the first token, preprocessing included; of several streams, to the first token of any."""
         return self.token_times_s[0]
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token of one sequence.
+        """The time per output token of one sequence.
 
         Of a batch that steps together it is the longest sequence's, of several streams the median over them, each by
         its own first and last token. Where streams step together, both are the same.
@@ -234,12 +237,12 @@ class Timeline(ShortRepr):
 
     @property
     def streams_s(self) -> list[list[float]]:
-        """Token times between which a gap is one of a sequence: of each stream, or of the steps of the batch."""
+        """The lists of token times in which a gap is one sequence's: one a stream, or one of the batch's steps."""
         return self.sequence_times_s or [self.token_times_s]
 
     @property
     def e2e_s(self) -> float:
-        """Time until the whole text is there."""
+        """The time until the whole text is there."""
         return self.token_times_s[-1] + self.phases_s.get("detokenize_s", 0.0)
 
 
@@ -252,7 +255,7 @@ def _tpot_s(times: Sequence[float], tokens: int) -> float | None:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LatencyRow(ShortRepr):
-    """One arm's measurement; one line of `latency.jsonl`.
+    """A measurement of one arm: one line of `latency.jsonl`.
 
     Rows of one session took turns with each other and may be compared; `id` is what a replay knows a row by.
     `arm` is the name on charts (`base`, `checkpoint`, `export`, ...). `ratios` holds this arm against others of its
@@ -293,7 +296,7 @@ class LatencyRow(ShortRepr):
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """One bar of a waterfall: what one cause adds to the time of the metric, in seconds.
+    """A bar of a waterfall: the seconds that one cause adds to the metric.
 
     Attributes:
         layer: "exact" (a split that sums up), "toggled" (measured by switching this cause alone) or "unexplained".

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.json_lines import append_json_lines, read_json_lines
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.rows.row import SCHEMA_VERSION, ExplanationRow, LatencyRow
 
@@ -19,14 +18,7 @@ _KINDS: Final = {"measurement": LatencyRow, "explanation": ExplanationRow}
 
 def append_rows(path: Path, rows: Iterable[LatencyRow | ExplanationRow]) -> None:
     """Append rows, each on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
-            file.write("\n")  # a crash cut the last row off: keep it from taking the next one with it
-        for row in rows:
-            file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    append_json_lines(path, (row.to_json() for row in rows))
 
 
 def read_rows(path: Path) -> list[LatencyRow | ExplanationRow]:
@@ -35,20 +27,7 @@ def read_rows(path: Path) -> list[LatencyRow | ExplanationRow]:
     Raises:
         InputError: not readable, or a line is not a row, or one of another schema version.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            data = json.loads(line)
-        except ValueError as error:
-            if line.startswith("{"):
-                continue
-            raise InputError(f"{path}: line {number} is not JSON ({error})") from error
-        rows.append(row_of(data, f"{path}: line {number}"))
-    return rows
+    return [row_of(data, f"{path}: line {number}") for number, data in read_json_lines(path)]
 
 
 def read_measurements(path: Path) -> list[LatencyRow]:

@@ -17,14 +17,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
+from grpo_toolkit.latency.bench.compare import doubling
 from grpo_toolkit.latency.bench.statistics import paired_ratio, turns
-from grpo_toolkit.latency.bench.sweep import doubling
 from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.pool import Engines, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.tune.tuning import Trial, Tuning
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS, first_difference, rival_gap
 from grpo_toolkit.model.generation.decode_ahead import DEVICES
+from grpo_toolkit.model.load import load_processor
 
 if TYPE_CHECKING:
     import os
@@ -84,7 +85,8 @@ def tune_latency(
             pool=pool,
             source=source,
             request=_request(source, processor, new_tokens, prompt_tokens, image_tokens),
-            limits=_Limits(tpot_s=max_tpot_s, memory_bytes=max_memory_bytes),
+            max_tpot_s=max_tpot_s,
+            max_memory_bytes=max_memory_bytes,
             progress=progress,
         )
         usual = Options(device=device)
@@ -98,7 +100,7 @@ def tune_latency(
         engine = pool.engine(source, usual).facts()
         return Tuning(
             path=source.name,
-            model_type=_model_type(source),
+            model_type=engine.model_type,
             dtype=engine.dtype,
             new_tokens=new_tokens,
             trials=tuple(bench.trials),
@@ -144,24 +146,6 @@ def _kernels(best: Options) -> list[tuple[str, Options]]:
     return [(f"SDPA {name}", replace(best, sdpa_backend=name)) for name in names]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Limits:
-    tpot_s: float | None
-    memory_bytes: int | None
-
-    @property
-    def allow_batches(self) -> bool:
-        return self.tpot_s is not None or self.memory_bytes is not None
-
-    def broken_by(self, trial: Trial) -> str:
-        """Return why a trial is beyond the limits; empty where it is not."""
-        if self.tpot_s is not None and trial.tpot_s is not None and trial.tpot_s > self.tpot_s:
-            return f"slower than {self.tpot_s * 1e3:g} ms a token"
-        if self.memory_bytes is not None and (trial.peak_bytes or 0) > self.memory_bytes:
-            return f"takes more than {self.memory_bytes / 1e9:g} GB"
-        return ""
-
-
 @dataclass(kw_only=True)
 class _Bench:
     """A model under trial: the default's tokens, all trials, the best so far."""
@@ -169,7 +153,8 @@ class _Bench:
     pool: Engines
     source: Source
     request: Request
-    limits: _Limits
+    max_tpot_s: float | None
+    max_memory_bytes: int | None
     progress: Callable[[Trial], None] | None
     trials: list[Trial] = field(default_factory=list)
     expected: list[int] = field(default_factory=list)
@@ -202,8 +187,8 @@ class _Bench:
             self._keep(self._tried(name, options, 1))
 
     def grow(self) -> None:
-        """Double the batch of the best setting as long as the limits, the memory and `sweep.LARGEST_BATCH` allow."""
-        if not self.limits.allow_batches:
+        """Double the batch of the best setting as long as the limits, the memory and `LARGEST_BATCH` allow."""
+        if self.max_tpot_s is None and self.max_memory_bytes is None:
             return
         name, options = self.best.name, self.best.options
         for size in islice(doubling(), 1, None):
@@ -227,12 +212,20 @@ class _Bench:
         return paired_ratio(times["tuned"], times["default"], name="default")
 
     def _keep(self, trial: Trial) -> Trial:
-        broken = self.limits.broken_by(trial) if trial.is_eligible else ""
+        broken = self._broken_by(trial) if trial.is_eligible else ""
         kept = replace(trial, note=broken) if broken else trial
         self.trials.append(kept)
         if self.progress is not None:
             self.progress(kept)
         return kept
+
+    def _broken_by(self, trial: Trial) -> str:
+        """Return why a trial is beyond the limits; empty where it is not."""
+        if self.max_tpot_s is not None and trial.tpot_s is not None and trial.tpot_s > self.max_tpot_s:
+            return f"slower than {self.max_tpot_s * 1e3:g} ms a token"
+        if self.max_memory_bytes is not None and (trial.peak_bytes or 0) > self.max_memory_bytes:
+            return f"takes more than {self.max_memory_bytes / 1e9:g} GB"
+        return ""
 
     def _tried(self, name: str, options: Options, size: int) -> Trial:
         """Time a setting; what fails is a trial with a note."""
@@ -272,23 +265,8 @@ def _tpot(answers: Sequence[Answer]) -> float:
 
 
 def _request(source: Source, processor: Any, new_tokens: int, prompt_tokens: int, image_tokens: int | None) -> Request:
-    from grpo_toolkit.model.load import load_processor
-
     if processor is None:
         assert source.path is not None
         processor = load_processor(source.path)
     made = made_up(processor, prompt_tokens=prompt_tokens, image_tokens=image_tokens, max_new_tokens=new_tokens)
     return made.batch(0)[0]
-
-
-def _model_type(source: Source) -> str:
-    from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-    from grpo_toolkit.checkpoint.json_files import read_json
-    from grpo_toolkit.checkpoint.model_folder import CONFIG
-    from grpo_toolkit.model.live_model import base_model
-
-    if source.model is not None:
-        return str(base_model(source.model).config.model_type)
-    assert source.path is not None
-    folder = source.path if (source.path / CONFIG).is_file() else base_of_adapter(source.path)
-    return str(read_json(folder / CONFIG).get("model_type"))

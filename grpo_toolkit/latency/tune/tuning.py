@@ -32,7 +32,7 @@ _LATE: Final = "4.57"
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One setting that was tried.
+    """A setting that was tried.
 
     Attributes:
         name: in a few words.

@@ -8,12 +8,15 @@ docs/benchmarks/training.md.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
 
@@ -22,6 +25,22 @@ def plans_per_length(device: torch.device) -> bool:
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@contextmanager
+def without_cudnn(device: torch.device) -> Iterator[None]:
+    """Keep SDPA off cuDNN's attention inside, on devices where it plans for every length."""
+    import torch
+
+    backends: Any = torch.backends.cuda
+    if not plans_per_length(device) or not backends.cudnn_sdp_enabled():
+        yield
+        return
+    backends.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        backends.enable_cudnn_sdp(True)
 
 
 class DecodeWithoutCudnn:

@@ -40,7 +40,7 @@ class _Copies:
 
 
 class DistinctImages:
-    """Hooks on a vision tower that let it encode each distinct image of a call once.
+    """A pair of hooks on a vision tower that let it encode each distinct image of a call once.
 
     Nothing is done where a call has one image, only different ones, further tensors beside patches and grid, or where
     the tower draws random numbers (dropout), which copies of an image draw each for itself.
@@ -127,7 +127,7 @@ class DistinctImages:
         logger.log(level, "grpo_toolkit: copies of an image are encoded each for itself from here on: %s", error)
 
     def _patches(self, bound: inspect.BoundArguments) -> tuple[str, torch.Tensor, torch.Tensor] | None:
-        """The argument with the patches or pixels, its value, and the images' grid; None where copies are left."""
+        """Return name and value of the argument with the patches, and the grid; None where copies are left alone."""
         import torch
 
         given = {name: value for name, value in bound.arguments.items() if value is not None}

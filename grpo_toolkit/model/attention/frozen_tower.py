@@ -20,7 +20,7 @@ MARKS: Final = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 class FrozenTower:
-    """Keeps the marks off a tower for as long as none of its parameters trains, and puts them back when closed.
+    """A guard that keeps these hooks off a tower while none of its parameters trains; closing it puts them back.
 
     The tower is looked at again before each of its forwards: TRL switches checkpointing off and on around rollouts,
     and a model with an adapter of transformers' own then marks its embeddings anew.
@@ -34,7 +34,7 @@ class FrozenTower:
         self.release()
 
     def release(self) -> None:
-        """Take the marks off, if nothing in the tower trains."""
+        """Take the hooks off, if nothing in the tower trains."""
         if any(parameter.requires_grad for parameter in self.tower.parameters()):
             return
         for module in self.tower.modules():
@@ -44,7 +44,7 @@ class FrozenTower:
                     self.removed.append((module, key, hook))
 
     def close(self) -> None:
-        """Put the marks back under their own keys, so that `disable_input_require_grads` finds them."""
+        """Put the hooks back under their own keys, so that `disable_input_require_grads` finds them."""
         self._hooks.close()
         for module, key, hook in self.removed:
             module._forward_hooks.setdefault(key, hook)

@@ -10,7 +10,7 @@ Spans = tuple[tuple[int, int], ...]
 
 
 class _Repeat(torch.autograd.Function):
-    """Rows `spans` of the features one after the other, the same rows as often as they are named.
+    """A function that joins the rows `spans` of the features, the same rows as often as they are named.
 
     The backward adds the copies' gradients in their order and in float32 at least, and rounds once: an index with
     repeats would add them by atomics in any order, in bfloat16 with a rounding for each.

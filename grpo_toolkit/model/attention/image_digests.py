@@ -1,18 +1,24 @@
-"""Equal images of a batch, found by their content: digests of their patches, computed where the patches are.
+"""Equal images of a batch, found by their content: the one place that tells them.
 
-Two hashes of 64 bits a patch row (sums of its words, each times a fixed random odd number, modulo 2^64), mixed with
-the row's place in its image and added up. One transfer for all images; the host compares 128 bits each.
+In the machine's memory they are compared, word by word. On another device digests of their patches are computed where
+the patches are: two hashes of 64 bits a patch row (sums of its words, each times a fixed random odd number, modulo
+2^64), mixed with the row's place in its image and added up. One transfer for all images; the host compares 128 bits
+each.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import torch
 
 SEEDS: Final = (0x2545F4914F6CDD1D, 0x1B873593CC9E2D51)
+SAMPLED_ROWS: Final = 8
+"""Rows of an image, from all over it, that tell which others it is worth comparing with."""
+
 ROWS_AT_ONCE_ELEMENTS: Final = 1 << 24
 """Words that are widened to 64 bits at a time: 128 MiB."""
 
@@ -27,6 +33,11 @@ def equal_images(patches: torch.Tensor, grid: torch.Tensor) -> tuple[list[int], 
     Returns:
         None where the grid does not account for the rows.
     """
+    return _compared(patches, grid) if patches.device.type == "cpu" else by_digests(patches, grid)
+
+
+def by_digests(patches: torch.Tensor, grid: torch.Tensor) -> tuple[list[int], list[int]] | None:
+    """Return what `equal_images` does, wherever the patches are."""
     import torch
 
     with torch.no_grad():
@@ -36,6 +47,35 @@ def equal_images(patches: torch.Tensor, grid: torch.Tensor) -> tuple[list[int], 
         return None
     first: dict[tuple[int, ...], int] = {}
     return sizes, [first.setdefault(tuple(fact), index) for index, fact in enumerate(facts)]
+
+
+def equal_rows(field: torch.Tensor) -> list[int]:
+    """Return for each row of a field [rows, ...] the first that equals it."""
+    import torch
+
+    equal = equal_images(field, torch.ones(field.shape[0], 3, dtype=torch.long, device=field.device))
+    assert equal is not None
+    return equal[1]
+
+
+def _compared(patches: torch.Tensor, grid: torch.Tensor) -> tuple[list[int], list[int]] | None:
+    import torch
+
+    shapes = grid.tolist()
+    sizes = [time * height * width for time, height, width in shapes]
+    if sum(sizes) != patches.shape[0]:
+        return None
+    images = torch.split(_words(patches), sizes)
+    first: list[int] = []
+    alike: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
+    for index, (shape, words) in enumerate(zip(shapes, images, strict=True)):
+        sample = words[:: -(-len(words) // SAMPLED_ROWS) or 1].contiguous().numpy().tobytes()
+        candidates = alike.setdefault((tuple(shape), sample), [])
+        same = next((one for one in candidates if torch.equal(images[one], words)), None)
+        if same is None:
+            candidates.append(index)
+        first.append(index if same is None else same)
+    return sizes, first
 
 
 def image_digests(patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
@@ -66,7 +106,7 @@ def spans_of(sizes: list[int], order: list[int]) -> tuple[tuple[int, int], ...]:
 def _words(patches: torch.Tensor) -> torch.Tensor:
     import torch
 
-    flat = patches.detach().reshape(patches.shape[0], -1)
+    flat = patches.detach().reshape(patches.shape[0], prod(patches.shape[1:]))
     same_width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
     return flat.contiguous().view(same_width)
 

@@ -29,7 +29,7 @@ MAX_BORDERS: Final = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Segments that one call takes: `count` of them, each padded to `length` rows.
+    """A batch of segments that one call takes: `count` of them, each padded to `length` rows.
 
     Attributes:
         slots: where each row stands in the padded batch, [rows]; None where nothing is padded.
@@ -45,7 +45,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Segments in padded batches, one call each.
+    """A layout of segments in padded batches, one call each.
 
     Attributes:
         batches: the batches.
@@ -60,7 +60,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentPlan:
-    """Attention over the segments of one `cu_seqlens`; what a kernel does not need is not made.
+    """A plan of the attention over the segments of one `cu_seqlens`; parts that no kernel asks for are never made.
 
     Attributes:
         lengths: rows of each segment, without those of none.

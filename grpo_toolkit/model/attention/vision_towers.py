@@ -114,7 +114,7 @@ def takes_grid(module: torch.nn.Module) -> bool:
 
 
 def _tower_of(inner: torch.nn.Module, layer: str) -> str:
-    """The outermost module around a layer that takes a grid, or else the outermost model with the layer's config."""
+    """Return the name of the outermost module around a layer that takes a grid, else of the model with its config."""
     from transformers import PreTrainedModel
 
     parts = layer.split(".")

@@ -15,17 +15,22 @@ if TYPE_CHECKING:
 
 
 def prepare_inputs(processor: Any, requests: Sequence[Request]) -> Any:
-    """Render the chat template and run the processor: a batch as tensors, several requests padded on the left."""
+    """Render the chat template and run the processor: a batch as tensors, several requests padded on the left.
+
+    Text alone goes to the tokenizer: some processors (PaliGemma, GOT-OCR2) refuse to be called without a picture, and
+    a policy that was trained with a VLM's tokenizer alone gets what its export's processor makes.
+    """
     padding: dict[str, Any] = {}
+    tokenizer = getattr(processor, "tokenizer", processor)
     if len(requests) > 1:
         padding = {"padding": True, "padding_side": "left"}
-        tokenizer = getattr(processor, "tokenizer", processor)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     chats = [image_messages(request) for request in requests]
-    if not hasattr(processor, "image_processor"):
-        texts = [render_chat(processor, messages) for messages in chats]
-        return processor(texts, return_tensors="pt", add_special_tokens=False, **padding)
+    if not any(request.images for request in requests):
+        has_own = getattr(processor, "chat_template", None) is not None  # older VLMs keep theirs with the processor
+        texts = [render_chat(processor if has_own else tokenizer, messages) for messages in chats]
+        return tokenizer(texts, return_tensors="pt", add_special_tokens=False, **padding)
     texts = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     images = [image for request in requests for image in request.images]
     return processor(text=texts, images=images or None, return_tensors="pt", **padding)
@@ -45,14 +50,19 @@ def inputs_for(model: torch.nn.Module, inputs: Any) -> Any:
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """Return the prompt as text; without a chat template, the texts one after the other."""
-    flat = [{**message, "content": _text_of(message["content"])} for message in messages]
+    """Return the prompt as text; without a chat template, the texts one after the other.
+
+    A processor's template gets typed parts, as it expects them, a tokenizer's plain strings.
+    """
+    flat = [{**message, "content": text_of(message["content"])} for message in messages]
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(message["content"] for message in flat)
-    return str(tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=True))
+    chat = messages if hasattr(tokenizer, "tokenizer") else flat
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
-def _text_of(content: str | list[dict[str, Any]]) -> str:
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """Return the text of a message's content, which is one or a list of parts."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 

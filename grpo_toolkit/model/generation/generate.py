@@ -105,7 +105,7 @@ def _rivals_of(output: Any, tokens: list[int]) -> list[dict[int, float]]:
 
 
 def rivals(logits: torch.Tensor, chosen: int, count: int = 4) -> dict[int, float]:
-    """The tokens that came next after the one chosen, and how far their logits were below its own."""
+    """Return the tokens that came next after the one chosen, and how far their logits were below its own."""
     # In bfloat16 two logits are often equal, and topk need not put the one first that argmax chose.
     best = logits.float().topk(count + 1)
     gaps = (best.values[0] - best.values).tolist()

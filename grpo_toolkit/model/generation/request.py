@@ -29,7 +29,7 @@ def find_requests(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class GenerationRequest:
     """A request for one answer.
 
     Attributes:
@@ -52,6 +52,10 @@ class Request:
     with_rivals: bool = False
     with_evidence: bool = False
     forced: Sequence[int] = ()
+
+
+Request = GenerationRequest
+"""The older name, which is the one inside this package."""
 
 
 def logged_requests(trainer: Any, *, limit: int = 4, max_new_tokens: int = 64) -> list[Request]:

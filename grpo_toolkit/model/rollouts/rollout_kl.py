@@ -31,7 +31,7 @@ _CHANGES_SCORES: Final = (
 
 
 class SampledScores:
-    """Keeps what the sampler gave its own tokens, as a logits processor that changes nothing."""
+    """A logits processor that changes nothing, and keeps the log-probabilities of the tokens that were sampled."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
@@ -62,7 +62,7 @@ class SampledScores:
 
 
 def scores_for(config: Any) -> SampledScores | None:
-    """Return what keeps a rollout's scores; None where its settings change them on the way to the sampler."""
+    """Return a processor that keeps a rollout's scores; None where its settings change them before sampling."""
     is_changed = any(getattr(config, name, None) for name in _CHANGES_SCORES)
     if is_changed or not config.do_sample or config.repetition_penalty not in (None, 1.0):
         return None

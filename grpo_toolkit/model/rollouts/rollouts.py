@@ -40,7 +40,7 @@ _installed: WeakKeyDictionary[torch.nn.Module, weakref.ref[FastRollouts]] = Weak
 
 
 class FastRollouts:
-    """A live model's rollouts, compiled, prefilled once a prompt, from weights that need no casting.
+    """A live model's rollouts: compiled, prefilled once a prompt, from weights that need no casting.
 
         rollouts = FastRollouts(model, dtype=torch.bfloat16)
         trainer.train()
@@ -60,6 +60,7 @@ class FastRollouts:
     Attributes:
         count: rollouts that went the fast way.
         prefilled: rows that were prefilled for these.
+        on_prefilled: called in a rollout, between prefill and decoding.
         compile_config: as `generate` takes it; None is the library's own, for one shape after the other.
     """
 
@@ -79,6 +80,7 @@ class FastRollouts:
         self.count = 0
         self.prefilled = 0
         self.compile_config: Any = None
+        self.on_prefilled: Callable[[], None] | None = None
         self._on_failure = on_failure
         self._on_plain = on_plain
         self._on_sampled = on_sampled
@@ -100,7 +102,7 @@ class FastRollouts:
         self.live.generate = MethodType(_generate, self.live)
 
     def uninstall(self) -> None:
-        """Give `generate` back to the model's class; what somebody has put around ours stays, and finds that."""
+        """Give `generate` back to the model's class; somebody's wrapper around ours stays, and calls that."""
         if rollouts_of(self.live) is self:
             del _installed[self.live]
             if getattr(vars(self.live).get("generate"), "__func__", None) is _generate:
@@ -156,6 +158,8 @@ class FastRollouts:
         with _as_a_compiled_step_wants_it(self.live.device):
             tokens = inputs["input_ids"].shape[1] + given.max_new_tokens
             cache = self._caches.filled(prefill(model, rows), rows.index, tokens)
+            if self.on_prefilled is not None:
+                self.on_prefilled()
             output: torch.Tensor = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
@@ -185,7 +189,7 @@ class FastRollouts:
 
 
 def rollouts_of(model: torch.nn.Module) -> FastRollouts | None:
-    """Return what answers a model's rollouts, or None where the model does it by itself."""
+    """Return the `FastRollouts` that answers for a model, or None where the model generates by itself."""
     found = _installed.get(base_model(model))
     return None if found is None else found()
 
@@ -212,7 +216,7 @@ def _let_go_of_frames(error: BaseException | None) -> None:
 
 @contextmanager
 def _as_a_compiled_step_wants_it(device: torch.device) -> Iterator[None]:
-    """Without autocast, with stops that are checked late, and with more shapes than torch compiles by itself."""
+    """Switch autocast off, check stops late, and allow more compiled shapes than torch does by itself."""
     import torch
     import torch._dynamo
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.model.attention.image_digests import equal_images, equal_rows
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
@@ -55,22 +57,14 @@ def distinct_rows(config: Any, inputs: Mapping[str, torch.Tensor]) -> DistinctRo
 
     tokens = inputs["input_ids"]
     parts = _parts(config, inputs)
-    if parts is None:
+    marks = None if parts is None else _marks(config, inputs)
+    if parts is None or marks is None:
         return DistinctRows(dict(inputs), torch.arange(tokens.shape[0], device=tokens.device))
-    # Rows of tokens are small and compared on the host; images where they are, with rows of the same tokens alone.
-    texts = [(name, field.cpu().numpy()) for name, field in inputs.items() if field.shape == tokens.shape]
-    found: list[int] = []
-    alike: dict[tuple[bytes, ...], list[int]] = {}
-    index: list[int] = []
-    for row, part in enumerate(parts):
-        candidates = alike.setdefault(tuple(field[row].tobytes() for _, field in texts), [])
-        same = next((one for one in candidates if _are_equal(parts[found[one]], part)), None)
-        if same is None:
-            same = len(found)
-            found.append(row)
-            candidates.append(same)
-        index.append(same)
-    return DistinctRows(_batch(parts, found), torch.tensor(index, device=tokens.device))
+    first: dict[tuple[Any, ...], int] = {}
+    rows = [first.setdefault(mark, row) for row, mark in enumerate(marks)]
+    found = sorted(set(rows))
+    number = {row: index for index, row in enumerate(found)}
+    return DistinctRows(_batch(parts, found), torch.tensor([number[row] for row in rows], device=tokens.device))
 
 
 def first_rows(config: Any, inputs: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor] | None:
@@ -134,6 +128,21 @@ def _parts(config: Any, inputs: Mapping[str, torch.Tensor]) -> list[Part] | None
     return parts
 
 
+def _marks(config: Any, inputs: Mapping[str, torch.Tensor]) -> list[tuple[Any, ...]] | None:
+    """Return for each row what it has in common with equal rows alone; None where the images do not fit the grid."""
+    rest = dict(inputs)
+    columns: list[list[Any]] = []
+    for names, kind in ((_OF_IMAGES, "image"), (_OF_VIDEOS, "video")):
+        if names[1] in rest:
+            patches, grid = rest.pop(names[0]), rest.pop(names[1])
+            rows, equal = _images_of_rows(config, inputs["input_ids"], grid, kind), equal_images(patches, grid)
+            if rows is None or equal is None:
+                return None
+            columns.append([tuple(equal[1][images]) for images in rows])
+    columns += [equal_rows(field) for field in rest.values()]
+    return list(zip(*columns, strict=True))
+
+
 def _images_of_rows(config: Any, tokens: torch.Tensor, grid: torch.Tensor, kind: str) -> list[slice] | None:
     """Return the images of each row, told by its number of placeholders; None where these fit no images."""
     token = getattr(config, f"{kind}_token_id", None)
@@ -171,9 +180,3 @@ def _joined(patches: Sequence[torch.Tensor], *, like: torch.Tensor) -> torch.Ten
     import torch
 
     return torch.cat(list(patches)) if patches else like[:0]
-
-
-def _are_equal(one: Part, other: Part) -> bool:
-    import torch
-
-    return all(torch.equal(one[name], other[name]) for name in one)

@@ -32,7 +32,7 @@ def bucketed(tokens: int) -> int:
 
 
 class StaticCaches:
-    """Caches by batch size and length, filled from that of a prefill.
+    """A store of caches by batch size and length, filled from that of a prefill.
 
     Args:
         config: the model's.
@@ -73,7 +73,7 @@ class StaticCaches:
         return cache
 
     def _lent(self, number: int, name: str, wanted: torch.Tensor) -> torch.Tensor:
-        """Return the memory of a layer; where it is too small, a larger one takes its place, and all caches go."""
+        """Return the memory of a layer; if it is too small, a larger one replaces it, and all caches are dropped."""
         memory = self._memory.get((number, name))
         if memory is None or memory.numel() < wanted.numel() or memory.dtype != wanted.dtype:
             self._made.clear()

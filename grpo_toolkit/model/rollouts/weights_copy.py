@@ -246,7 +246,7 @@ def _module(live: Any, name: str) -> Any:
 
 
 def _path(live: Any, name: str) -> Iterator[Any]:
-    """The modules on the way to a name, a trained replacement in the place of what it replaces."""
+    """Yield the modules on the way to a name, with PEFT's trained replacement in the place of what it replaces."""
     module = live
     yield module
     for part in name.split(".") if name else ():

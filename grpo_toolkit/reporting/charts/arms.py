@@ -58,7 +58,7 @@ def draw_bars(review: Review) -> Figure | None:
 
 def draw_positions(review: Review) -> Figure | None:
     """Draw the time between tokens along the answer: flat with a KV cache, climbing without one."""
-    rows = [row for row in review.arms if _gaps(row)]
+    rows = [row for row in review.arms if token_gaps(row)]
     if not rows:
         return None
     figure = new_figure()
@@ -66,7 +66,7 @@ def draw_positions(review: Review) -> Figure | None:
     colours = colours_of([row.arm for row in rows])
     top = 0.0
     for row in rows:
-        spread = [_quartiles(column) for column in _gaps(row)]
+        spread = [_quartiles(column) for column in token_gaps(row)]
         low, middle, high = (_smooth([part[index] * 1e3 for part in spread]) for index in range(3))
         tokens = range(2, len(middle) + 2)
         axes.fill_between(tokens, low, high, color=colours[row.arm], alpha=0.16, linewidth=0)
@@ -79,7 +79,7 @@ def draw_positions(review: Review) -> Figure | None:
     return figure
 
 
-def _gaps(row: LatencyRow) -> list[list[float]]:
+def token_gaps(row: LatencyRow) -> list[list[float]]:
     """Return per token position the gaps of the sequences that reach it, as long as at least half of them do."""
     columns: list[list[float]] = []
     streams = [times for timeline in row.timelines for times in timeline.streams_s]
@@ -110,29 +110,34 @@ def draw_distributions(review: Review) -> Figure | None:
     rows = [row for row in rows if not is_variant(row.arm)] or rows
     if not rows:
         return None
-    panels = {
-        "TTFT (ms)": [[t.ttft_s for t in row.timelines if t.token_times_s] for row in rows],
-        "TPOT (ms)": [[tpot for t in row.timelines if (tpot := t.tpot_s) is not None] for row in rows],
-        "E2E (ms)": [[t.e2e_s for t in row.timelines if t.token_times_s] for row in rows],
-    }
+    times = [request_times_ms(row) for row in rows]
     figure = new_figure(3.0)
     colours = colours_of([row.arm for row in rows])
-    for axes, (title, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        _draw_boxes(axes, rows, values, colours)
-        axes.set_title(title, loc="left")
+    for axes, metric in zip(figure.subplots(1, 3), times[0], strict=True):
+        _draw_boxes(axes, rows, [of_row[metric] for of_row in times], colours)
+        axes.set_title(f"{metric} (ms)", loc="left")
     handles = [figure.axes[0].plot([], [], "s", color=colours[row.arm])[0] for row in rows]
     legend_below(figure, handles, [label_of(row.arm) for row in rows])
     return figure
+
+
+def request_times_ms(row: LatencyRow) -> dict[str, list[float]]:
+    """Return TTFT, TPOT and E2E of every measured request, in milliseconds."""
+    timed = [timeline for timeline in row.timelines if timeline.token_times_s]
+    return {
+        "TTFT": [timeline.ttft_s * 1e3 for timeline in timed],
+        "TPOT": [tpot * 1e3 for timeline in timed if (tpot := timeline.tpot_s) is not None],
+        "E2E": [timeline.e2e_s * 1e3 for timeline in timed],
+    }
 
 
 def _draw_boxes(axes: Axes, rows: Sequence[LatencyRow], values: list[list[float]], colours: dict[str, str]) -> None:
     for place, (row, found) in enumerate(zip(rows, values, strict=True)):
         if not found:
             continue
-        scaled = [value * 1e3 for value in found]
         colour = colours[row.arm]
         axes.boxplot(
-            scaled,
+            found,
             positions=[place],
             widths=0.62,
             showfliers=False,
@@ -142,8 +147,8 @@ def _draw_boxes(axes: Axes, rows: Sequence[LatencyRow], values: list[list[float]
             capprops={"color": colour},
         )
         # Spread by order, not at random: the same rows give the same picture.
-        spread = [place + 0.22 * ((index * 0.618) % 1 - 0.5) for index in range(len(scaled))]
-        axes.scatter(spread, scaled, s=9, color=colour, alpha=0.55, linewidths=0)
+        spread = [place + 0.22 * ((index * 0.618) % 1 - 0.5) for index in range(len(found))]
+        axes.scatter(spread, found, s=9, color=colour, alpha=0.55, linewidths=0)
     axes.set_xticks([])
     axes.margins(y=0.12)
     horizontal_only(axes)

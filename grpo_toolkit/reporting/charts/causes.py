@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from grpo_toolkit.latency.rows.row import METRICS
 from grpo_toolkit.reporting.charts.style import (
     LIGHT,
     colours_of,
@@ -137,9 +138,7 @@ def draw_waterfall(review: Review) -> Figure | None:
     labels = [textwrap.fill(bar.label, letters) for bar in bars]
     axes.set_xticks(range(len(bars)), labels, rotation=35 if slant else 0, ha="right" if slant else "center")
     axes.tick_params(axis="x", labelcolor=LIGHT["ink"], labelsize=8)
-    axes.set_ylabel(
-        {"e2e_s": "end to end", "tpot_s": "per output token", "ttft_s": "to first token"}.get(metric, metric) + " (ms)"
-    )
+    axes.set_ylabel(f"{METRICS.get(metric, metric)} (ms)")
     low, high = axes.dataLim.y0, axes.dataLim.y1
     axes.set_ylim(min(0.0, low) * 1.1, high * 1.12)
     horizontal_only(axes)

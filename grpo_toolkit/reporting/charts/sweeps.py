@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
+from grpo_toolkit.latency.explain.exact_split import PHASES, PREFILL
 from grpo_toolkit.reporting.charts.style import (
     LIGHT,
     PHASE_COLOURS,
@@ -23,15 +24,6 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.rows.review import Review
     from grpo_toolkit.latency.rows.row import LatencyRow
-
-TTFT_PHASES: Final = {
-    "tokenize_s": "tokenise",
-    "image_s": "image processor",
-    "transfer_s": "transfer",
-    "vision_s": "vision tower",
-    "prefill_s": "prefill",
-}
-"""The phases before the first token, in the order of time, as people call them."""
 
 
 def draw_batches(review: Review) -> Figure | None:
@@ -90,7 +82,7 @@ def draw_images(review: Review) -> Figure | None:
     axes = figure.subplots()
     heights = [0.0] * len(counts)
     chosen = {row.workload.image_tokens: row for row in rows if row.arm == shown}
-    for phase, name in TTFT_PHASES.items():
+    for phase, name in {**PHASES, "prefill_s": PREFILL}.items():
         spans = [_phase(chosen.get(count), phase) for count in counts]
         if any(spans):
             axes.bar(range(len(counts)), spans, bottom=heights, width=0.62, color=PHASE_COLOURS[phase], label=name)

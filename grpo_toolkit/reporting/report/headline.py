@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
+from grpo_toolkit.latency.rows.row import METRICS
 from grpo_toolkit.reporting.charts.style import label_of, milliseconds
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow, Ratio, Verdict
 
 NO_INTERVAL: Final = "no interval"
-METRICS: Final = {"e2e_s": "end to end", "tpot_s": "per output token", "ttft_s": "to first token"}
 
 
 @dataclass(frozen=True, kw_only=True)

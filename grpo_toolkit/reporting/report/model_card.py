@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.base_lookup import is_hub_name
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
 from grpo_toolkit.checkpoint.manifest import manifest_of, sha256
-from grpo_toolkit.checkpoint.model_folder import MANIFEST, Checkpoint, open_checkpoint
+from grpo_toolkit.checkpoint.model_folder import CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.rows.review import median_of
 from grpo_toolkit.reporting.charts.gallery import write_pictures
-from grpo_toolkit.reporting.charts.style import label_of
 from grpo_toolkit.reporting.report.card_facts import KEY, CardFacts, kept_facts
 from grpo_toolkit.reporting.report.folder_findings import findings_of
 from grpo_toolkit.reporting.report.headline import headline_of
+from grpo_toolkit.reporting.report.rendering import line_of, templates
 
 if TYPE_CHECKING:
     import os
@@ -104,7 +103,7 @@ def _with_section(text: str, section: str) -> str:
 
 
 def _is_vision(checkpoint: Checkpoint) -> bool:
-    config = checkpoint.json("config.json")
+    config = checkpoint.json(CONFIG)
     return isinstance(config, dict) and "vision_config" in config
 
 
@@ -128,21 +127,12 @@ def _metadata(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> dict[str, 
 def _section(
     folder: Path, manifest: Mapping[str, Any], review: Review | None, facts: CardFacts, *, has_picture: bool
 ) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    templates = Environment(
-        loader=PackageLoader("grpo_toolkit.reporting.report", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=False,
-        autoescape=False,  # Markdown; what comes from files goes through `cell`
-    )
-    templates.filters["cell"] = _cell
+    environment = templates(autoescape=False)  # Markdown; what comes from files goes through `cell`
+    environment.filters["cell"] = _cell
     checkpoint = open_checkpoint(folder)
     base = str(manifest.get("base") or "")
     found = {} if review is None else findings_of(review)
-    text = templates.get_template("model_card.md.jinja").render(
+    text = environment.get_template("model_card.md.jinja").render(
         manifest={"put_right": [], "verification": None, **manifest, "versions": manifest.get("versions") or {}},
         checks=(manifest.get("verification") or {}).get("checks") or [],
         facts=facts,
@@ -152,7 +142,7 @@ def _section(
         findings=_faults(found.get("checkpoint")),
         left=len(_faults(found.get("export"))),
         headline=None if review is None else headline_of(review),
-        rows=[] if review is None else [_line(row) for row in review.arms],
+        rows=[] if review is None else [line_of(row) for row in review.arms],
         setting="" if review is None else _setting(review.arms[0]),
         picture=PICTURE if has_picture else None,
         is_vision=_is_vision(checkpoint),
@@ -197,16 +187,6 @@ def _cell(value: object) -> str:
         r"(?<![\w.])/(?:[^\s/]+/)+", "", " ".join(str(value).split())
     )  # a card is public: folders' names alone
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-
-
-def _line(row: LatencyRow) -> dict[str, Any]:
-    return {
-        "arm": label_of(row.arm),
-        "ttft": median_of(row.ttft_s, 1e3),
-        "tpot": median_of(row.tpot_s, 1e3),
-        "speed": median_of(row.output_tokens_per_s),
-        "memory": None if row.memory.peak_bytes is None else row.memory.peak_bytes / 1e9,
-    }
 
 
 def _setting(row: LatencyRow) -> str:

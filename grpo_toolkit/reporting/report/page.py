@@ -19,12 +19,15 @@ from grpo_toolkit.reporting.report.card_facts import CardFacts
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
 from grpo_toolkit.reporting.report.headline import headline_of, interval
 from grpo_toolkit.reporting.report.model_card import write_model_card
+from grpo_toolkit.reporting.report.rendering import line_of, templates
+from grpo_toolkit.reporting.report.step_section import compared_steps, explained, step_section, steps_beside
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.step_time.store import StepReview
 
 REPORT_FILE: Final = "report.html"
 _NAME_LETTERS: Final = 24
@@ -59,10 +62,14 @@ def write_report(
     review = run if isinstance(run, Review) else load_review(run)
     if not review.arms and not review.explanations:
         raise InputError(f"{review.path}: no arm was measured to its end, so there is nothing to report")
-    manifest = export_manifest(review)
+    manifest, found, steps = export_manifest(review), findings_of(review), steps_beside(review.path)
     content = _page(review) | {
-        "diagnoses": _diagnoses(review),
-        "put_right": [] if manifest is None else [_repair(repair) for repair in manifest.get("put_right") or []],
+        "steps": None if steps is None else step_section(steps),
+        "diagnoses": [{"arm": label_of(arm), **found[arm]} for arm in sorted(found, key=arm_order)],
+        "put_right": [
+            {name: str(repair.get(name, "")) for name in ("file", "key", "found", "written")}
+            for repair in (manifest or {}).get("put_right") or []
+        ],
         "checks": [] if manifest is None else ((manifest.get("verification") or {}).get("checks") or []),
         "has_manifest": manifest is not None,
     }
@@ -91,29 +98,72 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
     if not common:
         found = ", ".join(row.arm for row in one.arms), ", ".join(row.arm for row in other.arms)
         raise InputError(f"{one.path} and {other.path} have no arm in common ({found[0]}; {found[1]})")
-    rows = [
-        replace(row, arm=f"{row.arm} ({name})", session=f"compared {row.session}", ratios=[], step=None)
-        for name, review in zip(names, (one, other), strict=True)
-        for row in review.rows
-        if row.arm in drawn
-    ]
-    newest = [
-        replace(
-            row, arm=f"{row.arm} ({name})", session="compared", ratios=[], step=None, workload=one.arms[0].workload
-        )
-        for name, review in zip(names, (one, other), strict=True)
-        for row in review.arms
-        if row.arm in drawn
-    ]
+    rows, newest = [], []
+    for name, review in zip(names, (one, other), strict=True):
+        for row in review.rows:
+            if row.arm in drawn:
+                run = replace(row, arm=f"{row.arm} ({name})", session=f"compared {row.session}", ratios=[], step=None)
+                rows.append(run)
+                if row in review.arms:
+                    newest.append(replace(run, session="compared", workload=one.arms[0].workload))
     both = Review(path=other.path, rows=[*rows, *sorted(newest, key=lambda row: arm_order(row.arm))])
     pairs = [({r.arm: r for r in one.arms}[arm], {r.arm: r for r in other.arms}[arm]) for arm in common]
     content = _page(both, only=COMPARED) | {
         "title": f"{names[0]} and {names[1]}",
         "headline": None,
         "compared": {"names": names, "lines": [_change(mine, theirs) for mine, theirs in pairs]},
-        "is_same_hardware": _hardware(one) == _hardware(other),
+        "is_same_hardware": len({run.arms[0].environment.get("hardware") for run in (one, other)}) == 1,
     }
+    sides = steps_beside(one.path), steps_beside(other.path)
+    if sides[0] is not None and sides[1] is not None:
+        content |= {"steps_compared": compared_steps(sides[0], sides[1]), "compared_names": names}
     return _render(content, path)
+
+
+def write_step_report(steps: StepReview, path: Path | None = None) -> Path:
+    """Write the report of a run that has steps alone; `path` defaults to `report.html` beside its rows.
+
+    Raises:
+        InputError: no step in it has phases.
+    """
+    section = step_section(steps)
+    if section is None:
+        raise InputError(f"{steps.path}: no step in it has phases, so there is nothing to report")
+    content = _steps_alone(steps, steps.path.resolve().name) | {"steps": section}
+    return _render(content, steps.path / REPORT_FILE if path is None else path)
+
+
+def write_step_comparison(one: StepReview, other: StepReview, path: Path) -> Path:
+    """Write the comparison of two runs that have steps alone.
+
+    Raises:
+        InputError: one of them has no steps with phases.
+    """
+    names = _two_names(one.path, other.path)
+    content = _steps_alone(other, f"{names[0]} and {names[1]}")
+    return _render(content | {"steps_compared": compared_steps(one, other), "compared_names": names}, path)
+
+
+def _steps_alone(steps: StepReview, title: str) -> dict[str, Any]:
+    row = explained(steps)
+    environment = {} if row is None else row.environment
+    return {
+        "title": title,
+        "is_steps_alone": True,
+        "palette": PALETTE,
+        "headline": None,
+        "facts": [fact for fact in (environment.get("hardware"),) if fact],
+        "lines": [],
+        "ratios": [],
+        "charts": [],
+        "missing": [],
+        "failed": [],
+        "explanations": [],
+        "count": len(steps.steps) + len(steps.explanations),
+        "environment": environment,
+        "folder": str(steps.path),
+        "label_of": label_of,
+    }
 
 
 def _two_names(one: Path, other: Path) -> tuple[str, str]:
@@ -123,10 +173,6 @@ def _two_names(one: Path, other: Path) -> tuple[str, str]:
         mine, theirs = mine.parent, theirs.parent
     first, second = mine.name[-_NAME_LETTERS:] or "first", theirs.name[-_NAME_LETTERS:] or "second"
     return (first, second) if first != second else (f"{first} 1", f"{second} 2")
-
-
-def _hardware(review: Review) -> str | None:
-    return review.arms[0].environment.get("hardware")
 
 
 def _change(before: LatencyRow, after: LatencyRow) -> dict[str, Any]:
@@ -153,7 +199,7 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
         "palette": PALETTE,
         "headline": headline_of(review),
         "facts": _facts(review.arms[0]) if review.arms else _facts_explained(review.explanations[-1]),
-        "lines": [_line(row) for row in review.arms],
+        "lines": [line_of(row) for row in review.arms],
         "ratios": [(label_of(row.arm), ratio, interval(ratio)) for row, ratio in review.ratios],
         "charts": charts,
         "missing": missing,
@@ -193,49 +239,11 @@ def _facts_explained(row: ExplanationRow) -> list[str]:
     return [*([] if row.step is None else [f"step {row.step:,}"]), *filter(None, facts)]
 
 
-def _line(row: LatencyRow) -> dict[str, Any]:
-    return {
-        "arm": label_of(row.arm),
-        "ttft": median_of(row.ttft_s, 1e3),
-        "tpot": row.tpot_s,
-        "e2e": median_of(row.e2e_s, 1e3),
-        "speed": median_of(row.output_tokens_per_s),
-        "memory": None if row.memory.peak_bytes is None else row.memory.peak_bytes / 1e9,
-        "cache": {None: "not seen", True: "in use", False: "off"}[row.proof.is_cached],
-        "vision": row.proof.vision_calls,
-    }
-
-
-def _diagnoses(review: Review) -> list[dict[str, Any]]:
-    found = findings_of(review)
-    return [
-        {"arm": label_of(arm), **diagnosis}
-        for arm, diagnosis in sorted(found.items(), key=lambda item: arm_order(item[0]))
-    ]
-
-
-def _repair(repair: dict[str, Any]) -> dict[str, str]:
-    return {name: str(repair.get(name, "")) for name in ("file", "key", "found", "written")}
-
-
 def _render(content: dict[str, Any], path: Path) -> Path:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    templates = Environment(
-        loader=PackageLoader("grpo_toolkit.reporting.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    defaults: dict[str, Any] = {
-        "compared": None,
-        "diagnoses": [],
-        "put_right": [],
-        "checks": [],
-        "has_manifest": False,
-    }
-    text = templates.get_template("report.html.jinja").render(defaults | {"is_same_hardware": True} | content)
+    defaults: dict[str, Any] = {"is_same_hardware": True, "has_manifest": False, "is_steps_alone": False}
+    defaults |= {"compared": None, "steps": None, "steps_compared": None, "compared_names": ()}
+    empty: dict[str, list[Any]] = {"diagnoses": [], "put_right": [], "checks": []}
+    text = templates(autoescape=True).get_template("report.html.jinja").render(defaults | empty | content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
 from grpo_toolkit.doctor.findings import Severity, show
+from grpo_toolkit.doctor.readers import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,7 +43,7 @@ _CODES: Final = {
 
 
 class Plain:
-    """Text for a pipe or a file: no styles, a paragraph a line, tabs between cells."""
+    """A paper for a pipe or a file: no styles, a paragraph a line, tabs between cells."""
 
     def text(self, text: str, style: str = "") -> str:
         """Return a text in a style."""
@@ -58,7 +59,7 @@ class Plain:
 
 
 class Coloured(Plain):
-    """Text for a terminal; what a stranger's file says is printable by now (`findings.show`)."""
+    """A paper for a terminal; what a stranger's file says is printable by now (`findings.show`)."""
 
     def text(self, text: str, style: str = "") -> str:
         """Return a text in a style."""
@@ -93,7 +94,8 @@ def diagnosis_lines(diagnosis: Diagnosis, on: Plain | None = None) -> Iterator[s
     """Yield the diagnosis of one folder: what it is, its findings with their effects, what to do next."""
     on = on or Plain()
     style = "clean" if diagnosis.is_clean else "bad"
-    yield f"{on.text(str(diagnosis.path), 'bold')}: {on.text(_verdict(diagnosis.findings), style)}"
+    judged = f" for {diagnosis.reader}" if diagnosis.reader is not None else ""
+    yield f"{on.text(str(diagnosis.path), 'bold')}: {on.text(_verdict(diagnosis.judged) + judged, style)}"
     yield on.text(f"  {', '.join((diagnosis.kind, *diagnosis.facts))}", "dim")
     if diagnosis.base is not None:
         yield on.text(f"  compared with {diagnosis.base}", "dim")
@@ -103,6 +105,8 @@ def diagnosis_lines(diagnosis: Diagnosis, on: Plain | None = None) -> Iterator[s
         severity = finding.severity.value
         yield f"{on.text(severity, severity)}: {on.text(finding.title, 'bold')} {on.text(f'[{finding.code}]', 'dim')}"
         yield f"  {on.text(_place(finding), 'place')}: {on.text(_found_and_expected(finding))}"
+        if finding.severity is not Severity.NOTE:
+            yield on.text(f"  for {in_words(finding.fails, diagnosis.reader or diagnosis.installed)}", "dim")
         yield on.paragraph(finding.effect, finding.evidence)
     for line in _advice(diagnosis):
         yield on.text(line, "clean")
@@ -113,10 +117,10 @@ def run_lines(diagnoses: Sequence[Diagnosis], empty: Sequence[str], on: Plain | 
     on = on or Plain()
     rows, styles = [], []
     for diagnosis in diagnoses:
-        codes = dict.fromkeys(f.code for f in diagnosis.findings if f.severity is not Severity.NOTE)
+        codes = dict.fromkeys(f.code for f in diagnosis.judged if f.severity is not Severity.NOTE)
         name = str(diagnosis.path.name or diagnosis.path)
-        rows.append((name, str(diagnosis.kind), _verdict(diagnosis.findings), ", ".join(codes)))
-        styles.append("clean" if diagnosis.is_clean else diagnosis.findings[0].severity.value)
+        rows.append((name, str(diagnosis.kind), _verdict(diagnosis.judged), ", ".join(codes)))
+        styles.append("clean" if diagnosis.is_clean else diagnosis.judged[0].severity.value)
     yield from on.rows(rows, styles)
     for line in empty:
         yield on.text(line, "dim")
@@ -151,7 +155,7 @@ def _place(finding: Finding) -> str:
 
 
 def _found_and_expected(finding: Finding) -> str:
-    expected = f"expected {show(finding.expected, limit=160)}"
+    expected = f"expected {show(finding.expected, limit=600)}"
     if finding.found is ABSENT:
         return expected if finding.key == "" else f"absent, {expected}"
     found = show(finding.found)
@@ -163,7 +167,7 @@ def _not_compared(diagnosis: Diagnosis) -> str:
 
 
 def _advice(diagnosis: Diagnosis) -> Iterator[str]:
-    mendable = [f for f in diagnosis.findings if f.repairable and f.severity is not Severity.NOTE]
+    mendable = [f for f in diagnosis.judged if f.repairable and f.severity is not Severity.NOTE]
     folder = shlex.quote(str(diagnosis.path))
     base = f" --base {shlex.quote(str(diagnosis.base))}" if diagnosis.base is not None else ""
     if mendable:

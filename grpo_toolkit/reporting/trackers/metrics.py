@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from grpo_toolkit.latency.rows.review import key_part, median_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
-    from grpo_toolkit.latency.rows.review import Review, Visit
+    from grpo_toolkit.latency.rows.review import Visit
     from grpo_toolkit.latency.rows.row import LatencyRow
 
 STEP_METRIC: Final = "train/global_step"
@@ -51,30 +51,7 @@ HEADLINES: Final = frozenset(
 )
 """The scalars that get a panel of their own; the others are there for whoever looks for them and for workspaces."""
 
-TABLE_COLUMNS: Final = (
-    "step",
-    "arm",
-    "workload",
-    "batch_size",
-    "use_cache",
-    "cache_implementation",
-    "thinking",
-    "prompt_tokens",
-    "image_tokens",
-    "new_tokens",
-    "rounds",
-    "ttft_ms_p50",
-    "tpot_ms_p50",
-    "e2e_ms_p50",
-    "output_tokens_per_s_p50",
-    "peak_memory_mb",
-    "kv_cache_in_use",
-    "vision_calls",
-    "dtype",
-    "device",
-    "error",
-    "id",
-)
+_TABLE_MEDIANS: Final = ("ttft_ms_p50", "tpot_ms_p50", "e2e_ms_p50", "output_tokens_per_s_p50", "peak_memory_mb")
 
 
 def scalars(visit: Visit, known: Collection[str] = ()) -> dict[str, float]:
@@ -97,6 +74,7 @@ def scalars(visit: Visit, known: Collection[str] = ()) -> dict[str, float]:
 
 def _of_row(row: LatencyRow) -> dict[str, float | None]:
     ratio = next((r for r in row.ratios if (r.against, r.metric) == ("base", "tpot_s")), None)
+    peak = row.memory.peak_bytes
     return {
         "ttft_ms_p50": median_of(row.ttft_s, 1e3),
         "tpot_ms_p50": median_of(row.tpot_s, 1e3),
@@ -104,7 +82,7 @@ def _of_row(row: LatencyRow) -> dict[str, float | None]:
         "first_answer_ms_p50": median_of(row.first_answer_s, 1e3),
         "output_tokens_per_s_p50": median_of(row.output_tokens_per_s),
         "output_tokens_p50": None if row.tokens is None else row.tokens.output.median,
-        "peak_memory_mb": megabytes(row.memory.peak_bytes),
+        "peak_memory_mb": None if peak is None else peak / 1e6,
         "mbu": None if row.roofline is None else row.roofline.mbu,
         "kv_cache_in_use": None if row.proof.is_cached is None else float(row.proof.is_cached),
         "tpot_vs_base": None if ratio is None else ratio.median,
@@ -113,40 +91,34 @@ def _of_row(row: LatencyRow) -> dict[str, float | None]:
     }
 
 
-def megabytes(count: int | None) -> float | None:
-    """Return bytes as MB, None where unknown."""
-    return None if count is None else count / 1e6
+def table(rows: Sequence[LatencyRow]) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns of the table, and a line per row of `latency.jsonl` (arm, batch size, cache, step, ...)."""
+    lines = [_table_line(row) for row in rows]
+    return list(lines[0]) if lines else [], [list(line.values()) for line in lines]
 
 
-def table_rows(review: Review) -> list[list[Any]]:
-    """Return a line per row of `latency.jsonl` (arm, batch size, cache, thinking, step), ordered as the columns."""
-    return [
-        [
-            row.step,
-            row.arm,
-            row.workload.name,
-            row.workload.batch_size,
-            "as in the files" if row.settings.use_cache is None else str(row.settings.use_cache).lower(),
-            row.settings.cache_implementation,
-            row.workload.thinking,
-            row.workload.prompt_tokens,
-            row.workload.image_tokens,
-            row.workload.max_new_tokens,
-            row.rounds,
-            median_of(row.ttft_s, 1e3),
-            median_of(row.tpot_s, 1e3),
-            median_of(row.e2e_s, 1e3),
-            median_of(row.output_tokens_per_s),
-            megabytes(row.memory.peak_bytes),
-            row.proof.is_cached,
-            row.proof.vision_calls,
-            row.settings.dtype,
-            row.settings.device,
-            row.error,
-            row.id,
-        ]
-        for row in review.rows
-    ]
+def _table_line(row: LatencyRow) -> dict[str, Any]:
+    figures, cache = _of_row(row), row.settings.use_cache
+    return {
+        "step": row.step,
+        "arm": row.arm,
+        "workload": row.workload.name,
+        "batch_size": row.workload.batch_size,
+        "use_cache": "as in the files" if cache is None else str(cache).lower(),
+        "cache_implementation": row.settings.cache_implementation,
+        "thinking": row.workload.thinking,
+        "prompt_tokens": row.workload.prompt_tokens,
+        "image_tokens": row.workload.image_tokens,
+        "new_tokens": row.workload.max_new_tokens,
+        "rounds": row.rounds,
+        **{name: figures[name] for name in _TABLE_MEDIANS},
+        "kv_cache_in_use": row.proof.is_cached,
+        "vision_calls": row.proof.vision_calls,
+        "dtype": row.settings.dtype,
+        "device": row.settings.device,
+        "error": row.error,
+        "id": row.id,
+    }
 
 
 def joined(ids: set[str]) -> str:

@@ -169,17 +169,16 @@ class Mirror:
             return
         if run is None:
             self.breakers["W&B"].problems["scalars"] = "the run was finished before training ended"
-            yield wandb_hint(facts)
-            return
-        wandb_run.log_review(
-            run,
-            self._own(review, "wandb"),
-            pages,
-            self.breakers["W&B"],
-            known=self._known,
-            known_in_table=self._known_in_table,
-            artifact=self.artifact,
-        )
+        else:
+            wandb_run.log_review(
+                run,
+                self._own(review, "wandb"),
+                pages,
+                self.breakers["W&B"],
+                known=self._known,
+                known_in_table=self._known_in_table,
+                artifact=self.artifact,
+            )
         yield wandb_hint(facts)
 
     def _log_trackio(self, review: Review, pages: Pages) -> Iterator[str]:

@@ -32,6 +32,18 @@ def remember(folder: Path, tracker: str, facts: dict[str, Any], before: Review |
     (folder / FILE_NAME).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
+def remember_session(folder: Path, tracker: str, facts: dict[str, Any], session: str) -> None:
+    """Note that a session's steps went into a run; one that goes on with the newest run of before is that run."""
+    found = read(folder)
+    runs = found.setdefault(tracker, [])
+    sessions = [session]
+    if runs and _identity(runs[-1]) == _identity(facts):
+        sessions = [*runs.pop().get("sessions", []), session]
+    runs.append({**facts, "sessions": sessions})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE_NAME).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
 def _identity(facts: dict[str, Any]) -> tuple[Any, ...]:
     return facts.get("entity"), facts.get("project"), facts.get("id") or facts.get("name")
 

@@ -14,11 +14,10 @@ from grpo_toolkit.reporting.trackers.metrics import (
     IDS_KEY,
     REPORT_KEY,
     STEP_METRIC,
-    TABLE_COLUMNS,
     TABLE_KEY,
     joined,
     scalars,
-    table_rows,
+    table,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +58,8 @@ def log_review(review: Review, pages: Pages, *, project: str, name: str) -> int:
         media: dict[str, Any] = {
             f"latency/charts/{key}": trackio.Image(str(path)) for key, path in pages.pictures.items()
         }
-        media[TABLE_KEY] = trackio.Table(columns=list(TABLE_COLUMNS), data=table_rows(review))
+        columns, data = table(review.rows)
+        media[TABLE_KEY] = trackio.Table(columns=columns, data=data)
         if pages.report is not None:
             media[REPORT_KEY] = trackio.Html(pages.report.read_text(encoding="utf-8"))
         trackio.log({**media, STEP_METRIC: visits[-1].step})

@@ -7,21 +7,13 @@ variables set before; a table made offline is kept outside the run's folder unle
 
 from __future__ import annotations
 
-import base64
-import http.client
-import json
-import netrc
 import os
-import ssl
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,11 +142,10 @@ def api_key() -> str | None:
     """Return the user's key: from the environment, or from `.netrc` for this server."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key
-    try:
-        found = netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(base_url()).hostname or "")
-    except (OSError, netrc.NetrcParseError):
-        return None
-    return None if found is None else found[2]
+    from requests.utils import get_netrc_auth  # W&B needs requests, and reads the file by it too
+
+    found = get_netrc_auth(base_url())
+    return None if found is None else found[1]
 
 
 def server_problem(key: str, *, limit_s: float = PROBE_S) -> str | None:
@@ -168,23 +159,22 @@ def server_problem(key: str, *, limit_s: float = PROBE_S) -> str | None:
 
 def ask(key: str, limit_s: float) -> str | None:
     """Ask the same without a thread, which no process can start at its end; each wait has the limit."""
-    question = json.dumps({"query": "query Viewer { viewer { id entity } }"}).encode()
-    login = base64.b64encode(f"api:{key}".encode()).decode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
+    import httpx
+
+    question = {"query": "query Viewer { viewer { id entity } }"}
     try:
-        request = urllib.request.Request(f"{base_url()}/graphql", data=question, headers=headers)
-    except ValueError:
+        answer = httpx.post(f"{base_url()}/graphql", json=question, auth=("api", key), timeout=limit_s)
+        said: Any = answer.json() if answer.is_success else None
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
         return f"WANDB_BASE_URL is {base_url()!r}, which is no address"
-    try:
-        with urllib.request.urlopen(request, timeout=limit_s) as answer:
-            said: Any = json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return f"it says {error.code}" if error.code in (401, 403) or error.code >= 500 else None
-    except TimeoutError:
+    except httpx.TimeoutException:
         return f"no answer within {limit_s:g} s"
-    except urllib.error.URLError as error:
+    except httpx.ConnectError as error:
         # A certificate that Python cannot check may be fine for W&B, which brings its own list: let W&B try.
-        return None if isinstance(error.reason, ssl.SSLError) else f"it cannot be reached ({error.reason})"
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        return None if "CERTIFICATE" in str(error) or "SSL" in str(error) else f"it cannot be reached ({error})"
+    except (httpx.HTTPError, ValueError) as error:
         return f"its answer is cut off ({type(error).__name__})"
+    if not answer.is_success:
+        status = answer.status_code
+        return f"it says {status}" if status in (401, 403) or status >= 500 else None
     return None if isinstance(said, dict) and (said.get("data") or {}).get("viewer") else "it does not know this key"

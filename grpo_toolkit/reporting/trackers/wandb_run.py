@@ -25,12 +25,11 @@ from grpo_toolkit.reporting.trackers.metrics import (
     IDS_KEY,
     REPORT_KEY,
     STEP_METRIC,
-    TABLE_COLUMNS,
     TABLE_IDS_KEY,
     TABLE_KEY,
     joined,
     scalars,
-    table_rows,
+    table,
 )
 from grpo_toolkit.reporting.trackers.wandb_plots import box_plots, tpot_bars, tpot_lines
 
@@ -157,12 +156,12 @@ def _media(review: Review, pages: Pages) -> list[Any]:
 def _tables(review: Review, every: set[str]) -> list[Any]:
     import wandb
 
-    rows = table_rows(review)
+    columns, data = table(review.rows)
     return [
         lambda: tpot_bars(review),
         lambda: tpot_lines(review),
         lambda: {
-            TABLE_KEY: wandb.Table(columns=list(TABLE_COLUMNS), data=rows, allow_mixed_types=True),
+            TABLE_KEY: wandb.Table(columns=columns, data=data, allow_mixed_types=True),
             TABLE_IDS_KEY: joined(every),
         },
     ]
@@ -177,6 +176,7 @@ def _log_artifact(run: Any, review: Review, step: int) -> None:
         return
     folder = Path(export.path).resolve()
     manifest = export_manifest(review)
+    newest = next((scalars(visit) for visit in reversed(visits_of(review)) if visit.main == review.arms), {})
     facts = {
         "step": step,
         "path": str(folder),
@@ -184,16 +184,12 @@ def _log_artifact(run: Any, review: Review, step: int) -> None:
         "put_right": [] if manifest is None else manifest.get("put_right"),
         "findings": [finding["code"] for finding in findings_of(review).get("export", {}).get("findings", [])],
         "manifest_sha256": sha256(folder / MANIFEST) if (folder / MANIFEST).is_file() else None,
-        "latency": {name: value for name, value in _newest_scalars(review).items() if "/export/" in name},
+        "latency": {name: value for name, value in newest.items() if "/export/" in name},
     }
     artifact = wandb.Artifact(f"export-{key_part(run.id)}", type="model", metadata=facts)
     artifact.add_reference(folder.as_uri(), checksum=False)
     aliases = [f"step-{step}"] + (["best"] if _is_best(review) else [])
     run.log_artifact(artifact, aliases=aliases)
-
-
-def _newest_scalars(review: Review) -> dict[str, float]:
-    return next((scalars(visit) for visit in reversed(visits_of(review)) if visit.main == review.arms), {})
 
 
 def _is_best(review: Review) -> bool:

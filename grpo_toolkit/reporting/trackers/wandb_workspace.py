@@ -75,10 +75,7 @@ def _lines(title: str, names: tuple[str, ...], unit: str = "") -> Any:
 
 
 def _of_arms(title: str, metric: str, unit: str) -> Any:
-    import wandb_workspaces.reports.v2 as wr
-
-    names = [f"latency/{arm}/{metric}" for arm in _ARMS]
-    return wr.LinePlot(title=title, x=STEP_METRIC, y=names, title_x="training step", title_y=unit)
+    return _lines(title, tuple(f"latency/{arm}/{metric}" for arm in _ARMS), unit)
 
 
 def _trend() -> list[Any]:

@@ -10,7 +10,6 @@ trained with and saved has it too. `--min_pixels` goes the same way, for figures
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,6 @@ from grpo_vlm.data.image_files import decode, told_by_name
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
-
-KEPT = 16
-"""Images that a process keeps decoded: those of one rollout. For each micro-batch of a step TRL reads all rows of the
-rollout again, and the same image for each completion: 512 readings of eight images for 64 completions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +93,14 @@ class Fit:
         if isinstance(row, list):
             return [self._fit(picture, prompt) for picture in row]
         with told_by_name(_name(row, prompt)):
-            # A copy: rewards get the image, too, and may draw into it.
-            return _fitted(row["bytes"], row["path"], self.limits).copy()
+            return _fitted(row, self.limits)
 
 
-@functools.lru_cache(maxsize=KEPT)
-def _fitted(content: bytes | None, path: str | None, limits: PixelLimits | None) -> Image:
-    """Return an image decoded and in its size; the cache keeps it, so callers copy it."""
+def _fitted(picture: dict[str, Any], limits: PixelLimits | None) -> Image:
+    """Return an image decoded and in its size."""
     from PIL import Image as Pillow
 
-    image = decode({"bytes": content, "path": path})
+    image = decode(picture)
     size = image.size if limits is None else limits.fit(*image.size)
     return image if image.size == size else image.resize(size, Pillow.Resampling.BICUBIC)
 

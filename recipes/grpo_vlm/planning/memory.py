@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from grpo_toolkit import InputError, unsharded_models
+from grpo_vlm.planning.fast_rollouts import kept_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,7 +82,10 @@ class ModelSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """The work of one GPU: tokens of the longest prompt (its image included) and completion, and completions."""
+    """The work of one GPU: tokens of the longest prompt (its image included) and completion, and completions.
+
+    `rollout_prompts` are the different ones in a rollout, None for as many as completions.
+    """
 
     prompt_tokens: int
     image_patches: int
@@ -89,6 +93,7 @@ class Load:
     training_batch: int
     rollout_batch: int
     rollouts_elsewhere: bool = False
+    rollout_prompts: int | None = None
 
     @property
     def training_tokens(self) -> int:
@@ -223,6 +228,7 @@ def estimate(
     reserved: float = 0.0,
     share: float = 0.0,
     sleeps: bool = False,
+    fast_rollouts: bool = False,
 ) -> Estimate:
     """Estimate the bytes that one GPU needs.
 
@@ -249,6 +255,8 @@ def estimate(
             Instead, what it keeps of a GPU that is not known, 0 to 1.
         sleeps (`bool`, *optional*):
             Whether it gives them back while the training needs them.
+        fast_rollouts (`bool`, *optional*):
+            Whether rollouts are those of `FastRolloutCallback`.
     """
     shared_weights = processes if sharing in ("fsdp", "zero3") else 1
     shared_rest = processes if sharing in ("fsdp", "zero2", "zero3") else 1
@@ -278,13 +286,17 @@ def estimate(
     casts = 2.0 * (size.parameters - size.embedding_parameters) if mixed_precision and weights_cast(
         size, weight_bytes, shared_weights, deepspeed
     ) else 0.0  # fmt: skip
+    if fast_rollouts:
+        is_cast = weight_bytes == 4 and mixed_precision
+        parts["fast rollouts"] = kept_bytes(size, load, weight_bytes=weight_bytes, casts=is_cast)
     residual = 4 if weight_bytes == 4 and not deepspeed and shared_weights == 1 else 2
     moments = {"training": gathered + _training(size, load, casts=casts, residual=residual)}
     if reserved and sleeps:
         moments["rollouts"] = reserved
     if not load.rollouts_elsewhere:
         whole = 2.0 * size.parameters if sharing == "zero3" else gathered
-        moments["rollouts"] = whole + _rollouts(size, load, casts=casts)
+        prefilled = _fast_rollouts(size, load) if fast_rollouts else _rollouts(size, load, casts=casts)
+        moments["rollouts"] = whole + prefilled
     return Estimate(parts=parts, moments=moments, share=share, sleeps=sleeps)
 
 
@@ -320,6 +332,15 @@ def _rollouts(size: ModelSize, load: Load, *, casts: float) -> float:
     decoding = load.rollout_batch * (load.prompt_tokens + load.completion_tokens) * kv
     # The trainer lets go of the last step's rollouts when it has the next ones.
     return 2 * _pixels(load) + casts + max(seeing, prefill, decoding)
+
+
+def _fast_rollouts(size: ModelSize, load: Load) -> float:
+    """Count the prefill of the different prompts, without an adapter; the cache for decoding is kept."""
+    rows = load.rollout_prompts or load.rollout_batch
+    seeing = rows * load.image_patches * _bytes(FORWARD, size.vision_intermediate_size, size.vision_hidden_size)
+    kv = 2.0 * size.kv_values_per_token
+    prefill = rows * load.prompt_tokens * (kv + _bytes(FORWARD, size.intermediate_size, size.hidden_size))
+    return 2 * _pixels(load) + max(seeing, prefill)
 
 
 def _bytes(per_token: PerToken, intermediate: int, hidden: int) -> float:

@@ -6,6 +6,7 @@ quality, and is printed. Each says what to change.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from grpo_toolkit import InputError
 from grpo_vlm.data.columns import answer_types
 from grpo_vlm.data.image_sizes import pixel_limits
 from grpo_vlm.data.rows import named_layout
+from grpo_vlm.planning import fast_rollouts
 from grpo_vlm.planning.memory import GIB, Estimate, Load, ModelSize, Sharing, estimate, measure_model, vllm_bytes
 from grpo_vlm.planning.preflight import missing_packages, server_warning, setting_errors, vllm_problem
+from grpo_vlm.planning.sharing import find_sharing, reshards_after_forward, save_errors
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, ModelConfig
@@ -34,6 +37,7 @@ class Plan:
     """A run, in numbers. Memory and disk in bytes; `free_memory` is None without a GPU.
 
     `vllm_reserved` is what vLLM keeps of the GPU, None where that is not known or nothing; it needs `vllm_bytes`.
+    `fast_rollouts` says whether there is room for them, None where none are wanted.
     """
 
     processes: int
@@ -46,6 +50,7 @@ class Plan:
     prompt_tokens: int
     size: ModelSize
     memory: Estimate
+    fast_rollouts: bool | None
     free_memory: float | None
     vllm_bytes: float
     vllm_reserved: float | None
@@ -132,10 +137,13 @@ def make_plan(
         training_batch=training.per_device_train_batch_size,
         rollout_batch=per_rollout,
         rollouts_elsewhere=training.use_vllm,
+        # A group may be spread over processes: each then has its prompt.
+        rollout_prompts=-(-training.generation_batch_size // training.num_generations),
     )
     total, free = gpu_memory()
     share = training.vllm_gpu_memory_utilization if training.use_vllm and training.vllm_mode == "colocate" else 0.0
-    memory = estimate(
+    counted = functools.partial(
+        estimate,
         size,
         load,
         weight_bytes=loaded_bytes(model, size),
@@ -149,6 +157,11 @@ def make_plan(
         share=share if total is None else 0.0,
         sleeps=share > 0 and training.vllm_enable_sleep_mode,
     )
+    memory, fast = counted(), None
+    if fast_rollouts.are_planned(recipe, training, model, sharing=sharing):
+        faster = counted(fast_rollouts=True)
+        fast = free is None or faster.needed <= free
+        memory = faster if fast else memory
     completions = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     disk, free_disk = disk_needed(training, model, size), shutil.disk_usage(_existing(training.output_dir)).free
     plan = Plan(
@@ -162,6 +175,7 @@ def make_plan(
         prompt_tokens=prompt_tokens,
         size=size,
         memory=memory,
+        fast_rollouts=fast,
         free_memory=free,
         vllm_bytes=vllm_bytes(size, load, processes=training.vllm_tensor_parallel_size),
         vllm_reserved=share * total if share and total is not None else None,
@@ -173,7 +187,7 @@ def make_plan(
     missing = missing_packages(training, model, formulas=has_formulas(splits))
     errors = [
         *setting_errors(training, rewards=reward_names(recipe)),
-        *_save_errors(training),
+        *save_errors(training),
         *_size_errors(plan, training),
     ]
     warnings = _warnings(plan, recipe, training, processor, image_tokens=image_tokens)
@@ -195,23 +209,6 @@ def check_plan(plan: Plan) -> None:
     """
     if plan.errors:
         raise InputError("; ".join(plan.errors))
-
-
-def find_sharing(training: GRPOConfig) -> Sharing:
-    """Return how `accelerate launch` or the training arguments spread the model over the processes."""
-    plugin = getattr(training, "deepspeed_plugin", None)
-    if plugin is not None:
-        stages: dict[int, Sharing] = {2: "zero2", 3: "zero3"}
-        return stages.get(plugin.zero_stage, "ddp")
-    if _is_on("ACCELERATE_USE_FSDP") or getattr(training, "fsdp", None):
-        return "fsdp"
-    return "ddp" if training.world_size > 1 else "none"
-
-
-def reshards_after_forward(training: GRPOConfig) -> bool:
-    """Return whether FSDP gives the weights of a layer back after its forward, its default."""
-    setting = _fsdp_setting(training, "reshard_after_forward")
-    return str(setting).lower() not in ("false", "shard_grad_op", "2")  # FSDP2's word, FSDP1's, and its number
 
 
 def gpu_memory() -> tuple[float | None, float | None]:
@@ -257,30 +254,6 @@ def has_formulas(splits: Splits) -> bool:
     return any("math" in answer_types(rows) for rows in (splits.train, splits.held_out))
 
 
-def _save_errors(training: GRPOConfig) -> list[str]:
-    """Return settings under which a save has no weights in it (`save_model` then writes nothing, or a stub)."""
-    errors = []
-    state_dict = _fsdp_setting(training, "state_dict_type")
-    if find_sharing(training) == "fsdp" and str(state_dict) in ("SHARDED_STATE_DICT", "LOCAL_STATE_DICT"):
-        errors.append(
-            f"fsdp_state_dict_type {state_dict}: checkpoints get no config, tokenizer or safetensors, and save_model "
-            "writes nothing; set fsdp_state_dict_type: FULL_STATE_DICT (recipes/accelerate/fsdp2.yaml)"
-        )
-    plugin = getattr(training, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
-        errors.append(
-            "ZeRO-3 without zero3_save_16bit_model: checkpoints get no weights; set it to true "
-            "(recipes/accelerate/zero3.yaml)"
-        )
-    return errors
-
-
-def _fsdp_setting(training: GRPOConfig, name: str) -> Any:
-    """Read a setting from the environment, where `accelerate launch` puts it, or from the training arguments."""
-    given = os.environ.get(f"FSDP_{name.upper()}")
-    return given if given is not None else (training.fsdp_config or {}).get(name)
-
-
 def _size_errors(plan: Plan, training: GRPOConfig) -> list[str]:
     errors = []
     if plan.rows < plan.prompts_per_rollout:
@@ -312,6 +285,10 @@ def _warnings(
             f"at its peak this needs about {_gib(plan.memory.needed)} of GPU memory, {_gib(plan.free_memory)} are "
             "free: lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), "
             "--max_completion_length or --max_pixels; rollouts shrink with --steps_per_generation"
+        )
+    if plan.fast_rollouts is False:
+        warnings.append(
+            "rollouts go the plain way: GPU memory has no room for a copy of the weights and a static cache"
         )
     if plan.size.adapted_vision_modules:
         warnings.append(
@@ -355,10 +332,6 @@ def _existing(path: str | None) -> Path:
     """Return the folder itself, or the nearest one above it that is there."""
     folder = Path(path or ".").absolute()
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
-
-
-def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def _gib(amount: float) -> str:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from grpo_toolkit import ExportResult, LatencyRow
+    from grpo_toolkit import ExportResult, LatencyRow, StepExplanation
 
 
 def reward_change(log_history: Sequence[dict[str, Any]], reward: str) -> tuple[float, float] | None:
@@ -33,6 +33,7 @@ def summarise(
     direct_accuracy: float | None = None,
     begun_with: str | None = None,
     latency: Path | None = None,
+    steps: StepExplanation | None = None,
 ) -> dict[str, Any]:
     """Return the figures of a run, [before, after] where there are two; written to `summary.json` and printed.
 
@@ -48,6 +49,8 @@ def summarise(
         "iou_reward": reward_change(log_history, "iou_reward"),
         "format_reward": reward_change(log_history, "format_reward"),
         **cost,
+        "step_causes": [] if steps is None else [asdict(cause) for cause in steps.causes],
+        "step_floor_s": None if steps is None else steps.floor_s,
         "tpot_ms": {arm: row.tpot_s.median * 1e3 for arm, row in fixed.items() if row.tpot_s},
         "tpot_ratios": {
             arm: asdict(ratio)
@@ -148,6 +151,9 @@ def print_summary(summary: dict[str, Any], *, verbose: bool = False) -> None:
             table.add_row(f"{reward}, mean in rollouts", *(f"{value:.2f}" for value in summary[reward]))
     if summary["step_s"] is not None:
         table.add_row("time per step, rollouts included", "", f"{summary['step_s']:.2f} s")
+    for cause in summary["step_causes"][:1]:
+        saving = "" if cause["saving_s"] is None else f", {cause['saving_s']:.2f} s of it"
+        table.add_row(f"  slowed down most by {cause['cause']}{saving}", "", f"cure: {cause['line'] or cause['cure']}")
     if summary["peak_gib"] is not None:
         estimated, peak = f"{summary['estimated_gib']:.1f} GiB estimated", f"{summary['peak_gib']:.1f} GiB"
         table.add_row("GPU memory at the peak of training", estimated, peak)

@@ -64,7 +64,7 @@ class AccuracyTrainer(GRPOTrainer):
 
     @property
     def is_sharded(self) -> bool:
-        """True where no process holds all weights: they come together in forwards that all processes must take."""
+        """Return whether no process holds all weights: they come together in forwards that all processes must take."""
         return self.is_fsdp_enabled or self._zero_stage == 3
 
     def accuracy(self, rows: Dataset, *, direct: bool = False) -> float:

@@ -13,13 +13,17 @@ reading weights and KV cache.)
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.model.cache_probe import VISION_TOWERS
+from grpo_toolkit.model.live_model import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import torch
 
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings")
 _HEADS: Final = ("lm_head", "embed_out")
@@ -107,51 +111,42 @@ def sizes_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[Sequence[int
     width = text.get("hidden_size", text.get("n_embd"))
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int) and tensors):
         return None
-    language, vision, projector, embedding, head = _Sum(), _Sum(), _Sum(), _Sum(), _Sum()
-    for name, (shape, count) in tensors.items():
-        parts = set(name.split("."))
-        if parts & set(_PROJECTORS):
-            projector.add(shape, count)
-        elif parts & set(VISION_TOWERS):
-            vision.add(shape, count)
-        elif parts & set(_HEADS):
-            head.add(shape, count)
-        elif parts & set(_EMBEDDINGS):
-            embedding.add(shape, count)
-        else:
-            language.add(shape, count)
-    if not head.parameters:  # tied: the embedding is read whole, as the head
-        head = embedding
-    total = [language, vision, projector, embedding, *([] if head is embedding else [head])]
-    weights = language.bytes + head.bytes
-    parameters = language.parameters + head.parameters
+    counts, sizes = Counter[str](), Counter[str]()
+    for name, (shape, size) in tensors.items():
+        part = _part(name)
+        counts[part] += math.prod(shape)
+        sizes[part] += size
+    head = "head" if counts["head"] else "embedding"  # tied: the embedding is read whole, as the head
+    weights, parameters = sizes["language"] + sizes[head], counts["language"] + counts[head]
     tower = config.get("vision_config")
     tower = tower if isinstance(tower, dict) else {}
     return ModelSizes(
-        parameters=sum(part.parameters for part in total),
-        weights_bytes=sum(part.bytes for part in total),
+        parameters=counts.total(),
+        weights_bytes=sizes.total(),
         decode_bytes=weights,
         decode_parameters=parameters,
-        head_parameters=head.parameters,
+        head_parameters=counts[head],
         layers=layers,
         heads=heads,
         kv_heads=text.get("num_key_value_heads") or heads,
         head_dim=text.get("head_dim") or width // heads,
         element_bytes=round(weights / parameters) if parameters else 2,
-        vision_parameters=vision.parameters,
-        projector_parameters=projector.parameters,
+        vision_parameters=counts["vision"],
+        projector_parameters=counts["projector"],
         **_vision(tower),
     )
 
 
-class _Sum:
-    def __init__(self) -> None:
-        self.parameters = 0
-        self.bytes = 0
+def live_sizes(model: torch.nn.Module) -> ModelSizes | None:
+    """Return the sizes of a live model, adapters included."""
+    tensors = {name: (tuple(p.shape), p.numel() * p.element_size()) for name, p in model.named_parameters()}
+    return sizes_of(base_model(model).config.to_dict(), tensors)
 
-    def add(self, shape: Sequence[int], count: int) -> None:
-        self.parameters += math.prod(shape)
-        self.bytes += count
+
+def _part(name: str) -> str:
+    words = set(name.split("."))
+    parts = {"projector": _PROJECTORS, "vision": VISION_TOWERS, "head": _HEADS, "embedding": _EMBEDDINGS}
+    return next((part for part, names in parts.items() if words & set(names)), "language")
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,8 @@
-"""The facts that measured times depend on: hardware, versions, load, the state of the GPU."""
+"""The facts that measured times depend on: hardware, versions, load, the state of the GPU.
+
+That state (clocks, throttling, temperature, memory in use, processes) is read by nvidia-ml-py, NVML's own module,
+where it is installed: `pip install 'grpo-toolkit[gpu]'`.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,39 @@ import os
 import platform
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from grpo_toolkit.latency.hardware.gpu_state import gpu_state
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
+
+_READERS: Final[dict[str, Callable[[Any, Any], object]]] = {
+    "driver": lambda nvml, _: nvml.nvmlSystemGetDriverVersion(),
+    "clock_sm_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    "clock_sm_max_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    "clock_memory_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+    "temperature_c": lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+    "power_w": lambda nvml, gpu: f"{nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3:.2f}",
+    "gpu_utilization_percent": lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+    "gpu_memory_used_mib": lambda nvml, gpu: round(nvml.nvmlDeviceGetMemoryInfo(gpu, nvml.nvmlMemory_v2).used / 2**20),
+    "throttle_reasons": lambda nvml, gpu: throttle_reasons(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)),
+    "gpu_processes": lambda nvml, gpu: len(nvml.nvmlDeviceGetComputeRunningProcesses(gpu)),
+}
+"""Our names, and what reads each."""
+
+_IDLE: Final = 0x1
+_THROTTLE_REASONS: Final = {
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "software thermal",
+    0x40: "hardware thermal",
+    0x80: "power brake",
+}
+"""The bits of NVML (nvml.h, nvmlClocksEventReasons)."""
 
 
 def environment_of(device: str) -> dict[str, str]:
@@ -96,3 +124,37 @@ def _processor_name() -> str:
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """Return the state of a GPU; {} without nvidia-ml-py or a driver, and no key that the GPU has no sensor for.
+
+    Processes are all that compute there, the measured ones among them: inside a container their numbers are others.
+    """
+    import torch
+
+    # CUDA_VISIBLE_DEVICES renumbers; the UUID does not.
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    return state_of_card(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}") if uuid else {}
+
+
+def state_of_card(card: str) -> dict[str, str]:
+    """Return the state of the GPU with this UUID, as `gpu_state` does."""
+    try:
+        import pynvml
+    except ImportError:
+        return {}
+    facts = {}
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(card)
+        for name, read in _READERS.items():
+            with suppress(pynvml.NVMLError):
+                facts[name] = str(read(pynvml, gpu))
+    return facts
+
+
+def throttle_reasons(bits: int) -> str:
+    """Return NVML's bit field in words; "none" for an idle or free-running GPU."""
+    names = [name for bit, name in _THROTTLE_REASONS.items() if bits & bit]
+    return ", ".join(names) or ("none" if bits & ~_IDLE == 0 else f"other ({bits:#018x})")

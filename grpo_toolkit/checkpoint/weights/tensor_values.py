@@ -1,0 +1,60 @@
+"""Values without information in stored tensors: one value throughout, NaN, infinity. Standard library only.
+
+Bytes are compared and searched by the interpreter's own C code, never value by value in Python, so that gigabytes take
+seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import TYPE_CHECKING, Final
+
+from grpo_toolkit.checkpoint.weights.compare_tensors import read_chunks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
+
+_WIDTHS: Final = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+_CHUNK: Final = 2**20
+# The highest byte of a NaN or an infinity, sign and exponent all ones; of float16 the exponent ends inside that byte.
+_SUSPECT: Final = {"F16": bytes(b for b in range(256) if b & 0x7C == 0x7C)}
+_USUAL: Final = b"\x7f\xff"
+
+
+def is_constant(folder: Path, info: TensorInfo) -> bool:
+    """Return whether a tensor of floats, of two values or more, is one value throughout."""
+    width = _WIDTHS.get(info.dtype)
+    if width is None or info.nbytes < 2 * width:
+        return False
+    first = b""
+    for chunk in read_chunks(folder, info, size=_CHUNK, inside=True):
+        first = first or chunk[:width]
+        if chunk != first * (len(chunk) // width):
+            return False
+    return True
+
+
+def is_finite(folder: Path, info: TensorInfo) -> bool:
+    """Return whether no value of a tensor of floats is NaN or infinite; True for every other dtype."""
+    width = _WIDTHS.get(info.dtype)
+    if width is None:
+        return True
+    suspects = _SUSPECT.get(info.dtype, _USUAL)
+    table = bytes(b in suspects for b in range(256))
+    for chunk in read_chunks(folder, info, size=_CHUNK, inside=True):
+        highest = chunk[width - 1 :: width].translate(table)
+        place = highest.find(1)
+        while place >= 0:
+            if not _is_number(chunk[place * width : (place + 1) * width], info.dtype):
+                return False
+            place = highest.find(1, place + 1)
+    return True
+
+
+def _is_number(raw: bytes, dtype: str) -> bool:
+    code = {"F16": "<e", "F32": "<f", "BF16": "<f", "F64": "<d"}[dtype]
+    value: float = struct.unpack(code, b"\0\0" + raw if dtype == "BF16" else raw)[0]
+    return math.isfinite(value)

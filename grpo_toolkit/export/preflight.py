@@ -1,0 +1,276 @@
+"""A look ahead, before the first step of a training, at all that can make the export after it fail.
+
+    facts of the live model, its base and the disk -> findings, each with what to do
+
+Nothing is written, gathered or drawn from the random state, and no weight is read: names, shapes, configs and free
+bytes are enough. What a finding says is so at that moment. The export is tried at the end whatever was found.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint.base_lookup import named_base
+from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.publish import check_output
+from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
+from grpo_toolkit.checkpoint.tensor_names import OUTPUT_EMBEDDINGS, is_embedding, live_name
+from grpo_toolkit.checkpoint.weights.base_weights import open_base
+from grpo_toolkit.checkpoint.weights.shard_plan import SPARE_BYTES
+from grpo_toolkit.errors import GrpoToolkitError
+from grpo_toolkit.export.live_adapter import adapter_state, is_adapted, refuse_resized
+from grpo_toolkit.export.policy_weights import is_quantised
+from grpo_toolkit.merge.adapter import adapter_of
+from grpo_toolkit.merge.plan import plan_updates
+from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
+from grpo_toolkit.model.generation.request import plain_request
+from grpo_toolkit.model.live_model import base_model, random_state_kept
+from grpo_toolkit.model.processor_files import processor_of
+from grpo_toolkit.model.save_hook import base_folder, capture_model_defaults, published_names
+from grpo_toolkit.model.sharding.gather import is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    import torch
+
+    from grpo_toolkit.checkpoint.weights.base_weights import Base
+
+_UNMERGED: Final = "the adapter cannot be merged into its base as it is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A fact that will matter to the export at the end.
+
+    Attributes:
+        what: the fact.
+        remedy: what to do about it; empty where the fact says it, or nothing needs doing.
+        is_obstacle: the export would fail; otherwise it is only worth knowing.
+    """
+
+    what: str
+    remedy: str = ""
+    is_obstacle: bool = True
+
+    def __str__(self) -> str:
+        words = self.what + (f"; {self.remedy}" if self.remedy else "")
+        return f"the export after this training would fail: {words}" if self.is_obstacle else words
+
+
+def look_ahead(
+    model: torch.nn.Module,
+    output_dir: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    processing_class: Any = None,
+    overrides: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Iterator[Finding]:
+    """Yield what can be known, before a training, of the export after it; for one process of the training alone.
+
+    Args:
+        model: the live model, PEFT-wrapped or not, sharded or not; `refuse_unsupported` has let it pass.
+        output_dir: see `export_model`, like the rest.
+        base: see there.
+        processing_class: see there.
+        overrides: see there, `generation_overrides`.
+        overwrite: see there.
+    """
+    with random_state_kept():
+        yield from _findings(model, Path(output_dir), base, processing_class, overrides, overwrite)
+
+
+def _findings(
+    model: Any, output_dir: Path, base: Any, processing_class: Any, overrides: Any, overwrite: bool
+) -> Iterator[Finding]:
+    yield from _obstacle(lambda: check_output(output_dir, overwrite=overwrite))
+    opened: list[Base | None] = []
+    yield from _obstacle(lambda: opened.append(_open(model, base)))
+    if not opened:
+        return
+    [known] = opened
+    folder = None if known is None else known.path
+    yield from _obstacle(lambda: capture_model_defaults(model, base=folder, overrides=overrides))
+    yield from _processor_findings(processing_class, known)
+    size = sum(info.nbytes for info in known.tensors.values()) if known and known.tensors else _live_bytes(model)
+    yield from room_findings(output_dir, size)
+    if known is None:
+        if is_adapted(model):
+            name = getattr(base_model(model).config, "_name_or_path", None)
+            yield Finding(what=f"the base {name!r} is no folder here, and {_UNMERGED}", remedy="pass base=")
+        return
+    config = base_model(model).config
+    other_class = list(class_findings(type(base_model(model)).__name__, config.model_type, known))
+    yield from other_class
+    if other_class:
+        return
+    if is_adapted(model):
+        yield from _adapter_findings(model, known)
+    else:
+        yield from name_findings(_saved_names(model), known)
+    yield from tie_findings(_is_tied(base_model(model)), known)
+
+
+def _open(model: Any, base: Any) -> Base | None:
+    folder = base_folder(model) if base is None else named_base(base)
+    return None if folder is None else open_base(open_checkpoint(folder))
+
+
+def _obstacle(look: Callable[[], object]) -> Iterator[Finding]:
+    """Turn what a part of the export would raise into a finding."""
+    try:
+        look()
+    except GrpoToolkitError as error:  # its message has what to do in it
+        yield Finding(what=str(error))
+
+
+def room_findings(output_dir: Path, nbytes: int) -> Iterator[Finding]:
+    """Find whether an export of so many bytes has room where it will be written."""
+    target = Path(os.path.realpath(output_dir))
+    folder = next(place for place in target.parents if place.is_dir())
+    needed, free = nbytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        yield Finding(
+            what=f"{folder} has {free / 1e9:.1f} GB free, and the export takes {needed / 1e9:.1f} GB beside what the "
+            "training saves",
+            remedy="make room, or name a folder on another disk",
+        )
+
+
+def class_findings(class_name: str, model_type: str, base: Base) -> Iterator[Finding]:
+    """Find whether the live model is another kind of model than its base: the text part of a VLM, most often."""
+    published = base.config.get("model_type")
+    if isinstance(published, str) and published != model_type:
+        names = base.config.get("architectures")
+        whole = names[0] if isinstance(names, list) and names else f"a {published}"
+        yield Finding(
+            what=f"the model is a {class_name} ({model_type}), and its base {base.path} a {whole} ({published}), of "
+            "which it is a part at most",
+            remedy=f"train a {whole} (AutoModelForImageTextToText loads it, and text alone trains it too), or save "
+            "the part with its tokenizer in a folder of its own and train from that",
+        )
+
+
+def name_findings(saved: Iterable[str], base: Base) -> Iterator[Finding]:
+    """Find tensors of the live model, by the names that it is saved under, that its base does not have."""
+    known = {live_name(name, base.family) for name in base.tensors}
+    extra = sorted(
+        name
+        for name in saved
+        if (live := live_name(name, base.family)) not in known and not is_embedding(live, OUTPUT_EMBEDDINGS)
+    )
+    if known and extra:
+        yield Finding(
+            what=f"{len(extra)} tensors of the model are not in {base.path} ({', '.join(extra[:3])}"
+            f"{', ...' if len(extra) > 3 else ''})",
+            remedy="if they were added on purpose, save the model before the training and pass its folder as base=",
+        )
+
+
+def tie_findings(is_tied: bool | None, base: Base) -> Iterator[Finding]:
+    """Find whether the live model ties its embeddings as its base does."""
+    if is_tied is not None and base.tensors and is_tied is not base.is_tied:
+        words = {True: "tied", False: "not tied"}
+        yield Finding(
+            what=f"the model's embeddings are {words[is_tied]}, those in {base.path} {words[base.is_tied]}",
+            remedy="see to it that tie_word_embeddings is in the config what it is in the base's",
+        )
+
+
+def _processor_findings(processing_class: Any, base: Base | None) -> Iterator[Finding]:
+    try:
+        own = None if base is None else processor_of(base.path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        yield Finding(what=f"the processor of {base and base.path} cannot be loaded ({_first_line(error)})")
+        return
+    processor = processing_class if processing_class is not None else own
+    if processor is None:
+        yield Finding(what="there is no tokenizer to export", remedy="pass processing_class= to the trainer")
+        return
+    try:
+        prepare_inputs(processor, [plain_request()])
+    except Exception as error:  # a chat template may raise anything
+        yield Finding(
+            what=f"the processor cannot make a prompt of a question ({_first_line(error)})",
+            remedy="verification asks the export as it will be used: give it a chat template that can",
+        )
+
+
+def _adapter_findings(model: Any, base: Base) -> Iterator[Finding]:
+    yield from _obstacle(lambda: refuse_resized(model, base))
+    [active] = model.active_adapters
+    # With ensure_weight_tying, copies in a file are compared, and there is no file yet.
+    if not getattr(model.peft_config[active], "ensure_weight_tying", False):
+        yield from _obstacle(lambda: plan_updates(_live_adapter(model, active), base))
+    if is_quantised(model):
+        method = getattr(getattr(base_model(model).config, "quantization_config", None), "quant_method", "")
+        quantised = f"the policy's base is quantised ({getattr(method, 'value', method)})"
+        if is_sharded(model):
+            yield Finding(
+                what=f"{quantised} and sharded over processes, and an export cannot be held against such a policy",
+                remedy="save the adapter with trainer.save_model() and run `grpo-toolkit export` on it",
+            )
+        else:
+            yield Finding(
+                what=f"{quantised}: the export will be its adapter merged into {base.path}, which is not, and will be "
+                "held against that merge. It answers otherwise than the policy in training; how far they are apart "
+                "will be told",
+                is_obstacle=False,
+            )
+
+
+def _live_adapter(model: Any, name: str) -> Any:
+    """Describe the live adapter as its folder will: names and shapes, no values."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(
+        model, state_dict=adapter_state(model), adapter_name=name, save_embedding_layers=False
+    )
+    config = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in model.peft_config[name].to_dict().items()
+    }
+    tensors = {
+        key: TensorInfo(dtype="F32", shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), file="")
+        for key, tensor in state.items()
+    }
+    return adapter_of(Path(f"adapter {name!r}"), config, tensors)
+
+
+def _saved_names(model: Any) -> list[str]:
+    """Return the names that a live model's tensors are saved under: the library's own renaming, tried on no data."""
+    import torch
+    import transformers
+    from packaging.version import Version
+
+    plain = base_model(model)
+    state = {
+        name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta")
+        for name, tensor in plain.state_dict(keep_vars=True).items()
+    }
+    if Version(transformers.__version__) < Version("5.0"):  # renames by prefixes, which `live_name` knows
+        return list(state)
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with published_names(plain):
+        return list(revert_weight_conversion(plain, state))
+
+
+def _live_bytes(model: Any) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+
+
+def _is_tied(model: Any) -> bool | None:
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if inputs is None or outputs is None or any(hasattr(m, "get_base_layer") for m in (inputs, outputs)):
+        return None
+    return getattr(outputs, "weight", None) is inputs.weight
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

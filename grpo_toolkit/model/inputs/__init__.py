@@ -1,0 +1,1 @@
+"""The inputs of a model in training: rows read once, images processed once."""

@@ -1,0 +1,380 @@
+"""The seams on a live model: its forwards, its vision tower, its `generate`, by hooks and one instance method.
+
+Which phase a forward belongs to is told by what it is in: inside of `generate` the first one is the prefill and the
+others decode; with a gradient it is the training's; without one it makes log-probabilities, of the reference model
+where the adapter is switched off. Nothing is changed: hooks return nothing, `generate` is handed what it was given.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from grpo_toolkit.model.attention.decode_without_cudnn import plans_per_length
+from grpo_toolkit.model.attention.vision_towers import find_towers
+from grpo_toolkit.model.hooks import LookingHooks
+from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.rollouts.rollouts import rollouts_of
+from grpo_toolkit.step_time.attention_calls import AttentionCalls
+from grpo_toolkit.step_time.clock import OTHER
+from grpo_toolkit.step_time.forward_shapes import (
+    adapter_layer,
+    cast_bytes,
+    named_in,
+    patch_rows,
+    patches_in,
+    tensors_in,
+    token_shape,
+)
+from grpo_toolkit.step_time.look import PASSES, distinct_images, look_at_rollout
+from grpo_toolkit.step_time.notes import ForwardNotes, RolloutNotes, StepNotes, VisionNotes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from grpo_toolkit.step_time.clock import StepClock
+
+_installed: WeakKeyDictionary[torch.nn.Module, weakref.ref[ModelSeams]] = WeakKeyDictionary()
+
+
+class ModelSeams:
+    """Hooks and an instance `generate` that tell a clock what a model in training is doing.
+
+    Args:
+        model: the model in training, in any wrapper.
+        clock: what is told.
+
+    Attributes:
+        notes: of the step that is running, from the reading of its rows on if the trainer shows that.
+        is_open: whether a step runs; between steps nothing is looked at.
+        towers: the vision towers that are looked at.
+    """
+
+    def __init__(self, model: torch.nn.Module, clock: StepClock) -> None:
+        self.live: Any = base_model(model)
+        self.clock = clock
+        self.notes: StepNotes | None = None
+        self.is_open = False
+        self._thread = threading.get_ident()
+        self._rollout: RolloutNotes | None = None
+        self._forward: ForwardNotes | None = None
+        self._vision: VisionNotes | None = None
+        self._calls: AttentionCalls | None = None
+        self._adapter = adapter_layer(self.live)
+        self._active = None if self._adapter is None else tuple(self._adapter.active_adapters)
+        self._hooks = LookingHooks("measuring the time of a step", put_back=self._let_go)
+        self._hooks.before(self.live, self._before)
+        self._hooks.after(self.live, self._after, always=True)
+        self.towers = [tower for tower in find_towers(self.live) if tower.module is not self.live]
+        for tower in self.towers:
+            self._hooks.before(tower.module, self._before_vision)
+            self._hooks.after(tower.module, self._after_vision, always=True)
+        embeddings = self.live.get_input_embeddings()
+        if embeddings is not None:
+            self._hooks.before(embeddings, self._inside)
+        self._take_generate()
+
+    def __reduce__(self) -> Any:
+        # A model in training is copied and pickled by others, with its hooks: the copy's look at nothing.
+        return _blind, ()
+
+    @property
+    def failed(self) -> bool:
+        """Return whether a hook has raised, so that phases are not to be believed any more."""
+        return self._hooks.failed
+
+    def add_reference(self, model: torch.nn.Module) -> None:
+        """Look at a reference model of its own, too."""
+        self._hooks.before(model, self._before_reference)
+        self._hooks.after(model, self._after_reference, always=True)
+
+    def add_reward_model(self, model: torch.nn.Module, name: str) -> None:
+        """Look at a reward that is a model, too."""
+        self._hooks.before(model, partial(self._before_reward, name))
+        self._hooks.after(model, self._after_reward, always=True)
+
+    def guarded(self, look: Callable[..., object], *given: Any) -> None:
+        """Call something that only looks: at its first exception everything is let go of."""
+        self._hooks.guarded(look, *given)
+
+    def switch(self, *path: str) -> None:
+        """Tell the clock, if a step runs in this thread."""
+        if self._is_ours():
+            self.clock.switch(*path)
+
+    @contextmanager
+    def phase(self, *path: str) -> Iterator[None]:
+        """Count the time inside as a phase, unless it is inside of another one's."""
+        now = self.clock.path[0]
+        is_counted = self._is_ours() and now == OTHER
+        # Rows may be made into tensors while they are read.
+        is_counted |= path == ("image_processing",) and now == "reading_rows" and self.notes is not None
+        is_counted &= not self.failed
+        if is_counted:
+            self.guarded(self.clock.enter, *path)
+        try:
+            yield
+        finally:
+            if is_counted and self.clock.path == path:
+                self.guarded(self.clock.leave)
+
+    def close(self) -> None:
+        """Take everything off."""
+        self._hooks.close()
+        if _seams_of(self.live) is self:
+            del _installed[self.live]
+        for name, ours in (("generate", _generate), ("generate_batch", _generate_batch)):
+            if getattr(vars(self.live).get(name), "__func__", None) is ours:
+                # Our compiled rollouts, let go of meanwhile, would have taken theirs off had ours not stood before it.
+                is_over = name == "generate" and self._was_fast and rollouts_of(self.live) is None
+                if name in self._before_us and not is_over:
+                    setattr(self.live, name, self._before_us[name])
+                else:
+                    delattr(self.live, name)
+
+    def _let_go(self) -> None:
+        if self._calls is not None:
+            self._calls.close()
+            self._calls = None
+        self.clock.leave_all()
+
+    def _is_ours(self) -> bool:
+        """Return whether a step runs, in the thread that trains: continuous batching decodes in another."""
+        return self.is_open and threading.get_ident() == self._thread
+
+    # --- forwards
+
+    def _before(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        import torch
+
+        if not self._is_ours() or self.notes is None:
+            return
+        shape = token_shape(args, kwargs)
+        if shape is None:
+            return
+        rows, length = shape
+        if self._rollout is not None:
+            self._before_decoding(self._rollout, rows, length)
+            return
+        notes = self._forward = ForwardNotes(rows=rows, length=length)
+        if self.notes.is_close:
+            notes.mask = kwargs.get("attention_mask")
+        self.notes.forwards.append(notes)
+        if torch.is_grad_enabled():
+            self.clock.switch(notes.phase)
+        else:
+            notes.phase = "reference_logprobs" if self._is_reference() else "old_logprobs"
+            self.clock.enter(notes.phase)
+
+    def _after(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        import torch
+
+        if not self._is_ours() or self._rollout is not None or self._forward is None:
+            return
+        notes, self._forward = self._forward, None
+        if self.clock.path[0] in ("reference_logprobs", "old_logprobs"):
+            self.clock.leave()
+        tensors = list(tensors_in(output))
+        logits = named_in(output, "logits")
+        kept = logits if logits is not None else named_in(output, "log_probs")
+        notes.kept = int(kept.shape[1]) if kept is not None and kept.ndim > 1 else 0
+        if logits is not None and logits.ndim == 3:
+            notes.logits_bytes = logits.numel() * 4
+        if self.clock.path[0] == "forward":
+            self.clock.switch("forward", "loss")
+            for tensor in tensors:
+                if torch.is_grad_enabled() and tensor.requires_grad:
+                    self._hooks.on_gradient(tensor, self._on_gradient)
+
+    def _on_gradient(self, _gradient: torch.Tensor) -> None:
+        if self.is_open and self.clock.path == ("forward", "loss"):
+            self.clock.switch("backward")
+
+    def _is_reference(self) -> bool:
+        layer = self._adapter
+        return layer is not None and (layer.disable_adapters or tuple(layer.active_adapters) != self._active)
+
+    def _before_reference(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_ours() or self.notes is None:
+            return
+        self.clock.enter("reference_logprobs")
+        shape = token_shape(args, kwargs)
+        if shape is not None:
+            notes = ForwardNotes(rows=shape[0], length=shape[1], phase="reference_logprobs")
+            self.notes.forwards.append(notes)
+
+    def _after_reference(self, *_: object) -> None:
+        if self._is_ours() and self.clock.path[0] == "reference_logprobs":
+            self.clock.leave()
+
+    def _before_reward(self, name: str, *_: object) -> None:
+        if self._is_ours():
+            self.clock.enter("rewards", name)
+
+    def _after_reward(self, *_: object) -> None:
+        if self._is_ours() and self.clock.path[0] == "rewards":
+            self.clock.leave()
+
+    # --- the vision tower
+
+    def _before_vision(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        import torch
+
+        if not self._is_ours() or self.notes is None or self.clock.path[-1] == "vision":
+            return
+        path = self.clock.path
+        self.clock.enter(*path, "vision")
+        patches, grid = patches_in(module, args, kwargs)
+        if patches is None:
+            return
+        images = int(grid.shape[0]) if grid is not None else int(patches.shape[0])
+        for notes in (self._rollout, self._forward):
+            if notes is not None:
+                notes.patches += patch_rows(module, patches, grid)
+                notes.images += images
+                break
+        if self.notes.is_close and path[0] == "forward" and torch.is_grad_enabled():
+            self._vision = VisionNotes(images=images)
+            self.notes.vision.append(self._vision)
+            if len(self.notes.vision) <= PASSES:
+                self._vision.distinct = distinct_images(patches, grid)
+            if len(self.notes.vision) == 1:
+                self._calls = AttentionCalls()
+
+    def _after_vision(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if not self._is_ours():
+            return
+        notes, self._vision = self._vision, None
+        calls, self._calls = self._calls, None
+        if calls is not None:
+            calls.close()
+        if notes is not None:
+            notes.wants_gradient = any(tensor.requires_grad for tensor in tensors_in(output))
+            notes.attention_calls = None if calls is None else calls.count
+        if self.clock.path[-1] == "vision":
+            self.clock.leave()
+
+    # --- rollouts
+
+    def _take_generate(self) -> None:
+        self._before_us = {
+            name: vars(self.live)[name] for name in ("generate", "generate_batch") if name in vars(self.live)
+        }
+        self._was_fast = rollouts_of(self.live) is not None
+        _installed[self.live] = weakref.ref(self)
+        self.live.generate = MethodType(_generate, self.live)
+        if hasattr(type(self.live), "generate_batch"):
+            self.live.generate_batch = MethodType(_generate_batch, self.live)
+
+    def rollout(self, name: str, notes: RolloutNotes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a rollout by the method that ours stands in front of, and count what happens in it as one."""
+        call = self._before_us.get(name) or getattr(type(self.live), name).__get__(self.live)
+        if not self._is_ours() or self._rollout is not None or self.failed:
+            return call(*args, **kwargs)
+        output = None
+        self.guarded(self._begin_rollout, _arguments(args, kwargs), notes)
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            self.guarded(self._end_rollout, notes, output)
+        return output
+
+    def _begin_rollout(self, call: dict[str, Any], notes: RolloutNotes) -> None:
+        assert self.notes is not None
+        self._rollout = notes
+        self.notes.rollouts.append(notes)
+        tokens = call.get("input_ids")
+        if tokens is not None:
+            notes.rows, notes.prompt_tokens = map(int, tokens.shape[:2])
+        self._call = call if self.notes.is_close else None
+        self.clock.enter("rollout", "prefill" if notes.engine == "generate" else "generate")
+        rollouts = rollouts_of(self.live)
+        self._fast = (0, 0) if rollouts is None else (rollouts.count, rollouts.prefilled)
+        if rollouts is not None:
+            rollouts.on_prefilled = self._on_prefilled
+
+    def _end_rollout(self, notes: RolloutNotes, output: Any) -> None:
+        import torch
+
+        self._rollout = None
+        if self.clock.path[0] == "rollout":
+            self.clock.leave()
+        rollouts = rollouts_of(self.live)
+        if rollouts is not None:
+            rollouts.on_prefilled = None
+            if rollouts.count > self._fast[0]:
+                # The live model's forwards in it are those that measure how far the copy is from it.
+                notes.engine, notes.step_lengths = "fast", []
+                notes.prefilled = rollouts.prefilled - self._fast[1]
+        sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
+        if sequences is not None:
+            notes.new_tokens = max(int(sequences.shape[1]) - notes.prompt_tokens, 0)
+        call, self._call = self._call, None
+        if call is not None and output is not None:
+            look_at_rollout(notes, call, output, self.live)
+
+    def _on_prefilled(self) -> None:
+        if self._is_ours() and self.clock.path[0] == "rollout":
+            self.clock.move_on("rollout", "decode")
+
+    def _inside(self, *_: object) -> None:
+        """Note what autocast casts: it is switched on in the model's forward, behind the hooks on it."""
+        import torch
+
+        notes = self._rollout if self._is_ours() else None
+        if notes is not None and len(notes.step_lengths) == 1 and torch.is_autocast_enabled(self.live.device.type):
+            notes.cast_bytes = cast_bytes(self.live)
+
+    def _before_decoding(self, notes: RolloutNotes, rows: int, length: int) -> None:
+        import torch
+
+        notes.step_lengths.append(length)
+        if len(notes.step_lengths) == 1:
+            notes.prefilled = rows
+            return
+        if self.clock.path == ("rollout", "prefill"):
+            self.clock.move_on("rollout", "decode")
+        if len(notes.step_lengths) == 2 and plans_per_length(self.live.device):
+            backends: Any = torch.backends.cuda
+            notes.is_planned_anew = bool(backends.cudnn_sdp_enabled())
+
+
+def _seams_of(model: torch.nn.Module) -> ModelSeams | None:
+    found = _installed.get(model)
+    return None if found is None else found()
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a live model's `generate`."""
+    seams = _seams_of(model)
+    if seams is None:  # a copy of the model
+        return type(model).generate(model, *args, **kwargs)
+    return seams.rollout("generate", RolloutNotes(), args, kwargs)
+
+
+def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a live model's `generate_batch`, which decodes in a thread of its own."""
+    seams = _seams_of(model)
+    if seams is None:
+        return type(model).generate_batch(model, *args, **kwargs)
+    return seams.rollout("generate_batch", RolloutNotes(engine="continuous batching"), args, kwargs)
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what `generate` was given, by name."""
+    names = ("input_ids", "generation_config")
+    return {name: value for name, value in zip(names, args, strict=False) if value is not None} | kwargs
+
+
+def _blind() -> ModelSeams:
+    """Return seams that never look."""
+    seams = ModelSeams.__new__(ModelSeams)
+    seams.notes, seams.is_open = None, False
+    return seams
