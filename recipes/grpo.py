@@ -45,7 +45,7 @@ from grpo_vlm.training.cost import CostCallback
 from grpo_vlm.training.health import HealthCallback
 from grpo_vlm.training.screen import BarCallback, quiet_libraries, without_own_bar
 from grpo_vlm.training.sharded_rollouts import ShardedRolloutsCallback
-from grpo_vlm.training.summary import print_summary, summarise
+from grpo_vlm.training.summary import note_in_wandb, print_summary, summarise
 from grpo_vlm.training.trainer import AccuracyTrainer, measure, with_group_health
 
 TINY = "tiny"
@@ -144,6 +144,7 @@ def main(argv: list[str]) -> None:
         if timing.rows and not baselines.checkpoint_name:  # the page of the export says what was learnt, too
             write_report(training.output_dir, results={"held-out accuracy": (baselines.figures.accuracy, after)})
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        note_in_wandb(baselines.figures.accuracy, after)
         print_summary(summary, verbose=recipe.verbose)
 
 
