@@ -147,7 +147,7 @@ class Plan:
     """A measurement before it runs (see `measure_latency`).
 
     Raises:
-        InputError: no arms, fewer than one round, or two arms of one name.
+        InputError: no arms, or fewer than one round.
     """
 
     arms: Sequence[Arm]
@@ -162,8 +162,6 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.arms or self.rounds < 1:
             raise InputError(_TOO_LITTLE)
-        if len({arm.name for arm in self.arms}) < len(self.arms):
-            raise InputError("two arms have the same name; give them names of their own")
 
     def measured(self, engines: Engines | None) -> list[LatencyRow]:
         """Carry the plan out, on open engines or on new ones that are closed afterwards."""

@@ -76,12 +76,18 @@ def named_arms(
     *,
     device: str | None = None,
 ) -> list[Arm]:
-    """Return arms as they are, or made from {name: folder}, all loaded and run as the options (and `device`) say."""
+    """Return arms as they are, or made from {name: folder}, all loaded and run as the options (and `device`) say.
+
+    Raises:
+        InputError: two arms of one name.
+    """
     if isinstance(arms, Mapping):
         chosen = options or Options()
         if device is not None:
             chosen = replace(chosen, device=device)
         return [Arm(name=name, path=Path(path), options=chosen) for name, path in arms.items()]
+    if len({arm.name for arm in arms}) < len(arms):
+        raise InputError("two arms have the same name; give them names of their own")
     return list(arms)
 
 
