@@ -109,7 +109,9 @@ def main(argv: list[str]) -> None:
     callbacks = [*([] if steps is None else [steps]), *callbacks]
     if not recipe.verbose:
         callbacks = [BarCallback(), *callbacks]
-    trainer = make_trainer(training, model, splits, callbacks, rewards=rewards, processor=processor)
+    trainer = make_trainer(
+        training, model, splits, callbacks, rewards=rewards, processor=processor, packed_vision=recipe.packed_vision
+    )
     if not recipe.verbose:
         without_own_bar(trainer)
     if steps is not None:
@@ -156,6 +158,7 @@ def make_trainer(
     *,
     rewards: list[RewardFunction],
     processor: Any,
+    packed_vision: bool,
 ) -> AccuracyTrainer:
     """Return TRL's own trainer, with our callbacks plugged in.
 
@@ -182,6 +185,7 @@ def make_trainer(
             eval_dataset=splits.held_out if training.eval_strategy != "no" else None,
             peft_config=get_peft_config(model),
             callbacks=callbacks,
+            packed_vision=packed_vision,
         )
     except ConnectionError as error:  # nobody started the server while TRL waited
         if not training.use_vllm:

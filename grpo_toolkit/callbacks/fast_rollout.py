@@ -16,6 +16,7 @@ from grpo_toolkit.model.rollouts.rollouts import FastRollouts
 from grpo_toolkit.model.rollouts.supported import needed_bytes, why_unsupported
 from grpo_toolkit.model.rollouts.weights_copy import drops_out
 from grpo_toolkit.model.sharding.ranks import exchange
+from grpo_toolkit.reporting.trackers.training_scalars import TrainingScalars
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,9 @@ Way = Literal["auto", "fast", "plain"]
 
 KL_LIMIT: Final = 0.05
 """Nats a token between the policy that samples and the one that is trained, past which a warning is printed."""
+
+
+KL_KEY: Final = "sampling/rollout_kl"
 
 
 class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[misc]
@@ -67,6 +71,7 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         self._rollouts: FastRollouts | None = None
         self._model: Any = None
         self._told: set[str] = set()
+        self._scalars = TrainingScalars()
 
     def state(self) -> dict[str, Any]:
         """Return the values that `trainer_state.json` keeps: the arguments, and the way that was chosen."""
@@ -80,6 +85,7 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         super().on_train_begin(args, state, control, **kwargs)
         self._let_go()
         self._told.clear()
+        self._scalars = TrainingScalars()
         self._model = kwargs["model"]
         reason: str | None = "the choice failed"
         with self._guarded("choosing how rollouts are made"):
@@ -113,12 +119,15 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the measured divergence to the log."""
+        """Add the divergence to the log, and to the runs whose trackers have been handed it already."""
         if self.kl is None or logs is None or "loss" not in logs:
             return
-        logs["sampling/rollout_kl"] = self.kl
+        logs[KL_KEY] = self.kl
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1]["sampling/rollout_kl"] = self.kl
+            state.log_history[-1][KL_KEY] = self.kl
+        if state.is_world_process_zero:
+            with self._guarded("logging how far rollouts are from the policy", is_vital=False):
+                self._scalars.log({KL_KEY: self.kl}, step=state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

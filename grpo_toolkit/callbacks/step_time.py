@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
-from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.model.hardware.environment import environment_of
 from grpo_toolkit.model.live_model import base_model, random_state_kept
 from grpo_toolkit.model.sharding.ranks import rank, world_size
@@ -26,7 +25,7 @@ from grpo_toolkit.step_time.setup import (
     settings_of,
     stamps_of_device,
 )
-from grpo_toolkit.step_time.store import append_step_rows, file_of, load_step_review
+from grpo_toolkit.step_time.store import RowWriter, file_of, load_step_review
 from grpo_toolkit.step_time.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -39,6 +38,9 @@ if TYPE_CHECKING:
     from grpo_toolkit.step_time.rows import StepExplanation, StepRow
     from grpo_toolkit.step_time.seen import Seen
     from grpo_toolkit.step_time.work import Machine
+
+KEPT: Final = 2000
+"""Rows that are kept in memory, and that a mean step is the mean of at most."""
 
 PAGE: Final = "step_time.html"
 
@@ -71,7 +73,7 @@ class StepTimeCallback(GuardedCallback):
         strict: raise at the end of training if it failed.
 
     Attributes:
-        rows: the steps of this process so far.
+        rows: the last steps of this process, 2,000 of them at most.
         explanation: the newest, once there is one.
     """
 
@@ -101,6 +103,7 @@ class StepTimeCallback(GuardedCallback):
         self._machine: Machine | None = None
         self._environment: dict[str, str] = {}
         self._file = Path()
+        self._writer = RowWriter(self._file)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,6 +166,8 @@ class StepTimeCallback(GuardedCallback):
         if self.rows:
             with self._guarded("explaining the steps"):
                 self._explain(is_shown=state.is_world_process_zero)
+            with self._guarded("writing the steps"):
+                self._writer.close()
             if state.is_world_process_zero:
                 with self._guarded("showing the steps"):
                     self._show(args)
@@ -170,10 +175,12 @@ class StepTimeCallback(GuardedCallback):
 
     def _prepare(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
         if args.torch_compile:  # hooks would make it stop and start at every forward
-            raise UnsupportedError("torch_compile is on: its graphs leave no seam to take a step's time at")
+            logger.info("grpo_toolkit: no step times: torch_compile is on, and hooks would break its graphs")
+            return
         device = base_model(model).device
         dtype = compute_dtype(model, args)
         self._file = file_of(Path(self.output_dir or args.output_dir), rank())
+        self._writer = RowWriter(self._file)
         self._environment = environment_of(str(device))
         known = None
         if self.floors:
@@ -196,7 +203,8 @@ class StepTimeCallback(GuardedCallback):
 
     def _on_row(self, row: StepRow, seen: Seen | None) -> None:
         self.rows.append(row)
-        append_step_rows(self._file, [row])
+        del self.rows[:-KEPT]
+        self._writer.append(row)
         if row.rank == 0:
             self._mirror.log(row)
         if seen is not None:
@@ -217,7 +225,7 @@ class StepTimeCallback(GuardedCallback):
         if found is None:
             return
         self.explanation = found
-        append_step_rows(self._file, [found])
+        self._writer.append(found)
         if is_shown:
             say(*step_lines(found))
 

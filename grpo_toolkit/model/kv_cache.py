@@ -88,7 +88,7 @@ def leave_training(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def inference_ready(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def inference_ready(model: torch.nn.Module, *, packed_vision: bool = False) -> Iterator[torch.nn.Module]:
     """Make a live model ready to generate, and put everything back on exit, also after an exception.
 
     Inside: KV cache on, gradient checkpointing off, eval mode (so no dropout). Restored afterwards: each module's
@@ -97,10 +97,14 @@ def inference_ready(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
     Args:
         model: a transformers model or a wrapper around one (PEFT, DDP, `torch.compile`).
+        packed_vision: whether its vision tower makes one attention call a layer and encodes each distinct image of a
+            batch once, as `PackedVisionCallback` has it in a training; answers differ by rounding.
 
     Yields:
         The same model.
     """
+    from grpo_toolkit.model.attention import packed_vision as packing
+
     inner = base_model(model)
     modules = list(model.modules())
     training = [module.training for module in modules]
@@ -116,6 +120,8 @@ def inference_ready(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
                 module.gradient_checkpointing = False
             set_cache_flags(inner.config, dict.fromkeys(flags, True))
             enable_cache_for_generation(model)
+            if packed_vision:
+                stack.enter_context(packing.packed_vision(model))
             yield model
         finally:
             for module, was_training in zip(modules, training, strict=True):

@@ -12,7 +12,8 @@ import statistics
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.step_time.causes import CAUSES, Mean
+from grpo_toolkit.step_time.causes.cause import Mean
+from grpo_toolkit.step_time.causes.table import CAUSES
 from grpo_toolkit.step_time.rows import PHASES, FoundCause, StepExplanation
 
 if TYPE_CHECKING:

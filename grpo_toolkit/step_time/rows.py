@@ -112,7 +112,7 @@ class FoundCause:
     """One cause of a slow step.
 
     Attributes:
-        cause: its name in `causes.CAUSES`.
+        cause: its name in `causes.table.CAUSES`.
         evidence: what was seen, without a clock.
         saving_s: seconds of a step that its cure is predicted to save, none of them counted for another cause too;
             None where it can't be predicted.

@@ -18,7 +18,7 @@ from grpo_toolkit.step_time.work import Machine, Model
 if TYPE_CHECKING:
     import torch
 
-    from grpo_toolkit.step_time.notes import StepNotes
+    from grpo_toolkit.step_time.seams.notes import StepNotes
 
 ACTIVATION_BYTES: float = 34.0
 """Bytes that a layer's activations take for each token and unit of width, in 16 bits and without the attention's
@@ -50,7 +50,7 @@ def machine_of(device: torch.device, dtype: torch.dtype) -> Machine | None:
 
     try:
         found = probe_hardware(device, dtype)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         sheet = data_sheet(torch.cuda.get_device_name(device))
         if sheet is None:

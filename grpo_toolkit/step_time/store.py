@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from grpo_toolkit.step_time.rows import SCHEMA_VERSION, StepExplanation, StepRow
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
+    from concurrent.futures import Future
 
 FILE_NAME: Final = "step_time.jsonl"
 _KINDS: Final = {"step": StepRow, "step_explanation": StepExplanation}
@@ -38,6 +40,39 @@ class StepReview:
 def file_of(folder: Path, rank: int = 0) -> Path:
     """Return the file of a process: each writes its own, so that none waits for another."""
     return folder / (FILE_NAME if rank == 0 else f"step_time-rank{rank}.jsonl")
+
+
+class RowWriter:
+    """Writes rows in a thread of its own, in order, each on the disk before the next: no step waits for the disk.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step_time")
+        self._last: Future[None] | None = None
+
+    def append(self, row: StepRow | StepExplanation) -> None:
+        """Have a row written.
+
+        Raises:
+            OSError: an earlier one could not be.
+        """
+        if self._last is not None and self._last.done():
+            self._last.result()
+        self._last = self._thread.submit(append_step_rows, self.path, [row])
+
+    def close(self) -> None:
+        """Wait until all rows are on the disk.
+
+        Raises:
+            OSError: the last one could not be written.
+        """
+        self._thread.shutdown(wait=True)
+        if self._last is not None:
+            self._last.result()
 
 
 def append_step_rows(path: Path, rows: Iterable[StepRow | StepExplanation]) -> None:

@@ -12,11 +12,11 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.step_time.clock import OTHER, StepClock, is_readable, measure, stamps_of
-from grpo_toolkit.step_time.look import look_closely
-from grpo_toolkit.step_time.model_seams import ModelSeams
-from grpo_toolkit.step_time.notes import StepNotes
 from grpo_toolkit.step_time.rows import PHASES, StepRow
-from grpo_toolkit.step_time.trainer_seams import TrainerSeams
+from grpo_toolkit.step_time.seams.look import look_closely
+from grpo_toolkit.step_time.seams.model import ModelSeams
+from grpo_toolkit.step_time.seams.notes import StepNotes
+from grpo_toolkit.step_time.seams.trainer import TrainerSeams
 from grpo_toolkit.step_time.work import floors_of, work_of
 
 if TYPE_CHECKING:
@@ -162,8 +162,9 @@ class StepWatch:
 
     def was(self, phase: str) -> None:
         """What has been going on since the step ended, or since the last such call, was this."""
-        self.clock.rename(phase)
-        self._between()
+        if self._seams is None or not self._seams.is_open:
+            self.clock.rename(phase)
+            self._between()
 
     def finish(self) -> None:
         """The training is over: finish the last step, and read those that were not."""

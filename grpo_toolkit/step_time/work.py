@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from grpo_toolkit.model.hardware.model_sizes import ModelSizes
-    from grpo_toolkit.step_time.notes import ForwardNotes, RolloutNotes, StepNotes
+    from grpo_toolkit.step_time.seams.notes import ForwardNotes, RolloutNotes, StepNotes
     from grpo_toolkit.step_time.seen import Seen
 
 OPTIMIZER_BYTES: Final = 28

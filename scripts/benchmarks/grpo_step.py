@@ -105,7 +105,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     from peft import LoraConfig
     from trl import GRPOConfig
 
-    from grpo_toolkit import KVCacheCallback
+    from grpo_toolkit import KVCacheCallback, rows_once
 
     weights, arm = options.child
     on_gpu = options.device == "cuda"
@@ -151,7 +151,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             model=options.base,
             args=settings,
             reward_funcs=distinct_letters,
-            train_dataset=prompts(options),
+            train_dataset=rows_once(prompts(options)) if arm == "fast" else prompts(options),
             peft_config=adapter if is_lora else None,
             callbacks=[clock.callback(), *callbacks],
         )

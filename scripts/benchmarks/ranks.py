@@ -71,6 +71,9 @@ def train(folder: Path, callbacks: list[Any], *, model: str, lora: bool = False,
     options = {"adam_epsilon": 1e-2, "save_strategy": "steps", "save_steps": 2} | options
     trainer = grpo_trainer(Path(model), folder, callbacks, peft_config=config, **options)
     make_rollouts_equal(trainer)
+    for callback in callbacks:
+        if hasattr(callback, "trainer"):
+            callback.trainer = trainer
     trainer.train(resume_from_checkpoint=resume_from)
     return trainer
 

@@ -5,10 +5,10 @@
         --image 112 112 --steps 6 --output OUT                                                           # on a CPU
 
 The step is that of scripts/benchmarks/grpo_step.py (`full`: float32 weights under autocast; `lora`: an adapter on
-bfloat16 weights). Each arm is a process of its own: `plain` TRL; `cured` with PackedVisionCallback and
-FastRolloutCallback; `untimed` and `untimed-cured`, the same without StepTimeCallback, which say what it costs. Checked
-and printed for each arm: that phases add up to the wall time of an outside clock, the share that is in no phase, the
-causes found and what they are predicted to save beside what `cured` saves.
+bfloat16 weights). Each arm is a process of its own: `plain` TRL; `cured` with PackedVisionCallback,
+FastRolloutCallback and `rows_once`; `untimed` and `untimed-cured`, the same without StepTimeCallback, which say what
+it costs. Checked and printed for each arm: that phases add up to the wall time of an outside clock, the share that is
+in no phase, the causes found and what they are predicted to save beside what `cured` saves.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--words", type=int, default=400, help="longest prompt, in words")
+    parser.add_argument("--words", type=int, default=170, help="longest prompt, in words (1,040 tokens)")
     parser.add_argument("--image", type=int, nargs=2, default=(616, 616), help="pixels")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", default="bench_step_time")
@@ -93,7 +93,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from grpo_toolkit import FastRolloutCallback, KVCacheCallback, PackedVisionCallback, StepTimeCallback
+    from grpo_toolkit import FastRolloutCallback, KVCacheCallback, PackedVisionCallback, StepTimeCallback, rows_once
 
     weights, arm = options.child
     on_gpu, is_lora = options.device == "cuda", weights == "lora"
@@ -137,7 +137,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         model=options.base,
         args=settings,
         reward_funcs=distinct_letters,
-        train_dataset=prompts(options),
+        train_dataset=rows_once(prompts(options)) if "cured" in arm else prompts(options),
         peft_config=adapter if is_lora else None,
         callbacks=[Outside(), KVCacheCallback(), *cures, *([] if timing is None else [timing])],
     )

@@ -210,6 +210,53 @@ def test_a_distance_past_the_limit_is_a_warning(
     assert sum("nats a token" in record.message for record in caplog.records) == 1
 
 
+@needs_5_24
+@pytest.mark.parametrize("least", [5, 8])
+def test_the_distance_is_measured_where_completions_have_a_least_length(
+    qwen: Path, tmp_path: Path, least: int
+) -> None:
+    callback = FastRolloutCallback("fast")
+    _, rolled = train(qwen, tmp_path, callback, generation_kwargs={"min_new_tokens": least})
+    assert len(rolled.said[0][0]) == 8
+    assert callback.failures == []
+    assert callback.kl is not None
+    assert 0 <= callback.kl < 1e-6
+
+
+@needs_5_24
+def test_the_distance_is_in_the_run_that_is_open(qwen: Path, tmp_path: Path) -> None:
+    """The trainer's own W&B callback is handed the log before ours adds to it."""
+    import wandb
+
+    run = wandb.init(mode="offline", dir=tmp_path)
+    try:
+        callback = FastRolloutCallback("fast")
+        trainer, _ = train(qwen, tmp_path / "out", callback, report_to="wandb")
+        assert run.summary["sampling/rollout_kl"] == callback.kl
+        assert run.summary["train/global_step"] == trainer.state.global_step == 2
+        assert "train/sampling/rollout_kl" not in dict(run.summary)
+    finally:
+        run.finish()
+
+
+@needs_5_24
+def test_a_tracker_that_fails_is_said_once_and_harms_nothing(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def log(self, row: dict[str, float]) -> None:
+            raise ConnectionError("no server")
+
+    monkeypatch.setattr("grpo_toolkit.reporting.trackers.wandb_run.active_run", Broken)
+    callback = FastRolloutCallback("fast")
+    trainer, _ = train(qwen, tmp_path, callback)
+    assert trainer.state.global_step == 2
+    assert callback.failures == []
+    assert [message for message in caplog.messages if "no server" in message] == [
+        "grpo_toolkit: W&B takes no sampling/rollout_kl (scalars: ConnectionError: no server)"
+    ]
+
+
 def test_what_it_cannot_do_is_told_in_a_line(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

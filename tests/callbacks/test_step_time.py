@@ -16,7 +16,7 @@ from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from grpo_toolkit.step_time.clock import CudaStamps
 from grpo_toolkit.step_time.store import FILE_NAME, load_step_review
-from tests.callbacks.test_trainers import dpo, plain, rloo, sft
+from tests.callbacks.test_trainers import dpo, plain, recent_trl_only, rloo, sft
 from tests.step_time.test_clock import Device, Event, Ticks
 from tests.support.models import build_llama
 from tests.support.training import LANGUAGE_QV, grpo_trainer, v5_only
@@ -24,6 +24,9 @@ from tests.support.training import LANGUAGE_QV, grpo_trainer, v5_only
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+
+pytestmark = pytest.mark.stack
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,7 @@ def test_all_time_of_a_training_is_in_some_step(llama: Path, tmp_path: Path) -> 
     assert "saving" not in callback.rows[0].phases_s
 
 
-@pytest.mark.parametrize("build", [sft, dpo, rloo, plain])
+@pytest.mark.parametrize("build", [*(pytest.param(one, marks=recent_trl_only) for one in (sft, dpo, rloo)), plain])
 @pytest.mark.parametrize("with_trainer", [False, True])
 def test_other_trainers_have_the_phases_that_they_have(
     build: Any, with_trainer: bool, llama: Path, tmp_path: Path
@@ -181,7 +184,7 @@ def test_beside_the_callbacks_that_make_a_step_faster(qwen: Path, tmp_path: Path
 def test_a_seam_that_fails_leaves_the_training_alone(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from grpo_toolkit.step_time import model_seams
+    from grpo_toolkit.step_time.seams import model as model_seams
 
     def fail(*_: Any) -> None:
         raise RuntimeError("no such shape")

@@ -157,6 +157,38 @@ def test_generation_says_the_same_and_encodes_an_image_once(
         assert (found - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("way", ["inference_ready", "DecodeAhead"])
+def test_it_is_a_setting_without_a_training(model: Any, calls: list[torch.Size], way: str) -> None:
+    from grpo_toolkit import DecodeAhead, inference_ready
+
+    image, start, end = model.config.image_token_id, model.config.vision_start_token_id, 5
+    patches = torch.randn(64, 1176, generator=torch.Generator().manual_seed(4))
+    row = [start, *[image] * 16, end]
+    inputs = {
+        "input_ids": torch.tensor([row, row]),
+        "attention_mask": torch.ones(2, 18, dtype=torch.long),
+        "pixel_values": torch.cat([patches, patches]),
+        "image_grid_thw": torch.tensor([[1, 8, 8]] * 2),
+    }
+    options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False}
+
+    def tower_calls(packed: bool) -> tuple[list[list[int]], list[int]]:
+        calls.clear()
+        if way == "DecodeAhead":
+            output = DecodeAhead(model, packed_vision=packed).generate(**inputs, **options)
+        else:
+            with inference_ready(model, packed_vision=packed):
+                output = model.generate(**inputs, **options)
+        return output.tolist(), [shape[2] for shape in calls]
+
+    plain, packed = tower_calls(False), tower_calls(True)
+    assert packed[0] == plain[0]
+    # Of two copies of an image one, in a call a layer: four windows of 16 patches, then all 64.
+    assert packed[1][:2] == [16, 64]
+    assert len(packed[1]) < len(plain[1])
+    assert not vision_tower(model)._forward_pre_hooks
+
+
 def test_dropout_in_the_tower_is_drawn_for_every_copy(model: Any) -> None:
     tower = vision_tower(copy.deepcopy(model))
     tower.merger.mlp[1] = torch.nn.Sequential(tower.merger.mlp[1], torch.nn.Dropout(0.5))

@@ -93,3 +93,16 @@ def test_the_accuracies_are_in_the_summary_of_the_wandb_run(tmp_path: Path) -> N
         assert run.summary["held_out_accuracy/after"] == 0.92
     finally:
         run.finish()
+
+
+def test_the_cause_that_slows_a_step_down_most_stands_with_its_cure(capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.support.step_rows import explanation
+
+    summary = summary_of([], steps=explanation())
+    assert summary["step_floor_s"] == 1.5
+    top = summary["step_causes"][0]
+    assert top["cause"] == "attention-by-window"
+    printed = table_of(summary, capsys)
+    assert f"slowed down most by attention-by-window, {top['saving_s']:.2f} s of it" in printed
+    assert "cure: PackedVisionCallback()" in printed
+    assert "slowed down" not in table_of(summary_of([]), capsys)

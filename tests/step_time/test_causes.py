@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from grpo_toolkit import FastRolloutCallback, PackedVisionCallback, StepTimeCallback
-from grpo_toolkit.step_time.causes import BY_NAME, CAUSES, Mean
+from grpo_toolkit.step_time.causes.cause import Mean
+from grpo_toolkit.step_time.causes.table import BY_NAME, CAUSES
 from grpo_toolkit.step_time.explain import find_causes
 from grpo_toolkit.step_time.seen import RolloutSeen, Seen, Settings, VisionSeen
 from grpo_toolkit.step_time.work import Machine
@@ -302,3 +303,72 @@ def test_a_reward_that_computes_on_one_core_and_one_that_waits(llama: Path, tmp_
     assert (top.cause, callback.explanation.top_cause) == ("rewards-one-by-one", "rewards-one-by-one")
     assert top.evidence.startswith(("waiting runs", "computing runs"))
     assert callback.rows[-1].parts_s["rewards/waiting"] >= 0.5
+
+
+@v5_only
+def test_a_clean_training_shows_nothing(llama: Path, tmp_path: Path) -> None:
+    seen = seen_in(llama, tmp_path, [FastRolloutCallback("fast", strict=True)], with_images=False)
+    assert seen.rollout is not None
+    assert (seen.rollout.prefilled, seen.rollout.distinct) == (1, 1)
+    assert names(seen, replace(MEAN, parts_s={"rollout/prefill": 10.0, "rollout/decode": 20.0})) == []
+
+
+class SlowRows(torch.utils.data.Dataset[Any]):
+    """Rows that take a while to be read."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        time.sleep(0.1)
+        return {"input_ids": list(range(3, 9)), "labels": list(range(3, 9))}
+
+
+def explained(model: Path, folder: Path, dataset: Any, **options: Any) -> list[str]:
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+    defaults: dict[str, Any] = {"save_strategy": "no", "max_steps": 4, "per_device_train_batch_size": 2}
+    arguments = TrainingArguments(
+        output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **(defaults | options)
+    )
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(model),
+        arguments,
+        train_dataset=dataset,
+        data_collator=default_data_collator,
+    )
+    callback = StepTimeCallback(trainer=trainer, strict=True, floors=False)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.explanation is not None
+    return [cause.cause for cause in callback.explanation.causes]
+
+
+def test_rows_that_are_read_while_nothing_else_happens(llama: Path, tmp_path: Path) -> None:
+    assert explained(llama, tmp_path / "slow", SlowRows()) == ["rows-read-in-line"]
+    quick = [SlowRows()[index] for index in range(8)]
+    assert explained(llama, tmp_path / "saving", quick, save_strategy="steps", save_steps=1)[0] == "saves-block"
+
+
+@v5_only
+def test_padding_in_a_supervised_training(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", minversion="1.16")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_dict({"text": ["one", "one two three four five six seven eight nine ten eleven twelve"] * 8})
+    found = {}
+    for is_packed in (False, True):
+        settings = SFTConfig(
+            output_dir=str(tmp_path / str(is_packed)), max_steps=2, per_device_train_batch_size=4, report_to="none",
+            use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, max_length=64, packing=is_packed,
+            packing_strategy="wrapped",
+        )  # fmt: skip
+        trainer = SFTTrainer(model=str(llama), args=settings, train_dataset=data)
+        callback = StepTimeCallback(trainer=trainer, strict=True, floors=False)
+        trainer.add_callback(callback)
+        trainer.train()
+        assert callback._seen is not None
+        found[is_packed] = [one for one in find_causes(callback._seen, MEAN) if one.cause == "padding"]
+    assert found[True] == []
+    assert found[False][0].line == "SFTConfig(packing=True)"

@@ -152,6 +152,69 @@ def merged_for_vllm(folder: Path, *, guarded: bool, **options: Any) -> tuple[dic
     return {"changed": changed, "sent": sent, "weights": len(found[0])}, trainer
 
 
+def fast_step(folder: Path, *, fast: bool, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train two steps with rows, images, tower and rollouts made fast, or without; no step is saved."""
+    from transformers import TrainerCallback
+
+    from grpo_toolkit import FastRolloutCallback, KVCacheCallback, PackedVisionCallback, rows_once
+    from grpo_toolkit.model.rollouts.rollouts import rollouts_of
+    from scripts.models import tiny_training
+
+    packing, rollouts = PackedVisionCallback(strict=True), FastRolloutCallback("fast", strict=True)
+    seen: list[dict[str, Any]] = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            taken = rollouts_of(kwargs["model"])
+            images, tower = packing.images, packing.packing
+            assert images is not None
+            assert tower is not None
+            seen.append(
+                {
+                    "fast": 0 if taken is None else taken.count,
+                    "images": [images.asked, images.processed],
+                    "tower": [tower.layers, sum(one.asked for one in tower.images), len(tower.images)],
+                }
+            )
+
+    if fast:
+        plain_rows = tiny_training.rows
+        tiny_training.rows = lambda *args, **kwargs: rows_once(plain_rows(*args, **kwargs))
+    callbacks = [KVCacheCallback(strict=True), *([packing, rollouts, Counts()] if fast else [])]
+    trainer = train(folder / "out", callbacks, save_strategy="no", **options)
+    keys = ("loss", "grad_norm", "reward", "sampling/rollout_kl")
+    logs = [{key: row[key] for key in keys if key in row} for row in trainer.state.log_history if "loss" in row]
+    return {"logs": logs, "seen": seen, "chosen": rollouts.chosen, "failures": rollouts.failures}, trainer
+
+
+def step_times(folder: Path, *, slow_rank: int, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train without and with step times; the reward function of one rank takes two seconds longer in the second."""
+    import os
+    import time
+
+    from grpo_toolkit import StepTimeCallback
+    from scripts.models import tiny_training
+
+    trainer = train(folder / "plain", [], save_strategy="no", **options)
+    expected = digest(trainer)
+    usual = tiny_training.length_reward
+
+    def slow(completions: list[Any], **kwargs: Any) -> list[float]:
+        time.sleep(2.0 if os.environ["RANK"] == str(slow_rank) else 0.0)
+        return usual(completions, **kwargs)
+
+    tiny_training.length_reward = slow
+    callback = StepTimeCallback(strict=True)
+    trainer = train(folder / "out", [callback], save_strategy="no", **options)
+    return {
+        "is_same": digest(trainer) == expected,
+        "sums": [sum(row.phases_s.values()) / row.wall_s for row in callback.rows],
+        "phases": sorted({name for row in callback.rows for name in row.phases_s}),
+        "causes": [one.cause for one in callback.explanation.causes] if callback.explanation else None,
+        "slowest": callback.explanation.slowest_rank if callback.explanation else None,
+    }, trainer
+
+
 SCENARIOS = {
     "merged_for_vllm": merged_for_vllm,
     "all_callbacks": all_callbacks,
@@ -159,6 +222,8 @@ SCENARIOS = {
     "resumes": resumes,
     "one_rank_fails": one_rank_fails,
     "asked_midway": asked_midway,
+    "fast_step": fast_step,
+    "step_times": step_times,
 }
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.step_time.explain import explain_steps
-from grpo_toolkit.step_time.rows import StepRow, Work
+from grpo_toolkit.step_time.rows import StepExplanation, StepRow, Work
 from grpo_toolkit.step_time.seen import Seen, VisionSeen
 from grpo_toolkit.step_time.store import append_step_rows, file_of
 
@@ -35,6 +35,13 @@ def step_row(step: int, *, rank: int = 0, session: str = "s", **changes: Any) ->
         "session": session,
     }
     return StepRow(**(values | changes))
+
+
+def explanation() -> StepExplanation:
+    """Return what explains six steps."""
+    found = explain_steps([step_row(step) for step in range(1, 7)], SEEN)
+    assert found is not None
+    return found
 
 
 def write_run(folder: Path, *, steps: int = 6, ranks: int = 1, **changes: Any) -> list[StepRow]:

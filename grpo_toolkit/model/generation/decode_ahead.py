@@ -16,6 +16,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.model.attention.grouped_decode import grouped_decoding
+from grpo_toolkit.model.attention.packed_vision import packed_vision
 from grpo_toolkit.model.cache_probe import cache_in
 from grpo_toolkit.model.live_model import base_model
 
@@ -61,18 +62,24 @@ class DecodeAhead:
             as long as the longest request so far, as transformers does, and up to seven tokens longer.
         grouped: whether decode steps run `grouped_decode` attention in place of SDPA, which repeats keys and values
             for every query head where there is a mask. With 5.24 and later; the logits differ by rounding.
+        packed_vision: whether a vision tower makes one attention call a layer and encodes each distinct image of a
+            request once; the logits differ by rounding.
     """
 
-    def __init__(self, model: Any, *, max_cache_len: int | None = None, grouped: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, max_cache_len: int | None = None, grouped: bool = False, packed_vision: bool = False
+    ) -> None:
         self.model = model
         self.max_cache_len = max_cache_len
         self.grouped = grouped
+        self.packed_vision = packed_vision
         self._layers: list[Any] = []
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Do what `model.generate` does."""
-        attention = grouped_decoding(self.model) if self.grouped else nullcontext()
-        with attention, deferred_stops(), self._lending() as made:
+        attention: Any = grouped_decoding(self.model) if self.grouped else nullcontext()
+        vision: Any = packed_vision(self.model) if self.packed_vision else nullcontext()
+        with attention, vision, deferred_stops(), self._lending() as made:
             output = self.model.generate(*args, **kwargs)
         for cache, layers in made:
             if cache_in(output) is not cache:

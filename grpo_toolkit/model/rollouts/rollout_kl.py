@@ -23,7 +23,7 @@ ROWS: Final = 2
 """Rows that are measured: some hundred tokens, for one forward of two rows."""
 
 _CHANGES_SCORES: Final = (
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "min_length",
     "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "sequence_bias",
     "begin_suppress_tokens", "watermarking_config",
 )  # fmt: skip
@@ -31,11 +31,21 @@ _CHANGES_SCORES: Final = (
 
 
 class SampledScores:
-    """A logits processor that changes nothing, and keeps the log-probabilities of the tokens that were sampled."""
+    """A logits processor that changes nothing, and keeps the log-probabilities of the tokens that were sampled.
 
-    def __init__(self, temperature: float) -> None:
+    Args:
+        temperature: that scores are divided by after this.
+        min_new_tokens: the first tokens, among which none may end a completion.
+
+    Attributes:
+        suppressed: the tokens that were ruled out, by the token from which on they were.
+    """
+
+    def __init__(self, temperature: float, *, min_new_tokens: int = 0) -> None:
         self.temperature = temperature
-        self.suppressed: torch.Tensor | None = None
+        self.suppressed: dict[int, torch.Tensor] = {}
+        self._looked_at = {0, min_new_tokens}
+        self._count = 0
         self._last: torch.Tensor | None = None
         self._given: list[torch.Tensor] = []
 
@@ -45,8 +55,9 @@ class SampledScores:
 
         if self._last is not None:
             self._given.append(self._last.gather(1, tokens[:ROWS, -1:]))
-        if self.suppressed is None:
-            self.suppressed = torch.isinf(scores[:ROWS])
+        if self._count in self._looked_at:
+            self.suppressed[self._count] = torch.isinf(scores[:ROWS])
+        self._count += 1
         self._last = torch.log_softmax(scores[:ROWS].float() / self.temperature, dim=-1)
         return scores
 
@@ -66,7 +77,7 @@ def scores_for(config: Any) -> SampledScores | None:
     is_changed = any(getattr(config, name, None) for name in _CHANGES_SCORES)
     if is_changed or not config.do_sample or config.repetition_penalty not in (None, 1.0):
         return None
-    return SampledScores(config.temperature or 1.0)
+    return SampledScores(config.temperature or 1.0, min_new_tokens=config.min_new_tokens or 0)
 
 
 def rollout_kl(
@@ -110,8 +121,10 @@ def rollout_kl(
     with inference_ready(model), torch.no_grad():
         logits = model(**rows, use_cache=False, **options).logits
         logits = logits[:, -completions.shape[1] - 1 : -1].float()
-    assert scores.suppressed is not None
-    logits = logits.masked_fill(scores.suppressed[:, None], -torch.inf) / scores.temperature
+    for start, ruled_out in scores.suppressed.items():  # the later ones are what is ruled out from there on
+        end = min((later for later in scores.suppressed if later > start), default=logits.shape[1])
+        logits[:, start:end] = logits[:, start:end].masked_fill(ruled_out[:, None], -torch.inf)
+    logits = logits / scores.temperature
     live = torch.log_softmax(logits, dim=-1).gather(2, completions[..., None]).squeeze(2)
     log_ratio = live - scores.of(completions)
     is_end = torch.isin(completions, torch.as_tensor([] if ends is None else ends, device=completions.device))

@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.reporting.charts.style import LIGHT, horizontal_only, legend_below, new_figure
-from grpo_toolkit.step_time.causes import BY_NAME
+from grpo_toolkit.step_time.causes.table import BY_NAME
 from grpo_toolkit.step_time.explain import steady_rows
 from grpo_toolkit.step_time.rows import PHASES
 

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grpo_toolkit.step_time.causes import BY_NAME
+from grpo_toolkit.step_time.causes.table import BY_NAME
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

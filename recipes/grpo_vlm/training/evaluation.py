@@ -26,6 +26,7 @@ def held_out_accuracy(
     *,
     max_new_tokens: int,
     direct: bool = False,
+    packed_vision: bool = False,
     accelerator: Accelerator | None = None,
 ) -> float:
     """Return the share of rows (0 to 1) whose one answer block holds the reference answer.
@@ -39,6 +40,8 @@ def held_out_accuracy(
             The most tokens of an answer.
         direct (`bool`, *optional*):
             Ask for the answer alone instead, and look for it in all of the text, leniently.
+        packed_vision (`bool`, *optional*):
+            Run the vision tower as `PackedVisionCallback` does.
         accelerator (`Accelerator`, *optional*):
             Shares the rows out among its processes. Without it every process answers every row, as it must where
             the weights are sharded.
@@ -47,7 +50,9 @@ def held_out_accuracy(
     if accelerator is not None and accelerator.num_processes > 1:
         # A list, not a range, and not `shard`: datasets takes no empty share of fewer rows than processes from those.
         mine = rows.select(list(range(accelerator.process_index, len(rows), accelerator.num_processes)))
-    texts = generate_texts(model, processor, mine, max_new_tokens=max_new_tokens, direct=direct)
+    texts = generate_texts(
+        model, processor, mine, max_new_tokens=max_new_tokens, direct=direct, packed_vision=packed_vision
+    )
     kinds = mine["answer_type"] if "answer_type" in mine.column_names else ["text"] * len(mine)
     right = [
         is_right_directly(text, reference, kind) if direct else is_right(extract_answer(text), reference, kind)
@@ -71,7 +76,14 @@ def generate_answers(model: Any, processor: Any, rows: Dataset, *, max_new_token
 
 
 def generate_texts(
-    model: Any, processor: Any, rows: Dataset, *, max_new_tokens: int, direct: bool = False, batch_size: int = 50
+    model: Any,
+    processor: Any,
+    rows: Dataset,
+    *,
+    max_new_tokens: int,
+    direct: bool = False,
+    batch_size: int = 50,
+    packed_vision: bool = False,
 ) -> list[str]:
     """Return the model's greedy completion of every row.
 
@@ -81,7 +93,7 @@ def generate_texts(
     import torch
 
     texts: list[str] = []
-    with inference_ready(model), torch.no_grad():
+    with inference_ready(model, packed_vision=packed_vision), torch.no_grad():
         for start in range(0, len(rows), batch_size):
             batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
             if direct:

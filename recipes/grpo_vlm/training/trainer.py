@@ -30,10 +30,15 @@ if TYPE_CHECKING:
 
 
 class AccuracyTrainer(GRPOTrainer):
-    """A `GRPOTrainer` whose `evaluate` measures held-out accuracy, and whose vLLM sees the prompts it trains on."""
+    """A `GRPOTrainer` whose `evaluate` measures held-out accuracy, and whose vLLM sees the prompts it trains on.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    With `packed_vision` the model is evaluated as it is trained with `PackedVisionCallback`, before, in and after the
+    training alike, so that accuracies differ by what was learnt alone.
+    """
+
+    def __init__(self, *args: Any, packed_vision: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._packed_vision = packed_vision
         image_token = getattr(self.processing_class, "image_token", None)
         if self.use_vllm and image_token is not None:
             # TRL bans it from its own rollouts alone; a completion with one in it stops the training forward.
@@ -85,6 +90,7 @@ class AccuracyTrainer(GRPOTrainer):
                 rows,
                 max_new_tokens=self.args.max_completion_length,
                 direct=direct,
+                packed_vision=self._packed_vision,
                 accelerator=None if self.is_sharded else self.accelerator,
             )
 

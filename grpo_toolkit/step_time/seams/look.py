@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from grpo_toolkit.step_time.notes import RolloutNotes, StepNotes, VisionNotes
+    from grpo_toolkit.step_time.seams.notes import RolloutNotes, StepNotes, VisionNotes
     from grpo_toolkit.step_time.seen import Settings
 
 PASSES: Final = 2

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from grpo_toolkit.step_time.model_seams import ModelSeams
+    from grpo_toolkit.step_time.seams.model import ModelSeams
 
 
 class TrainerSeams:

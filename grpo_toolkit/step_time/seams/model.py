@@ -8,21 +8,18 @@ where the adapter is switched off. Nothing is changed: hooks return nothing, `ge
 from __future__ import annotations
 
 import threading
-import weakref
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from grpo_toolkit.model.attention.decode_without_cudnn import plans_per_length
 from grpo_toolkit.model.attention.vision_towers import find_towers
 from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
-from grpo_toolkit.step_time.attention_calls import AttentionCalls
 from grpo_toolkit.step_time.clock import OTHER
-from grpo_toolkit.step_time.forward_shapes import (
+from grpo_toolkit.step_time.seams.attention_calls import AttentionCalls
+from grpo_toolkit.step_time.seams.forward_shapes import (
     adapter_layer,
     cast_bytes,
     named_in,
@@ -31,8 +28,9 @@ from grpo_toolkit.step_time.forward_shapes import (
     tensors_in,
     token_shape,
 )
-from grpo_toolkit.step_time.look import PASSES, distinct_images, look_at_rollout
-from grpo_toolkit.step_time.notes import ForwardNotes, RolloutNotes, StepNotes, VisionNotes
+from grpo_toolkit.step_time.seams.generate import GenerateSeam, arguments_of
+from grpo_toolkit.step_time.seams.look import PASSES, distinct_images, look_at_rollout
+from grpo_toolkit.step_time.seams.notes import ForwardNotes, RolloutNotes, StepNotes, VisionNotes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     import torch
 
     from grpo_toolkit.step_time.clock import StepClock
-
-_installed: WeakKeyDictionary[torch.nn.Module, weakref.ref[ModelSeams]] = WeakKeyDictionary()
 
 
 class ModelSeams:
@@ -79,7 +75,7 @@ class ModelSeams:
         embeddings = self.live.get_input_embeddings()
         if embeddings is not None:
             self._hooks.before(embeddings, self._inside)
-        self._take_generate()
+        self._generate = GenerateSeam(self.live, self.rollout)
 
     def __reduce__(self) -> Any:
         # A model in training is copied and pickled by others, with its hooks: the copy's look at nothing.
@@ -128,16 +124,7 @@ class ModelSeams:
     def close(self) -> None:
         """Take everything off."""
         self._hooks.close()
-        if _seams_of(self.live) is self:
-            del _installed[self.live]
-        for name, ours in (("generate", _generate), ("generate_batch", _generate_batch)):
-            if getattr(vars(self.live).get(name), "__func__", None) is ours:
-                # Our compiled rollouts, let go of meanwhile, would have taken theirs off had ours not stood before it.
-                is_over = name == "generate" and self._was_fast and rollouts_of(self.live) is None
-                if name in self._before_us and not is_over:
-                    setattr(self.live, name, self._before_us[name])
-                else:
-                    delattr(self.live, name)
+        self._generate.close()
 
     def _let_go(self) -> None:
         if self._calls is not None:
@@ -263,23 +250,14 @@ class ModelSeams:
 
     # --- rollouts
 
-    def _take_generate(self) -> None:
-        self._before_us = {
-            name: vars(self.live)[name] for name in ("generate", "generate_batch") if name in vars(self.live)
-        }
-        self._was_fast = rollouts_of(self.live) is not None
-        _installed[self.live] = weakref.ref(self)
-        self.live.generate = MethodType(_generate, self.live)
-        if hasattr(type(self.live), "generate_batch"):
-            self.live.generate_batch = MethodType(_generate_batch, self.live)
-
-    def rollout(self, name: str, notes: RolloutNotes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def rollout(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a rollout by the method that ours stands in front of, and count what happens in it as one."""
-        call = self._before_us.get(name) or getattr(type(self.live), name).__get__(self.live)
+        call = self._generate.inner(name)
+        notes = RolloutNotes(engine="generate" if name == "generate" else "continuous batching")
         if not self._is_ours() or self._rollout is not None or self.failed:
             return call(*args, **kwargs)
         output = None
-        self.guarded(self._begin_rollout, _arguments(args, kwargs), notes)
+        self.guarded(self._begin_rollout, arguments_of(args, kwargs), notes)
         try:
             output = call(*args, **kwargs)
         finally:
@@ -344,33 +322,6 @@ class ModelSeams:
         if len(notes.step_lengths) == 2 and plans_per_length(self.live.device):
             backends: Any = torch.backends.cuda
             notes.is_planned_anew = bool(backends.cudnn_sdp_enabled())
-
-
-def _seams_of(model: torch.nn.Module) -> ModelSeams | None:
-    found = _installed.get(model)
-    return None if found is None else found()
-
-
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for a live model's `generate`."""
-    seams = _seams_of(model)
-    if seams is None:  # a copy of the model
-        return type(model).generate(model, *args, **kwargs)
-    return seams.rollout("generate", RolloutNotes(), args, kwargs)
-
-
-def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for a live model's `generate_batch`, which decodes in a thread of its own."""
-    seams = _seams_of(model)
-    if seams is None:
-        return type(model).generate_batch(model, *args, **kwargs)
-    return seams.rollout("generate_batch", RolloutNotes(engine="continuous batching"), args, kwargs)
-
-
-def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return what `generate` was given, by name."""
-    names = ("input_ids", "generation_config")
-    return {name: value for name, value in zip(names, args, strict=False) if value is not None} | kwargs
 
 
 def _blind() -> ModelSeams:

@@ -1,0 +1,1 @@
+"""Why a step is slow: rules without a clock, one table."""
