@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint as diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis as Diagnosis
     from grpo_toolkit.doctor.findings import Finding as Finding
+    from grpo_toolkit.doctor.findings import RunDiagnosis as RunDiagnosis
     from grpo_toolkit.doctor.repair import RepairResult as RepairResult
     from grpo_toolkit.doctor.repair import repair_checkpoint as repair_checkpoint
     from grpo_toolkit.doctor.repair import undo_repair as undo_repair
@@ -96,6 +97,7 @@ _MODULES = {
     "Request": "model.generation.request",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
+    "RunDiagnosis": "doctor.findings",
     "RunOptions": "latency.engines.protocol",
     "StepExplanation": "step_time.rows",
     "StepTimeCallback": "callbacks",

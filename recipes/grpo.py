@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from grpo_vlm.training.cost import CostCallback
 from grpo_vlm.training.health import HealthCallback
 from grpo_vlm.training.screen import BarCallback, quiet_libraries, without_own_bar
 from grpo_vlm.training.sharded_rollouts import ShardedRolloutsCallback
-from grpo_vlm.training.summary import print_summary, summarise
+from grpo_vlm.training.summary import note_in_wandb, print_summary, summarise
 from grpo_vlm.training.trainer import AccuracyTrainer, measure, with_group_health
 
 TINY = "tiny"
@@ -54,7 +55,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main(argv: list[str]) -> None:
     check_versions()
-    recipe, training, model = parse(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that TRL's own config sets
+        recipe, training, model = parse(argv)
     if not recipe.verbose:
         quiet_libraries()
     check_output(training.output_dir)
@@ -143,6 +146,7 @@ def main(argv: list[str]) -> None:
         if timing.rows and not baselines.checkpoint_name:  # the page of the export says what was learnt, too
             write_report(training.output_dir, results={"held-out accuracy": (baselines.figures.accuracy, after)})
         Path(training.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        note_in_wandb(baselines.figures.accuracy, after)
         print_summary(summary, verbose=recipe.verbose)
 
 

@@ -131,7 +131,8 @@ class LatencyCallback(GuardedCallback):
     ) -> None:
         """Prepare W&B before it starts: files into `output_dir`, offline without a key; a user's `WANDB_*` wins."""
         with self._guarded("preparing W&B"):
-            self.mirror.prepare(args)
+            config = getattr(base_model(kwargs["model"]), "config", None)
+            self.mirror.prepare(args, base=getattr(config, "_name_or_path", None))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -13,7 +13,7 @@ from grpo_toolkit.model.live_model import base_model, random_state_kept
 from grpo_toolkit.model.sharding.ranks import rank, world_size
 from grpo_toolkit.reporting.report.page import write_step_report
 from grpo_toolkit.reporting.terminal.console import say
-from grpo_toolkit.reporting.terminal.step_time import step_time
+from grpo_toolkit.reporting.terminal.step_time import step_lines
 from grpo_toolkit.reporting.trackers.step_time import StepMirror
 from grpo_toolkit.step_time.clock import StepClock
 from grpo_toolkit.step_time.explain import explain_steps
@@ -227,13 +227,13 @@ class StepTimeCallback(GuardedCallback):
         self.explanation = found
         self._writer.append(found)
         if is_shown:
-            say(step_time(found))
+            say(*step_lines(found))
 
     def _show(self, args: TrainingArguments) -> None:
         """Write the page, and log to the trackers what is left, all from what is on disk."""
         review = load_step_review(self._file)
         page = write_step_report(review, self._file.with_name(PAGE))
-        say(f"steps: {self._file}   page: {page}")
+        say(f"{'':<12}{page}")
         for line in self._mirror.end(review, self._file.parent / "step_time_charts", args):
             logger.warning("grpo_toolkit: %s", line)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.file_names import ADAPTER_CONFIG, CONFIG, WEIGHTS, WEIGHTS_INDEX, Kind
+from grpo_toolkit.checkpoint.file_names import ADAPTER_CONFIG, CONFIG, MANIFEST, WEIGHTS, WEIGHTS_INDEX, Kind
 from grpo_toolkit.checkpoint.layouts import VERL, Layout, layout_of
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ def around(path: Path) -> str:
         names = sorted(place.path.name for place in adapters)
         return f"; it holds the adapters {', '.join(names[:8])}: pass one's folder (export, merge: or --adapter-name)"
     meant = [place.path for place in places] or [child for child in _folders(path) if _CHECKPOINT.match(child.name)]
-    return f"; did you mean {meant[0]}?" if meant else ""
+    exported = [child for child in _folders(path) if (child / MANIFEST).is_file()]  # is verified, so it is told too
+    told = dict.fromkeys(map(str, (*meant[:1], *exported[:1])))
+    return f"; did you mean {' or '.join(told)}?" if told else ""
 
 
 def shards_of(path: Path) -> Place | None:

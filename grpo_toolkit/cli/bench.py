@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.cli.shell import Commands
     from grpo_toolkit.latency.bench.compare import Comparison
     from grpo_toolkit.latency.bench.gate import Missed
+    from grpo_toolkit.latency.bench.measure import Progress
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.pool import Engines
@@ -48,6 +50,7 @@ def bench(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.latency.engines.arms import processor_of
     from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
+    from grpo_toolkit.reporting.terminal.console import turn_progress
 
     quiet_libraries()
     if arguments.tune:
@@ -67,11 +70,12 @@ def bench(arguments: argparse.Namespace) -> int:
     processor = processor_of(arms)
     if arguments.output is not None:
         check_writable(arguments.output)
+    progress = cache(partial(turn_progress, ", ".join(arm.name for arm in arms)))
     found: list[Comparison] = []
     try:
         with Engines() as engines:
             for make in find_workloads(arguments, given, processor):
-                for comparison in _measured(arguments, arms, make, engines):
+                for comparison in _measured(arguments, arms, make, engines, progress):
                     found.append(comparison)
                     rows = [*comparison.rows, *([] if comparison.control is None else [comparison.control])]
                     if not arguments.json:
@@ -155,25 +159,27 @@ def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
 
 
 def _measured(
-    arguments: argparse.Namespace, arms: Sequence[Arm], make: Callable[..., Traffic], engines: Engines
+    arguments: argparse.Namespace,
+    arms: Sequence[Arm],
+    make: Callable[..., Traffic],
+    engines: Engines,
+    progress: Callable[[], Progress],
 ) -> Iterator[Comparison]:
     """Compare the arms at each batch size."""
     from grpo_toolkit.latency.bench.compare import compare_latency, doubling, sweep_batches
-    from grpo_toolkit.reporting.terminal.console import turn_progress
-
-    progress = turn_progress(", ".join(arm.name for arm in arms))
 
     def compare(left: Sequence[Arm], size: int) -> Comparison:
+        traffic = make(batch_size=size)  # refuses what cannot be asked, before anything is said of loading
         return compare_latency(
             left,
-            make(batch_size=size),
+            traffic,
             rounds=arguments.rounds,
             control=len(left) > 1 and not arguments.no_control,
             roofline=not arguments.no_roofline,
             precision=None if arguments.precision is None else arguments.precision / 100,
             budget_s=arguments.budget,
             engines=engines,
-            progress=progress,
+            progress=progress(),
         )
 
     return sweep_batches(arms, doubling() if arguments.batch_size == ["max"] else arguments.batch_size, compare)

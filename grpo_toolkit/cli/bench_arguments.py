@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import replace
 from functools import partial
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.model.generation.request import Request
 
-
-DEFAULT_IMAGE_TOKENS = 256
 
 CACHES: Final[dict[str, dict[str, Any]]] = {
     "dynamic": {"cache_implementation": "dynamic", "compiled": False},
@@ -125,8 +122,10 @@ def _fixed(arguments: argparse.Namespace, *, is_made_up: bool) -> Iterator[dict[
 
 
 def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | None]:
+    from grpo_toolkit.latency.bench.workload import MADE_UP_IMAGE_TOKENS
+
     if arguments.image_tokens is None:
-        return [DEFAULT_IMAGE_TOKENS if hasattr(processor, "image_processor") else None]
+        return [MADE_UP_IMAGE_TOKENS if hasattr(processor, "image_processor") else None]
     return [count or None for count in arguments.image_tokens]
 
 
@@ -198,54 +197,21 @@ def named_model(item: str) -> tuple[str, str]:
 def given_requests(arguments: argparse.Namespace) -> list[Request]:
     """Return the requests of `--prompt`, `--image` and `--prompts`; none where prompts are made up."""
     from grpo_toolkit.model.generation.request import requests_from_rows
+    from grpo_toolkit.model.generation.request_forms import MOST, prompt_rows
 
     if arguments.prompts is not None:
-        return requests_from_rows(_prompt_rows(arguments.prompts), limit=10_000)
+        return requests_from_rows(prompt_rows(arguments.prompts, f"--prompts {arguments.prompts}"), limit=MOST)
     return [] if arguments.prompt is None and arguments.image is None else [asked(arguments)]
 
 
 def asked(arguments: argparse.Namespace) -> Request:
     """Return the request of `--prompt` and `--image`."""
     from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.model.generation.request_forms import read_image
 
-    images = [] if arguments.image is None else [_read_image(arguments.image, "--image")]
+    images = [] if arguments.image is None else [read_image(arguments.image, "--image")]
     prompt = arguments.prompt or "Describe what you see, step by step."
     return Request(messages=[{"role": "user", "content": prompt}], images=images)
-
-
-def _prompt_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path}: cannot be read ({error})") from error
-    rows = []
-    for number, line in enumerate(filter(str.strip, lines), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"--prompts {path}: line {number} is not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
-            raise InputError(f'--prompts {path}: line {number} has no "prompt" (a text, or chat messages)')
-        if row.get("image") is not None:
-            row["image"] = _read_image(path.parent / str(row["image"]), f"--prompts {path}: line {number}")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"--prompts {path}: holds no prompts")
-    return rows
-
-
-def _read_image(path: Path, where: str) -> Any:
-    """Read an image as RGB.
-
-    Raises:
-        InputError: it cannot be read as one.
-    """
-    from PIL import Image
-
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise InputError(f"{where} {path}: cannot be read as an image ({error})") from error
 
 
 def count(text: str) -> int:

@@ -6,18 +6,16 @@ import gc
 import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.shell import READER_HELP, add_json, add_verb, print_lines
-from grpo_toolkit.errors import CheckpointError
+from grpo_toolkit.cli.shell import EXIT_FINDINGS, READER_HELP, add_json, add_verb, print_lines
 from grpo_toolkit.reporting.terminal.diagnosis import diagnosis_lines, paper, run_lines
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from grpo_toolkit.cli.shell import Commands
-    from grpo_toolkit.doctor.findings import Diagnosis
 
 
 def add_command(commands: Commands) -> None:
@@ -47,22 +45,17 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(path: Path, arguments: argparse.Namespace) -> int:
-    from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
-    from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run, parts_of
+    from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
+    from grpo_toolkit.doctor.findings import RunDiagnosis
 
-    options = {"base": arguments.base, "deep": arguments.deep, "reader": arguments.reader}
-    parts = parts_of(path) if path.is_dir() else []
-    if len(parts) == 1 and parts[0].parent == path and not checkpoints_in(path):
-        path, parts = parts[0], []
-    if parts:
-        diagnoses, empty = diagnose_run(path, **options)
-        if not diagnoses:
-            raise CheckpointError(f"{path}: none of its checkpoints holds anything to examine: {empty[0]}")
-        _say_run(path, diagnoses, empty, as_json=arguments.json)
+    found = diagnose_checkpoint(path, base=arguments.base, deep=arguments.deep, reader=arguments.reader)
+    if arguments.json:
+        print(json.dumps(found.to_json()))
+    elif isinstance(found, RunDiagnosis):
+        print_lines(run_lines(found.diagnoses, found.empty, paper()))
     else:
-        diagnoses = [diagnose_checkpoint(path, **options)]
-        _say_one(diagnoses[0], as_json=arguments.json)
-    return 0 if all(diagnosis.is_clean for diagnosis in diagnoses) else 1
+        print_lines(diagnosis_lines(found, paper()))
+    return 0 if found.is_clean else EXIT_FINDINGS
 
 
 @contextmanager
@@ -75,33 +68,3 @@ def _no_collector() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _say_one(diagnosis: Diagnosis, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(diagnosis.to_json()))
-    else:
-        print_lines(diagnosis_lines(diagnosis, paper()))
-
-
-def _say_run(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(run_json(path, diagnoses, empty)))
-    else:
-        print_lines(run_lines(diagnoses, empty, paper()))
-
-
-def run_json(path: Path, diagnoses: Sequence[Diagnosis], empty: Sequence[str]) -> dict[str, Any]:
-    """Return a run as one object; each finding names its checkpoint."""
-    return {
-        "path": str(path),
-        "kind": "run",
-        "clean": all(diagnosis.is_clean for diagnosis in diagnoses),
-        "checkpoints": [{**diagnosis.to_json(), "findings": len(diagnosis.findings)} for diagnosis in diagnoses],
-        "empty": list(empty),
-        "findings": [
-            {"checkpoint": diagnosis.path.name, **finding.to_json()}
-            for diagnosis in diagnoses
-            for finding in diagnosis.findings
-        ],
-    }

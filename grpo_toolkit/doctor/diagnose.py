@@ -14,7 +14,7 @@ from grpo_toolkit.checkpoint.lineage import BASE_RECORD, base_in_record
 from grpo_toolkit.checkpoint.look_around import models_below
 from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, Kind
 from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
-from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule, Severity
+from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule, RunDiagnosis, Severity
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Folder, describe
 from grpo_toolkit.doctor.planned_files import DiskFiles, Files
@@ -54,13 +54,14 @@ def diagnose_checkpoint(
     base: str | os.PathLike[str] | None = None,
     deep: bool = False,
     reader: str | Reader | None = None,
-) -> Diagnosis:
-    """Find what is wrong with a model folder, from its JSON files and safetensors headers.
+) -> Diagnosis | RunDiagnosis:
+    """Find what is wrong with a model folder, or with every checkpoint of a run, from JSON and safetensors headers.
 
     No code of the folder is run, no pickle opened, no network asked; without `deep` no weight is read either.
 
     Args:
-        path: a full model, an adapter, a trainer checkpoint, shards of FSDP, DeepSpeed, verl, Megatron and others.
+        path: a full model, an adapter, a trainer checkpoint, shards of FSDP, DeepSpeed, verl, Megatron and others; or
+            a run's folder with many.
         base: folder or Hub name (in the local cache) of the model that this one was trained from. By default the one
             that the folder names, if it is here.
         deep: also compare the bytes of weights: copies of the head, the base's weights, an adapter's zeros.
@@ -68,12 +69,36 @@ def diagnose_checkpoint(
 
     Returns:
         The kind of the folder and its findings: those that concern the reader (by default the transformers that is
-        installed) first, worst first.
+        installed) first, worst first; of a run, those of its checkpoints.
 
     Raises:
         CheckpointError: no folder, or nothing in it that could be examined; or `base` is not a model folder here.
     """
     folder = Path(path)
+    is_folder = os.path.isdir(folder)  # noqa: PTH112 - says no to names that Path cannot ask about
+    parts = parts_of(folder) if is_folder else []
+    if len(parts) == 1 and parts[0].parent == folder and not checkpoints_in(folder):
+        folder, parts = parts[0], []
+    if parts:
+        diagnoses, empty = diagnose_run(folder, base=base, deep=deep, reader=reader)
+        if not diagnoses:
+            raise CheckpointError(f"{folder}: none of its checkpoints holds anything to examine: {empty[0]}")
+        return RunDiagnosis(path=folder, diagnoses=tuple(diagnoses), empty=tuple(empty))
+    return diagnose_model(folder, base=base, deep=deep, reader=reader)
+
+
+def diagnose_model(
+    folder: Path,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    deep: bool = False,
+    reader: str | Reader | None = None,
+) -> Diagnosis:
+    """Diagnose one folder, whether or not a run's checkpoints lie in it (see `diagnose_checkpoint`).
+
+    Raises:
+        CheckpointError: as there.
+    """
     if not os.path.isdir(folder):  # noqa: PTH112 - says no to names that Path cannot ask about
         raise CheckpointError(f"{folder}: not a folder")
     named = None if base is None else named_base(base)

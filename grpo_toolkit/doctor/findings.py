@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent
+from grpo_toolkit.checkpoint.short_repr import HtmlTable, ShortRepr
 from grpo_toolkit.doctor.readers import ALL, Reader, concerns, in_words
 
 if TYPE_CHECKING:
@@ -149,8 +150,8 @@ def rule(
     return register
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Finding(ShortRepr):
     """A fault of a folder.
 
     Attributes:
@@ -202,8 +203,8 @@ class Finding:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Diagnosis:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Diagnosis(HtmlTable):
     """The findings of the doctor in one folder.
 
     Attributes:
@@ -250,6 +251,64 @@ class Diagnosis:
             ],
             "not_judged": list(self.not_judged),
         }
+
+    def table_rows(self) -> list[dict[str, object]]:
+        return [
+            {
+                "severity": finding.severity.value,
+                "finding": finding.code,
+                "file": finding.file,
+                "key": finding.key,
+                "found": show(finding.found),
+                "expected": finding.expected,
+                "effect": finding.effect,
+            }
+            for finding in self.findings
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RunDiagnosis(HtmlTable):
+    """The findings of the doctor in every checkpoint of a run.
+
+    Attributes:
+        path: the run's folder.
+        diagnoses: oldest checkpoint first, then the folder itself where it holds a model too.
+        empty: a line for each checkpoint that holds nothing to examine.
+    """
+
+    path: Path
+    diagnoses: tuple[Diagnosis, ...]
+    empty: tuple[str, ...] = ()
+
+    @property
+    def is_clean(self) -> bool:
+        """Return whether nothing worse than a note was found in any of them."""
+        return all(diagnosis.is_clean for diagnosis in self.diagnoses)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the run as one object; each finding names its checkpoint."""
+        return {
+            "path": str(self.path),
+            "kind": "run",
+            "clean": self.is_clean,
+            "checkpoints": [
+                {**diagnosis.to_json(), "findings": len(diagnosis.findings)} for diagnosis in self.diagnoses
+            ],
+            "empty": list(self.empty),
+            "findings": [
+                {"checkpoint": diagnosis.path.name, **finding.to_json()}
+                for diagnosis in self.diagnoses
+                for finding in diagnosis.findings
+            ],
+        }
+
+    def table_rows(self) -> list[dict[str, object]]:
+        return [
+            {"checkpoint": diagnosis.path.name, **row}
+            for diagnosis in self.diagnoses
+            for row in diagnosis.table_rows()
+        ]
 
 
 _SAYS_NO_NUMBER: Final = re.compile(r"NaN|Infinity|\\u|[0-9]{16}")

@@ -19,6 +19,7 @@ from typing import Any
 
 from grpo_toolkit.checkpoint.base_lookup import named_base
 from grpo_toolkit.checkpoint.publish import sync_folder
+from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.checkpoint.weights.copy_weights import rewrite_shard
 from grpo_toolkit.doctor.planned_files import DiskFiles
 from grpo_toolkit.doctor.repair_plan import RepairPlan, make_plan
@@ -41,8 +42,8 @@ from grpo_toolkit.doctor.undo import (
 from grpo_toolkit.errors import CheckpointError, InputError
 
 
-@dataclass(frozen=True, kw_only=True)
-class RepairResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RepairResult(HtmlTable):
     """The outcome of a repair: the plan, and whether it was carried out (not with `dry_run`, nor if empty)."""
 
     plan: RepairPlan
@@ -50,6 +51,14 @@ class RepairResult:
 
     def to_json(self) -> dict[str, Any]:
         return {**self.plan.to_json(), "applied": self.applied}
+
+    def table_rows(self) -> list[dict[str, object]]:
+        what = "mended" if self.applied else "would be mended"
+        return [
+            {"finding": finding.code, "file": finding.file, "key": finding.key, "repair": done}
+            for findings, done in ((self.plan.mended, what), (self.plan.left, "left"))
+            for finding in findings
+        ]
 
 
 def repair_checkpoint(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.json_files import ABSENT, parse_json
 from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.short_repr import ShortRepr
 from grpo_toolkit.doctor import json_edit
 from grpo_toolkit.doctor.compare_bytes import compare_heads
 from grpo_toolkit.doctor.diagnose import DIALECT_CODES, diagnose_folder, parse_folder
@@ -62,8 +63,8 @@ def _lines(content: bytes | None) -> list[str]:
     return [_UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], line) for line in text.splitlines()]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RepairPlan:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RepairPlan(ShortRepr):
     """The changes that `repair` will make.
 
     Attributes:

@@ -22,6 +22,7 @@ from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
 from grpo_toolkit.checkpoint.manifest import write_manifest
 from grpo_toolkit.checkpoint.model_folder import MANIFEST
 from grpo_toolkit.checkpoint.publish import check_output, keep_rejected, staged
+from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.doctor.compat import check_compat, write_older_forms
 from grpo_toolkit.errors import VerificationError, WorkerError
@@ -55,8 +56,8 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.request import Request
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExportResult(HtmlTable):
     """A published export.
 
     Attributes:
@@ -80,6 +81,12 @@ class ExportResult:
     bytes: int
     verification: VerificationResult | None
     seconds: float
+
+    def table_rows(self) -> list[dict[str, object]]:
+        facts = [*self.sources.items(), *(("put right", str(repair)) for repair in self.repairs)]
+        for check in () if self.verification is None else self.verification.table_rows():
+            facts.append((str(check["check"]), f"{check['verdict']}: {check['detail']}"))
+        return [{"what": name, "": value} for name, value in facts]
 
 
 def export_model(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
 from grpo_toolkit.errors import WorkerError
 from grpo_toolkit.export.checks import (
@@ -52,8 +53,8 @@ _NEED_LOADING: Final = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerificationResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VerificationResult(HtmlTable):
     """The checks of one export, in the order in which they were made."""
 
     checks: tuple[Check, ...]
@@ -72,6 +73,16 @@ class VerificationResult:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed}
+
+    def table_rows(self) -> list[dict[str, object]]:
+        return [
+            {
+                "check": check.name,
+                "verdict": "skipped" if check.skipped else "ok" if check.passed else "FAILED",
+                "detail": check.detail,
+            }
+            for check in self.checks
+        ]
 
 
 def verify_export(

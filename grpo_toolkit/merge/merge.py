@@ -20,6 +20,7 @@ from grpo_toolkit.checkpoint.manifest import write_manifest
 from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.publish import check_output, staged
 from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, FLOAT_NAMES
+from grpo_toolkit.checkpoint.short_repr import ShortRepr
 from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype, plan_shards, refuse_full_disk
 from grpo_toolkit.checkpoint.weights.shard_writer import write_shards
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 _ALLOW: Final = "if that is meant, allow_unchanged=True (--allow-unchanged)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MergeResult(ShortRepr):
     """A merged model.
 
     Attributes:

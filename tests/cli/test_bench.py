@@ -62,7 +62,7 @@ def test_a_table_and_its_verdicts_for_a_person(qwen: Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert "fixed: 3 new tokens after 200, batch 1" in " ".join(said.split())
     assert "base_no_cache / base, TPOT: " in said
-    assert said.count("1 rounds): cannot tell") == 3
+    assert said.count("(no interval, 1 round): cannot tell") == 3
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from packaging.version import Version
 from tests.support.latency_rows import row
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from grpo_toolkit.latency.rows.row import LatencyRow, Ratio, Verdict
 
 pytestmark = pytest.mark.skipif(
@@ -76,6 +78,21 @@ def test_accuracies_before_that_are_a_checkpoints_are_called_so(capsys: pytest.C
     of_checkpoint = table_of(summary_of([], direct_accuracy=0.125, begun_with="checkpoint-2"), capsys)
     assert "held-out accuracy (before: of checkpoint-2, not of the base) 25.0% 50.0%" in of_checkpoint
     assert "checkpoint-2, asked for the answer alone 12.5%" in of_checkpoint
+
+
+def test_the_accuracies_are_in_the_summary_of_the_wandb_run(tmp_path: Path) -> None:
+    import wandb
+
+    from grpo_vlm.training.summary import note_in_wandb
+
+    note_in_wandb(0.1, 0.2)  # no run is open
+    run = wandb.init(mode="offline", dir=tmp_path, project="grpo")
+    try:
+        note_in_wandb(0.495, 0.92)
+        assert run.summary["held_out_accuracy/before"] == 0.495
+        assert run.summary["held_out_accuracy/after"] == 0.92
+    finally:
+        run.finish()
 
 
 def test_the_cause_that_slows_a_step_down_most_stands_with_its_cure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -421,3 +421,26 @@ def test_rows_that_all_failed_are_no_report(tmp_path: Path) -> None:
     failed = row("base", error="out of memory", tpot_s=None, e2e_s=None, timelines=[])
     with pytest.raises(InputError, match="no arm was measured to its end"):
         write_report(written(tmp_path, [failed]))
+
+
+def test_the_page_says_when_and_with_what_it_was_measured_and_how_busy_the_machine_was(tmp_path: Path) -> None:
+    busy = {"hardware": "a processor, 2 cores", "load_average": "5.20", "torch": "2.15", "grpo_toolkit": "0.1"}
+    text = write_report(written(tmp_path / "busy", [row("base", environment=busy), row("export")])).read_text()
+    assert "<li>2026-01-02 03:04 UTC</li><li>grpo-toolkit 0.1, torch 2.15</li>" in text
+    assert "This machine was busy: 5.2 processes wanted its 2 cores." in text
+    idle = busy | {"load_average": "2.90"}
+    text = write_report(written(tmp_path / "idle", [row("base", environment=idle), row("export")])).read_text()
+    assert "was busy" not in text
+
+
+def test_natural_answers_are_in_a_table_and_percentiles_are_there_or_said_why_not(tmp_path: Path) -> None:
+    review = written(tmp_path / "few", everything())
+    text = write_report(review).read_text()
+    table = text[text.index("Answers that end where the model ends them") :].partition("</table>")[0]
+    assert table.count("<tr>") == 1 + len(review.natural) == 3
+    assert '<td class="text">asked for</td>' in table
+    assert "No percentiles of 12 rounds: p90 from 64 rounds on, p95 from 130 rounds on" in text
+    many = row("base")
+    many = replace(many, tpot_s=replace(many.tpot_s, p90=0.025))
+    text = write_report(written(tmp_path / "many", [many])).read_text()
+    assert "Percentiles of TPOT, ms: base p90 25.0." in text

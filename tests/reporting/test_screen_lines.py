@@ -10,7 +10,10 @@ from grpo_toolkit.export.verify import Check, VerificationResult
 from grpo_toolkit.latency.rows.review import Review
 from grpo_toolkit.latency.rows.row import Ratio
 from grpo_toolkit.reporting.report.screen_lines import export_lines, latency_lines, verdict_lines
+from grpo_toolkit.reporting.terminal.step_time import step_lines
+from grpo_toolkit.step_time.store import load_step_review
 from tests.support.latency_rows import arms, natural, row
+from tests.support.step_rows import write_run
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -66,3 +69,12 @@ def test_an_export_is_three_lines_or_four(tmp_path: Path) -> None:
         "verified    1 checks in a fresh process, 1 skipped",
         "put right   1 values of the base, in config.json",
     ]
+
+
+def test_a_steps_explanation_is_a_few_lines(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    lines = step_lines(load_step_review(tmp_path).explanations[-1])
+    assert lines[0].startswith("step time   11.0 s at step 6: ")
+    assert any("vision attention launched window by window -> PackedVisionCallback()" in line for line in lines[1:])
+    assert 1 < len(lines) <= 4
+    assert all(line.startswith(" " * 12) for line in lines[1:])

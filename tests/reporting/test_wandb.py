@@ -14,9 +14,9 @@ import pytest
 from grpo_toolkit.checkpoint.manifest import sha256
 from grpo_toolkit.cli import main
 from grpo_toolkit.latency.rows.store import append_rows, read_measurements
-from grpo_toolkit.reporting.trackers.metrics import BEST
+from grpo_toolkit.reporting.trackers.metrics import BEST, HEADLINES
 from grpo_toolkit.reporting.trackers.replay import offline_records
-from grpo_toolkit.reporting.trackers.wandb_environment import prepare_environment
+from grpo_toolkit.reporting.trackers.wandb_environment import name_run, prepare_environment
 from tests.support.latency_rows import row as latency_row
 from tests.support.wandb_runs import train
 from tests.support.wandb_server import API_KEY, running
@@ -42,7 +42,7 @@ METRICS = (
     "natural_output_tokens_p50",
 )
 NATURAL = {f"latency/export_no_cache/natural_{metric}_p50" for metric in ("e2e_ms", "output_tokens")}
-AGAINST_BASE = ("tpot_vs_base", "tpot_vs_base_low", "tpot_vs_base_high")
+AGAINST_BASE = ("tpot_vs_base",)  # and its interval, where six rounds or more make one
 NAMES = {f"latency/{arm}/{metric}" for arm in ARMS for metric in METRICS}
 NAMES |= {f"latency/{arm}/{metric}" for arm in ARMS[1:] for metric in AGAINST_BASE}
 NAMES -= NATURAL  # that arm has fixed answers alone
@@ -68,6 +68,10 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
+def merged(records: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    return {key: value for record in of_kind(records, kind) for key, value in record.get("update", {}).items()}
+
+
 def history(records: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     return [h["item"] for h in of_kind(records, "history") if key in h["item"]]
 
@@ -85,6 +89,8 @@ def test_every_metric_is_defined_by_name_on_the_trainers_axis_with_best_and_last
     assert {metric["step_metric"] for metric in found.values()} == {"train/global_step"}
     for name in NAMES:
         assert found[name]["summary"] == {"last": True, BEST[name.rpartition("/")[2]]: True}
+        assert found[name].get("options", {}).get("hidden", False) is (name not in HEADLINES)
+    assert len(HEADLINES & NAMES) == 5
     assert found["latency/row_ids"]["options"]["hidden"] is True
 
 
@@ -104,6 +110,31 @@ def test_scalars_are_one_row_at_the_last_step(run_output: tuple[Path, str], reco
         assert rows[0][f"latency/{row.arm}/tpot_ms_p50"] == pytest.approx(row.tpot_s.median * 1e3)
         assert rows[0][f"latency/{row.arm}/peak_memory_mb"] == pytest.approx(row.memory.peak_bytes / 1e6)
         assert rows[0][f"latency/{row.arm}/kv_cache_in_use"] == (row.arm != "export_no_cache")
+
+
+def test_two_runs_are_compared_by_their_config_and_summary(records: list[dict[str, Any]]) -> None:
+    from grpo_toolkit.cli.shell import version
+
+    config = merged(records, "config")
+    assert config["grpo_toolkit/version"] == version()
+    assert config["grpo_toolkit/trained"] == "full"
+    assert "new tokens after" in config["grpo_toolkit/workload"]
+    summary = merged(records, "summary")
+    assert summary["latency/export/faults"] == 0
+    assert summary["latency/checkpoint/faults"] > 0
+    assert summary["latency/verdict"] in ("faster", "slower", "same", "cannot tell", "no interval")
+
+
+def test_a_run_that_nobody_named_gets_a_name_and_a_users_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment: dict[str, str] = {"WANDB_PROJECT": "mine"}
+    monkeypatch.setattr(os, "environ", environment)
+    name_run("tiny", "Qwen/Qwen2.5-VL-3B-Instruct")
+    assert environment == {
+        "WANDB_PROJECT": "mine",
+        "WANDB_NAME": "tiny",
+        "WANDB_RUN_GROUP": "Qwen/Qwen2.5-VL-3B-Instruct",
+        "WANDB_TAGS": "grpo,grpo-toolkit",
+    }
 
 
 def test_the_trainers_own_rows_are_there_too(records: list[dict[str, Any]]) -> None:

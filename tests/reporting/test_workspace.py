@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import subprocess
     from pathlib import Path
 
-SECTIONS = ["Trend", "Base vs export", "Sweeps", "Health of the rollouts"]
+SECTIONS = ["Trend", "Base vs export", "Answers and causes", "Health of the rollouts"]
 
 
 def panels(found: dict[str, Any]) -> list[dict[str, Any]]:

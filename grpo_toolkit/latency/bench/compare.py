@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.bench.measure import Plan, pairs_of, traffic_for
-from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, allow_for, paired_ratio
+from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, allow_for, paired_ratio, span
 from grpo_toolkit.latency.engines.arms import named_arms
 from grpo_toolkit.latency.rows.review import CONTROL
 from grpo_toolkit.latency.rows.row import METRICS
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from typing import Any
 
     from grpo_toolkit.latency.bench.measure import Progress
-    from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.engines.protocol import Options
-    from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
-    from grpo_toolkit.model.generation.request import Request
+    from grpo_toolkit.latency.rows.row import LatencyRow, Ratio, Summary
 
 LARGEST_BATCH: Final = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(HtmlTable):
     """A comparison of arms that took turns.
 
     Attributes:
@@ -51,11 +51,29 @@ class Comparison:
                     return ratio
         raise InputError(f"no ratio of {metric} for an arm {arm!r}: it was not measured, or against nothing")
 
+    def table_rows(self) -> list[dict[str, object]]:
+        return [
+            {
+                "arm": row.arm,
+                "TTFT ms": _ms(row.ttft_s),
+                "TPOT ms": _ms(row.tpot_s),
+                "E2E ms": _ms(row.e2e_s),
+                "TPOT over the first": "; ".join(
+                    f"{ratio.median:.3f} ({span(ratio)}): {ratio.verdict}"
+                    for ratio in row.ratios
+                    if ratio.metric == "tpot_s"
+                ),
+            }
+            for row in (*self.rows, *([] if self.control is None else [self.control]))
+        ]
+
 
 def compare_latency(
-    arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]],
-    requests: Sequence[Request] | Traffic,
+    base: str | os.PathLike[str] | Sequence[Arm] | Mapping[str, str | os.PathLike[str]],
+    export: Any = None,
     *,
+    requests: Any = None,
+    device: str | None = None,
     new_tokens: int = 64,
     rounds: int = 12,
     warmup: int | None = None,
@@ -67,11 +85,17 @@ def compare_latency(
     progress: Progress | None = None,
     engines: Engines | None = None,
 ) -> Comparison:
-    """Time the arms in turns and compare each with the first: slower, faster, the same, or undecided.
+    """Time an export and its base in turns and say: slower, faster, the same, or undecided.
+
+        compare_latency("Qwen2.5-VL-3B", "out/export", device="cuda")
+        compare_latency({"base": base, "mine": mine, "theirs": theirs}, "What is it?")
 
     Args:
-        arms: what to time, or simply {name: folder}; the first is what the others are compared with.
+        base: the base's folder; or all that is to be timed, as {name: folder} or arms, of which the first is what the
+            others are compared with.
+        export: the export's folder; or after arms, the requests.
         requests: as for `measure_latency`.
+        device: as for `measure_latency`.
         new_tokens: tokens to generate per request.
         rounds: measured requests per arm; fewer than six never give a verdict.
         warmup: as for `measure_latency`.
@@ -87,9 +111,16 @@ def compare_latency(
     Raises:
         InputError, CheckpointError, WorkerError: as `measure_latency`.
     """
+    if isinstance(base, (str, os.PathLike)):
+        if not isinstance(export, (str, os.PathLike)):
+            raise InputError("compare_latency takes two folders, base and export, or {name: folder}")
+        arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]] = {"base": base, "export": export}
+    else:
+        arms, requests = base, requests if requests is not None else export
+    named = named_arms(arms, options, device=device)
     plan = Plan(
-        arms=named_arms(arms, options),
-        traffic=traffic_for(requests, new_tokens),
+        arms=named,
+        traffic=traffic_for(requests, new_tokens, arms=named),
         rounds=rounds,
         warmup=warmup,
         roofline=roofline,
@@ -102,6 +133,10 @@ def compare_latency(
     again = replace(plan.arms[0], name=CONTROL, process=1 + max(arm.process for arm in plan.arms))
     *rows, last = replace(plan, arms=[*plan.arms, again]).measured(engines)
     return compare_rows(rows, control=last)
+
+
+def _ms(summary: Summary | None) -> str:
+    return "" if summary is None else f"{summary.median * 1e3:.2f}"
 
 
 def compare_rows(rows: Sequence[LatencyRow], *, control: LatencyRow | None = None) -> Comparison:

@@ -15,15 +15,22 @@ import time
 import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.bench.build_row import row_of_arm
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
-from grpo_toolkit.latency.bench.workload import Traffic, traffic_of
-from grpo_toolkit.latency.engines.arms import named_arms
+from grpo_toolkit.latency.bench.workload import (
+    MADE_UP_IMAGE_TOKENS,
+    MADE_UP_PROMPT_TOKENS,
+    Traffic,
+    made_up,
+    traffic_of,
+)
+from grpo_toolkit.latency.engines.arms import named_arms, processor_of
 from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.protocol import Measured
+from grpo_toolkit.model.generation.request_forms import requests_of
 
 if TYPE_CHECKING:
     import os
@@ -32,7 +39,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Engine, Options
     from grpo_toolkit.latency.rows.row import LatencyRow, Timeline
-    from grpo_toolkit.model.generation.request import Request
 
     Progress = Callable[[str, int, int], None]
 
@@ -55,10 +61,11 @@ MOST_TIMES: Final = 20
 
 def measure_latency(
     arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]],
-    requests: Sequence[Request] | Traffic,
+    requests: Any = None,
     *,
+    device: str | None = None,
     new_tokens: int = 64,
-    rounds: int = 10,
+    rounds: int = 12,
     warmup: int | None = None,
     options: Options | None = None,
     roofline: bool = False,
@@ -71,8 +78,10 @@ def measure_latency(
 
     Args:
         arms: what to time, or simply {name: folder}.
-        requests: asked one a round, from the first on, each for exactly `new_tokens` tokens; or a workload of its own
-            (`workload.made_up`, `workload.traffic_of`).
+        requests: asked one a round, from the first on, each for exactly `new_tokens` tokens: a question, a file of
+            JSON lines, rows of a dataset, chat messages or `Request`s; or a workload of its own (`workload.made_up`,
+            `workload.traffic_of`). By default made-up ones of 512 tokens, with an image of 256 where the model sees.
+        device: where folders are loaded and run, such as "cuda"; arms have their own.
         new_tokens: tokens to generate per request.
         rounds: measured requests per arm.
         warmup: unmeasured requests per arm before, exactly; None goes on until their times agree, two at least and
@@ -98,9 +107,10 @@ def measure_latency(
         InputError: no arms, no requests, fewer than one round, or two arms of one name.
         CheckpointError, WorkerError: an arm's folder cannot be read or loaded, or its endpoint does not answer.
     """
+    named = named_arms(arms, options, device=device)
     plan = Plan(
-        arms=named_arms(arms, options),
-        traffic=traffic_for(requests, new_tokens),
+        arms=named,
+        traffic=traffic_for(requests, new_tokens, arms=named),
         rounds=rounds,
         warmup=warmup,
         roofline=roofline,
@@ -111,15 +121,25 @@ def measure_latency(
     return plan.measured(engines)
 
 
-def traffic_for(requests: Sequence[Request] | Traffic, new_tokens: int) -> Traffic:
+def traffic_for(requests: Any, new_tokens: int, *, arms: Sequence[Arm]) -> Traffic:
     """Return the workload that `measure_latency` means: requests for `new_tokens` each, or a workload as it is.
 
     Raises:
-        InputError: no requests, or no tokens.
+        InputError: no requests, no tokens, or requests in no known form.
     """
-    if not requests or new_tokens < 1:
+    if new_tokens < 1 or not arms:
         raise InputError(_TOO_LITTLE)
-    return requests if isinstance(requests, Traffic) else traffic_of(requests, max_new_tokens=new_tokens)
+    if isinstance(requests, Traffic):
+        return requests
+    if requests is None:
+        processor = processor_of(arms)
+        image_tokens = MADE_UP_IMAGE_TOKENS if hasattr(processor, "image_processor") else None
+        return made_up(
+            processor, prompt_tokens=MADE_UP_PROMPT_TOKENS, image_tokens=image_tokens, max_new_tokens=new_tokens
+        )
+    if not requests:
+        raise InputError(_TOO_LITTLE)
+    return traffic_of(requests_of(requests), max_new_tokens=new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +147,7 @@ class Plan:
     """A measurement before it runs (see `measure_latency`).
 
     Raises:
-        InputError: no arms, fewer than one round, or two arms of one name.
+        InputError: no arms, or fewer than one round.
     """
 
     arms: Sequence[Arm]
@@ -142,8 +162,6 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.arms or self.rounds < 1:
             raise InputError(_TOO_LITTLE)
-        if len({arm.name for arm in self.arms}) < len(self.arms):
-            raise InputError("two arms have the same name; give them names of their own")
 
     def measured(self, engines: Engines | None) -> list[LatencyRow]:
         """Carry the plan out, on open engines or on new ones that are closed afterwards."""

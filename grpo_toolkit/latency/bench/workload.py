@@ -45,6 +45,10 @@ _WORDS: Final = tuple(
 )
 _STRAIGHT_GUESSES: Final = 6
 
+MADE_UP_PROMPT_TOKENS: Final = 512
+MADE_UP_IMAGE_TOKENS: Final = 256
+"""The size of requests where nobody says what to ask."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +71,23 @@ Arm = LatencyArm
 
 
 def named_arms(
-    arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]], options: Options | None = None
+    arms: Sequence[Arm] | Mapping[str, str | os.PathLike[str]],
+    options: Options | None = None,
+    *,
+    device: str | None = None,
 ) -> list[Arm]:
-    """Return arms as they are, or made from {name: folder}, all loaded and run as the options say."""
+    """Return arms as they are, or made from {name: folder}, all loaded and run as the options (and `device`) say.
+
+    Raises:
+        InputError: two arms of one name.
+    """
     if isinstance(arms, Mapping):
-        return [Arm(name=name, path=Path(path), options=options or Options()) for name, path in arms.items()]
+        chosen = options or Options()
+        if device is not None:
+            chosen = replace(chosen, device=device)
+        return [Arm(name=name, path=Path(path), options=chosen) for name, path in arms.items()]
+    if len({arm.name for arm in arms}) < len(arms):
+        raise InputError("two arms have the same name; give them names of their own")
     return list(arms)
 
 

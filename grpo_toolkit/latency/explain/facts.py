@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
 from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.pixel_limits import known_pixel_limits
-from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
+from grpo_toolkit.doctor.diagnose import diagnose_model
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, Folder
 from grpo_toolkit.doctor.planned_files import DiskFiles
@@ -153,7 +153,7 @@ def declared_by_files(path: Path, base: Path | None) -> Declared:
     Raises:
         CheckpointError: no model folder, or an adapter whose base is not here.
     """
-    findings = diagnose_checkpoint(path, base=base).findings
+    findings = diagnose_model(path, base=base).findings
     folder = read_folder(DiskFiles(path))
     said = read_folder(DiskFiles(base_of_adapter(path))) if folder.kind is Kind.ADAPTER else folder
     implementation = said.get(GENERATION_CONFIG, "cache_implementation")

@@ -15,6 +15,8 @@ import uuid
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from grpo_toolkit.checkpoint.short_repr import ShortRepr
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -184,8 +186,8 @@ AT_ONCE_S: Final = 5e-5
 """Seconds per token that no model needs: 20,000 tokens a second of one sequence."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timeline:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Timeline(ShortRepr):
     """A measured request (or batch), raw.
 
     `token_times_s` run from the start of preprocessing, one per step of the batch; of an endpoint, one per token where
@@ -251,8 +253,8 @@ def _tpot_s(times: Sequence[float], tokens: int) -> float | None:
     return tpot_s if tpot_s > AT_ONCE_S else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatencyRow:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LatencyRow(ShortRepr):
     """A measurement of one arm: one line of `latency.jsonl`.
 
     Rows of one session took turns with each other and may be compared; `id` is what a replay knows a row by.
@@ -316,8 +318,8 @@ class Effect:
     command: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExplanationRow:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExplanationRow(ShortRepr):
     """The explanation of the time of `trained` beside that of `base`: one line of `latency.jsonl`.
 
     `audit` is what was found without a clock, also where it cost no time here. `split` are the exact effects: they

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.short_repr import HtmlTable
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -60,8 +62,8 @@ class Trial:
         return self.is_same and self.tpot_s is not None and not self.note
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Tuning(HtmlTable):
     """The fastest setting that gives the same tokens.
 
     Attributes:
@@ -154,6 +156,17 @@ class Tuning:
             "generation_config": self.generation_keys(),
             "serving": self.serving_commands(),
         }
+
+    def table_rows(self) -> list[dict[str, object]]:
+        return [
+            {
+                "setting": trial.name,
+                "TPOT ms": "" if trial.tpot_s is None else f"{trial.tpot_s * 1e3:.2f}",
+                "tokens/s": "" if trial.tokens_per_s is None else f"{trial.tokens_per_s:.0f}",
+                "": "best" if trial == self.best else trial.note,
+            }
+            for trial in self.trials
+        ]
 
 
 def _cache_keys(options: Options) -> dict[str, Any]:

@@ -6,12 +6,14 @@ where it is installed: `pip install 'grpo-toolkit[gpu]'`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
 import statistics
 import time
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -63,6 +65,8 @@ def environment_of(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
     }
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        facts["grpo_toolkit"] = metadata.version("grpo-toolkit")
     if hasattr(os, "getloadavg"):
         facts["load_average"] = f"{os.getloadavg()[0]:.2f}"
     if on_gpu:

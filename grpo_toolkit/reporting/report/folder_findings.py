@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.manifest import manifest_of
 from grpo_toolkit.checkpoint.model_folder import MANIFEST
-from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
+from grpo_toolkit.doctor.diagnose import diagnose_model
 from grpo_toolkit.errors import GrpoToolkitError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def diagnose_arms(folders: Mapping[str, str | os.PathLike[str]]) -> dict[str, di
     found: dict[str, dict[str, Any]] = {}
     for arm, folder in folders.items():
         try:
-            found[arm] = diagnose_checkpoint(folder, base=None if arm == "base" else base).to_json()
+            found[arm] = diagnose_model(Path(folder), base=None if arm == "base" else base).to_json()
         except (GrpoToolkitError, OSError):
             continue
     return found

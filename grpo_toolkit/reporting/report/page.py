@@ -19,6 +19,13 @@ from grpo_toolkit.reporting.report.card_facts import CardFacts
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
 from grpo_toolkit.reporting.report.headline import headline_of, interval
 from grpo_toolkit.reporting.report.model_card import write_model_card
+from grpo_toolkit.reporting.report.page_facts import (
+    busy_machine,
+    facts_explained,
+    facts_of,
+    natural_lines,
+    percentile_note,
+)
 from grpo_toolkit.reporting.report.rendering import line_of, templates
 from grpo_toolkit.reporting.report.step_section import compared_steps, explained, step_section, steps_beside
 
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
-    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.latency.rows.row import LatencyRow
     from grpo_toolkit.step_time.store import StepReview
 
 REPORT_FILE: Final = "report.html"
@@ -198,7 +205,10 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
         "title": review.path.resolve().parent.name if review.path.name == "latency" else review.path.resolve().name,
         "palette": PALETTE,
         "headline": headline_of(review),
-        "facts": _facts(review.arms[0]) if review.arms else _facts_explained(review.explanations[-1]),
+        "facts": facts_of(review.arms[0]) if review.arms else facts_explained(review.explanations[-1]),
+        "busy": busy_machine(review.arms[0] if review.arms else review.explanations[-1]),
+        "percentiles": percentile_note(review.arms),
+        "natural": natural_lines(review),
         "lines": [line_of(row) for row in review.arms],
         "ratios": [(label_of(row.arm), ratio, interval(ratio)) for row, ratio in review.ratios],
         "charts": charts,
@@ -215,34 +225,11 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
     }
 
 
-def _facts(row: LatencyRow) -> list[str]:
-    work = row.workload
-    images = f" ({work.image_tokens:,} of an image)" if work.image_tokens else ""
-    facts = [
-        f"{work.max_new_tokens:,} new tokens after {work.prompt_tokens:,}{images}",
-        f"batch {work.batch_size}",
-        f"{row.rounds} rounds, arms in turns",
-        row.settings.dtype.removeprefix("torch."),
-        row.environment.get("hardware", row.settings.device),
-    ]
-    if row.parameters:
-        in_millions = row.parameters / 1e6
-        size = f"{in_millions / 1e3:.2f} B" if in_millions >= 1e3 else f"{in_millions:.1f} M"
-        facts.insert(0, f"{size} parameters")
-    if row.step is not None:
-        facts.insert(0, f"step {row.step:,}")
-    return facts
-
-
-def _facts_explained(row: ExplanationRow) -> list[str]:
-    facts = ["explained, no arms measured beside it", row.environment.get("hardware", "")]
-    return [*([] if row.step is None else [f"step {row.step:,}"]), *filter(None, facts)]
-
-
 def _render(content: dict[str, Any], path: Path) -> Path:
     defaults: dict[str, Any] = {"is_same_hardware": True, "has_manifest": False, "is_steps_alone": False}
     defaults |= {"compared": None, "steps": None, "steps_compared": None, "compared_names": ()}
-    empty: dict[str, list[Any]] = {"diagnoses": [], "put_right": [], "checks": []}
+    defaults |= {"busy": "", "percentiles": ""}
+    empty: dict[str, list[Any]] = {"natural": [], "diagnoses": [], "put_right": [], "checks": []}
     text = templates(autoescape=True).get_template("report.html.jinja").render(defaults | empty | content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,19 @@ def step_time(row: StepExplanation) -> RenderableType:
     return Group(*parts, _end(row))
 
 
+def step_lines(row: StepExplanation, *, causes: int = 3) -> list[str]:
+    """Return the explanation in a few lines of 80 columns, for a training that goes on; the page has the whole."""
+    largest = sorted(row.phases_s.items(), key=lambda item: -item[1])[:4]
+    shares = ", ".join(f"{phase_title(name)} {seconds / row.wall_s:.0%}" for name, seconds in largest if row.wall_s)
+    lines = [f"{'step time':<12}{seconds_text(row.wall_s)} s at step {row.step}: {shares}"]
+    lines += [
+        f"{'':<12}{'?' if found.saving_s is None else f'-{seconds_text(found.saving_s)} s'}: "
+        f"{cause_title(found.cause)}{f' -> {found.line}' if found.line else ''}"
+        for found in row.causes[:causes]
+    ]
+    return lines
+
+
 def phase_title(name: str) -> str:
     """Return a phase's name for people."""
     return name.rpartition("/")[2].replace("_", " ")

@@ -40,6 +40,17 @@ BEST: Final[dict[str, Literal["min", "max"]]] = {
 }
 """Every metric, and which value of it is the best in a summary (of `kv_cache_in_use`, 1 or 0, the worst)."""
 
+HEADLINES: Final = frozenset(
+    {
+        "latency/base/tpot_ms_p50",
+        "latency/export/tpot_ms_p50",
+        "latency/export/tpot_vs_base",
+        "latency/export/ttft_ms_p50",
+        "latency/export/natural_e2e_ms_p50",
+    }
+)
+"""The scalars that get a panel of their own; the others are there for whoever looks for them and for workspaces."""
+
 _TABLE_MEDIANS: Final = ("ttft_ms_p50", "tpot_ms_p50", "e2e_ms_p50", "output_tokens_per_s_p50", "peak_memory_mb")
 
 

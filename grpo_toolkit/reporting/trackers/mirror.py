@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.base_lookup import is_hub_name, public_name
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.rows.review import load_review, visits_of
 from grpo_toolkit.model.live_model import random_state_kept
@@ -15,7 +16,7 @@ from grpo_toolkit.reporting.terminal.console import wandb_hint
 from grpo_toolkit.reporting.trackers import tensorboard, tracker_runs, trackio, wandb_run
 from grpo_toolkit.reporting.trackers.bounded_calls import BUDGET_S, Breaker, Budget, one_line
 from grpo_toolkit.reporting.trackers.sheltered_callbacks import shelter, shelter_tables
-from grpo_toolkit.reporting.trackers.wandb_environment import is_run_open, offline, prepare_environment
+from grpo_toolkit.reporting.trackers.wandb_environment import is_run_open, name_run, offline, prepare_environment
 from grpo_toolkit.reporting.trackers.wandb_exit import EXIT_S, bound_exit
 
 if TYPE_CHECKING:
@@ -62,12 +63,19 @@ class Mirror:
         self._is_over = False
         self._place: Path | None = None
 
-    def prepare(self, args: TrainingArguments) -> None:
-        """Prepare W&B when the trainer is made: its files, its timeouts, offline where the server does not answer."""
+    def prepare(self, args: TrainingArguments, *, base: str | None = None) -> None:
+        """Prepare W&B when the trainer is made: its files, its timeouts, offline where the server does not answer.
+
+        A run of its own gets a name, and the base's name (or folder) as its group.
+        """
         self._place = Path(args.output_dir)
         shelter(args, self._failed)
         if "wandb" not in args.report_to or not args.should_log:
             return
+        if not is_run_open():
+            is_named = args.run_name is not None and args.run_name != args.output_dir
+            group = None if not base else base if is_hub_name(base) else public_name(Path(base))
+            name_run(None if is_named else Path(args.output_dir).resolve().name, group)
         started = time.monotonic()
         # A run that does not open is offline and its end takes no time, so the time for that can be used up before.
         problem = prepare_environment(args.output_dir, patience_s=_PATIENCE_S, spare_s=EXIT_S)

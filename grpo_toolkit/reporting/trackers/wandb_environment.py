@@ -67,6 +67,20 @@ def prepare_environment(
     return problem
 
 
+def name_run(name: str | None, base: str | None) -> None:
+    """Give a run that nobody named a project, a name, a group and tags; what the user set wins.
+
+    Args:
+        name: of the run, such as its output folder's; None leaves it to W&B.
+        base: the base's name: runs from one base are a group.
+    """
+    given = {"WANDB_PROJECT": "grpo", "WANDB_NAME": name, "WANDB_RUN_GROUP": base, "WANDB_TAGS": "grpo,grpo-toolkit"}
+    for variable, value in given.items():
+        if value:
+            _default(variable, value)
+    _tell()
+
+
 def _find_mode(patience_s: float | None, spare_s: float) -> str | None:
     key = api_key()
     started = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,8 +17,11 @@ from grpo_toolkit.checkpoint.manifest import sha256
 from grpo_toolkit.checkpoint.model_folder import MANIFEST
 from grpo_toolkit.latency.rows.review import key_part, visits_of
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
+from grpo_toolkit.reporting.report.headline import headline_of
+from grpo_toolkit.reporting.report.screen_lines import fault_count
 from grpo_toolkit.reporting.trackers.metrics import (
     BEST,
+    HEADLINES,
     IDS_KEY,
     REPORT_KEY,
     STEP_METRIC,
@@ -78,6 +82,7 @@ def log_review(
     if not every or every <= known_in_table:
         return sent
     step = max((visit.step for visit in visits_of(review)), default=0)
+    breaker.call("scalars", partial(_describe, run, review))
     for make in _media(review, pages):
         breaker.call("media", partial(_log_made, run, make, step))
     is_whole = all(breaker.call("tables", partial(_log_made, run, make, step)) for make in _tables(review, every))
@@ -108,9 +113,29 @@ def _log_scalars(run: Any, visit: Visit, known: frozenset[str]) -> None:
     values = scalars(visit, known)
     for name in values:
         best = BEST[name.rpartition("/")[2]]
-        run.define_metric(name, step_metric=STEP_METRIC, summary=f"{best},last")
+        run.define_metric(name, step_metric=STEP_METRIC, summary=f"{best},last", hidden=name not in HEADLINES)
     run.define_metric(IDS_KEY, step_metric=STEP_METRIC, hidden=True)
     run.log({**values, IDS_KEY: joined(set(known) | set(visit.ids)), STEP_METRIC: visit.step})
+
+
+def _describe(run: Any, review: Review) -> None:
+    """Put what two runs are compared by where W&B's table of runs has its columns: config and summary."""
+    found = findings_of(review)
+    headline = headline_of(review)
+    if headline is not None:
+        run.summary["latency/headline"] = headline.figure
+        run.summary["latency/verdict"] = headline.verdict or "no interval"
+    for arm in ("checkpoint", "export"):
+        if arm in found:
+            run.summary[f"latency/{arm}/faults"] = fault_count(found[arm])
+    facts: dict[str, Any] = {"version": metadata.version("grpo-toolkit")}
+    if review.arms:
+        row = review.arms[0]
+        facts["hardware"] = row.environment.get("hardware", row.settings.device)
+        facts["workload"] = f"{row.workload.max_new_tokens} new tokens after {row.workload.prompt_tokens}"
+    if "checkpoint" in found:
+        facts["trained"] = "adapter" if found["checkpoint"].get("kind") == "adapter" else "full"
+    run.config.update({f"grpo_toolkit/{name}": value for name, value in facts.items()}, allow_val_change=True)
 
 
 def _media(review: Review, pages: Pages) -> list[Any]:
@@ -152,7 +177,7 @@ def _log_artifact(run: Any, review: Review, step: int) -> None:
     folder = Path(export.path).resolve()
     manifest = export_manifest(review)
     newest = next((scalars(visit) for visit in reversed(visits_of(review)) if visit.main == review.arms), {})
-    metadata = {
+    facts = {
         "step": step,
         "path": str(folder),
         "base": None if manifest is None else manifest.get("base"),
@@ -161,7 +186,7 @@ def _log_artifact(run: Any, review: Review, step: int) -> None:
         "manifest_sha256": sha256(folder / MANIFEST) if (folder / MANIFEST).is_file() else None,
         "latency": {name: value for name, value in newest.items() if "/export/" in name},
     }
-    artifact = wandb.Artifact(f"export-{key_part(run.id)}", type="model", metadata=metadata)
+    artifact = wandb.Artifact(f"export-{key_part(run.id)}", type="model", metadata=facts)
     artifact.add_reference(folder.as_uri(), checksum=False)
     aliases = [f"step-{step}"] + (["best"] if _is_best(review) else [])
     run.log_artifact(artifact, aliases=aliases)

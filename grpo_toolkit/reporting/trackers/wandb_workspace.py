@@ -25,7 +25,6 @@ _HEALTH: Final = {
     "Completion length": ("train/completions/mean_length", "train/completions/max_length"),
     "Share cut off at the cap": ("train/completions/clipped_ratio",),
     "Entropy": ("train/entropy",),
-    "KL": ("train/kl",),
     "Groups without a difference": ("train/frac_reward_zero_std",),
     "Seconds per step": ("train/step_time",),
 }
@@ -56,7 +55,7 @@ def build_workspace(entity: str, project: str) -> Workspace:
     sections = {
         "Trend": _trend(),
         "Base vs export": _base_and_export(),
-        "Sweeps": _sweeps(),
+        "Answers and causes": _answers(),
         "Health of the rollouts": [_lines(title, names) for title, names in _HEALTH.items()],
     }
     return ws.Workspace(
@@ -104,11 +103,11 @@ def _base_and_export() -> list[Any]:
     ]
 
 
-def _sweeps() -> list[Any]:
+def _answers() -> list[Any]:
+    """Return panels of what every run has: a chart that needs a sweep would be an empty panel in all the others."""
     import wandb_workspaces.reports.v2 as wr
 
-    charts = {"batches": "Throughput against latency", "images": "Image tokens", "lengths": "Length of answers"}
-    charts |= {"roofline": "Roofline", "waterfall": "Waterfall"}
+    charts = {"lengths": "Length of answers", "waterfall": "Waterfall", "positions": "Along the answer"}
     found = [wr.MediaBrowser(title=title, media_keys=[f"latency/charts/{name}"]) for name, title in charts.items()]
     return [*found, wr.WeavePanelSummaryTable(table_name="latency/table")]
 

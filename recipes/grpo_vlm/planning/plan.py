@@ -83,6 +83,7 @@ class Plan:
         return [
             f"plan        {steps}; {self.rows} rows",
             f"memory      {gib(self.memory.allocated)} at the peak ({free}); trains {trained}",
+            *([f"processes   {self.processes} ({self.sharing})"] if self.processes > 1 else []),
             *(f"warning     {text}" for text in self.warnings),
             *(f"error       {text}" for text in self.errors),
         ]

@@ -77,6 +77,14 @@ def with_verdict(tpot_ms: float, ratio: dict[str, Any] | None) -> str:
     return f"{tpot_ms:.2f} ms ({said}: {ratio['low']:.2f} to {ratio['high']:.2f} times the base)"
 
 
+def note_in_wandb(before: float, after: float) -> None:
+    """Put the accuracies into the summary of the W&B run that is open, by which runs are compared there."""
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    if run is not None:
+        run.summary["held_out_accuracy/before"] = before
+        run.summary["held_out_accuracy/after"] = after
+
+
 def fault_counts(findings: Path) -> dict[str, int]:
     """Return how many faults worse than a note the doctor found in each folder that was timed."""
     try:
