@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.callbacks import PackedVisionCallback as PackedVisionCallback
     from grpo_toolkit.callbacks import ResumeGuardCallback as ResumeGuardCallback
     from grpo_toolkit.callbacks import StepTimeCallback as StepTimeCallback
-    from grpo_toolkit.checkpoint.trainer_checkpoints import last_whole_checkpoint as last_whole_checkpoint
+    from grpo_toolkit.checkpoint.folders.trainer_checkpoints import last_whole_checkpoint as last_whole_checkpoint
     from grpo_toolkit.doctor.diagnose import diagnose_checkpoint as diagnose_checkpoint
     from grpo_toolkit.doctor.findings import Diagnosis as Diagnosis
     from grpo_toolkit.doctor.findings import Finding as Finding
@@ -112,7 +112,7 @@ _MODULES = {
     "explain_latency": "latency.explain.explanation",
     "export_model": "export.export",
     "inference_ready": "model.kv_cache",
-    "last_whole_checkpoint": "checkpoint.trainer_checkpoints",
+    "last_whole_checkpoint": "checkpoint.folders.trainer_checkpoints",
     "measure_latency": "latency.bench.measure",
     "merge_adapter": "merge.merge",
     "repair_checkpoint": "doctor.repair",

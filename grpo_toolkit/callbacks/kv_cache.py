@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn, plans_per_length
 from grpo_toolkit.model.cache_probe import Decoding, RolloutWatch
-from grpo_toolkit.model.generation_edits import note_values, put_back_token_ids
 from grpo_toolkit.model.kv_cache import (
     disable_cache_for_training,
     enable_cache_for_generation,
@@ -18,10 +17,11 @@ from grpo_toolkit.model.kv_cache import (
 )
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.merge_guard import guard_merges
-from grpo_toolkit.model.processor_hook import hook_processor
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from grpo_toolkit.model.rotary_buffers import restore_positions
-from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, remember_plain_state
+from grpo_toolkit.model.saving.generation_edits import note_values, put_back_token_ids
+from grpo_toolkit.model.saving.processor_hook import hook_processor
+from grpo_toolkit.model.saving.save_hook import capture_model_defaults, install_save_hook, remember_plain_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

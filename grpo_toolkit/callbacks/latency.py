@@ -22,7 +22,7 @@ from grpo_toolkit.model.generation.request import find_requests, plain_request
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.offload_to_cpu import offloaded_to_cpu
-from grpo_toolkit.model.save_hook import save_as_plain_trainer, saved_state
+from grpo_toolkit.model.saving.save_hook import save_as_plain_trainer, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 from grpo_toolkit.reporting.charts.gallery import write_pictures
 from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of

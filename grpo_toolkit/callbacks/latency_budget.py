@@ -18,7 +18,7 @@ from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.explain.explanation import explain_missed
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
 from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.save_hook import base_folder
+from grpo_toolkit.model.saving.save_hook import base_folder
 from grpo_toolkit.reporting.report.screen_lines import line
 from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.terminal.explanation import explanation

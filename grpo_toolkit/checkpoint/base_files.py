@@ -15,9 +15,9 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults, capture_defaults, with_cache_defaults
 from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject, dump_json, read_json
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -13,8 +13,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import MANIFEST, open_checkpoint
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
-from grpo_toolkit.checkpoint.model_folder import MANIFEST, open_checkpoint
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:

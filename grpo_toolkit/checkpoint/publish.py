@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.model_folder import MANIFEST
+from grpo_toolkit.checkpoint.folders.model_folder import MANIFEST
 from grpo_toolkit.errors import InputError, OutputExistsError
 
 if TYPE_CHECKING:

@@ -91,7 +91,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def _say_order(arms: Sequence[Arm]) -> None:
     """Say if the first folder is another's trained model, or given twice with the same settings."""
-    from grpo_toolkit.checkpoint.lineage import order_notice
+    from grpo_toolkit.checkpoint.folders.lineage import order_notice
     from grpo_toolkit.reporting.terminal.console import say
 
     first = arms[0]

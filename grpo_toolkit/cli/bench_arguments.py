@@ -131,7 +131,7 @@ def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | N
 
 def find_arms(arguments: argparse.Namespace) -> list[Arm]:
     """Return every model in every setting that the flags name."""
-    from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+    from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Options
 

@@ -71,7 +71,7 @@ def explain(arguments: argparse.Namespace) -> int:
         return _explain_steps(arguments)
     if arguments.base is None or arguments.trained is None:
         raise InputError("give a base and a trained model, or --steps and a training's output folder")
-    from grpo_toolkit.checkpoint.lineage import order_notice
+    from grpo_toolkit.checkpoint.folders.lineage import order_notice
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
     from grpo_toolkit.latency.rows.store import append_rows

@@ -46,8 +46,8 @@ def add_command(commands: Commands) -> None:
 
 def export(arguments: argparse.Namespace) -> int:
     """Export, print the folder (or JSON), and return the exit code."""
+    from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
     from grpo_toolkit.checkpoint.manifest import manifest_of
-    from grpo_toolkit.checkpoint.model_folder import open_checkpoint
     from grpo_toolkit.checkpoint.publish import check_output
     from grpo_toolkit.export.export import export_model
     from grpo_toolkit.merge.adapter import find_adapter
@@ -103,8 +103,8 @@ def export(arguments: argparse.Namespace) -> int:
 
 def _are_read_here(source: Path) -> bool:
     """Return whether the source is shards that an export reads itself."""
-    from grpo_toolkit.checkpoint.layouts import VERL
-    from grpo_toolkit.checkpoint.look_around import shards_of
+    from grpo_toolkit.checkpoint.folders.layouts import VERL
+    from grpo_toolkit.checkpoint.folders.look_around import shards_of
 
     shards = shards_of(source)
     return shards is not None and shards.layout is VERL

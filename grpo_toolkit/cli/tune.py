@@ -90,9 +90,9 @@ def tuned_overrides(source: Path, base: str | None, *, device: str) -> tuple[dic
     Raises:
         InputError, CheckpointError: the base is not here.
     """
-    from grpo_toolkit.checkpoint.base_lookup import base_of_adapter, named_base
+    from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter, named_base
+    from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
     from grpo_toolkit.checkpoint.json_files import read_json
-    from grpo_toolkit.checkpoint.model_folder import CONFIG
     from grpo_toolkit.latency.tune.tune import tune_latency
     from grpo_toolkit.latency.tune.tuning import keys_for_files
 

@@ -37,8 +37,8 @@ def add_command(commands: Commands) -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Verify, print every check (or JSON), and return the exit code."""
-    from grpo_toolkit.checkpoint.base_lookup import named_base
-    from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
+    from grpo_toolkit.checkpoint.folders.base_lookup import named_base
+    from grpo_toolkit.checkpoint.folders.model_folder import Kind, open_checkpoint
     from grpo_toolkit.errors import CheckpointError
     from grpo_toolkit.export.verify import reference_records, verify_export
 

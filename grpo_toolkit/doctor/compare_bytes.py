@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.model_families import family_of
-from grpo_toolkit.checkpoint.model_folder import Kind
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors, read_chunks
 from grpo_toolkit.checkpoint.weights.tensor_values import is_constant, is_finite

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.model_folder import CONFIG
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.tensor_names import plan_renames
 from grpo_toolkit.doctor.findings import RULES
 from grpo_toolkit.doctor.planned_files import DiskFiles

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.base_lookup import find_base, named_base
+from grpo_toolkit.checkpoint.folders.base_lookup import find_base, named_base
+from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD, base_in_record
+from grpo_toolkit.checkpoint.folders.look_around import models_below
+from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG, Kind
+from grpo_toolkit.checkpoint.folders.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.checkpoint.json_files import parse_json
-from grpo_toolkit.checkpoint.lineage import BASE_RECORD, base_in_record
-from grpo_toolkit.checkpoint.look_around import models_below
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG, Kind
-from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule, RunDiagnosis, Severity
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Folder, describe

@@ -9,9 +9,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.json_files import JsonObject, parse_json
-from grpo_toolkit.checkpoint.layouts import layout_of
-from grpo_toolkit.checkpoint.look_around import (
+from grpo_toolkit.checkpoint.folders.layouts import layout_of
+from grpo_toolkit.checkpoint.folders.look_around import (
     Place,
     around,
     has_weights,
@@ -20,7 +19,15 @@ from grpo_toolkit.checkpoint.look_around import (
     look_around,
     names_in,
 )
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, WEIGHTS_INDEX, Kind
+from grpo_toolkit.checkpoint.folders.model_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Kind,
+)
+from grpo_toolkit.checkpoint.json_files import JsonObject, parse_json
 from grpo_toolkit.checkpoint.safetensors_header import MAX_TENSORS, TensorInfo
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,

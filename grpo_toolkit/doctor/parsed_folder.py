@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject
-from grpo_toolkit.checkpoint.model_families import family_of
-from grpo_toolkit.checkpoint.model_folder import (
+from grpo_toolkit.checkpoint.folders.model_folder import (
     ADAPTER_CONFIG,
     CONFIG,
     GENERATION_CONFIG,
@@ -22,12 +20,14 @@ from grpo_toolkit.checkpoint.model_folder import (
     WEIGHTS_INDEX,
     Kind,
 )
+from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject
+from grpo_toolkit.checkpoint.model_families import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from grpo_toolkit.checkpoint.look_around import Place
+    from grpo_toolkit.checkpoint.folders.look_around import Place
     from grpo_toolkit.checkpoint.model_families import Family
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.planned_files import Entry

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_toolkit.checkpoint.base_lookup import named_base
+from grpo_toolkit.checkpoint.folders.base_lookup import named_base
 from grpo_toolkit.checkpoint.publish import sync_folder
 from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.checkpoint.weights.copy_weights import rewrite_shard

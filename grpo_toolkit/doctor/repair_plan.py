@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.checkpoint.folders.model_folder import WEIGHTS_INDEX
 from grpo_toolkit.checkpoint.json_files import ABSENT, parse_json
-from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX
 from grpo_toolkit.checkpoint.short_repr import ShortRepr
 from grpo_toolkit.doctor import json_edit
 from grpo_toolkit.doctor.compare_bytes import compare_heads

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.checkpoint.generation_defaults import capture_defaults
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.checkpoint.weights.shard_writer import read_at
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from grpo_toolkit.checkpoint.model_folder import Checkpoint
+    from grpo_toolkit.checkpoint.folders.model_folder import Checkpoint
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.checkpoint.weights.base_weights import Base
     from grpo_toolkit.model.generation.evidence import Evidence

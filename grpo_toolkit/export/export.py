@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_files import Change, declare_dtype, write_configs
-from grpo_toolkit.checkpoint.base_lookup import named_base, public_name
-from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
+from grpo_toolkit.checkpoint.folders.base_lookup import named_base, public_name
+from grpo_toolkit.checkpoint.folders.lineage import NOT_COMPARED
+from grpo_toolkit.checkpoint.folders.model_folder import MANIFEST
 from grpo_toolkit.checkpoint.manifest import write_manifest
-from grpo_toolkit.checkpoint.model_folder import MANIFEST
 from grpo_toolkit.checkpoint.publish import check_output, keep_rejected, staged
 from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
@@ -37,8 +37,8 @@ from grpo_toolkit.export.verl_shards import as_model_folder
 from grpo_toolkit.merge.adapter import find_adapter
 from grpo_toolkit.model.generation.request import logged_requests
 from grpo_toolkit.model.live_model import is_tied, random_state_kept
-from grpo_toolkit.model.portable_files import trained_changes
-from grpo_toolkit.model.processor_files import save_plainly, write_processor
+from grpo_toolkit.model.saving.portable_files import trained_changes
+from grpo_toolkit.model.saving.processor_files import save_plainly, write_processor
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
 

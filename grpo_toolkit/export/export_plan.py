@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-from grpo_toolkit.checkpoint.lineage import recorded_base
-from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
+from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.folders.lineage import recorded_base
+from grpo_toolkit.checkpoint.folders.model_folder import Kind, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.copy_weights import plan_copy
@@ -22,8 +22,8 @@ from grpo_toolkit.export.live_adapter import is_adapted, refuse_unmergeable
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.load import load_model, model_without_weights
 from grpo_toolkit.model.memory import why_too_large
-from grpo_toolkit.model.processor_files import processor_of, whole_processor
-from grpo_toolkit.model.save_hook import base_folder, capture_model_defaults
+from grpo_toolkit.model.saving.processor_files import processor_of, whole_processor
+from grpo_toolkit.model.saving.save_hook import base_folder, capture_model_defaults
 from grpo_toolkit.model.sharding.gather import is_fsdp1
 from grpo_toolkit.model.unheld_tensors import without_the_bases
 

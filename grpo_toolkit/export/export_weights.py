@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import WEIGHTS_INDEX, open_checkpoint
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
-from grpo_toolkit.checkpoint.model_folder import WEIGHTS_INDEX, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES, read_safetensors_header
 from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.checkpoint.weights.copy_weights import added_entry, copy_weights, rewrite_shard, write_shard
@@ -18,7 +18,7 @@ from grpo_toolkit.merge.adapter import find_adapter, open_adapter
 from grpo_toolkit.merge.merge import merge_weights
 from grpo_toolkit.merge.plan import plan_updates
 from grpo_toolkit.model.live_model import is_tied
-from grpo_toolkit.model.save_hook import generation_config_of, inference_defaults, published_names, saved_state
+from grpo_toolkit.model.saving.save_hook import generation_config_of, inference_defaults, published_names, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 from grpo_toolkit.model.unheld_tensors import unheld_groups
 

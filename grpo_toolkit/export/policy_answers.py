@@ -17,7 +17,7 @@ from grpo_toolkit.model.generation.request import Request, plain_request
 from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
-from grpo_toolkit.model.save_hook import inference_defaults
+from grpo_toolkit.model.saving.save_hook import inference_defaults
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.gathered_for_generation import whole_weights
 from grpo_toolkit.model.sharding.ranks import failing_together

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.base_lookup import named_base
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.base_lookup import named_base
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.publish import check_output
 from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
 from grpo_toolkit.checkpoint.tensor_names import OUTPUT_EMBEDDINGS, is_embedding, live_name
@@ -29,8 +29,8 @@ from grpo_toolkit.merge.plan import plan_updates
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.request import plain_request
 from grpo_toolkit.model.live_model import base_model, random_state_kept
-from grpo_toolkit.model.processor_files import processor_of
-from grpo_toolkit.model.save_hook import base_folder, capture_model_defaults, published_names
+from grpo_toolkit.model.saving.processor_files import processor_of
+from grpo_toolkit.model.saving.save_hook import base_folder, capture_model_defaults, published_names
 from grpo_toolkit.model.sharding.gather import is_sharded
 
 if TYPE_CHECKING:

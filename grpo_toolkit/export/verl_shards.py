@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.base_files import carried_files, copy_files
+from grpo_toolkit.checkpoint.folders.layouts import VERL, VERL_SHARD
+from grpo_toolkit.checkpoint.folders.look_around import shards_of
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, WEIGHTS
 from grpo_toolkit.checkpoint.json_files import open_regular, read_json
-from grpo_toolkit.checkpoint.layouts import VERL, VERL_SHARD
-from grpo_toolkit.checkpoint.look_around import shards_of
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, WEIGHTS
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.shard_writer import Entry, Shard, Span, write_at, write_shards
 from grpo_toolkit.checkpoint.weights.tensor_blocks import raw_bytes

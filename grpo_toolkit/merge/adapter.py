@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.look_around import around
+from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from grpo_toolkit.checkpoint.json_files import JsonObject, read_json
-from grpo_toolkit.checkpoint.look_around import around
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES, TensorInfo, read_safetensors_header
 from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.base_files import carried_files, copy_files, declare_dtype, write_configs
-from grpo_toolkit.checkpoint.base_lookup import base_of_adapter, named_base
+from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter, named_base
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.manifest import write_manifest
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.publish import check_output, staged
 from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, FLOAT_NAMES
 from grpo_toolkit.checkpoint.short_repr import ShortRepr

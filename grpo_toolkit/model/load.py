@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind, open_checkpoint
 from grpo_toolkit.checkpoint.json_files import read_json
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind, open_checkpoint
 from grpo_toolkit.model.live_model import is_tied
 from grpo_toolkit.model.sharding.gather import unsharded_models
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
+from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.folders.model_folder import Kind, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_WEIGHTS, Kind, open_checkpoint
+from grpo_toolkit.checkpoint.folders.trainer_checkpoints import TRAINER_STATE
 from grpo_toolkit.checkpoint.json_files import read_json
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_WEIGHTS, Kind, open_checkpoint
-from grpo_toolkit.checkpoint.trainer_checkpoints import TRAINER_STATE
 from grpo_toolkit.errors import CheckpointError, ResumeError
 from grpo_toolkit.model.live_model import base_model, random_state_kept
 from grpo_toolkit.model.load import dtype_argument

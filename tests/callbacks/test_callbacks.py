@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo_toolkit import ExportCallback, KVCacheCallback, LatencyCallback
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.errors import OutputExistsError, VerificationError
 from grpo_toolkit.latency.rows.store import read_measurements
 from grpo_toolkit.reporting.terminal.console import say

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from grpo_toolkit.checkpoint.base_lookup import find_base
+from grpo_toolkit.checkpoint.folders.base_lookup import find_base
 from grpo_toolkit.checkpoint.json_files import open_regular, parse_json, read_json
 from grpo_toolkit.checkpoint.safetensors_header import read_safetensors_header
 from grpo_toolkit.cli import main

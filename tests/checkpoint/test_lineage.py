@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from grpo_toolkit.checkpoint.lineage import BASE_RECORD, order_notice, record_base, recorded_base
+from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD, order_notice, record_base, recorded_base
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from grpo_toolkit.checkpoint.look_around import around, look_around, models_below, shards_of
-from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
+from grpo_toolkit.checkpoint.folders.look_around import around, look_around, models_below, shards_of
+from grpo_toolkit.checkpoint.folders.model_folder import Kind, open_checkpoint
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint, diagnose_run
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.merge.adapter import find_adapter

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_toolkit.checkpoint.base_lookup import find_base
+from grpo_toolkit.checkpoint.folders.base_lookup import find_base
+from grpo_toolkit.checkpoint.folders.model_folder import Kind, open_checkpoint
 from grpo_toolkit.checkpoint.json_files import ABSENT, read_json
-from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
 from grpo_toolkit.checkpoint.publish import check_output, staged
 from grpo_toolkit.checkpoint.safetensors_header import TensorInfo, read_safetensors_header
 from grpo_toolkit.errors import CheckpointError, OutputExistsError

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors import safe_open
 
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.model_families import FAMILIES, family_of
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.tensor_names import live_name, names_by_live, plan_renames
 from grpo_toolkit.errors import CheckpointError
 from grpo_toolkit.export.export import export_model

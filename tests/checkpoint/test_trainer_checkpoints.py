@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint.trainer_checkpoints import checkpoints_in, last_whole_checkpoint
+from grpo_toolkit.checkpoint.folders.trainer_checkpoints import checkpoints_in, last_whole_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

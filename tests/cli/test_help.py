@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import grpo_toolkit
-from grpo_toolkit.checkpoint.base_lookup import base_of_adapter, named_base
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter, named_base
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.cli import main
 from grpo_toolkit.cli.main import GROUPS, VERBS, build_parser
 from grpo_toolkit.cli.shell import version

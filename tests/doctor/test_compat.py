@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from grpo_toolkit import diagnose_checkpoint, export_model, merge_adapter
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.cli import main
 from grpo_toolkit.doctor.compat import write_older_forms
 from grpo_toolkit.errors import InputError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from grpo_toolkit import diagnose_checkpoint, repair_checkpoint, undo_repair
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.doctor.repair_plan import FileChange
 from grpo_toolkit.doctor.undo import UNDO
 from grpo_toolkit.errors import CheckpointError, InputError, VerificationError

@@ -15,8 +15,8 @@ from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.manifest import manifest_of
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.errors import (
     CheckpointError,
     InputError,

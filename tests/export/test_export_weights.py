@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import read_safetensors_header
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.copy_weights import plan_copy
@@ -91,7 +91,7 @@ def test_headers_are_read_once(qwen: Path, tmp_path: Path, monkeypatch: pytest.M
         return read_safetensors_header(path, **options)
 
     adapter = make_adapter(qwen, tmp_path / "adapter", target_modules=["q_proj"])
-    monkeypatch.setattr("grpo_toolkit.checkpoint.model_folder.read_safetensors_header", reading)
+    monkeypatch.setattr("grpo_toolkit.checkpoint.folders.model_folder.read_safetensors_header", reading)
     export_model(adapter, tmp_path / "export")
     assert read.count(qwen / WEIGHTS) == 1
     assert [path.name for path in read if path.parent not in (qwen, adapter)] == [WEIGHTS]  # the export's own

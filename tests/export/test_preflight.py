@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from grpo_toolkit import ExportCallback
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.errors import GrpoToolkitError, VerificationError
 from grpo_toolkit.export.export import export_model

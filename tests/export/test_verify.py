@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
 from grpo_toolkit.export.checks import check_cache, check_inputs, check_logits, check_scores, check_tokens, same_form
 from grpo_toolkit.export.export import export_model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.errors import InputError, WorkerError
 from grpo_toolkit.export.verification_process import Worker
 from grpo_toolkit.latency.bench.measure import measure_latency

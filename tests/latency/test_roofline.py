@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.latency.bench.roofline import roofline_of
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Measured
 from grpo_toolkit.latency.rows.row import Proof, Timeline

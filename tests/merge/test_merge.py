@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import (
     CheckpointError,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
-from grpo_toolkit.checkpoint.trainer_checkpoints import why_not_whole
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.trainer_checkpoints import why_not_whole
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.load import load_model
 from tests.support.launch import ALONE, KINDS, launch, stored_weights

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.merge.merge import merge_adapter
 from tests.merge.test_merge import stored
 from tests.support.launch import launch

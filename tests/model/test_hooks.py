@@ -358,10 +358,10 @@ def test_a_save_that_cannot_be_prepared_is_the_trainers_own(
     callback = KVCacheCallback(strict=True)
     options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "with_images": False}
     trainer = grpo_trainer(llama, tmp_path / "out", [callback], **options)
-    monkeypatch.setattr(grpo_toolkit.model.save_hook, "generation_config_of", fail)
+    monkeypatch.setattr(grpo_toolkit.model.saving.save_hook, "generation_config_of", fail)
     trainer.train()
     assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").is_file()
-    said = [record.message for record in caplog.records if record.name == "grpo_toolkit.model.save_hook"]
+    said = [record.message for record in caplog.records if record.name == "grpo_toolkit.model.saving.save_hook"]
     assert said == [
         "grpo_toolkit: preparing a save failed (RuntimeError: no such thing); its files say what the trainer's "
         "configs say"

@@ -14,10 +14,10 @@ import transformers
 
 from grpo_toolkit import diagnose_checkpoint
 from grpo_toolkit.callbacks import KVCacheCallback
-from grpo_toolkit.checkpoint.lineage import BASE_RECORD
+from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD
 from grpo_toolkit.model.load import load_model, load_processor
-from grpo_toolkit.model.processor_hook import hook_processor
-from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook
+from grpo_toolkit.model.saving.processor_hook import hook_processor
+from grpo_toolkit.model.saving.save_hook import capture_model_defaults, install_save_hook
 from tests.support.models import build_llama
 from tests.support.steps import content
 from tests.support.training import LANGUAGE_QV, grpo_trainer

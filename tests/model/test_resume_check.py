@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo_toolkit import ExportCallback, KVCacheCallback, ResumeGuardCallback
-from grpo_toolkit.checkpoint.trainer_checkpoints import last_whole_checkpoint, why_not_whole
+from grpo_toolkit.checkpoint.folders.trainer_checkpoints import last_whole_checkpoint, why_not_whole
 from grpo_toolkit.errors import ResumeError
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.resume_check import ensure_checkpoint_weights

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.callbacks import KVCacheCallback
-from grpo_toolkit.checkpoint.lineage import BASE_RECORD, recorded_base
+from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD, recorded_base
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.kv_cache import cache_flags
 from grpo_toolkit.model.load import load_model, load_processor
-from grpo_toolkit.model.save_hook import capture_model_defaults, install_save_hook, save_as_plain_trainer
+from grpo_toolkit.model.saving.save_hook import capture_model_defaults, install_save_hook, save_as_plain_trainer
 from tests.support.training import grpo_trainer, nested_config_only, v5_only
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from grpo_toolkit.checkpoint.base_lookup import is_hub_name, public_name
+from grpo_toolkit.checkpoint.folders.base_lookup import is_hub_name, public_name
 from grpo_toolkit.checkpoint.manifest import compare_manifest
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import InputError

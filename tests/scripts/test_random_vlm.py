@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.model.load import load_model
 from scripts.models.random_vlm import EMBEDDING_ROWS, SHAPES, OutputError, make_random_vlm, tensor_shapes
 

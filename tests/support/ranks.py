@@ -41,7 +41,7 @@ def resumes(folder: Path, *, model: str, **options: Any) -> tuple[dict[str, Any]
 
 def digest(trainer: Any) -> str | None:
     """Return a sum of all weights on rank 0."""
-    from grpo_toolkit.model.save_hook import saved_state
+    from grpo_toolkit.model.saving.save_hook import saved_state
     from grpo_toolkit.model.sharding.gather import gather
     from grpo_toolkit.model.sharding.ranks import rank
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Checkpoint, Kind
 from grpo_toolkit.checkpoint.json_files import JsonObject, read_json
 from grpo_toolkit.checkpoint.model_families import Family, family_of
-from grpo_toolkit.checkpoint.model_folder import CONFIG, Checkpoint, Kind
 from grpo_toolkit.checkpoint.tensor_names import (
     INPUT_EMBEDDINGS,
     OUTPUT_EMBEDDINGS,

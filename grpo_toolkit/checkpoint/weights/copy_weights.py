@@ -11,7 +11,7 @@ import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.model_folder import WEIGHTS, WEIGHTS_INDEX
+from grpo_toolkit.checkpoint.folders.model_folder import WEIGHTS, WEIGHTS_INDEX
 from grpo_toolkit.checkpoint.safetensors_header import (
     FLOAT_NAMES,
     read_safetensors_header,

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import WEIGHTS, WEIGHTS_INDEX
 from grpo_toolkit.checkpoint.json_files import dump_json
-from grpo_toolkit.checkpoint.model_folder import WEIGHTS, WEIGHTS_INDEX
 from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS
 from grpo_toolkit.errors import CheckpointError, InputError
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.checkpoint.model_folder import (
+from grpo_toolkit.checkpoint.folders.model_folder import (
     ADAPTER_CONFIG,
     CONFIG,
     GENERATION_CONFIG,
@@ -14,6 +13,7 @@ from grpo_toolkit.checkpoint.model_folder import (
     WEIGHTS_INDEX,
     Kind,
 )
+from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Fault, Severity, Unmark, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,

@@ -6,8 +6,8 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.checkpoint.folders.model_folder import WEIGHTS, WEIGHTS_INDEX, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.checkpoint.model_folder import WEIGHTS, WEIGHTS_INDEX, Kind
 from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import unnamed_weights
 from grpo_toolkit.doctor.readers import SERVERS, TRANSFORMERS

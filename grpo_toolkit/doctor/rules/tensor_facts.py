@@ -6,8 +6,8 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.model_families import family_of
-from grpo_toolkit.checkpoint.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames, stored_layers
 from grpo_toolkit.checkpoint.tied_embeddings import tie_flags
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.checkpoint.model_folder import CONFIG
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, without_wrappers
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
 from grpo_toolkit.doctor.rules.tensor_facts import (

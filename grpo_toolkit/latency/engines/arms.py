@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-from grpo_toolkit.checkpoint.model_folder import Kind, open_checkpoint
+from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.folders.model_folder import Kind, open_checkpoint
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.model.load import has_processor, load_processor

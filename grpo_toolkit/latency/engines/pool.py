@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.local import LocalEngine, load_as
 from grpo_toolkit.latency.engines.process import ProcessEngine

@@ -11,8 +11,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.base_lookup import base_of_adapter
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, Kind
+from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.pixel_limits import known_pixel_limits
 from grpo_toolkit.doctor.diagnose import diagnose_model
 from grpo_toolkit.doctor.parse import read_folder

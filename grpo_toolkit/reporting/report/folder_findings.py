@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import MANIFEST
 from grpo_toolkit.checkpoint.manifest import manifest_of
-from grpo_toolkit.checkpoint.model_folder import MANIFEST
 from grpo_toolkit.doctor.diagnose import diagnose_model
 from grpo_toolkit.errors import GrpoToolkitError
 

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.base_lookup import is_hub_name
+from grpo_toolkit.checkpoint.folders.base_lookup import is_hub_name
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
 from grpo_toolkit.checkpoint.manifest import manifest_of, sha256
-from grpo_toolkit.checkpoint.model_folder import CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.reporting.charts.gallery import write_pictures
 from grpo_toolkit.reporting.report.card_facts import KEY, CardFacts, kept_facts

@@ -12,8 +12,8 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from grpo_toolkit.checkpoint.folders.lineage import NOT_COMPARED
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.checkpoint.lineage import NOT_COMPARED
 from grpo_toolkit.doctor.findings import Severity, show
 from grpo_toolkit.doctor.readers import in_words
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.base_lookup import is_hub_name, public_name
+from grpo_toolkit.checkpoint.folders.base_lookup import is_hub_name, public_name
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.rows.review import load_review, visits_of
 from grpo_toolkit.model.live_model import random_state_kept

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import MANIFEST
 from grpo_toolkit.checkpoint.manifest import sha256
-from grpo_toolkit.checkpoint.model_folder import MANIFEST
 from grpo_toolkit.latency.rows.review import key_part, visits_of
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
 from grpo_toolkit.reporting.report.headline import headline_of

@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from grpo_toolkit.checkpoint.base_lookup import find_base, public_name
+from grpo_toolkit.checkpoint.folders.base_lookup import find_base, public_name
+from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, MANIFEST
 from grpo_toolkit.checkpoint.json_files import dump_json, read_json
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, MANIFEST
 from grpo_toolkit.errors import CheckpointError
 
 BASE_RECORD: Final = "training_base.json"

@@ -12,8 +12,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from grpo_toolkit.model.portable_files import rewrite_processor
-from grpo_toolkit.model.push_after import take_push
+from grpo_toolkit.model.saving.portable_files import rewrite_processor
+from grpo_toolkit.model.saving.push_after import take_push
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from grpo_toolkit.checkpoint.base_files import (
     is_carried,
     write_configs,
 )
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, open_checkpoint
 from grpo_toolkit.checkpoint.generation_defaults import with_cache_defaults
 from grpo_toolkit.checkpoint.json_files import read_json
-from grpo_toolkit.checkpoint.model_folder import CONFIG, open_checkpoint
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.doctor.compat import write_older_forms
-from grpo_toolkit.model.processor_files import save_plainly, write_processor
+from grpo_toolkit.model.saving.processor_files import save_plainly, write_processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

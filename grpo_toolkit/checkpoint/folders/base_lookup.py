@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG
 from grpo_toolkit.checkpoint.json_files import read_json
-from grpo_toolkit.checkpoint.model_folder import ADAPTER_CONFIG, CONFIG
 from grpo_toolkit.errors import CheckpointError
 
 

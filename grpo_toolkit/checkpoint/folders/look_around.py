@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.file_names import ADAPTER_CONFIG, CONFIG, MANIFEST, WEIGHTS, WEIGHTS_INDEX, Kind
-from grpo_toolkit.checkpoint.layouts import VERL, Layout, layout_of
+from grpo_toolkit.checkpoint.folders.layouts import VERL, Layout, layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

@@ -20,18 +20,18 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.checkpoint.base_lookup import find_base
+from grpo_toolkit.checkpoint.folders.base_lookup import find_base
+from grpo_toolkit.checkpoint.folders.lineage import record_base
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults, capture_defaults
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject, read_json
-from grpo_toolkit.checkpoint.lineage import record_base
-from grpo_toolkit.checkpoint.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.model.generation_edits import edits, note_values, say_token_ids
 from grpo_toolkit.model.kv_cache import cache_flags, set_cache_flags
 from grpo_toolkit.model.live_model import base_model, config_levels
-from grpo_toolkit.model.portable_files import rewrite_config
-from grpo_toolkit.model.processor_files import save_plainly
-from grpo_toolkit.model.push_after import take_push
+from grpo_toolkit.model.saving.generation_edits import edits, note_values, say_token_ids
+from grpo_toolkit.model.saving.portable_files import rewrite_config
+from grpo_toolkit.model.saving.processor_files import save_plainly
+from grpo_toolkit.model.saving.push_after import take_push
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -20,8 +20,8 @@ from grpo_toolkit.checkpoint.file_names import (
     WEIGHTS_INDEX,
     Kind,
 )
+from grpo_toolkit.checkpoint.folders.look_around import around, shards_of
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent, JsonObject, read_json
-from grpo_toolkit.checkpoint.look_around import around, shards_of
 from grpo_toolkit.checkpoint.safetensors_header import TensorInfo, read_safetensors_header
 from grpo_toolkit.errors import CheckpointError
 

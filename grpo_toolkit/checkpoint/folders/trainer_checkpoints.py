@@ -14,8 +14,8 @@ import zipfile
 from pathlib import Path
 from typing import Final
 
+from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.json_files import read_json
-from grpo_toolkit.checkpoint.model_folder import open_checkpoint
 from grpo_toolkit.errors import CheckpointError
 
 TRAINER_STATE: Final = "trainer_state.json"
