@@ -199,7 +199,7 @@ def _is_alive(pid: int) -> bool:
 
 def _finish_files(folder: Path) -> None:
     """Give every file the mode of the umask (safetensors >= 0.8 writes 0600) and flush it to disk."""
-    mode = _folder_mode(folder)
+    mode = 0o777 & ~_umask()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
@@ -213,10 +213,13 @@ def _finish_files(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _folder_mode(folder: Path) -> int:
-    """Return the mode that a new folder gets here, seen on one: a process learns its umask only by setting it."""
-    probe = folder / ".mode"
-    probe.mkdir()
-    mode = probe.stat().st_mode & 0o777
-    probe.rmdir()
-    return mode
+def _umask() -> int:
+    # os.umask can only be read by setting it. /proc gives it without the race, where there is one.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
