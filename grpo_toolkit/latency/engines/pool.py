@@ -91,6 +91,9 @@ class Engines(AbstractContextManager["Engines"]):
 
     def engine(self, source: Source, options: Options) -> Engine:
         """Return the engine of a source, loaded as the options say."""
+        if source.model is not None and source.is_dispatched and options.device_map is None:
+            assert source.path is not None
+            source = Source(path=source.path)  # as whole as it was before accelerate spread it out
         place = id(source.model) if source.model is not None else source.path
         key = (place, *options.load_key, options.training)
         if key not in self._open:
@@ -140,6 +143,8 @@ class Engines(AbstractContextManager["Engines"]):
         processor = with_pixels(source.processor, options)
         if options.dtype in (None, dtype) and options.attn_implementation in (None, attention):
             return LiveEngine(model, processor)
+        if source.is_dispatched:  # accelerate lets nobody move or copy it
+            return LiveEngine(self._dispatched_again(source, inner, options), processor)
         import torch
 
         changed = copy.deepcopy(model)
@@ -148,6 +153,20 @@ class Engines(AbstractContextManager["Engines"]):
         if options.attn_implementation not in (None, attention):
             base_model(changed).set_attn_implementation(options.attn_implementation)
         return LiveEngine(changed, processor)
+
+    def _dispatched_again(self, source: Source, model: Any, options: Options) -> torch.nn.Module:
+        """Load a dispatched model once more, laid out alike, in another dtype or with other attention."""
+        from grpo_toolkit.model.load import NO_CODE, auto_class, dtype_argument
+
+        assert source.path is not None, "only a model with a folder is toggled"
+        settings: dict[str, Any] = {dtype_argument(): options.dtype or str(model.dtype).removeprefix("torch.")}
+        if options.attn_implementation is not None:
+            settings["attn_implementation"] = options.attn_implementation
+        offloaded = self._folders.enter_context(tempfile.TemporaryDirectory(prefix="grpo-toolkit-offloaded-"))
+        again: torch.nn.Module = auto_class(source.path).from_pretrained(
+            source.path, device_map=model.hf_device_map, offload_folder=offloaded, **NO_CODE, **settings
+        )
+        return again.eval()
 
 
 class LiveEngine(LocalEngine):

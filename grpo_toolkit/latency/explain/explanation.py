@@ -231,8 +231,8 @@ class _Lab:
             return False  # it is no difference
         if cause.name == UNMERGED:
             return trained.model is None or hasattr(trained.model, "merge_and_unload")
-        if trained.is_dispatched and cause.name in _NEED_A_COPY:
-            return False  # accelerate lets nobody move or copy it
+        if trained.is_dispatched and trained.path is None and cause.name in _NEED_A_COPY:
+            return False  # accelerate lets nobody move or copy it, and there is no folder to load it from once more
         return cause.options is not None or cause.name == LONGER
 
     def _arm(
@@ -278,4 +278,6 @@ def _as_it_stands(source: Source, options: Options) -> Options:
     """Return options that spell out what the files or a live model's state say: only that can be toggled."""
     declared = declared_by(source, None)
     cache = options.cache_implementation or declared.cache_implementation
+    if source.is_dispatched and options.device_map is None:
+        options = replace(options, device_map="as dispatched")
     return replace(options, cache_implementation=cache, training=options.training or declared.is_training)
