@@ -77,7 +77,7 @@ def launch(
         promised = WHAT_IT_MUST_BE[kind] | {"world_size": world, "rank": rank, "device": device}
         if (kind, device) == ("ddp", "cuda"):
             promised["distributed_type"] = "MULTI_GPU"
-        assert report["runs_on"] == promised
+        assert report["runs_on"] == promised, f"{report['runs_on']}, and not {promised}"
         report["log"] = done.stderr
     return found
 

@@ -132,6 +132,7 @@ def fast_rollouts(
 
     from grpo_toolkit import FastRolloutCallback, KVCacheCallback
     from grpo_toolkit.model.rollouts.rollouts import rollouts_of
+    from grpo_toolkit.model.sharding.gathered_for_generation import whole_weights
 
     seen: list[tuple[int, float]] = []
 
@@ -148,8 +149,8 @@ def fast_rollouts(
             if taken is None or taken._copy is None:
                 return
             ids = torch.tensor([[40, 41, 42, 43]])
-            with torch.no_grad():
-                taken._copy.refresh()
+            taken._copy.refresh()
+            with torch.no_grad(), whole_weights(kwargs["model"]):
                 live = kwargs["model"](input_ids=ids).logits
                 seen.append((taken.count, float((taken._copy.model(input_ids=ids).logits - live).abs().max())))
             if args.process_index in failing_ranks:
