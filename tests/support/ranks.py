@@ -253,7 +253,6 @@ def step_times(folder: Path, *, slow_rank: int, **options: Any) -> tuple[dict[st
         "is_same": digest(trainer) == expected,
         "sums": [sum(row.phases_s.values()) / row.wall_s for row in callback.rows],
         "phases": sorted({name for row in callback.rows for name in row.phases_s}),
-        "causes": [one.cause for one in callback.explanation.causes] if callback.explanation else None,
         "slowest": callback.explanation.slowest_rank if callback.explanation else None,
     }, trainer
 
