@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -12,10 +13,11 @@ from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors, read_chunks
-from grpo_toolkit.checkpoint.weights.tensor_values import is_constant, is_finite
+from grpo_toolkit.checkpoint.weights.tensor_values import constant_value, is_finite
 from grpo_toolkit.doctor.parsed_folder import Digests
 
 _IN_A_LAYER: Final = re.compile(r"\.[0-9]+\..*\.weight$|(?:embed_tokens|lm_head)\.weight$")
+_ROUNDING: Final = 2**-7  # what the cast of a value to bfloat16 changes at most
 
 if TYPE_CHECKING:
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
@@ -57,7 +59,7 @@ def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]
     """Return the tensors that are one value throughout, and those with a NaN or an infinity.
 
     Some are so when they are made: a bias of zeros, a norm of ones, a projection that starts from zero. They count
-    where the base's are not so; without a base only matrices inside the layers do.
+    where the base's are not so, in whatever dtype; without a base only matrices inside the layers do.
     """
     base = folder.base if folder.kind is Kind.MODEL else None
     others = {} if base is None else base.tensors
@@ -66,12 +68,18 @@ def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]
     for name, info in folder.tensors.items():
         if not is_finite(folder.path, info):
             broken.append(name)
-        elif folder.kind is Kind.MODEL and not is_lora(name) and is_constant(folder.path, info):
+        elif folder.kind is Kind.MODEL and not is_lora(name):
+            value = constant_value(folder.path, info)
             other = others.get(renames.get(name, name))
-            is_as_made = _IN_A_LAYER.search(name) is None or len(info.shape) < 2
-            if is_as_made if other is None or base is None else _equal(folder, info, base, other):
+            if value is None:
                 continue
-            empty.append(name)
+            if other is None or base is None:
+                is_as_made = _IN_A_LAYER.search(name) is None or len(info.shape) < 2
+            else:
+                theirs = constant_value(base.path, other)
+                is_as_made = theirs is not None and math.isclose(value, theirs, rel_tol=_ROUNDING)
+            if not is_as_made:
+                empty.append(name)
     return tuple(sorted(empty)), tuple(sorted(broken))
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from grpo_toolkit.checkpoint.safetensors_header import read_safetensors_header
 from grpo_toolkit.checkpoint.weights import tensor_values
-from grpo_toolkit.checkpoint.weights.tensor_values import is_constant, is_finite
+from grpo_toolkit.checkpoint.weights.tensor_values import constant_value, is_finite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,10 @@ def test_values(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tensors[name][-1, -1] = value
     save_file(tensors, tmp_path / "model.safetensors")
     infos = read_safetensors_header(tmp_path / "model.safetensors")
-    assert {name for name, info in infos.items() if is_constant(tmp_path, info)} == {"zero", "ones", "large"}
+    names = ("sound", "zero", "ones", "one", "none", "large")
+    values = {name: constant_value(tmp_path, infos[name]) for name in names}
+    assert values == {"sound": None, "zero": 0, "ones": 1, "one": None, "none": None, "large": largest}
+    assert [name for name in ("nan", "inf", "-inf") if constant_value(tmp_path, infos[name]) is not None] == []
     assert {name for name, info in infos.items() if not is_finite(tmp_path, info)} == {"nan", "inf", "-inf"}
 
 
@@ -41,4 +44,4 @@ def test_other_dtypes_are_not_judged(tmp_path: Path) -> None:
     save_file({"ids": torch.full((8,), -1)}, tmp_path / "model.safetensors")
     (info,) = read_safetensors_header(tmp_path / "model.safetensors").values()
     assert is_finite(tmp_path, info)
-    assert not is_constant(tmp_path, info)
+    assert constant_value(tmp_path, info) is None

@@ -150,6 +150,17 @@ def test_ids_that_have_no_row(folder: Path) -> None:
     assert "ids-beyond-rows" in failed(folder)
 
 
+def test_a_placeholder_that_only_the_config_names_is_looked_up_nowhere(folder: Path, image_request: Any) -> None:
+    """A tokenizer without videos leaves the class's default, an id of the large vocabulary, in the config."""
+    edit(folder / "config.json", video_token_id=151656)
+    _, _, report = load_model(folder)
+    assert report.is_clean
+    assert verify_export(folder, requests=[image_request]).passed
+    assert codes(folder) == []
+    edit(folder / "config.json", pad_token_id=151656)  # every padded batch has it
+    assert codes(folder) == ["ids-beyond-rows"]
+
+
 def test_code_that_was_not_copied(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, base = shutil.copytree(llama, tmp_path / "folder"), shutil.copytree(llama, tmp_path / "base")
     own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
@@ -208,6 +219,17 @@ def test_tensors_without_information(
     assert main(["export", str(folder), str(tmp_path / "out"), "--base", str(base)]) == 1
     assert not (tmp_path / "out").exists()
     assert not {"tensors-empty", "values-not-finite"} & set(codes(base, deep=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_norms_of_ones_are_as_made_and_zeros_are_not(dtype: torch.dtype, folder: Path, base: Path) -> None:
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(base / "model.safetensors").items()}
+    norm = "model.layers.0.input_layernorm.weight"
+    assert weights[norm].eq(1).all()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "tensors-empty" not in codes(folder, base, deep=True)
+    save_file({**weights, norm: weights[norm] * 0}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "tensors-empty" in codes(folder, base, deep=True)
 
 
 def test_tied_ends_that_were_trained_apart(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.export.export import export_model
@@ -70,6 +71,9 @@ def test_a_tokenizer_that_training_changed_takes_the_place_of_the_bases_and_of_n
     again = load_processor(result.path)
     assert again.tokenizer.convert_tokens_to_ids("<box>") == tokenizer.convert_tokens_to_ids("<box>")
     assert again.chat_template == processor.chat_template
+    # Who loads the tokenizer alone prompts as with the base's.
+    alone = AutoTokenizer.from_pretrained(result.path)
+    assert alone.chat_template == AutoTokenizer.from_pretrained(qwen).chat_template
     assert see(result.path).equal(see(qwen))
 
 

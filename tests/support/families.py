@@ -221,12 +221,15 @@ def build_family(family: str, folder: Path, *, dtype: str = "float32", **options
         options: further options of its (text) config.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     folder.mkdir(parents=True)
     tokenizer = _tokenizer(folder)
     ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
-    sizes = {**SMALL, "vocab_size": len(tokenizer), **ends}
+    # The family's own tokenizer class may add a token as it loads (Qwen2's adds <|endoftext|>): it has a row, too.
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    rows = max(AutoTokenizer.from_pretrained(folder).get_vocab().values()) + 1
+    sizes = {**SMALL, "vocab_size": rows, **ends}
     if family == "falcon":  # computes it
         del sizes["head_dim"]
     if family in VISION:

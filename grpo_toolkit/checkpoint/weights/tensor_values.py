@@ -24,17 +24,17 @@ _SUSPECT: Final = {"F16": bytes(b for b in range(256) if b & 0x7C == 0x7C)}
 _USUAL: Final = b"\x7f\xff"
 
 
-def is_constant(folder: Path, info: TensorInfo) -> bool:
-    """Return whether a tensor of floats, of two values or more, is one value throughout."""
+def constant_value(folder: Path, info: TensorInfo) -> float | None:
+    """Return the one value throughout of a tensor of two floats or more, or None where there are several."""
     width = _WIDTHS.get(info.dtype)
     if width is None or info.nbytes < 2 * width:
-        return False
+        return None
     first = b""
     for chunk in read_chunks(folder, info, size=_CHUNK, inside=True):
         first = first or chunk[:width]
         if chunk != first * (len(chunk) // width):
-            return False
-    return True
+            return None
+    return _number(first, info.dtype)
 
 
 def is_finite(folder: Path, info: TensorInfo) -> bool:
@@ -48,13 +48,13 @@ def is_finite(folder: Path, info: TensorInfo) -> bool:
         highest = chunk[width - 1 :: width].translate(table)
         place = highest.find(1)
         while place >= 0:
-            if not _is_number(chunk[place * width : (place + 1) * width], info.dtype):
+            if not math.isfinite(_number(chunk[place * width : (place + 1) * width], info.dtype)):
                 return False
             place = highest.find(1, place + 1)
     return True
 
 
-def _is_number(raw: bytes, dtype: str) -> bool:
+def _number(raw: bytes, dtype: str) -> float:
     code = {"F16": "<e", "F32": "<f", "BF16": "<f", "F64": "<d"}[dtype]
     value: float = struct.unpack(code, b"\0\0" + raw if dtype == "BF16" else raw)[0]
-    return math.isfinite(value)
+    return value

@@ -37,7 +37,11 @@ def _rows(folder: Folder) -> tuple[str, int] | None:
 
 
 def _named_ids(folder: Folder) -> Iterator[tuple[str, str, int]]:
-    """Yield the ids that the files name, each with its file and the key or the token."""
+    """Yield the ids that can come in a prompt or are waited for, each with its file and the key or the token.
+
+    A placeholder that the config alone names (the class's own default, of a large vocabulary) comes in no prompt:
+    models compare it with their ids, and look it up in no table.
+    """
     is_in_config = folder.get(TOKENIZER_CONFIG, "added_tokens_decoder") is not ABSENT
     for token, number in (folder.added_tokens or {}).items():
         yield TOKENIZER_CONFIG if is_in_config else TOKENIZER, token, number
@@ -47,6 +51,9 @@ def _named_ids(folder: Folder) -> Iterator[tuple[str, str, int]]:
                 continue  # towers have tokens of their own
             for key, value in node.items():
                 ids = value if isinstance(value, list) else [value]
+                is_placeholder = file == CONFIG and not key.startswith(("bos_", "eos_", "pad_", "decoder_start_"))
+                if is_placeholder and folder.added_tokens is not None:
+                    continue
                 if key.endswith(("_token_id", "_token_index")) and all(type(one) is int for one in ids):
                     yield from ((file, ".".join((*level, key)), one) for one in ids)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PREPROCESSOR: Final = "preprocessor_config.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 
 
 def processor_of(folder: Path) -> Any:
@@ -90,16 +91,21 @@ def _copy_changed_parts(base: Path, trained: Path, changed: set[str], staging: P
     ours = [path for path in trained.rglob("*") if path.is_file()]
     theirs = carried_files(base)
     # A template may lie in the tokenizer's own file.
-    if "template" in changed and "chat_template" in _tokenizer_config(base):
+    inside = _tokenizer_config(base).get("chat_template")
+    if "template" in changed and inside is not None:
         changed = changed | {"tokenizer"}
     if "tokenizer" in changed and not any(_part_of(path.name) == "template" for path in theirs):
         changed = changed | {"template"}
     copy_files([path for path in theirs if _part_of(path.name) not in changed], base, staging)
     copy_files([path for path in ours if _part_of(path.name) in changed], trained, staging)
+    if "template" not in changed and inside is not None:  # transformers 5 writes it in a file that stayed behind
+        config = _tokenizer_config(staging)
+        if "chat_template" not in config:
+            (staging / TOKENIZER_CONFIG).write_text(dump_json({**config, "chat_template": inside}), encoding="utf-8")
 
 
 def _tokenizer_config(folder: Path) -> JsonObject:
-    path = folder / "tokenizer_config.json"
+    path = folder / TOKENIZER_CONFIG
     return read_json(path) if path.is_file() else {}
 
 
