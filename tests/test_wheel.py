@@ -49,7 +49,7 @@ def test_the_doctor_and_its_repairs_need_the_wheel_alone(command: str, tmp_path:
 
 def test_what_stands_there_is_told(command: str) -> None:
     assert run(command, "--version").stdout.startswith("grpo-toolkit 0.")
-    assert json.loads(run(command, "env", "--json").stdout)["torch"] == "not installed"
+    assert json.loads(run(command, "env", "--json").stdout)["torch"] == "not installed: pip install torch"
 
 
 def test_a_command_that_needs_more_says_so_in_one_line(command: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,22 @@ def times_back(names: Sequence[str]) -> int:
     return len(entered) - len(set(entered))
 
 
+def import_package(folder: Path) -> None:
+    """Import the package that lies in a folder, under the folder's name, whatever else has that name."""
+    spec = spec_from_file_location(folder.name, folder.resolve() / "__init__.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{folder}: no package")
+    sys.modules[folder.name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[folder.name])
+
+
 def main() -> int:
     """Train two steps, export twice, and print the second way and how often it came back."""
-    sys.path[:0] = sys.argv[1:]
+    for root in sys.argv[1:]:
+        import_package(Path(root, "grpo_toolkit"))
     import grpo_toolkit
 
-    package = Path(grpo_toolkit.__file__).parent
+    package = Path(grpo_toolkit.__file__).resolve().parent
     way = Way(package)
     with tempfile.TemporaryDirectory() as folder:
         trainer = grpo_trainer(str(build_qwen2_5_vl(Path(folder, "base"))), Path(folder, "out"), logging_steps=99)

@@ -13,6 +13,7 @@ import torch
 import transformers
 import trl
 from packaging.version import Version
+from transformers import AutoProcessor
 
 from grpo_toolkit import ExportCallback, KVCacheCallback
 from grpo_toolkit.model.generation.generate import generate
@@ -216,15 +217,20 @@ def test_rotation_keeps_the_right_checkpoints(only_model: bool, llama: Path, tmp
 
 
 def test_an_adapter_checkpoint_has_the_files_of_a_plain_trainers(qwen: Path, tmp_path: Path) -> None:
+    """But for tokenizer and processor, whose files are the base's own."""
     from peft import LoraConfig
 
+    AutoProcessor.from_pretrained(qwen).save_pretrained(tmp_path / "processor")
+    theirs = {path.name for path in (tmp_path / "processor").iterdir()}
+    of_base = {path.name for path in qwen.iterdir()} - {"config.json", "generation_config.json", "model.safetensors"}
     names = {}
     for name, callbacks in (("plain", []), ("ours", [KVCacheCallback(strict=True)])):
         config = LoraConfig(r=2, target_modules=LANGUAGE_Q)
         saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
         grpo_trainer(qwen, tmp_path / name, callbacks, peft_config=config, **saving).train()
-        names[name] = sorted(path.name for path in (tmp_path / name / "checkpoint-1").rglob("*"))
-    assert names["ours"] == names["plain"]
+        names[name] = {path.name for path in (tmp_path / name / "checkpoint-1").rglob("*")}
+    assert theirs < names["plain"]
+    assert names["ours"] == names["plain"] - theirs | of_base
 
 
 @v5_only

@@ -8,6 +8,7 @@ from itertools import pairwise as pairs
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.errors import InputError, WorkerError
@@ -159,10 +160,11 @@ def test_a_worker_is_outside_the_launch(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_requests_from_rows_as_trl_takes_them() -> None:
+    picture, one, two = (Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue"))
     rows = [
         {"prompt": "plain text"},
-        {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "image": "picture"},
-        {"prompt": [{"role": "user", "content": "q"}], "images": ["one", "two"], "image": None},
+        {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "image": picture},
+        {"prompt": [{"role": "user", "content": "q"}], "images": [one, two], "image": None},
         {"prompt": "never read"},
     ]
     requests = requests_from_rows(rows, limit=3, max_new_tokens=9)
@@ -171,12 +173,12 @@ def test_requests_from_rows_as_trl_takes_them() -> None:
         [{"role": "user", "content": "q"}],
         [{"role": "user", "content": "q"}],
     ]
-    assert [list(request.images) for request in requests] == [[], ["picture"], ["one", "two"]]
-    picture = {"type": "image", "image": "inside"}
-    inside = [{"role": "user", "content": [picture, {"type": "text", "text": "q", "image": None}]}]
+    assert [list(request.images) for request in requests] == [[], [picture], [one, two]]
+    part = {"type": "image", "image": picture}
+    inside = [{"role": "user", "content": [part, {"type": "text", "text": "q", "image": None}]}]
     (request,) = requests_from_rows([{"prompt": inside, "image": None}], limit=1)
     assert list(request.messages) == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}]
-    assert list(request.images) == ["inside"]
+    assert list(request.images) == [picture]
     asked = traffic_of(requests, max_new_tokens=5).batch(0)
     assert [(request.exact, request.max_new_tokens) for request in asked] == [(True, 5)]
 

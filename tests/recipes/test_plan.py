@@ -546,7 +546,8 @@ def test_vllms_part_of_a_gpu_that_is_not_here_is_told_as_a_part(qwen: Path, geom
 
 
 def test_vllm_holds_weights_and_an_answer_at_least() -> None:
-    from grpo_vlm.planning.memory import GIB, Load, ModelSize, vllm_bytes
+    from grpo_vlm.planning.memory import GIB, Load, ModelSize
+    from grpo_vlm.planning.preflight import vllm_bytes
 
     sizes = dict.fromkeys(("vision_parameters", "layer_parameters", "embedding_parameters", "trained"), 0)
     sizes |= dict.fromkeys(("hidden_size", "intermediate_size", "layers"), 1)

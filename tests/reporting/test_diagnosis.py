@@ -46,10 +46,14 @@ def test_a_paragraph_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch)
 def test_a_run_is_in_columns(tmp_path: Path) -> None:
     names = {"checkpoint-2": "vlm_r1_451", "checkpoint-10": "trl_grpo_523"}
     diagnoses = [diagnose_checkpoint(unpack(kind, tmp_path / name)) for name, kind in names.items()]
-    shown = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in run_lines(diagnoses, ["nothing else"], Coloured())]
+    coloured = list(run_lines(diagnoses, ["nothing else"], Coloured()))
+    shown = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in coloured]
     assert [line.split()[0] for line in shown] == ["checkpoint", "checkpoint-2", "checkpoint-10", "nothing", "NOT"]
     assert len({line.index("full model") for line in shown[1:3]} | {shown[0].index("kind")}) == 1
-    assert len({line.index(code) for line, code in zip(shown[1:3], ("generation-", "nested-"), strict=True)}) == 1
+    first = [next(finding.code for finding in diagnosis.judged) for diagnosis in diagnoses]
+    assert len({line.index(code) for line, code in zip(shown[1:3], first, strict=True)}) == 1
+    assert first[1] == "config-cache-off-latent"  # what the installed version does comes first
+    assert "\x1b[1;31m4 unloadable, 1 slow" in coloured[2]  # the colour is that of the worst
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.benchmarks.ports import free_port
-from tests.support.warm import python, run_python
+from tests.support.warm import python
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,7 +110,8 @@ def train(
 ) -> Trained:
     """Train two steps of GRPO; the server does `on_init` once it was asked, and `on_step` from the first step on.
 
-    `fresh` starts from nothing, as a user does; the others have their imports made (warm.py).
+    `fresh` starts from nothing, as a user does; the others have their imports made (warm.py). With Trackio all start
+    from nothing: TRL imports it, and it reads where its data lies when it is imported.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     options = {"arms": list(arms), "artifact": artifact, "on_init": on_init, "on_step": on_step, "kill": kill,
@@ -121,7 +122,7 @@ def train(
     with Path(f"{out}.stdout").open("w+") as stdout, Path(f"{out}.stderr").open("w+") as stderr:
         started = time.monotonic()
         environ = environment(out.parent, server) | dict(variables or {})
-        launcher = _launcher(python(fresh=fresh), Path(f"{out}.py"), processes)
+        launcher = _launcher(python(fresh=fresh or report_to == "trackio"), Path(f"{out}.py"), processes)
         done = subprocess.run(
             [*launcher, str(base), str(out), json.dumps(options)], env=environ, stdin=subprocess.DEVNULL,
             stdout=stdout, stderr=stderr, timeout=timeout_s, check=False,
@@ -156,9 +157,13 @@ def environment(home: Path, server: WandbServer | None) -> dict[str, str]:
 
 def replay(out: Path, server: WandbServer | None, tracker: str = "wandb") -> dict[str, Any]:
     """Run `grpo-toolkit report --replay` in a process of its own."""
-    command = ["-m", "grpo_toolkit.cli", "report", out, "--replay", tracker, "--json"]
+    command = [*python(fresh=tracker == "trackio"), "-m", "grpo_toolkit.cli", "report", str(out)]
+    command += ["--replay", tracker, "--json"]
     with Path(f"{out}.replay").open("w+") as said, Path(f"{out}.replay-log").open("w+") as log:
-        done = run_python(command, env=environment(out.parent, server), stdout=said, stderr=log, timeout=120)
+        done = subprocess.run(
+            command, env=environment(out.parent, server), stdin=subprocess.DEVNULL, stdout=said, stderr=log,
+            timeout=120, check=False,
+        )  # fmt: skip
         said.seek(0)
         log.seek(0)
         assert done.returncode == 0, log.read()[-3000:]

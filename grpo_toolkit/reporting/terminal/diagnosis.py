@@ -120,7 +120,8 @@ def run_lines(diagnoses: Sequence[Diagnosis], empty: Sequence[str], on: Plain | 
         codes = dict.fromkeys(f.code for f in diagnosis.judged if f.severity is not Severity.NOTE)
         name = str(diagnosis.path.name or diagnosis.path)
         rows.append((name, str(diagnosis.kind), _verdict(diagnosis.judged), ", ".join(codes)))
-        styles.append("clean" if diagnosis.is_clean else diagnosis.judged[0].severity.value)
+        worst = min((f.severity for f in diagnosis.judged), key=lambda severity: severity.rank, default=Severity.NOTE)
+        styles.append("clean" if diagnosis.is_clean else worst.value)
     yield from on.rows(rows, styles)
     for line in empty:
         yield on.text(line, "dim")
