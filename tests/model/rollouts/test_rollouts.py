@@ -168,6 +168,7 @@ def test_a_step_is_compiled_once_for_a_bucket(qwen: Path, fast: Any, dtype: Any)
     """Without a break in its graph: other prompts, other lengths and other weights run what was compiled."""
     from transformers import CompileConfig
 
+    torch.compiler.reset()  # what other tests have compiled decides what is compiled again
     graphs: list[Any] = []
 
     def backend(graph: Any, _inputs: Any, **_: Any) -> Any:
