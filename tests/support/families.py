@@ -243,6 +243,8 @@ def build_family(family: str, folder: Path, *, dtype: str = "float32", **options
             vision_config=vision,
             **{"image_token_id": image, "image_token_index": image, **whole},
         )
+        # The class's defaults may say it otherwise at the two levels, of which each reader takes its own.
+        config.text_config.tie_word_embeddings = config.tie_word_embeddings
         auto: Any = AutoModelForImageTextToText
     else:
         config, auto = AutoConfig.for_model(family, **{**sizes, **TEXT[family], **options}), AutoModelForCausalLM
