@@ -80,7 +80,7 @@ def unsharded(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         if cast("Any", tensor).ds_status is ZeroParamStatus.AVAILABLE:  # inside of TRL's gathering, say
-            yield tensor.detach()
+            yield tensor.detach().clone()  # its memory goes to others when that ends
             return
 
         with deepspeed.zero.GatheredParameters([tensor]):
