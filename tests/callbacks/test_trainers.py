@@ -156,6 +156,7 @@ def test_no_warning_of_gradient_checkpointing_is_left(
     llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.set_verbosity_warning()  # commands that ran in this process have made it quiet
     wants_cache = {"use_cache": True} if Version(transformers.__version__) >= Version("5.0") else {}
     said = {}
     for name, callbacks in (("plain", []), ("ours", [KVCacheCallback(strict=True)])):
