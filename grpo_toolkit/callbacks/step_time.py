@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepTimeCallback(GuardedCallback):
-    """Where a training step's time goes, in phases that add up, what slows it down, and what would cure that.
+    """A callback that explains a training step's time: phases that add up, causes that slow it down, their cures.
 
         trainer = GRPOTrainer(...)
         trainer.add_callback(StepTimeCallback(trainer=trainer))

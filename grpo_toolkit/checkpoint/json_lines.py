@@ -43,3 +43,24 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             raise InputError(f"{path}: line {number} is not JSON ({error})") from error
         yield number, data
+
+
+def row_of(data: Any, kinds: Mapping[str, type], *, schema_version: int, where: str) -> Any:
+    """Return the row that an object is, of the type that its `kind` names.
+
+    Raises:
+        InputError: not a row, or of another schema version; the message begins with `where`.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(data, dict) or data.get("schema_version") != schema_version:
+        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{where}: schema_version is {found!r}, this version of grpo_toolkit reads {schema_version}")
+    if data.get("kind") not in kinds:
+        raise InputError(f"{where}: kind is {data.get('kind')!r}, expected one of {sorted(kinds)}")
+    try:
+        return TypeAdapter(kinds[data["kind"]]).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where}: {key}: {first['msg']}") from error

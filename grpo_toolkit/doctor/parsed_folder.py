@@ -73,11 +73,11 @@ class Folder:
     card: str = ""
     shards: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
     place: Place | None = None
-    """Where the weights lie: here, or the shards of a layout that are here, below or above."""
+    """The place of the weights: here, or the shards of a layout that are here, below or above."""
     base: Folder | None = None
     digests: Digests | None = None
     is_known: bool | None = None
-    """Whether the installed transformers has a class for its model type; None where that is not known."""
+    """True where the installed transformers has a class for its model type; None where that is not known."""
 
     def get(self, file: str, *path: str) -> Any:
         """Return the value at `path` in the JSON file `file`, or ABSENT."""

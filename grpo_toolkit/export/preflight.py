@@ -28,10 +28,10 @@ from grpo_toolkit.merge.adapter import adapter_of
 from grpo_toolkit.merge.plan import plan_updates
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.request import plain_request
-from grpo_toolkit.model.live_model import base_model, random_state_kept
+from grpo_toolkit.model.live_model import base_model, is_tied, random_state_kept
 from grpo_toolkit.model.saving.processor_files import processor_of
 from grpo_toolkit.model.saving.save_hook import base_folder, capture_model_defaults, published_names
-from grpo_toolkit.model.sharding.gather import is_sharded
+from grpo_toolkit.model.sharding.gather import is_sharded, whole_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -113,7 +113,7 @@ def _findings(
         yield from _adapter_findings(model, known)
     else:
         yield from name_findings(_saved_names(model, known), known)
-    yield from tie_findings(_is_tied(base_model(model)), known)
+    yield from tie_findings(is_tied(model), known)
 
 
 def _open(model: Any, base: Any) -> Base | None:
@@ -267,21 +267,11 @@ def _described(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors of the same names and whole shapes without any values."""
     import torch
 
-    return {
-        name: torch.empty(tuple(getattr(tensor, "ds_shape", tensor.shape)), device="meta")
-        for name, tensor in tensors.items()
-    }
+    return {name: torch.empty(whole_shape(tensor), device="meta") for name, tensor in tensors.items()}
 
 
 def _live_bytes(model: Any) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
-
-
-def _is_tied(model: Any) -> bool | None:
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if inputs is None or outputs is None or any(hasattr(m, "get_base_layer") for m in (inputs, outputs)):
-        return None
-    return getattr(outputs, "weight", None) is inputs.weight
+    return sum(whole_shape(p).numel() * p.element_size() for p in model.parameters())
 
 
 def _first_line(error: Exception) -> str:

@@ -127,7 +127,7 @@ class StepClock:
 
     @property
     def path(self) -> Path:
-        """What is going on."""
+        """The path of what is going on."""
         return self._stack[-1]
 
     @property
@@ -136,23 +136,23 @@ class StepClock:
         return len(self._closed)
 
     def switch(self, *path: str) -> None:
-        """From here on it is this; inside of something that was entered, once that is left."""
+        """Go on as this from here on; inside of something that was entered, once that is left."""
         if len(self._stack) == 1:
             self._cut()
         self._stack[0] = path
 
     def enter(self, *path: str) -> None:
-        """Until `leave` it is this."""
+        """Be this until `leave`."""
         self._cut()
         self._stack.append(path)
 
     def move_on(self, *path: str) -> None:
-        """What was entered last goes on as this."""
+        """Go on as this in place of what was entered last."""
         self._cut()
         self._stack[-1] = path
 
     def leave(self) -> None:
-        """What was entered last is over.
+        """End what was entered last.
 
         Raises:
             RuntimeError: nothing was entered.
@@ -163,12 +163,12 @@ class StepClock:
         self._stack.pop()
 
     def leave_all(self) -> None:
-        """Whatever was entered is over."""
+        """End whatever was entered."""
         while len(self._stack) > 1:
             self.leave()
 
     def rename(self, *path: str) -> None:
-        """What has been going on since the last mark was this, as is known only now."""
+        """Name what has been going on since the last mark, as is known only now."""
         self._stack[-1] = path
 
     def take(self, count: int | None = None) -> list[Interval]:

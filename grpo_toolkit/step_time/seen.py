@@ -10,7 +10,7 @@ Engine = Literal["generate", "fast", "vllm", "continuous batching"]
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSeen:
-    """What a step's rollouts did.
+    """The facts of a step's rollouts.
 
     Attributes:
         engine: what generated: plain `generate`, our compiled rollouts, or another.
@@ -37,7 +37,7 @@ class RolloutSeen:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionSeen:
-    """What the vision tower did in the training's forwards.
+    """The facts of the vision tower in the training's forwards.
 
     Attributes:
         images, distinct: that it was given in a forward on average, and different ones among them.
@@ -55,7 +55,7 @@ class VisionSeen:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the training was asked for, and the memory that it takes.
+    """The settings of a training, and the memory that it takes.
 
     Attributes:
         accumulation, batch_size: micro-batches a step, and rows in each.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_lines import append_json_lines, read_json_lines
+from grpo_toolkit.checkpoint.json_lines import append_json_lines, read_json_lines, row_of
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.step_time.rows import SCHEMA_VERSION, StepExplanation, StepRow
 
@@ -95,18 +95,7 @@ def step_row_of(data: Any, where: str = "row") -> StepRow | StepExplanation:
     Raises:
         InputError: not a row, or of another schema version; the message begins with `where`.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
-        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{where}: schema_version is {found!r}, this version of grpo_toolkit reads {SCHEMA_VERSION}")
-    if data.get("kind") not in _KINDS:
-        raise InputError(f"{where}: kind is {data.get('kind')!r}, expected one of {sorted(_KINDS)}")
-    try:
-        row: StepRow | StepExplanation = TypeAdapter(_KINDS[data["kind"]]).validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    row: StepRow | StepExplanation = row_of(data, _KINDS, schema_version=SCHEMA_VERSION, where=where)
     return row
 
 

@@ -47,7 +47,7 @@ class _Pending:
 
 
 class StepWatch:
-    """What turns a training's events into rows.
+    """The watch over a training, which turns its events into rows.
 
     Args:
         on_row: called with each row, and with what was seen of it where it was looked at closely.
@@ -161,13 +161,13 @@ class StepWatch:
         self._over = (step, notes, seen)
 
     def was(self, phase: str) -> None:
-        """What has been going on since the step ended, or since the last such call, was this."""
+        """Name what has been going on since the step ended, or since the last such call."""
         if self._seams is None or not self._seams.is_open:
             self.clock.rename(phase)
             self._between()
 
     def finish(self) -> None:
-        """The training is over: finish the last step, and read those that were not."""
+        """End the watch: finish the last step, and read those that were not."""
         if self._over is not None:
             self.clock.rename("logging")
             self._finish(self.clock.take())

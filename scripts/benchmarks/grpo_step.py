@@ -102,20 +102,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """Train one arm and return the seconds of each step and phase, and the peak of memory in GiB."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from peft import LoraConfig
-    from trl import GRPOConfig
 
     from grpo_toolkit import KVCacheCallback, rows_once
 
     weights, arm = options.child
     on_gpu = options.device == "cuda"
-    is_lora = weights == "lora"
-    adapter = LoraConfig(
-        r=64,
-        lora_alpha=64,
-        target_modules=r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-        task_type="CAUSAL_LM",
-    )
     callbacks: list[Any] = [KVCacheCallback()]
     if arm in ("packed", "fast"):
         from grpo_toolkit import PackedVisionCallback
@@ -126,33 +117,14 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
         callbacks.append(FastRolloutCallback(way="fast"))
     with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
-        settings = GRPOConfig(
-            output_dir=scratch,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.completions,
-            num_generations=options.completions,
-            gradient_accumulation_steps=options.groups,
-            steps_per_generation=max(options.groups // 2, 1) if is_lora else None,
-            max_completion_length=options.new_tokens,
-            generation_kwargs={"min_new_tokens": options.new_tokens},
-            gradient_checkpointing=True,
-            model_init_kwargs={"dtype": "bfloat16" if is_lora else "float32"},
-            bf16=on_gpu,
-            use_cpu=not on_gpu,
-            learning_rate=1e-6,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            seed=0,
-        )
+        settings = settings_of(options, scratch)
         clock = Clock(on_gpu)
         trainer = timed_trainer(clock)(
             model=options.base,
             args=settings,
             reward_funcs=distinct_letters,
             train_dataset=rows_once(prompts(options)) if arm == "fast" else prompts(options),
-            peft_config=adapter if is_lora else None,
+            peft_config=adapter_of(weights),
             callbacks=[clock.callback(), *callbacks],
         )
         trainer.train()
@@ -168,6 +140,42 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
+
+
+def adapter_of(weights: str) -> Any:
+    """Return the adapter that an arm trains; None for `full`."""
+    from peft import LoraConfig
+
+    targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    lora = LoraConfig(r=64, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM")
+    return lora if weights == "lora" else None
+
+
+def settings_of(options: argparse.Namespace, output_dir: str) -> Any:
+    """Return the training arguments of an arm."""
+    from trl import GRPOConfig
+
+    on_gpu, is_lora = options.device == "cuda", options.child[0] == "lora"
+    return GRPOConfig(
+        output_dir=output_dir,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.completions,
+        num_generations=options.completions,
+        gradient_accumulation_steps=options.groups,
+        steps_per_generation=max(options.groups // 2, 1) if is_lora else None,
+        max_completion_length=options.new_tokens,
+        generation_kwargs={"min_new_tokens": options.new_tokens},
+        gradient_checkpointing=True,
+        model_init_kwargs={"dtype": "bfloat16" if is_lora else "float32"},
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        learning_rate=1e-6,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        seed=0,
+    )
 
 
 class Clock:

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.grpo_step import build, distinct_letters, prompts
+from scripts.benchmarks.grpo_step import adapter_of, build, distinct_letters, prompts, settings_of
 
 ARMS = ("plain", "cured", "untimed", "untimed-cured")
 
@@ -89,20 +89,13 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """Train one arm; return its rows, its explanation, and the outside clock's seconds of each step."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from grpo_toolkit import FastRolloutCallback, KVCacheCallback, PackedVisionCallback, StepTimeCallback, rows_once
 
     weights, arm = options.child
-    on_gpu, is_lora = options.device == "cuda", weights == "lora"
-    adapter = LoraConfig(
-        r=64,
-        lora_alpha=64,
-        target_modules=r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-        task_type="CAUSAL_LM",
-    )
+    on_gpu = options.device == "cuda"
     outside: list[float] = []
 
     class Outside(TrainerCallback):
@@ -113,32 +106,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     cures: list[Any] = [PackedVisionCallback(), FastRolloutCallback("fast")] if "cured" in arm else []
     timing = None if arm.startswith("untimed") else StepTimeCallback(every=1, output_dir=options.output)
-    settings = GRPOConfig(
-        output_dir=options.output,
-        max_steps=options.steps,
-        per_device_train_batch_size=options.completions,
-        num_generations=options.completions,
-        gradient_accumulation_steps=options.groups,
-        steps_per_generation=max(options.groups // 2, 1) if is_lora else None,
-        max_completion_length=options.new_tokens,
-        generation_kwargs={"min_new_tokens": options.new_tokens},
-        gradient_checkpointing=True,
-        model_init_kwargs={"dtype": "bfloat16" if is_lora else "float32"},
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        learning_rate=1e-6,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        seed=0,
-    )
     trainer = GRPOTrainer(
         model=options.base,
-        args=settings,
+        args=settings_of(options, options.output),
         reward_funcs=distinct_letters,
         train_dataset=rows_once(prompts(options)) if "cured" in arm else prompts(options),
-        peft_config=adapter if is_lora else None,
+        peft_config=adapter_of(weights),
         callbacks=[Outside(), KVCacheCallback(), *cures, *([] if timing is None else [timing])],
     )
     if timing is not None:

@@ -1,4 +1,4 @@
-"""What lies in, below and above a folder: the same answer for every command."""
+"""The look into, below and above a folder: the same answer for every command."""
 
 from __future__ import annotations
 

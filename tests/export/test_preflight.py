@@ -1,4 +1,4 @@
-"""What is known of an export before the training: right models are silent, and what is said comes true."""
+"""The look ahead at an export before the training: right models are silent, and what is said comes true."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def expected_config(base: Path, dtype: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def saved(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What a training leaves, by a checkpoint, `save_model` and a user's own calls."""
+    """The folders that a training leaves, by a checkpoint, `save_model` and a user's own calls."""
     folder = tmp_path_factory.mktemp("saved")
     trainer = grpo_trainer(qwen, folder / "out", [KVCacheCallback(strict=True)], save_strategy="steps", save_steps=1)
     trainer.train()

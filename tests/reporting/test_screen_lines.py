@@ -1,4 +1,4 @@
-"""What callbacks say at the end of a training: few lines, aligned, in 80 columns."""
+"""The lines that callbacks print at the end of a training: few lines, aligned, in 80 columns."""
 
 from __future__ import annotations
 

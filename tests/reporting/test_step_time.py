@@ -1,4 +1,4 @@
-"""Where a step's time is seen: terminal, page, comparison, trackers, all from `step_time.jsonl`."""
+"""The places where a step's time is seen: terminal, page, comparison, trackers, all from `step_time.jsonl`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder is, and what lies one step down or up where it is nothing itself.
+"""The kind of a folder, and of what lies one step down or up where it is nothing itself.
 
 Every command that is given a folder looks around in the same way, so that where one finds something, all do. Standard
 library only; names are listed, nothing is opened, links that leave the folder are not followed.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # In the format, but no dtype of torch's that a model could be loaded into.
 _UNKNOWN: Final = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2FNUZ", "F8_E4M3FNUZ"})
 SPARE_BYTES: Final = 64 * 2**20
-"""What an export writes beside its weights: configs, tokenizer, index."""
+"""Bytes for the files that an export writes beside its weights: configs, tokenizer, index."""
 
 
 def plan_shards(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.json_lines import append_json_lines, read_json_lines
-from grpo_toolkit.errors import InputError
+from grpo_toolkit.checkpoint import json_lines
 from grpo_toolkit.latency.rows.row import SCHEMA_VERSION, ExplanationRow, LatencyRow
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ _KINDS: Final = {"measurement": LatencyRow, "explanation": ExplanationRow}
 
 def append_rows(path: Path, rows: Iterable[LatencyRow | ExplanationRow]) -> None:
     """Append rows, each on the disk when this returns."""
-    append_json_lines(path, (row.to_json() for row in rows))
+    json_lines.append_json_lines(path, (row.to_json() for row in rows))
 
 
 def read_rows(path: Path) -> list[LatencyRow | ExplanationRow]:
@@ -27,7 +26,7 @@ def read_rows(path: Path) -> list[LatencyRow | ExplanationRow]:
     Raises:
         InputError: not readable, or a line is not a row, or one of another schema version.
     """
-    return [row_of(data, f"{path}: line {number}") for number, data in read_json_lines(path)]
+    return [row_of(data, f"{path}: line {number}") for number, data in json_lines.read_json_lines(path)]
 
 
 def read_measurements(path: Path) -> list[LatencyRow]:
@@ -41,17 +40,5 @@ def row_of(data: Any, where: str = "row") -> LatencyRow | ExplanationRow:
     Raises:
         InputError: not a row, or of another schema version; the message begins with `where`.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
-        found = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{where}: schema_version is {found!r}, this version of grpo_toolkit reads {SCHEMA_VERSION}")
-    if data.get("kind") not in _KINDS:
-        raise InputError(f"{where}: kind is {data.get('kind')!r}, expected one of {sorted(_KINDS)}")
-    try:
-        row: LatencyRow | ExplanationRow = TypeAdapter(_KINDS[data["kind"]]).validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InputError(f"{where}: {key}: {first['msg']}") from error
+    row: LatencyRow | ExplanationRow = json_lines.row_of(data, _KINDS, schema_version=SCHEMA_VERSION, where=where)
     return row

@@ -162,8 +162,10 @@ class FastRollouts:
             with failing_together() if self._is_collective else nullcontext():
                 self._copy = WeightsCopy(self.live, dtype=self.dtype)
             self._caches = static_caches.StaticCaches(self._copy.model.config)
-        word = self._first_of_all_ranks("stale" if self._is_dirty or self._copy.is_stale else None)
-        self._copy.refresh(is_dirty=word is not None)
+        is_dirty = self._is_dirty
+        if self._is_collective:
+            is_dirty = self._first_of_all_ranks("stale" if is_dirty or self._copy.is_stale else None) is not None
+        self._copy.refresh(is_dirty=is_dirty)
         self._is_dirty = False
         return self._copy
 

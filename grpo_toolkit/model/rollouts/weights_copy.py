@@ -100,7 +100,7 @@ class WeightsCopy:
 
     @property
     def is_stale(self) -> bool:
-        """Whether live weights were written to in place, or are others, since they were copied."""
+        """True where live weights were written to in place, or are others, since they were copied."""
         return [source.state() for source in self._sources().values()] != self._seen
 
     def refresh(self, *, is_dirty: bool = True) -> None:

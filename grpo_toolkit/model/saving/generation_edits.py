@@ -1,4 +1,4 @@
-"""What a user set in `model.generation_config`, told apart from what trainers left there for their rollouts.
+"""The values that a user set in `model.generation_config`, told apart from those that trainers left for rollouts.
 
 Trainers align the ids of pad, bos and eos with the tokenizer before a training begins, and a save must not carry that:
 the base's own are right for whoever loads it. A script may also set them on purpose when the training has ended

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from grpo_toolkit.reporting.charts.arms import (
     draw_bars,
@@ -17,16 +17,19 @@ from grpo_toolkit.reporting.charts.style import as_png, styled
 from grpo_toolkit.reporting.charts.sweeps import draw_batches, draw_images
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from matplotlib.figure import Figure
 
     from grpo_toolkit.latency.rows.review import Review
 
+Rows = TypeVar("Rows")
+"""The rows that a chart is drawn from."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Chart:
+class Chart(Generic[Rows]):
     """A chart, its words and the function that draws it.
 
     Attributes:
@@ -40,10 +43,10 @@ class Chart:
     title: str
     caption: str
     needs: str
-    draw: Callable[[Review], Figure | None]
+    draw: Callable[[Rows], Figure | None]
 
 
-CHARTS: Final = (
+CHARTS: Final[tuple[Chart[Review], ...]] = (
     Chart(
         name="tpot",
         title="Time per output token",
@@ -112,11 +115,15 @@ CHARTS: Final = (
 
 def write_pictures(review: Review, folder: Path, names: Sequence[str] | None = None) -> dict[str, Path]:
     """Write PNGs of the charts that can be drawn (`names`: these alone); returns them by name."""
+    return pictures_of([chart for chart in CHARTS if names is None or chart.name in names], review, folder)
+
+
+def pictures_of(charts: Iterable[Chart[Rows]], rows: Rows, folder: Path) -> dict[str, Path]:
+    """Write PNGs of those of some charts that can be drawn; returns them by name."""
     written: dict[str, Path] = {}
     with styled():
-        for chart in CHARTS:
-            if names is None or chart.name in names:
-                figure = chart.draw(review)
-                if figure is not None:
-                    written[chart.name] = as_png(figure, folder / f"{chart.name}.png")
+        for chart in charts:
+            figure = chart.draw(rows)
+            if figure is not None:
+                written[chart.name] = as_png(figure, folder / f"{chart.name}.png")
     return written

@@ -1,4 +1,4 @@
-"""What callbacks say at the end of a training: few lines, aligned, for a terminal of 80 columns.
+"""The lines that callbacks print at the end of a training: few lines, aligned, for a terminal of 80 columns.
 
 The whole of it is in the report, the export's page and its manifest; these lines say the result and where to look.
 """

@@ -46,7 +46,7 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a rule has found: its evidence, and the seconds that a cure saves, by phase or part; None: not known."""
+    """The finding of a rule: its evidence, and the seconds that a cure saves, by phase or part; None: not known."""
 
     evidence: str
     savings_s: dict[str, float] | None = None

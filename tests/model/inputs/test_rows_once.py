@@ -56,7 +56,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def batches(rows: Any) -> list[Any]:
-    """What TRL's data loader reads for two steps of two micro-batches: each rollout twice, its rows three times."""
+    """Return what a data loader of TRL reads in two steps of two micro-batches: rollouts twice, rows three times."""
     order = [0, 0, 0, 2, 2, 2] * 2 + [1, 1, 1, 3, 3, 3] * 2
     sampler: Any = [order[start : start + 6] for start in range(0, 24, 6)]
     return list(DataLoader(rows, batch_sampler=sampler, collate_fn=list))
