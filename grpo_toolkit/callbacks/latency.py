@@ -18,7 +18,8 @@ from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.review import FOLDER_NAME, Review, load_review
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
-from grpo_toolkit.model.generation.request import find_requests, plain_request
+from grpo_toolkit.model.generation.drawn_pictures import requests_to
+from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.offload_to_cpu import offloaded_to_cpu
@@ -177,7 +178,8 @@ class LatencyCallback(GuardedCallback):
         return folder
 
     def _requests(self, state: TrainerState, kwargs: Mapping[str, Any]) -> list[Request]:
-        return find_requests(self.prompts, kwargs, limit=self.num_prompts, state=state) or [plain_request()]
+        found = find_requests(self.prompts, kwargs, limit=self.num_prompts, state=state)
+        return found or requests_to(kwargs["model"], kwargs["processing_class"])
 
     def _measure_live(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         model = kwargs["model"]

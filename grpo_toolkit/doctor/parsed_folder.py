@@ -70,6 +70,8 @@ class Folder:
     marked: frozenset[str] = frozenset()
     jinja: str | None = None
     added_tokens: Mapping[str, int] | None = None
+    truncation: JsonObject | None = None
+    """The truncation with which the tokenizer was saved."""
     card: str = ""
     shards: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
     place: Place | None = None
