@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from grpo_toolkit import export_model
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
-from grpo_toolkit.export.verl_shards import shard_files
+from grpo_toolkit.export.shards.verl import shard_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,35 +32,50 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from safetensors.torch import load_file
 
-base, actor, shape = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3])
+base, actor, shape, kind = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3]), sys.argv[4]
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 names = ("fsdp",) if len(shape) == 1 else ("ddp", "fsdp")
 mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
 state = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
 state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: the live model says it twice
+if kind == "lora":  # PEFT's names, factors beside the base
+    adapted = {name for name in state if name.endswith(("q_proj.weight", "v_proj.weight"))}
+    made = {"base_model.model." + (n[:-6] + "base_layer.weight" if n in adapted else n): t for n, t in state.items()}
+    for place, name in enumerate(sorted(adapted)):
+        generator = torch.Generator().manual_seed(place)
+        rows, width = state[name].shape
+        start = "base_model.model." + name[:-6]
+        made[start + "lora_A.default.weight"] = torch.randn(4, width, generator=generator)
+        made[start + "lora_B.default.weight"] = torch.randn(rows, 4, generator=generator)
+    state = made
 placements = [Shard(0)] if len(shape) == 1 else [Replicate(), Shard(0)]
 state = {name: distribute_tensor(tensor, mesh, placements) for name, tensor in state.items()}
-torch.save(state, actor / f"model_world_size_{world}_rank_{rank}.pt")
+if kind == "dcp":  # what accelerate does with FSDP's sharded state dict
+    import torch.distributed.checkpoint as dcp
+    dcp.save({"model": state}, checkpoint_id=actor / "pytorch_model_fsdp_0")
+else:
+    torch.save(state, actor / f"model_world_size_{world}_rank_{rank}.pt")
 dist.destroy_process_group()
 """
 
 
-def save(base: Path, run: Path, *, shape: tuple[int, ...] = (2,)) -> Path:
-    actor = run / "global_step_60" / "actor"
-    configs = actor / "huggingface"
-    configs.mkdir(parents=True)
-    for path in base.iterdir():
-        if path.suffix != ".safetensors":
-            shutil.copy(path, configs)
-    torch.save({}, run / "global_step_60" / "data.pt")
+def save(base: Path, run: Path, *, shape: tuple[int, ...] = (2,), kind: str = "full") -> Path:
+    actor = run / "global_step_60" / "actor" if kind != "dcp" else run / "checkpoint-2"
+    actor.mkdir(parents=True)
+    if kind != "dcp":
+        (actor / "huggingface").mkdir()
+        for path in base.iterdir():
+            if path.suffix != ".safetensors":
+                shutil.copy(path, actor / "huggingface")
+        torch.save({}, run / "global_step_60" / "data.pt")
     script = run / "save.py"
     script.write_text(SAVE)
     ranks = 1
     for size in shape:
         ranks *= size
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0"]
-    arguments = [str(script), str(base), str(actor), repr(shape)]
+    arguments = [str(script), str(base), str(actor), repr(shape), kind]
     done = subprocess.run(
         [*command, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *arguments],
         capture_output=True, text=True, check=False, env=dict(os.environ), timeout=240,
@@ -134,10 +149,69 @@ def test_a_pickle_that_runs_code_is_refused(actor: Path, tmp_path: Path) -> None
     assert not marker.exists()
 
 
-def test_a_lora_is_sent_to_its_adapter(actor: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(actor, tmp_path / "actor")
-    for rank in (0, 1):
-        state = {"base_model.model.x.lora_A.default.weight": torch.zeros(2, 2)}
-        torch.save(state, copy / f"model_world_size_2_rank_{rank}.pt")
-    with pytest.raises(UnsupportedError, match="lora_adapter"):
-        export_model(copy, tmp_path / "out")
+@pytest.fixture(scope="module")
+def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(base, tmp_path_factory.mktemp("verl-lora"), kind="lora")
+
+
+def merged(base: Path, scale: float) -> dict[str, torch.Tensor]:
+    """Return what the base and the factors of the script above come to."""
+    weights = load_file(base / "model.safetensors")
+    adapted = sorted(name for name in weights if name.endswith(("q_proj.weight", "v_proj.weight")))
+    for place, name in enumerate(adapted):
+        generator = torch.Generator().manual_seed(place)
+        rows, width = weights[name].shape
+        first = torch.randn(4, width, generator=generator)
+        second = torch.randn(rows, 4, generator=generator)
+        weights[name] = (weights[name].float() + scale * second @ first).to(weights[name].dtype)
+    return weights
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_a_lora_is_merged_with_the_scale_that_lies_beside_it(
+    has_base: bool, lora: Path, base: Path, tmp_path: Path
+) -> None:
+    actor = shutil.copytree(lora, tmp_path / "actor")
+    with pytest.raises(UnsupportedError, match="lora_train_meta"):  # a guess would be another model
+        export_model(actor, tmp_path / "export", base=base)
+    assert not (tmp_path / "export").exists()
+    (actor / "lora_train_meta.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}))
+    result = export_model(actor, tmp_path / "export", base=base if has_base else None, verify=has_base)
+    assert result is not None
+    assert result.verification is None or result.verification.passed
+    found, wanted = load_file(tmp_path / "export" / "model.safetensors"), merged(base, 2.0)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=0.01, atol=0.02)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["actor", "export"]
+
+
+def test_a_sharded_state_dict_of_fsdp_becomes_a_verified_export(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save(base, tmp_path / "run", kind="dcp")
+    shards = checkpoint / "pytorch_model_fsdp_0"
+    with pytest.raises(CheckpointError, match="--base"):
+        export_model(checkpoint, tmp_path / "out")
+    for number, source in enumerate((checkpoint, shards)):
+        out = tmp_path / f"export-{number}"
+        assert main(["export", str(source), str(out), "--base", str(base), *(["--no-verify"] * number)]) == 0
+        found, wanted = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+    metadata, marker = shards / ".metadata", tmp_path / "ran"
+    whole = metadata.read_bytes()
+    metadata.write_bytes(pickle.dumps(Evil(marker)))
+    with pytest.raises(
+        CheckpointError, match=r"its shards cannot be read.*(posix|os)\.mkdir, which no metadata holds"
+    ):
+        export_model(checkpoint, tmp_path / "out", base=base)
+    assert not marker.exists()
+    metadata.write_bytes(whole)
+    part = next(path for path in shards.iterdir() if path.suffix == ".distcp")
+    part.write_bytes(part.read_bytes()[:-2000])
+    with pytest.raises(CheckpointError, match="its shards cannot be read"):
+        export_model(checkpoint, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()

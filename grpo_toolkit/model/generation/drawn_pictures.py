@@ -103,9 +103,14 @@ def _question(size: tuple[int, int], number: int, limits: tuple[int, int] | None
 
 
 def draw(size: tuple[int, int], name: str) -> Image:
-    """Draw patches of random colours, from a name: nothing that two pictures share, and quick to write."""
+    """Draw patches of random colours, from a name: nothing that two pictures share, and quick to write.
+
+    A large picture has large patches with sharp edges: soft ones take seconds to pack into a file.
+    """
     from PIL import Image
 
-    small = (max(size[0] // 14, 1), max(size[1] // 14, 1))
+    is_large = size[0] * size[1] > _MOST_ASKED
+    small = (8, 8) if is_large else (max(size[0] // 14, 1), max(size[1] // 14, 1))
     noise = random.Random(f"picture {name}").randbytes(small[0] * small[1] * 3)
-    return Image.frombytes("RGB", small, noise).resize(size)
+    picture = Image.frombytes("RGB", small, noise)
+    return picture.resize(size, Image.Resampling.NEAREST) if is_large else picture.resize(size)
