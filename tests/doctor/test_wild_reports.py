@@ -13,6 +13,7 @@ from grpo_toolkit import diagnose_checkpoint, repair_checkpoint, verify_export
 from grpo_toolkit.cli import main
 from grpo_toolkit.doctor.diagnose import DIALECT_CODES
 from grpo_toolkit.errors import WorkerError
+from grpo_toolkit.export.findings_check import serious_findings
 from grpo_toolkit.export.verify import plain_request
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.drawn_pictures import picture_requests, sight_of
@@ -141,10 +142,44 @@ def test_what_the_reader_does(name: str, bases: dict[str, Path], tmp_path: Path)
     base, is_adapter = bases[REPORTS[name].base], REPORTS[name].is_adapter
     folder = build_report(name, base, tmp_path / "folder")
     found = what_the_reader_does(folder, base, is_adapter=is_adapter)
+    # The doctor, and `verify` with it, says of the installed reader what that reader does.
+    serious = serious_findings(folder, base=base)
+    assert (serious != []) is (found in ILL or name in SILENT), [finding.code for finding in serious]
     if name in DOES:
         assert found == DOES[name]
     else:
         assert (found == IF_NEW[name][0]) is (IF_NEW[name][1] <= VERSION)
+
+
+ILL = ("refuses", "starts at random", "stumbles", "has no template")
+# What no exception and no warning shows: the base's words where the adapter's or the folder's own were meant.
+SILENT = {"adapter without task and scale"} | ({"theta in rope_scaling"} if Version("5") > VERSION else set())
+
+OF_READERS = {
+    "value head": {"vllm": False, "sglang": True, "transformers==5.24": True, "transformers==4.49": True},
+    "no architectures": {"vllm": False, "sglang": False, "transformers==5.24": True, "transformers==4.49": True},
+    "limit of the rollouts": {"vllm": False, "sglang": True, "transformers==5.24": True},
+    "text adapter": {
+        "transformers==4.49": True,
+        "transformers==4.57": False,
+        "transformers==5.24": False,
+        "vllm": True,
+    },
+    "theta in rope_scaling": {"transformers==4.49": False, "transformers==4.57": False, "transformers==5.24": True},
+    "text-only processor": {"transformers==4.57": True, "transformers==5.24": False},
+    "template in the tokenizer": {"transformers==4.57": False, "vllm": True, "sglang": True},
+    "tokenizer that cuts": {"transformers==4.57": False, "transformers==5.24": False, "vllm": False, "sglang": False},
+}
+
+
+@pytest.mark.parametrize("name", OF_READERS)
+def test_whom_it_concerns(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases[REPORTS[name].base]
+    folder = build_report(name, base, tmp_path / "folder")
+    _, beside = FOUND[name]
+    for reader, is_fine in OF_READERS[name].items():
+        judged = diagnose_checkpoint(folder, base=base, reader=reader).judged
+        assert ({finding.code for finding in judged} & beside == set()) is is_fine, reader
 
 
 MENDED = [
