@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
     # What makes a step fast comes after what it must see whole: the cache's watch, weights put right at a resume.
     callbacks += [PackedVisionCallback()] if recipe.packed_vision else []
-    callbacks += [FastRolloutCallback("plain" if plan.fast_rollouts is False else "auto")] * recipe.fast_rollouts
+    callbacks += [FastRolloutCallback("auto" if plan.rollouts_plain is None else "plain")] * recipe.fast_rollouts
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
     steps = StepTimeCallback() if recipe.step_time else None
 

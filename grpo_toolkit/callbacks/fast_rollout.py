@@ -12,10 +12,11 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.memory import free_bytes
 from grpo_toolkit.model.rollouts.rollout_kl import rollout_kl
+from grpo_toolkit.model.rollouts.rollout_size import needed_bytes
 from grpo_toolkit.model.rollouts.rollouts import FastRollouts
-from grpo_toolkit.model.rollouts.supported import needed_bytes, why_unsupported
+from grpo_toolkit.model.rollouts.supported import why_unsupported
 from grpo_toolkit.model.rollouts.weights_copy import drops_out
-from grpo_toolkit.model.sharding.ranks import exchange
+from grpo_toolkit.model.sharding.ranks import exchange, world_size
 from grpo_toolkit.reporting.trackers.training_scalars import TrainingScalars
 
 if TYPE_CHECKING:
@@ -158,7 +159,14 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
     def _why_no_room(self, args: Any, device: torch.device) -> str | None:
         free = free_bytes(str(device))
         tokens = getattr(args, "max_completion_length", None) or 256
-        needed = needed_bytes(self._model, _computed_in(args), rows=_rows(args), new_tokens=tokens)
+        stage = getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0)
+        needed = needed_bytes(
+            self._model,
+            _computed_in(args),
+            rows=_rows(args),
+            new_tokens=tokens,
+            shared_by=world_size() if stage in (1, 2) else 1,
+        )
         if free is None or needed <= free:
             return None
         return f"they need about {needed / 1e9:.1f} GB with what training takes, and {free / 1e9:.1f} GB are free"

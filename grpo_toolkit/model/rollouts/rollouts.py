@@ -97,13 +97,15 @@ class FastRollouts:
         self.install()
 
     def install(self) -> None:
-        """Take the model's rollouts.
+        """Take the model's rollouts, also those of a method that says it does no more than gather the weights.
+
+        Such a method has an attribute `gathers` that is true; it is called for what goes the plain way.
 
         Raises:
             UnsupportedError: somebody else has.
         """
         before = vars(self.live).get("generate")
-        if before is not None and not _is_fsdps(before):
+        if before is not None and not (_is_fsdps(before) or getattr(before, "gathers", False)):
             raise UnsupportedError(f"{type(self.live).__name__}.generate has been replaced on the instance")
         self._before = before
         _installed[self.live] = weakref.ref(self)
