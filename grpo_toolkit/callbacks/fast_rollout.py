@@ -75,6 +75,15 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         self._told: set[str] = set()
         self._scalars = TrainingScalars()
 
+    @property
+    def batch(self) -> int | None:
+        """The number of sequences that a decode step is compiled for; None where rollouts are plain now.
+
+        In a training, greedy questions that fill such a batch go the fast way too, if they come with a
+        `GenerationConfig` that has `disable_compile=True`, as rollouts do.
+        """
+        return None if self._rollouts is None or self.chosen != "fast" else self._rollouts.compiled_for
+
     def state(self) -> dict[str, Any]:
         """Return the values that `trainer_state.json` keeps: the arguments, and the way that was chosen."""
         arguments = {"way": self.way, "kl_limit": self.kl_limit, "strict": self.strict}

@@ -96,6 +96,11 @@ class FastRollouts:
         self._caches: static_caches.StaticCaches | None = None
         self.install()
 
+    @property
+    def compiled_for(self) -> int | None:
+        """The largest batch whose steps are compiled; None where all are."""
+        return None if self.compiled_rows is None else max(self.compiled_rows)
+
     def install(self) -> None:
         """Take the model's rollouts, also those of a method that says it does no more than gather the weights.
 
