@@ -14,6 +14,8 @@ from tests.support.training import grpo_trainer, rows
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from grpo_toolkit.model.rollouts.rollouts import FastRollouts
+
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
 )
@@ -76,7 +78,6 @@ def test_held_out_rows_go_the_way_of_rollouts_and_are_answered_the_same(qwen: Pa
 def test_trls_own_evaluation_is_fast_already(qwen: Path, tmp_path: Path) -> None:
     """It samples through the same `generate` as rollouts do."""
     from grpo_toolkit import FastRolloutCallback
-    from grpo_toolkit.model.rollouts.rollouts import FastRollouts
 
     counts: dict[bool, int] = {}
     for evaluates in (False, True):
