@@ -21,6 +21,8 @@ SCHEMA_VERSION: Final = 1
 PHASES: Final = (
     "reading_rows",
     "image_processing",
+    "texts",
+    "preparing",
     "weight_sync",
     "rollout",
     "rewards",

@@ -142,8 +142,8 @@ class StepWatch:
         self.clock.switch("optimizer")
 
     def after_optimizer(self) -> None:
-        """The weights are new."""
-        self.clock.switch(OTHER)
+        """The weights are new; the trainer sets the next learning rate and lets go of the gradients."""
+        self.clock.switch("optimizer", "gradients")
 
     def step_end(self, step: int) -> None:
         """The step has trained; logging, evaluation and saving come, then the next one's rows."""

@@ -17,7 +17,7 @@ from grpo_toolkit.model.attention.vision_towers import find_towers
 from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
-from grpo_toolkit.step_time.clock import OTHER
+from grpo_toolkit.step_time.clock import OTHER, PREPARING
 from grpo_toolkit.step_time.seams.attention_calls import AttentionCalls
 from grpo_toolkit.step_time.seams.forward_shapes import (
     adapter_layer,
@@ -109,9 +109,10 @@ class ModelSeams:
     def phase(self, *path: str) -> Iterator[None]:
         """Count the time inside as a phase, unless it is inside of another one's."""
         now = self.clock.path[0]
-        is_counted = self._is_ours() and now == OTHER
-        # Rows may be made into tensors while they are read.
-        is_counted |= path == ("image_processing",) and now == "reading_rows" and self.notes is not None
+        is_counted = self._is_ours() and now in (OTHER, PREPARING)
+        # Rows may be made into tensors while they are read, and images while texts are.
+        is_image = path == ("image_processing",) and self.notes is not None
+        is_counted |= is_image and (now == "reading_rows" or (now == "texts" and self._is_ours()))
         is_counted &= not self.failed
         if is_counted:
             self.guarded(self.clock.enter, *path)
