@@ -599,7 +599,11 @@ def size_of_3b(**different: Any) -> Any:
         "layers": 36,
         "layer_parameters": 77_077_000,
         "embedding_parameters": 311_164_928,
-        "rollouts": RolloutSize(parameters=3_754_622_976, folded=36 * 77_070_336, kv_values_per_token=18_432),
+        "rollouts": RolloutSize(
+            parameters=3_754_622_976,
+            folded=36 * 77_070_336 if "adapted_modules" in different else 0,
+            kv_values_per_token=18_432,
+        ),
     }
     return ModelSize(**(counts | different))
 

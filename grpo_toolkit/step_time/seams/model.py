@@ -156,6 +156,7 @@ class ModelSeams:
             notes.mask = kwargs.get("attention_mask")
         self.notes.forwards.append(notes)
         if torch.is_grad_enabled():
+            self.notes.given = kwargs if self.notes.is_close and not args else None
             self.clock.switch(notes.phase)
         else:
             notes.phase = "reference_logprobs" if self._is_reference() else "old_logprobs"
@@ -275,6 +276,7 @@ class ModelSeams:
         elif tokens is not None:
             notes.rows, notes.prompt_tokens = map(int, tokens.shape[:2])
         self._call = call if self.notes.is_close else None
+        self.notes.call = self._call if notes.engine == "generate" else None
         self.clock.enter("rollout", "prefill" if notes.engine == "generate" else "generate")
         rollouts = rollouts_of(self.live)
         self._fast = (0, 0) if rollouts is None else (rollouts.count, rollouts.prefilled)

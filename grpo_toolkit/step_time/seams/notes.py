@@ -72,7 +72,10 @@ class VisionNotes:
 
 @dataclass(kw_only=True)
 class StepNotes:
-    """All notes on one step. `is_close`: tensors are kept until its end, to be compared then."""
+    """All notes on one step. `is_close`: tensors are kept until its end, to be compared then.
+
+    `given` and `call` are what its last forward with a gradient and its last `generate` were given, if it is close.
+    """
 
     is_close: bool = False
     forwards: list[ForwardNotes] = field(default_factory=list)
@@ -80,6 +83,8 @@ class StepNotes:
     vision: list[VisionNotes] = field(default_factory=list)
     processed: int = 0
     pictures: list[Any] = field(default_factory=list)
+    given: dict[str, Any] | None = None
+    call: dict[str, Any] | None = None
     rewards_cpu: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def add_images(self, given: Any) -> None:
