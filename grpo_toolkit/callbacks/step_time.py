@@ -71,6 +71,8 @@ class StepTimeCallback(GuardedCallback):
         trainer: the one that it is added to; may also be set later, as an attribute.
         every: of the steps on a GPU, how often phases are taken.
         output_dir: where to put the file; by default the trainer's `output_dir`.
+        profile: also profile a few decode steps of those steps that are looked at closely, for the share of time in
+            which the GPU works. Afterwards PyTorch's profiler stays loaded in the process.
         trials: when training is over, also measure what the cures that are callbacks of ours save, on copied inputs of
             the last step that was looked at closely, beside what they are predicted to. In one process.
         floors: also measure the device when training begins, and say what physics asks for.
@@ -88,6 +90,7 @@ class StepTimeCallback(GuardedCallback):
         trainer: Any = None,
         every: int = 10,
         output_dir: str | os.PathLike[str] | None = None,
+        profile: bool = False,
         trials: bool = False,
         floors: bool = True,
         now: Callable[[], float] = time.perf_counter,
@@ -99,6 +102,7 @@ class StepTimeCallback(GuardedCallback):
         self.trainer = trainer
         self.every = every
         self.output_dir = output_dir
+        self.profile = profile
         self.trials = trials
         self.floors = floors
         self.now = now
@@ -205,6 +209,8 @@ class StepTimeCallback(GuardedCallback):
             machine=self._machine,
             settings=lambda notes: settings_of(model, args, known, tokens=largest_forward(notes)),
             steps=state.max_steps - state.global_step,
+            profiles=self.profile,
+            keeps_inputs=self.trials,
         )
         self._mirror = StepMirror()
         if state.is_world_process_zero:

@@ -58,6 +58,7 @@ class StepWatch:
         model, machine: for what physics asks for; None where that is not known.
         settings: asked at the end of a step that is looked at closely.
         steps: that this process is to train; the only one is looked at closely.
+        profiles: whether some decode steps of such a step are profiled.
         keeps_inputs: whether inputs of a step that is looked at closely are copied.
 
     Attributes:
@@ -78,6 +79,7 @@ class StepWatch:
         machine: Machine | None = None,
         settings: Callable[[StepNotes], Settings],
         steps: int | None = None,
+        profiles: bool = False,
         keeps_inputs: bool = False,
     ) -> None:
         self.clock = clock or StepClock()
@@ -88,7 +90,7 @@ class StepWatch:
         self._rank, self._world_size = rank, world_size
         self._model, self._machine, self._settings = model, machine, settings
         self._steps = steps
-        self._keeps_inputs = keeps_inputs
+        self._profiles, self._keeps_inputs = profiles, keeps_inputs
         self.kept = KeptInputs()
         self._seams: ModelSeams | None = None
         self._trainer_seams: TrainerSeams | None = None
@@ -106,7 +108,7 @@ class StepWatch:
     def install(self, model: Any, processing_class: Any, trainer: Any = None) -> None:
         """Take the seams. After every other callback's `on_train_begin`: ours stands before what they install."""
         if self._seams is None:
-            self._seams = ModelSeams(model, self.clock)
+            self._seams = ModelSeams(model, self.clock, profiles=self._profiles)
             self._trainer_seams = TrainerSeams(trainer, self._seams, processing_class, on_reading=self._on_reading)
 
     def close(self) -> None:

@@ -48,6 +48,7 @@ def test_cures_are_measured_beside_what_they_were_predicted_to_save(
             init(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "__init__", noted)
+    monkeypatch.setattr("grpo_toolkit.step_time.explain.WORTH", 0.0)  # whatever it costs at this size
     callback, trainer = trained(qwen, tmp_path / "tried", trials=True, peft=peft)
     explanation = callback.explanation
     tried = {one.line: one for one in explanation.tried}
