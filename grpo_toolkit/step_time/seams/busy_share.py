@@ -55,16 +55,16 @@ class BusyShare:
         self.share = covered(spans) / 1e6 / wall_s if wall_s > 0 else None
 
     def _begin(self) -> None:
+        import torch
         from torch.profiler import ProfilerActivity, profile
 
+        # There is one profile a process, and a second one would end somebody else's without a word.
+        if torch.autograd._profiler_enabled():
+            return
         kind = ProfilerActivity.CUDA if self._device.type == "cuda" else ProfilerActivity.CPU
         self._wait()
-        found = profile(activities=[kind])
-        try:
-            found.start()
-        except RuntimeError:  # there is one profiler a process, and it is somebody else's
-            return
-        self._profile = found
+        self._profile = profile(activities=[kind])
+        self._profile.start()
         self._wait()
         self._began = time.perf_counter()
 
