@@ -235,8 +235,9 @@ class StepTimeCallback(GuardedCallback):
             return ()
         steady = steady_rows(self.rows)
         dtype = compute_dtype(model, args)
+        tried: list[TriedCure] = []
         with self._guarded("trying cures", is_vital=False):
-            return try_cures(
+            tried = try_cures(
                 model,
                 kept,
                 found,
@@ -245,7 +246,7 @@ class StepTimeCallback(GuardedCallback):
                 computed_in=dtype if args.bf16 else None,
                 now=self.now,
             )
-        return ()
+        return tried
 
     def _explain(self, *, is_shown: bool, tried: Sequence[TriedCure] = ()) -> None:
         ranks = load_step_review(self._file).ranks if rank() == 0 and world_size() > 1 else ()

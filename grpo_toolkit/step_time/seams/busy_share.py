@@ -59,7 +59,8 @@ class BusyShare:
         from torch.profiler import ProfilerActivity, profile
 
         # There is one profile a process, and a second one would end somebody else's without a word.
-        if torch.autograd._profiler_enabled():
+        autograd: Any = torch.autograd
+        if autograd._profiler_enabled():
             return
         kind = ProfilerActivity.CUDA if self._device.type == "cuda" else ProfilerActivity.CPU
         self._wait()
@@ -69,10 +70,7 @@ class BusyShare:
         self._began = time.perf_counter()
 
     def _is_counted(self, event: Any) -> bool:
-        from torch.autograd import DeviceType
-
-        wanted = DeviceType.CUDA if self._device.type == "cuda" else DeviceType.CPU
-        return bool(event.device_type == wanted)
+        return bool(event.device_type.name == self._device.type.upper())
 
     def _wait(self) -> None:
         import torch
