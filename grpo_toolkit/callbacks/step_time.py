@@ -237,7 +237,7 @@ class StepTimeCallback(GuardedCallback):
         dtype = compute_dtype(model, args)
         tried: list[TriedCure] = []
         with self._guarded("trying cures", is_vital=False):
-            tried = try_cures(
+            tried += try_cures(
                 model,
                 kept,
                 found,
