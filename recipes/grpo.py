@@ -37,7 +37,7 @@ from grpo_toolkit import (
 from grpo_vlm.arguments import RecipeArguments, parse
 from grpo_vlm.data.image_sizes import load_processor
 from grpo_vlm.data.rows import Splits, load_splits
-from grpo_vlm.planning.plan import check_plan, make_plan, reward_names
+from grpo_vlm.planning.plan import NO_ROOM, check_plan, make_plan, reward_names
 from grpo_vlm.planning.preflight import MARKER, check_model, check_output, check_versions, check_vllm
 from grpo_vlm.rewards.rewards import RewardFunction, find_format_reward, find_rewards
 from grpo_vlm.training.baselines import AfterTraining, Baselines, conditions
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     callbacks = [cost, finals, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
     # What makes a step fast comes after what it must see whole: the cache's watch, weights put right at a resume.
     callbacks += [PackedVisionCallback()] if recipe.packed_vision else []
-    callbacks += [FastRolloutCallback("auto" if plan.rollouts_plain is None else "plain")] * recipe.fast_rollouts
+    callbacks += [FastRolloutCallback("plain" if plan.rollouts_plain == NO_ROOM else "auto")] * recipe.fast_rollouts
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
     steps = StepTimeCallback() if recipe.step_time else None
 
