@@ -39,16 +39,6 @@ names = ("fsdp",) if len(shape) == 1 else ("ddp", "fsdp")
 mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
 state = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
 state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: the live model says it twice
-if kind == "lora":  # PEFT's names, factors beside the base
-    adapted = {name for name in state if name.endswith(("q_proj.weight", "v_proj.weight"))}
-    made = {"base_model.model." + (n[:-6] + "base_layer.weight" if n in adapted else n): t for n, t in state.items()}
-    for place, name in enumerate(sorted(adapted)):
-        generator = torch.Generator().manual_seed(place)
-        rows, width = state[name].shape
-        start = "base_model.model." + name[:-6]
-        made[start + "lora_A.default.weight"] = torch.randn(4, width, generator=generator)
-        made[start + "lora_B.default.weight"] = torch.randn(rows, 4, generator=generator)
-    state = made
 placements = [Shard(0)] if len(shape) == 1 else [Replicate(), Shard(0)]
 state = {name: distribute_tensor(tensor, mesh, placements) for name, tensor in state.items()}
 if kind == "dcp":  # what accelerate does with FSDP's sharded state dict
@@ -149,29 +139,40 @@ def test_a_pickle_that_runs_code_is_refused(actor: Path, tmp_path: Path) -> None
     assert not marker.exists()
 
 
-@pytest.fixture(scope="module")
-def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(base, tmp_path_factory.mktemp("verl-lora"), kind="lora")
+def factors(name: str, place: int, width: int, rows: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(place)
+    stem = f"base_model.model.{name.removesuffix('weight')}lora_"
+    return {
+        f"{stem}A.default.weight": torch.randn(4, width, generator=generator),
+        f"{stem}B.default.weight": torch.randn(rows, 4, generator=generator),
+    }
 
 
-def merged(base: Path, scale: float) -> dict[str, torch.Tensor]:
-    """Return what the base and the factors of the script above come to."""
+def save_lora(base: Path, actor: Path) -> dict[str, torch.Tensor]:
+    """Save the shard of one rank as verl does for a LoRA, and return what base and factors come to at a scale of 2."""
+    (actor / "huggingface").mkdir(parents=True)
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, actor / "huggingface")
     weights = load_file(base / "model.safetensors")
     adapted = sorted(name for name in weights if name.endswith(("q_proj.weight", "v_proj.weight")))
+    state = {}
+    for name, tensor in weights.items():
+        inside = name.replace("weight", "base_layer.weight") if name in adapted else name
+        state[f"base_model.model.{inside}"] = tensor.float()
     for place, name in enumerate(adapted):
-        generator = torch.Generator().manual_seed(place)
-        rows, width = weights[name].shape
-        first = torch.randn(4, width, generator=generator)
-        second = torch.randn(rows, 4, generator=generator)
-        weights[name] = (weights[name].float() + scale * second @ first).to(weights[name].dtype)
+        made = factors(name, place, weights[name].shape[1], weights[name].shape[0])
+        state |= made
+        first, second = made.values()
+        weights[name] = (weights[name].float() + 2.0 * (second @ first)).to(weights[name].dtype)
+    torch.save(state, actor / "model_world_size_1_rank_0.pt")
     return weights
 
 
 @pytest.mark.parametrize("has_base", [True, False])
-def test_a_lora_is_merged_with_the_scale_that_lies_beside_it(
-    has_base: bool, lora: Path, base: Path, tmp_path: Path
-) -> None:
-    actor = shutil.copytree(lora, tmp_path / "actor")
+def test_a_lora_is_merged_with_the_scale_that_lies_beside_it(has_base: bool, base: Path, tmp_path: Path) -> None:
+    actor = tmp_path / "actor"
+    wanted = save_lora(base, actor)
     with pytest.raises(UnsupportedError, match="lora_train_meta"):  # a guess would be another model
         export_model(actor, tmp_path / "export", base=base)
     assert not (tmp_path / "export").exists()
@@ -179,10 +180,9 @@ def test_a_lora_is_merged_with_the_scale_that_lies_beside_it(
     result = export_model(actor, tmp_path / "export", base=base if has_base else None, verify=has_base)
     assert result is not None
     assert result.verification is None or result.verification.passed
-    found, wanted = load_file(tmp_path / "export" / "model.safetensors"), merged(base, 2.0)
+    found = load_file(tmp_path / "export" / "model.safetensors")
     assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=0.01, atol=0.02)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["actor", "export"]
 
 

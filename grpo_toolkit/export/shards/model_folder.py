@@ -21,7 +21,7 @@ from grpo_toolkit.checkpoint.folders.look_around import shards_of
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.errors import CheckpointError, UnsupportedError, WorkerError
 from grpo_toolkit.export.shards.dcp import DcpParts, dcp_folder
-from grpo_toolkit.export.shards.join import Factors, join, write_adapter_config
+from grpo_toolkit.export.shards.join import join
 from grpo_toolkit.export.shards.verl import VerlParts, shard_files
 from grpo_toolkit.model.generation.model_process import ModelProcess, answering
 
@@ -35,7 +35,9 @@ _CONFIGS: Final = "huggingface"
 
 @contextmanager
 def as_model_folder(source: Path, *, beside: Path, base: Path | None) -> Iterator[Path]:
-    """Yield a folder that holds a model or an adapter: `source` itself, or one made of a trainer's shards.
+    """Yield a folder that holds a model or an adapter: `source` itself, or a model made of a trainer's shards.
+
+    A LoRA's shards hold its base, too: what is made is the merge.
 
     Args:
         source: any folder; of a verl run the run, `global_step_N`, `actor` or `actor/huggingface`; a checkpoint with
@@ -58,13 +60,8 @@ def as_model_folder(source: Path, *, beside: Path, base: Path | None) -> Iterato
         folder = Path(made)
         named = [configs / name for name in (CONFIG, GENERATION_CONFIG) if (configs / name).is_file()]
         copy_files([*named, *carried_files(configs)], configs, folder)
-        factors = _read_in_a_process(shards.path, setup | {"folder": str(folder)})
-        if factors.rank is None:
-            yield folder
-            return
-        # A LoRA's base lies in the shards too, as wide as it was trained; the one that was named is as published.
-        write_adapter_config(factors, shards.path, folder / factors.folder, base or folder)
-        yield folder / factors.folder
+        _read_in_a_process(shards.path, setup | {"folder": str(folder)})
+        yield folder
 
 
 def _configs(shards: Place, base: Path | None) -> Path:
@@ -80,10 +77,10 @@ def _configs(shards: Place, base: Path | None) -> Path:
     return found
 
 
-def _read_in_a_process(shards: Path, setup: dict[str, Any]) -> Factors:
+def _read_in_a_process(shards: Path, setup: dict[str, Any]) -> None:
     with _Reader(shards, setup, module=__name__) as reader:
         try:
-            return reader.wait()
+            reader.wait()
         except WorkerError as error:
             text = str(error)
             if "UnsupportedError: " in text:
@@ -94,9 +91,9 @@ def _read_in_a_process(shards: Path, setup: dict[str, Any]) -> Factors:
 class _Reader(ModelProcess):
     """The process that opens the pickles."""
 
-    def wait(self) -> Factors:
+    def wait(self) -> None:
         """Wait until every tensor is written."""
-        return Factors(**self._receive())
+        self._receive()
 
 
 def serve() -> None:
@@ -105,4 +102,5 @@ def serve() -> None:
         setup = json.loads(sys.stdin.readline())
         shards, folder = Path(setup["path"]), Path(setup["folder"])
         parts = DcpParts(Path(setup["dcp"])) if "dcp" in setup else VerlParts(shards, setup["files"])
-        answer(join(parts, shards, folder).to_json())
+        join(parts, shards, folder)
+        answer({})
