@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.generate import Record
     from grpo_toolkit.model.generation.request import Request
 
-NAME: Final = "pictures answered"
+PICTURES: Final = "pictures answered"
 
 
 def check_pictures(
@@ -32,16 +32,16 @@ def check_pictures(
         return None
     if not sight.takes_pictures:
         detail = "the model has a vision tower, and its processor takes no pictures"
-        return Check(name=NAME, passed=False, detail=detail)
+        return Check(name=PICTURES, passed=False, detail=detail)
     if sight.why_not:
-        return Check(name=NAME, passed=True, skipped=True, detail=sight.why_not)
+        return Check(name=PICTURES, passed=True, skipped=True, detail=sight.why_not)
     seen = [(request, record) for request, record in given if request.images]
     drawn = picture_requests(sight)
     for request in drawn[2:] if seen else drawn:
         try:
             seen.append((request, answer(request)))
         except WorkerError as error:
-            return Check(name=NAME, passed=False, detail=f"a picture of {_size(request)}: {error}")
+            return Check(name=PICTURES, passed=False, detail=f"a picture of {_size(request)}: {error}")
     return _judge(sight, seen)
 
 
@@ -55,7 +55,7 @@ def _judge(sight: Sight, seen: Sequence[tuple[Request, Record]]) -> Check:
         detail += f"; {_size(alone[0])}, above the pixel limit, went through the processor alone"
     if blind and sight.has_tower:
         detail = f"the vision tower never ran for {len(blind)} of {len(asked)} requests with a picture"
-    return Check(name=NAME, passed=not (blind and sight.has_tower), detail=detail)
+    return Check(name=PICTURES, passed=not (blind and sight.has_tower), detail=detail)
 
 
 def _size(request: Request) -> str:

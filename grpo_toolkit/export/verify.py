@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, open_checkpoint
 from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
 from grpo_toolkit.errors import WorkerError
@@ -26,7 +26,7 @@ from grpo_toolkit.export.checks import (
     check_values,
 )
 from grpo_toolkit.export.findings_check import check_findings, loads_whole
-from grpo_toolkit.export.picture_check import check_pictures
+from grpo_toolkit.export.picture_check import PICTURES, check_pictures
 from grpo_toolkit.export.verification_process import Worker
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS
 from grpo_toolkit.model.generation.drawn_pictures import made_up_requests
@@ -52,7 +52,6 @@ _NEED_LOADING: Final = (
     "same greedy tokens as the trained policy",
     "KV cache in use",
     "same tokens with and without the cache",
-    "pictures answered",
 )
 
 
@@ -139,7 +138,10 @@ def verify_export(
     checks.append(findings)
     too_large = why_too_large(tensors, device)
     if too_large is not None:
-        checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in _NEED_LOADING]
+        config = checkpoint.json(CONFIG)
+        sees = isinstance(config, dict) and "vision_config" in config
+        names = (*_NEED_LOADING, *((PICTURES,) if sees else ()))
+        checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in names]
         return VerificationResult(checks=tuple(checks))
     requests = requests or [plain_request()]
     with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
