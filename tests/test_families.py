@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 from pathlib import Path
@@ -28,7 +29,9 @@ from grpo_toolkit.doctor.findings import RULES, Severity
 from grpo_toolkit.model.cache_probe import Decoding
 from grpo_toolkit.model.load import load_model
 from scripts.docs.families import PROMISES, VERSIONED, is_current
-from tests.support.families import CASES, Case, build_case
+from tests.support.families import CASES, Case, build_case, build_family
+from tests.support.published import PUBLISHED
+from tests.support.published_forms import publish, published_config
 from tests.support.training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:
@@ -142,6 +145,49 @@ def test_every_promise_holds(case: Case, tmp_path: Path, record_property: Callab
     assert_equal(weights_of(load_model(mended, base=base if case.kind == "lora" else None)[0]), weights_of(bare.model))
     record_property("kept", next(kept))
     assert list(kept) == []
+
+
+PUBLISHED_AS: Final = {
+    "gemma_2_2b": "gemma2",
+    "gemma_3_4b": "gemma3",
+    "llama_3_2_1b": "llama",
+    "llava_1_5_7b": "llava",
+    "qwen2_5_vl_3b": "qwen2_5_vl",
+    "qwen2_vl_2b": "qwen2_vl",
+    "qwen3_vl_2b": "qwen3_vl",
+}
+
+
+@v5_only
+@pytest.mark.parametrize("name", PUBLISHED_AS)
+def test_the_published_form_is_that_of_real_makers(name: str, tmp_path: Path) -> None:
+    """A maker's own config, read and saved by transformers 5 and turned back, says what it said; so do the files."""
+    from transformers import AutoConfig
+
+    real = json.loads((PUBLISHED / name / "config.json").read_text())
+    AutoConfig.from_pretrained(PUBLISHED / name).save_pretrained(tmp_path)
+    ours = published_config(json.loads((tmp_path / "config.json").read_text()))
+    assert_says(ours, real)
+    assert ours["torch_dtype"] == real.get("torch_dtype", real.get("text_config", {}).get("dtype"))
+    assert ("text_config" in ours) is ("text_config" in real)
+
+    base = publish(build_family(PUBLISHED_AS[name], tmp_path / "base"))
+    assert {path.name for path in (PUBLISHED / name).iterdir()} <= {path.name for path in base.iterdir()}
+    template = [json.loads((folder / "tokenizer_config.json").read_text()) for folder in (PUBLISHED / name, base)]
+    has_file = (base / "chat_template.json").is_file()
+    assert has_file or ("chat_template" in template[1]) is ("chat_template" in template[0] or name == "gemma_2_2b")
+
+
+ROTARY: Final = frozenset({"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"})
+
+
+def assert_says(ours: dict[str, Any], real: dict[str, Any]) -> None:
+    assert ROTARY & real.keys() <= ours.keys()
+    for key in ROTARY & real.keys():
+        assert ours[key] == real[key] or {**ours[key], **real[key]} == ours[key], key
+    for key in real.keys() & ours.keys():
+        if key.endswith("_config"):
+            assert_says(ours[key], real[key])
 
 
 def test_the_table_has_the_families_of_the_matrix() -> None:

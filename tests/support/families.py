@@ -236,7 +236,7 @@ def build_family(family: str, folder: Path, *, dtype: str = "float32", **options
     # The family's own tokenizer class or processor may add a token (Qwen2's adds <|endoftext|>): it has a row, too.
     rows = max(AutoTokenizer.from_pretrained(folder).get_vocab().values()) + 1
     sizes = {**SMALL, "vocab_size": rows, **ends}
-    if family == "falcon":  # computes it
+    if family in ("falcon", "qwen2_vl", "qwen2_5_vl"):  # which compute it
         del sizes["head_dim"]
     if family in VISION:
         whole = dict(VISION[family])
@@ -255,7 +255,7 @@ def build_family(family: str, folder: Path, *, dtype: str = "float32", **options
             **{**places, **whole},
         )
         # The class's defaults may say it otherwise at the two levels, of which each reader takes its own.
-        if hasattr(config, "tie_word_embeddings"):  # Mllama's has it in the text config alone
+        if hasattr(config, "tie_word_embeddings") and hasattr(config.text_config, "tie_word_embeddings"):
             config.text_config.tie_word_embeddings = config.tie_word_embeddings
         auto: Any = AutoModelForImageTextToText
     else:

@@ -12,7 +12,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 VERSION: Final = "4.57.6"
@@ -22,7 +22,15 @@ FLAT: Final = frozenset({"qwen2_vl", "qwen2_5_vl"})
 BORN_IN_V5: Final = frozenset({"ministral", "qwen3_5", "qwen3_5_moe"})
 """Families that transformers 4.57 does not know: they are published as transformers 5 saves them."""
 
-_ROTARY_NAMES: Final = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+_NAMES: Final = {
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "qwen3_vl_moe_text": {"num_local_experts": "num_experts"},
+}
+_LAYER_TYPES: Final = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
+_TRANSPOSED: Final = frozenset({"qwen3_vl_moe"})
+"""Families whose stacked experts are published the other way round; transformers 5 saves them as it holds them."""
+
 _OF_THE_LEVEL: Final = frozenset({"model_type", "architectures", "dtype", "_name_or_path", "transformers_version"})
 _NOISE: Final = frozenset({"dtype", "transformers_version", "_name_or_path"})
 _PARTS: Final = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
@@ -38,13 +46,11 @@ def publish(folder: Path) -> Path:
     _publish_tokenizer(folder)
     if (folder / "processor_config.json").is_file():
         _publish_processor(folder)
-    if "vision_config" in config:
-        _publish_tower(folder)
+    _publish_weights(folder, config)
     after = AutoConfig.from_pretrained(folder).to_dict(), _said_by(AutoProcessor.from_pretrained(folder))
-    for now, then in zip(map(_without_noise, after), map(_without_noise, before), strict=True):
-        assert now == then, {
-            key: (now.get(key), then.get(key)) for key in {**now, **then} if now.get(key) != then.get(key)
-        }
+    now, then = (dict(leaf for part in parts for leaf in _leaves(part)) for parts in (after, before))
+    other = {key: (now.get(key), then.get(key)) for key in {**now, **then} if now.get(key) != then.get(key)}
+    assert other == {}, other
     return folder
 
 
@@ -67,8 +73,14 @@ def _older_level(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     rotary = config.get("rope_parameters")
     older = {} if not rotary else _older_rotary(rotary)
-    names = _ROTARY_NAMES.get(config.get("model_type", ""), {})
-    return {**kept, **nested, **{names.get(key, key): value for key, value in older.items()}}
+    if "mrope_section" in (older.get("rope_scaling") or {}) and config["model_type"].removesuffix("_text") in FLAT:
+        older["rope_scaling"]["type"] = "mrope"
+    kind = config.get("model_type", "")
+    names, types = _NAMES.get(kind, {}), _LAYER_TYPES.get(kind)
+    content = {names.get(key, key): value for key, value in {**kept, **nested, **older}.items()}
+    if types is not None:
+        content["layer_types"] = [types[one] for one in content["layer_types"]]
+    return content
 
 
 def _older_rotary(rotary: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,8 +90,6 @@ def _older_rotary(rotary: Mapping[str, Any]) -> dict[str, Any]:
         others = {} if whole == local else {"rope_local_base_freq": local}
         return {**_older_rotary(rotary["full_attention"]), **others}
     scaling = {key: value for key, value in rotary.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    if "mrope_section" in scaling:
-        scaling["type"] = "mrope" if scaling.get("rope_type") == "default" else scaling["rope_type"]
     has_scaling = set(scaling) > {"rope_type"} or scaling.get("rope_type", "default") != "default"
     factor = {key: rotary[key] for key in ("partial_rotary_factor",) if key in rotary}
     return {"rope_theta": rotary["rope_theta"], "rope_scaling": scaling if has_scaling else None, **factor}
@@ -87,8 +97,12 @@ def _older_rotary(rotary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _publish_tokenizer(folder: Path) -> None:
     config = _read(folder / "tokenizer_config.json")
-    for key in ("backend", "is_local", "local_files_only", "model_specific_special_tokens"):
+    named = config.pop("model_specific_special_tokens", {})
+    for key in ("backend", "is_local", "local_files_only", *named):
         config.pop(key, None)
+    others = config.pop("extra_special_tokens", [])
+    config["additional_special_tokens"] = others if isinstance(others, list) else []
+    config["extra_special_tokens"] = named or (others if isinstance(others, dict) else {})
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokens = _read(folder / "tokenizer.json")["added_tokens"]
@@ -119,16 +133,19 @@ def _publish_processor(folder: Path) -> None:
         _write(folder / "processor_config.json", outer)
 
 
-def _publish_tower(folder: Path) -> None:
-    """Put the `vision_model` back into a CLIP or SigLIP tower, which the loader has to find whole."""
+def _publish_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """Put the `vision_model` back into a CLIP or SigLIP tower, and turn experts round; the loader undoes both."""
     from safetensors.torch import load_file, save_file
 
     from tests.support.base_variants import with_inner_vision_model
 
-    config = _read(folder / "config.json")
-    if config["vision_config"].get("model_type") in ("clip_vision_model", "siglip_vision_model"):
-        weights = with_inner_vision_model(load_file(folder / "model.safetensors"))
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(folder / "model.safetensors")
+    if config.get("vision_config", {}).get("model_type") in ("clip_vision_model", "siglip_vision_model"):
+        weights = with_inner_vision_model(weights)
+    if config["model_type"] in _TRANSPOSED:
+        turned = {name: tensor.mT.contiguous() for name, tensor in weights.items() if ".experts." in name}
+        weights = {**weights, **turned}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _said_by(processor: Any) -> dict[str, Any]:
@@ -140,12 +157,14 @@ def _said_by(processor: Any) -> dict[str, Any]:
     return {**parts, "tokens": tokenizer("<s>What?</s>")["input_ids"], "names": names, "template": template}
 
 
-def _without_noise(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
+def _leaves(node: Mapping[str, Any], here: str = "") -> Iterator[tuple[str, Any]]:
     # What 4.x says twice: the type of rotary settings, and a factor that transformers 5 also keeps where it was.
     noise = _NOISE | {"type"} if "rope_type" in node else _NOISE | {"partial_rotary_factor"}
-    return {key: _without_noise(value) for key, value in node.items() if key not in noise}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{here}{key}.")
+        elif key not in noise:
+            yield f"{here}{key}", value
 
 
 def _read(path: Path) -> dict[str, Any]:
