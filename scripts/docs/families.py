@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,16 +64,16 @@ class Cell:
     versions: Mapping[str, str]
 
     @property
-    def column(self) -> str:
-        """The column of its row: what is born in transformers 5 is published in the form that it saves."""
-        form = "published" if self.data == "pictures" else self.form
-        return f"{form}-{self.kind}"
-
-    @property
     def word(self) -> str:
         if self.is_skipped:
             return "-"
         return "yes" if self.kept == len(PROMISES) and not self.reason else f"not: {PROMISES[self.kept]}"
+
+
+def column_of(cell: Any) -> str:
+    """Return the column of a cell or case: what is born in transformers 5 is published in the form that it saves."""
+    form = "published" if cell.data == "pictures" else cell.form
+    return f"{form}-{cell.kind}"
 
 
 def read_cells(files: Sequence[Path]) -> dict[tuple[str, str], Cell]:
@@ -84,7 +84,7 @@ def read_cells(files: Sequence[Path]) -> dict[tuple[str, str], Cell]:
             day = suite.get("timestamp", "")[:10]
             for found in (_cell(case, day) for case in suite.iter("testcase")):
                 if found is not None:
-                    cells[found.family, found.column] = found
+                    cells[found.family, column_of(found)] = found
     return cells
 
 
@@ -108,11 +108,17 @@ def _cell(case: ElementTree.Element, day: str) -> Cell | None:
     )
 
 
-def table(cells: Mapping[tuple[str, str], Cell], notes: Mapping[str, str], pictures: Iterable[str]) -> str:
+def table(
+    cells: Mapping[tuple[str, str], Cell],
+    wanted: Sequence[tuple[str, str]],
+    notes: Mapping[str, str],
+    pictures: Iterable[str],
+) -> str:
     """Return a run as Markdown: its day and versions, and a row a family.
 
     Args:
         cells: as `read_cells` returns them.
+        wanted: family and column of every cell of the matrix; those that are not in the run are told.
         notes: what there is to say of a family beside its outcome.
         pictures: the families that are trained on pictures.
     """
@@ -122,17 +128,21 @@ def table(cells: Mapping[tuple[str, str], Cell], notes: Mapping[str, str], pictu
     words = Counter(cell.word.partition(":")[0] for cell in cells.values())
     rows = [
         f"Run on {' to '.join(sorted({days[0], days[-1]}))} with {said}: {words['yes']} trainings of {len(cells)} "
-        f"kept every promise, {words['not']} did not, {words['-']} could not be tried.",
+        f"kept every promise, {words['not']} did not, {words['-']} could not be tried. Of the matrix, "
+        f"{len(set(wanted) - cells.keys())} were not in this run.",
         "",
         "| family | v5 form, full | v5 form, LoRA | published form, full | published form, LoRA | pictures | notes |",
         "|---|---|---|---|---|---|---|",
     ]
     seen = frozenset(pictures)
-    for family in dict.fromkeys(family for family, _ in cells):
+    for family in dict.fromkeys(family for family, _ in wanted):
         own = [cells.get((family, column)) for column in _COLUMNS]
         reasons = dict.fromkeys(cell.reason for cell in own if cell is not None and cell.reason)
         remarks = "; ".join([*filter(None, [notes.get(family)]), *(_short(reason) for reason in reasons)])
-        shown = ("" if cell is None else cell.word for cell in own)
+        shown = (
+            cell.word if cell is not None else "not run" if (family, column) in wanted else ""
+            for cell, column in zip(own, _COLUMNS, strict=True)
+        )
         rows.append(" | ".join((f"| `{family}`", *shown, "yes" if family in seen else "", remarks)) + " |")
     return "\n".join(rows)
 
@@ -163,14 +173,15 @@ def with_table(page: str, new: str) -> str:
 
 def main() -> None:
     """Print the table, or write it into a page."""
-    from tests.support.families import NOTES
+    from tests.support.families import CASES, NOTES
     from tests.support.family_processors import PICTURES
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.xml")
     parser.add_argument("--write", type=Path, metavar="PAGE")
     arguments = parser.parse_args()
-    new, path = table(read_cells(arguments.results), NOTES, PICTURES), arguments.write
+    wanted = [(case.family, column_of(case)) for case in CASES]
+    new, path = table(read_cells(arguments.results), wanted, NOTES, PICTURES), arguments.write
     if path is None:
         print(new)
     else:

@@ -39,15 +39,17 @@ def test_a_run_is_a_row_a_family(tmp_path: Path) -> None:
     )
     second = write(tmp_path / "second.xml", case_of("llama-v5-text-lora", 6), day="2026-12-01")
     cells = read_cells([first, second])
-    assert table(cells, {"llava": "slow"}, ["llava"]).splitlines() == [
+    wanted = [*cells, ("qwen2", "v5-full")]
+    assert table(cells, wanted, {"llava": "slow"}, ["llava"]).splitlines() == [
         "Run on 2026-11-30 to 2026-12-01 with transformers 5.24.0, trl 1.16.0: 2 trainings of 4 kept every promise, "
-        "1 did not, 1 could not be tried.",
+        "1 did not, 1 could not be tried. Of the matrix, 1 were not in this run.",
         "",
         "| family | v5 form, full | v5 form, LoRA | published form, full | published form, LoRA | pictures | notes |",
         "|---|---|---|---|---|---|---|",
         "| `llama` | yes | yes |  |  |  |  |",
         "| `llava` |  |  | not: checkpoint repaired |  | yes | slow; AssertionError: a / b |",
         "| `smolvlm` | - |  |  |  |  | no num2words |",
+        "| `qwen2` | not run |  |  |  |  |  |",
     ]
 
 

@@ -172,6 +172,10 @@ VISION: Final[dict[str, dict[str, Any]]] = {
 
 NOTES: Final[dict[str, str]] = {
     "ministral": "published as transformers 5 saves it",
+    "paligemma": "transformers 5.24 masks a text without `token_type_ids` in both directions where nothing is padded, "
+    "and TRL 1.16 gives completions the prefix's type: log-probabilities see what follows",
+    "qwen3_vl_moe": "transformers 5.24 saves the experts of a published base transposed; exports have its shapes, "
+    "checkpoints of a full fine-tune have not, since a trainer resumes from the live ones alone",
 }
 """What there is to say of a family in the manual's table, beside its outcome."""
 
