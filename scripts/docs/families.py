@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 PROMISES: Final = (
     "callbacks change no bit",
@@ -112,7 +112,6 @@ def table(
     cells: Mapping[tuple[str, str], Cell],
     wanted: Sequence[tuple[str, str]],
     notes: Mapping[str, str],
-    pictures: Iterable[str],
 ) -> str:
     """Return a run as Markdown: its day and versions, and a row a family.
 
@@ -120,7 +119,6 @@ def table(
         cells: as `read_cells` returns them.
         wanted: family and column of every cell of the matrix; those that are not in the run are told.
         notes: what there is to say of a family beside its outcome.
-        pictures: the families that are trained on pictures.
     """
     days = sorted({cell.day for cell in cells.values()})
     versions = Counter(tuple(cell.versions.items()) for cell in cells.values() if cell.versions)
@@ -134,7 +132,6 @@ def table(
         "| family | v5 form, full | v5 form, LoRA | published form, full | published form, LoRA | pictures | notes |",
         "|---|---|---|---|---|---|---|",
     ]
-    seen = frozenset(pictures)
     for family in dict.fromkeys(family for family, _ in wanted):
         own = [cells.get((family, column)) for column in _COLUMNS]
         reasons = dict.fromkeys(cell.reason for cell in own if cell is not None and cell.reason)
@@ -143,7 +140,8 @@ def table(
             cell.word if cell is not None else "not run" if (family, column) in wanted else ""
             for cell, column in zip(own, _COLUMNS, strict=True)
         )
-        rows.append(" | ".join((f"| `{family}`", *shown, "yes" if family in seen else "", remarks)) + " |")
+        seen = any(cell is not None and cell.data == "pictures" and cell.word == "yes" for cell in own)
+        rows.append(" | ".join((f"| `{family}`", *shown, "yes" if seen else "", remarks)) + " |")
     return "\n".join(rows)
 
 
@@ -174,14 +172,13 @@ def with_table(page: str, new: str) -> str:
 def main() -> None:
     """Print the table, or write it into a page."""
     from tests.support.families import CASES, NOTES
-    from tests.support.family_processors import PICTURES
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.xml")
     parser.add_argument("--write", type=Path, metavar="PAGE")
     arguments = parser.parse_args()
     wanted = [(case.family, column_of(case)) for case in CASES]
-    new, path = table(read_cells(arguments.results), wanted, NOTES, PICTURES), arguments.write
+    new, path = table(read_cells(arguments.results), wanted, NOTES), arguments.write
     if path is None:
         print(new)
     else:
