@@ -1,0 +1,113 @@
+"""The moment in which a trainer loads an optimizer's state: between building the optimizer and `on_train_begin`.
+
+No callback is called then, and none is handed the optimizer before. So `torch.optim.Optimizer.load_state_dict` is
+watched from the making of a trainer to the beginning of its training, and as it was afterwards. What an optimizer of
+another model loads is let through.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from grpo_toolkit.checkpoint.model_families import family_of
+from grpo_toolkit.errors import ResumeError
+from grpo_toolkit.model.live_model import base_model
+from grpo_toolkit.model.moments import NAMES, Match, matched, named_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from grpo_toolkit.checkpoint.model_families import Family
+
+_waiting: WeakKeyDictionary[torch.nn.Module, Callable[[Match], object]] = WeakKeyDictionary()
+_undo: list[Callable[[], None]] = []
+
+
+def match_moments(model: torch.nn.Module, then: Callable[[Match], object]) -> None:
+    """Match by name what the optimizer of a model loads from now on, until `leave_moments`.
+
+    Args:
+        model: a model whose trainer has built no optimizer yet.
+        then: called with each match.
+
+    Raises:
+        ResumeError: from `load_state_dict`: nothing tells which moments are whose, or some parameters have none.
+    """
+    _waiting[model] = then
+    if not _undo:
+        _undo.append(_watch())
+
+
+def leave_moments(model: torch.nn.Module) -> None:
+    """Take the watch off a model's optimizer."""
+    _waiting.pop(model, None)
+    if not _waiting:
+        _put_back()
+
+
+def name_moments(model: torch.nn.Module) -> Callable[[], None]:
+    """Write the names of its parameters into the optimizer of a model when it steps first.
+
+    Returns:
+        A function that ends the waiting for that step.
+    """
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        names = named_groups(optimizer, model)
+        if names is not None:
+            handle.remove()
+            for group, own in zip(optimizer.param_groups, names, strict=True):
+                group[NAMES] = own
+
+    handle = register_optimizer_step_pre_hook(note)
+    return handle.remove
+
+
+def _watch() -> Callable[[], None]:
+    from torch.optim import Optimizer
+
+    original = Optimizer.load_state_dict
+
+    @functools.wraps(original)
+    def load_state_dict(self: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        if not _waiting:  # their models are gone
+            _put_back()
+        for model, then in list(_waiting.items()):
+            names = named_groups(self, model)
+            if names is not None:
+                match = matched(state_dict, names, model, _family(model))
+                if match is None or match.lacking:
+                    raise ResumeError(_why_not(match))
+                state_dict = match.state
+                then(match)
+        original(self, state_dict)
+
+    def undo() -> None:
+        Optimizer.load_state_dict = original  # type: ignore[method-assign]
+
+    Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    return undo
+
+
+def _put_back() -> None:
+    while _undo:
+        _undo.pop()()
+
+
+def _family(model: torch.nn.Module) -> Family:
+    return family_of(getattr(getattr(base_model(model), "config", None), "model_type", None))
+
+
+def _why_not(match: Match | None) -> str:
+    found = "names no parameters, and its groups fit those in training in no order that a version has"
+    if match is not None:
+        found = f"has no moments for {len(match.lacking)} of the parameters in training ({match.lacking[0]}, ...)"
+    return (
+        f"the checkpoint's optimizer.pt {found}: the resumed training would be another one; train the parameters that "
+        "were trained, or move optimizer.pt and scheduler.pt out of the checkpoint to go on with new moments"
+    )
