@@ -1,27 +1,37 @@
-"""The moment in which a trainer loads an optimizer's state: between building the optimizer and `on_train_begin`.
+"""The moments in which a trainer reads a checkpoint: between its making and `on_train_begin`.
 
-No callback is called then, and none is handed the optimizer before. So `torch.optim.Optimizer.load_state_dict` is
-watched from the making of a trainer to the beginning of its training, and as it was afterwards. What an optimizer of
-another model loads is let through.
+No callback is called then, and none is handed the optimizer before. So two public functions are watched from the
+making of a trainer to the beginning of its training, and are as they were afterwards. `Optimizer.load_state_dict` of
+torch gets moments in this model's order; what an optimizer of another model loads is let through, and so is a sharded
+one's, whose loader goes by names itself. `TrainerState.load_from_json` leaves out what a newer version has written and
+this one does not know (`best_global_step` is a TypeError in 4.49).
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from grpo_toolkit.checkpoint.json_files import read_json
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.errors import ResumeError
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.moments import NAMES, Match, matched, named_groups
+from grpo_toolkit.model.sharding.gather import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
+    from transformers import TrainerState
 
     from grpo_toolkit.checkpoint.model_families import Family
+
+logger = logging.getLogger(__name__)
 
 _waiting: WeakKeyDictionary[torch.nn.Module, Callable[[Match], object]] = WeakKeyDictionary()
 _undo: list[Callable[[], None]] = []
@@ -39,7 +49,7 @@ def match_moments(model: torch.nn.Module, then: Callable[[Match], object]) -> No
     """
     _waiting[model] = then
     if not _undo:
-        _undo.append(_watch())
+        _undo.extend([_watch_optimizers(), _watch_trainer_states()])
 
 
 def leave_moments(model: torch.nn.Module) -> None:
@@ -68,7 +78,7 @@ def name_moments(model: torch.nn.Module) -> Callable[[], None]:
     return handle.remove
 
 
-def _watch() -> Callable[[], None]:
+def _watch_optimizers() -> Callable[[], None]:
     from torch.optim import Optimizer
 
     original = Optimizer.load_state_dict
@@ -78,7 +88,7 @@ def _watch() -> Callable[[], None]:
         if not _waiting:  # their models are gone
             _put_back()
         for model, then in list(_waiting.items()):
-            names = named_groups(self, model)
+            names = None if is_sharded(model) else named_groups(self, model)
             if names is not None:
                 match = matched(state_dict, names, model, _family(model))
                 if match is None or match.lacking:
@@ -92,6 +102,28 @@ def _watch() -> Callable[[], None]:
 
     Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
     return undo
+
+
+def _watch_trainer_states() -> Callable[[], None]:
+    from transformers import TrainerState
+
+    original = TrainerState.__dict__["load_from_json"]
+
+    def load_from_json(json_path: str) -> TrainerState:
+        try:
+            return original.__get__(None, TrainerState)(json_path)
+        except TypeError:
+            found = read_json(Path(json_path))
+            known = {field.name for field in fields(TrainerState)}
+            logger.warning(
+                "grpo_toolkit: %s was written by another version of transformers; left out: %s",
+                json_path,
+                ", ".join(sorted(found.keys() - known)),
+            )
+            return TrainerState(**{name: value for name, value in found.items() if name in known})
+
+    TrainerState.load_from_json = staticmethod(load_from_json)
+    return functools.partial(setattr, TrainerState, "load_from_json", original)
 
 
 def _put_back() -> None:

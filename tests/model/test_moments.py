@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.optim import AdamW, Optimizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from grpo_toolkit import ResumeGuardCallback
 from grpo_toolkit.checkpoint.model_families import family_of
@@ -68,12 +69,26 @@ def moments_of(trainer: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def resumed(kind: type[Trainer], base: Path, checkpoint: Path, out: Path, callbacks: list[Any]) -> Any:
-    """Go on from a checkpoint without a step: what was loaded is what is there at the end."""
+class Loaded(TrainerCallback):
+    """A callback that notes what an optimizer has before the first step."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.moments: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.moments = moments_of(self.trainer)
+
+
+def resumed(
+    kind: type[Trainer], base: Path, checkpoint: Path, out: Path, callbacks: list[Any]
+) -> dict[str, torch.Tensor]:
+    """Go on from a checkpoint, and return the moments that were there before the first step."""
     shutil.copytree(checkpoint, out / checkpoint.name)
-    trainer = trainer_of(kind, base, out, callbacks, steps=2)
-    trainer.train(resume_from_checkpoint=str(out / checkpoint.name))
-    return trainer
+    look = Loaded()
+    look.trainer = trainer_of(kind, base, out, [*callbacks, look], steps=3)
+    look.trainer.train(resume_from_checkpoint=str(out / checkpoint.name))
+    return look.moments
 
 
 @pytest.mark.parametrize("with_names", [True, False])
@@ -92,8 +107,7 @@ def test_moments_in_the_groups_of_another_version_are_loaded_by_name(
         resumed(Trainer, llama, checkpoint, tmp_path / "plain", [])
 
     guard = ResumeGuardCallback()
-    again = resumed(Trainer, llama, checkpoint, tmp_path / "guarded", [guard])
-    found, wanted = moments_of(again), moments_of(saved)
+    found, wanted = resumed(Trainer, llama, checkpoint, tmp_path / "guarded", [guard]), moments_of(saved)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert guard.moments is not None
@@ -101,6 +115,20 @@ def test_moments_in_the_groups_of_another_version_are_loaded_by_name(
     assert guard.moments.moved
     assert "the optimizer's moments of all" in caplog.text
     assert ("by name" if with_names else "by the order that the version") in caplog.text
+
+
+def test_a_trainer_state_of_a_newer_version_is_read(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = TrainerState.__dict__["load_from_json"]
+    trainer_of(Trainer, llama, tmp_path / "saved", [], steps=2).train()
+    path = tmp_path / "saved" / "checkpoint-2" / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"of_a_newer_version": 1}))
+    with pytest.raises(TypeError, match="of_a_newer_version"):  # the fault
+        resumed(Trainer, llama, path.parent, tmp_path / "plain", [])
+    assert resumed(Trainer, llama, path.parent, tmp_path / "again", [ResumeGuardCallback()])
+    assert "left out: of_a_newer_version" in caplog.text
+    assert TrainerState.__dict__["load_from_json"] is before
 
 
 def test_a_resume_on_one_stack_moves_nothing_and_nothing_stays_watched(llama: Path, tmp_path: Path) -> None:
