@@ -19,7 +19,7 @@ from grpo_toolkit.checkpoint.module_lookup import expert_names
 from grpo_toolkit.checkpoint.tensor_names import live_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterator, Mapping, Sequence
 
     import torch
 
@@ -101,7 +101,7 @@ def matched(saved: Mapping[str, Any], live: Names, model: torch.nn.Module, famil
     named = _saved_names(saved)
     if named is not None:
         return _by_name(saved, named, live, shapes, family, source="by name")
-    layouts = [live, *_layouts([name for group in live for name in group], model)]
+    layouts = [live, *_layouts({name for group in live for name in group}, model)]
     fitting = [layout for layout in layouts if _fits(saved, layout, shapes)]
     if not fitting:
         return None
@@ -116,7 +116,7 @@ def _saved_names(saved: Mapping[str, Any]) -> list[list[str]] | None:
     return found if is_whole else None
 
 
-def _layouts(names: Sequence[str], model: torch.nn.Module) -> Iterator[list[list[str]]]:
+def _layouts(trained: Container[str], model: torch.nn.Module) -> Iterator[list[list[str]]]:
     """Yield the groups that trainers of other versions make of the same parameters.
 
     transformers up to 4.49 takes from weight decay what is called a bias and what is in a LayerNorm, later ones what
@@ -130,6 +130,7 @@ def _layouts(names: Sequence[str], model: torch.nn.Module) -> Iterator[list[list
         if isinstance(module, LayerNorm)
         for name, _ in module.named_parameters()
     }
+    names = [name for name, _ in model.named_parameters() if name in trained]
     for free_of_decay in ("bias", _NORM.pattern):
         free = {name for name in names if name in in_layer_norm or re.search(free_of_decay, name.lower())}
         yield [[name for name in names if name not in free], [name for name in names if name in free]]
