@@ -36,7 +36,7 @@ group, groups that are added later have to have it, too."""
 
 _ELEMENTWISE: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 _NORM: Final = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-_EXPERT: Final = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+_EXPERT: Final = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(\w+)\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)

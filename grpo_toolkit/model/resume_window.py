@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 from grpo_toolkit.checkpoint.json_files import read_json
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.errors import ResumeError
-from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.moments import NAMES, Match, matched, named_groups
 from grpo_toolkit.model.sharding.gather import is_sharded
 
@@ -132,7 +131,10 @@ def _put_back() -> None:
 
 
 def _family(model: torch.nn.Module) -> Family:
-    return family_of(getattr(getattr(base_model(model), "config", None), "model_type", None))
+    from transformers import PreTrainedModel
+
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    return family_of(None if inner is None else inner.config.model_type)
 
 
 def _why_not(match: Match | None) -> str:
