@@ -121,6 +121,7 @@ class GroupTrainer(Trainer):
                 for name, module in policy.named_modules()
                 if isinstance(module, torch.nn.Linear) and "visual" not in name and "lm_head" not in name
             ]
+            torch.manual_seed(3)
             policy = get_peft_model(policy, LoraConfig(r=4, lora_alpha=8, target_modules=linear))
         for name, parameter in policy.named_parameters():
             if script.frozen_tower and "visual" in name:
@@ -213,6 +214,6 @@ def test_a_pinned_trainer_trains_the_same_and_what_leaves_it_is_right(name: str,
     checks = {check.name: check.detail for check in export.result.verification.checks}
     assert "vision tower runs per request: 1" in checks["KV cache in use"]  # so it was asked with a picture
     assert diagnose_checkpoint(tmp_path / "export", base=qwen).is_clean
-    for folder in (tmp_path / "ours" / "checkpoint-2", tmp_path / "ours" / "saved"):
-        findings = diagnose_checkpoint(folder, base=qwen).findings
-        assert [finding.code for finding in findings] == [] or script.max_pixels or script.lora, findings
+    if script.max_pixels is None:  # else the processor is not the base's: the doctor says so
+        for folder in (tmp_path / "ours" / "checkpoint-2", tmp_path / "ours" / "saved"):
+            assert diagnose_checkpoint(folder, base=qwen).is_clean

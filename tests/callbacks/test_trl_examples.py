@@ -205,15 +205,15 @@ def conversation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_trains_the_same_and_exports(name: str, qwen: Path, tmp_path: Path) -> None:
+def test_an_example_trains_the_same_and_exports(name: str, base: Path, tmp_path: Path) -> None:
     from datasets import Dataset
 
     (tmp_path / "data").mkdir()
     Dataset.from_dict(EXAMPLES[name].rows()).to_parquet(tmp_path / "data" / "train.parquet")
-    plain = trained(name, qwen, tmp_path / "plain", tmp_path / "data", [])
+    plain = trained(name, base, tmp_path / "plain", tmp_path / "data", [])
     export = ExportCallback(tmp_path / "export", num_prompts=1, strict=True)
     callbacks = [KVCacheCallback(strict=True), ResumeGuardCallback(), export]
-    ours = trained(name, qwen, tmp_path / "ours", tmp_path / "data", callbacks)
+    ours = trained(name, base, tmp_path / "ours", tmp_path / "data", callbacks)
 
     before, after = plain.model.state_dict(), ours.model.state_dict()
     assert before.keys() == after.keys()
@@ -225,4 +225,4 @@ def test_an_example_trains_the_same_and_exports(name: str, qwen: Path, tmp_path:
     assert export.result.verification is not None
     checks = {check.name: check.detail for check in export.result.verification.checks}
     assert "vision tower runs per request: 1" in checks["KV cache in use"]  # so it was asked with a picture
-    assert diagnose_checkpoint(tmp_path / "export", base=qwen).is_clean
+    assert diagnose_checkpoint(tmp_path / "export", base=base).is_clean
