@@ -65,7 +65,9 @@ class LatencyCallback(GuardedCallback):
     last two may have a minute, however short the training was; what one workload leaves is for the next. Outside of it
     are: the least that is asked of each arm on each workload, however slow it is (two answers to warm up, six timed
     ones or `rounds` if those are fewer, one under observation); the report and the trackers; for each folder that
-    missed the gate, an explanation with a limit of its own, as long again, but three rounds at least.
+    missed the gate, an explanation with a limit of its own, as long again, but three rounds at least. After a training
+    of less than a minute the timing may take as long as that training (20 seconds at least), two timed answers are the
+    least, a workload for which no time is left is not asked, and a line says what was left out.
 
     Model and optimizer wait on the CPU meanwhile, where they can be moved (not sharded, not quantised), because every
     arm's process needs room for a model; where a GPU has not enough, the checkpoint is left out. For want of that room
