@@ -18,9 +18,9 @@ from grpo_toolkit.latency.rows.review import Review, comparisons, key_part, load
 from grpo_toolkit.latency.rows.row import Effect, ExplanationRow, Ratio
 from grpo_toolkit.latency.rows.store import append_rows
 from grpo_toolkit.model.generation.request import Request
-from grpo_toolkit.reporting.charts.causes import waterfall_bars
 from grpo_toolkit.reporting.charts.gallery import CHARTS, write_pictures
 from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, new_figure, styled
+from grpo_toolkit.reporting.charts.waterfall import waterfall_bars
 from grpo_toolkit.reporting.report.folder_findings import write_findings
 from grpo_toolkit.reporting.report.headline import headline_of
 from grpo_toolkit.reporting.report.page import write_comparison, write_report

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.rows.review import Review, arm_order, load_review, median_of
-from grpo_toolkit.reporting.charts.causes import arm_named
 from grpo_toolkit.reporting.charts.gallery import CHARTS
 from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, is_variant, label_of, styled
+from grpo_toolkit.reporting.charts.waterfall import arm_named
 from grpo_toolkit.reporting.report.card_facts import CardFacts
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
 from grpo_toolkit.reporting.report.headline import headline_of, interval
@@ -184,9 +184,9 @@ def _two_names(one: Path, other: Path) -> tuple[str, str]:
 
 def _change(before: LatencyRow, after: LatencyRow) -> dict[str, Any]:
     cells = []
-    for metric in ("ttft_s", "tpot_s", "e2e_s"):
+    for metric, name in {"ttft_s": "TTFT ms", "tpot_s": "TPOT ms", "e2e_s": "E2E ms"}.items():
         old, new = median_of(getattr(before, metric), 1e3), median_of(getattr(after, metric), 1e3)
-        cells.append({"old": old, "new": new, "ratio": None if not old or new is None else new / old})
+        cells.append({"name": name, "old": old, "new": new, "ratio": None if not old or new is None else new / old})
     return {"arm": label_of(before.arm), "cells": cells}
 
 
@@ -200,7 +200,13 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
             if figure is None:
                 missing.append(chart)
             else:
-                charts.append({"about": chart, "svg": as_svg(figure, name=chart.name, title=chart.title)})
+                charts.append(
+                    {
+                        "about": chart,
+                        "caption": chart.caption_of(review),
+                        "svg": as_svg(figure, name=chart.name, title=chart.title),
+                    }
+                )
     return {
         "title": review.path.resolve().parent.name if review.path.name == "latency" else review.path.resolve().name,
         "palette": PALETTE,
