@@ -6,6 +6,7 @@ doctor's findings beside it and the export's manifest alone, so it can be made a
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -120,11 +121,35 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
         "headline": None,
         "compared": {"names": names, "lines": [_change(mine, theirs) for mine, theirs in pairs]},
         "is_same_hardware": len({run.arms[0].environment.get("hardware") for run in (one, other)}) == 1,
+        **_of_both(names, (one, other)),
     }
     sides = steps_beside(one.path), steps_beside(other.path)
     if sides[0] is not None and sides[1] is not None:
         content |= {"steps_compared": compared_steps(sides[0], sides[1]), "compared_names": names}
     return _render(content, path)
+
+
+def _of_both(names: Sequence[str], reviews: Sequence[Review]) -> dict[str, Any]:
+    """Return what a page of two runs says of each: facts, a busy machine, versions, and how to make it again."""
+    runs = list(zip(names, reviews, strict=True))
+    busy = [f"{name}: {said}" for name, review in runs if (said := busy_machine(review.arms[0]))]
+    return {
+        "facts": [f"{name}: {', '.join(facts_of(review.arms[0]))}" for name, review in runs],
+        "busy": " ".join(busy),
+        "sources": [_source(review) for review in reviews],
+        "again": _command("report", "--compare", *(review.path for review in reviews)),
+        "environment": {
+            f"{name}, {key}": value for name, review in runs for key, value in review.arms[0].environment.items()
+        },
+    }
+
+
+def _source(review: Review) -> tuple[int, str]:
+    return len(review.rows) + len(review.explanations), str(review.path)
+
+
+def _command(*words: object) -> str:
+    return shlex.join(["grpo-toolkit", *map(str, words)])
 
 
 def write_step_report(steps: StepReview, path: Path | None = None) -> Path:
@@ -147,7 +172,10 @@ def write_step_comparison(one: StepReview, other: StepReview, path: Path) -> Pat
         InputError: one of them has no steps with phases.
     """
     names = _two_names(one.path, other.path)
-    content = _steps_alone(other, f"{names[0]} and {names[1]}")
+    content = _steps_alone(other, f"{names[0]} and {names[1]}") | {
+        "sources": [(len(steps.steps) + len(steps.explanations), str(steps.path)) for steps in (one, other)],
+        "again": _command("report", "--compare", one.path, other.path),
+    }
     return _render(content | {"steps_compared": compared_steps(one, other), "compared_names": names}, path)
 
 
@@ -166,9 +194,9 @@ def _steps_alone(steps: StepReview, title: str) -> dict[str, Any]:
         "missing": [],
         "failed": [],
         "explanations": [],
-        "count": len(steps.steps) + len(steps.explanations),
+        "sources": [(len(steps.steps) + len(steps.explanations), str(steps.path))],
+        "again": _command("report", steps.path),
         "environment": environment,
-        "folder": str(steps.path),
         "label_of": label_of,
     }
 
@@ -224,9 +252,9 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
             (explanation, *(label_of(arm_named(review, end)) for end in (explanation.base, explanation.trained)))
             for explanation in review.explanations[-2:]
         ],
-        "count": len(review.rows) + len(review.explanations),
+        "sources": [_source(review)],
+        "again": _command("report", review.path),
         "environment": review.arms[0].environment if review.arms else review.explanations[-1].environment,
-        "folder": str(review.path),
         "label_of": label_of,
     }
 
