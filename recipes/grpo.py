@@ -96,6 +96,7 @@ def main(argv: list[str]) -> None:
         new_tokens=recipe.latency_new_tokens,
         rounds=max(recipe.latency_rounds, 1),
         max_new_tokens=training.max_completion_length,
+        tells_verdict=recipe.verbose,  # without it, the story at the end has them
     )
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
     callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> None:
     else:
         baselines.take()
     trainer.train(resume_from_checkpoint=checkpoint)
-    after = measure(trainer, splits.held_out, "after training")
+    after = measure(trainer, splits.held_out, "after training", is_told=recipe.verbose)
     if trainer.is_world_process_zero():
         summary = summarise(
             trainer.state.log_history,

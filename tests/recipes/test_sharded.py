@@ -160,7 +160,7 @@ def test_zero3_is_asked_before_while_and_after_it_trains(
     done = zero3("--max_steps", 1, "--save_strategy", "no", *evaluating, "--verbose")  # with the trainer's own logs
     assert "processes   2 (zero3)" in done.stderr
     assert done.stdout.count("held-out accuracy before training: 0.0% of 2 rows") == 1
-    assert done.stdout.count("held-out accuracy after training: 0.0% of 2 rows") == 1
+    assert done.stdout.count(" to 0.0% of the held-out rows right") == 1
     assert "'eval_accuracy': " in done.stdout
 
 

@@ -105,10 +105,13 @@ def one_token_an_image(token_ids: Sequence[int], image_token_id: int) -> list[in
     return [token for token, last in zip(token_ids, before, strict=False) if not token == last == image_token_id]
 
 
-def measure(trainer: AccuracyTrainer, rows: Dataset, when: str, *, direct: bool = False) -> float:
-    """Measure held-out accuracy and print it."""
+def measure(
+    trainer: AccuracyTrainer, rows: Dataset, when: str, *, direct: bool = False, is_told: bool = True
+) -> float:
+    """Measure held-out accuracy and print it, unless a story at the end will."""
     accuracy = trainer.accuracy(rows, direct=direct)
-    tell(trainer, accuracy, rows, when)
+    if is_told:
+        tell(trainer, accuracy, rows, when)
     return accuracy
 
 
