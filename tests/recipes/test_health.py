@@ -171,7 +171,7 @@ def test_two_processes_train_evaluate_and_export(qwen: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes   2 (ddp)" in done.stderr
     assert "plan        1 steps of 1 prompts, 4 completions; " in done.stderr
-    assert done.stdout.count(" to 0.0% of the held-out rows right") == 1
+    assert done.stdout.count("held-out accuracy after training: 0.0% of 3 rows") == 1
     assert json.loads((out / "summary.json").read_text())["verified"] is True
 
 
