@@ -292,6 +292,15 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert "export (second)" in text
 
 
+def test_of_two_runs_the_first_that_was_named_stands_first(tmp_path: Path) -> None:
+    one, other = written(tmp_path / "z", arms()), written(tmp_path / "a", arms(session="s"))
+    text = write_comparison(one, other, tmp_path / "both.html").read_text()
+    drawing = text[text.index('<figure id="tpot">') :].partition("</figure>")[0]
+    assert re.findall(r">(base|plain checkpoint|export) \((z|a)\)<", drawing) == [
+        (arm, run) for arm in ("base", "plain checkpoint", "export") for run in ("z", "a")
+    ]
+
+
 def test_runs_without_a_common_arm_are_not_compared(tmp_path: Path) -> None:
     one, other = written(tmp_path / "a", [row("mine")]), written(tmp_path / "b", [row("yours")])
     with pytest.raises(InputError, match=r"no arm in common \(mine; yours\)"):
