@@ -19,6 +19,7 @@ from grpo_toolkit.reporting.charts.steps import draw_phases, draw_ranks, draw_sp
 from grpo_toolkit.reporting.charts.style import styled
 from grpo_toolkit.reporting.report.page import write_report
 from grpo_toolkit.reporting.report.step_section import compared_steps
+from grpo_toolkit.reporting.trackers.bounded_calls import Breaker, Budget
 from grpo_toolkit.reporting.trackers.replay import offline_records
 from grpo_toolkit.reporting.trackers.step_time import StepMirror, replay_steps, step_scalars
 from grpo_toolkit.step_time.store import StepReview, append_step_rows, file_of, load_step_review
@@ -139,6 +140,9 @@ def test_wandb_gets_each_step_and_the_table(tmp_path: Path, monkeypatch: pytest.
     rows = write_run(tmp_path)
     run = wandb.init(project="p", dir=str(tmp_path), mode="offline")
     mirror = StepMirror()
+    mirror.breakers = {
+        name: Breaker(Budget(600), call_s=300) for name in mirror.breakers
+    }  # a slow machine is no fault
     mirror.begin(tmp_path, "s")
     for row in rows:
         mirror.log(row)
