@@ -195,7 +195,7 @@ def draw_lengths(review: Review) -> Figure | None:
     axes.set_xlabel(f"output tokens ({', '.join(shown)})" if len(shown) > 1 else "output tokens")
     axes.set_ylabel("answers at least this long (%)")
     axes.set_xlim(left=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylim(0, 104)
     _mark_cap(axes, rows)
     legend_below(figure, columns=3)
