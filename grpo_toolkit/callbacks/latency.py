@@ -86,6 +86,8 @@ class LatencyCallback(GuardedCallback):
         output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
         gate: such as "max-slowdown=1.05": how much slower than the first arm the export may be (without an export,
             the other arms). One that misses it is explained: on the terminal, and by a row in `latency.jsonl`.
+        tells_verdict: print the verdict, the faults and the report's place at the end; off for a script that prints a
+            summary of its own.
         log_artifact: also record the export as an artifact in W&B, by reference: no weights are copied or uploaded.
         strict: raise at the end of training if the measurement failed or the gate was missed.
     """
@@ -102,6 +104,7 @@ class LatencyCallback(GuardedCallback):
         num_prompts: int = 4,
         output_dir: str | os.PathLike[str] | None = None,
         gate: str | None = None,
+        tells_verdict: bool = True,
         log_artifact: bool = False,
         strict: bool = False,
     ) -> None:
@@ -122,6 +125,7 @@ class LatencyCallback(GuardedCallback):
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.output_dir = output_dir
+        self.tells_verdict = tells_verdict
         self.explanations: list[ExplanationRow] = []
         self.mirror = Mirror(artifact=log_artifact)
         self.rows: list[LatencyRow] = []
@@ -239,7 +243,8 @@ class LatencyCallback(GuardedCallback):
         review = self._review(folder, [*self.live_rows, *self.rows])
         self._write_card(review)
         pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
-        say(*latency_lines(self.rows), *verdict_lines(review, findings_of(review)), line("report", str(pages.report)))
+        said = [*verdict_lines(review, findings_of(review)), line("report", str(pages.report))]
+        say(*latency_lines(self.rows), *(said if self.tells_verdict else ()))
         for hint in self.mirror.log(review, pages, args):
             say(hint)
 
