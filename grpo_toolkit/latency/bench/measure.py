@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from grpo_toolkit.latency.engines.arms import Arm
-    from grpo_toolkit.latency.engines.protocol import Engine, Options
-    from grpo_toolkit.latency.rows.row import LatencyRow, Timeline
+    from grpo_toolkit.latency.engines.protocol import Answer, Engine, Options
+    from grpo_toolkit.latency.rows.row import LatencyRow
+    from grpo_toolkit.latency.rows.timeline import Timeline
+    from grpo_toolkit.model.generation.judge import Judge
 
     Progress = Callable[[str, int, int], None]
 
@@ -146,6 +148,10 @@ def traffic_for(requests: Any, new_tokens: int, *, arms: Sequence[Arm]) -> Traff
 class Plan:
     """A measurement before it runs (see `measure_latency`).
 
+    Attributes:
+        workloads: of the arms, by name, that are asked something else than `traffic`.
+        judge: what pays for natural answers.
+
     Raises:
         InputError: no arms, or fewer than one round.
     """
@@ -158,6 +164,8 @@ class Plan:
     precision: float | None
     budget_s: float | None
     progress: Progress | None
+    workloads: Mapping[str, Traffic] = field(default_factory=dict)
+    judge: Judge | None = None
 
     def __post_init__(self) -> None:
         if not self.arms or self.rounds < 1:
@@ -175,7 +183,15 @@ class Plan:
                 measuring.probe_hardware()
             measuring.pool.asked_s += measuring.spent_s
             session = uuid.uuid4().hex
-            return [row_of_arm(arm, measuring.found[arm.name], self.traffic, session) for arm in self.arms]
+            by = None if self.judge is None else self.judge.name
+            return [
+                row_of_arm(arm, measuring.found[arm.name], self.asked(arm.name), session, judged_by=by)
+                for arm in self.arms
+            ]
+
+    def asked(self, arm: str) -> Traffic:
+        """Return the workload of an arm."""
+        return self.workloads.get(arm, self.traffic)
 
 
 class _Measuring:
@@ -207,7 +223,8 @@ class _Measuring:
 
     def _ask(self, name: str, turn: int, rounds: int) -> float | None:
         """Ask one arm once; returns the time that warm-up watches, or None where the failure is a result."""
-        found, batch = self.found[name], self.plan.traffic.batch(turn)
+        found, traffic = self.found[name], self.plan.asked(name)
+        batch = traffic.batch(turn)
         start = time.perf_counter()
         try:
             answer = self.engines[name].ask(batch, self.arms[name].options)
@@ -216,14 +233,21 @@ class _Measuring:
             return None
         spent = time.perf_counter() - start
         if turn >= 0:
-            found.answers.append(answer)
+            found.answers.append(self._judged(answer, traffic, turn))
         else:
             found.warmup_s += spent
         if self.plan.progress is not None:
             self.plan.progress(name, turn, rounds)
         # Natural answers are of different lengths: only their pace can agree.
-        pace = answer.timeline.tpot_s if self.plan.traffic.kind == "natural" else None
+        pace = answer.timeline.tpot_s if traffic.kind == "natural" else None
         return answer.timeline.e2e_s if pace is None else pace
+
+    def _judged(self, answer: Answer, traffic: Traffic, turn: int) -> Answer:
+        if self.plan.judge is None or traffic.kind == "fixed" or len(answer.texts) != 1:
+            return answer
+        tokens = answer.tokens[0] if answer.tokens else []
+        reward = self.plan.judge.reward(turn, answer.texts[0], tokens)
+        return replace(answer, timeline=replace(answer.timeline, reward=reward))
 
     def warm_up(self) -> None:
         """Ask until the times agree, or as often as the plan says."""
@@ -284,7 +308,7 @@ class _Measuring:
         for name in self._alive(list(self.arms)):
             try:
                 self.found[name].evidence = self.engines[name].prove(
-                    self.plan.traffic.batch(0), self.arms[name].options
+                    self.plan.asked(name).batch(0), self.arms[name].options
                 )
             except OutOfMemoryError:  # the timed rounds fitted; the same without compilation does not
                 continue

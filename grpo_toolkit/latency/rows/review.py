@@ -59,11 +59,19 @@ class Review:
 
     @property
     def batches(self) -> list[LatencyRow]:
-        """The newest row of every arm and batch size of the workload that was measured at most sizes."""
+        """The newest row of every arm and batch size of the workload that was measured at most sizes.
+
+        Sizes that took turns are one sweep although padding to the longest prompt differs; others have equal prompts.
+        """
+        sizes: dict[str, set[int]] = {}
+        for row in self.rows:
+            sizes.setdefault(row.session, set()).add(row.workload.batch_size)
         return _sweep(
             self.rows,
             lambda row: row.workload.batch_size,
-            lambda row: (row.workload.prompt_tokens, row.workload.image_tokens),
+            lambda row: (
+                row.session if len(sizes[row.session]) > 1 else (row.workload.prompt_tokens, row.workload.image_tokens)
+            ),
         )
 
     @property
@@ -205,6 +213,7 @@ def _visit(rows: Sequence[LatencyRow]) -> Visit | None:
     alike = {row.arm: row for group in groups if _rank(group)[:2] == best[:2] for row in group}
     arms = [*main, *(row for arm, row in alike.items() if arm not in {own.arm for own in main})]
     natural = [group for group in groups if group[0].workload.kind == "natural"]
+    natural = [group for group in natural if len(group) == max(map(len, natural))]  # not the few asked another way
     return Visit(
         step=rows[0].step or 0,
         main=main,
