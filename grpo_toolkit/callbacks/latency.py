@@ -215,7 +215,12 @@ class LatencyCallback(GuardedCallback):
         )
         with inference_ready(model):
             rows = measure_latency(
-                [arm], self._requests(state, kwargs), new_tokens=self.settings.new_tokens, rounds=2, warmup=1
+                [arm],
+                self._requests(state, kwargs),
+                new_tokens=self.settings.new_tokens,
+                rounds=2,
+                warmup=1,
+                progress=False,
             )
         rows = [replace(row, step=state.global_step) for row in rows]
         self.live_rows += rows

@@ -132,7 +132,13 @@ class EndMeasurement:
     def _fixed(self, arms: Sequence[Arm], engines: Engines, share_s: float) -> Iterator[Sequence[LatencyRow]]:
         traffic = traffic_of(self.requests, max_new_tokens=self.settings.new_tokens)
         yield compare_latency(
-            arms, traffic, rounds=self.settings.rounds, control=False, budget_s=share_s, engines=engines
+            arms,
+            traffic,
+            rounds=self.settings.rounds,
+            control=False,
+            budget_s=share_s,
+            engines=engines,
+            progress=False,
         ).rows
 
     def _natural(self, arms: Sequence[Arm], engines: Engines, share_s: float) -> Iterator[Sequence[LatencyRow]]:

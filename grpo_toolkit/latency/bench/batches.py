@@ -17,9 +17,10 @@ from grpo_toolkit.errors import OutOfMemoryError
 from grpo_toolkit.latency.bench.compare import LARGEST_BATCH, ratios
 from grpo_toolkit.latency.bench.measure import Plan
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
+from grpo_toolkit.latency.rows.review import CONTROL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
@@ -112,6 +113,31 @@ def batches_of(rows: Sequence[LatencyRow]) -> Batches | None:
         is_on_gpu=is_on_gpu,
         failed_at=min(failed, default=None),
     )
+
+
+def batches_of_rows(rows: Iterable[LatencyRow]) -> Batches | None:
+    """Return the batches that a report is about: the export's, or else the last arm's, of the newest sizes.
+
+    Sizes that took turns go before those of sessions of their own, which are alike in all but their size.
+    """
+    fixed = [row for row in rows if row.workload.kind == "fixed" and row.arm != CONTROL]
+    return _newest(fixed, lambda row: row.session) or _newest(fixed, _alike)
+
+
+def _alike(row: LatencyRow) -> Hashable:
+    work = row.workload
+    return work.name, work.prompt_tokens, work.image_tokens, work.max_new_tokens, work.lengths
+
+
+def _newest(rows: Iterable[LatencyRow], key: Callable[[LatencyRow], Hashable]) -> Batches | None:
+    groups: dict[Hashable, dict[str, list[LatencyRow]]] = {}
+    for row in rows:
+        groups.setdefault(key(row), {}).setdefault(row.arm, []).append(row)
+    for arms in reversed(groups.values()):
+        found = {arm: batches for arm, points in arms.items() if (batches := batches_of(points)) is not None}
+        if found:
+            return found.get("export") or next(reversed(found.values()))
+    return None
 
 
 def _point(row: LatencyRow) -> Point:

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.latency.bench.compare import Comparison, compare_rows
+from grpo_toolkit.latency.bench.compare import Comparison, compare_control, with_control
 from grpo_toolkit.latency.bench.statistics import Estimate, estimate
 from grpo_toolkit.latency.rows.review import CONTROL
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.bench.measure import Plan
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.pool import Engines
-    from grpo_toolkit.latency.rows.review import Review
     from grpo_toolkit.latency.rows.row import LatencyRow
     from grpo_toolkit.latency.rows.timeline import Timeline
 
@@ -73,19 +72,29 @@ def compare_thinking(
     Returns:
         The answers without the instruction, and those with it. The rows of both are of one session.
     """
-    arms = list(plan.arms)
-    if control:
-        arms.append(replace(arms[0], name=CONTROL, process=1 + max(arm.process for arm in arms)))
+    arms = with_control(plan.arms) if control else list(plan.arms)
     beside = [replace(arm, name=f"{arm.name}{_DIRECT}") for arm in arms if not only or arm.name in only]
     workloads = dict.fromkeys([arm.name for arm in beside], direct)
     rows = replace(plan, arms=[*arms, *beside], workloads=workloads).measured(engines)
-    asked_directly = [replace(row, arm=row.arm.removesuffix(_DIRECT)) for row in rows[len(arms) :]]
-    return _compared(asked_directly), _compared(rows[: len(arms)])
+    return compare_control([*map(plain_arm, rows[len(arms) :])]), compare_control(rows[: len(arms)])
 
 
-def _compared(rows: Sequence[LatencyRow]) -> Comparison:
-    control = next((row for row in rows if row.arm == CONTROL), None)
-    return compare_rows([row for row in rows if row is not control], control=control)
+def compare_asked(
+    plan: Plan, direct: Traffic | None, *, engines: Engines | None = None, control: bool = False
+) -> list[Comparison]:
+    """Carry a plan out: one comparison, or with `direct` two, without the instruction to think and with it.
+
+    Args:
+        plan, direct, engines, control: as for `compare_thinking`.
+    """
+    if direct is not None:
+        return list(compare_thinking(plan, direct, engines=engines, control=control))
+    return [compare_control(replace(plan, arms=with_control(plan.arms) if control else plan.arms).measured(engines))]
+
+
+def plain_arm(row: LatencyRow) -> LatencyRow:
+    """Return a row under its arm's own name, also where it was asked without the instruction."""
+    return replace(row, arm=row.arm.removesuffix(_DIRECT))
 
 
 def thinking_in(rows: Iterable[LatencyRow]) -> list[Thinking]:
@@ -96,7 +105,8 @@ def thinking_in(rows: Iterable[LatencyRow]) -> list[Thinking]:
     found: dict[str, dict[bool, LatencyRow]] = {}
     sessions: dict[str, str] = {}
     for row in rows:
-        if row.workload.kind != "natural" or row.arm == CONTROL or not row.timelines:
+        work = row.workload
+        if work.kind != "natural" or work.batch_size > 1 or row.arm == CONTROL or not row.timelines:
             continue
         if sessions.setdefault(row.arm, row.session) != row.session:
             sessions[row.arm], found[row.arm] = row.session, {}
@@ -119,7 +129,7 @@ def thinking_of(row: LatencyRow, direct: LatencyRow | None = None) -> Thinking |
         arm=row.arm,
         before_answer=estimate(shares) if thinks else None,
         first_answer_s=(_median(lines, "first_answer_s"), None),
-        rewards=None if (paid := _mean_reward(lines)) is None else (paid, None),
+        rewards=None if (paid := mean_reward(lines)) is None else (paid, None),
         judged_by=row.judged_by,
         think_tokens=_median(lines, "think_tokens"),
         output_tokens=_median(lines, "output_tokens"),
@@ -127,7 +137,7 @@ def thinking_of(row: LatencyRow, direct: LatencyRow | None = None) -> Thinking |
     if direct is None or len(direct.timelines) != len(lines):
         return found
     pairs = list(zip(lines, direct.timelines, strict=True))
-    mine, theirs = _mean_reward(lines), _mean_reward(direct.timelines)
+    mine, theirs = mean_reward(lines), mean_reward(direct.timelines)
     return replace(
         found,
         first_answer_s=(found.first_answer_s[0], _median(direct.timelines, "first_answer_s")),
@@ -138,10 +148,10 @@ def thinking_of(row: LatencyRow, direct: LatencyRow | None = None) -> Thinking |
     )
 
 
-def thinking_of_review(review: Review) -> Thinking | None:
-    """Return the cost of thinking that a report is about: the export's, else that of the last arm."""
-    found = {cost.arm: cost for cost in thinking_in(review.rows)}
-    return found.get("export") or next(reversed(found.values()), None)
+def subject_of(found: Sequence[Thinking]) -> Thinking | None:
+    """Return the cost that a report is about: the export's, else that of the last arm asked both ways, or at all."""
+    asked = [cost for cost in found if cost.share is not None] or list(found)
+    return next((cost for cost in asked if cost.arm == "export"), asked[-1] if asked else None)
 
 
 def _median(lines: Sequence[Timeline], name: str) -> float | None:
@@ -149,6 +159,7 @@ def _median(lines: Sequence[Timeline], name: str) -> float | None:
     return float(statistics.median(there)) if there else None
 
 
-def _mean_reward(lines: Sequence[Timeline]) -> float | None:
+def mean_reward(lines: Sequence[Timeline]) -> float | None:
+    """Return the mean reward of answers; None where nothing paid."""
     paid = [line.reward for line in lines if line.reward is not None]
     return statistics.fmean(paid) if paid else None

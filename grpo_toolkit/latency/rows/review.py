@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
-from grpo_toolkit.latency.rows.store import FILE_NAME, read_rows
+from grpo_toolkit.latency.rows.store import FILE_NAME, PARTIAL_NAME, read_rows
 
 if TYPE_CHECKING:
     import os
@@ -100,18 +100,29 @@ def load_review(path: str | os.PathLike[str]) -> Review:
     """
     given = Path(path)
     places = [given] if given.is_file() else [given / FOLDER_NAME / FILE_NAME, given / FILE_NAME]
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if place.is_file() or _partial(place).is_file()), None)
     if found is None:
         raise InputError(
             f"{given}: no {FILE_NAME} in it or in its folder {FOLDER_NAME}; LatencyCallback and grpo-toolkit bench "
             "write one"
         )
-    rows = list({row.id: row for row in read_rows(found)}.values())
+    kept = [row for place in (found, _partial(found)) if place.is_file() for row in read_rows(place)]
+    rows = list({row.id: row for row in kept}.values())
     return Review(
         path=found.parent,
         rows=[row for row in rows if isinstance(row, LatencyRow)],
         explanations=[row for row in rows if isinstance(row, ExplanationRow)],
     )
+
+
+def _partial(path: Path) -> Path:
+    """Return where the rows of a measurement are that goes on, or that ended with its process."""
+    return path.with_name(PARTIAL_NAME) if path.name == FILE_NAME else path.with_name("")
+
+
+def is_swept(row: LatencyRow) -> bool:
+    """Return whether a row is a point of a sweep, which its workload's name says."""
+    return _SWEPT.search(row.workload.name) is not None
 
 
 def comparisons(rows: Iterable[LatencyRow]) -> list[list[LatencyRow]]:

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.latency.bench.statistics import PERCENTILES
+from grpo_toolkit.latency.bench.thinking import mean_reward
 from grpo_toolkit.latency.rows.review import median_of
 from grpo_toolkit.reporting.charts.style import label_of, milliseconds
 
@@ -86,7 +87,9 @@ def natural_lines(review: Review) -> list[dict[str, Any]]:
             "thinking": {None: "", True: "asked for", False: "not asked for"}[row.workload.thinking],
             "tokens": row.tokens.output.median,
             "ttft": median_of(row.ttft_s, 1e3),
+            "first_answer": median_of(row.first_answer_s, 1e3),
             "e2e": median_of(row.e2e_s, 1e3),
+            "reward": mean_reward(row.timelines),
             "capped": f"{row.tokens.capped} of {row.rounds}",
         }
         for row in review.natural

@@ -28,6 +28,7 @@ from grpo_toolkit.reporting.trackers.metrics import (
     TABLE_IDS_KEY,
     TABLE_KEY,
     joined,
+    question_figures,
     scalars,
     table,
 )
@@ -125,6 +126,8 @@ def _describe(run: Any, review: Review) -> None:
     if headline is not None:
         run.summary["latency/headline"] = headline.figure
         run.summary["latency/verdict"] = headline.verdict or "no interval"
+    for name, value in question_figures(review.rows).items():
+        run.summary[f"latency/{name}"] = value
     for arm in ("checkpoint", "export"):
         if arm in found:
             run.summary[f"latency/{arm}/faults"] = fault_count(found[arm])
