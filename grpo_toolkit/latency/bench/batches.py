@@ -78,6 +78,18 @@ class Batches:
     is_on_gpu: bool
     failed_at: int | None = None
 
+    @property
+    def slowdown(self) -> float:
+        """The largest batch's time per token over the smallest's: the paired ratio, or without one that of medians."""
+        if self.ratio is not None:
+            return self.ratio.median
+        return self.points[-1].tpot_s / self.points[0].tpot_s
+
+    @property
+    def gain(self) -> float:
+        """The largest batch's tokens a second over the smallest's."""
+        return self.points[-1].size / self.points[0].size / self.slowdown
+
 
 def batches_of(rows: Sequence[LatencyRow]) -> Batches | None:
     """Return what one arm's rows of several batch sizes say; None of fewer than two sizes that ran."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.latency.bench.compare import Comparison, compare_control, with_control
-from grpo_toolkit.latency.bench.statistics import Estimate, estimate
+from grpo_toolkit.latency.bench.statistics import Estimate, estimate, paired_ratio
 from grpo_toolkit.latency.rows.review import CONTROL
 
 if TYPE_CHECKING:
@@ -143,9 +143,16 @@ def thinking_of(row: LatencyRow, direct: LatencyRow | None = None) -> Thinking |
         first_answer_s=(found.first_answer_s[0], _median(direct.timelines, "first_answer_s")),
         tokens=estimate([float(one.output_tokens - other.output_tokens) for one, other in pairs]),
         seconds=estimate([one.e2e_s - other.e2e_s for one, other in pairs]),
-        share=estimate([1 - other.e2e_s / one.e2e_s for one, other in pairs]),
+        share=_share(pairs),
         rewards=None if mine is None else (mine, theirs),
     )
+
+
+def _share(pairs: Sequence[tuple[Timeline, Timeline]]) -> Estimate:
+    """Return what of an answer's time it would not take without the instruction: 1 - 1 / the paired ratio."""
+    ratio = paired_ratio([one.e2e_s for one, _ in pairs], [other.e2e_s for _, other in pairs], name="direct")
+    low, high = (None if end is None else 1 - 1 / end for end in (ratio.low, ratio.high))
+    return Estimate(median=1 - 1 / ratio.median, low=low, high=high, rounds=ratio.pairs)
 
 
 def subject_of(found: Sequence[Thinking]) -> Thinking | None:

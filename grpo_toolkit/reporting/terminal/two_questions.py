@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 def thinking_figure(thinking: Thinking) -> str:
     """Return the share of an answer's time as "62% (58% to 66%)"; "" where none is known."""
     share = thinking.share or thinking.before_answer
-    return "" if share is None else _with_interval(share, lambda value: f"{value:.0%}")
+    return "" if share is None else _told(share, _percent)
 
 
 def thinking_parts(thinking: Thinking) -> list[str]:
     """Return the cost of thinking in a few short sentences, the share of the time first."""
     first, direct = thinking.first_answer_s
     parts = []
-    if thinking.share is None:
+    if thinking.think_tokens:
+        parts.append(f"{thinking.think_tokens:.0f} of {thinking.output_tokens:.0f} tokens are thoughts")
+    if thinking.share is None or thinking.tokens is None or thinking.seconds is None:
         if thinking.before_answer is not None:
-            counts = f", {thinking.think_tokens:.0f} of {thinking.output_tokens:.0f} tokens"
-            parts.append(f"{thinking_figure(thinking)} of an answer's time{counts}")
+            parts.insert(0, f"{thinking_figure(thinking)} of an answer's time")
     else:
-        parts.append(f"{thinking_figure(thinking)} of an answer's time, beside one without the instruction")
-        assert thinking.tokens is not None
-        assert thinking.seconds is not None
-        parts.append(f"{_with_interval(thinking.tokens, lambda value: f'{value:+.0f}')} tokens")
-        parts.append(f"{_with_interval(thinking.seconds, _signed_seconds)}")
+        parts.insert(0, f"{thinking_figure(thinking)} of an answer's time, asked with and without the instruction")
+        parts.append(f"{_told(thinking.tokens, _tokens)} tokens longer")
+        in_ms = max(abs(end or 0.0) for end in (thinking.seconds.median, thinking.seconds.low, thinking.seconds.high))
+        parts.append(f"{_told(thinking.seconds, _milliseconds if in_ms < 0.1 else _seconds)} longer")
     if first is not None:
         beside = "" if direct is None else f", without it {seconds(direct)}"
         parts.append(f"first answer token after {seconds(first)}{beside}")
@@ -53,13 +53,10 @@ def batch_parts(batches: Batches) -> list[str]:
     """Return what the largest batch brings, costs, and how many sequences fit, in a few short sentences."""
     small, large = batches.points[0], batches.points[-1]
     beside = f" batch {small.size}'s" if small.size > 1 else ""
-    paired = batches.ratio
-    per_token = large.tpot_s / small.tpot_s if paired is None else paired.median
-    more = large.size / small.size / per_token
-    reach = "" if paired is None else f" ({span(paired, 2)})"
+    reach = "" if batches.ratio is None else f" ({span(batches.ratio, 2)})"
     parts = [
-        f"batch {large.size}: {more:.1f} times{beside} the tokens a second at {per_token:.2f} times{beside} the time "
-        f"per token{reach}"
+        f"batch {large.size}: {batches.gain:.1f} times{beside} the tokens a second at {batches.slowdown:.2f} "
+        f"times{beside} the time per token{reach}"
     ]
     if large.memory_bytes is not None and small.memory_bytes is not None and batches.sequence_bytes is not None:
         what = "more" if batches.is_on_gpu else "more in its KV cache"
@@ -70,7 +67,7 @@ def batch_parts(batches: Batches) -> list[str]:
         parts.append(f"batch {batches.failed_at} ran out of memory")
     if batches.fits is not None:
         by = "" if batches.is_on_gpu else " by their cache"
-        parts.append(f"about {batches.fits:,} of {batches.tokens:,} tokens fit{by}")
+        parts.append(f"about {batches.fits:,} sequences of {batches.tokens:,} tokens fit{by}")
     return parts
 
 
@@ -93,12 +90,27 @@ def size(value: float) -> str:
     return f"{value:.0f} bytes"
 
 
-def _with_interval(estimate: Estimate, write: Callable[[float], str]) -> str:
+def _told(estimate: Estimate, write: Callable[[float], str]) -> str:
+    """Return a figure with its interval; the interval alone where it does not say on which side of 0 the figure is."""
     if estimate.low is None or estimate.high is None:
         return f"{write(estimate.median)} (no interval)"
-    return f"{write(estimate.median)} ({write(estimate.low)} to {write(estimate.high)})"
+    reach = f"{write(estimate.low)} to {write(estimate.high)}"
+    if estimate.low < 0 < estimate.high:
+        return f"cannot tell: {reach}"
+    return write(estimate.median) if estimate.low == estimate.high else f"{write(estimate.median)} ({reach})"
 
 
-def _signed_seconds(value: float) -> str:
-    text = seconds(value)
-    return text if value < 0 else f"+{text}"
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def _tokens(value: float) -> str:
+    return f"{round(value):,}"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value * 1e3:.1f} ms"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s"

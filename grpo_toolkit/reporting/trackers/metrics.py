@@ -110,12 +110,12 @@ def question_figures(rows: Sequence[LatencyRow]) -> dict[str, str | float]:
         values["thinking_first_answer_s"], values["direct_first_answer_s"] = thinking.first_answer_s
         values["thinking_reward"], values["direct_reward"] = thinking.rewards or (None, None)
     if batches is not None:
-        small, large = batches.points[0], batches.points[-1]
+        large = batches.points[-1]
         values |= {
             "batches": batch_sentence(batches),
             "batch_size": large.size,
             "batch_tokens_per_s": large.tokens_per_s,
-            "batch_tokens_per_s_gain": large.tokens_per_s / small.tokens_per_s,
+            "batch_tokens_per_s_gain": batches.gain,
             "kv_mb_per_1000_tokens": None if (kv := batches.kv_bytes_per_token) is None else kv / 1e3,
             "sequences_that_fit": batches.fits,
         }
