@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.latency.bench.compare import Comparison, compare_control, with_control
+from grpo_toolkit.latency.bench.measure import Plan
 from grpo_toolkit.latency.bench.statistics import Estimate, estimate, paired_ratio
+from grpo_toolkit.latency.bench.workload import MADE_UP_IMAGE_TOKENS, THINKING, made_up, traffic_of
+from grpo_toolkit.latency.engines.arms import processor_of
 from grpo_toolkit.latency.rows.review import CONTROL
+from grpo_toolkit.model.generation.thinking_instruction import find_thinking
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from grpo_toolkit.latency.bench.measure import Plan
+    from grpo_toolkit.latency.bench.progress import Progress
     from grpo_toolkit.latency.bench.workload import Traffic
+    from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.rows.row import LatencyRow
     from grpo_toolkit.latency.rows.timeline import Timeline
+    from grpo_toolkit.model.generation.request import Request
 
 _DIRECT: Final = ", asked directly"
 
@@ -77,6 +84,52 @@ def compare_thinking(
     workloads = dict.fromkeys([arm.name for arm in beside], direct)
     rows = replace(plan, arms=[*arms, *beside], workloads=workloads).measured(engines)
     return compare_control([*map(plain_arm, rows[len(arms) :])]), compare_control(rows[: len(arms)])
+
+
+def ask_both_ways(
+    arm: Arm,
+    requests: Sequence[Request] = (),
+    *,
+    instruction: str | None = None,
+    rounds: int = 6,
+    max_new_tokens: int = 256,
+    budget_s: float | None = None,
+    progress: Progress | None = None,
+    engines: Engines | None = None,
+) -> list[LatencyRow]:
+    """Ask one model natural questions with and without the instruction to think, in turns.
+
+    Args:
+        arm: the model.
+        requests: everyday questions by default, with an image where the model sees.
+        instruction: as for `find_thinking`; of made-up questions `THINKING` by default.
+        rounds, max_new_tokens, budget_s, progress, engines: as for `measure_latency`.
+
+    Returns:
+        The row without the instruction and the row with it; none where no request has one.
+    """
+    asked = list(requests)
+    if not asked:
+        processor = processor_of([arm])
+        image_tokens = MADE_UP_IMAGE_TOKENS if hasattr(processor, "image_processor") else None
+        questions = made_up(processor, kind="natural", image_tokens=image_tokens, max_new_tokens=max_new_tokens)
+        asked, instruction = [questions.make(number) for number in range(rounds)], instruction or THINKING
+    thinking, direct = find_thinking(asked, instruction)
+    if not thinking:
+        return []
+    make = partial(traffic_of, kind="natural", max_new_tokens=max_new_tokens)
+    plan = Plan(
+        arms=[arm],
+        traffic=replace(make(thinking), name="natural_thinking", thinking=True),
+        rounds=rounds,
+        warmup=None,
+        roofline=False,
+        precision=None,
+        budget_s=budget_s,
+        progress=progress,
+    )
+    compared = compare_thinking(plan, replace(make(direct), name="natural", thinking=False), engines=engines)
+    return [row for comparison in compared for row in comparison.rows]
 
 
 def compare_asked(
