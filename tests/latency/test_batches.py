@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.errors import OutOfMemoryError
-from grpo_toolkit.latency.bench.batches import _larger, batches_of, batches_of_rows, time_batches
+from grpo_toolkit.latency.bench.batches import _Trials, batches_of, batches_of_rows, time_batches
 from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.pool import Engines
+from grpo_toolkit.latency.engines.protocol import FREE_MEMORY, Engine
 from grpo_toolkit.latency.rows.review import Review
 from grpo_toolkit.latency.rows.row import Memory, Workload
 from grpo_toolkit.model.generation.request import Request
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from grpo_toolkit.latency.rows.row import LatencyRow
+
+
+TRAFFIC = traffic_of([Request(messages=[{"role": "user", "content": "What?"}])], max_new_tokens=4)
 
 
 def point(size: int, tpot_s: float, *, on_gpu: bool = True, **changes: Any) -> LatencyRow:
@@ -89,22 +93,31 @@ def test_sizes_of_sessions_of_their_own_are_told_without_an_interval(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("peaks", "free", "expected"),
+    ("peaks", "free", "budget_s", "expected"),
     [
-        ({1: 10, 4: 40, 16: 160}, "1000", [64, 32]),  # 1 + 90 sequences
-        ({1: 10, 4: 40, 16: 160}, "100", []),
-        ({1: None, 4: None}, "1000", []),  # a CPU
-        ({1: 10, 4: 40}, None, []),
+        ({1: 10, 4: 40, 16: 160}, "1000", 1e6, [64, 32]),  # 1 + 90 sequences
+        ({1: 10, 4: 40, 16: 160}, "1000", 500.0, [32]),  # 7 x (21 s so far + 64 s) are too long, 7 x (21 + 32) not
+        ({1: 10, 4: 40, 16: 160}, "100", 1e6, []),
+        ({1: None, 4: None, 16: None}, "1000", 1e6, []),  # a CPU
+        ({1: 10, 4: 40, 16: 160}, None, 1e6, []),
     ],
 )
-def test_the_largest_batch_is_planned_from_measured_peaks(
-    peaks: dict[int, int | None], free: str | None, expected: list[int]
+def test_the_largest_batch_is_planned_from_what_the_smaller_ones_took(
+    peaks: dict[int, int | None], free: str | None, budget_s: float, expected: list[int]
 ) -> None:
-    assert _larger(peaks, free) == expected
+    class Free(Engine):
+        def environment(self) -> dict[str, str]:
+            return {} if free is None else {FREE_MEMORY: free}
+
+    trials = _Trials(
+        engine=Free(), arm=Arm(name="export"), traffic=TRAFFIC, asks=7, budget_s=budget_s,
+        seconds={1: 1.0, 4: 4.0, 16: 16.0}, peaks=peaks,
+    )  # fmt: skip
+    assert trials.larger() == expected
 
 
 def test_a_real_export_is_timed_at_the_sizes_that_the_budget_allows(qwen: Path) -> None:
-    traffic = traffic_of([Request(messages=[{"role": "user", "content": "What?"}])], max_new_tokens=4)
+    traffic = TRAFFIC
     arm = Arm(name="export", path=qwen)
     with Engines() as engines:
         assert time_batches(arm, traffic, engines=engines, rounds=1, budget_s=0.0) == []

@@ -9,7 +9,7 @@ little, they are the bytes of the keys and values themselves, counted in the cac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +17,7 @@ from grpo_toolkit.errors import OutOfMemoryError
 from grpo_toolkit.latency.bench.compare import LARGEST_BATCH, ratios
 from grpo_toolkit.latency.bench.measure import Plan
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
+from grpo_toolkit.latency.engines.protocol import FREE_MEMORY
 from grpo_toolkit.latency.rows.review import CONTROL
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.pool import Engines
+    from grpo_toolkit.latency.engines.protocol import Engine
     from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
 
 SIZES: Final = (1, 4, 16)
@@ -194,54 +196,66 @@ def time_batches(
     Returns:
         A row a size, named after the sweep that it is a point of; none where fewer than two are affordable.
     """
-    engine = engines.open(arm)
-    asks = 1 + min(rounds, MIN_PAIRS)
-    spent, costs = 0.0, dict[int, tuple[float, int | None]]()
+    trials = _Trials(
+        engine=engines.open(arm), arm=arm, traffic=traffic, asks=1 + min(rounds, MIN_PAIRS), budget_s=budget_s
+    )
+    if all(map(trials.fits, sizes)):
+        next(filter(trials.fits, trials.larger()), None)
+    if len(trials.seconds) < 2:
+        return []
+    left_s = budget_s - trials.spent_s
+    return _timed_in_turns(arm, traffic, sorted(trials.seconds), engines=engines, rounds=rounds, budget_s=left_s)
 
-    def try_out(size: int) -> bool:
-        """Ask once; returns whether it fitted and all sizes so far are affordable."""
-        nonlocal spent
+
+@dataclass(kw_only=True)
+class _Trials:
+    """One answer of each batch size, as long as the memory holds it and the budget allows all its rounds."""
+
+    engine: Engine
+    arm: Arm
+    traffic: Traffic
+    asks: int
+    budget_s: float
+    spent_s: float = 0.0
+    seconds: dict[int, float] = field(default_factory=dict)
+    peaks: dict[int, int | None] = field(default_factory=dict)
+
+    def fits(self, size: int) -> bool:
+        """Ask once, and keep the size if it and the smaller ones are affordable."""
+        if self.seconds and self.spent_s + max(self.seconds.values()) > self.budget_s:
+            return False
         try:
-            for _ in range(1 + arm.options.is_compiled):  # the first compiles for the size
-                answer = engine.ask(replace(traffic, batch_size=size).batch(-1), arm.options)
-                spent += answer.timeline.e2e_s
+            for _ in range(1 + self.arm.options.is_compiled):  # the first compiles for the size
+                answer = self.engine.ask(replace(self.traffic, batch_size=size).batch(-1), self.arm.options)
+                self.spent_s += answer.timeline.e2e_s
         except OutOfMemoryError:
             return False
-        costs[size] = answer.timeline.e2e_s, answer.peak_allocated_bytes
-        if spent + asks * sum(seconds for seconds, _ in costs.values()) > budget_s:
-            del costs[size]
+        if not self._is_affordable(answer.timeline.e2e_s):
             return False
+        self.seconds[size], self.peaks[size] = answer.timeline.e2e_s, answer.peak_allocated_bytes
         return True
 
-    for size in sizes:
-        # A batch takes at most as long as its sequences one after the other.
-        known = max(costs, default=0)
-        if known and spent + costs[known][0] > budget_s:
-            break
-        if not try_out(size):
-            break
-    else:
-        free = engine.environment().get("free_memory_bytes")
-        for size in _larger({size: peak for size, (_, peak) in costs.items()}, free):
-            if try_out(size):
-                break
-    if len(costs) < 2:
-        return []
-    return _timed_in_turns(arm, traffic, sorted(costs), engines=engines, rounds=rounds, budget_s=budget_s - spent)
+    def _is_affordable(self, seconds: float) -> bool:
+        return self.spent_s + self.asks * (seconds + sum(self.seconds.values())) <= self.budget_s
 
+    def larger(self) -> list[int]:
+        """Return the two largest powers of two that memory and budget should hold by the sizes so far; none on a CPU.
 
-def _larger(peaks: dict[int, int | None], free: str | None) -> list[int]:
-    """Return powers of two, the largest first, that the free memory should hold by the peaks so far; none on a CPU."""
-    found = sorted((size, peak) for size, peak in peaks.items() if peak is not None)
-    if len(found) < 2 or free is None:
-        return []
-    (_, before), (most, peak) = found[-2:]
-    slopes = [(after[1] - first[1]) / (after[0] - first[0]) for first, after in pairwise(found)]
-    if peak <= before or max(slopes) <= 0:
-        return []
-    room = found[0][0] + int(_OF_THE_ROOM * int(free) / max(slopes))
-    sizes = [size for exponent in range(11) if most < (size := 2**exponent) <= min(room, LARGEST_BATCH)]
-    return sizes[::-1][:2]
+        Both grow by no more a sequence than between the sizes that were asked.
+        """
+        free = self.engine.environment().get(FREE_MEMORY)
+        peaks = [(size, peak) for size, peak in sorted(self.peaks.items()) if peak is not None]
+        if free is None or len(peaks) < 2:
+            return []
+        (least, _), (most, _) = peaks[0], peaks[-1]
+        each = max((more - less) / (large - small) for (small, less), (large, more) in pairwise(peaks))
+        each_s = (self.seconds[most] - self.seconds[least]) / (most - least)
+        if each <= 0:
+            return []
+        room = min(least + int(_OF_THE_ROOM * int(free) / each), LARGEST_BATCH)
+        powers = [size for exponent in range(11) if most < (size := 2**exponent) <= room]
+        affordable = [size for size in powers if self._is_affordable(self.seconds[most] + each_s * (size - most))]
+        return affordable[::-1][:2]
 
 
 def _timed_in_turns(
