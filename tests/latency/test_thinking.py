@@ -84,6 +84,9 @@ def test_few_rounds_have_no_interval_and_an_interval_around_nothing_cannot_tell(
     lengths = [20, 60, 25, 55, 30, 50, 35, 45]
     mine = natural("export", [answered(n, 0, think=0) for n in lengths], thinking=True)
     theirs = natural("export", [answered(n, 0, think=0) for n in lengths[::-1]], thinking=False)
+    swapped = thinking_of(*pair()[::-1])
+    assert swapped is not None
+    assert "40 tokens shorter" in thinking_parts(swapped)
     unsure = thinking_of(mine, theirs)
     assert unsure is not None
     assert thinking_parts(unsure)[0].startswith("cannot tell: -")

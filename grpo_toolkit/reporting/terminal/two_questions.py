@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.latency.bench.statistics import span
@@ -31,9 +32,9 @@ def thinking_parts(thinking: Thinking) -> list[str]:
             parts.insert(0, f"{thinking_figure(thinking)} of an answer's time")
     else:
         parts.insert(0, f"{thinking_figure(thinking)} of an answer's time, asked with and without the instruction")
-        parts.append(f"{_told(thinking.tokens, _tokens)} tokens longer")
+        parts.append(_longer(thinking.tokens, lambda value: f"{value:,.0f}", " tokens"))
         in_ms = max(abs(end or 0.0) for end in (thinking.seconds.median, thinking.seconds.low, thinking.seconds.high))
-        parts.append(f"{_told(thinking.seconds, _milliseconds if in_ms < 0.1 else _seconds)} longer")
+        parts.append(_longer(thinking.seconds, _milliseconds if in_ms < 0.1 else _seconds))
     if first is not None:
         beside = "" if direct is None else f", without it {seconds(direct)}"
         parts.append(f"first answer token after {seconds(first)}{beside}")
@@ -100,12 +101,19 @@ def _told(estimate: Estimate, write: Callable[[float], str]) -> str:
     return write(estimate.median) if estimate.low == estimate.high else f"{write(estimate.median)} ({reach})"
 
 
+def _longer(estimate: Estimate, write: Callable[[float], str], unit: str = "") -> str:
+    """Return by how much an answer is longer, or shorter where all of the interval says so."""
+    low, high = estimate.low, estimate.high
+    if estimate.median < 0 and (high is None or high <= 0):
+        turned = replace(estimate, median=-estimate.median)
+        if low is not None and high is not None:
+            turned = replace(turned, low=-high, high=-low)
+        return f"{_told(turned, write)}{unit} shorter"
+    return f"{_told(estimate, write)}{unit} longer"
+
+
 def _percent(value: float) -> str:
     return f"{value:.0%}"
-
-
-def _tokens(value: float) -> str:
-    return f"{round(value):,}"
 
 
 def _milliseconds(value: float) -> str:
