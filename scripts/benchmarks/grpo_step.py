@@ -1,13 +1,15 @@
 """Seconds of a GRPO step of a vision-language model, plain and with what makes it faster, phase by phase.
 
     python -m scripts.benchmarks.grpo_step --device cuda --output OUT            # 3B shape, random weights, one H200
+    python -m scripts.benchmarks.grpo_step --launch fsdp2 --device cuda --output OUT           # two GPUs of a machine
     python -m scripts.benchmarks.grpo_step --shape tiny --completions 4 --new-tokens 8 --output OUT     # on a CPU
 
 A step is that of the recipe's configs: `--groups` prompts with an image each and `--completions` answers of exactly
 `--new-tokens` tokens to each, in micro-batches of one group, gradient checkpointing, sdpa; `full` trains float32
 weights under autocast, `lora` an adapter on bfloat16 weights, with rollouts of half a step. Each arm is a process of
 its own, one after the other, and all arms see the same rows. The GPU is waited for at each border of a phase. Steps
-after the first are timed; the first, which compiles, is shown beside them.
+after the first are timed; the first, which compiles, is shown beside them. `--launch` runs each arm on two processes
+by a file of recipes/accelerate, with as much work for each; times and memory are those of the first process.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega", "angle", "circle", "degrees")
+ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("plain", "packed", "rollout", "fast")
 PHASES = ("rollout", "scoring", "forward", "backward")
 
@@ -32,7 +35,9 @@ PHASES = ("rollout", "scoring", "forward", "backward")
 def main() -> None:
     options = parse()
     if options.child:
-        print(json.dumps(train(options)))
+        row = train(options)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(row))
         return
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -67,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=170, help="longest prompt, in words (1,040 tokens)")
     parser.add_argument("--image", type=int, nargs=2, default=(616, 616), help="pixels")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--launch", choices=["ddp", "fsdp2", "zero2", "zero3"], help="two processes, by this file")
     parser.add_argument("--output", default="bench_step")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -88,7 +94,7 @@ def in_a_process_of_its_own(
     given = [part for name in numbers for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     given += ["--steps", str(options.plain_steps if arm == "plain" else options.steps)]
     given += ["--image", *map(str, options.image), "--base", str(base), "--child", weights, arm]
-    command = [sys.executable, "-m", "scripts.benchmarks.grpo_step", *given]
+    command = [sys.executable, *launcher(options), "-m", "scripts.benchmarks.grpo_step", *given]
     with (output / f"{weights}-{arm}.log").open("w") as log:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
     if done.returncode:
@@ -96,6 +102,15 @@ def in_a_process_of_its_own(
         return {"failed": done.returncode, "log": tail}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def launcher(options: argparse.Namespace) -> list[str]:
+    """Return what stands between `python` and `-m MODULE`: nothing for one process."""
+    if options.launch is None:
+        return []
+    file = ROOT / "recipes" / "accelerate" / f"{options.launch}.yaml"
+    on_cpu = ["--cpu", "--mixed_precision", "no"] if options.device == "cpu" else []
+    return ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2", *on_cpu]
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -252,7 +267,7 @@ def prompts(options: argparse.Namespace) -> Any:
     from PIL import Image
 
     rng = random.Random(0)
-    count = options.groups * options.steps
+    count = options.groups * options.steps * int(os.environ.get("WORLD_SIZE", "1"))
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(options.words // 2, options.words))) for _ in range(count)]
     images = [Image.effect_noise(tuple(options.image), 40 + index).convert("RGB") for index in range(count)]
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts], "image": images})
