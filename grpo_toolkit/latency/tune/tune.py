@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 COMPILE_MODES: Final[dict[bool, tuple[str | None, ...]]] = {False: (None,), True: (None, "max-autotune")}
 """Modes of a compiled step that are tried, without and with a GPU; None is transformers' own."""
 
-BATCHES_S: Final = 120.0
-"""Seconds for several batch sizes of the best setting."""
+BATCHES_S: Final = 240.0
+"""Seconds for several batch sizes of the best setting, each of which may have to be compiled (40 s on an H200)."""
 
 _ROUNDS: Final = 3
 _WORTH: Final = 1.05
