@@ -116,7 +116,7 @@ def test_an_interrupt_ends_at_once_with_what_there_is(qwen: Path, tmp_path: Path
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / "latency.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     assert process.poll() is None
@@ -144,7 +144,7 @@ def test_the_rounds_that_were_made_are_kept_whatever_ends_them(
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while _rounds_in(tmp_path) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     before = _rounds_in(tmp_path)
