@@ -6,10 +6,11 @@
 
 A step is that of the recipe's configs: `--groups` prompts with an image each and `--completions` answers of exactly
 `--new-tokens` tokens to each, in micro-batches of one group, gradient checkpointing, sdpa; `full` trains float32
-weights under autocast, `lora` an adapter on bfloat16 weights, with rollouts of half a step. Each arm is a process of
-its own, one after the other, and all arms see the same rows. The GPU is waited for at each border of a phase. Steps
-after the first are timed; the first, which compiles, is shown beside them. `--launch` runs each arm on two processes
-by a file of recipes/accelerate, with as much work for each; times and memory are those of the first process.
+weights under autocast, `lora` an adapter on bfloat16 weights, with rollouts of half a step. `fast` is all that the
+recipe has on by default, `unpadded` all but lengths in multiples of 64 (on a GPU). Each arm is a process of its own,
+one after the other, and all arms see the same rows. The GPU is waited for at each border of a phase. Steps after the
+first are timed; the first, which compiles, is shown beside them. `--launch` runs each arm on two processes by a file
+of recipes/accelerate, with as much work for each; times and memory are those of the first process.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega", "angle", "circle", "degrees")
 ROOT = Path(__file__).resolve().parents[2]
-ARMS = ("plain", "packed", "rollout", "fast")
+ARMS = ("plain", "packed", "rollout", "fast", "unpadded")
 PHASES = ("rollout", "scoring", "forward", "backward")
 
 
@@ -123,11 +124,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     weights, arm = options.child
     on_gpu = options.device == "cuda"
     callbacks: list[Any] = [KVCacheCallback()]
-    if arm in ("packed", "fast"):
+    if arm in ("packed", "fast", "unpadded"):
         from grpo_toolkit import PackedVisionCallback
 
         callbacks.append(PackedVisionCallback())
-    if arm in ("rollout", "fast"):
+    if arm in ("rollout", "fast", "unpadded"):
         from grpo_toolkit import FastRolloutCallback
 
         callbacks.append(FastRolloutCallback(way="fast"))
@@ -138,7 +139,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             model=options.base,
             args=settings,
             reward_funcs=distinct_letters,
-            train_dataset=rows_once(prompts(options)) if arm == "fast" else prompts(options),
+            train_dataset=rows_once(prompts(options)) if arm in ("fast", "unpadded") else prompts(options),
             peft_config=adapter_of(weights),
             callbacks=[clock.callback(), *callbacks],
         )
@@ -171,6 +172,7 @@ def settings_of(options: argparse.Namespace, output_dir: str) -> Any:
     from trl import GRPOConfig
 
     on_gpu, is_lora = options.device == "cuda", options.child[0] == "lora"
+    padded = {"pad_to_multiple_of": 64} if on_gpu and options.child[1] in ("fast", "cured", "untimed-cured") else {}
     return GRPOConfig(
         output_dir=output_dir,
         max_steps=options.steps,
@@ -190,6 +192,7 @@ def settings_of(options: argparse.Namespace, output_dir: str) -> Any:
         disable_tqdm=True,
         logging_steps=1,
         seed=0,
+        **padded,
     )
 
 
