@@ -97,6 +97,7 @@ def main(argv: list[str]) -> None:
         rounds=max(recipe.latency_rounds, 1),
         max_new_tokens=training.max_completion_length,
         tells_verdict=recipe.verbose,  # without it, the story at the end has them
+        reward_funcs=rewards,
     )
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
     finals = AfterTraining(splits.held_out)

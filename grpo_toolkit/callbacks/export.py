@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 published: WeakKeyDictionary[torch.nn.Module, ExportResult] = WeakKeyDictionary()
 """The result of each trained model's export, for the callbacks after this one."""
 
+format_rewards: WeakKeyDictionary[torch.nn.Module, Callable[..., list[float]]] = WeakKeyDictionary()
+"""The reward that each trained model's export was verified with."""
+
 
 class ExportCallback(GuardedCallback):
     """A callback that exports the trained model at the end of training: merged, verified, published atomically.
@@ -158,6 +161,8 @@ class ExportCallback(GuardedCallback):
         )
         if self.result is not None:
             published[base_model(model)] = self.result
+        if self.format_reward is not None:
+            format_rewards[base_model(model)] = self.format_reward
 
 
 def _sees(kwargs: Mapping[str, Any]) -> bool:

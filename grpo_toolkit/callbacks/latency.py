@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.callbacks.export import format_rewards
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.callbacks.latency_budget import ARMS, Budget, EndMeasurement, Settings, find_arms
 from grpo_toolkit.errors import GateError, InputError
+from grpo_toolkit.latency.bench.batches import SIZES
 from grpo_toolkit.latency.bench.gate import gate_of
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.engines.arms import Arm
@@ -19,7 +21,8 @@ from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.review import FOLDER_NAME, Review, load_review
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
 from grpo_toolkit.model.generation.drawn_pictures import requests_to
-from grpo_toolkit.model.generation.request import find_requests
+from grpo_toolkit.model.generation.judge import Judge
+from grpo_toolkit.model.generation.request import find_asked, find_requests
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.offload_to_cpu import offloaded_to_cpu
@@ -60,6 +63,10 @@ class LatencyCallback(GuardedCallback):
     Two workloads: answers of exactly `new_tokens`, and natural ones, which end where the model ends them; without
     `export_no_cache`, whose answers would be the export's own and take most of the time.
 
+    Two questions besides. How much of an answer's time is thinking? The export answers natural prompts with and
+    without their instruction to think, in turns, and reward functions pay both. Which batch, and how much memory? The
+    export is timed at several batch sizes, as far as the time allows, on a GPU also at the largest that fits.
+
     Nothing runs between steps, unless `every_steps` asks for it. The end takes one percent of the training's own time:
     saving the plain checkpoint, loading a process per folder, warm-up and timed rounds of all workloads, of which the
     last two may have a minute, however short the training was; what one workload leaves is for the next. Outside of it
@@ -81,6 +88,12 @@ class LatencyCallback(GuardedCallback):
         max_new_tokens: the cap of natural answers; None leaves that workload out.
         every_steps: also time the model in training, between steps, every so many; training waits for it, four answers
             each time.
+        thinking: the instruction to think, which the export is asked without, too: a system message or a part of a
+            message. True finds it in the prompts: a system message, or a user's sentences, that name `<think>`; where
+            none does, nothing is asked without it. False asks nothing without it.
+        reward_funcs: the training's reward functions, as its trainer takes them, which pay the natural answers with
+            the trainer's weights; by default the one that `ExportCallback` verifies the form of answers with.
+        batch_sizes: at which the export is timed, in rising order; () leaves that out.
         prompts: dataset rows to ask; by default the first of the evaluation or training dataset.
         num_prompts: how many of them.
         output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
@@ -99,6 +112,9 @@ class LatencyCallback(GuardedCallback):
         new_tokens: int = 64,
         rounds: int = 24,
         max_new_tokens: int | None = 256,
+        thinking: str | bool = True,
+        reward_funcs: Sequence[Any] = (),
+        batch_sizes: Sequence[int] = SIZES,
         every_steps: int | None = None,
         prompts: Iterable[Mapping[str, Any]] | None = None,
         num_prompts: int = 4,
@@ -120,7 +136,10 @@ class LatencyCallback(GuardedCallback):
             rounds=rounds,
             max_new_tokens=max_new_tokens,
             max_slowdown=None if gate is None else gate_of(gate),
+            thinking=thinking,
+            batch_sizes=tuple(batch_sizes),
         )
+        self.reward_funcs = reward_funcs
         self.every_steps = every_steps
         self.prompts = prompts
         self.num_prompts = num_prompts
@@ -187,6 +206,14 @@ class LatencyCallback(GuardedCallback):
         found = find_requests(self.prompts, kwargs, limit=self.num_prompts, state=state)
         return found or requests_to(kwargs["model"], kwargs["processing_class"])
 
+    def _judge(self, args: TrainingArguments, state: TrainerState, model: Any, rows: Sequence[Any]) -> Judge | None:
+        """Return what pays natural answers: the training's own functions, or the export's for their form."""
+        if self.reward_funcs:
+            weights = getattr(args, "reward_weights", None)
+            return Judge(functions=self.reward_funcs, rows=rows, weights=weights, state=state)
+        form = format_rewards.get(base_model(model))
+        return None if form is None else Judge(functions=[form], rows=rows, state=state)
+
     def _measure_live(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         model = kwargs["model"]
         arm = Arm(
@@ -196,7 +223,12 @@ class LatencyCallback(GuardedCallback):
         )
         with inference_ready(model):
             rows = measure_latency(
-                [arm], self._requests(state, kwargs), new_tokens=self.settings.new_tokens, rounds=2, warmup=1
+                [arm],
+                self._requests(state, kwargs),
+                new_tokens=self.settings.new_tokens,
+                rounds=2,
+                warmup=1,
+                progress=False,
             )
         rows = [replace(row, step=state.global_step) for row in rows]
         self.live_rows += rows
@@ -211,12 +243,14 @@ class LatencyCallback(GuardedCallback):
         weights: dict[str, torch.Tensor] | None,
     ) -> None:
         model, folder = kwargs["model"], self._folder(args)
+        asked = find_asked(self.prompts, kwargs, limit=self.num_prompts, state=state)
         end = EndMeasurement(
             settings=self.settings,
             budget=Budget(began=self._began, ended=self._ended),
-            requests=self._requests(state, kwargs),
+            requests=[request for request, _ in asked] or requests_to(model, kwargs["processing_class"]),
             folder=folder,
             step=state.global_step,
+            judge=self._judge(args, state, model, [row for _, row in asked]),
         )
         self.rows, self.explanations = end.rows, end.explanations
         with tempfile.TemporaryDirectory(prefix=".plain-checkpoint-", dir=folder) as plain:

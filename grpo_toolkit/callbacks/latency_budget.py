@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.callbacks.export import published
-from grpo_toolkit.latency.bench.compare import compare_latency
+from grpo_toolkit.latency.bench.batches import SIZES, time_batches
+from grpo_toolkit.latency.bench.compare import compare_latency, compare_rows
 from grpo_toolkit.latency.bench.gate import missed_by
+from grpo_toolkit.latency.bench.measure import Plan
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
+from grpo_toolkit.latency.bench.thinking import compare_thinking
 from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm, fitting
-from grpo_toolkit.latency.engines.pool import Engines
+from grpo_toolkit.latency.engines.pool import Engines, Source
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.explain.explanation import explain_missed
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
+from grpo_toolkit.model.generation.thinking_instruction import find_thinking
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.saving.save_hook import base_folder
 from grpo_toolkit.reporting.report.screen_lines import line
@@ -24,14 +29,14 @@ from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.terminal.explanation import explanation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import torch
 
     from grpo_toolkit.latency.bench.gate import Missed
-    from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.model.generation.judge import Judge
     from grpo_toolkit.model.generation.request import Request
 
 logger = logging.getLogger(__name__)
@@ -61,13 +66,14 @@ class Settings:
     rounds: int
     max_new_tokens: int | None
     max_slowdown: float | None
+    thinking: str | bool = True
+    batch_sizes: tuple[int, ...] = SIZES
 
-    def workloads(self, requests: Sequence[Request]) -> list[Traffic]:
-        """Return the fixed workload and, unless it is left out, the natural one."""
-        workloads = [traffic_of(requests, max_new_tokens=self.new_tokens)]
-        if self.max_new_tokens is not None:
-            workloads.append(traffic_of(requests, kind="natural", max_new_tokens=self.max_new_tokens))
-        return workloads
+    def find_thinking(self, requests: Sequence[Request]) -> tuple[list[Request], list[Request]]:
+        """Return the requests as they ask for thoughts, and without that; two empty lists where they are not asked."""
+        if self.thinking is False or self.max_new_tokens is None:
+            return [], []
+        return find_thinking(requests, None if self.thinking is True else self.thinking)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +111,18 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class EndMeasurement:
-    """A measurement at the end of a training; its rows are on disk as soon as they are known."""
+    """A measurement at the end of a training; its rows are on disk as soon as they are known.
+
+    Its questions, each with an equal share of the time that is left: how fast are all arms at one length, what are
+    their natural answers (and what does thinking cost the export), and which batch is worth its memory?
+    """
 
     settings: Settings
     budget: Budget
     requests: Sequence[Request]
     folder: Path
     step: int
+    judge: Judge | None = None
     rows: list[LatencyRow] = field(default_factory=list)
     explanations: list[ExplanationRow] = field(default_factory=list)
 
@@ -125,37 +136,28 @@ class EndMeasurement:
         return missed
 
     def _time(self, arms: Sequence[Arm]) -> list[Missed]:
+        natural = [arm for arm in arms if arm.name != NO_CACHE] if self.settings.max_new_tokens is not None else []
+        subject = next((arm for arm in arms if arm.name == "export"), None) if self.settings.batch_sizes else None
+        questions = {"fixed answers": self._fixed}
+        questions |= {"natural answers": self._natural} if natural else {}
+        questions |= {"batches": self._batches} if subject else {}
+        say(line("timing", f"{', '.join(arm.name for arm in arms)}: {self._announcement(bool(natural))}"))
         missed: list[Missed] = []
-        workloads = self.settings.workloads(self.requests)
-        say(line("timing", f"{', '.join(arm.name for arm in arms)}: {self._announcement(workloads)}"))
         with Engines() as engines:
-            for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
+            for left, (name, question) in zip(range(len(questions), 0, -1), questions.items(), strict=True):
                 share_s = self.budget.left_s(engines.asked_s) / left
                 if self.rows and not share_s and self.budget.least_rounds < MIN_PAIRS:
-                    self._say_left_out(f"{traffic.kind} answers")
+                    self._say_left_out(name)
                     continue
-                timed = [arm for arm in arms if traffic.kind == "fixed" or arm.name != NO_CACHE]
-                if not timed:
-                    continue
-                rounds = self.settings.rounds
-                compared = compare_latency(
-                    timed,
-                    traffic,
-                    rounds=rounds,
-                    control=False,
-                    budget_s=share_s,
-                    least_rounds=self.budget.least_rounds,
-                    engines=engines,
-                )
-                rows = [replace(row, step=self.step) for row in compared.rows]
-                append_rows(self.folder / FILE_NAME, rows)
-                self.rows.extend(rows)
-                made = max(row.rounds for row in rows)
+                made = 0
+                for rows in question(arms, engines, share_s):
+                    found = [replace(row, step=self.step) for row in rows]
+                    append_rows(self.folder / FILE_NAME, found)
+                    self.rows.extend(found)
+                    made = max([made, *(row.rounds for row in found)])
+                    missed += self._missed(found)
                 if made < min(MIN_PAIRS, self.settings.rounds):
-                    self._say_left_out(
-                        f"{traffic.kind} answers after {made} rounds, of which a verdict takes {MIN_PAIRS}"
-                    )
-                missed += self._missed(rows)
+                    self._say_left_out(f"{name} after {made} rounds, of which a verdict takes {MIN_PAIRS}")
         return missed
 
     def _say_left_out(self, what: str) -> None:
@@ -163,10 +165,69 @@ class EndMeasurement:
         said = f"{what}: a training of {training_s:.0f} s leaves {self.budget.least_s:.0f} s for its timing"
         say(line("left out", said))
 
-    def _announcement(self, workloads: Sequence[Traffic]) -> str:
+    def _fixed(self, arms: Sequence[Arm], engines: Engines, share_s: float) -> Iterator[Sequence[LatencyRow]]:
+        traffic = traffic_of(self.requests, max_new_tokens=self.settings.new_tokens)
+        yield compare_latency(
+            arms,
+            traffic,
+            rounds=self.settings.rounds,
+            control=False,
+            budget_s=share_s,
+            least_rounds=self.budget.least_rounds,
+            engines=engines,
+            progress=False,
+        ).rows
+
+    def _natural(self, arms: Sequence[Arm], engines: Engines, share_s: float) -> Iterator[Sequence[LatencyRow]]:
+        """Ask what ends where the model ends it; the export also without the instruction to think, if there is one."""
+        assert self.settings.max_new_tokens is not None
+        timed = [arm for arm in arms if arm.name != NO_CACHE]
+        thinking, direct = self.settings.find_thinking(self.requests)
+        make = partial(traffic_of, kind="natural", max_new_tokens=self.settings.max_new_tokens)
+        usual = make(thinking or self.requests, thinking=None)
+        plan = Plan(
+            arms=timed,
+            traffic=replace(usual, thinking=True) if thinking else usual,
+            rounds=self.settings.rounds,
+            warmup=None,
+            roofline=False,
+            precision=None,
+            budget_s=share_s,
+            progress=None,
+            judge=self.judge,
+            least_rounds=self.budget.least_rounds,
+        )
+        if not direct:
+            if self.settings.thinking is not False:
+                say(line("thinking", "the prompts name no <think>: they are asked only as they are (thinking=...)"))
+            yield compare_rows(plan.measured(engines)).rows
+            return
+        asked = next((arm.name for arm in timed if arm.name == "export"), timed[-1].name)
+        pair = compare_thinking(
+            plan, replace(make(direct), name="natural_direct", thinking=False), engines=engines, only=[asked]
+        )
+        yield from (compared.rows for compared in pair)
+
+    def _batches(self, arms: Sequence[Arm], engines: Engines, share_s: float) -> Iterator[Sequence[LatencyRow]]:
+        """Time the export at several batch sizes, alone on its device."""
+        export = next(arm for arm in arms if arm.name == "export")
+        for arm in arms:
+            if arm.engine_key != export.engine_key and arm.path is not None:
+                engines.release(Source(path=arm.path))
+        traffic = traffic_of(self.requests, max_new_tokens=self.settings.new_tokens)
+        yield time_batches(
+            export,
+            traffic,
+            engines=engines,
+            rounds=self.settings.rounds,
+            budget_s=share_s,
+            sizes=self.settings.batch_sizes,
+        )
+
+    def _announcement(self, has_natural: bool) -> str:
         least, most = self.budget.least_rounds, self.settings.rounds
         rounds = f"{least} to {most}" if most > least else str(most)
-        kinds = " and ".join(traffic.kind for traffic in workloads)
+        kinds = "fixed and natural" if has_natural else "fixed"
         return f"{kinds} answers, {rounds} rounds each, about {self.budget.left_s(0.0):.0f} s"
 
     def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:

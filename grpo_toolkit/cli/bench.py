@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_toolkit.cli.bench_arguments import add_arguments, find_arms, find_workloads, given_requests
+from grpo_toolkit.cli.bench_arguments import add_arguments, find_arms, given_requests
+from grpo_toolkit.cli.bench_workloads import find_workloads
 from grpo_toolkit.cli.shell import add_device, add_json, add_verb, check_writable, quiet_libraries
 from grpo_toolkit.errors import InputError
 
@@ -16,14 +18,16 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
 
+    from grpo_toolkit.cli.bench_workloads import Workload
     from grpo_toolkit.cli.shell import Commands
     from grpo_toolkit.latency.bench.compare import Comparison
     from grpo_toolkit.latency.bench.gate import Missed
-    from grpo_toolkit.latency.bench.measure import Progress
-    from grpo_toolkit.latency.bench.workload import Traffic
+    from grpo_toolkit.latency.bench.measure import Keep
+    from grpo_toolkit.latency.bench.progress import Progress
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.latency.rows.store import RoundRows
 
 
 def add_command(commands: Commands) -> None:
@@ -49,8 +53,8 @@ def bench(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.latency.bench.gate import gate_of
     from grpo_toolkit.latency.engines.arms import processor_of
     from grpo_toolkit.latency.engines.pool import Engines
-    from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
-    from grpo_toolkit.reporting.terminal.console import turn_progress
+    from grpo_toolkit.latency.rows.store import RoundRows, recover_rows
+    from grpo_toolkit.reporting.terminal.console import say, turn_progress
 
     quiet_libraries()
     if arguments.tune:
@@ -70,23 +74,73 @@ def bench(arguments: argparse.Namespace) -> int:
     processor = processor_of(arms)
     if arguments.output is not None:
         check_writable(arguments.output)
+        if left := recover_rows(arguments.output):
+            say(f"{arguments.output}: {left} rows of an interrupted measurement are kept")
+    load_printing()
+    kept = RoundRows(arguments.output)
     progress = cache(partial(turn_progress, ", ".join(arm.name for arm in arms)))
     found: list[Comparison] = []
     try:
         with Engines() as engines:
-            for make in find_workloads(arguments, given, processor):
-                for comparison in _measured(arguments, arms, make, engines, progress):
+            for workload in find_workloads(arguments, given, processor):
+                for comparison in _measured(arguments, arms, workload, engines, progress, kept.keep):
                     found.append(comparison)
-                    rows = [*comparison.rows, *([] if comparison.control is None else [comparison.control])]
                     if not arguments.json:
-                        _show(rows)
-                    if arguments.output is not None:
-                        append_rows(arguments.output / FILE_NAME, rows)
+                        _show(_all_rows(comparison))
+                    kept.finish(_all_rows(comparison))
     except (KeyboardInterrupt, OSError):
-        if arguments.json and found:  # what there is; without JSON it is on the screen
-            _finish(arguments, None, found, base="")
+        _show_interrupted(arguments, kept, found)
         raise
+    if not arguments.json:
+        _answer_questions(found)
     return _finish(arguments, gate, found, base=arms[0].place)
+
+
+def _all_rows(comparison: Comparison) -> list[LatencyRow]:
+    return [*comparison.rows, *([] if comparison.control is None else [comparison.control])]
+
+
+def load_printing() -> None:
+    """Import what tables and intervals need before anything is timed: an interrupt must not wait for it."""
+    for name in ("scipy.stats", "rich.table", "grpo_toolkit.reporting.terminal.tables"):
+        import_module(name)
+
+
+def _show_interrupted(arguments: argparse.Namespace, kept: RoundRows, found: list[Comparison]) -> None:
+    """Show and keep the rounds that were made; with JSON all that there is, without it the rest is on the screen."""
+    from grpo_toolkit.latency.bench.compare import compare_control
+    from grpo_toolkit.latency.bench.thinking import plain_arm
+
+    if kept.rows:
+        by_workload: dict[str, list[LatencyRow]] = {}
+        for row in kept.rows:
+            by_workload.setdefault(row.workload.name, []).append(plain_arm(row))
+        last = [compare_control(rows) for rows in by_workload.values()]
+        for comparison in last:
+            if not arguments.json:
+                _show(_all_rows(comparison))
+        found.extend(last)
+        kept.finish([row for comparison in last for row in _all_rows(comparison)])
+    if arguments.json and found:
+        _finish(arguments, None, found, base="")
+
+
+def _answer_questions(found: Sequence[Comparison]) -> None:
+    """Say what thinking costs each arm, and what its larger batches bring, where both were asked."""
+    from grpo_toolkit.latency.bench.batches import batches_of
+    from grpo_toolkit.latency.bench.thinking import thinking_in
+    from grpo_toolkit.reporting.terminal.console import show
+    from grpo_toolkit.reporting.terminal.two_questions import batch_sentence, thinking_sentence
+
+    rows = [row for comparison in found for row in comparison.rows]
+    for cost in thinking_in(rows):
+        if cost.share is not None:
+            show(f"{cost.arm}: {thinking_sentence(cost)}")
+    for name in dict.fromkeys(row.workload.name for row in rows if row.workload.kind == "fixed"):
+        for arm in dict.fromkeys(row.arm for row in rows):
+            batches = batches_of([row for row in rows if (row.workload.name, row.arm) == (name, arm)])
+            if batches is not None:
+                show(f"{arm}: {batch_sentence(batches)}")
 
 
 def _say_order(arms: Sequence[Arm]) -> None:
@@ -161,26 +215,32 @@ def _replayed(arguments: argparse.Namespace) -> list[Comparison]:
 def _measured(
     arguments: argparse.Namespace,
     arms: Sequence[Arm],
-    make: Callable[..., Traffic],
+    workload: Workload,
     engines: Engines,
     progress: Callable[[], Progress],
+    keep: Keep,
 ) -> Iterator[Comparison]:
-    """Compare the arms at each batch size."""
-    from grpo_toolkit.latency.bench.compare import compare_latency, doubling, sweep_batches
+    """Compare the arms at each batch size, asked both ways in turns where the workload has two."""
+    from grpo_toolkit.latency.bench.compare import doubling, sweep_batches
+    from grpo_toolkit.latency.bench.measure import Plan
+    from grpo_toolkit.latency.bench.thinking import compare_asked
 
-    def compare(left: Sequence[Arm], size: int) -> Comparison:
-        traffic = make(batch_size=size)  # refuses what cannot be asked, before anything is said of loading
-        return compare_latency(
-            left,
-            traffic,
+    def compare(left: Sequence[Arm], size: int) -> list[Comparison]:
+        traffic = workload.make(batch_size=size)  # refuses what cannot be asked, before anything is said of loading
+        plan = Plan(
+            arms=left,
+            traffic=traffic,
             rounds=arguments.rounds,
-            control=len(left) > 1 and not arguments.no_control,
+            warmup=None,
             roofline=not arguments.no_roofline,
             precision=None if arguments.precision is None else arguments.precision / 100,
             budget_s=arguments.budget,
-            engines=engines,
             progress=progress(),
+            keep=keep,
         )
+        direct = None if workload.direct is None else workload.direct(batch_size=size)
+        control = len(left) > 1 and not arguments.no_control
+        return compare_asked(plan, direct, engines=engines, control=control)
 
     return sweep_batches(arms, doubling() if arguments.batch_size == ["max"] else arguments.batch_size, compare)
 

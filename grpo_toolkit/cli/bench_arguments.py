@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,9 +12,6 @@ from grpo_toolkit.cli.shell import check_attention
 from grpo_toolkit.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from grpo_toolkit.latency.bench.workload import Traffic
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.model.generation.request import Request
@@ -87,51 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what comes out").add_argument
     add("--gate", metavar="max-slowdown=RATIO", help="exit 1, with the reason, if a model is slower than the first")
     add("--output", type=Path, metavar="DIR", help="append the rows to DIR/latency.jsonl")
-
-
-def find_workloads(
-    arguments: argparse.Namespace, given: Sequence[Request], processor: Any
-) -> Iterator[Callable[..., Traffic]]:
-    """Yield the workloads that the flags name, as functions of `batch_size`."""
-    from grpo_toolkit.latency.bench.workload import made_up, traffic_of
-
-    make = partial(traffic_of, given) if given else partial(made_up, processor)
-    images = [{}] if given else [{"image_tokens": tokens} for tokens in _image_tokens(arguments, processor)]
-    make = partial(make, seed=arguments.seed)
-    if arguments.workload != "natural":
-        for settings in _fixed(arguments, is_made_up=not given):
-            yield from (partial(make, kind="fixed", **settings, **image) for image in images)
-    if arguments.workload != "fixed":
-        for thinking in {"off": [False], "on": [True], "both": [False, True]}[arguments.thinking]:
-            name = "natural_thinking" if thinking else "natural"
-            natural = partial(
-                make, name=name, kind="natural", max_new_tokens=arguments.max_new_tokens, thinking=thinking
-            )
-            yield from (partial(natural, **image) for image in images)
-
-
-def _fixed(arguments: argparse.Namespace, *, is_made_up: bool) -> Iterator[dict[str, Any]]:
-    """Yield the settings of each fixed workload: of given prompts only the length of the answer is free."""
-    if not is_made_up:
-        yield from ({"max_new_tokens": new_tokens} for new_tokens in arguments.new_tokens)
-        return
-    names = {"repeated": "fixed", "new": "fixed_new_lengths"}
-    lengths = names if arguments.lengths == "both" else [arguments.lengths]
-    for length, new_tokens, prompt_tokens in product(lengths, arguments.new_tokens, arguments.prompt_tokens):
-        yield {
-            "name": names[length],
-            "lengths": length,
-            "max_new_tokens": new_tokens,
-            "prompt_tokens": prompt_tokens,
-        }
-
-
-def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | None]:
-    from grpo_toolkit.latency.bench.workload import MADE_UP_IMAGE_TOKENS
-
-    if arguments.image_tokens is None:
-        return [MADE_UP_IMAGE_TOKENS if hasattr(processor, "image_processor") else None]
-    return [count or None for count in arguments.image_tokens]
 
 
 def find_arms(arguments: argparse.Namespace) -> list[Arm]:

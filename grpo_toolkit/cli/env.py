@@ -37,6 +37,10 @@ def env(arguments: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
     }
+    from grpo_toolkit.model.hardware.toolkit_commit import toolkit_commit
+
+    commit = toolkit_commit()
+    facts |= {} if commit is None else {"grpo_toolkit_commit": commit}
     for name in ("trl", "peft", "accelerate", "wandb"):
         with suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)

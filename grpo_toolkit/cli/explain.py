@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.cli.shell import Commands
     from grpo_toolkit.latency.engines.protocol import Options
+    from grpo_toolkit.latency.rows.row import LatencyRow
 
 _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "dtype": ("float32", "bfloat16", "float16"),
@@ -59,6 +60,12 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="cap of an answer (default 128)")
     parser.add_argument("--rounds", type=int, default=6, help="measured rounds (default 6)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long, but not before 3 rounds")
+    parser.add_argument(
+        "--thinking",
+        metavar="TEXT",
+        help="the instruction to think, with and without which the trained model is asked; off asks nothing "
+        "(default: what names <think> in the prompt)",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the explanation to this latency.jsonl")
     parser.set_defaults(run=explain)
     add_json(parser)
@@ -72,10 +79,12 @@ def explain(arguments: argparse.Namespace) -> int:
     if arguments.base is None or arguments.trained is None:
         raise InputError("give a base and a trained model, or --steps and a training's output folder")
     from grpo_toolkit.checkpoint.folders.lineage import order_notice
+    from grpo_toolkit.latency.bench.thinking import thinking_in
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
     from grpo_toolkit.latency.rows.store import append_rows
     from grpo_toolkit.reporting.terminal.console import say, show, turn_progress
+    from grpo_toolkit.reporting.terminal.two_questions import thinking_sentence
 
     notice = order_notice(arguments.base, arguments.trained)
     if notice is not None:
@@ -97,15 +106,42 @@ def explain(arguments: argparse.Namespace) -> int:
         trained_options=trained_options,
         progress=turn_progress(f"{arguments.base} and {arguments.trained}"),
     )
-    if arguments.json:
-        print(json.dumps({**row.to_json(), "top_cause": top_cause(row), "unexplained_share": unexplained_share(row)}))
-    else:
+    if not arguments.json:
         from grpo_toolkit.reporting.terminal.explanation import explanation
 
         show(explanation(row))
+    asked = _ask_both_ways(arguments, trained_options)
+    cost = next(iter(thinking_in(asked)), None)
+    if arguments.json:
+        said = {"top_cause": top_cause(row), "unexplained_share": unexplained_share(row)}
+        print(json.dumps({**row.to_json(), **said, "thinking": None if cost is None else asdict(cost)}))
+    elif cost is not None:
+        show("", thinking_sentence(cost))
     if arguments.output is not None:
-        append_rows(arguments.output, [row])
+        append_rows(arguments.output, [row, *asked])
     return 0 if top_cause(row) is None else 1
+
+
+def _ask_both_ways(arguments: argparse.Namespace, options: Options) -> list[LatencyRow]:
+    """Ask the trained model with and without the instruction to think; say it where there is none."""
+    from grpo_toolkit.latency.bench.thinking import ask_both_ways
+    from grpo_toolkit.latency.engines.arms import Arm
+    from grpo_toolkit.reporting.terminal.console import say, turn_progress
+
+    if arguments.thinking == "off":
+        return []
+    rows = ask_both_ways(
+        Arm(name="trained", path=arguments.trained, options=options),
+        _requests(arguments),
+        instruction=arguments.thinking,
+        rounds=arguments.rounds,
+        max_new_tokens=arguments.max_new_tokens,
+        budget_s=arguments.budget,
+        progress=turn_progress(f"{arguments.trained} once more, to ask it with and without the instruction to think"),
+    )
+    if not rows:
+        say("thinking: the prompt names no <think>; --thinking TEXT says which instruction to leave out")
+    return rows
 
 
 def _explain_steps(arguments: argparse.Namespace) -> int:

@@ -102,7 +102,7 @@ def tuned_overrides(source: Path, base: str | None, *, device: str) -> tuple[dic
     folder = source
     if not (source / CONFIG).is_file():  # an adapter is exported merged, so as fast as its base
         folder = named or base_of_adapter(source)
-    tuning = tune_latency(folder, device=device, progress=_say_trial)
+    tuning = tune_latency(folder, device=device, batches_s=0.0, progress=_say_trial)
     keys, left_out = keys_for_files(tuning, read_json((named or folder) / CONFIG))
     for line in left_out:
         print(line, file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.base_lookup import find_base, named_base
-from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD, base_in_record
+from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD, base_in_record, base_of_run
 from grpo_toolkit.checkpoint.folders.look_around import models_below
 from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG, Kind
 from grpo_toolkit.checkpoint.folders.trainer_checkpoints import checkpoints_in
@@ -79,6 +79,7 @@ def diagnose_checkpoint(
         CheckpointError: no folder, or nothing in it that could be examined; or `base` is not a model folder here.
     """
     folder = Path(path)
+    base = None if base is None else named_base(base, trained=folder)
     is_folder = os.path.isdir(folder)  # noqa: PTH112 - says no to names that Path cannot ask about
     parts = parts_of(folder) if is_folder else []
     if len(parts) == 1 and parts[0].parent == folder and not checkpoints_in(folder):
@@ -162,13 +163,11 @@ def diagnose_files(
 def parse_folder(
     source: Files, *, base: Path | None = None, deep: bool = False, bases: dict[Path, Folder] | None = None
 ) -> Folder:
-    """Read a folder with its base, ready for the rules."""
+    """Read a folder with its base, ready for the rules; a base that is the folder itself is none."""
     folder = read_folder(source)
     if folder.kind is Kind.MODEL and folder.model_type:
         folder = replace(folder, is_known=installed_knows(folder.model_type))
-    found = base if base is not None else _recorded(source) or _base_in_files(folder)
-    if base is not None and _is_same(base, folder.path):
-        raise CheckpointError(f"--base {base}: is the folder itself; name the model that it was trained from")
+    found = base if base is not None else _recorded(source) or _base_in_files(folder) or base_of_run(folder.path)
     if found is not None and not _is_same(found, folder.path):
         folder = replace(folder, base=_read_base(found, {} if bases is None else bases, must=base is not None))
     if deep:

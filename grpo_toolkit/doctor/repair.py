@@ -88,7 +88,7 @@ def repair_checkpoint(
     folder = Path(path)
     if not os.path.isdir(folder):  # noqa: PTH112
         raise CheckpointError(f"{folder}: not a folder")
-    named = None if base is None else named_base(base)
+    named = None if base is None else named_base(base, trained=folder)
     try:
         finished = not dry_run and _finish(folder)
         plan = make_plan(DiskFiles(folder), base=named, rewrite_weights=rewrite_weights)

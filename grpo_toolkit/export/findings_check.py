@@ -40,7 +40,7 @@ def serious_findings(
         reader: who is asked for.
         with_values: look for tensors without information too; reads all weights.
     """
-    parsed = parse_folder(DiskFiles(folder), base=None if base == folder else base)
+    parsed = parse_folder(DiskFiles(folder), base=base)
     if with_values:
         parsed = replace(parsed, digests=inspect_values(parsed))
     asked = reader or installed_reader()

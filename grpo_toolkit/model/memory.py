@@ -52,6 +52,16 @@ def free_bytes(device: str) -> int | None:
     return int(psutil.virtual_memory().available)
 
 
+def room_bytes(device: str) -> int | None:
+    """Return the memory that this process could still take on a device, what its allocator keeps free included."""
+    if not device.startswith("cuda"):
+        return free_bytes(device)
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 # psutil has neither a peak nor its reset. On Linux `ru_maxrss` will not do: it begins with the peak of the process
 # that this one was forked from, which no reset takes away.
 def reset_resident_peak() -> None:

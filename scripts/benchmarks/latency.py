@@ -386,9 +386,9 @@ class Bench:
         with Engines() as engines:
             began = time.perf_counter()
 
-            def compare(arms: Sequence[Arm], size: int) -> Comparison:
+            def compare(arms: Sequence[Arm], size: int) -> list[Comparison]:
                 traffic = replace(make(batch_size=size), name=f"fixed_batch_size_{size}")
-                return compare_latency(arms, traffic, rounds=1, warmup=0, control=False, engines=engines)
+                return [compare_latency(arms, traffic, rounds=1, warmup=0, control=False, engines=engines)]
 
             rows = [row for found in sweep_batches([arm], doubling(), compare) for row in found.rows]
             spent = time.perf_counter() - began

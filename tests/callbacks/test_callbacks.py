@@ -22,7 +22,7 @@ def all_callbacks(folder: Path) -> list[Any]:
     return [
         KVCacheCallback(strict=True),
         ExportCallback(folder / "export", num_prompts=2, strict=True),
-        LatencyCallback(rounds=1, new_tokens=4, max_new_tokens=6, strict=True),
+        LatencyCallback(rounds=1, new_tokens=4, max_new_tokens=6, batch_sizes=(), strict=True),
     ]
 
 
@@ -152,7 +152,7 @@ def test_latency_without_an_export_measures_what_there_is(
 
 def test_a_second_training_does_not_time_the_first_ones_export(qwen: Path, tmp_path: Path) -> None:
     exporting = ExportCallback(tmp_path / "export")
-    timing = LatencyCallback(rounds=1, new_tokens=2, max_new_tokens=None)
+    timing = LatencyCallback(rounds=1, new_tokens=2, max_new_tokens=None, batch_sizes=())
     trainer = grpo_trainer(qwen, tmp_path / "out", [exporting, timing], max_steps=1)
     trainer.train()
     assert [row.arm for row in timing.rows][-1] == "export_no_cache"

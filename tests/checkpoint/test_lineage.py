@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD, order_notice, record_base, recorded_base
+from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
+from grpo_toolkit.doctor.findings import Diagnosis
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +32,55 @@ def test_a_record_leads_to_the_base(tmp_path: Path) -> None:
     assert recorded_base(trained) is None
     record_base(trained, str(trained))  # a resume from itself
     assert recorded_base(trained) is None
+
+
+WANDB_CONFIG = """_name_or_path:
+    value: {name}
+learning_rate:
+    desc: null
+    value: 0.001
+"""
+
+
+def wandb_run(run: Path, number: int, name: str) -> None:
+    files = run / "wandb" / f"run-20260101_00000{number}-abc" / "files"
+    files.mkdir(parents=True)
+    (files / "config.yaml").write_text(WANDB_CONFIG.format(name=name))
+
+
+def test_a_runs_own_records_lead_to_the_base_of_its_checkpoints(tmp_path: Path) -> None:
+    bases = [model(tmp_path / name) for name in ("one", "other")]
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoint = model(run / "checkpoint-2")
+    assert recorded_base(checkpoint) is None
+    wandb_run(run, 1, f"'{bases[0]}'")
+    assert recorded_base(checkpoint) == recorded_base(run) == bases[0]
+    wandb_run(run, 2, str(bases[1]))  # two trainings in one folder: nobody knows whose the checkpoint is
+    assert recorded_base(checkpoint) is None
+    (run / "grpo_recipe.json").write_text(json.dumps({"model": {"model_name_or_path": str(bases[1])}}))
+    assert recorded_base(checkpoint) == bases[1]
+    record_base(checkpoint, str(bases[0]))  # the checkpoint's own word goes first
+    assert recorded_base(checkpoint) == bases[0]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": "tiny"}', '{"model": {"model_name_or_path": 3}}'])
+def test_a_strangers_run_record_is_none(text: str, tmp_path: Path) -> None:
+    trained = model(tmp_path / "trained")
+    (tmp_path / "grpo_recipe.json").write_text(text)
+    (tmp_path / "wandb" / "run-1" / "files").mkdir(parents=True)
+    (tmp_path / "wandb" / "run-1" / "files" / "config.yaml").write_bytes(b"_name_or_path:\n    value: \xff\n")
+    assert recorded_base(trained) is None
+
+
+def test_the_doctor_compares_with_the_base_of_the_run(tmp_path: Path) -> None:
+    base = model(tmp_path / "base")
+    (tmp_path / "run").mkdir()
+    checkpoint = model(tmp_path / "run" / "checkpoint-2")
+    wandb_run(tmp_path / "run", 1, str(base))
+    found = diagnose_checkpoint(checkpoint)
+    assert isinstance(found, Diagnosis)
+    assert found.base == base
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"base": 3}', '{"base": "../../etc"}', '{"base": "a\\u0000b"}'])

@@ -26,9 +26,14 @@ def test_both_workloads_and_every_batch_size_and_cache(
     rows = said["rows"]
     workloads = ["fixed", "natural", "natural_thinking"]
     assert [(row["workload"]["name"], row["workload"]["batch_size"], row["arm"]) for row in rows] == [
-        (name, size, arm) for name in workloads for size in (1, 2) for arm in ("base_dynamic", "base_static")
+        (name, size, arm)
+        for names in (workloads[:1], workloads[1:])
+        for size in (1, 2)
+        for name in names
+        for arm in ("base_dynamic", "base_static")
     ]
-    assert [row["workload"]["thinking"] for row in rows] == [False] * 8 + [True] * 4
+    assert [row["workload"]["thinking"] for row in rows] == [False] * 6 + [True] * 2 + [False] * 2 + [True] * 2
+    assert len({row["session"] for row in rows}) == 4  # with and without the instruction to think in turns
     assert {row["tokens"]["output"]["median"] for row in rows[:4]} == {3.0}
     assert all(row["roofline"]["floor_tpot_s"] > 0 for row in rows)
     assert [control["arm"] for control in said["controls"]] == ["control"] * 6

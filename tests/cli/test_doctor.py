@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from grpo_toolkit.cli import main
+from grpo_toolkit.doctor.diagnose import diagnose_model
 from scripts.docs.doctor_rules import with_table
 from tests.support.faulty import unpack
 from tests.support.published import build_published
@@ -243,5 +244,7 @@ def test_a_pipe_that_closes_early_is_no_error(tmp_path: Path) -> None:
 
 def test_a_base_that_is_the_folder_itself_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = unpack("vlm_r1_451", tmp_path / "x")
-    assert main(["doctor", str(folder), "--base", str(folder)]) == 2
-    assert "is the folder itself" in capsys.readouterr().err
+    for command in (["doctor"], ["repair", "--dry-run"]):
+        assert main([*command, str(folder), "--base", str(folder)]) == 2
+        assert "is the folder itself" in capsys.readouterr().err
+    assert diagnose_model(folder, base=folder).base is None  # inside, it is as good as none

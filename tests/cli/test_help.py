@@ -21,6 +21,8 @@ from grpo_toolkit.cli.main import GROUPS, VERBS, build_parser
 from grpo_toolkit.cli.shell import version
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.errors import CheckpointError
+from grpo_toolkit.latency.rows.review import load_review
+from grpo_toolkit.latency.rows.store import FILE_NAME, PARTIAL_NAME, read_measurements, recover_rows
 from grpo_toolkit.reporting.terminal.console import turn_progress
 from grpo_toolkit.reporting.terminal.diagnosis import diagnosis_lines
 from tests.support.faulty import unpack
@@ -114,7 +116,7 @@ def test_an_interrupt_ends_at_once_with_what_there_is(qwen: Path, tmp_path: Path
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / "latency.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     assert process.poll() is None
@@ -128,6 +130,48 @@ def test_an_interrupt_ends_at_once_with_what_there_is(qwen: Path, tmp_path: Path
     assert "fixed: 4 new tokens" in out
     assert "900" not in out
     assert took < 2 * (1 + os.getloadavg()[0])  # two seconds on a machine that is not busy
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_the_rounds_that_were_made_are_kept_whatever_ends_them(
+    kind: signal.Signals, qwen: Path, tmp_path: Path
+) -> None:
+    command = [
+        *(sys.executable, "-m", "grpo_toolkit.cli", "bench", f"a={qwen}", "--workload", "fixed", "--no-roofline"),
+        *("--new-tokens", "4", "--prompt-tokens", "64", "--image-tokens", "0", "--rounds", "100000"),
+        *("--output", str(tmp_path)),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 600
+    while _rounds_in(tmp_path) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    before = _rounds_in(tmp_path)
+    assert before >= 3
+    began = time.monotonic()
+    os.killpg(process.pid, kind)
+    out, err = process.communicate(timeout=60)
+    took = time.monotonic() - began
+    (row,) = load_review(tmp_path).rows
+    assert row.rounds >= before
+    assert len(row.timelines) == row.rounds
+    if kind is signal.SIGINT:
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        assert "fixed: 4 new tokens" in out
+        assert took < 2 * (1 + os.getloadavg()[0])
+        assert [found.id for found in read_measurements(tmp_path / FILE_NAME)] == [row.id]
+    else:
+        assert not (tmp_path / FILE_NAME).exists()
+        assert recover_rows(tmp_path) == 1  # as the next bench does
+        assert [found.id for found in read_measurements(tmp_path / FILE_NAME)] == [row.id]
+    assert not (tmp_path / PARTIAL_NAME).exists()
+
+
+def _rounds_in(folder: Path) -> int:
+    partial = folder / PARTIAL_NAME
+    return read_measurements(partial)[0].rounds if partial.is_file() else 0
 
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,14 @@ from grpo_toolkit import LatencyCallback
 from grpo_toolkit.callbacks import latency_budget
 from grpo_toolkit.callbacks.latency_budget import Budget
 from grpo_toolkit.errors import UnsupportedError
-from grpo_toolkit.latency.bench.measure import measure_latency
+from grpo_toolkit.latency.bench.measure import Plan, measure_latency
 from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.pool import Engines
 from grpo_toolkit.latency.engines.process import ProcessEngine
 from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Evidence, Options
-from grpo_toolkit.latency.rows.row import Proof, Timeline
+from grpo_toolkit.latency.rows.row import Proof
+from grpo_toolkit.latency.rows.timeline import Timeline
 from grpo_toolkit.model.generation.request import Request
 from tests.support.training import grpo_trainer
 
@@ -175,7 +176,7 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
 ) -> None:
     count: Counter[str] = Counter()
     shares: list[tuple[float, float]] = []
-    ask, prove, compare = ProcessEngine.ask, ProcessEngine.prove, latency_budget.compare_latency
+    ask, prove, measured = ProcessEngine.ask, ProcessEngine.prove, Plan.measured
 
     def counted_ask(self: ProcessEngine, *args: Any) -> Any:
         count["ask"] += 1
@@ -185,15 +186,15 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
         count["prove"] += 1
         return prove(self, *args)
 
-    def seen_compare(*args: Any, **settings: Any) -> Any:
-        shares.append((settings["budget_s"], settings["engines"].asked_s))
-        return compare(*args, **settings)
+    def seen_measured(self: Plan, engines: Any) -> Any:
+        shares.append((self.budget_s or 0.0, engines.asked_s))
+        return measured(self, engines)
 
     monkeypatch.setattr(ProcessEngine, "ask", counted_ask)
     monkeypatch.setattr(ProcessEngine, "prove", counted_prove)
-    monkeypatch.setattr(latency_budget, "compare_latency", seen_compare)
     monkeypatch.setattr(latency_budget, "SMOKE_BUDGET_S", latency_budget.LEAST_BUDGET_S)
     monkeypatch.setattr(latency_budget, "SMOKE_ROUNDS", latency_budget.MIN_PAIRS)
+    monkeypatch.setattr(Plan, "measured", seen_measured)
     timing = LatencyCallback(arms=["base", "checkpoint"], new_tokens=3, max_new_tokens=4, strict=True)
     trainer = grpo_trainer(qwen, tmp_path / "a_minute", [timing])
     trainer.train()

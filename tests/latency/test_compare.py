@@ -220,9 +220,9 @@ def test_batch_sizes_double_until_out_of_memory_which_is_a_row(qwen: Path, fresh
     with Engines() as engines:
         leave_memory(engines.open(arm), 1_000_000_000)  # type: ignore[arg-type]
 
-        def compare(arms: Sequence[Arm], size: int) -> Comparison:
+        def compare(arms: Sequence[Arm], size: int) -> list[Comparison]:
             traffic = make(batch_size=size)
-            return compare_latency(arms, traffic, rounds=1, warmup=1, control=False, engines=engines)
+            return [compare_latency(arms, traffic, rounds=1, warmup=1, control=False, engines=engines)]
 
         rows = [row for found in sweep_batches([arm], doubling(), compare) for row in found.rows]
     sizes = [row.workload.batch_size for row in rows]

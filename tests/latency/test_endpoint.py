@@ -24,7 +24,7 @@ from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.endpoint import EndpointEngine
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.latency.rows.row import AT_ONCE_S
+from grpo_toolkit.latency.rows.timeline import AT_ONCE_S
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import load_model, load_processor

@@ -19,8 +19,9 @@ from grpo_toolkit.latency.explain.effects import arms_of, shares
 from grpo_toolkit.latency.explain.exact_split import split_exactly
 from grpo_toolkit.latency.explain.explanation import explain_latency, top_cause, unexplained_share
 from grpo_toolkit.latency.explain.physics import Machine, Work, _step
-from grpo_toolkit.latency.rows.row import Effect, ExplanationRow, Timeline
+from grpo_toolkit.latency.rows.row import Effect, ExplanationRow, LatencyRow
 from grpo_toolkit.latency.rows.store import append_rows, read_rows
+from grpo_toolkit.latency.rows.timeline import Timeline
 from grpo_toolkit.latency.tune.tuning import STATIC_SINCE
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.hardware.model_sizes import ModelSizes
@@ -251,6 +252,23 @@ def test_the_command_says_why_and_finds_something(
     assert "mend first: KV cache off" in shown
     assert f"→ grpo-toolkit repair {seeded.trained} --base {seeded.base}\n" in shown  # unbroken, for copying
     assert "% explained" in shown
+
+
+def test_the_command_asks_with_and_without_the_instruction_to_think(
+    two_bases: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = str(two_bases[0]), tmp_path / "latency.jsonl"
+    command = ["explain", base, base, "--max-new-tokens", "4", "--rounds", "1", "--output", str(out)]
+    main([*command, "--prompt", "What? Think hard.", "--thinking", "Think hard."])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Thinking: " in shown
+    assert "of an answer's time, asked with and without the instruction" in shown
+    _, direct, thinking = read_rows(out)
+    assert isinstance(direct, LatencyRow)
+    assert isinstance(thinking, LatencyRow)
+    assert [row.workload.thinking for row in (direct, thinking)] == [False, True]
+    assert direct.session == thinking.session
+    assert direct.workload.prompt_tokens < thinking.workload.prompt_tokens
 
 
 @pytest.mark.parametrize("setting", ["dtype=int3", "colour=red", "use_cache"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grpo_toolkit.latency.bench.compare import compare_rows, ratios
-from grpo_toolkit.latency.bench.measure import _paces
+from grpo_toolkit.latency.bench.pairs import _paces
 from grpo_toolkit.latency.bench.statistics import summary
 from grpo_toolkit.latency.engines.endpoint_stream import Stream, answer_of
 from grpo_toolkit.latency.rows.row import LatencyRow, Timeline, Tokens

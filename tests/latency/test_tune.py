@@ -55,7 +55,10 @@ def test_every_setting_of_a_cpu_is_tried_and_says_the_same(tuning: Tuning) -> No
     assert {trial.equal_tokens for trial in tuning.trials} == {16}
     assert all(trial.is_eligible for trial in tuning.trials)
     assert tuning.best == max(tuning.trials, key=lambda trial: trial.tokens_per_s or 0.0)
-    assert json.loads(json.dumps(tuning.to_json()))["speedup"] == tuning.speedup
+    said = json.loads(json.dumps(tuning.to_json()))
+    assert said["speedup"] == tuning.speedup
+    assert tuning.batches is not None
+    assert [point["size"] for point in said["batches"]["points"]][:2] == [1, 4]
 
 
 def test_batches_grow_within_the_limits(tuning: Tuning) -> None:

@@ -57,7 +57,7 @@ SCRIPT = textwrap.dedent(
     callbacks = [KVCacheCallback(strict=True)]
     latency = LatencyCallback(arms=options["arms"], rounds=2, new_tokens=4, strict=True,
                               max_new_tokens=options["natural"], every_steps=options["every_steps"],
-                              log_artifact=options["artifact"])
+                              batch_sizes=(), log_artifact=options["artifact"])
     if "export" in options["arms"]:
         callbacks.append(ExportCallback(out / "export", strict=True))
     if options["arms"]:

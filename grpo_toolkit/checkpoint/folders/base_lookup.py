@@ -55,13 +55,19 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and _HUB_NAME.fullmatch(name) is not None
 
 
-def named_base(name: str | os.PathLike[str]) -> Path:
+def named_base(name: str | os.PathLike[str], *, trained: Path | None = None) -> Path:
     """Return the folder of a base that the caller named.
 
+    Args:
+        name: a folder or a Hub name.
+        trained: the folder of the model that was trained from it.
+
     Raises:
-        CheckpointError: it is not here.
+        CheckpointError: it is not here, or it is the trained model itself.
     """
     folder = find_base(os.fspath(name))
+    if folder is not None and trained is not None and os.path.realpath(folder) == os.path.realpath(trained):
+        raise CheckpointError(f"--base {folder}: is the folder itself; name the model that it was trained from")
     if folder is None:
         given = os.fspath(name)
         raise CheckpointError(f"--base {given}: neither a model folder nor in the local Hub cache{_download(given)}")

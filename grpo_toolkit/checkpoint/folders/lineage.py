@@ -1,12 +1,14 @@
 """The base that a checkpoint was trained from, recorded beside its weights, and two folders in the wrong order.
 
 An adapter names its base in `adapter_config.json`. A full checkpoint names it nowhere: what is compared with "the
-base" would then depend on whoever remembers it. So the save hook writes it down. Standard library only.
+base" would then depend on whoever remembers it. So the save hook writes it down. Of a run without the hook there may
+be other records in its folder: the recipe's settings, and the configs of its W&B runs. Standard library only.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +18,15 @@ from grpo_toolkit.checkpoint.json_files import dump_json, read_json
 from grpo_toolkit.errors import CheckpointError
 
 BASE_RECORD: Final = "training_base.json"
+RECIPE_RECORD: Final = "grpo_recipe.json"
+"""The settings of a run of `recipes/grpo.py`, in its output folder."""
+
+_WANDB_VALUE: Final = re.compile(
+    r"^(?P<key>model_name_or_path|_name_or_path):[ ]*\n(?:[ ]+desc:[^\n]*\n)?[ ]+value:[ ]*(?P<name>[^\n]+)$",
+    re.MULTILINE,
+)
+_MOST_RUNS: Final = 64
+_MOST_BYTES: Final = 2**20
 NOT_COMPARED: Final = "no base was named, and none is recorded here, so nothing was compared with one"
 
 
@@ -32,10 +43,44 @@ def base_in_record(record: dict[str, Any]) -> Path | None:
 
 
 def recorded_base(folder: Path) -> Path | None:
-    """Return the folder of the base that a checkpoint's record names, None without a record or a base."""
+    """Return the folder of the base that a checkpoint's record or its run's names, None without a record or a base."""
     record = _read(folder / BASE_RECORD)
-    found = None if record is None else base_in_record(record)
+    found = base_of_run(folder) if record is None else base_in_record(record)
     return None if found is None or _is_same(found, folder) else found
+
+
+def base_of_run(folder: Path) -> Path | None:
+    """Return the base that the records of a run name: of the folder's own, or of the one that it is a checkpoint in.
+
+    What the recipe was told goes first. Of W&B's runs, in `wandb/` beside the checkpoints, all must name one base: a
+    folder in which several models were trained says nothing about one of them.
+    """
+    for run in (folder, folder.parent):
+        names = _name_in_recipe(run) or _names_in_wandb(run)
+        if len(names) == 1:
+            found = find_base(names.pop())
+            return None if found is None or _is_same(found, folder) else found
+    return None
+
+
+def _name_in_recipe(run: Path) -> set[str]:
+    model = (_read(run / RECIPE_RECORD) or {}).get("model")
+    name = model.get("model_name_or_path") if isinstance(model, dict) else None
+    return {name} if isinstance(name, str) else set()
+
+
+def _names_in_wandb(run: Path) -> set[str]:
+    """Return the bases in the configs that W&B leaves as text; those of offline runs are in its own binary file."""
+    found = set()
+    for file in sorted((run / "wandb").glob("run-*/files/config.yaml"))[:_MOST_RUNS]:
+        try:
+            with file.open(encoding="utf-8") as opened:
+                text = opened.read(_MOST_BYTES)
+        except (OSError, ValueError):
+            continue
+        names = {match["key"]: match["name"].strip("'\"") for match in _WANDB_VALUE.finditer(text)}
+        found |= {name for name in [names.get("model_name_or_path") or names.get("_name_or_path")] if name}
+    return found
 
 
 def order_notice(base: str | os.PathLike[str], trained: str | os.PathLike[str]) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from grpo_toolkit.latency.bench.roofline import roofline_of
 from grpo_toolkit.latency.bench.statistics import summary
+from grpo_toolkit.latency.engines.protocol import FREE_MEMORY
 from grpo_toolkit.latency.rows.row import LatencyRow, Memory, Phases, Proof, Settings, Summary, Tokens, Workload
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.engines.protocol import Answer, EngineFacts, Measured
 
 
-def row_of_arm(arm: Arm, found: Measured, traffic: Traffic, session: str) -> LatencyRow:
+def row_of_arm(
+    arm: Arm, found: Measured, traffic: Traffic, session: str, *, judged_by: str | None = None
+) -> LatencyRow:
     """Return the row of one arm; after an error without its times, which are of fewer rounds than the others'."""
     timelines = [] if found.error else [answer.timeline for answer in found.answers]
     row_roofline = None if found.error else roofline_of(found, batch_size=traffic.batch_size)
@@ -41,8 +44,9 @@ def row_of_arm(arm: Arm, found: Measured, traffic: Traffic, session: str) -> Lat
         roofline=row_roofline,
         warmup_s=found.warmup_s,
         parameters=found.facts.parameters,
-        environment=found.facts.environment,
+        environment={name: fact for name, fact in found.facts.environment.items() if name != FREE_MEMORY},
         timelines=timelines,
+        judged_by=judged_by if any(timeline.reward is not None for timeline in timelines) else None,
         error=found.error,
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         session=session,
@@ -105,7 +109,7 @@ def _tokens(answers: list[Answer]) -> Tokens:
 
 
 def _memory(found: Measured, batch_size: int) -> Memory:
-    sizes = found.facts.sizes
+    sizes, free = found.facts.sizes, found.facts.environment.get(FREE_MEMORY)
     timelines = [answer.timeline for answer in found.answers]
     # The last token is never fed back, so its keys and values are never made.
     longest = max((t.prompt_tokens + max(t.output_lengths or [t.output_tokens]) - 1 for t in timelines), default=0)
@@ -116,6 +120,7 @@ def _memory(found: Measured, batch_size: int) -> Memory:
         peak_allocated_bytes=_most(answer.peak_allocated_bytes for answer in found.answers),
         peak_reserved_bytes=_most(answer.peak_reserved_bytes for answer in found.answers),
         peak_resident_bytes=_most(answer.peak_resident_bytes for answer in found.answers),
+        free_bytes=None if free is None else int(free),
     )
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.bench.measure import Plan, pairs_of, traffic_for
+from grpo_toolkit.latency.bench.measure import Plan, traffic_for
+from grpo_toolkit.latency.bench.pairs import pairs_of
+from grpo_toolkit.latency.bench.progress import shown
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, allow_for, paired_ratio, span
 from grpo_toolkit.latency.engines.arms import named_arms
 from grpo_toolkit.latency.rows.review import CONTROL
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
-    from grpo_toolkit.latency.bench.measure import Progress
+    from grpo_toolkit.latency.bench.measure import Keep
+    from grpo_toolkit.latency.bench.progress import Progress
     from grpo_toolkit.latency.engines.arms import Arm
     from grpo_toolkit.latency.engines.pool import Engines
     from grpo_toolkit.latency.engines.protocol import Options
@@ -83,7 +86,8 @@ def compare_latency(
     precision: float | None = None,
     budget_s: float | None = None,
     least_rounds: int = MIN_PAIRS,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    keep: Keep | None = None,
     engines: Engines | None = None,
 ) -> Comparison:
     """Time an export and its base in turns and say: slower, faster, the same, or undecided.
@@ -108,6 +112,7 @@ def compare_latency(
         budget_s: as for `measure_latency`.
         least_rounds: rounds after which the budget may end them; with fewer than six there is no verdict.
         progress: as for `measure_latency`.
+        keep: called after every round with the rows so far, which are not compared yet.
         engines: as for `measure_latency`.
 
     Raises:
@@ -120,22 +125,33 @@ def compare_latency(
     else:
         arms, requests = base, requests if requests is not None else export
     named = named_arms(arms, options, device=device)
-    plan = Plan(
-        arms=named,
-        traffic=traffic_for(requests, new_tokens, arms=named),
-        rounds=rounds,
-        warmup=warmup,
-        roofline=roofline,
-        precision=precision,
-        budget_s=budget_s,
-        progress=progress,
-        least_rounds=least_rounds,
-    )
-    if not control:
-        return compare_rows(plan.measured(engines))
-    again = replace(plan.arms[0], name=CONTROL, process=1 + max(arm.process for arm in plan.arms))
-    *rows, last = replace(plan, arms=[*plan.arms, again]).measured(engines)
-    return compare_rows(rows, control=last)
+    if control:
+        named = with_control(named)
+    with shown(progress, [arm.name for arm in named]) as called:
+        plan = Plan(
+            arms=named,
+            traffic=traffic_for(requests, new_tokens, arms=named),
+            rounds=rounds,
+            warmup=warmup,
+            roofline=roofline,
+            precision=precision,
+            budget_s=budget_s,
+            progress=called,
+            keep=keep,
+            least_rounds=least_rounds,
+        )
+        return compare_control(plan.measured(engines))
+
+
+def with_control(arms: Sequence[Arm]) -> list[Arm]:
+    """Return the arms, and the first of them once more in a process of its own."""
+    return [*arms, replace(arms[0], name=CONTROL, process=1 + max(arm.process for arm in arms))]
+
+
+def compare_control(rows: Sequence[LatencyRow]) -> Comparison:
+    """Compare rows of which one may be the control (see `compare_rows`)."""
+    control = next((row for row in rows if row.arm == CONTROL), None)
+    return compare_rows([row for row in rows if row is not control], control=control)
 
 
 def _ms(summary: Summary | None) -> str:
@@ -188,20 +204,20 @@ def doubling() -> Iterator[int]:
 
 
 def sweep_batches(
-    arms: Sequence[Arm], sizes: Iterable[int], compare: Callable[[Sequence[Arm], int], Comparison]
+    arms: Sequence[Arm], sizes: Iterable[int], compare: Callable[[Sequence[Arm], int], Sequence[Comparison]]
 ) -> Iterator[Comparison]:
     """Compare arms at one batch size after the other.
 
     Args:
         arms: what is compared; one that ran out of memory is asked nothing larger.
         sizes: in this order, such as `doubling()`.
-        compare: compares the arms that are left at one size.
+        compare: compares the arms that are left at one size, on one workload or several.
     """
     left = list(arms)
     for size in sizes:
-        comparison = compare(left, size)
-        yield comparison
-        failed = {row.arm for row in comparison.rows if row.error is not None}
+        compared = compare(left, size)
+        yield from compared
+        failed = {row.arm for comparison in compared for row in comparison.rows if row.error is not None}
         left = [arm for arm in left if arm.name not in failed]
         if not left:
             return

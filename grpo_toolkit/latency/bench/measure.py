@@ -14,12 +14,14 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, UnsupportedError, WorkerError
 from grpo_toolkit.latency.bench.build_row import row_of_arm
-from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, is_settled, is_steady, paired_ratio, turns
+from grpo_toolkit.latency.bench.pairs import is_precise
+from grpo_toolkit.latency.bench.progress import shown
+from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, is_steady, turns
 from grpo_toolkit.latency.bench.workload import (
     MADE_UP_IMAGE_TOKENS,
     MADE_UP_PROMPT_TOKENS,
@@ -36,11 +38,13 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from grpo_toolkit.latency.bench.progress import Progress
     from grpo_toolkit.latency.engines.arms import Arm
-    from grpo_toolkit.latency.engines.protocol import Engine, Options
-    from grpo_toolkit.latency.rows.row import LatencyRow, Timeline
+    from grpo_toolkit.latency.engines.protocol import Answer, Engine, Options
+    from grpo_toolkit.latency.rows.row import LatencyRow
+    from grpo_toolkit.model.generation.judge import Judge
 
-    Progress = Callable[[str, int, int], None]
+    Keep = Callable[[list[LatencyRow]], None]
 
 _Found = TypeVar("_Found")
 
@@ -71,7 +75,7 @@ def measure_latency(
     roofline: bool = False,
     precision: float | None = None,
     budget_s: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     engines: Engines | None = None,
 ) -> list[LatencyRow]:
     """Time the arms on the same requests, in turns.
@@ -96,7 +100,8 @@ def measure_latency(
             counts it) ends after a third of them, but not before two requests per arm; the rounds end after the block
             that uses them up, but not before six, or `rounds` if those are fewer. The proof comes on top: one request
             per arm.
-        progress: called with the arm's name, the round (below zero: warm-up) and the number of rounds.
+        progress: called with the arm's name, the round (below zero: warm-up) and the number of rounds; True shows a
+            bar, False nothing. By default a bar in terminals and notebooks.
         engines: loaded models of an earlier measurement, used again and left open.
 
     Returns:
@@ -108,17 +113,18 @@ def measure_latency(
         CheckpointError, WorkerError: an arm's folder cannot be read or loaded, or its endpoint does not answer.
     """
     named = named_arms(arms, options, device=device)
-    plan = Plan(
-        arms=named,
-        traffic=traffic_for(requests, new_tokens, arms=named),
-        rounds=rounds,
-        warmup=warmup,
-        roofline=roofline,
-        precision=precision,
-        budget_s=budget_s,
-        progress=progress,
-    )
-    return plan.measured(engines)
+    with shown(progress, [arm.name for arm in named]) as called:
+        plan = Plan(
+            arms=named,
+            traffic=traffic_for(requests, new_tokens, arms=named),
+            rounds=rounds,
+            warmup=warmup,
+            roofline=roofline,
+            precision=precision,
+            budget_s=budget_s,
+            progress=called,
+        )
+        return plan.measured(engines)
 
 
 def traffic_for(requests: Any, new_tokens: int, *, arms: Sequence[Arm]) -> Traffic:
@@ -146,6 +152,11 @@ def traffic_for(requests: Any, new_tokens: int, *, arms: Sequence[Arm]) -> Traff
 class Plan:
     """A measurement before it runs (see `measure_latency`).
 
+    Attributes:
+        workloads: of the arms, by name, that are asked something else than `traffic`.
+        judge: what pays for natural answers.
+        keep: called after every round with the rows so far, which have no ratios yet.
+
     Raises:
         InputError: no arms, or fewer than one round.
     """
@@ -159,6 +170,9 @@ class Plan:
     budget_s: float | None
     progress: Progress | None
     least_rounds: int = MIN_PAIRS
+    workloads: Mapping[str, Traffic] = field(default_factory=dict)
+    judge: Judge | None = None
+    keep: Keep | None = None
 
     def __post_init__(self) -> None:
         if not self.arms or self.rounds < 1:
@@ -175,8 +189,11 @@ class Plan:
             if self.roofline:
                 measuring.probe_hardware()
             measuring.pool.asked_s += measuring.spent_s
-            session = uuid.uuid4().hex
-            return [row_of_arm(arm, measuring.found[arm.name], self.traffic, session) for arm in self.arms]
+            return measuring.rows()
+
+    def asked(self, arm: str) -> Traffic:
+        """Return the workload of an arm."""
+        return self.workloads.get(arm, self.traffic)
 
 
 class _Measuring:
@@ -186,6 +203,7 @@ class _Measuring:
         arms = plan.arms
         self.plan = plan
         self.arms = {arm.name: arm for arm in arms}
+        self.session = uuid.uuid4().hex
         self.found = {arm.name: Measured() for arm in arms}
         self.pool = engines
         self.engines = {arm.name: engines.open(arm) for arm in arms}  # all begin to load before any is waited for
@@ -208,7 +226,8 @@ class _Measuring:
 
     def _ask(self, name: str, turn: int, rounds: int) -> float | None:
         """Ask one arm once; returns the time that warm-up watches, or None where the failure is a result."""
-        found, batch = self.found[name], self.plan.traffic.batch(turn)
+        found, traffic = self.found[name], self.plan.asked(name)
+        batch = traffic.batch(turn)
         start = time.perf_counter()
         try:
             answer = self.engines[name].ask(batch, self.arms[name].options)
@@ -217,14 +236,21 @@ class _Measuring:
             return None
         spent = time.perf_counter() - start
         if turn >= 0:
-            found.answers.append(answer)
+            found.answers.append(self._judged(answer, traffic, turn))
         else:
             found.warmup_s += spent
         if self.plan.progress is not None:
             self.plan.progress(name, turn, rounds)
         # Natural answers are of different lengths: only their pace can agree.
-        pace = answer.timeline.tpot_s if self.plan.traffic.kind == "natural" else None
+        pace = answer.timeline.tpot_s if traffic.kind == "natural" else None
         return answer.timeline.e2e_s if pace is None else pace
+
+    def _judged(self, answer: Answer, traffic: Traffic, turn: int) -> Answer:
+        if self.plan.judge is None or traffic.kind == "fixed" or len(answer.texts) != 1:
+            return answer
+        tokens = answer.tokens[0] if answer.tokens else []
+        reward = self.plan.judge.reward(turn, answer.texts[0], tokens)
+        return replace(answer, timeline=replace(answer.timeline, reward=reward))
 
     def warm_up(self) -> None:
         """Ask until the times agree, or as often as the plan says."""
@@ -269,12 +295,20 @@ class _Measuring:
                 return
             for name in alive:
                 self._ask(name, turn, rounds)
+            if self.plan.keep is not None:
+                self.plan.keep(self.rows())
 
     def _is_precise(self, precision: float) -> bool:
         alive = self._alive(list(self.arms))
-        paces = _paces([[answer.timeline for answer in self.found[name].answers] for name in alive])
-        found = [paired_ratio(*zip(*pairs, strict=True), name="first") for pairs in paces]
-        return all(is_settled(ratio, precision=precision) for ratio in found)
+        return is_precise([[answer.timeline for answer in self.found[name].answers] for name in alive], precision)
+
+    def rows(self) -> list[LatencyRow]:
+        """Return a row per arm of what has been answered so far."""
+        by = None if self.plan.judge is None else self.plan.judge.name
+        return [
+            row_of_arm(arm, self.found[arm.name], self.plan.asked(arm.name), self.session, judged_by=by)
+            for arm in self.plan.arms
+        ]
 
     def look_around(self) -> None:
         """Read clocks and throttling while the device is still warm from the rounds."""
@@ -285,7 +319,7 @@ class _Measuring:
         for name in self._alive(list(self.arms)):
             try:
                 self.found[name].evidence = self.engines[name].prove(
-                    self.plan.traffic.batch(0), self.arms[name].options
+                    self.plan.asked(name).batch(0), self.arms[name].options
                 )
             except OutOfMemoryError:  # the timed rounds fitted; the same without compilation does not
                 continue
@@ -302,20 +336,3 @@ class _Measuring:
             if id(engine) not in known:
                 known[id(engine)] = asked(engine)
             yield self.found[name], known[id(engine)]
-
-
-def pairs_of(
-    timelines: Sequence[Timeline], others: Sequence[Timeline], metric: str = "tpot_s"
-) -> list[tuple[float, float]]:
-    """Return two arms' times in the rounds in which both have one."""
-    times = [(getattr(one, metric), getattr(other, metric)) for one, other in zip(timelines, others, strict=True)]
-    return [(one, other) for one, other in times if one is not None and other is not None]
-
-
-def _paces(arms: Sequence[Sequence[Timeline]]) -> list[list[tuple[float, float]]]:
-    """Return each further arm's times per token beside the first's; end to end where too few rounds have both."""
-    first, *others = arms
-    tpots = [pairs_of(timelines, first) for timelines in others]
-    if all(len(pairs) >= min(len(first), MIN_PAIRS) for pairs in tpots):
-        return tpots
-    return [pairs_of(timelines, first, "e2e_s") for timelines in others]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError
@@ -20,6 +20,17 @@ from grpo_toolkit.latency.rows.row import Ratio, Summary, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure that was measured once a round: its median and 95% interval (None of too few rounds for one)."""
+
+    median: float
+    low: float | None
+    high: float | None
+    rounds: int
+
 
 SAME_WITHIN: Final = 1.03
 """Two arms whose ratio lies between 1/1.03 and 1.03 are the same."""
@@ -95,7 +106,7 @@ def paired_ratio(times: Sequence[float], against: Sequence[float], *, name: str,
     if len(logs) < MIN_PAIRS:
         unknown: Verdict = "cannot tell"
         return Ratio(against=name, metric=metric, pairs=len(logs), verdict=unknown, median=middle, low=None, high=None)
-    least, most = map(math.exp, _interval(logs))
+    least, most = map(math.exp, interval_of(logs))
     found = verdict(len(logs), median=middle, low=least, high=most)
     return Ratio(against=name, metric=metric, pairs=len(logs), verdict=found, median=middle, low=least, high=most)
 
@@ -107,10 +118,11 @@ def paired_difference(times: Sequence[float], against: Sequence[float]) -> tuple
     """
     apart = [one - other for one, other in zip(times, against, strict=True)]
     middle = statistics.median(apart)
-    return (middle, *_interval(apart)) if len(apart) >= MIN_PAIRS else (middle, None, None)
+    return (middle, *interval_of(apart)) if len(apart) >= MIN_PAIRS else (middle, None, None)
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
+def interval_of(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of the median over rounds, widened for few or dependent ones."""
     if max(values) == min(values):
         return min(values), max(values)
     import numpy as np
@@ -128,6 +140,14 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
     median = statistics.median(values)
     wider = _widening(values)
     return median - wider * (median - float(found.low)), median + wider * (float(found.high) - median)
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Return a figure that was measured once a round, with its interval; None of no rounds."""
+    if not values:
+        return None
+    low, high = interval_of(values) if len(values) >= MIN_PAIRS else (None, None)
+    return Estimate(median=statistics.median(values), low=low, high=high, rounds=len(values))
 
 
 def _widening(values: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.latency.engines.protocol import Answer
 from grpo_toolkit.latency.engines.think_markers import count_thinking
-from grpo_toolkit.latency.rows.row import Timeline
+from grpo_toolkit.latency.rows.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.latency.engines.protocol import Answer, Engine, EngineFacts, Evidence, Options
+from grpo_toolkit.latency.engines.protocol import FREE_MEMORY, Answer, Engine, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.engines.think_markers import count_thinking
 from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
 from grpo_toolkit.latency.engines.toggles import (
@@ -33,7 +33,7 @@ from grpo_toolkit.model.hardware.environment import environment_of, probe_hardwa
 from grpo_toolkit.model.hardware.model_sizes import live_sizes
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.load import load_model
-from grpo_toolkit.model.memory import resident_peak
+from grpo_toolkit.model.memory import resident_peak, room_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -146,8 +146,10 @@ class LocalEngine(Engine):
             )
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of this process, now."""
-        return environment_of(str(base_model(self.model).device))
+        """Return the environment of this process, now, with the memory that answers could still take."""
+        device = str(base_model(self.model).device)
+        room = room_bytes(device)
+        return environment_of(device) | ({} if room is None else {FREE_MEMORY: str(room)})
 
     def probe_hardware(self) -> dict[str, float]:
         """Measure bandwidth and matrix throughput of the model's device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.rows.row import Proof, Timeline
     from grpo_toolkit.model.generation.request import Request
     from grpo_toolkit.model.hardware.model_sizes import ModelSizes
+
+FREE_MEMORY: Final = "free_memory_bytes"
+"""The key of an engine's environment for the memory that answers could still take on its device."""
 
 SdpaBackend = Literal["flash", "efficient", "math", "cudnn", "no_cudnn"]
 

@@ -18,7 +18,7 @@ from grpo_toolkit.latency.rows.row import Effect
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from grpo_toolkit.latency.rows.row import Timeline
+    from grpo_toolkit.latency.rows.timeline import Timeline
 
 PHASES: Final = {
     "tokenize_s": "tokenising",

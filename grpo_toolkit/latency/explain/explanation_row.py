@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.engines.pool import Source
     from grpo_toolkit.latency.engines.protocol import Options
-    from grpo_toolkit.latency.rows.row import Timeline
+    from grpo_toolkit.latency.rows.timeline import Timeline
 
 BASE: Final = "base"
 UNEXPLAINED: Final = "unexplained"

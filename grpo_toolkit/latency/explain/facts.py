@@ -153,8 +153,7 @@ def declared_by_files(path: Path, base: Path | None) -> Declared:
     Raises:
         CheckpointError: no model folder, or an adapter whose base is not here.
     """
-    is_the_base = base is not None and base.resolve() == path.resolve()
-    findings = diagnose_model(path, base=None if is_the_base else base).findings
+    findings = diagnose_model(path, base=base).findings
     folder = read_folder(DiskFiles(path))
     said = read_folder(DiskFiles(base_of_adapter(path))) if folder.kind is Kind.ADAPTER else folder
     implementation = said.get(GENERATION_CONFIG, "cache_implementation")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
-from grpo_toolkit.latency.rows.store import FILE_NAME, read_rows
+from grpo_toolkit.latency.rows.store import FILE_NAME, PARTIAL_NAME, read_rows
 
 if TYPE_CHECKING:
     import os
@@ -59,11 +59,19 @@ class Review:
 
     @property
     def batches(self) -> list[LatencyRow]:
-        """The newest row of every arm and batch size of the workload that was measured at most sizes."""
+        """The newest row of every arm and batch size of the workload that was measured at most sizes.
+
+        Sizes that took turns are one sweep although padding to the longest prompt differs; others have equal prompts.
+        """
+        sizes: dict[str, set[int]] = {}
+        for row in self.rows:
+            sizes.setdefault(row.session, set()).add(row.workload.batch_size)
         return _sweep(
             self.rows,
             lambda row: row.workload.batch_size,
-            lambda row: (row.workload.prompt_tokens, row.workload.image_tokens),
+            lambda row: (
+                row.session if len(sizes[row.session]) > 1 else (row.workload.prompt_tokens, row.workload.image_tokens)
+            ),
         )
 
     @property
@@ -92,18 +100,29 @@ def load_review(path: str | os.PathLike[str]) -> Review:
     """
     given = Path(path)
     places = [given] if given.is_file() else [given / FOLDER_NAME / FILE_NAME, given / FILE_NAME]
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if place.is_file() or _partial(place).is_file()), None)
     if found is None:
         raise InputError(
             f"{given}: no {FILE_NAME} in it or in its folder {FOLDER_NAME}; LatencyCallback and grpo-toolkit bench "
             "write one"
         )
-    rows = list({row.id: row for row in read_rows(found)}.values())
+    kept = [row for place in (found, _partial(found)) if place.is_file() for row in read_rows(place)]
+    rows = list({row.id: row for row in kept}.values())
     return Review(
         path=found.parent,
         rows=[row for row in rows if isinstance(row, LatencyRow)],
         explanations=[row for row in rows if isinstance(row, ExplanationRow)],
     )
+
+
+def _partial(path: Path) -> Path:
+    """Return where the rows of a measurement are that goes on, or that ended with its process."""
+    return path.with_name(PARTIAL_NAME) if path.name == FILE_NAME else path.with_name("")
+
+
+def is_swept(row: LatencyRow) -> bool:
+    """Return whether a row is a point of a sweep, which its workload's name says."""
+    return _SWEPT.search(row.workload.name) is not None
 
 
 def comparisons(rows: Iterable[LatencyRow]) -> list[list[LatencyRow]]:
@@ -209,6 +228,7 @@ def _visit(rows: Sequence[LatencyRow]) -> Visit | None:
     alike = {row.arm: row for group in groups if _rank(group)[:2] == best[:2] for row in group}
     arms = [*main, *(row for arm, row in alike.items() if arm not in {own.arm for own in main})]
     natural = [group for group in groups if group[0].workload.kind == "natural"]
+    natural = [group for group in natural if len(group) == max(map(len, natural))]  # not the few asked another way
     return Visit(
         step=rows[0].step or 0,
         main=main,

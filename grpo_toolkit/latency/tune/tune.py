@@ -12,30 +12,38 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError, OutOfMemoryError, WorkerError
+from grpo_toolkit.latency.bench.batches import batches_of, time_batches
 from grpo_toolkit.latency.bench.compare import doubling
 from grpo_toolkit.latency.bench.statistics import paired_ratio, turns
-from grpo_toolkit.latency.bench.workload import made_up
+from grpo_toolkit.latency.bench.workload import made_up, traffic_of
+from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.pool import Engines, Source, source_of
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.tune.tuning import Trial, Tuning
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS, first_difference, rival_gap
 from grpo_toolkit.model.generation.decode_ahead import DEVICES
+from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.load import load_processor
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from grpo_toolkit.latency.bench.batches import Batches
     from grpo_toolkit.latency.engines.protocol import Answer, SdpaBackend
     from grpo_toolkit.model.generation.request import Request
 
 COMPILE_MODES: Final[dict[bool, tuple[str | None, ...]]] = {False: (None,), True: (None, "max-autotune")}
 """Modes of a compiled step that are tried, without and with a GPU; None is transformers' own."""
+
+BATCHES_S: Final = 240.0
+"""Seconds for several batch sizes of the best setting, each of which may have to be compiled (40 s on an H200)."""
 
 _ROUNDS: Final = 3
 _WORTH: Final = 1.05
@@ -58,6 +66,7 @@ def tune_latency(
     max_tpot_s: float | None = None,
     max_memory_bytes: int | None = None,
     compile_modes: Sequence[str | None] | None = None,
+    batches_s: float = BATCHES_S,
     isolated: bool = True,
     progress: Callable[[Trial], None] | None = None,
 ) -> Tuning:
@@ -73,6 +82,7 @@ def tune_latency(
         max_tpot_s, max_memory_bytes: with either, the batch is doubled as long as a sequence's time per token and the
             peak of memory stay within them, and the largest throughput wins.
         compile_modes: of torch.compile; None is transformers' own, and on a GPU "max-autotune"; () compiles nothing.
+        batches_s: seconds for timing the best setting at several batch sizes (`bench.batches`); 0 leaves that out.
         isolated: in processes of their own.
         progress: called with every trial when it is done.
 
@@ -99,7 +109,7 @@ def tune_latency(
             best = bench.best.options
             bench.try_all(candidates(best) if callable(candidates) else candidates)
         bench.grow()
-        engine = pool.engine(source, usual).facts()
+        engine, ratio = pool.engine(source, usual).facts(), bench.compare(usual, rounds)
         return Tuning(
             path=source.name,
             model_type=engine.model_type,
@@ -107,8 +117,9 @@ def tune_latency(
             new_tokens=new_tokens,
             trials=tuple(bench.trials),
             best=bench.best,
-            ratio=bench.compare(usual, rounds),
+            ratio=ratio,
             environment=engine.environment,
+            batches=bench.batches(rounds, batches_s),
         )
 
 
@@ -212,6 +223,19 @@ class _Bench:
                 if round_ >= 0:
                     times[name].append(answer.timeline.tpot_s or 0.0)
         return paired_ratio(times["tuned"], times["default"], name="default")
+
+    def batches(self, rounds: int, budget_s: float) -> Batches | None:
+        """Return what the best setting's batches bring and cost, in turns; the models that were tried are closed."""
+        options, request = self.best.options, self.request
+        traffic = traffic_of([request], max_new_tokens=request.max_new_tokens)
+        self.pool.release(self.source)
+        with Engines() as engines, ExitStack() as stack:
+            if self.source.model is None:
+                arm = Arm(name=self.best.name, path=self.source.path, options=options)
+            else:
+                stack.enter_context(inference_ready(self.source.model))
+                arm = Arm(name=self.best.name, live=(self.source.model, self.source.processor), options=options)
+            return batches_of(time_batches(arm, traffic, engines=engines, rounds=rounds, budget_s=budget_s))
 
     def _keep(self, trial: Trial) -> Trial:
         broken = self._broken_by(trial) if trial.is_eligible else ""

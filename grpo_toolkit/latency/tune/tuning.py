@@ -10,6 +10,7 @@ from grpo_toolkit.checkpoint.short_repr import HtmlTable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from grpo_toolkit.latency.bench.batches import Batches
     from grpo_toolkit.latency.engines.protocol import Options
     from grpo_toolkit.latency.rows.row import Ratio
 
@@ -73,6 +74,7 @@ class Tuning(HtmlTable):
         best: the setting to use.
         ratio: its TPOT over the default's at batch 1, in turns; None where the default is the best.
         environment: where it was measured; elsewhere another setting may be.
+        batches: what larger batches of the best setting bring and cost; None where fewer than two were affordable.
     """
 
     path: str
@@ -83,6 +85,7 @@ class Tuning(HtmlTable):
     best: Trial
     ratio: Ratio | None
     environment: Mapping[str, str]
+    batches: Batches | None = None
 
     @property
     def speedup(self) -> float:

@@ -21,9 +21,7 @@ _MOST_ROWS = 32
 def find_requests(
     prompts: Iterable[Mapping[str, Any]] | None, kwargs: Mapping[str, Any], *, limit: int, state: Any = None
 ) -> list[Request]:
-    """Return the prompts given, or the first rows of the trainer's datasets; none where those cannot be indexed.
-
-    Datasets are read by index, past the samplers: iterating a trainer's dataloader would move its random state.
+    """Return the prompts given, or the first rows of the trainer's datasets, as requests (see `find_asked`).
 
     Args:
         prompts: rows, which go before the trainer's.
@@ -31,19 +29,34 @@ def find_requests(
         limit: the most rows to read.
         state: the trainer's state, where transformers 4.49 keeps the dataloader.
     """
+    return [request for request, _ in find_asked(prompts, kwargs, limit=limit, state=state)]
+
+
+def find_asked(
+    prompts: Iterable[Mapping[str, Any]] | None, kwargs: Mapping[str, Any], *, limit: int, state: Any = None
+) -> list[tuple[Request, Mapping[str, Any]]]:
+    """Return requests with their rows: the prompts given, or the trainer's first rows; none that cannot be indexed.
+
+    Datasets are read by index, past the samplers: iterating a trainer's dataloader would move its random state.
+
+    Args:
+        prompts, kwargs, limit, state: as for `find_requests`.
+    """
     if prompts is not None:
-        return requests_from_rows(prompts, limit=limit)
+        rows = list(islice(iter(prompts), limit))
+        return list(zip(requests_from_rows(rows, limit=limit), rows, strict=True))
     for dataset in trainer_datasets(kwargs, state):
         if prompt_of(dataset[0]) is not None:
             return list(islice(_readable(dataset), limit))
     return []
 
 
-def _readable(dataset: Any) -> Iterator[Request]:
+def _readable(dataset: Any) -> Iterator[tuple[Request, Mapping[str, Any]]]:
     """Yield the first rows as requests; a row whose image lies elsewhere (relative to a folder, say) is left out."""
     for index in range(min(len(dataset), _MOST_ROWS)):
         with suppress(OSError):
-            yield from requests_from_rows([dataset[index]], limit=1)
+            row = dataset[index]
+            yield requests_from_rows([row], limit=1)[0], row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.model.hardware.toolkit_commit import toolkit_commit
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -67,6 +69,8 @@ def environment_of(device: str) -> dict[str, str]:
     }
     with contextlib.suppress(metadata.PackageNotFoundError):
         facts["grpo_toolkit"] = metadata.version("grpo-toolkit")
+    if (commit := toolkit_commit()) is not None:
+        facts["grpo_toolkit_commit"] = commit
     if hasattr(os, "getloadavg"):
         facts["load_average"] = f"{os.getloadavg()[0]:.2f}"
     if on_gpu:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from grpo_toolkit.latency.bench.batches import batches_of_rows
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
+from grpo_toolkit.latency.bench.thinking import subject_of, thinking_in
 from grpo_toolkit.latency.rows.row import METRICS
 from grpo_toolkit.reporting.charts.style import label_of, milliseconds
+from grpo_toolkit.reporting.terminal.two_questions import batch_sentence, thinking_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,15 +34,29 @@ class Headline:
             where there is nothing to compare with.
         verdict: "faster", "slower", "same", "cannot tell", or "" where no interval was computed.
         sentence: the figures in words.
+        questions: what thinking costs, and what a larger batch brings, a sentence each, where they were asked.
     """
 
     figure: str
     verdict: Literal["faster", "slower", "same", "cannot tell", ""]
     sentence: str
+    questions: tuple[str, ...] = ()
 
 
 def headline_of(review: Review) -> Headline | None:
     """Put the newest comparison, or else the newest explanation, into one sentence; None without either."""
+    found = _compared(review)
+    return None if found is None else replace(found, questions=tuple(question_sentences(review)))
+
+
+def question_sentences(review: Review) -> list[str]:
+    """Return what thinking costs and what a larger batch brings, a sentence each; none of what was not asked."""
+    thinking, batches = subject_of(thinking_in(review.rows)), batches_of_rows(review.rows)
+    told = [] if thinking is None else [thinking_sentence(thinking)]
+    return told if batches is None else [*told, batch_sentence(batches)]
+
+
+def _compared(review: Review) -> Headline | None:
     rows = [row for row in review.arms if row.tpot_s is not None]
     if not rows:
         return _explained(review.explanations[-1]) if review.explanations and not review.arms else None

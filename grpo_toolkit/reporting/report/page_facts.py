@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.latency.bench.statistics import PERCENTILES
+from grpo_toolkit.latency.bench.thinking import mean_reward
 from grpo_toolkit.latency.rows.review import median_of
 from grpo_toolkit.reporting.charts.style import label_of, milliseconds
 
@@ -45,7 +46,7 @@ def facts_explained(row: ExplanationRow) -> list[str]:
 
 def _when_and_with(row: LatencyRow | ExplanationRow) -> list[str]:
     names = {"grpo_toolkit": "grpo-toolkit", "transformers": "transformers", "torch": "torch"}
-    commit = row.environment.get("toolkit_commit", "")[:9]
+    commit = row.environment.get("grpo_toolkit_commit", "")[:9]
     versions = ", ".join(
         f"{name} {row.environment[key]}{f' ({commit})' if commit and key == 'grpo_toolkit' else ''}"
         for key, name in names.items()
@@ -91,7 +92,9 @@ def natural_lines(review: Review) -> list[dict[str, Any]]:
             "thinking": {None: "", True: "asked for", False: "not asked for"}[row.workload.thinking],
             "tokens": row.tokens.output.median,
             "ttft": median_of(row.ttft_s, 1e3),
+            "first_answer": median_of(row.first_answer_s, 1e3),
             "e2e": median_of(row.e2e_s, 1e3),
+            "reward": mean_reward(row.timelines),
             "capped": f"{row.tokens.capped} of {row.rounds}",
         }
         for row in review.natural

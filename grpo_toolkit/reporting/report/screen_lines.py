@@ -5,12 +5,16 @@ The whole of it is in the report, the export's page and its manifest; these line
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.latency.rows.review import median_of
+from grpo_toolkit.latency.bench.batches import batches_of_rows
+from grpo_toolkit.latency.bench.thinking import subject_of, thinking_in
+from grpo_toolkit.latency.rows.review import is_swept, median_of
 from grpo_toolkit.reporting.charts.style import label_of
 from grpo_toolkit.reporting.report.headline import headline_of
 from grpo_toolkit.reporting.terminal.tables import at_once_lines
+from grpo_toolkit.reporting.terminal.two_questions import batch_parts, thinking_parts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,12 +50,13 @@ def export_lines(result: ExportResult) -> list[str]:
 
 
 def latency_lines(rows: Sequence[LatencyRow]) -> list[str]:
-    """Return rows of one session as a table of 80 columns: exact lengths, and natural answers where they were timed.
+    """Return a training's rows as a table of 80 columns: exact lengths, and natural answers where they were timed.
 
-    The ratios are of the time per token, and of natural answers of the time of a whole answer.
+    The ratios are of the time per token, and of natural answers of the time of a whole answer. What thinking costs and
+    what larger batches bring is said in words.
     """
-    fixed = {row.arm: row for row in rows if row.workload.kind == "fixed"}
-    natural = {row.arm: row for row in rows if row.workload.kind == "natural"}
+    fixed = {row.arm: row for row in rows if row.workload.kind == "fixed" and not is_swept(row)}
+    natural = {row.arm: row for row in rows if row.workload.kind == "natural" and row.workload.thinking is not False}
     kinds = [(found, metric) for found, metric in ((fixed, "tpot_s"), (natural, "e2e_s")) if found]
     lines = []
     for found, metric in kinds:
@@ -73,7 +78,24 @@ def latency_lines(rows: Sequence[LatencyRow]) -> list[str]:
                 for value, digits, width in zip(values, (1, 2, 0), (8, 8, 9), strict=True)
             )
             lines.append(f"  {label_of(row.arm):<18}{cells}  {'' if ratio is None else _told(ratio)}".rstrip())
-    return lines + at_once_lines(rows)
+    return lines + at_once_lines(rows) + question_lines(rows)
+
+
+def question_lines(rows: Sequence[LatencyRow]) -> list[str]:
+    """Return what thinking costs and what larger batches bring, in lines of 80 columns; none of what was not asked."""
+    lines = []
+    thinking, batches = subject_of(thinking_in(rows)), batches_of_rows(rows)
+    if thinking is not None:
+        lines += _wrapped("thinking", thinking_parts(thinking))
+    if batches is not None:
+        lines += _wrapped("batches", batch_parts(batches))
+    return lines
+
+
+def _wrapped(label: str, parts: Sequence[str]) -> list[str]:
+    """Return parts as aligned lines, as many on one as fit into 80 columns."""
+    texts = textwrap.wrap("; ".join(parts), width=80 - _LABEL, break_long_words=False)
+    return [line(label if index == 0 else "", text) for index, text in enumerate(texts)]
 
 
 def _told(ratio: Ratio) -> str:

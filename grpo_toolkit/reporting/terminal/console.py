@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from grpo_toolkit.latency.bench.measure import Progress
+    from grpo_toolkit.latency.bench.progress import Progress
 
 
 _EVERY_S: Final = 10.0

@@ -13,6 +13,7 @@ from rich.text import Text
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
 from grpo_toolkit.latency.explain.causes import BY_NAME
 from grpo_toolkit.latency.explain.explanation import top_cause, unexplained_share
+from grpo_toolkit.reporting.terminal.two_questions import batch_sentence
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -130,7 +131,10 @@ def tuned(tuning: Tuning) -> RenderableType:
     lines = [Text(f"{tuning.best.name}: {verdict}", "bold"), Text(), Text(tuning.code()), Text()]
     keys = tuning.generation_keys()
     lines.append(Text(f"generation_config.json: {json.dumps(keys)}" if keys else "generation_config.json: nothing"))
-    return Group(table, Text(), *lines, *(Text(command) for command in tuning.serving_commands()))
+    lines += [Text(command) for command in tuning.serving_commands()]
+    told = "Larger batches were not timed: that would have taken too long."
+    lines += [Text(), Text(told if tuning.batches is None else batch_sentence(tuning.batches))]
+    return Group(table, Text(), *lines)
 
 
 def _inverse(ratio: Ratio) -> str:

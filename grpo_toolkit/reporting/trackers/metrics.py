@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from grpo_toolkit.latency.bench.batches import batches_of_rows
+from grpo_toolkit.latency.bench.thinking import subject_of, thinking_in
 from grpo_toolkit.latency.rows.review import key_part, median_of
+from grpo_toolkit.reporting.terminal.two_questions import batch_sentence, thinking_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -89,6 +92,34 @@ def _of_row(row: LatencyRow) -> dict[str, float | None]:
         "tpot_vs_base_low": None if ratio is None else ratio.low,
         "tpot_vs_base_high": None if ratio is None else ratio.high,
     }
+
+
+def question_figures(rows: Sequence[LatencyRow]) -> dict[str, str | float]:
+    """Return what thinking costs and what a larger batch brings, in words and figures, for a run's summary."""
+    values: dict[str, str | float | None] = {}
+    thinking, batches = subject_of(thinking_in(rows)), batches_of_rows(rows)
+    if thinking is not None:
+        values["thinking"] = thinking_sentence(thinking)
+        for name, found in {
+            "thinking_share": thinking.share or thinking.before_answer,
+            "thinking_tokens": thinking.tokens,
+            "thinking_s": thinking.seconds,
+        }.items():
+            if found is not None:
+                values |= {name: found.median, f"{name}_low": found.low, f"{name}_high": found.high}
+        values["thinking_first_answer_s"], values["direct_first_answer_s"] = thinking.first_answer_s
+        values["thinking_reward"], values["direct_reward"] = thinking.rewards or (None, None)
+    if batches is not None:
+        large = batches.points[-1]
+        values |= {
+            "batches": batch_sentence(batches),
+            "batch_size": large.size,
+            "batch_tokens_per_s": large.tokens_per_s,
+            "batch_tokens_per_s_gain": batches.gain,
+            "kv_mb_per_1000_tokens": None if (kv := batches.kv_bytes_per_token) is None else kv / 1e3,
+            "sequences_that_fit": batches.fits,
+        }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def table(rows: Sequence[LatencyRow]) -> tuple[list[str], list[list[Any]]]:

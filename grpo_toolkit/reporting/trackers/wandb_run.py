@@ -28,6 +28,7 @@ from grpo_toolkit.reporting.trackers.metrics import (
     TABLE_IDS_KEY,
     TABLE_KEY,
     joined,
+    question_figures,
     scalars,
     table,
 )
@@ -129,6 +130,8 @@ def _describe(run: Any, review: Review) -> None:
         if row.arm == "export" and ratio.against == "base":
             metric = ratio.metric.removesuffix("_s")
             run.summary[f"latency/export/{metric}_verdict"] = "no interval" if ratio.low is None else ratio.verdict
+    for name, value in question_figures(review.rows).items():
+        run.summary[f"latency/{name}"] = value
     for arm in ("checkpoint", "export"):
         if arm in found:
             run.summary[f"latency/{arm}/faults"] = fault_count(found[arm])
