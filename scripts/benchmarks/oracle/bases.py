@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from scripts.benchmarks.oracle.folders import (
-    ADAPTER_WEIGHTS, INDEX, WEIGHTS, Folder, Tensor, pack, random_tensor, read, to_json, unpack,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    WEIGHTS,
+    Folder,
+    Tensor,
+    pack,
+    random_tensor,
+    read,
+    to_json,
+    unpack,
 )  # fmt: skip
 
 BASES: Final = Path(__file__).parents[3] / "tests/data/oracle/bases.json"
@@ -114,7 +123,7 @@ def _stored() -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """Return every good folder's name: family, dialect, form. All forms but the whole one stand in one dialect each."""
+    """Return every good folder's name: family, dialect, form; forms but the whole one stand in one dialect each."""
     found = []
     for key in _stored()["folders"]:
         family, dialect = key.split("/")

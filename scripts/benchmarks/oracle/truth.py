@@ -1,0 +1,142 @@
+"""The truth: what each reader does with each case, computed by hand and committed as recipes and verdicts.
+
+python -m scripts.benchmarks.oracle.truth ask PYTHON DIR --minutes 60    # for each environment; goes on where it was
+python -m scripts.benchmarks.oracle.truth collect DIR                    # writes tests/data/oracle/truth.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from scripts.benchmarks.oracle import bases
+from scripts.benchmarks.oracle.cases import Case, changed, chosen, line
+from scripts.benchmarks.oracle.folders import digest, write
+from scripts.benchmarks.oracle.readers import ReaderProcess, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scripts.benchmarks.oracle.folders import Folder
+
+TRUTH: Final = bases.BASES.with_name("truth.jsonl")
+SEED: Final = "7f4b6e4"
+"""The commit that brought the operators and held some out; it draws the pairs."""
+
+
+class Asker:
+    """Asks one reader about folders that lie in memory, and remembers what it does with the good ones."""
+
+    def __init__(self, reader: ReaderProcess, scratch: Path) -> None:
+        self.reader = reader
+        self._scratch = scratch
+        self._right: dict[str, dict[str, Any]] = {}
+
+    def right(self, name: str) -> dict[str, Any]:
+        """Return what the reader does with a good folder; twice, as what changes by itself tells nothing."""
+        if name not in self._right:
+            first = self.ask(name, bases.good_folder(name))
+            again = first if "fails" in first else self.ask(name, bases.good_folder(name))
+            self._right[name] = first if verdict(first, again) == "same" else {"fails": "answers anew each time"}
+        return self._right[name]
+
+    def ask(self, name: str, folder: Folder) -> dict[str, Any]:
+        """Return what the reader does with a folder in the place of a good one."""
+        path, base = self._scratch / "folder", None
+        try:
+            write(folder, path)
+            if name.endswith("/adapter"):
+                base = self._scratch / name.replace("/", "-")
+                if not base.exists():
+                    write(bases.base_folder(name), base)
+            return self.reader.ask(path, base, sees=bases.sees(name))
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def verdict(self, case: Case, folder: Folder) -> str | None:
+        """Return the reader's verdict, or None where it cannot read the good folder either."""
+        right = self.right(case.folder)
+        return None if "fails" in right else verdict(right, self.ask(case.folder, folder))
+
+
+def ask_all(python: str, folder: Path, *, minutes: float) -> None:
+    """Ask one environment's reader about the cases in their order until the time is over."""
+    end = time.monotonic() + 60 * minutes
+    reader = ReaderProcess(python)
+    version = reader.versions["transformers"]
+    scratch = Path("/dev/shm" if Path("/dev/shm").is_dir() else folder, f"oracle-{version}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    file = folder / f"{version}.jsonl"
+    known = {entry["hash"] for entry in _lines(file)}
+    asker = Asker(reader, scratch)
+    with file.open("a", encoding="utf-8") as out:
+        for name in bases.names():
+            failed = asker.right(name).get("fails")
+            if failed:
+                print(f"{version} cannot read {name}: {failed}", flush=True)
+        for number, case in enumerate(chosen(bases.names(), seed=SEED)):
+            made = changed(case)
+            if made is None or digest(made) in known:
+                continue
+            known.add(digest(made))
+            said = asker.verdict(case, made)
+            out.write(line({**case.to_json(), "hash": digest(made), "verdict": said}))
+            out.flush()
+            if number % 100 == 0:
+                print(version, number, time.ctime(), flush=True)
+            if time.monotonic() > end:
+                break
+    reader.close()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    if file.exists():
+        for text in file.read_text(encoding="utf-8").splitlines():
+            yield json.loads(text)
+
+
+def collect(folder: Path) -> None:
+    """Write the cases that every reader was asked about, and that one of them at least can tell about."""
+    said: dict[str, dict[str, Any]] = {}
+    cases: dict[str, dict[str, Any]] = {}
+    readers = sorted(folder.glob("*.jsonl"))
+    for file in readers:
+        for entry in _lines(file):
+            cases.setdefault(entry["hash"], entry)
+            said.setdefault(entry["hash"], {})[file.stem] = entry["verdict"]
+    with TRUTH.open("w", encoding="utf-8") as out:
+        for key, entry in cases.items():
+            verdicts = {reader: found for reader, found in said[key].items() if found is not None}
+            if len(said[key]) == len(readers) and verdicts:
+                recipe = {name: entry[name] for name in ("folder", "mutations", "hash")}
+                out.write(line({**recipe, "readers": verdicts}))
+
+
+def load() -> list[tuple[Case, str, dict[str, str]]]:
+    """Return the committed truth: cases, the hashes of their folders, each reader's verdict by version."""
+    return [(Case.from_json(entry), entry["hash"], entry["readers"]) for entry in _lines(TRUTH)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    ask = verbs.add_parser("ask")
+    ask.add_argument("python")
+    ask.add_argument("folder", type=Path)
+    ask.add_argument("--minutes", type=float, default=60)
+    verbs.add_parser("collect").add_argument("folder", type=Path)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.verb == "ask":
+        ask_all(args.python, args.folder, minutes=args.minutes)
+    else:
+        collect(args.folder)
+
+
+if __name__ == "__main__":
+    main()
