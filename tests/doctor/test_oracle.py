@@ -1,34 +1,31 @@
-"""A sample of the oracle's mutations: the doctor against what the installed reader does with the mutated folder."""
+"""The doctor against the committed truth: what real readers do with good folders that a machine has mutated."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from scripts.benchmarks.doctor_oracle import Mutation, judge, score
-from scripts.models.tiny_bases import build_llama
+import pytest
+
+from scripts.benchmarks.oracle import bases, truth
+from scripts.benchmarks.oracle.cases import changed, chosen
+from scripts.benchmarks.oracle.folders import digest
+from scripts.benchmarks.oracle.mutations.operators import OPERATORS, held_out_families, held_out_operators
+from scripts.benchmarks.oracle.readers import ReaderProcess
+from scripts.benchmarks.oracle.score import results, score
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ILL = (
-    Mutation("drop file", "config.json"),
-    Mutation("drop file", "model.safetensors"),
-    Mutation("empty file", "tokenizer.json"),
-    Mutation("drop key", "config.json", ("hidden_size",)),
-    Mutation("drop key", "config.json", ("model_type",)),
-    Mutation("drop key", "generation_config.json", ("eos_token_id",)),
-    Mutation("drop key", "generation_config.json", ("do_sample",)),
-)
-WELL = (
-    Mutation("drop key", "config.json", ("initializer_range",)),
-    Mutation("drop key", "config.json", ("transformers_version",)),
-    Mutation("drop key", "config.json", ("attention_dropout",)),
-    Mutation("drop key", "generation_config.json", ("transformers_version",)),
-)
+RECOMPUTED = 50
 
 
-def test_the_doctor_and_the_reader_agree(tmp_path: Path) -> None:
-    rows = judge(build_llama(tmp_path / "base"), [*ILL, *WELL])
-    assert {row["mutation"] for row in rows if row["reader"] != "same"} == set(map(str, ILL))
-    scored = score(rows)
-    assert (scored["recall"], scored["false_alarms"]) == (1.0, 0.0), scored
+def test_what_is_held_out_stays_held_out() -> None:
+    """The hash of a name decides; another operator would move the quarter, and mix what was seen with what was not."""
+    assert len(OPERATORS) // 4 == len(held_out_operators()) == 12
+    assert held_out_families(bases.FAMILIES) == {"gpt2", "qwen2_5_vl", "qwen3"}
+
+
+def test_recipes_give_the_folders_that_the_readers_were_asked_about() -> None:
+    told = {digest_ for _, digest_, _ in truth.load()}
+    known = {digest(made) for case in chosen(bases.names(), seed=truth.SEED) if (made := changed(case)) is not None}
+    assert told <= known
