@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import transformers
 
 from scripts.benchmarks.oracle import bases, truth
 from scripts.benchmarks.oracle.cases import changed, chosen
@@ -16,6 +17,7 @@ from scripts.benchmarks.oracle.score import results, score
 if TYPE_CHECKING:
     from pathlib import Path
 
+EVERY = 3
 RECOMPUTED = 50
 
 
@@ -25,7 +27,31 @@ def test_what_is_held_out_stays_held_out() -> None:
     assert held_out_families(bases.FAMILIES) == {"gpt2", "qwen2_5_vl", "qwen3"}
 
 
-def test_recipes_give_the_folders_that_the_readers_were_asked_about() -> None:
-    told = {digest_ for _, digest_, _ in truth.load()}
-    known = {digest(made) for case in chosen(bases.names(), seed=truth.SEED) if (made := changed(case)) is not None}
+def test_the_cases_of_the_truth_are_those_that_hashes_choose() -> None:
+    told = {recorded for case, recorded, _ in truth.load() if case.folder.startswith("llama/")}
+    names = [name for name in bases.names() if name.startswith("llama/")]
+    known = {digest(made) for case in chosen(names, seed=truth.SEED) if (made := changed(case)) is not None}
+    assert told
     assert told <= known
+
+
+def test_the_doctor_says_what_the_readers_do() -> None:
+    found = results(every=EVERY)
+    seen = score([one for one in found if not one.case.is_held_out])
+    assert seen["recall"] >= 0.5, seen
+    assert seen["false_alarms"] <= 0.5, seen
+
+
+@pytest.mark.stack
+def test_the_installed_reader_still_does_what_the_truth_says(tmp_path: Path) -> None:
+    """A sample is asked again; cases stand in the order of hashes, so that any stretch of them is a fair one."""
+    version = transformers.__version__
+    told = [(case, readers[version]) for case, _, readers in truth.load() if version in readers]
+    if not told:
+        pytest.skip(f"the truth was not told by {version}")
+    reader = ReaderProcess()
+    asker = truth.Asker(reader, tmp_path)
+    sample = sorted(told[:RECOMPUTED], key=lambda one: one[0].folder)
+    differs = [str(case) for case, said in sample if asker.verdict(case, case.build()) != said]
+    reader.close()
+    assert not differs
