@@ -193,19 +193,6 @@ def _child(request: dict[str, Any], writing: int) -> None:
     os._exit(0)
 
 
-def main() -> None:
-    """Answer lines of requests until the input ends."""
-    import peft
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    print(json.dumps({"transformers": transformers.__version__, "peft": peft.__version__}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(ask(json.loads(line))), flush=True)
-
-
 class ReaderProcess:
     """A reader in its environment; `ask` it about folders, one at a time."""
 
@@ -254,3 +241,20 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_alike, one, other))
     return type(one) is type(other) and bool(one == other)
+
+
+def main() -> None:
+    """Answer lines of requests until the input ends."""
+    import peft
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    print(json.dumps({"transformers": transformers.__version__, "peft": peft.__version__}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(ask(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

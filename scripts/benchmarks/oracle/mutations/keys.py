@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from scripts.benchmarks.oracle.folders import INDEX, to_json
@@ -20,6 +21,12 @@ _NOT_BELOW: Final = ("added_tokens_decoder", "added_tokens", "model", "vocab", "
 _NO_SETTINGS: Final = ("vocab.json", "grpo_toolkit.json", *TRAINING)
 
 
+@lru_cache(maxsize=64)
+def parsed(raw: bytes) -> Any:
+    """Return JSON that is only looked at."""
+    return json.loads(raw)
+
+
 def _paths(node: Any, here: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for key, value in node.items() if isinstance(node, dict) else ():
         yield (*here, key)
@@ -31,7 +38,7 @@ def keys(folder: Folder) -> Iterator[Place]:
     """Yield every key of every JSON file that says settings."""
     for name in sorted(folder):
         if name.endswith(".json") and name not in _NO_SETTINGS:
-            yield from ((name, path, "") for path in _paths(json.loads(folder[name])))
+            yield from ((name, path, "") for path in _paths(parsed(folder[name])))
 
 
 def value_at(content: Any, path: tuple[str, ...]) -> Any:
@@ -52,7 +59,7 @@ def _where(test: Callable[[Any], bool]) -> Callable[[Folder], Iterator[Place]]:
 
     def places(folder: Folder) -> Iterator[Place]:
         for file, path, to in keys(folder):
-            if test(value_at(json.loads(folder[file]), path)):
+            if test(value_at(parsed(folder[file]), path)):
                 yield file, path, to
 
     return places
@@ -124,7 +131,7 @@ def rename_key(folder: Folder, made: Mutation) -> None:
 def _levels(folder: Folder) -> Iterator[Place]:
     """Yield keys with the level, up or down, that they could stand at instead."""
     for file, path, _ in keys(folder):
-        content = json.loads(folder[file])
+        content = parsed(folder[file])
         if len(path) > 1:
             yield file, path, "up"
         elif not isinstance(content[path[0]], dict):
@@ -187,7 +194,7 @@ _CLASSES: Final = {
 def _classes(folder: Folder) -> Iterator[Place]:
     for file, path, _ in keys(folder):
         for other in _CLASSES.get(path[-1], ()):
-            now = value_at(json.loads(folder[file]), path)
+            now = value_at(parsed(folder[file]), path)
             if now is not None and now not in (other, [other]):
                 yield file, path, other
 
@@ -216,7 +223,7 @@ def unknown_token(folder: Folder, made: Mutation) -> None:
 
 
 def _index_entries(folder: Folder) -> Iterator[Place]:
-    for name in sorted(json.loads(folder[INDEX])["weight_map"]) if INDEX in folder else ():
+    for name in sorted(parsed(folder[INDEX])["weight_map"]) if INDEX in folder else ():
         yield INDEX, ("weight_map", name), ""
 
 

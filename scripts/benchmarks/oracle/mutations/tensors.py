@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -16,20 +17,26 @@ if TYPE_CHECKING:
     from scripts.benchmarks.oracle.mutations.operators import Mutation, Place
 
 
+@lru_cache(maxsize=16)
+def held_in(raw: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a file that are only looked at."""
+    return unpack(raw)
+
+
 def _tensors(folder: Folder) -> Iterator[Place]:
     for file in weight_files(folder):
-        yield from ((file, (name,), "") for name in sorted(unpack(folder[file])))
+        yield from ((file, (name,), "") for name in sorted(held_in(folder[file])))
 
 
 def _floats(folder: Folder) -> Iterator[Place]:
     for file in weight_files(folder):
-        held = unpack(folder[file])
+        held = held_in(folder[file])
         yield from ((file, (name,), "") for name in sorted(held) if held[name].dtype in ("F32", "F16", "BF16"))
 
 
 def _matrices(folder: Folder) -> Iterator[Place]:
     for file in weight_files(folder):
-        held = unpack(folder[file])
+        held = held_in(folder[file])
         yield from ((file, (name,), "") for name in sorted(held) if len(held[name].shape) > 1)
 
 
@@ -95,7 +102,7 @@ def _replace(held: dict[str, Tensor], new: dict[str, Tensor]) -> None:
 
 def _twins(folder: Folder) -> Iterator[Place]:
     for file in weight_files(folder):
-        held = unpack(folder[file])
+        held = held_in(folder[file])
         last: dict[tuple[str, tuple[int, ...]], str] = {}
         for name in sorted(held):
             kind = (held[name].dtype, held[name].shape)
@@ -117,7 +124,7 @@ _DTYPES: Final = ("F16", "BF16", "F32", "F64")
 
 def _dtypes(folder: Folder) -> Iterator[Place]:
     for file, path, _ in _floats(folder):
-        now = unpack(folder[file])[path[0]].dtype
+        now = held_in(folder[file])[path[0]].dtype
         yield from ((file, path, dtype) for dtype in _DTYPES if dtype != now)
 
 
