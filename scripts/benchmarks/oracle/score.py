@@ -1,7 +1,7 @@
 """The doctor's score against the committed truth.
 
     python -m scripts.benchmarks.oracle.score                # seen and held out, as one JSON object; no case is named
-    python -m scripts.benchmarks.oracle.score --show seen    # and the seen cases that were missed or alarmed
+    python -m scripts.benchmarks.oracle.score --show         # and the seen cases that were missed or alarmed
 
 A case is ill if a reader fails with it or answers otherwise. Found: a serious finding that the good folder does not
 have concerns such a reader and names the file and the key. A false alarm: such a finding, for one of the readers that
@@ -178,7 +178,7 @@ def _mean(values: list[bool] | list[float]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="take every n-th case")
-    parser.add_argument("--show", choices=("seen", "held_out"), help="name these cases' misses and false alarms")
+    parser.add_argument("--show", action="store_true", help="name the seen cases that were missed or are false alarms")
     args = parser.parse_args()
     found = results(every=args.every)
     parts = {
@@ -187,7 +187,7 @@ def main() -> None:
     }
     report: dict[str, Any] = {name: score(part) for name, part in parts.items()}
     if args.show:
-        part = parts[args.show]
+        part = parts["seen"]
         missed = [one for one in part if one.ill and not one.is_found]
         alarms = [one for one in part if one.is_alarm]
         report["missed"] = [f"{one.case} {one.readers} {sorted({s.code for s in one.said})}" for one in missed]
