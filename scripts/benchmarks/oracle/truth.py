@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -82,9 +83,9 @@ class Asker:
         return said
 
 
-def ask_all(pythons: list[str], folder: Path, *, minutes: float) -> None:
+def ask_all(pythons: list[str], folder: Path, *, minutes: float, start: int = 0) -> None:
     """Ask the readers of some environments about the cases in their order until the time is over."""
-    cases = chosen(bases.names(), seed=SEED)
+    cases = chosen(bases.names(), seed=SEED)[start:]
     askers = [_start(python, folder) for python in pythons]
     known = [{entry["hash"] for entry in _lines(folder / f"{one.version}.jsonl")} for one in askers]
     end = time.monotonic() + 60 * minutes
@@ -113,9 +114,9 @@ def ask_all(pythons: list[str], folder: Path, *, minutes: float) -> None:
 def _start(python: str, folder: Path) -> Asker:
     reader = ReaderProcess(python)
     version = reader.versions["transformers"]
-    scratch = Path("/dev/shm" if Path("/dev/shm").is_dir() else folder, f"oracle-{version}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    return Asker(reader, scratch)
+    shared = Path("/dev/shm")
+    scratch = tempfile.mkdtemp(prefix=f"oracle-{version}-", dir=shared if shared.is_dir() else folder)
+    return Asker(reader, Path(scratch))
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -152,11 +153,12 @@ def main() -> None:
     ask.add_argument("folder", type=Path)
     ask.add_argument("pythons", nargs="+", help="interpreters of the environments to ask")
     ask.add_argument("--minutes", type=float, default=60)
+    ask.add_argument("--start", type=int, default=0, help="the number of the first case")
     verbs.add_parser("collect").add_argument("folder", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.verb == "ask":
-        ask_all(args.pythons, args.folder, minutes=args.minutes)
+        ask_all(args.pythons, args.folder, minutes=args.minutes, start=args.start)
     else:
         collect(args.folder)
 
