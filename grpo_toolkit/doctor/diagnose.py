@@ -28,8 +28,10 @@ from grpo_toolkit.doctor.rules import (
     files,
     fit,
     processing,
+    settings,
     shards,
     tied,
+    tokenizer,
     weights,
 )
 from grpo_toolkit.errors import CheckpointError
@@ -37,7 +39,9 @@ from grpo_toolkit.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_MODULES: Final = (files, shards, cache, weights, fit, tied, dtypes, dialect, custom_code, processing, adapter)
+_MODULES: Final = (
+    files, shards, cache, weights, fit, settings, tied, dtypes, dialect, custom_code, tokenizer, processing, adapter,
+)  # fmt: skip
 
 ALL_RULES: Final = tuple(
     rule for module in _MODULES for rule in RULES.values() if rule.check.__module__ == module.__name__
