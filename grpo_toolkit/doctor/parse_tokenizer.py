@@ -70,6 +70,8 @@ def _unknown(content: dict[str, Any], config: JsonObject) -> frozenset[str]:
     entries = [*content.get("added_tokens", []), *(decoder.values() if isinstance(decoder, dict) else ())]
     added = {entry.get("content") for entry in entries if isinstance(entry, dict)}
     vocab = content["model"]["vocab"]
+    if not vocab:
+        return frozenset()
     if isinstance(vocab, list):  # pieces with their scores
         vocab = {piece[0] for piece in vocab if isinstance(piece, list) and piece and isinstance(piece[0], str)}
     known = {one for one in added if isinstance(one, str)}

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, Kind
+from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.module_lookup import is_stored
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name
@@ -78,12 +79,12 @@ def adapter_factor_alone(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.UNLOADABLE,
     "another rank in the adapter's config than in its weights",
-    effect="PEFT fails: size mismatch",
+    effect="PEFT makes factors of the config's rank, and the stored ones do not fit: size mismatch",
     evidence="https://huggingface.co/docs/peft/developer_guides/checkpoint",
 )
 def adapter_rank_differs(folder: Folder) -> Iterator[Fault]:
-    rank = folder.get(ADAPTER_CONFIG, "r")
-    if folder.kind is not Kind.ADAPTER or type(rank) is not int or folder.get(ADAPTER_CONFIG, "rank_pattern"):
+    rank, pattern = folder.get(ADAPTER_CONFIG, "r"), folder.get(ADAPTER_CONFIG, "rank_pattern")
+    if folder.kind is not Kind.ADAPTER or type(rank) is not int or pattern not in (ABSENT, None, {}):
         return
     ranks = {info.shape[0] for name, info in folder.tensors.items() if name.endswith(".lora_A.weight") and info.shape}
     if len(ranks) == 1 and rank not in ranks:
