@@ -55,11 +55,22 @@ def _fault_in(content: dict[str, Any]) -> tuple[str, str]:
         for key, flag in value.items() if isinstance(value, dict) else ():
             if key in _FLAGS and not isinstance(flag, bool):
                 return f"{part}.{key}", f"{json.dumps(flag)[:40]}, not true or false"
+        for key in _REQUIRED.get(value["type"], ()) if isinstance(value, dict) else ():
+            if key not in value:
+                return f"{part}.{key}", "absent"
     return "", ""
 
 
 _FLAGS: Final = ("add_prefix_space", "trim_offsets", "use_regex", "individual_digits", "fuse_unk")
 """Settings of the parts that are true or false: https://docs.rs/tokenizers/latest/tokenizers/"""
+_REQUIRED: Final = {
+    "ByteLevel": ("add_prefix_space", "trim_offsets"),
+    "TemplateProcessing": ("single", "pair", "special_tokens"),
+    "Metaspace": ("replacement",),
+    "Split": ("pattern", "behavior", "invert"),
+    "Digits": ("individual_digits",),
+}
+"""What the parts cannot do without, as the library says of each that is taken from a file (`missing field`)."""
 
 
 def _unknown(content: dict[str, Any], config: JsonObject) -> frozenset[str]:
@@ -68,7 +79,7 @@ def _unknown(content: dict[str, Any], config: JsonObject) -> frozenset[str]:
     named = (value.get("content") if isinstance(value, dict) else value for value in values)
     decoder = config.get("added_tokens_decoder")
     entries = [*content.get("added_tokens", []), *(decoder.values() if isinstance(decoder, dict) else ())]
-    added = {entry.get("content") for entry in entries if isinstance(entry, dict)}
+    added = (entry.get("content") for entry in entries if isinstance(entry, dict))
     vocab = content["model"]["vocab"]
     if not vocab:
         return frozenset()
