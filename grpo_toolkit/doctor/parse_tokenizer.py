@@ -50,12 +50,14 @@ def _fault_in(content: dict[str, Any]) -> tuple[str, str]:
         return "added_tokens", "not a list"
     for part in _PARTS:
         value = content.get(part)
-        if value is not None and not (isinstance(value, dict) and isinstance(value.get("type"), str)):
+        if value is None:
+            continue
+        if not isinstance(value, dict) or not isinstance(value.get("type"), str):
             return part, "neither null nor an object with a type"
-        for key, flag in value.items() if isinstance(value, dict) else ():
+        for key, flag in value.items():
             if key in _FLAGS and not isinstance(flag, bool):
                 return f"{part}.{key}", f"{json.dumps(flag)[:40]}, not true or false"
-        for key in _REQUIRED.get(value["type"], ()) if isinstance(value, dict) else ():
+        for key in _REQUIRED.get(value["type"], ()):
             if key not in value:
                 return f"{part}.{key}", "absent"
     return "", ""

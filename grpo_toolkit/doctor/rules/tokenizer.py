@@ -56,6 +56,8 @@ def tokenizer_differs(folder: Folder) -> Iterator[Fault]:
     if ours is None or ours.fault or base is None or base.tokenizer is None or base.tokenizer.fault:
         return
     for part in PARTS:
+        if part == "post_processor" and None in (ours.parts.get(part), base.tokenizer.parts.get(part)):
+            continue  # the classes of transformers make it anew
         where = _first_difference(ours.parts.get(part), base.tokenizer.parts.get(part), part)
         if where:
             yield Fault(
