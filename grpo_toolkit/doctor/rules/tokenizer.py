@@ -86,15 +86,12 @@ def _first_difference(ours: Any, theirs: Any, where: str) -> str:
 def special_token_no_text(folder: Folder) -> Iterator[Fault]:
     content = folder.objects.get(TOKENIZER_CONFIG, {})
     extra = content.get("extra_special_tokens")
-    named = [
-        ((key,), value) for key, value in content.items() if key.endswith("_token") and not key.startswith("add_")
-    ]
-    named += (
-        [(("extra_special_tokens", key), value) for key, value in extra.items()] if isinstance(extra, dict) else []
-    )
-    for path, value in named:
+    named = {key: value for key, value in content.items() if key.endswith("_token") and not key.startswith("add_")}
+    if isinstance(extra, dict):
+        named |= {f"extra_special_tokens.{key}": value for key, value in extra.items()}
+    for path, value in named.items():
         if value is not None and not isinstance(value, (str, dict)):
-            yield Fault(file=TOKENIZER_CONFIG, key=".".join(path), found=value, expected="a text")
+            yield Fault(file=TOKENIZER_CONFIG, key=path, found=value, expected="a text")
 
 
 @rule(
