@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.request import Request as Request
     from grpo_toolkit.model.inputs.rows_once import rows_once as rows_once
     from grpo_toolkit.model.kv_cache import inference_ready as inference_ready
+    from grpo_toolkit.model.rollouts.rollout_size import RolloutSize as RolloutSize
+    from grpo_toolkit.model.rollouts.rollout_size import rollout_size as rollout_size
     from grpo_toolkit.model.sharding.gather import unsharded_models as unsharded_models
     from grpo_toolkit.reporting.report.page import write_report as write_report
     from grpo_toolkit.step_time.rows import StepExplanation as StepExplanation
@@ -97,6 +99,7 @@ _MODULES = {
     "Request": "model.generation.request",
     "ResumeError": "errors",
     "ResumeGuardCallback": "callbacks",
+    "RolloutSize": "model.rollouts.rollout_size",
     "RunDiagnosis": "doctor.findings",
     "RunOptions": "latency.engines.protocol",
     "StepExplanation": "step_time.rows",
@@ -116,6 +119,7 @@ _MODULES = {
     "measure_latency": "latency.bench.measure",
     "merge_adapter": "merge.merge",
     "repair_checkpoint": "doctor.repair",
+    "rollout_size": "model.rollouts.rollout_size",
     "rows_once": "model.inputs.rows_once",
     "tune_latency": "latency.tune.tune",
     "undo_repair": "doctor.repair",

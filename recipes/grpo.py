@@ -37,16 +37,16 @@ from grpo_toolkit import (
 from grpo_vlm.arguments import RecipeArguments, parse
 from grpo_vlm.data.image_sizes import load_processor
 from grpo_vlm.data.rows import Splits, load_splits
-from grpo_vlm.planning.plan import check_plan, make_plan, reward_names
+from grpo_vlm.planning.plan import NO_ROOM, check_plan, make_plan, reward_names
 from grpo_vlm.planning.preflight import MARKER, check_model, check_output, check_versions, check_vllm
 from grpo_vlm.rewards.rewards import RewardFunction, find_format_reward, find_rewards
-from grpo_vlm.training.baselines import Baselines, conditions
+from grpo_vlm.training.baselines import AfterTraining, Baselines, conditions
 from grpo_vlm.training.cost import CostCallback
 from grpo_vlm.training.health import HealthCallback
 from grpo_vlm.training.screen import BarCallback, quiet_libraries, without_own_bar
 from grpo_vlm.training.sharded_rollouts import ShardedRolloutsCallback
 from grpo_vlm.training.summary import note_in_wandb, print_summary, summarise
-from grpo_vlm.training.trainer import AccuracyTrainer, measure, with_group_health
+from grpo_vlm.training.trainer import AccuracyTrainer, with_group_health
 
 TINY = "tiny"
 TINY_BUILDER = "scripts.models.tiny_vlm"
@@ -98,10 +98,11 @@ def main(argv: list[str]) -> None:
         max_new_tokens=training.max_completion_length,
     )
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
-    callbacks = [cost, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
+    finals = AfterTraining(splits.held_out)
+    callbacks = [cost, finals, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
     # What makes a step fast comes after what it must see whole: the cache's watch, weights put right at a resume.
     callbacks += [PackedVisionCallback()] if recipe.packed_vision else []
-    callbacks += [FastRolloutCallback("plain" if plan.fast_rollouts is False else "auto")] * recipe.fast_rollouts
+    callbacks += [FastRolloutCallback("plain" if plan.rollouts_plain == NO_ROOM else "auto")] * recipe.fast_rollouts
     callbacks += [exporting, *([timing] if recipe.latency_rounds else [])]
     steps = StepTimeCallback() if recipe.step_time else None
 
@@ -125,12 +126,14 @@ def main(argv: list[str]) -> None:
         measured_on=conditions(recipe, training, model, splits),
         checkpoint=checkpoint,
     )
-    if trainer.is_sharded:
+    finals.trainer = trainer
+    may_be_fast = recipe.fast_rollouts and plan.rollouts_plain is None
+    if trainer.is_sharded or (may_be_fast and checkpoint is None):
         trainer.add_callback(baselines)
     else:
         baselines.take()
     trainer.train(resume_from_checkpoint=checkpoint)
-    after = measure(trainer, splits.held_out, "after training")
+    after = finals.figure()
     if trainer.is_world_process_zero():
         summary = summarise(
             trainer.state.log_history,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from transformers.trainer_callback import ExportableState
@@ -12,15 +13,19 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.memory import free_bytes
 from grpo_toolkit.model.rollouts.rollout_kl import rollout_kl
+from grpo_toolkit.model.rollouts.rollout_size import needed_bytes
 from grpo_toolkit.model.rollouts.rollouts import FastRollouts
-from grpo_toolkit.model.rollouts.supported import needed_bytes, why_unsupported
+from grpo_toolkit.model.rollouts.supported import why_unsupported
+from grpo_toolkit.model.rollouts.trial import WANTED
 from grpo_toolkit.model.rollouts.weights_copy import drops_out
-from grpo_toolkit.model.sharding.ranks import exchange
+from grpo_toolkit.model.sharding.ranks import exchange, world_size
 from grpo_toolkit.reporting.trackers.training_scalars import TrainingScalars
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from grpo_toolkit.model.rollouts.trial import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +54,10 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
     Args:
         way: "fast", "plain", or "auto": fast on a CUDA GPU that has room for a copy of the weights and a KV cache.
             The ranks decide together, and no clock decides.
+        trial: let a clock decide after all: the first rollout of a training is made by both ways, on copies of its
+            inputs and with the random state kept, and with "auto" the fast way is gone if it is 1.2 times as fast on
+            the first rank, then also without a GPU. It takes as long as one plain and two fast rollouts. A resumed
+            training takes the checkpoint's way.
         kl_limit: nats a token between the policy that samples and the one that is trained, past which a warning is
             printed.
         strict: raise at the end of training if a fast rollout failed.
@@ -61,11 +70,16 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         InputError: another `way`.
     """
 
-    def __init__(self, way: Way = "auto", *, kl_limit: float = KL_LIMIT, strict: bool = False) -> None:
+    def __init__(
+        self, way: Way = "auto", *, trial: bool = False, kl_limit: float = KL_LIMIT, strict: bool = False
+    ) -> None:
         super().__init__(strict=strict)
         if way not in get_args(Way):
             raise InputError(f"way={way!r}: it is one of {', '.join(map(repr, get_args(Way)))}")
+        if trial and way != "auto":
+            raise InputError(f'trial=True is for way="auto", and way is {way!r}')
         self.way = way
+        self.trial = trial
         self.kl_limit = kl_limit
         self.chosen: str | None = None
         self.kl: float | None = None
@@ -74,9 +88,18 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         self._told: set[str] = set()
         self._scalars = TrainingScalars()
 
+    @property
+    def batch(self) -> int | None:
+        """The number of sequences that a decode step is compiled for; None where rollouts are plain now.
+
+        In a training, greedy questions that fill such a batch go the fast way too, if they come with a
+        `GenerationConfig` that has `disable_compile=True`, as rollouts do.
+        """
+        return None if self._rollouts is None or self.chosen != "fast" else self._rollouts.compiled_for
+
     def state(self) -> dict[str, Any]:
         """Return the values that `trainer_state.json` keeps: the arguments, and the way that was chosen."""
-        arguments = {"way": self.way, "kl_limit": self.kl_limit, "strict": self.strict}
+        arguments = {"way": self.way, "trial": self.trial, "kl_limit": self.kl_limit, "strict": self.strict}
         return {"args": arguments, "attributes": {"chosen": self.chosen}}
 
     def on_train_begin(
@@ -146,7 +169,7 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         if self.way == "auto" and before == "plain":
             return _AS_BEFORE
         device = base_model(self._model).device
-        if self.way == "auto" and device.type != "cuda":
+        if self.way == "auto" and device.type != "cuda" and not self.trial:
             return _NO_GPU
         if args.fp16:
             return "float16 has no range for what layers pass on, outside of autocast"
@@ -158,7 +181,14 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
     def _why_no_room(self, args: Any, device: torch.device) -> str | None:
         free = free_bytes(str(device))
         tokens = getattr(args, "max_completion_length", None) or 256
-        needed = needed_bytes(self._model, _computed_in(args), rows=_rows(args), new_tokens=tokens)
+        stage = getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0)
+        needed = needed_bytes(
+            self._model,
+            _computed_in(args),
+            rows=_rows(args),
+            new_tokens=tokens,
+            shared_by=world_size() if stage in (1, 2) else 1,
+        )
         if free is None or needed <= free:
             return None
         return f"they need about {needed / 1e9:.1f} GB with what training takes, and {free / 1e9:.1f} GB are free"
@@ -171,6 +201,7 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
             on_failure=self._on_failure,
             on_plain=lambda reason: self._tell(f"one has {reason}", state),
             on_sampled=self._on_sampled,
+            on_trial=partial(self._on_trial, state) if self.trial and _chosen_before(state) is None else None,
         )
         if not state.is_world_process_zero:
             return
@@ -178,6 +209,13 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
             logger.warning("grpo_toolkit: the first rollout compiles its decode step, which takes up to a minute")
         if drops_out(self._model):
             logger.warning("grpo_toolkit: rollouts are sampled without the adapter's dropout, which training has")
+
+    def _on_trial(self, state: TrainerState, found: Trial) -> None:
+        if not found.is_fast_worth_it:
+            self.chosen = "plain"
+            self._tell(f"in a trial the fast one was {found.ratio:.2f} times as fast, not {WANTED}", state)
+        elif state.is_world_process_zero:
+            logger.warning("grpo_toolkit: rollouts go the fast way: in a trial it was %.2f times as fast", found.ratio)
 
     def _on_failure(self, error: Exception) -> None:
         self.chosen = "plain"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +18,7 @@ from grpo_toolkit.reporting.terminal.console import say
 from grpo_toolkit.reporting.terminal.step_time import step_lines
 from grpo_toolkit.reporting.trackers.step_time import StepMirror
 from grpo_toolkit.step_time.clock import StepClock
-from grpo_toolkit.step_time.explain import explain_steps
+from grpo_toolkit.step_time.explain import explain_steps, steady_rows
 from grpo_toolkit.step_time.setup import (
     compute_dtype,
     largest_forward,
@@ -26,16 +28,17 @@ from grpo_toolkit.step_time.setup import (
     stamps_of_device,
 )
 from grpo_toolkit.step_time.store import RowWriter, file_of, load_step_review
+from grpo_toolkit.step_time.trials import KeptInputs, try_cures
 from grpo_toolkit.step_time.watch import StepWatch
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from grpo_toolkit.step_time.rows import StepExplanation, StepRow
+    from grpo_toolkit.step_time.rows import StepExplanation, StepRow, TriedCure
     from grpo_toolkit.step_time.seen import Seen
     from grpo_toolkit.step_time.work import Machine
 
@@ -68,6 +71,10 @@ class StepTimeCallback(GuardedCallback):
         trainer: the one that it is added to; may also be set later, as an attribute.
         every: of the steps on a GPU, how often phases are taken.
         output_dir: where to put the file; by default the trainer's `output_dir`.
+        profile: also profile a few decode steps of those steps that are looked at closely, for the share of time in
+            which the GPU works. Afterwards PyTorch's profiler stays loaded in the process.
+        trials: when training is over, also measure what the cures that are callbacks of ours save, on copied inputs of
+            the last step that was looked at closely, beside what they are predicted to. In one process.
         floors: also measure the device when training begins, and say what physics asks for.
         now: seconds of the host.
         strict: raise at the end of training if it failed.
@@ -83,6 +90,8 @@ class StepTimeCallback(GuardedCallback):
         trainer: Any = None,
         every: int = 10,
         output_dir: str | os.PathLike[str] | None = None,
+        profile: bool = False,
+        trials: bool = False,
         floors: bool = True,
         now: Callable[[], float] = time.perf_counter,
         strict: bool = False,
@@ -93,6 +102,8 @@ class StepTimeCallback(GuardedCallback):
         self.trainer = trainer
         self.every = every
         self.output_dir = output_dir
+        self.profile = profile
+        self.trials = trials
         self.floors = floors
         self.now = now
         self.rows: list[StepRow] = []
@@ -162,10 +173,12 @@ class StepTimeCallback(GuardedCallback):
     ) -> None:
         """Finish the last step, and put the seams back."""
         self._tell("finish")
+        kept = None if self._watch is None else self._watch.kept
         self._let_go()
         if self.rows:
             with self._guarded("explaining the steps"):
-                self._explain(is_shown=state.is_world_process_zero)
+                tried = self._tried(kwargs["model"], kept, args) if self.trials else ()
+                self._explain(is_shown=state.is_world_process_zero, tried=tried)
             with self._guarded("writing the steps"):
                 self._writer.close()
             if state.is_world_process_zero:
@@ -196,6 +209,8 @@ class StepTimeCallback(GuardedCallback):
             machine=self._machine,
             settings=lambda notes: settings_of(model, args, known, tokens=largest_forward(notes)),
             steps=state.max_steps - state.global_step,
+            profiles=self.profile,
+            keeps_inputs=self.trials,
         )
         self._mirror = StepMirror()
         if state.is_world_process_zero:
@@ -213,7 +228,27 @@ class StepTimeCallback(GuardedCallback):
         if len(self.rows) == SHOWN_AFTER or (seen is not None and len(self.rows) > SHOWN_AFTER):
             self._explain(is_shown=row.rank == 0 and len(self.rows) == SHOWN_AFTER)
 
-    def _explain(self, *, is_shown: bool) -> None:
+    def _tried(self, model: torch.nn.Module, kept: KeptInputs | None, args: TrainingArguments) -> Sequence[TriedCure]:
+        """Try cures for the causes of the mean step; what fails is said and leaves nothing behind."""
+        found = explain_steps(self.rows, self._seen, machine=self._machine)
+        if found is None or kept is None or world_size() > 1 or args.fp16:
+            return ()
+        steady = steady_rows(self.rows)
+        dtype = compute_dtype(model, args)
+        tried: list[TriedCure] = []
+        with self._guarded("trying cures", is_vital=False):
+            tried += try_cures(
+                model,
+                kept,
+                found,
+                forwards=statistics.fmean(row.work.forwards for row in steady),
+                rollouts=statistics.fmean(row.work.rollouts for row in steady),
+                computed_in=dtype if args.bf16 else None,
+                now=self.now,
+            )
+        return tried
+
+    def _explain(self, *, is_shown: bool, tried: Sequence[TriedCure] = ()) -> None:
         ranks = load_step_review(self._file).ranks if rank() == 0 and world_size() > 1 else ()
         found = explain_steps(
             self.rows,
@@ -224,6 +259,7 @@ class StepTimeCallback(GuardedCallback):
         )
         if found is None:
             return
+        found = replace(found, tried=list(tried))
         self.explanation = found
         self._writer.append(found)
         if is_shown:

@@ -31,6 +31,10 @@ CACHES: Final[dict[str, dict[str, Any]]] = {
 """The values of the setting `cache`, as options."""
 
 
+PACKED_VISION: Final = "one attention call a layer in its vision tower, and each distinct image of a batch once"
+"""The setting `packed_vision` in words, for `--help`."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `bench`; several values, with commas between, are measured one after the other."""
     add = parser.add_argument
@@ -71,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-roofline", action="store_true", help="do not measure the device's bandwidth")
     add = parser.add_argument_group("how it is run").add_argument
     add("--no-cache", action="store_true", help="also time every model with its KV cache off")
+    add("--packed-vision", action="store_true", help=f"also time every model with {PACKED_VISION}")
     add("--cache", type=_words, metavar="KIND,...", help="dynamic, static, static+compile, static+compile+ahead")
     add("--attn", type=_words, metavar="NAME,...", help="attention implementations: sdpa, eager, ...")
     add("--sdpa", type=_words, metavar="NAME,...", help="SDPA kernels: flash, efficient, math, cudnn, no_cudnn")
@@ -150,6 +155,7 @@ def find_arms(arguments: argparse.Namespace) -> list[Arm]:
             ("cache", arguments.cache),
             ("attn_implementation", arguments.attn),
             ("sdpa_backend", arguments.sdpa),
+            ("packed_vision", [False, True] if arguments.packed_vision else None),
             ("use_cache", [None, False] if arguments.no_cache else None),
         )
         for setting, values in settings:
@@ -180,6 +186,8 @@ def with_setting(options: Options, setting: str, value: Any) -> Options:
 def _word(setting: str, value: Any) -> str:
     if setting == "use_cache":
         return "" if value is None else "no_cache"
+    if setting == "packed_vision":
+        return setting if value else ""
     return str(value).replace("+", "_")
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.bench_arguments import count, named_model
+from grpo_toolkit.cli.bench_arguments import PACKED_VISION, count, named_model
 from grpo_toolkit.cli.shell import add_device, add_json, add_verb, quiet_libraries
 from grpo_toolkit.errors import InputError
 
@@ -34,6 +34,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--new-tokens", type=count, default=64, metavar="N", help="of each answer (default 64)")
     parser.add_argument("--prompt-tokens", type=count, default=512, metavar="N", help="of the prompt (default 512)")
     parser.add_argument("--image-tokens", type=count, metavar="N", help="of its image (default: no image)")
+    parser.add_argument("--packed-vision", action="store_true", help=f"try every setting with {PACKED_VISION}")
     parser.add_argument("--rounds", type=int, default=12, help="turns of the best with the default (default 12)")
     parser.add_argument("--max-tpot", type=float, metavar="MS", help="batches as long as a token takes no longer")
     parser.add_argument("--max-memory", type=float, metavar="GB", help="batches as long as they need no more memory")
@@ -54,6 +55,7 @@ def tune(arguments: argparse.Namespace) -> int:
         new_tokens=arguments.new_tokens,
         prompt_tokens=arguments.prompt_tokens,
         image_tokens=arguments.image_tokens,
+        packed_vision=arguments.packed_vision,
         device=arguments.device,
         rounds=arguments.rounds,
         max_tpot_s=None if arguments.max_tpot is None else arguments.max_tpot / 1e3,

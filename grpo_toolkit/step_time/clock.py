@@ -19,6 +19,9 @@ Path = tuple[str, ...]
 OTHER: Final = "other"
 """The phase of everything that nothing else was seen to take."""
 
+PREPARING: Final = "preparing"
+"""The phase of what a trainer itself does between the beginning of a micro-batch and its forward."""
+
 
 class Stamps(Protocol):
     """A source of marks on a device's own timeline."""

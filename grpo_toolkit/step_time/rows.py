@@ -21,6 +21,8 @@ SCHEMA_VERSION: Final = 1
 PHASES: Final = (
     "reading_rows",
     "image_processing",
+    "texts",
+    "preparing",
     "weight_sync",
     "rollout",
     "rewards",
@@ -131,6 +133,21 @@ class FoundCause:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedCure:
+    """A cure that was tried after the training, on copied inputs.
+
+    Attributes:
+        line: the line of code that cures `causes`.
+        predicted_s, measured_s: seconds of a step that it saves in the phases that were tried.
+    """
+
+    line: str
+    causes: list[str]
+    predicted_s: float
+    measured_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepExplanation:
     """The explanation of a run's steps so far: one line of `step_time.jsonl`.
 
@@ -140,6 +157,7 @@ class StepExplanation:
         floor_s, floors_s: what physics asks for.
         causes: the one that costs most first.
         unexplained_s: what is left of the time above the floor when all causes are cured.
+        tried: cures that were measured beside what they were predicted to save.
         slowest_rank: where there are several processes, the one the others wait for.
     """
 
@@ -155,6 +173,7 @@ class StepExplanation:
     mbu: float | None = None
     causes: list[FoundCause] = field(default_factory=list)
     unexplained_s: float | None = None
+    tried: list[TriedCure] = field(default_factory=list)
     slowest_rank: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
     measured_at: str

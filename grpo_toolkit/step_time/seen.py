@@ -20,6 +20,7 @@ class RolloutSeen:
         lengths: tokens of each completion of each rollout, up to and with its end.
         cap: tokens after which a completion is cut.
         cast_bytes: bytes of weights that autocast casts in every forward of it.
+        busy: the share of the time of some decode steps in which the GPU worked; None where they were not profiled.
         is_planned_anew: cuDNN's attention plans for each new length of the KV cache (Hopper).
     """
 
@@ -33,6 +34,7 @@ class RolloutSeen:
     cap: int | None = None
     cast_bytes: int = 0
     is_planned_anew: bool = False
+    busy: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from grpo_toolkit.step_time.seams.look import look_closely
 from grpo_toolkit.step_time.seams.model import ModelSeams
 from grpo_toolkit.step_time.seams.notes import StepNotes
 from grpo_toolkit.step_time.seams.trainer import TrainerSeams
+from grpo_toolkit.step_time.trials import KeptInputs, keep_inputs
 from grpo_toolkit.step_time.work import floors_of, work_of
 
 if TYPE_CHECKING:
@@ -57,10 +58,13 @@ class StepWatch:
         model, machine: for what physics asks for; None where that is not known.
         settings: asked at the end of a step that is looked at closely.
         steps: that this process is to train; the only one is looked at closely.
+        profiles: whether some decode steps of such a step are profiled.
+        keeps_inputs: whether inputs of a step that is looked at closely are copied.
 
     Attributes:
         seen: of the last step that was looked at closely.
         session: of all rows.
+        kept: inputs of the last step that was looked at closely, if they are copied.
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class StepWatch:
         machine: Machine | None = None,
         settings: Callable[[StepNotes], Settings],
         steps: int | None = None,
+        profiles: bool = False,
+        keeps_inputs: bool = False,
     ) -> None:
         self.clock = clock or StepClock()
         self.seen: Seen | None = None
@@ -84,6 +90,8 @@ class StepWatch:
         self._rank, self._world_size = rank, world_size
         self._model, self._machine, self._settings = model, machine, settings
         self._steps = steps
+        self._profiles, self._keeps_inputs = profiles, keeps_inputs
+        self.kept = KeptInputs()
         self._seams: ModelSeams | None = None
         self._trainer_seams: TrainerSeams | None = None
         self._border = 0
@@ -100,7 +108,7 @@ class StepWatch:
     def install(self, model: Any, processing_class: Any, trainer: Any = None) -> None:
         """Take the seams. After every other callback's `on_train_begin`: ours stands before what they install."""
         if self._seams is None:
-            self._seams = ModelSeams(model, self.clock)
+            self._seams = ModelSeams(model, self.clock, profiles=self._profiles)
             self._trainer_seams = TrainerSeams(trainer, self._seams, processing_class, on_reading=self._on_reading)
 
     def close(self) -> None:
@@ -142,8 +150,8 @@ class StepWatch:
         self.clock.switch("optimizer")
 
     def after_optimizer(self) -> None:
-        """The weights are new."""
-        self.clock.switch(OTHER)
+        """The weights are new; the trainer sets the next learning rate and lets go of the gradients."""
+        self.clock.switch("optimizer", "gradients")
 
     def step_end(self, step: int) -> None:
         """The step has trained; logging, evaluation and saving come, then the next one's rows."""
@@ -202,6 +210,8 @@ class StepWatch:
     def _look(self, notes: StepNotes) -> None:
         assert self._seams is not None
         seams = self._seams
+        if self._keeps_inputs:
+            self.kept = keep_inputs(notes)
         self.seen = look_closely(notes, seams.live, towers=seams.towers, settings=self._settings(notes))
 
     def _finish(self, intervals: list[Interval]) -> None:

@@ -1,13 +1,16 @@
 """Seconds of a GRPO step of a vision-language model, plain and with what makes it faster, phase by phase.
 
     python -m scripts.benchmarks.grpo_step --device cuda --output OUT            # 3B shape, random weights, one H200
+    python -m scripts.benchmarks.grpo_step --launch fsdp2 --device cuda --output OUT           # two GPUs of a machine
     python -m scripts.benchmarks.grpo_step --shape tiny --completions 4 --new-tokens 8 --output OUT     # on a CPU
 
 A step is that of the recipe's configs: `--groups` prompts with an image each and `--completions` answers of exactly
 `--new-tokens` tokens to each, in micro-batches of one group, gradient checkpointing, sdpa; `full` trains float32
-weights under autocast, `lora` an adapter on bfloat16 weights, with rollouts of half a step. Each arm is a process of
-its own, one after the other, and all arms see the same rows. The GPU is waited for at each border of a phase. Steps
-after the first are timed; the first, which compiles, is shown beside them.
+weights under autocast, `lora` an adapter on bfloat16 weights, with rollouts of half a step. `fast` is all that the
+recipe has on by default, `unpadded` all but lengths in multiples of 64 (on a GPU). Each arm is a process of its own,
+one after the other, and all arms see the same rows. The GPU is waited for at each border of a phase. Steps after the
+first are timed; the first, which compiles, is shown beside them. `--launch` runs each arm on two processes by a file
+of recipes/accelerate, with as much work for each; times and memory are those of the first process.
 """
 
 from __future__ import annotations
@@ -25,14 +28,17 @@ from pathlib import Path
 from typing import Any
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega", "angle", "circle", "degrees")
-ARMS = ("plain", "packed", "rollout", "fast")
+ROOT = Path(__file__).resolve().parents[2]
+ARMS = ("plain", "packed", "rollout", "fast", "unpadded")
 PHASES = ("rollout", "scoring", "forward", "backward")
 
 
 def main() -> None:
     options = parse()
     if options.child:
-        print(json.dumps(train(options)))
+        row = train(options)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(row))
         return
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -67,6 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=170, help="longest prompt, in words (1,040 tokens)")
     parser.add_argument("--image", type=int, nargs=2, default=(616, 616), help="pixels")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--launch", choices=["ddp", "fsdp2", "zero2", "zero3"], help="two processes, by this file")
     parser.add_argument("--output", default="bench_step")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -88,7 +95,7 @@ def in_a_process_of_its_own(
     given = [part for name in numbers for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     given += ["--steps", str(options.plain_steps if arm == "plain" else options.steps)]
     given += ["--image", *map(str, options.image), "--base", str(base), "--child", weights, arm]
-    command = [sys.executable, "-m", "scripts.benchmarks.grpo_step", *given]
+    command = [sys.executable, *launcher(options), "-m", "scripts.benchmarks.grpo_step", *given]
     with (output / f"{weights}-{arm}.log").open("w") as log:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
     if done.returncode:
@@ -96,6 +103,15 @@ def in_a_process_of_its_own(
         return {"failed": done.returncode, "log": tail}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def launcher(options: argparse.Namespace) -> list[str]:
+    """Return what stands between `python` and `-m MODULE`: nothing for one process."""
+    if options.launch is None:
+        return []
+    file = ROOT / "recipes" / "accelerate" / f"{options.launch}.yaml"
+    on_cpu = ["--cpu", "--mixed_precision", "no"] if options.device == "cpu" else []
+    return ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2", *on_cpu]
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -108,11 +124,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     weights, arm = options.child
     on_gpu = options.device == "cuda"
     callbacks: list[Any] = [KVCacheCallback()]
-    if arm in ("packed", "fast"):
+    if arm in ("packed", "fast", "unpadded"):
         from grpo_toolkit import PackedVisionCallback
 
         callbacks.append(PackedVisionCallback())
-    if arm in ("rollout", "fast"):
+    if arm in ("rollout", "fast", "unpadded"):
         from grpo_toolkit import FastRolloutCallback
 
         callbacks.append(FastRolloutCallback(way="fast"))
@@ -123,7 +139,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             model=options.base,
             args=settings,
             reward_funcs=distinct_letters,
-            train_dataset=rows_once(prompts(options)) if arm == "fast" else prompts(options),
+            train_dataset=rows_once(prompts(options)) if arm in ("fast", "unpadded") else prompts(options),
             peft_config=adapter_of(weights),
             callbacks=[clock.callback(), *callbacks],
         )
@@ -156,6 +172,7 @@ def settings_of(options: argparse.Namespace, output_dir: str) -> Any:
     from trl import GRPOConfig
 
     on_gpu, is_lora = options.device == "cuda", options.child[0] == "lora"
+    padded = {"pad_to_multiple_of": 64} if on_gpu and options.child[1] in ("fast", "cured", "untimed-cured") else {}
     return GRPOConfig(
         output_dir=output_dir,
         max_steps=options.steps,
@@ -175,6 +192,7 @@ def settings_of(options: argparse.Namespace, output_dir: str) -> Any:
         disable_tqdm=True,
         logging_steps=1,
         seed=0,
+        **padded,
     )
 
 
@@ -252,7 +270,7 @@ def prompts(options: argparse.Namespace) -> Any:
     from PIL import Image
 
     rng = random.Random(0)
-    count = options.groups * options.steps
+    count = options.groups * options.steps * int(os.environ.get("WORLD_SIZE", "1"))
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(options.words // 2, options.words))) for _ in range(count)]
     images = [Image.effect_noise(tuple(options.image), 40 + index).convert("RGB") for index in range(count)]
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts], "image": images})

@@ -1,12 +1,13 @@
-"""Rollouts measured: a decode step by three attentions, and whole rollouts plain against fast, in one run.
+"""Rollouts measured: decode steps by three attentions, first tokens, whole rollouts plain against fast, in one run.
 
     python -m scripts.benchmarks.rollouts            # the shape of Qwen2.5-VL-3B, random weights, on a CUDA GPU
     python -m scripts.benchmarks.rollouts --tiny     # a tiny model on a CPU, where nothing is compiled: does it run?
 
-A decode step is timed over the last steps of a `generate` call, after a first call that compiles. A whole rollout is
-what TRL asks for: copies of prompts with one image each, sampled. Plain is TRL's call: a float32 model under autocast,
-or a bfloat16 one with a LoRA adapter. Arms take turns, and the median of the rounds is printed. Each figure is a line
-of JSON, and the table is last.
+A decode step is timed over the last steps of a `generate` call, after a first call that compiles. A first token is a
+`generate` call for one token to a prompt with one image, with the tower as transformers runs it and packed. A whole
+rollout is what TRL asks for: copies of prompts with one image each, sampled. Plain is TRL's call: a float32 model
+under autocast, or a bfloat16 one with a LoRA adapter. Arms take turns, and the median of the rounds is printed. Each
+figure is a line of JSON, and the table is last.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import json
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo_toolkit import DecodeAhead
+from grpo_toolkit import DecodeAhead, inference_ready
 from grpo_toolkit.model.rollouts.rollouts import FastRollouts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 IMAGE, VIDEO, VISION_START, VISION_END, PAD = 151655, 151656, 151652, 151653, 151643
 
@@ -41,6 +43,8 @@ class Plan:
     prompt_tokens: int
     new_tokens: int
     sequences: tuple[int, ...]
+    images: tuple[int, ...]
+    """Patches along either side of the image that a first token waits for."""
     prompts: int
     copies: int
     rounds: int
@@ -57,6 +61,7 @@ PUBLISHED = Plan(
     prompt_tokens=1040,
     new_tokens=128,
     sequences=(64, 16, 1),
+    images=(66, 128, 256),
     prompts=8,
     copies=8,
     rounds=3,
@@ -75,6 +80,7 @@ TINY = Plan(
     prompt_tokens=48,
     new_tokens=12,
     sequences=(4, 1),
+    images=(4, 8),
     prompts=2,
     copies=2,
     rounds=1,
@@ -120,7 +126,7 @@ def batch(plan: Plan, *, prompts: int, copies: int, device: str, with_images: bo
     inputs = {"input_ids": tokens, "attention_mask": mask}
     pixels = torch.randn(prompts, patches, 1176, generator=draws)
     if with_images:
-        first = length // 4
+        first = min(length // 4, length - patches // 4 - 8)
         tokens[:, first - 1] = VISION_START
         tokens[:, first : first + patches // 4] = IMAGE
         inputs["mm_token_type_ids"] = (tokens == IMAGE).long()
@@ -138,8 +144,8 @@ def wait(device: str) -> float:
     return time.perf_counter()
 
 
-def step_arms(plan: Plan, device: str) -> Iterator[Figure]:
-    """Time a decode step, in milliseconds, at each number of sequences."""
+def step_arms(plan: Plan, device: str, chosen: Sequence[str]) -> Iterator[Figure]:
+    """Time a decode step, in milliseconds, at each number of sequences, by the attentions chosen (all if none is)."""
     model = build(plan, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device).eval()
     static = {"cache_implementation": "static"}
     arms: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -150,6 +156,8 @@ def step_arms(plan: Plan, device: str) -> Iterator[Figure]:
     for count in plan.sequences:
         inputs = batch(plan, prompts=count, copies=1, device=device, with_images=False)
         for arm, (generate, options) in arms.items():
+            if chosen and arm not in chosen:
+                continue
             began = wait(device)
             one_call(generate, inputs, plan, device, options)
             first = wait(device) - began
@@ -175,6 +183,25 @@ def one_call(generate: Any, inputs: Any, plan: Plan, device: str, options: dict[
         stopping_criteria=StoppingCriteriaList([Clock()]), **options,
     )  # fmt: skip
     return (wait(device) - seen[left_out]) / (len(seen) - 1 - left_out)
+
+
+def first_token_arms(plan: Plan, device: str) -> Iterator[Figure]:
+    """Time the first token, in milliseconds, of a prompt with an image of each size."""
+    model = build(plan, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device).eval()
+    arms = {"as transformers runs it": nullcontext, "inference_ready": partial(inference_ready, packed_vision=True)}
+    for side in plan.images:
+        sized = replace(plan, grid=side, prompt_tokens=side**2 // 4 + 24)
+        inputs = batch(sized, prompts=1, copies=1, device=device)
+        found: dict[str, list[float]] = {arm: [] for arm in arms}
+        for _ in range(plan.rounds + 1):
+            for arm, around in arms.items():
+                with around(model) if arm == "inference_ready" else around():
+                    began = wait(device)
+                    model.generate(**inputs, do_sample=False, max_new_tokens=1, pad_token_id=PAD)
+                    found[arm].append(wait(device) - began)
+        for arm, seconds in found.items():
+            what = f"first token, an image of {side**2 // 4:,} tokens"
+            yield Figure(what, arm, 1000 * statistics.median(seconds[1:]), "ms", seconds[0])
 
 
 def rollout_arms(plan: Plan, device: str, kind: str) -> Iterator[Figure]:
@@ -221,11 +248,16 @@ def main() -> None:
     """Measure, a JSON line for each figure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--only", choices=("steps", "float32", "lora"), help="one part of it")
+    parser.add_argument("--only", choices=("steps", "first", "float32", "lora"), help="one part of it")
+    parser.add_argument("--sequences", type=int, nargs="+", help="of decode steps")
+    parser.add_argument("--attention", nargs="+", default=(), help="of decode steps, by their names in the table")
     chosen = parser.parse_args()
     plan, device = (TINY, "cpu") if chosen.tiny else (PUBLISHED, "cuda")
+    if chosen.sequences:
+        plan = replace(plan, sequences=tuple(chosen.sequences))
     parts = {
-        "steps": lambda: step_arms(plan, device),
+        "steps": lambda: step_arms(plan, device, chosen.attention),
+        "first": lambda: first_token_arms(plan, device),
         "float32": lambda: rollout_arms(plan, device, "float32 under autocast"),
         "lora": lambda: rollout_arms(plan, device, "LoRA"),
     }

@@ -73,7 +73,7 @@ def test_a_full_training(qwen: Path, tmp_path: Path) -> None:
     assert cache.decoding is Decoding.CACHED
     kept = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["stateful_callbacks"]
     assert kept["FastRolloutCallback"] == {
-        "args": {"way": "fast", "kl_limit": 0.05, "strict": False},
+        "args": {"way": "fast", "trial": False, "kl_limit": 0.05, "strict": False},
         "attributes": {"chosen": "fast"},
     }
     assert rollouts_of(trainer.model) is None

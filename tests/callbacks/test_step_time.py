@@ -72,10 +72,26 @@ def test_a_grpo_step_has_its_phases_and_they_add_up(qwen: Path, tmp_path: Path, 
     adds_up(callback)
     assert [row.step for row in callback.rows] == [1, 2, 3]
     first = callback.rows[0]
-    common = {"reading_rows", "image_processing", "rollout", "old_logprobs", "forward", "backward", "optimizer"}
-    shown = {"rewards", "reference_logprobs"} if with_trainer else set()
+    common = {
+        "reading_rows",
+        "image_processing",
+        "texts",
+        "rollout",
+        "old_logprobs",
+        "forward",
+        "backward",
+        "optimizer",
+    }
+    shown = {"rewards", "reference_logprobs", "preparing"} if with_trainer else set()
     assert set(first.phases_s) - {"logging", "other"} == common | shown
-    assert {"rollout/prefill", "rollout/decode", "rollout/prefill/vision", "forward/vision"} <= set(first.parts_s)
+    assert {
+        "texts/tokenising",
+        "texts/decoding",
+        "rollout/prefill",
+        "rollout/decode",
+        "rollout/prefill/vision",
+        "forward/vision",
+    } <= set(first.parts_s)
     assert ("rewards/length_reward" in first.parts_s) == with_trainer
     assert "rollout" not in callback.rows[1].phases_s, "num_iterations trains on the same completions again"
     assert first.work.rollouts == 1

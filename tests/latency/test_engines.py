@@ -23,6 +23,7 @@ from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.engines.think_markers import count_thinking
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import load_model, load_processor
+from grpo_toolkit.step_time.seams.attention_calls import AttentionCalls
 from tests.support.training import forgets_in_training
 
 pytestmark = pytest.mark.stack
@@ -165,6 +166,23 @@ def test_a_compiled_step_has_the_sdpa_kernels_that_were_asked_for(
     assert kernels() == {flash}
     assert kernels(sdpa_backend="math") == {math}
     assert kernels() == {flash}
+
+
+def test_packed_vision_says_the_same_in_a_call_a_layer_and_leaves_nothing(engine: LocalEngine) -> None:
+    requests = [request for request in batch(engine) for _ in range(2)]
+    hooks = hook_counts(engine.model)
+    said, calls = {}, {}
+    for packed in (False, True):
+        options = Options(packed_vision=packed)
+        counting = AttentionCalls()
+        try:
+            said[packed] = (engine.ask(requests, options).tokens, engine.prove(requests, options).tokens)
+        finally:
+            counting.close()
+        calls[packed] = counting.count
+    assert said[True] == said[False]
+    assert calls[True] < calls[False]  # two images, one of them encoded, each in one call a layer
+    assert hook_counts(engine.model) == hooks
 
 
 def test_a_backend_without_a_kernel_is_said(engine: LocalEngine) -> None:

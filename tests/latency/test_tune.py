@@ -122,6 +122,43 @@ def test_decoding_ahead_is_tried_on_a_gpu_where_a_step_is_compiled_and_is_code_a
     assert left_out == ["decoding ahead is code, and no key of generation_config.json: grpo_toolkit.DecodeAhead"]
 
 
+def test_packed_vision_is_code_alone() -> None:
+    found = tuned(Options(device="cuda", packed_vision=True))
+    assert found.code().splitlines()[-2:] == [
+        "with inference_ready(model, packed_vision=True):",
+        "    model.generate(**inputs, do_sample=False)",
+    ]
+    ahead = tuned(replace(STATIC, ahead=True, packed_vision=True))
+    assert "ahead = DecodeAhead(model, packed_vision=True)  # one for all requests: it keeps the cache" in ahead.code()
+    assert "inference_ready" not in ahead.code()
+    keys, left_out = keys_for_files(found, {"model_type": "qwen2_5_vl"})
+    assert keys == {}
+    assert left_out == ["packed vision is code, and no key of generation_config.json: grpo_toolkit.inference_ready"]
+
+
+def test_every_setting_of_a_vision_model_is_tried_packed(qwen: Path) -> None:
+    settings: dict[str, Any] = {"new_tokens": 6, "prompt_tokens": 96, "image_tokens": 16, "rounds": 1}
+    found = tune_latency(qwen, packed_vision=True, compile_modes=(), isolated=False, **settings)
+    assert {trial.options.packed_vision for trial in found.trials} == {True}
+    assert found.trials[0].is_same
+    scope: dict[str, Any] = {"inputs": vision_inputs(qwen)}
+    exec(found.code(), scope)
+    assert scope["model"].config.model_type == found.model_type
+    assert scope["model"].config.vision_config._attn_implementation == "sdpa"  # put back
+
+
+def vision_inputs(folder: Path) -> Any:
+    """A prompt with an image, as the model takes it."""
+    from PIL import Image
+
+    from grpo_toolkit.model.load import load_processor
+
+    processor = load_processor(folder)
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    return processor(text=[text], images=[[Image.new("RGB", (112, 112))]], return_tensors="pt")
+
+
 def test_a_compiled_step_on_a_cpu_is_for_code_alone() -> None:
     found = tuned(replace(STATIC, device="cpu", compile_mode=None, sdpa_backend=None))
     assert found.generation_keys() == {}

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from packaging.version import Version
 
-from tests.recipes.test_plan import geometry
 from tests.recipes.test_recipe import run_recipe
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
 )
-__all__ = ["geometry"]  # a fixture
 
 
 def train(qwen: Path, geometry: Path, out: Path, *flags: object) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo_toolkit import InputError
+from grpo_toolkit import InputError, RolloutSize
 from tests.recipes.test_data import picture, write_parquet
 from tests.support.warm import run_python
 
@@ -130,7 +130,7 @@ def test_counts_are_exact(tmp_path: Path) -> None:
     write_model_files(tmp_path, shape=SHAPES["qwen2.5-vl-3b"], token_ids=token_ids, vocab_size=151_936)
     size = measure_model(str(tmp_path), peft_config=LoraConfig(r=64, target_modules=LANGUAGE_MODEL))
     assert (size.parameters, size.trained) == (3_754_622_976, 119_734_272)
-    assert size.kv_values_per_token * 2 == 36_864  # bytes in bfloat16
+    assert size.rollouts.kv_values_per_token * 2 == 36_864  # bytes in bfloat16
     assert (size.adapted_modules, size.adapted_vision_modules) == (252, 0)
     everywhere = measure_model(str(tmp_path), peft_config=LoraConfig(target_modules=["gate_proj"]))
     assert (everywhere.adapted_modules, everywhere.adapted_vision_modules) == (68, 32)
@@ -156,15 +156,6 @@ def test_an_adapter_leaves_the_output_layer_alone(qwen: Path, adapted: dict[str,
 
     with pytest.raises(InputError, match=message):
         measure_model(str(qwen), peft_config=LoraConfig(**adapted))
-
-
-@pytest.fixture
-def geometry(tmp_path: Path) -> Path:
-    folder = tmp_path / "geometry3k"
-    for split, mode in (("train", "RGB"), ("test", "L")):
-        columns = {"images": [[picture(mode=mode)]] * 4, "problem": ["<image>Find x."] * 4, "answer": ["3"] * 4}
-        write_parquet(folder, columns, split=split, several=True)
-    return folder
 
 
 def plan_of(model: Path, dataset: Path, tmp_path: Path, *flags: str) -> Any:
@@ -500,8 +491,11 @@ def test_fsdp_that_gives_nothing_back_has_all_weights_gathered(
 def test_vllm_on_the_same_gpu_counts_as_long_as_it_is_awake() -> None:
     from grpo_vlm.planning.memory import Load, ModelSize, estimate
 
-    sizes = dict.fromkeys(("vision_parameters", "layer_parameters", "embedding_parameters", "kv_values_per_token"), 0)
-    size = ModelSize(parameters=10, trained=10, hidden_size=1, intermediate_size=1, layers=1, **sizes)
+    sizes = dict.fromkeys(("vision_parameters", "layer_parameters", "embedding_parameters"), 0)
+    rollouts = RolloutSize(parameters=10, kv_values_per_token=0)
+    size = ModelSize(
+        parameters=10, trained=10, rollouts=rollouts, hidden_size=1, intermediate_size=1, layers=1, **sizes
+    )
     load = Load(
         prompt_tokens=1,
         image_patches=0,
@@ -551,7 +545,8 @@ def test_vllm_holds_weights_and_an_answer_at_least() -> None:
 
     sizes = dict.fromkeys(("vision_parameters", "layer_parameters", "embedding_parameters", "trained"), 0)
     sizes |= dict.fromkeys(("hidden_size", "intermediate_size", "layers"), 1)
-    size = ModelSize(parameters=3_754_622_976, kv_values_per_token=18_432, **sizes)
+    rollouts = RolloutSize(parameters=3_754_622_976, kv_values_per_token=18_432)
+    size = ModelSize(parameters=3_754_622_976, rollouts=rollouts, **sizes)
     load = Load(prompt_tokens=1024, image_patches=0, completion_tokens=1024, training_batch=8, rollout_batch=32)
     assert vllm_bytes(size, load) == 2 * 3_754_622_976 + 2048 * 36_864
     assert vllm_bytes(size, load, processes=2) / GIB == pytest.approx(3.53, abs=0.01)
@@ -604,18 +599,19 @@ def size_of_3b(**different: Any) -> Any:
         "layers": 36,
         "layer_parameters": 77_077_000,
         "embedding_parameters": 311_164_928,
-        "kv_values_per_token": 18_432,
+        "rollouts": RolloutSize(
+            parameters=3_754_622_976,
+            folded=36 * 77_070_336 if "adapted_modules" in different else 0,
+            kv_values_per_token=18_432,
+        ),
     }
     return ModelSize(**(counts | different))
 
 
 def test_fast_rollouts_keep_a_copy_a_cache_and_graphs() -> None:
     """At the shape and load of docs/benchmarks/training.md, where a full fine-tune took 11.5 GiB more with them."""
-    from grpo_toolkit.model.rollouts.static_caches import bucketed
-    from grpo_vlm.planning.fast_rollouts import cache_length
     from grpo_vlm.planning.memory import GIB, Load, estimate
 
-    assert [cache_length(tokens) for tokens in range(1, 9000, 7)] == [bucketed(tokens) for tokens in range(1, 9000, 7)]
     load = Load(
         prompt_tokens=1040,
         image_patches=1936,
@@ -637,30 +633,91 @@ def test_fast_rollouts_keep_a_copy_a_cache_and_graphs() -> None:
     assert lora.moments["rollouts"] < estimate(adapter, load, weight_bytes=2, **options).moments["rollouts"] / 3
 
 
+def test_each_process_holds_what_it_gathers_for_rollouts() -> None:
+    """Sharded weights are whole in the copy, whatever they are in; under ZeRO-2 each process has them already."""
+    from grpo_vlm.planning.memory import GIB, Load, estimate
+
+    load = Load(prompt_tokens=1040, image_patches=0, completion_tokens=128, training_batch=8, rollout_batch=64)
+
+    def kept(sharing: str, *, mixed_precision: bool = True, weight_bytes: float = 4, **adapter: Any) -> float:
+        found = estimate(
+            size_of_3b(**adapter), load, weight_bytes=weight_bytes, mixed_precision=mixed_precision,
+            optimizer="adamw_torch_fused", sharing=sharing, processes=8, fast_rollouts=True,
+        )  # fmt: skip
+        return found.parts["fast rollouts"] / GIB
+
+    cache_and_graphs = 3.375 + 0.931
+    assert kept("fsdp") == pytest.approx(6.99 + cache_and_graphs, abs=0.05)
+    assert kept("fsdp", weight_bytes=2, trained=119_734_272, adapted_modules=252) == kept("fsdp")
+    assert kept("zero3") == kept("fsdp")  # its float32 shards are the optimizer's; what is gathered is in bfloat16
+    assert kept("fsdp", mixed_precision=False) == pytest.approx(13.99 + 2 * 3.375 + 0.931, abs=0.05)
+    assert kept("zero2") == pytest.approx(cache_and_graphs, abs=0.05)
+    assert kept("ddp") == kept("fsdp")
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"FSDP_VERSION": "2"}, "the fast way, if the GPU has room, the weights gathered on each process once a step"),
+        ({}, "the plain way: the first FSDP keeps the weights"),
+        (
+            {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "the plain way: the weights lie on the CPU between two steps",
+        ),
+    ],
+)
+def test_rollouts_of_sharded_weights_are_planned(
+    environment: dict[str, str],
+    said: str,
+    qwen: Path,
+    geometry: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from grpo_vlm.planning import plan
+
+    monkeypatch.setattr(plan, "find_sharing", lambda training: "fsdp")
+    monkeypatch.setattr("grpo_vlm.planning.sharing.find_sharing", lambda training: "fsdp")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    flags = ("--per_device_train_batch_size", "4", "--num_generations", "4", "--dry_run", "true")
+    found = plan_of(qwen, geometry, tmp_path, *flags)
+    assert f"rollouts    {said}" in found.lines()
+    assert ("fast rollouts" in found.memory.parts) == ("the fast way" in said)
+
+
 def test_rollouts_are_planned_the_fast_way_where_there_is_room(
     qwen: Path, geometry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grpo_vlm.planning import fast_rollouts, plan
+    from grpo_vlm.planning import plan
 
     flags = ("--per_device_train_batch_size", "4", "--num_generations", "4", "--dry_run", "true")
     dry = plan_of(qwen, geometry, tmp_path, *flags)
-    assert dry.fast_rollouts is True
-    assert any("fast rollouts" in line for line in dry.lines())
-    for off in (("--fast_rollouts", "false"), ("--use_vllm", "true"), ("--load_in_4bit", "true")):
+    assert dry.rollouts_plain is None
+    assert "rollouts    the fast way, if the GPU has room" in dry.lines()
+    assert any("fast rollouts" in line for line in dry.lines() if line.startswith("memory"))
+    for off, reason in (
+        (("--fast_rollouts", "false"), "--fast_rollouts false"),
+        (("--use_vllm", "true"), "vLLM makes them"),
+        (("--load_in_4bit", "true"), "the base is quantised"),
+    ):
         other = plan_of(qwen, geometry, tmp_path, *flags, *off)
-        assert (other.fast_rollouts, "fast rollouts" in other.memory.parts) == (None, False)
-    assert plan_of(qwen, geometry, tmp_path, *flags[:-2]).fast_rollouts is None  # on a CPU
+        assert (other.rollouts_plain, "fast rollouts" in other.memory.parts) == (reason, False)
+        assert f"rollouts    the plain way: {reason}" in other.lines()
+    on_a_cpu = plan_of(qwen, geometry, tmp_path, *flags[:-2])
+    assert on_a_cpu.rollouts_plain == "decode steps are compiled for CUDA alone"
     # A GPU with room for the training alone.
     kept = dry.memory.parts["fast rollouts"]
     monkeypatch.setattr(plan, "gpu_memory", lambda: (dry.memory.needed, dry.memory.needed - kept / 2))
     tight = plan_of(qwen, geometry, tmp_path, *flags)
-    assert tight.fast_rollouts is False
+    no_room = "GPU memory has no room for a copy of the weights and a static cache"
+    assert tight.rollouts_plain == no_room
     assert "fast rollouts" not in tight.memory.parts
-    assert [text for text in tight.warnings if "plain way" in text] == [
-        "rollouts go the plain way: GPU memory has no room for a copy of the weights and a static cache"
-    ]
-    monkeypatch.setattr(fast_rollouts, "OLDEST", "99.0")
-    assert plan_of(qwen, geometry, tmp_path, *flags).fast_rollouts is None
+    assert [text for text in tight.warnings if "plain way" in text] == [f"rollouts go the plain way: {no_room}"]
+    monkeypatch.setattr("grpo_toolkit.model.rollouts.supported.OLDEST", "99.0")
+    older = plan_of(qwen, geometry, tmp_path, *flags)
+    assert (older.rollouts_plain or "").endswith("is older than 99.0")
 
 
 def test_sharing_divides_what_stays() -> None:

@@ -6,13 +6,14 @@ import json
 import os
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from packaging.version import Version
 
 from scripts.benchmarks.ports import free_port
 from tests.recipes.test_data import picture, write_parquet
+from tests.support.launch import launch
 from tests.support.warm import python, run_python
 
 if TYPE_CHECKING:
@@ -101,8 +102,8 @@ os._exit(0)
 
 
 def torchrun(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), *python()[1:]]
-    return run_python([*launch, script, *arguments])
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), *python()[1:]]
+    return run_python([*command, script, *arguments])
 
 
 def test_fsdp2_says_the_same_as_the_whole_model(qwen: Path, tmp_path: Path) -> None:
@@ -120,6 +121,15 @@ def test_there_may_be_more_processes_than_held_out_rows(qwen: Path, tmp_path: Pa
         "",
         *(f"rank {rank}: {share}" for rank in (0, 1) for share in (0.0, 1.0)),
     ]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_fast_rollouts_go_beside_what_gathers_for_plain_ones(lora: bool, qwen: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": str(qwen), "way": "fast", "lora": lora, "max_steps": 2, "as_recipe": True}
+    for report in launch("fsdp2_full", "fast_rollouts", tmp_path, **options):
+        assert (report["chosen"], report["failures"]) == ("fast", [])
+        assert [count for count, _ in report["seen"]] == [1, 2]
+        assert all(gap < 1e-5 for _, gap in report["seen"])
 
 
 @pytest.fixture
@@ -144,8 +154,8 @@ def zero3(qwen: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProce
 
     def run(*more: object) -> subprocess.CompletedProcess[str]:
         (tmp_path / "zero3.json").write_text(json.dumps(config | {"main_process_port": free_port()}))
-        launch = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "zero3.json", *python()[1:]]
-        command = [*launch, ROOT / "recipes" / "grpo.py", *flags, *more]
+        starts = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "zero3.json", *python()[1:]]
+        command = [*starts, ROOT / "recipes" / "grpo.py", *flags, *more]
         done = run_python(command, env=os.environ | {"DS_ACCELERATOR": "cpu"})
         assert done.returncode == 0, done.stderr[-3000:]
         return done

@@ -121,11 +121,11 @@ def asked_midway(
 
 
 def fast_rollouts(
-    folder: Path, *, way: str, failing_ranks: Sequence[int] = (), **options: Any
+    folder: Path, *, way: str, failing_ranks: Sequence[int] = (), as_recipe: bool = False, **options: Any
 ) -> tuple[dict[str, Any], Any]:
     """Train with rollouts of one way; after each step the copy's logits are compared with the live model's.
 
-    On `failing_ranks` the copy's second rollout raises.
+    On `failing_ranks` the copy's second rollout raises; `as_recipe` adds the recipe's callback for plain rollouts.
     """
     import torch
     from transformers import TrainerCallback
@@ -157,7 +157,13 @@ def fast_rollouts(
                 taken._copy.model.generate = fail
 
     callback = FastRolloutCallback(way)
-    trainer = train(folder / "out", [KVCacheCallback(), callback, Compare()], save_strategy="no", **options)
+    others = []
+    if as_recipe:
+        from grpo_vlm.training.sharded_rollouts import ShardedRolloutsCallback
+
+        others = [ShardedRolloutsCallback()]
+    callbacks = [KVCacheCallback(), *others, callback, Compare()]
+    trainer = train(folder / "out", callbacks, save_strategy="no", **options)
     report = {"seen": seen, "chosen": callback.chosen, "kl": callback.kl, "failures": callback.failures}
     report["grad_norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     return report, trainer

@@ -65,6 +65,7 @@ def _settings(arm: Arm, facts: EngineFacts) -> Settings:
         sdpa_backend=options.sdpa_backend,
         compiled=options.is_compiled,
         ahead=options.ahead,
+        packed_vision=options.packed_vision,
         device_map=options.device_map,
         eos_token_ids=None if options.eos_token_ids is None else list(options.eos_token_ids),
         min_pixels=options.min_pixels,

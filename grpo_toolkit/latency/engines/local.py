@@ -24,6 +24,7 @@ from grpo_toolkit.latency.engines.toggles import (
     without_stored_graphs,
 )
 from grpo_toolkit.latency.rows.row import Proof, Timeline
+from grpo_toolkit.model.attention.packed_vision import packed_vision
 from grpo_toolkit.model.cache_probe import CacheProbe, cache_in
 from grpo_toolkit.model.generation.chat_inputs import inputs_for, prepare_inputs
 from grpo_toolkit.model.generation.decode_ahead import DecodeAhead
@@ -181,6 +182,8 @@ class LocalEngine(Engine):
                 if options.is_compiled:
                     stack.enter_context(without_stored_graphs())
             stack.enter_context(self._state(options))
+            if options.packed_vision:
+                stack.enter_context(packed_vision(self.model))
             if options.sample:
                 torch.manual_seed(0)
             with expected_errors(f"a batch of {len(requests)}"):

@@ -35,6 +35,8 @@ class RunOptions:
         ahead: decode with `DecodeAhead`, which checks stops a step late and keeps its static cache.
         sdpa_backend: which kernel SDPA may use; "no_cudnn" allows all but that one.
         eos_token_ids: end a natural answer at these.
+        packed_vision: one attention call a layer in the vision tower, and each distinct image of a batch once, as
+            `PackedVisionCallback` has it in a training; answers differ by rounding.
         training: train mode with gradient checkpointing on, as a trainer leaves its model.
         sample: decode as the generation config says (seeded), not greedily with every penalty off.
     """
@@ -53,6 +55,7 @@ class RunOptions:
     ahead: bool = False
     sdpa_backend: SdpaBackend | None = None
     eos_token_ids: tuple[int, ...] | None = None
+    packed_vision: bool = False
     training: bool = False
     sample: bool = False
 

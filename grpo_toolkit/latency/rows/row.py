@@ -45,9 +45,9 @@ class Summary:
 class Settings:
     """The settings with which the arm ran; None leaves one to its files or to the library.
 
-    `ahead`: with `DecodeAhead`; `eos_token_ids`, `min_pixels`, `max_pixels` overrule the folder's; `training`: train
-    mode and gradient checkpointing left on, as after `train()`; `sample`: as the generation config says, instead of
-    greedily.
+    `ahead`: with `DecodeAhead`; `packed_vision`: one attention call a layer in the vision tower; `eos_token_ids`,
+    `min_pixels`, `max_pixels` overrule the folder's; `training`: train mode and gradient checkpointing left on, as
+    after `train()`; `sample`: as the generation config says, instead of greedily.
     """
 
     engine: Literal["transformers", "openai"] = "transformers"
@@ -59,6 +59,7 @@ class Settings:
     sdpa_backend: str | None = None
     compiled: bool = False
     ahead: bool = False
+    packed_vision: bool = False
     device_map: str | None = None
     eos_token_ids: list[int] | None = None
     min_pixels: int | None = None

@@ -52,6 +52,7 @@ def tune_latency(
     new_tokens: int = 256,
     prompt_tokens: int = 1024,
     image_tokens: int | None = None,
+    packed_vision: bool = False,
     device: str = "cpu",
     rounds: int = 6,
     max_tpot_s: float | None = None,
@@ -66,6 +67,7 @@ def tune_latency(
         model: a folder, or a live model with its `processor`.
         processor: of a live model.
         new_tokens, prompt_tokens, image_tokens: what is asked.
+        packed_vision: whether every setting, the default too, has its vision tower packed (see `RunOptions`).
         device: where it runs.
         rounds: turns of the best with the default.
         max_tpot_s, max_memory_bytes: with either, the batch is doubled as long as a sequence's time per token and the
@@ -89,7 +91,7 @@ def tune_latency(
             max_memory_bytes=max_memory_bytes,
             progress=progress,
         )
-        usual = Options(device=device)
+        usual = Options(device=device, packed_vision=packed_vision)
         if compile_modes is None:
             compile_modes = COMPILE_MODES[device.startswith("cuda")]
         bench.learn(usual)

@@ -120,15 +120,21 @@ class Tuning(HtmlTable):
             if not self._compiles_by_itself:
                 lines.append("compile_config._compile_all_devices = True  # generate compiles on accelerators alone")
         if options.ahead:
+            packed = ", packed_vision=True" if options.packed_vision else ""
             imports.append("from grpo_toolkit import DecodeAhead")
-            lines.append("ahead = DecodeAhead(model)  # one for all requests: it keeps the cache")
+            lines.append(f"ahead = DecodeAhead(model{packed})  # one for all requests: it keeps the cache")
+        elif options.packed_vision:
+            imports.append("from grpo_toolkit import inference_ready")
         lines = [*imports, "", *lines]
         call = f"{'ahead' if options.ahead else 'model'}.generate({', '.join(running)})"
-        if options.sdpa_backend is None:
-            return "\n".join([*lines, call])
-        lines[0:0] = ["from torch.nn.attention import SDPBackend, sdpa_kernel"]
-        kernels = ", ".join(f"SDPBackend.{name}" for name in _KERNELS[options.sdpa_backend])
-        return "\n".join([*lines, f"with sdpa_kernel([{kernels}]):", f"    {call}"])
+        inside = []
+        if options.packed_vision and not options.ahead:
+            inside.append("inference_ready(model, packed_vision=True)")
+        if options.sdpa_backend is not None:
+            lines[0:0] = ["from torch.nn.attention import SDPBackend, sdpa_kernel"]
+            kernels = ", ".join(f"SDPBackend.{name}" for name in _KERNELS[options.sdpa_backend])
+            inside.append(f"sdpa_kernel([{kernels}])")
+        return "\n".join([*lines, *([f"with {', '.join(inside)}:", f"    {call}"] if inside else [call])])
 
     @property
     def _auto_class(self) -> str:
@@ -201,6 +207,8 @@ def keys_for_files(tuning: Tuning, config: Mapping[str, Any]) -> tuple[dict[str,
     keys, left_out = tuning.generation_keys(), []
     if tuning.best.options.ahead:
         left_out.append("decoding ahead is code, and no key of generation_config.json: grpo_toolkit.DecodeAhead")
+    if tuning.best.options.packed_vision:
+        left_out.append("packed vision is code, and no key of generation_config.json: grpo_toolkit.inference_ready")
     since = STATIC_SINCE.get(str(config.get("model_type")), _LATE)
     try:
         written = Version(str(config.get("transformers_version")))

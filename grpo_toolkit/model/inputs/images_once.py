@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
 
-from grpo_toolkit.model.inputs.kept import Kept
+from grpo_toolkit.model.inputs.kept import Kept, UnknownValueError
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,6 @@ MAX_BYTES: Final = 1 << 30
 
 Output = Mapping[str, Any]
 Process = Callable[..., Output]
-
-
-class UnknownValueError(Exception):
-    """A value that cannot be told from others by its content, or copied."""
 
 
 @dataclass(frozen=True)

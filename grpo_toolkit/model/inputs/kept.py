@@ -8,6 +8,10 @@ from typing import Any, Generic, TypeVar
 Value = TypeVar("Value")
 
 
+class UnknownValueError(Exception):
+    """A value that is not kept: it cannot be told from others by its content, or may change and cannot be copied."""
+
+
 class Kept(Generic[Value]):
     """The values that were used last, with at most `max_bytes` in them; a copy of this one begins empty.
 

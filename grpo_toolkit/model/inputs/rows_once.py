@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from datasets import Dataset
 
 from grpo_toolkit.errors import InputError
-from grpo_toolkit.model.inputs.kept import Kept
+from grpo_toolkit.model.inputs.kept import Kept, UnknownValueError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,10 +23,6 @@ MAX_BYTES: Final = 1 << 29
 """Bytes of rows that are kept: images of one rollout, decoded (0.9 MB at 640 x 480)."""
 
 _PLAIN: Final = (str, bytes, int, float, bool, type(None))
-
-
-class UnknownValueError(Exception):
-    """A value that may change when it is used, and cannot be copied for certain."""
 
 
 class RowsOnce(Dataset):  # type: ignore[misc]

@@ -22,6 +22,7 @@ from grpo_toolkit.model.rollouts import static_caches
 from grpo_toolkit.model.rollouts.rollout_kl import SampledScores, scores_for
 from grpo_toolkit.model.rollouts.shared_prefill import distinct_rows, prefill
 from grpo_toolkit.model.rollouts.supported import HANDED_ON, why_plain
+from grpo_toolkit.model.rollouts.trial import Trial, try_out
 from grpo_toolkit.model.rollouts.weights_copy import WeightsCopy, is_switched_off
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import exchange, failing_together
@@ -61,6 +62,7 @@ class FastRollouts:
         on_failure: called once with what went wrong, after which all rollouts go the plain way.
         on_plain: called with why a rollout goes the plain way, where the next may not.
         on_sampled: called with inputs, output, `SampledScores` and settings of the first rollout and each tenth after.
+        on_trial: has the first rollout be made by both ways, and is called with which is worth it, on all ranks.
 
     Attributes:
         count: rollouts that went the fast way.
@@ -78,6 +80,7 @@ class FastRollouts:
         on_failure: Callable[[Exception], None] | None = None,
         on_plain: Callable[[str], None] | None = None,
         on_sampled: Callable[[dict[str, Any], torch.Tensor, SampledScores, Any], None] | None = None,
+        on_trial: Callable[[Trial], None] | None = None,
     ) -> None:
         self.live: Any = base_model(model)
         self.dtype = dtype
@@ -89,6 +92,7 @@ class FastRollouts:
         self._on_failure = on_failure
         self._on_plain = on_plain
         self._on_sampled = on_sampled
+        self._on_trial = on_trial
         self._is_dirty = True
         self._is_collective = is_sharded(model)
         self._before: Any = None
@@ -96,14 +100,21 @@ class FastRollouts:
         self._caches: static_caches.StaticCaches | None = None
         self.install()
 
+    @property
+    def compiled_for(self) -> int | None:
+        """The largest batch whose steps are compiled; None where all are."""
+        return None if self.compiled_rows is None else max(self.compiled_rows)
+
     def install(self) -> None:
-        """Take the model's rollouts.
+        """Take the model's rollouts, also those of a method that says it does no more than gather the weights.
+
+        Such a method has an attribute `gathers` that is true; it is called for what goes the plain way.
 
         Raises:
             UnsupportedError: somebody else has.
         """
         before = vars(self.live).get("generate")
-        if before is not None and not _is_fsdps(before):
+        if before is not None and not (_is_fsdps(before) or getattr(before, "gathers", False)):
             raise UnsupportedError(f"{type(self.live).__name__}.generate has been replaced on the instance")
         self._before = before
         _installed[self.live] = weakref.ref(self)
@@ -133,6 +144,8 @@ class FastRollouts:
         config = call.get("generation_config")
         if config is None or config.disable_compile is not True:
             return None
+        if self._on_trial is not None and not config.do_sample:
+            return None  # an evaluation, of which some ranks may have no part
         reason = "a disabled adapter" if is_switched_off(self.live) else why_plain(call)
         reason = self._first_of_all_ranks(reason)
         if reason is not None:
@@ -141,7 +154,7 @@ class FastRollouts:
             return None
         try:
             with failing_together() if self._is_collective else nullcontext():
-                return self._rollout(call)
+                return self._rollout(call) if self._is_worth_it(call) else None
         except Exception as error:  # training goes on, whatever a compiler says
             self.close()
             if self._on_failure is None:
@@ -150,9 +163,27 @@ class FastRollouts:
             _let_go_of_frames(error)
             return None
 
+    def _is_worth_it(self, call: dict[str, Any]) -> bool:
+        """Try the fast way at the first rollout, if that is wanted; all are plain where it is not worth it."""
+        tell, self._on_trial = self._on_trial, None
+        if tell is None:
+            return True
+        measure, self._on_sampled = self._on_sampled, None
+        found = try_out(self._rollout, self._plainly, call, device=self.live.device)
+        self._on_sampled = measure
+        self.count = self.prefilled = 0
+        if not found.is_fast_worth_it:
+            self.close()
+        tell(found)
+        return found.is_fast_worth_it
+
+    def _plainly(self, call: dict[str, Any]) -> Any:
+        generate = self._before if self._before is not None else MethodType(type(self.live).generate, self.live)
+        return generate(**call)
+
     def _first_of_all_ranks(self, reason: str | None) -> str | None:
-        """Return what a rank has to say, the same on all where weights are sharded."""
-        if not self._is_collective:
+        """Return what a rank has to say, the same on all where weights are sharded, or a trial is to come."""
+        if not self._is_collective and self._on_trial is None:
             return reason
         return next((word for word in exchange(reason) if word is not None), None)
 

@@ -1,4 +1,4 @@
-"""The conditions of the fast way: models, single calls, and whether there is room. No clock decides."""
+"""The conditions of the fast way: of models, and of single calls. No clock decides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rollouts import static_caches
-from grpo_toolkit.model.rollouts.weights_copy import copied_bytes, why_no_copy
+from grpo_toolkit.model.rollouts.weights_copy import why_no_copy
 from grpo_toolkit.model.sharding.gather import is_fsdp1
 
 if TYPE_CHECKING:
@@ -17,15 +17,6 @@ OLDEST: Final = "5.24"
 
 HANDED_ON: Final = ("logits_processor", "stopping_criteria", "streamer", "tokenizer")
 """Arguments of `generate` that are those of the decode steps alone."""
-
-PROMPT: Final = 1024
-"""Tokens of a prompt, for want of knowing: what is counted in a cache before the first rollout."""
-
-_TRAINED: Final = 3
-"""The tensors that a training holds beside each trained one: its gradient, and Adam's two moments."""
-
-_GRAPHS: Final = 1_000_000_000
-"""Bytes for what CUDA graphs and a compiled step's kernels keep."""
 
 
 def why_unsupported(model: torch.nn.Module) -> str | None:
@@ -91,23 +82,3 @@ def why_plain(call: dict[str, Any]) -> str | None:
     if config.use_cache is False or config.cache_implementation not in (None, "dynamic", "static"):
         return f"use_cache={config.use_cache}, cache_implementation={config.cache_implementation}"
     return "no max_new_tokens" if config.max_new_tokens is None else None
-
-
-def needed_bytes(model: torch.nn.Module, dtype: torch.dtype | None, *, rows: int, new_tokens: int) -> int:
-    """Return about what fast rollouts take on top of a training that has not begun, with what that will take.
-
-    Args:
-        model: the live one.
-        dtype: what float32 weights are computed in under autocast; None where there is none.
-        rows: sequences in a rollout of this process.
-        new_tokens: of a completion at most.
-    """
-    inner: Any = base_model(model)
-    text = inner.config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = (dtype or inner.dtype).itemsize
-    slots = rows * static_caches.bucketed(PROMPT + new_tokens)
-    cache = 2 * text.num_hidden_layers * heads * dim * size * slots
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return copied_bytes(inner, dtype) + int(cache) + _TRAINED * trained + _GRAPHS

@@ -23,7 +23,7 @@ from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.model.attention.grouped_decode import NAME, register
 from grpo_toolkit.model.kv_cache import cache_flags, set_cache_flags
 from grpo_toolkit.model.live_model import base_model, config_levels, random_state_kept
-from grpo_toolkit.model.sharding.gather import is_sharded, unsharded, unsharded_models, whole_shape
+from grpo_toolkit.model.sharding.gather import is_sharded, own_part, unsharded, unsharded_models, whole_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,20 +55,6 @@ def drops_out(model: torch.nn.Module) -> bool:
 def is_switched_off(model: torch.nn.Module) -> bool:
     """Return whether an adapter is disabled for now, so that the base alone is asked."""
     return any(bool(module.disable_adapters) for module in model.modules() if _is_adapter(module))
-
-
-def copied_bytes(live: torch.nn.Module, dtype: torch.dtype | None) -> int:
-    """Return about what the copy takes: the tensors that are cast or gathered, or have an adapter folded in."""
-    count = 0
-    is_gathered = is_sharded(live)
-    for name, parameter in live.named_parameters():
-        if ".lora_" in name:
-            continue
-        is_cast = dtype is not None and parameter.element_size() > dtype.itemsize and parameter.is_floating_point()
-        if is_cast or is_gathered or name.endswith(".base_layer.weight"):
-            size = dtype.itemsize if is_cast and dtype else parameter.element_size()
-            count += whole_shape(parameter).numel() * size
-    return count
 
 
 class WeightsCopy:
@@ -224,7 +210,7 @@ class _Source:
     def state(self) -> tuple[Any, ...]:
         """Return what differs once the live tensors were written to in place, or are others."""
         tensors = (self.tensor, *(t for layer, name in self.adapters for t in _factors(layer, name)))
-        parts = [_part(tensor) for tensor in tensors]
+        parts = [own_part(tensor) for tensor in tensors]
         # No address of a shard: ZeRO-3 gathers a parameter to another one each time.
         addresses = [0 if part is not tensor else part.data_ptr() for part, tensor in zip(parts, tensors, strict=True)]
         return tuple(
@@ -244,13 +230,6 @@ class _Source:
                     down, up = (factor.detach().float() for factor in factors)
                     total = torch.addmm(total, up, down, alpha=layer.scaling[name])
             storage.copy_(total)
-
-
-def _part(tensor: Any) -> Any:
-    """Return the part of a tensor that this process holds."""
-    if hasattr(tensor, "ds_tensor"):
-        return tensor.ds_tensor
-    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
 
 
 def _factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:

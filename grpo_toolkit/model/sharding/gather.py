@@ -30,6 +30,13 @@ def whole_shape(tensor: torch.Tensor) -> torch.Size:
     return shape
 
 
+def own_part(tensor: Any) -> Any:
+    """Return the part of a tensor that this process holds."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
+
+
 def is_fsdp1(model: torch.nn.Module) -> bool:
     """Return whether any part of the model is wrapped by the first FSDP, which flattens its parameters."""
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())

@@ -14,7 +14,7 @@ from grpo_toolkit.step_time.causes.table import BY_NAME
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from grpo_toolkit.step_time.rows import FoundCause, StepExplanation
+    from grpo_toolkit.step_time.rows import FoundCause, StepExplanation, TriedCure
 
 BAR: Final = 30
 """Letters of the bar of a phase that takes the whole step."""
@@ -38,7 +38,15 @@ def step_lines(row: StepExplanation, *, causes: int = 3) -> list[str]:
         f"{cause_title(found.cause)}{f' -> {found.line}' if found.line else ''}"
         for found in row.causes[:causes]
     ]
-    return lines
+    return [*lines, *(f"{'':<12}{tried_text(tried)}" for tried in row.tried)]
+
+
+def tried_text(tried: TriedCure) -> str:
+    """Return what a cure saved when it was tried, beside the prediction."""
+    return (
+        f"tried: {tried.line} saves {seconds_text(tried.measured_s)} s a step, "
+        f"{seconds_text(tried.predicted_s)} s predicted"
+    )
 
 
 def phase_title(name: str) -> str:
@@ -110,6 +118,7 @@ def _end(row: StepExplanation) -> Text:
             f"what physics asks for: {seconds_text(row.floor_s)} s; above it and in no cause: "
             f"{seconds_text(row.unexplained_s)} s, {row.unexplained_s / row.wall_s:.0%} of the step"
         )
+    lines += [tried_text(tried) for tried in row.tried]
     if row.mfu is not None:
         mbu = "" if row.mbu is None else f", MBU of decoding {row.mbu:.1%}"
         lines.append(f"MFU {row.mfu:.1%}{mbu}")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 TAIL_SHARE: Final = 0.25
 """Of a rollout's sequences; where no more of them still run, the others wait for the longest ones."""
 
+BUSY: Final = 0.8
+"""The share of time from which on a GPU that decodes is not waiting for launches."""
+
 _TRL: Final = "https://huggingface.co/docs/trl/speeding_up_training"
 
 
@@ -72,13 +75,14 @@ def _launched(seen: Seen, mean: Mean) -> Found | None:
     floor, decode = mean.floors_s.get("rollout/decode"), mean.seconds("rollout/decode")
     if not seen.is_gpu or rollout is None or rollout.engine != "generate" or rollout.is_cached is False:
         return None
-    if floor is None or decode < 3 * floor:
+    if floor is None or decode < 3 * floor or (rollout.busy is not None and rollout.busy > BUSY):
         return None
     steps = max(mean.decode_steps, 1.0)
     # Compiled steps with CUDA graphs take 2.7 times their floor (5.57 ms for 2.1 ms at the 3B shape on an H200).
     return Found(
         evidence="decode steps are launched kernel by kernel (generate without compile): "
-        f"{decode / steps * 1e3:.1f} ms a step for {floor / steps * 1e3:.2f} ms of reading",
+        f"{decode / steps * 1e3:.1f} ms a step for {floor / steps * 1e3:.2f} ms of reading"
+        + ("" if rollout.busy is None else f", and the GPU works for {rollout.busy:.0%} of it"),
         savings_s={"rollout/decode": decode - 2.7 * floor},
     )
 

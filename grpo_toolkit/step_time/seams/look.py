@@ -105,6 +105,7 @@ def _rollouts(rollouts: Sequence[RolloutNotes]) -> RolloutSeen | None:
         cap=first.cap,
         cast_bytes=0 if is_fast else first.cast_bytes,
         is_planned_anew=not is_fast and first.is_planned_anew,
+        busy=None if first.busy is None else first.busy.share,
     )
 
 

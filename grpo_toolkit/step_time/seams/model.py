@@ -17,8 +17,9 @@ from grpo_toolkit.model.attention.vision_towers import find_towers
 from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rollouts.rollouts import rollouts_of
-from grpo_toolkit.step_time.clock import OTHER
+from grpo_toolkit.step_time.clock import OTHER, PREPARING
 from grpo_toolkit.step_time.seams.attention_calls import AttentionCalls
+from grpo_toolkit.step_time.seams.busy_share import BusyShare
 from grpo_toolkit.step_time.seams.forward_shapes import (
     adapter_layer,
     cast_bytes,
@@ -46,6 +47,7 @@ class ModelSeams:
     Args:
         model: the model in training, in any wrapper.
         clock: what is told.
+        profiles: whether some decode steps of steps that are looked at closely are profiled.
 
     Attributes:
         notes: of the step that is running, from the reading of its rows on if the trainer shows that.
@@ -53,11 +55,12 @@ class ModelSeams:
         towers: the vision towers that are looked at.
     """
 
-    def __init__(self, model: torch.nn.Module, clock: StepClock) -> None:
+    def __init__(self, model: torch.nn.Module, clock: StepClock, *, profiles: bool = False) -> None:
         self.live: Any = base_model(model)
         self.clock = clock
         self.notes: StepNotes | None = None
         self.is_open = False
+        self.profiles = profiles
         self._thread = threading.get_ident()
         self._rollout: RolloutNotes | None = None
         self._forward: ForwardNotes | None = None
@@ -109,9 +112,10 @@ class ModelSeams:
     def phase(self, *path: str) -> Iterator[None]:
         """Count the time inside as a phase, unless it is inside of another one's."""
         now = self.clock.path[0]
-        is_counted = self._is_ours() and now == OTHER
-        # Rows may be made into tensors while they are read.
-        is_counted |= path == ("image_processing",) and now == "reading_rows" and self.notes is not None
+        is_counted = self._is_ours() and now in (OTHER, PREPARING)
+        # Rows may be made into tensors while they are read, and images while texts are.
+        is_image = path == ("image_processing",) and self.notes is not None
+        is_counted |= is_image and (now == "reading_rows" or (now == "texts" and self._is_ours()))
         is_counted &= not self.failed
         if is_counted:
             self.guarded(self.clock.enter, *path)
@@ -155,6 +159,7 @@ class ModelSeams:
             notes.mask = kwargs.get("attention_mask")
         self.notes.forwards.append(notes)
         if torch.is_grad_enabled():
+            self.notes.given = kwargs if self.notes.is_close and not args else None
             self.clock.switch(notes.phase)
         else:
             notes.phase = "reference_logprobs" if self._is_reference() else "old_logprobs"
@@ -274,6 +279,9 @@ class ModelSeams:
         elif tokens is not None:
             notes.rows, notes.prompt_tokens = map(int, tokens.shape[:2])
         self._call = call if self.notes.is_close else None
+        self.notes.call = self._call if notes.engine == "generate" else None
+        if self.profiles and self.notes.is_close:
+            notes.busy = BusyShare(self.live.device)
         self.clock.enter("rollout", "prefill" if notes.engine == "generate" else "generate")
         rollouts = rollouts_of(self.live)
         self._fast = (0, 0) if rollouts is None else (rollouts.count, rollouts.prefilled)
@@ -284,6 +292,8 @@ class ModelSeams:
         import torch
 
         self._rollout = None
+        if notes.busy is not None:
+            notes.busy.close()
         if self.clock.path[0] == "rollout":
             self.clock.leave()
         rollouts = rollouts_of(self.live)
@@ -324,6 +334,8 @@ class ModelSeams:
             return
         if self.clock.path == ("rollout", "prefill"):
             self.clock.move_on("rollout", "decode")
+        if notes.busy is not None:
+            notes.busy.before_step()
         if len(notes.step_lengths) == 2 and plans_per_length(self.live.device):
             backends: Any = torch.backends.cuda
             notes.is_planned_anew = bool(backends.cudnn_sdp_enabled())

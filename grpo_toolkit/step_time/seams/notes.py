@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from grpo_toolkit.step_time.seams.busy_share import BusyShare
     from grpo_toolkit.step_time.seen import Engine
 
 
@@ -41,6 +42,7 @@ class RolloutNotes:
         step_lengths: tokens that each of the model's forwards was fed; empty where others ran than the live model's.
         prefilled: rows of its prefill.
         new_tokens: of the longest completion.
+        busy: the profile of some of its decode steps; None where none is wanted.
         distinct, lengths, padding, cap: see `RolloutSeen`; of a step that is looked at closely.
     """
 
@@ -54,6 +56,7 @@ class RolloutNotes:
     prefilled: int | None = None
     cast_bytes: int = 0
     is_planned_anew: bool = False
+    busy: BusyShare | None = None
     distinct: int | None = None
     lengths: list[int] = field(default_factory=list)
     padding: float | None = None
@@ -72,7 +75,10 @@ class VisionNotes:
 
 @dataclass(kw_only=True)
 class StepNotes:
-    """All notes on one step. `is_close`: tensors are kept until its end, to be compared then."""
+    """All notes on one step. `is_close`: tensors are kept until its end, to be compared then.
+
+    `given` and `call` are what its last forward with a gradient and its last `generate` were given, if it is close.
+    """
 
     is_close: bool = False
     forwards: list[ForwardNotes] = field(default_factory=list)
@@ -80,6 +86,8 @@ class StepNotes:
     vision: list[VisionNotes] = field(default_factory=list)
     processed: int = 0
     pictures: list[Any] = field(default_factory=list)
+    given: dict[str, Any] | None = None
+    call: dict[str, Any] | None = None
     rewards_cpu: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def add_images(self, given: Any) -> None:

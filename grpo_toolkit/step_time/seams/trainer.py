@@ -13,6 +13,8 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.step_time.clock import OTHER, PREPARING
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,6 +42,7 @@ class TrainerSeams:
         self._on_reading = on_reading
         self._undo = ExitStack()
         self._look_at_images(getattr(processing_class, "image_processor", None))
+        self._look_at_texts(processing_class)
         if trainer is not None:
             self._look_at(trainer)
 
@@ -51,6 +54,8 @@ class TrainerSeams:
         if hasattr(trainer, "get_batch_samples"):
             self._replace(trainer, "get_batch_samples", self._reading(trainer.get_batch_samples))
             self.sees_reading = True
+        if hasattr(trainer, "training_step"):
+            self._replace(trainer, "training_step", self._preparing(trainer.training_step))
         accelerator = getattr(trainer, "accelerator", None)
         if accelerator is not None and hasattr(accelerator, "backward"):
             self._replace(accelerator, "backward", self._backward(accelerator.backward))
@@ -115,6 +120,20 @@ class TrainerSeams:
 
         return reading
 
+    def _preparing(self, call: Any) -> Any:
+        """Name what comes before the micro-batch's forward: the trainer's own work on its rows."""
+
+        @functools.wraps(call)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.seams.guarded(self.seams.switch, PREPARING)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                if self.seams.clock.path == (PREPARING,):
+                    self.seams.guarded(self.seams.switch, OTHER)
+
+        return step
+
     def _backward(self, call: Any) -> Any:
         @functools.wraps(call)
         def backward(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +141,7 @@ class TrainerSeams:
             try:
                 return call(*args, **kwargs)
             finally:
-                self.seams.guarded(self.seams.switch, "other")
+                self.seams.guarded(self.seams.switch, OTHER)
 
         return backward
 
@@ -142,31 +161,43 @@ class TrainerSeams:
         return rewarding
 
     def _look_at_images(self, image_processor: Any) -> None:
-        """Time `preprocess` on the class: an attribute of the instance would be saved with its settings."""
-        kind = type(image_processor)
-        if not callable(getattr(kind, "preprocess", None)):
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.seams.notes is not None:
+                self.seams.guarded(self.seams.notes.add_images, args[0] if args else kwargs.get("images"))
+
+        self._time_on_class(image_processor, "preprocess", "image_processing", note=note)
+
+    def _look_at_texts(self, processing_class: Any) -> None:
+        for name in ("__call__", "apply_chat_template"):
+            self._time_on_class(processing_class, name, "texts", "tokenising")
+        self._time_on_class(processing_class, "batch_decode", "texts", "decoding")
+
+    def _time_on_class(self, owner: Any, name: str, *path: str, note: Any = None) -> None:
+        """Time a method of one object on its class: an attribute of the object would be saved with its settings."""
+        kind: Any = type(owner)
+        if owner is None or not callable(getattr(kind, name, None)):
             return
-        had, before = "preprocess" in vars(kind), kind.preprocess
+        had, before = name in vars(kind), getattr(kind, name)
         seams = self.seams
 
         @functools.wraps(before)
-        def preprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self is not image_processor:
+        def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self is not owner:
                 return before(self, *args, **kwargs)
-            with seams.phase("image_processing"):
-                if seams.notes is not None:
-                    seams.guarded(seams.notes.add_images, args[0] if args else kwargs.get("images"))
+            with seams.phase(*path):
+                if note is not None:
+                    note(args, kwargs)
                 return before(self, *args, **kwargs)
 
-        kind.preprocess = preprocess
+        setattr(kind, name, timed)
 
         def put_back() -> None:
-            if vars(kind).get("preprocess") is not preprocess:
+            if vars(kind).get(name) is not timed:
                 return
             if had:
-                kind.preprocess = before
+                setattr(kind, name, before)
             else:
-                del kind.preprocess
+                delattr(kind, name)
 
         self._undo.callback(put_back)
 

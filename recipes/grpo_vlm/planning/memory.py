@@ -14,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from grpo_toolkit import InputError, unsharded_models
-from grpo_vlm.planning.fast_rollouts import kept_bytes
+from grpo_toolkit import InputError, RolloutSize, rollout_size, unsharded_models
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +66,7 @@ class ModelSize:
     layers: int
     layer_parameters: int
     embedding_parameters: int
-    kv_values_per_token: int
+    rollouts: RolloutSize
     stored_bytes: int = 2
     vision_hidden_size: int = 0
     vision_intermediate_size: int = 0
@@ -182,8 +181,6 @@ def measure_model(name: str, *, revision: str | None = None, peft_config: Any = 
         names = [key for key, _ in adapted.named_modules() if key.endswith("lora_A.default")]
         trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     embedding = model.get_input_embeddings().weight.numel()
     vision_parameters = sum(count for key, count in parameters.items() if _is_vision(key))
     language = sum(parameters.values()) - vision_parameters - embedding
@@ -196,7 +193,7 @@ def measure_model(name: str, *, revision: str | None = None, peft_config: Any = 
         layers=text.num_hidden_layers,
         layer_parameters=language // text.num_hidden_layers,
         embedding_parameters=embedding,
-        kv_values_per_token=2 * text.num_hidden_layers * kv_heads * head_dim,
+        rollouts=rollout_size(model),
         stored_bytes=config.dtype.itemsize if config.dtype is not None else 4,
         vision_hidden_size=getattr(vision, "hidden_size", 0),
         vision_intermediate_size=getattr(vision, "intermediate_size", 0),
@@ -278,8 +275,13 @@ def estimate(
         size, weight_bytes, shared_weights, deepspeed
     ) else 0.0  # fmt: skip
     if fast_rollouts:
-        is_cast = weight_bytes == 4 and mixed_precision
-        parts["fast rollouts"] = kept_bytes(size, load, weight_bytes=weight_bytes, casts=is_cast)
+        parts["fast rollouts"] = size.rollouts.kept_bytes(
+            rows=load.rollout_batch,
+            tokens=load.prompt_tokens + load.completion_tokens,
+            weight_bytes=2 if deepspeed and mixed_precision else weight_bytes,
+            computed_bytes=2 if mixed_precision else None,
+            gathered=shared_weights > 1,
+        )
     residual = 4 if weight_bytes == 4 and not deepspeed and shared_weights == 1 else 2
     moments = {"training": gathered + _training(size, load, casts=casts, residual=residual)}
     if reserved and sleeps:
@@ -317,7 +319,7 @@ def _rollouts(size: ModelSize, load: Load, *, casts: float) -> float:
     per_token = LORA_ROLLOUT if size.is_adapter else FORWARD
     prompts = load.rollout_batch * load.prompt_tokens
     patches = load.rollout_batch * load.image_patches
-    kv = 2.0 * size.kv_values_per_token
+    kv = 2.0 * size.rollouts.kv_values_per_token
     seeing = patches * _bytes(FORWARD, size.vision_intermediate_size, size.vision_hidden_size)
     prefill = prompts * (kv + _bytes(per_token, size.intermediate_size, size.hidden_size))
     decoding = load.rollout_batch * (load.prompt_tokens + load.completion_tokens) * kv
@@ -329,7 +331,7 @@ def _fast_rollouts(size: ModelSize, load: Load) -> float:
     """Count the prefill of the different prompts, without an adapter; the cache for decoding is kept."""
     rows = load.rollout_prompts or load.rollout_batch
     seeing = rows * load.image_patches * _bytes(FORWARD, size.vision_intermediate_size, size.vision_hidden_size)
-    kv = 2.0 * size.kv_values_per_token
+    kv = 2.0 * size.rollouts.kv_values_per_token
     prefill = rows * load.prompt_tokens * (kv + _bytes(FORWARD, size.intermediate_size, size.hidden_size))
     return 2 * _pixels(load) + max(seeing, prefill)
 

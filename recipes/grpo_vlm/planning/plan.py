@@ -17,7 +17,7 @@ from grpo_toolkit import InputError
 from grpo_vlm.data.columns import answer_types
 from grpo_vlm.data.image_sizes import pixel_limits
 from grpo_vlm.data.rows import named_layout
-from grpo_vlm.planning import fast_rollouts
+from grpo_vlm.planning.fast_rollouts import why_plain
 from grpo_vlm.planning.memory import Estimate, Load, ModelSize, Sharing, estimate, measure_model
 from grpo_vlm.planning.memory_lines import gib, memory_lines
 from grpo_vlm.planning.preflight import missing_packages, server_warning, setting_errors, vllm_bytes, vllm_problem
@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 MANY_IMAGE_TOKENS = 2048
 """More for one image is rarely worth its time: a page of text is legible with fewer."""
 
+NO_ROOM = "GPU memory has no room for a copy of the weights and a static cache"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run, in numbers. Memory and disk in bytes; `free_memory` is None without a GPU.
 
     `vllm_reserved` is what vLLM keeps of the GPU, None where that is not known or nothing; it needs `vllm_bytes`.
-    `fast_rollouts` says whether there is room for them, None where none are wanted.
+    `rollouts_plain` says why rollouts go the plain way, None where they go the fast one. Lengths are multiples of
+    `padded_to`, where there is such a number.
     """
 
     processes: int
@@ -49,9 +52,10 @@ class Plan:
     steps: int
     rows: int
     prompt_tokens: int
+    padded_to: int | None
     size: ModelSize
     memory: Estimate
-    fast_rollouts: bool | None
+    rollouts_plain: str | None
     free_memory: float | None
     vllm_bytes: float
     vllm_reserved: float | None
@@ -69,11 +73,22 @@ class Plan:
             f"each step   {self.prompts_per_step:g} prompts, {self.completions_per_step} completions; "
             f"{self.steps} steps",
             f"rows        {self.rows}; longest prompt {self.prompt_tokens} tokens, its image included",
+            f"rollouts    {self._rollouts}",
+            *([f"lengths     padded to multiples of {self.padded_to} tokens"] if self.padded_to else []),
             *memory_lines(self.memory, free=self.free_memory, vllm_bytes=self.vllm_bytes),
             f"disk        {gib(self.disk):>9}  checkpoints and export ({gib(self.free_disk)} free)",
             *(f"warning     {text}" for text in self.warnings),
             *(f"error       {text}" for text in self.errors),
         ]
+
+    @property
+    def _rollouts(self) -> str:
+        if self.rollouts_plain is not None:
+            return f"the plain way: {self.rollouts_plain}"
+        gathered = ", the weights gathered on each process once a step" if self.sharing in ("fsdp", "zero3") else ""
+        return (
+            f"the fast way, if the GPU has room{gathered}" if self.free_memory is None else f"the fast way{gathered}"
+        )
 
     def short_lines(self) -> list[str]:
         """Return the plan in two lines, and everything that it warns of."""
@@ -106,10 +121,11 @@ def make_plan(
     assert splits.longest is not None, "a plan is of rows that were measured"
     prompt_tokens, image_tokens = splits.longest.prompt_tokens, splits.longest.image_tokens
     per_rollout = training.per_device_train_batch_size * (training.steps_per_generation or 1)
+    padded_to = training.pad_to_multiple_of
     load = Load(
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=_padded(prompt_tokens, padded_to),
         image_patches=image_tokens * (processor.image_processor.merge_size**2 if image_tokens else 0),
-        completion_tokens=training.max_completion_length or 512,
+        completion_tokens=_padded(training.max_completion_length or 512, padded_to),
         training_batch=training.per_device_train_batch_size,
         rollout_batch=per_rollout,
         rollouts_elsewhere=training.use_vllm,
@@ -133,11 +149,13 @@ def make_plan(
         share=share if total is None else 0.0,
         sleeps=share > 0 and training.vllm_enable_sleep_mode,
     )
-    memory, fast = counted(), None
-    if fast_rollouts.are_planned(recipe, training, model, sharing=sharing):
+    memory, rollouts_plain = counted(), why_plain(recipe, training, model, size)
+    if rollouts_plain is None:
         faster = counted(fast_rollouts=True)
-        fast = free is None or faster.needed <= free
-        memory = faster if fast else memory
+        if free is None or faster.needed <= free:
+            memory = faster
+        else:
+            rollouts_plain = NO_ROOM
     completions = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     disk, free_disk = disk_needed(training, model, size), shutil.disk_usage(_existing(training.output_dir)).free
     plan = Plan(
@@ -149,9 +167,10 @@ def make_plan(
         steps=training.max_steps if training.max_steps > 0 else _epoch_steps(training, len(splits.train)),
         rows=len(splits.train),
         prompt_tokens=prompt_tokens,
+        padded_to=padded_to,
         size=size,
         memory=memory,
-        fast_rollouts=fast,
+        rollouts_plain=rollouts_plain,
         free_memory=free,
         vllm_bytes=vllm_bytes(size, load, processes=training.vllm_tensor_parallel_size),
         vllm_reserved=share * total if share and total is not None else None,
@@ -262,10 +281,8 @@ def _warnings(
             "free: lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), "
             "--max_completion_length or --max_pixels; rollouts shrink with --steps_per_generation"
         )
-    if plan.fast_rollouts is False:
-        warnings.append(
-            "rollouts go the plain way: GPU memory has no room for a copy of the weights and a static cache"
-        )
+    if plan.rollouts_plain == NO_ROOM:
+        warnings.append(f"rollouts go the plain way: {NO_ROOM}")
     if plan.size.adapted_vision_modules:
         warnings.append(
             f"the adapter also hits {plan.size.adapted_vision_modules} modules of the vision tower, which servers "
@@ -302,6 +319,10 @@ def _epoch_steps(training: GRPOConfig, rows: int) -> int:
     prompts = training.generation_batch_size // training.num_generations
     accumulated = training.gradient_accumulation_steps / (training.steps_per_generation or 1)
     return int(rows / prompts / accumulated * training.num_train_epochs * training.num_iterations)
+
+
+def _padded(tokens: int, multiple: int | None) -> int:
+    return tokens if not multiple else -(-tokens // multiple) * multiple
 
 
 def _existing(path: str | None) -> Path:

@@ -175,7 +175,7 @@ def vllm_bytes(size: ModelSize, load: Load, *, processes: int = 1) -> float:
 
     It holds them in two bytes, whatever the training has; its graphs and activations come on top.
     """
-    cached = size.kv_values_per_token * (load.prompt_tokens + load.completion_tokens)
+    cached = size.rollouts.kv_values_per_token * (load.prompt_tokens + load.completion_tokens)
     return 2.0 * (size.parameters + cached) / processes
 
 

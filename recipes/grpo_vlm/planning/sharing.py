@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from grpo_vlm.planning.memory import Sharing
 
+_OFFLOADED = "the weights lie on the CPU between two steps"
+
 
 def find_sharing(training: GRPOConfig) -> Sharing:
     """Return how `accelerate launch` or the training arguments spread the model over the processes."""
@@ -26,6 +28,20 @@ def reshards_after_forward(training: GRPOConfig) -> bool:
     """Return whether FSDP gives the weights of a layer back after its forward, its default."""
     setting = _fsdp_setting(training, "reshard_after_forward")
     return str(setting).lower() not in ("false", "shard_grad_op", "2")  # FSDP2's word, FSDP1's, and its number
+
+
+def keeps_weights_elsewhere(training: GRPOConfig) -> str | None:
+    """Return why no process can gather the weights for rollouts of its own, in a few words; None where it can."""
+    if find_sharing(training) == "fsdp":
+        # `accelerate launch` takes the first one unless told; the training arguments the second.
+        version = _fsdp_setting(training, "version") or (1 if _is_on("ACCELERATE_USE_FSDP") else 2)
+        if int(version) == 1:
+            return "the first FSDP keeps the weights"
+        offloads = (str(_fsdp_setting(training, name)).lower() for name in ("offload_params", "cpu_offload"))
+        return _OFFLOADED if any(value in ("true", "1") for value in offloads) else None
+    plugin = getattr(training, "deepspeed_plugin", None)
+    stage = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+    return _OFFLOADED if (stage.get("offload_param") or {}).get("device", "none") != "none" else None
 
 
 def save_errors(training: GRPOConfig) -> list[str]:

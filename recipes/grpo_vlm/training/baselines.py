@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 FILE_NAME = "baselines.json"
 
 ALONE = "asked for the answer alone"
+AFTER = "after training"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +45,10 @@ class Figures:
 class Baselines(TrainerCallback):
     """A callback that measures the base before training, or reads what an earlier start measured.
 
-    `take` measures it before training; where weights are sharded this is added to the trainer as a callback instead,
-    and does so when training begins. A run that goes on from a checkpoint takes what was measured of the base on the
-    same (`measured_on`, see `conditions`). Where that is not known and weights are sharded, it can but measure the
-    checkpoint, whose name is then in `checkpoint_name`.
+    `take` measures it before training; where weights are sharded, or rollouts may be fast, this is added to the
+    trainer as a callback instead, and does so when training begins. A run that goes on from a checkpoint takes what
+    was measured of the base on the same (`measured_on`, see `conditions`). Where that is not known and weights are
+    sharded, it can but measure the checkpoint, whose name is then in `checkpoint_name`.
     """
 
     def __init__(
@@ -107,6 +109,30 @@ class Baselines(TrainerCallback):
         if known.direct_accuracy is not None:
             tell(self._trainer, known.direct_accuracy, self._rows, f"before training, {ALONE}", note=note)
         tell(self._trainer, known.accuracy, self._rows, "before training", note=note)
+
+
+class AfterTraining(TrainerCallback):
+    """A callback that measures held-out accuracy once the training is over, while rollouts still go its way.
+
+    `trainer` is set once there is one. `accuracy` stays None where measuring failed: the export goes first then.
+    """
+
+    def __init__(self, rows: Dataset) -> None:
+        self.trainer: Any = None
+        self.accuracy: float | None = None
+        self._rows = rows
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        try:
+            self.accuracy = measure(self.trainer, self._rows, AFTER)
+        except Exception as error:  # an export is worth more than a figure, which is measured again after it
+            print(f"held-out accuracy {AFTER}: {error}; tried again at the end", file=sys.stderr, flush=True)
+
+    def figure(self) -> float:
+        """Return the accuracy, measured now if it was not."""
+        return measure(self.trainer, self._rows, AFTER) if self.accuracy is None else self.accuracy
 
 
 def conditions(

@@ -27,6 +27,7 @@ def held_out_accuracy(
     max_new_tokens: int,
     direct: bool = False,
     packed_vision: bool = False,
+    fast_batch: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> float:
     """Return the share of rows (0 to 1) whose one answer block holds the reference answer.
@@ -42,6 +43,8 @@ def held_out_accuracy(
             Ask for the answer alone instead, and look for it in all of the text, leniently.
         packed_vision (`bool`, *optional*):
             Run the vision tower as `PackedVisionCallback` does.
+        fast_batch (`int`, *optional*):
+            The batch that `FastRolloutCallback` has compiled a step for: rows are asked in such batches, as rollouts.
         accelerator (`Accelerator`, *optional*):
             Shares the rows out among its processes. Without it every process answers every row, as it must where
             the weights are sharded.
@@ -51,7 +54,13 @@ def held_out_accuracy(
         # A list, not a range, and not `shard`: datasets takes no empty share of fewer rows than processes from those.
         mine = rows.select(list(range(accelerator.process_index, len(rows), accelerator.num_processes)))
     texts = generate_texts(
-        model, processor, mine, max_new_tokens=max_new_tokens, direct=direct, packed_vision=packed_vision
+        model,
+        processor,
+        mine,
+        max_new_tokens=max_new_tokens,
+        direct=direct,
+        packed_vision=packed_vision,
+        fast_batch=fast_batch,
     )
     kinds = mine["answer_type"] if "answer_type" in mine.column_names else ["text"] * len(mine)
     right = [
@@ -84,25 +93,41 @@ def generate_texts(
     direct: bool = False,
     batch_size: int = 50,
     packed_vision: bool = False,
+    fast_batch: int | None = None,
 ) -> list[str]:
     """Return the model's greedy completion of every row.
 
     The model may be in the middle of training: `inference_ready` switches the KV cache on and gradient
-    checkpointing off for the time being, and puts everything back, the random state included.
+    checkpointing off for the time being, and puts everything back, the random state included. With `fast_batch` every
+    batch has so many rows, the last one by copies, which fast rollouts prefill once.
     """
     import torch
 
     texts: list[str] = []
+    batch_size = fast_batch or batch_size
     with inference_ready(model, packed_vision=packed_vision), torch.no_grad():
         for start in range(0, len(rows), batch_size):
             batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
             if direct:
                 batch = [{**row, "prompt": direct_prompt(row["prompt"])} for row in batch]
-            inputs = model_inputs(batch, processor).to(model.device)
-            greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-            tokens = model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens)
+            filled = [*batch, *([batch[-1]] * (batch_size - len(batch) if fast_batch else 0))]
+            inputs = model_inputs(filled, processor).to(model.device)
+            settings = greedy_settings(model, max_new_tokens=max_new_tokens, as_rollout=fast_batch is not None)
+            tokens = model.generate(**inputs, generation_config=settings)[: len(batch)]
             texts += processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
+
+
+def greedy_settings(model: Any, *, max_new_tokens: int, as_rollout: bool) -> Any:
+    """Return the model's own settings, greedy; `as_rollout`: marked as TRL marks rollouts, which may then be fast."""
+    import copy
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    settings = copy.deepcopy(getattr(inner, "module", inner).generation_config)
+    settings.update(do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens)
+    if as_rollout:
+        settings.update(disable_compile=True)
+    return settings
 
 
 def model_inputs(

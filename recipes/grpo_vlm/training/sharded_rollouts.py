@@ -43,5 +43,5 @@ def generate_whole(model: Any) -> None:
         finally:
             model.reshard()
 
-    gathered.gathers = True  # type: ignore[attr-defined]
+    gathered.gathers = True  # type: ignore[attr-defined]  # which fast rollouts look for: they gather by themselves
     model.generate = gathered

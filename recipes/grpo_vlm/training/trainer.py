@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from grpo_toolkit import FastRolloutCallback
 from grpo_vlm.rewards.rewards import completion_text
 from grpo_vlm.training.evaluation import held_out_accuracy
 from grpo_vlm.training.screen import above_bar
@@ -33,12 +34,15 @@ class AccuracyTrainer(GRPOTrainer):
     """A `GRPOTrainer` whose `evaluate` measures held-out accuracy, and whose vLLM sees the prompts it trains on.
 
     With `packed_vision` the model is evaluated as it is trained with `PackedVisionCallback`, before, in and after the
-    training alike, so that accuracies differ by what was learnt alone.
+    training alike, so that accuracies differ by what was learnt alone. While its `FastRolloutCallback` has rollouts go
+    the fast way, so do the answers of an evaluation.
     """
 
     def __init__(self, *args: Any, packed_vision: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._packed_vision = packed_vision
+        callbacks = self.callback_handler.callbacks
+        self._fast = next((one for one in callbacks if isinstance(one, FastRolloutCallback)), None)
         image_token = getattr(self.processing_class, "image_token", None)
         if self.use_vllm and image_token is not None:
             # TRL bans it from its own rollouts alone; a completion with one in it stops the training forward.
@@ -91,6 +95,7 @@ class AccuracyTrainer(GRPOTrainer):
                 max_new_tokens=self.args.max_completion_length,
                 direct=direct,
                 packed_vision=self._packed_vision,
+                fast_batch=None if self._fast is None else self._fast.batch,
                 accelerator=None if self.is_sharded else self.accelerator,
             )
 

@@ -14,8 +14,9 @@ from packaging.version import Version
 
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.rollouts import rollouts
+from grpo_toolkit.model.rollouts.rollout_size import needed_bytes
 from grpo_toolkit.model.rollouts.rollouts import FastRollouts, rollouts_of
-from grpo_toolkit.model.rollouts.supported import needed_bytes, why_plain, why_unsupported
+from grpo_toolkit.model.rollouts.supported import why_plain, why_unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,7 +11,8 @@ from packaging.version import Version
 
 from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.model.load import load_model
-from grpo_toolkit.model.rollouts.weights_copy import WeightsCopy, copied_bytes, drops_out, is_switched_off, why_no_copy
+from grpo_toolkit.model.rollouts.rollout_size import rollout_size
+from grpo_toolkit.model.rollouts.weights_copy import WeightsCopy, drops_out, is_switched_off, why_no_copy
 from tests.support.training import LANGUAGE_QV
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def test_what_needs_no_casting_is_shared() -> None:
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
     assert torch.equal(logits(copy.model), logits(model))
-    assert copied_bytes(model, None) == 0
+    assert rollout_size(model).copied_bytes(weight_bytes=4) == 0
 
 
 def test_float32_is_cast_once_and_ties_are_tied_again() -> None:
@@ -78,7 +79,9 @@ def test_float32_is_cast_once_and_ties_are_tied_again() -> None:
     assert torch.equal(tensors["model.norm.weight"], model.model.norm.weight.bfloat16())
     # Rotary frequencies are no weights: `to_empty` would leave noise, and bfloat16 other positions.
     assert torch.equal(copy.model.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
-    assert copied_bytes(model, torch.bfloat16) == sum(2 * tensor.numel() for tensor in tensors.values())
+    assert rollout_size(model).copied_bytes(weight_bytes=4, computed_bytes=2) == sum(
+        2 * tensor.numel() for tensor in tensors.values()
+    )
     assert model.model.norm.weight.dtype == torch.float32
 
 
@@ -123,7 +126,7 @@ def test_an_adapter_is_folded_into_the_copy_and_not_into_the_base(qwen: Path, ch
     here, there = {tensor.data_ptr() for tensor in model.parameters()}, dict(copy.model.named_parameters())
     shared = [name for name in there if there[name].data_ptr() in here]
     assert len(shared) == len(there) - len(folded)
-    assert copied_bytes(live(model), None) == sum(4 * there[name].numel() for name in folded)
+    assert rollout_size(model).copied_bytes(weight_bytes=4) == sum(4 * there[name].numel() for name in folded)
 
 
 def test_a_fold_is_float32_arithmetic_with_one_rounding(qwen: Path) -> None:

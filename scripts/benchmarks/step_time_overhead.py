@@ -1,0 +1,153 @@
+"""The cost of StepTimeCallback: the same trainings with and without it, in turns, in one process.
+
+    python -m scripts.benchmarks.step_time_overhead --device cuda --output OUT   # 3B shape, random weights, one H200
+    python -m scripts.benchmarks.step_time_overhead --shape tiny --completions 4 --groups 2 --new-tokens 8 \\
+        --words 20 --image 112 112 --steps 12 --turns 2 --output OUT                                      # on a CPU
+
+The step is that of scripts/benchmarks/grpo_step.py with PackedVisionCallback, FastRolloutCallback and `rows_once`, as
+the faster a step, the more a constant cost shows. Same seed and completions of one length: each step of an arm is the
+other arm's to the last bit, which is checked by the losses. Arms go A B B A, so that a drift of the machine falls on
+both. A step's cost is the difference of its medians over the turns; the mean over steps is given as a share of the
+step, first for steps as most are, then for those that are looked at closely (two of the first hundred). The first
+step, which compiles, is left out. The outside clock waits for the GPU at each step's end, in both arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmarks.grpo_step import adapter_of, build, distinct_letters, prompts, settings_of
+
+LIMIT = 0.005
+"""The share of a step that the callback may cost."""
+
+
+def main() -> None:
+    options = parse()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    options.child = (options.weights, "cured")
+    with tempfile.TemporaryDirectory(prefix="bench-overhead-") as scratch:
+        options.base = str(options.base or build(options.shape, Path(scratch, "base")))
+        train(options, timed=True, folder=Path(scratch, "warm"), steps=2)
+        arms: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for turn in range(options.turns):
+            for timed in (True, False) if turn % 2 == 0 else (False, True):
+                arms[timed].append(train(options, timed=timed, folder=output / f"turn-{turn}", steps=options.steps))
+                print(shown(turn, arms[timed][-1], timed=timed), flush=True)
+    found = compared(arms)
+    (output / "step_time_overhead.json").write_text(json.dumps({"arms": {str(k): v for k, v in arms.items()}} | found))
+    print(json.dumps(found))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="model folder; by default random weights of --shape are written")
+    parser.add_argument("--shape", default="qwen2.5-vl-3b", help="of scripts/models/random_vlm.py")
+    parser.add_argument("--weights", choices=["full", "lora"], default="lora")
+    parser.add_argument("--steps", type=int, default=12, help="of a training; the 2nd and 10th are looked at closely")
+    parser.add_argument("--turns", type=int, default=4, help="trainings of each arm")
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--completions", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--words", type=int, default=170, help="longest prompt, in words (1,040 tokens)")
+    parser.add_argument("--image", type=int, nargs=2, default=(616, 616), help="pixels")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--output", default="bench_step_time_overhead")
+    return parser.parse_args()
+
+
+def train(options: argparse.Namespace, *, timed: bool, folder: Path, steps: int) -> dict[str, Any]:
+    """Train once; return the outside clock's seconds of the steps after the first, the close ones and the losses."""
+    import torch
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
+
+    from grpo_toolkit import FastRolloutCallback, KVCacheCallback, PackedVisionCallback, StepTimeCallback, rows_once
+
+    on_gpu = options.device == "cuda"
+    ends: list[float] = []
+
+    class Outside(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    torch.manual_seed(0)
+    args = settings_of(options, str(folder))
+    args.max_steps = steps
+    callbacks = [Outside(), KVCacheCallback(), PackedVisionCallback(), FastRolloutCallback("fast")]
+    timing = StepTimeCallback(output_dir=folder) if timed else None
+    trainer = GRPOTrainer(
+        model=options.base,
+        args=args,
+        reward_funcs=distinct_letters,
+        train_dataset=rows_once(prompts(options)),
+        peft_config=adapter_of(options.weights),
+        callbacks=callbacks,
+    )
+    if timing is not None:
+        timing.trainer = trainer
+        trainer.add_callback(timing)
+    trainer.train()
+    found = {
+        "steps_s": [later - sooner for sooner, later in zip(ends, ends[1:], strict=False)],
+        "close": [] if timing is None else [row.step for row in timing.rows if row.is_close],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "failures": [] if timing is None else list(timing.failures),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }
+    del trainer, timing
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return found
+
+
+def compared(arms: dict[bool, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the cost of a step as a share of it, its spread over the turns, and whether the arms did the same."""
+    close = set(arms[True][0]["close"])
+    usual = [index for index in range(len(arms[True][0]["steps_s"])) if index + 2 not in close]
+    looked_at = [index for index in range(len(arms[True][0]["steps_s"])) if index + 2 in close]
+    by_turn = [
+        share([one], [other], usual) for one, other in zip(arms[True], arms[False], strict=True) if usual
+    ]  # neighbours in time
+    cost = share(arms[True], arms[False], usual)
+    return {
+        "step_s": round(statistics.median(one["steps_s"][index] for one in arms[False] for index in usual), 4),
+        "cost": round(cost, 5),
+        "cost_by_turn": [round(one, 5) for one in by_turn],
+        "cost_of_close_steps": round(share(arms[True], arms[False], looked_at), 4) if looked_at else None,
+        "is_within_limit": cost <= LIMIT,
+        "losses_are_equal": len({tuple(one["losses"]) for arm in arms.values() for one in arm}) == 1,
+        "failures": [text for one in arms[True] for text in one["failures"]],
+        "device": arms[True][0]["device"],
+    }
+
+
+def share(timed: list[dict[str, Any]], untimed: list[dict[str, Any]], steps: list[int]) -> float:
+    """Return what the first arm takes more than the second, over the medians of each of these steps."""
+    seconds = [
+        sum(statistics.median(one["steps_s"][index] for one in arm) for index in steps) for arm in (timed, untimed)
+    ]
+    return seconds[0] / seconds[1] - 1
+
+
+def shown(turn: int, row: dict[str, Any], *, timed: bool) -> str:
+    """Return the seconds of a training's steps in one line."""
+    arm = "with" if timed else "without"
+    return f"turn {turn} {arm:>8}: {'  '.join(f'{seconds:.3f}' for seconds in row['steps_s'])} s"
+
+
+if __name__ == "__main__":
+    main()
