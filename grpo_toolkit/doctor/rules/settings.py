@@ -203,6 +203,8 @@ def image_settings_differ(folder: Folder) -> Iterator[Fault]:
         found = ours.get(key, ABSENT)
         if key in _NOT_OF_PICTURES or key.startswith("_") or found is ABSENT or value is None or _equal(found, value):
             continue
+        if key == "crop_size" and {_kind(found), _kind(value)} == {"number", "dict"}:
+            continue  # one number is a square
         yield Fault(
             file=file,
             key=".".join((*path, key)),
