@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from grpo_toolkit.checkpoint.json_files import JsonObject
     from grpo_toolkit.doctor.planned_files import Files
 
-_LIMIT: Final = 24 * MIB
-"""The largest that is read whole; published ones have up to 17 MB (Gemma 3)."""
+_LIMIT: Final = 18 * MIB
+"""The largest that is read whole (Llama 3's has 17 MB); larger ones are not judged."""
+_CONTAINERS: Final = 1_000_000
+"""The most objects and lists: a merge is a list of two, and Gemma's has half a million of them."""
 _PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
@@ -25,6 +27,8 @@ def read_tokenizer(files: Files, config: JsonObject | None) -> Tokenizer | None:
     try:
         raw = files.read(TOKENIZER, limit=_LIMIT)
     except CheckpointError:
+        return None
+    if raw.count(b"[") + raw.count(b"{") > _CONTAINERS:
         return None
     try:
         content = json.loads(raw.decode("utf-8"))
