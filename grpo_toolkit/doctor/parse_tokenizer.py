@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.doctor.parsed_folder import MIB, TOKENIZER, Tokenizer
+from grpo_toolkit.doctor.parsed_folder import MIB, TOKENIZER, TOKENIZER_PARTS, Tokenizer
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ _LIMIT: Final = 18 * MIB
 """The largest that is read whole (Llama 3's has 17 MB); larger ones are not judged."""
 _CONTAINERS: Final = 1_000_000
 """The most objects and lists: a merge is a list of two, and Gemma's has half a million of them."""
-_PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def read_tokenizer(files: Files, config: JsonObject | None) -> Tokenizer | None:
@@ -39,7 +38,7 @@ def read_tokenizer(files: Files, config: JsonObject | None) -> Tokenizer | None:
     key, fault = _fault_in(content)
     if fault:
         return Tokenizer(fault=fault, key=key)
-    parts = {part: content.get(part) for part in _PARTS}
+    parts = {part: content.get(part) for part in TOKENIZER_PARTS}
     return Tokenizer(parts=parts, unknown=_unknown(content, config or {}))
 
 
@@ -52,7 +51,7 @@ def _fault_in(content: dict[str, Any]) -> tuple[str, str]:
         return "model.vocab", "no vocabulary"
     if not isinstance(content.get("added_tokens", []), list):
         return "added_tokens", "not a list"
-    for part in _PARTS:
+    for part in TOKENIZER_PARTS:
         value = content.get(part)
         if value is None:
             continue

@@ -37,6 +37,8 @@ PROCESSOR: Final = "processor_config.json"
 VIDEO_PREPROCESSOR: Final = "video_preprocessor_config.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 TOKENIZER: Final = "tokenizer.json"
+TOKENIZER_PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+"""The steps of a tokenizer beside its model: https://huggingface.co/docs/tokenizers/components"""
 TEMPLATE_JSON: Final = "chat_template.json"
 TEMPLATE_JINJA: Final = "chat_template.jinja"
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
+from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from grpo_toolkit.doctor.parsed_folder import Folder
-
-PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-"""The steps of a tokenizer beside its model: https://huggingface.co/docs/tokenizers/components"""
 
 
 def _copy_of_base(folder: Folder) -> tuple[WholeFile, ...]:
@@ -55,7 +52,7 @@ def tokenizer_differs(folder: Folder) -> Iterator[Fault]:
     ours, base = folder.tokenizer, folder.base
     if ours is None or ours.fault or base is None or base.tokenizer is None or base.tokenizer.fault:
         return
-    for part in PARTS:
+    for part in TOKENIZER_PARTS:
         if part == "post_processor" and None in (ours.parts.get(part), base.tokenizer.parts.get(part)):
             continue  # the classes of transformers make it anew
         where = _first_difference(ours.parts.get(part), base.tokenizer.parts.get(part), part)
