@@ -1,7 +1,7 @@
 """The truth: what each reader does with each case, computed by hand and committed as recipes and verdicts.
 
     python -m scripts.benchmarks.oracle.truth ask DIR PYTHON ... --minutes 60    # goes on where it was
-    python -m scripts.benchmarks.oracle.truth collect DIR                        # writes tests/data/oracle/truth.jsonl
+    python -m scripts.benchmarks.oracle.truth collect DIR                        # adds to tests/data/oracle/truth.jsonl
 
 Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all.
 """
@@ -87,7 +87,11 @@ def ask_all(pythons: list[str], folder: Path, *, minutes: float, start: int = 0)
     """Ask the readers of some environments about the cases in their order until the time is over."""
     cases = chosen(bases.names(), seed=SEED)[start:]
     askers = [_start(python, folder) for python in pythons]
-    known = [{entry["hash"] for entry in _lines(folder / f"{one.version}.jsonl")} for one in askers]
+    known = [
+        {entry["hash"] for entry in _lines(folder / f"{one.version}.jsonl")}
+        | {entry["hash"] for entry in _lines(TRUTH) if one.version in entry["readers"]}
+        for one in askers
+    ]
     end = time.monotonic() + 60 * minutes
     for number, case in enumerate(cases):
         made = changed(case)
@@ -126,9 +130,9 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def collect(folder: Path) -> None:
-    """Write the cases about which a reader was asked who can read the good folder."""
-    said: dict[str, dict[str, Any]] = {}
-    cases: dict[str, dict[str, Any]] = {}
+    """Add the cases about which a reader was asked who can read the good folder."""
+    cases: dict[str, dict[str, Any]] = {entry["hash"]: entry for entry in _lines(TRUTH)}
+    said: dict[str, dict[str, Any]] = {key: dict(entry["readers"]) for key, entry in cases.items()}
     for file in sorted(folder.glob("*.jsonl")):
         for entry in _lines(file):
             cases.setdefault(entry["hash"], entry)
