@@ -1,7 +1,7 @@
 """The truth: what each reader does with each case, computed by hand and committed as recipes and verdicts.
 
     python -m scripts.benchmarks.oracle.truth ask DIR PYTHON ... --minutes 60    # goes on where it was
-    python -m scripts.benchmarks.oracle.truth collect DIR                        # adds to tests/data/oracle/truth.jsonl
+    python -m scripts.benchmarks.oracle.truth collect DIR                       # adds to tests/data/oracle/truth.jsonl
 
 Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all.
 """
