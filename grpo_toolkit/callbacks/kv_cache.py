@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
+from grpo_toolkit.model.attention.cudnn_gradients import GradientsWithoutCudnn, loses_gradients
 from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn, plans_per_length
 from grpo_toolkit.model.cache_probe import Decoding, RolloutWatch
 from grpo_toolkit.model.kv_cache import (
@@ -39,7 +40,8 @@ class KVCacheCallback(GuardedCallback):
 
     A saved model is also to mean what was trained: rotary frequencies that loading has rounded (see `buffers`) are
     computed again before the first step, and an adapter that is merged into the live base and taken out again, as TRL
-    does for vLLM, leaves that base as it was (see `model/merge_guard.py`).
+    does for vLLM, leaves that base as it was (see `model/merge_guard.py`). Where a GPU's attention kernel is found to
+    return NaN gradients at some lengths, steps of such lengths use another (see `model/attention/cudnn_gradients.py`).
 
     Saves load wherever their base loads: config, tokenizer and processor have its forms, with what training changed.
     Where a backend writes no model folder (FSDP's `SHARDED_STATE_DICT`), nothing is added to what it writes.
@@ -74,6 +76,7 @@ class KVCacheCallback(GuardedCallback):
         self.decoding: Decoding | None = None
         self._watch: RolloutWatch | None = None
         self._without_cudnn: DecodeWithoutCudnn | None = None
+        self._gradients: GradientsWithoutCudnn | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,11 +118,22 @@ class KVCacheCallback(GuardedCallback):
                 wanted = self.cudnn_decoding
                 if plans_per_length(base_model(model).device) if wanted is None else not wanted:
                     self._without_cudnn = DecodeWithoutCudnn(model)
+            with self._guarded("keeping gradients off a kernel that loses them"):
+                self._keep_gradients(args, model, is_first=state.is_world_process_zero)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let every attention kernel in again after a micro-batch's backward pass."""
+        if self._gradients is not None:
+            self._gradients.end_of_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Print a warning after the first step if its rollout decoded without a cache."""
+        if self._gradients is not None:
+            self._gradients.end_of_step()
         if self._watch is None:
             return
         self.decoding = self._watch.seen
@@ -165,10 +179,25 @@ class KVCacheCallback(GuardedCallback):
         )
 
     def _let_go(self) -> None:
-        for hooks in (self._watch, self._without_cudnn):
+        for hooks in (self._watch, self._without_cudnn, self._gradients):
             if hooks is not None:
                 hooks.close()
-        self._watch = self._without_cudnn = None
+        self._watch = self._without_cudnn = self._gradients = None
+
+    def _keep_gradients(self, args: TrainingArguments, model: torch.nn.Module, *, is_first: bool) -> None:
+        """Hook the model if this GPU's attention loses gradients in the dtype that the training computes in."""
+        import torch
+
+        inner = base_model(model)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else inner.dtype
+        if not loses_gradients(inner.device, dtype):
+            return
+        self._gradients = GradientsWithoutCudnn(model)
+        if is_first:
+            logger.warning(
+                "grpo_toolkit: cuDNN's attention returns NaN gradients on this GPU for padded batches of some lengths "
+                "(pytorch#196678); steps of such lengths use another kernel"
+            )
 
     def _attach(self, args: TrainingArguments, model: torch.nn.Module, processing_class: Any) -> None:
         overrides = dict(self.generation_overrides or {})

@@ -29,7 +29,7 @@ WORTH: Final = 0.01
 _BETWEEN: Final = ("logging", "evaluation", "saving")
 """Phases that do not happen in every step: their mean is over all steps, however often phases are taken."""
 
-_BUSY: Final = ("reading_rows", "image_processing", "texts", "preparing", "rollout", "rewards")
+_BUSY: Final = ("reading_rows", "image_processing", "texts", "rollout", "rewards")
 
 
 def explain_steps(

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import torch
 import yaml
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
@@ -50,10 +49,6 @@ TYPED_FOR = {
     "use_vllm": "vllm",
 }
 """Words that people type, and the setting that they mean by it; typing errors are found without."""
-
-PADDED_TO = 64
-"""On a GPU prompts and completions are padded to multiples of so many tokens, unless `pad_to_multiple_of` says
-otherwise: attention kernels are then planned for some dozen lengths in place of hundreds. The pads are masked."""
 
 TYPED_FOR_ACCELERATE = "gpu gpus n_gpus nproc_per_node num_gpus num_machines num_nodes num_processes"
 """Typed where they come too late: `accelerate launch` starts the processes."""
@@ -165,8 +160,6 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig
     # Not abbreviated: what is nearly a setting is a mistake.
     parser = _Parser((RecipeArguments, GRPOConfig, ModelConfig), allow_abbrev=False)
     parser.set_defaults(num_generations_eval=1)  # AccuracyTrainer evaluates without groups: any batch will do.
-    if torch.cuda.is_available():
-        parser.set_defaults(pad_to_multiple_of=PADDED_TO)
     try:
         recipe, training, model = parser.parse_args_and_config(_one_config(args))
     except yaml.YAMLError as error:

@@ -7,10 +7,10 @@
 A step is that of the recipe's configs: `--groups` prompts with an image each and `--completions` answers of exactly
 `--new-tokens` tokens to each, in micro-batches of one group, gradient checkpointing, sdpa; `full` trains float32
 weights under autocast, `lora` an adapter on bfloat16 weights, with rollouts of half a step. `fast` is all that the
-recipe has on by default, `unpadded` all but lengths in multiples of 64 (on a GPU). Each arm is a process of its own,
-one after the other, and all arms see the same rows. The GPU is waited for at each border of a phase. Steps after the
-first are timed; the first, which compiles, is shown beside them. `--launch` runs each arm on two processes by a file
-of recipes/accelerate, with as much work for each; times and memory are those of the first process.
+recipe has on by default, `padded` has lengths in multiples of 128 besides. Each arm is a process of its own, one after
+the other, and all arms see the same rows. The GPU is waited for at each border of a phase. Steps after the first are
+timed; the first, which compiles, is shown beside them. `--launch` runs each arm on two processes by a file of
+recipes/accelerate, with as much work for each; times and memory are those of the first process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega", "angle", "circle", "degrees")
 ROOT = Path(__file__).resolve().parents[2]
-ARMS = ("plain", "packed", "rollout", "fast", "unpadded")
+ARMS = ("plain", "packed", "rollout", "fast", "padded")
 PHASES = ("rollout", "scoring", "forward", "backward")
 
 
@@ -124,11 +124,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     weights, arm = options.child
     on_gpu = options.device == "cuda"
     callbacks: list[Any] = [KVCacheCallback()]
-    if arm in ("packed", "fast", "unpadded"):
+    if arm in ("packed", "fast", "padded"):
         from grpo_toolkit import PackedVisionCallback
 
         callbacks.append(PackedVisionCallback())
-    if arm in ("rollout", "fast", "unpadded"):
+    if arm in ("rollout", "fast", "padded"):
         from grpo_toolkit import FastRolloutCallback
 
         callbacks.append(FastRolloutCallback(way="fast"))
@@ -139,7 +139,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             model=options.base,
             args=settings,
             reward_funcs=distinct_letters,
-            train_dataset=rows_once(prompts(options)) if arm in ("fast", "unpadded") else prompts(options),
+            train_dataset=rows_once(prompts(options)) if arm in ("fast", "padded") else prompts(options),
             peft_config=adapter_of(weights),
             callbacks=[clock.callback(), *callbacks],
         )
@@ -172,7 +172,7 @@ def settings_of(options: argparse.Namespace, output_dir: str) -> Any:
     from trl import GRPOConfig
 
     on_gpu, is_lora = options.device == "cuda", options.child[0] == "lora"
-    padded = {"pad_to_multiple_of": 64} if on_gpu and options.child[1] in ("fast", "cured", "untimed-cured") else {}
+    padded = {"pad_to_multiple_of": 128} if options.child[1] == "padded" else {}
     return GRPOConfig(
         output_dir=output_dir,
         max_steps=options.steps,

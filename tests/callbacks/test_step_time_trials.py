@@ -38,6 +38,7 @@ def trained(base: Path, folder: Path, *callbacks: Any, trials: bool, peft: bool 
 def test_cures_are_measured_beside_what_they_were_predicted_to_save(
     peft: bool, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trained(qwen, tmp_path / "first", trials=False, peft=peft)  # TRL's first PEFT training differs from its second
     packings: list[VisionPacking] = []
     fast: list[FastRollouts] = []
     for kind, made in ((VisionPacking, packings), (FastRollouts, fast)):

@@ -86,7 +86,9 @@ def rollout_size(model: torch.nn.Module) -> RolloutSize:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     counts = {
-        name: whole_shape(parameter).numel() for name, parameter in inner.named_parameters() if ".lora_" not in name
+        name: whole_shape(parameter).numel()
+        for name, parameter in inner.named_parameters()
+        if ".lora_" not in name and ".modules_to_save." not in name  # which stand for what the base has
     }
     return RolloutSize(
         parameters=sum(counts.values()),

@@ -175,7 +175,7 @@ class TrainerSeams:
     def _time_on_class(self, owner: Any, name: str, *path: str, note: Any = None) -> None:
         """Time a method of one object on its class: an attribute of the object would be saved with its settings."""
         kind: Any = type(owner)
-        if owner is None or not callable(getattr(kind, name, None)):
+        if not any(name in vars(base) for base in kind.__mro__):  # every class can be called itself
             return
         had, before = name in vars(kind), getattr(kind, name)
         seams = self.seams
