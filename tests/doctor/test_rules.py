@@ -28,7 +28,8 @@ CONFIG: Json = {
 GENERATION: Json = {"eos_token_id": 7}
 TOKENS: Json = {"7": {"content": "</s>"}, "6": {"content": "<pad>"}}
 TOKENIZER: Json = {"eos_token": "</s>", "added_tokens_decoder": TOKENS, "tokenizer_class": "LlamaTokenizer"}
-WORDS: Json = {"added_tokens": [], "decoder": {"type": "ByteLevel", "use_regex": True}, "model": {"vocab": {"a": 0}}}
+BYTES: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+WORDS: Json = {"added_tokens": [], "decoder": BYTES, "model": {"vocab": {"a": 0}}}
 TENSORS = {
     "model.embed_tokens.weight": ("BF16", (8, 4)),
     "model.layers.0.mlp.up_proj.weight": ("BF16", (4, 4)),
@@ -146,7 +147,7 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
               processor_config__json={"patch_size": None}),
         model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
               processor_config__json={"patch_size": 14}), None, "processor_config.json", "patch_size"),
-    "tokenizer-broken": (model(tokenizer__json={**WORDS, "decoder": {"type": "ByteLevel", "use_regex": "true"}}), None,
+    "tokenizer-broken": (model(tokenizer__json={**WORDS, "decoder": {**BYTES, "use_regex": "true"}}), None,
                          None, "tokenizer.json", "decoder.use_regex"),
     "tokenizer-differs": (model(tokenizer__json={**WORDS, "decoder": {"type": "Fuse"}}), BASE, None,
                           "tokenizer.json", "decoder.type"),
