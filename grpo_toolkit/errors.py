@@ -79,3 +79,8 @@ def first_words(error: BaseException) -> str:
         if not line.endswith(":") or len(said) == 3:
             break
     return " ".join(said) or type(error).__name__
+
+
+def named(error: BaseException) -> str:
+    """Return an exception's type with its first words: "KeyError: 'tokenizer'"."""
+    return f"{type(error).__name__}: {first_words(error)}"

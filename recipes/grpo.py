@@ -96,6 +96,7 @@ def main(argv: list[str]) -> None:
         new_tokens=recipe.latency_new_tokens,
         rounds=max(recipe.latency_rounds, 1),
         max_new_tokens=training.max_completion_length,
+        tells_verdict=recipe.verbose,  # without it, the story at the end has them
     )
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
     finals = AfterTraining(splits.held_out)

@@ -56,5 +56,5 @@ def test_a_command_that_needs_more_says_so_in_one_line(command: str) -> None:
     done = run(command, "bench", f"base={DATA / 'base'}", f"export={DATA / 'base'}", code=2)
     assert done.stdout == ""
     assert done.stderr == (
-        "grpo-toolkit: this command needs transformers, which is not installed here: pip install transformers\n"
+        "grpo-toolkit: this command needs transformers, which is not installed here: pip install transformers torch\n"
     )

@@ -126,8 +126,8 @@ class ExportCallback(GuardedCallback):
             requests = find_requests(self.prompts, kwargs, limit=self.num_prompts, state=state)
             if state.is_world_process_zero and _sees(kwargs) and not any(request.images for request in requests):
                 logger.warning(
-                    "grpo_toolkit: no images were found among this trainer's rows, so the export is not verified with "
-                    "a picture; pass prompts=[...] to ExportCallback, rows with `prompt` and `image`"
+                    "grpo_toolkit: no images were found among this trainer's rows, so the export is verified with "
+                    "drawn pictures alone; pass prompts=[...] to ExportCallback, rows with `prompt` and `image`"
                 )
         if self._agree():
             with self._guarded("the export"):

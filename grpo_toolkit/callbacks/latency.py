@@ -18,7 +18,8 @@ from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.latency.rows.review import FOLDER_NAME, Review, load_review
 from grpo_toolkit.latency.rows.store import FILE_NAME, append_rows
-from grpo_toolkit.model.generation.request import find_requests, plain_request
+from grpo_toolkit.model.generation.drawn_pictures import requests_to
+from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.offload_to_cpu import offloaded_to_cpu
@@ -64,7 +65,9 @@ class LatencyCallback(GuardedCallback):
     last two may have a minute, however short the training was; what one workload leaves is for the next. Outside of it
     are: the least that is asked of each arm on each workload, however slow it is (two answers to warm up, six timed
     ones or `rounds` if those are fewer, one under observation); the report and the trackers; for each folder that
-    missed the gate, an explanation with a limit of its own, as long again, but three rounds at least.
+    missed the gate, an explanation with a limit of its own, as long again, but three rounds at least. After a training
+    of less than a minute the timing may take as long as that training (20 seconds at least), two timed answers are the
+    least, a workload for which no time is left is not asked, and a line says what was left out.
 
     Model and optimizer wait on the CPU meanwhile, where they can be moved (not sharded, not quantised), because every
     arm's process needs room for a model; where a GPU has not enough, the checkpoint is left out. For want of that room
@@ -83,6 +86,8 @@ class LatencyCallback(GuardedCallback):
         output_dir: where to put the results; by default `latency` in the trainer's `output_dir`.
         gate: such as "max-slowdown=1.05": how much slower than the first arm the export may be (without an export,
             the other arms). One that misses it is explained: on the terminal, and by a row in `latency.jsonl`.
+        tells_verdict: print the verdict, the faults and the report's place at the end; off for a script that prints a
+            summary of its own.
         log_artifact: also record the export as an artifact in W&B, by reference: no weights are copied or uploaded.
         strict: raise at the end of training if the measurement failed or the gate was missed.
     """
@@ -99,6 +104,7 @@ class LatencyCallback(GuardedCallback):
         num_prompts: int = 4,
         output_dir: str | os.PathLike[str] | None = None,
         gate: str | None = None,
+        tells_verdict: bool = True,
         log_artifact: bool = False,
         strict: bool = False,
     ) -> None:
@@ -119,6 +125,7 @@ class LatencyCallback(GuardedCallback):
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.output_dir = output_dir
+        self.tells_verdict = tells_verdict
         self.explanations: list[ExplanationRow] = []
         self.mirror = Mirror(artifact=log_artifact)
         self.rows: list[LatencyRow] = []
@@ -177,7 +184,8 @@ class LatencyCallback(GuardedCallback):
         return folder
 
     def _requests(self, state: TrainerState, kwargs: Mapping[str, Any]) -> list[Request]:
-        return find_requests(self.prompts, kwargs, limit=self.num_prompts, state=state) or [plain_request()]
+        found = find_requests(self.prompts, kwargs, limit=self.num_prompts, state=state)
+        return found or requests_to(kwargs["model"], kwargs["processing_class"])
 
     def _measure_live(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         model = kwargs["model"]
@@ -235,7 +243,8 @@ class LatencyCallback(GuardedCallback):
         review = self._review(folder, [*self.live_rows, *self.rows])
         self._write_card(review)
         pages = Pages(report=write_report(review), pictures=write_pictures(review, folder / "pictures"))
-        say(*latency_lines(self.rows), *verdict_lines(review, findings_of(review)), line("report", str(pages.report)))
+        said = [*verdict_lines(review, findings_of(review)), line("report", str(pages.report))]
+        say(*latency_lines(self.rows), *(said if self.tells_verdict else ()))
         for hint in self.mirror.log(review, pages, args):
             say(hint)
 

@@ -45,6 +45,12 @@ COST: Final = 0.01
 LEAST_BUDGET_S: Final = 60.0
 """Seconds for warm-up and rounds of all workloads together, after a training so short that less would be left."""
 
+SMOKE_BUDGET_S: Final = 20.0
+"""The same after a training that took less than that: whoever tries three steps waits for the end, too."""
+
+SMOKE_ROUNDS: Final = 2
+"""Rounds after which a training shorter than `LEAST_BUDGET_S` may have no time for more; they give no verdict."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -74,12 +80,27 @@ class Budget:
     @property
     def allowed_s(self) -> float:
         """The seconds that the measurement may take: the share `COST` of the training's own time."""
-        return COST * (self.ended - self.began)
+        return COST * self.training_s
+
+    @property
+    def training_s(self) -> float:
+        """The seconds that the training took."""
+        return self.ended - self.began
+
+    @property
+    def least_s(self) -> float:
+        """The seconds that are left for warm-up and rounds however short the training was: its own, within limits."""
+        return min(LEAST_BUDGET_S, max(SMOKE_BUDGET_S, self.training_s))
+
+    @property
+    def least_rounds(self) -> int:
+        """The rounds that are made however slow the arms are: six give a verdict, which no smoke run asks for."""
+        return SMOKE_ROUNDS if self.training_s < LEAST_BUDGET_S else MIN_PAIRS
 
     def left_s(self, asked_s: float) -> float:
-        """Return the seconds left for warm-up and rounds: one percent of the training, or a minute if that is more."""
+        """Return the seconds left for warm-up and rounds: one percent of the training, or `least_s` if more."""
         spent_s = time.perf_counter() - self.ended
-        return max(self.allowed_s - spent_s, LEAST_BUDGET_S - asked_s, 0.0)
+        return max(self.allowed_s - spent_s, self.least_s - asked_s, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,22 +131,41 @@ class EndMeasurement:
         with Engines() as engines:
             for left, traffic in zip(range(len(workloads), 0, -1), workloads, strict=True):
                 share_s = self.budget.left_s(engines.asked_s) / left
+                if self.rows and not share_s and self.budget.least_rounds < MIN_PAIRS:
+                    self._say_left_out(f"{traffic.kind} answers")
+                    continue
                 timed = [arm for arm in arms if traffic.kind == "fixed" or arm.name != NO_CACHE]
                 if not timed:
                     continue
                 rounds = self.settings.rounds
                 compared = compare_latency(
-                    timed, traffic, rounds=rounds, control=False, budget_s=share_s, engines=engines
+                    timed,
+                    traffic,
+                    rounds=rounds,
+                    control=False,
+                    budget_s=share_s,
+                    least_rounds=self.budget.least_rounds,
+                    engines=engines,
                 )
                 rows = [replace(row, step=self.step) for row in compared.rows]
                 append_rows(self.folder / FILE_NAME, rows)
                 self.rows.extend(rows)
+                made = max(row.rounds for row in rows)
+                if made < min(MIN_PAIRS, self.settings.rounds):
+                    self._say_left_out(
+                        f"{traffic.kind} answers after {made} rounds, of which a verdict takes {MIN_PAIRS}"
+                    )
                 missed += self._missed(rows)
         return missed
 
+    def _say_left_out(self, what: str) -> None:
+        training_s = self.budget.training_s
+        said = f"{what}: a training of {training_s:.0f} s leaves {self.budget.least_s:.0f} s for its timing"
+        say(line("left out", said))
+
     def _announcement(self, workloads: Sequence[Traffic]) -> str:
-        most = self.settings.rounds
-        rounds = f"{MIN_PAIRS} to {most}" if most > MIN_PAIRS else str(most)
+        least, most = self.budget.least_rounds, self.settings.rounds
+        rounds = f"{least} to {most}" if most > least else str(most)
         kinds = " and ".join(traffic.kind for traffic in workloads)
         return f"{kinds} answers, {rounds} rounds each, about {self.budget.left_s(0.0):.0f} s"
 
@@ -144,7 +184,7 @@ class EndMeasurement:
             device=first.options.device,
             requests=self.requests,
             max_new_tokens=self.settings.new_tokens,
-            budget_s=max(LEAST_BUDGET_S, self.budget.allowed_s),
+            budget_s=max(self.budget.least_s, self.budget.allowed_s),
         )
         self.explanations.extend(replace(row, step=self.step) for row in rows)
         append_rows(self.folder / FILE_NAME, self.explanations)

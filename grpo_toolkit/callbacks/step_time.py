@@ -230,7 +230,7 @@ class StepTimeCallback(GuardedCallback):
 
     def _tried(self, model: torch.nn.Module, kept: KeptInputs | None, args: TrainingArguments) -> Sequence[TriedCure]:
         """Try cures for the causes of the mean step; what fails is said and leaves nothing behind."""
-        found = explain_steps(self.rows, self._seen, machine=self._machine)
+        found = explain_steps(self.rows, self._seen, machine=self._machine, in_place=self._callbacks())
         if found is None or kept is None or world_size() > 1 or args.fp16:
             return ()
         steady = steady_rows(self.rows)
@@ -256,6 +256,7 @@ class StepTimeCallback(GuardedCallback):
             machine=self._machine,
             ranks=[row for row in ranks if row.measured_at >= self.rows[0].measured_at],
             environment=self._environment,
+            in_place=self._callbacks(),
         )
         if found is None:
             return
@@ -264,6 +265,11 @@ class StepTimeCallback(GuardedCallback):
         self._writer.append(found)
         if is_shown:
             say(*step_lines(found))
+
+    def _callbacks(self) -> set[str]:
+        """Return the names of the trainer's callbacks; none where it is not known."""
+        handler = getattr(self.trainer, "callback_handler", None)
+        return {type(callback).__name__ for callback in getattr(handler, "callbacks", ())}
 
     def _show(self, args: TrainingArguments) -> None:
         """Write the page, and log to the trackers what is left, all from what is on disk."""

@@ -34,7 +34,7 @@ def add_command(commands: Commands) -> None:
     parser = add_verb(
         commands,
         "explain",
-        help="say why a trained model is slower than its base, or a training step than it need be",
+        help="say why answers or training steps are slower than they need be",
         examples=(
             "BASE out/checkpoint-500",
             "BASE out/checkpoint-500 --with dtype=float32 --rounds 12",

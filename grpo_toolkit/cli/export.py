@@ -103,11 +103,10 @@ def export(arguments: argparse.Namespace) -> int:
 
 def _are_read_here(source: Path) -> bool:
     """Return whether the source is shards that an export reads itself."""
-    from grpo_toolkit.checkpoint.folders.layouts import VERL
     from grpo_toolkit.checkpoint.folders.look_around import shards_of
 
     shards = shards_of(source)
-    return shards is not None and shards.layout is VERL
+    return shards is not None and shards.layout is not None and shards.layout.is_read
 
 
 def _pushed(repository: str, path: Path) -> str:

@@ -103,6 +103,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 _DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "wandb_workspaces": "wandb-workspaces"}
 """Names to install where they are others than those to import."""
 
+_MODELS_NEED: Final = ("transformers", "torch")
+"""What every command that loads a model needs: named together, so that one line installs both."""
+
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
@@ -139,11 +142,15 @@ def missing(error: ModuleNotFoundError) -> str:
     Raises:
         ModuleNotFoundError: it is one of ours that is not there.
     """
+    from importlib.util import find_spec
+
     package = (error.name or "").partition(".")[0]
     if package in ("", "grpo_toolkit"):
         raise error
     name = _DISTRIBUTIONS.get(package, package)
-    return f"this command needs {package}, which is not installed here: pip install {name}"
+    together = [other for other in _MODELS_NEED if other != name and find_spec(other) is None]
+    names = " ".join([name, *(together if name in _MODELS_NEED else [])])
+    return f"this command needs {package}, which is not installed here: pip install {names}"
 
 
 def version() -> str:

@@ -28,6 +28,8 @@ from grpo_toolkit.doctor.rules import (
     files,
     fit,
     processing,
+    prompts,
+    servers,
     settings,
     shards,
     tied,
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MODULES: Final = (
-    files, shards, cache, weights, fit, settings, tied, dtypes, dialect, custom_code, tokenizer, processing, adapter,
+    files, shards, cache, weights, fit, settings, tied, dtypes, dialect, custom_code, tokenizer, processing, prompts,
+    servers, adapter,
 )  # fmt: skip
 
 ALL_RULES: Final = tuple(

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 _CONTAINERS: Final = 50_000
 _TOKENIZER_HEAD: Final = 4 * MIB
+_TOKENIZER_START: Final = 4 * 1024
 _README_HEAD: Final = 16 * 1024
 _MAX_SHARDS: Final = 2_000
 
@@ -93,6 +94,7 @@ def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
         jinja=_read_text(files, TEMPLATE_JINJA, refused),
         tokenizer=read_tokenizer(files, objects.get(TOKENIZER_CONFIG)),
         added_tokens=_read_added_tokens(files, objects.get(TOKENIZER_CONFIG)),
+        truncation=_read_truncation(files),
         card=_read_card(files),
         shards=shards,
         refused=refused,
@@ -184,6 +186,19 @@ def _read_added_tokens(files: Files, tokenizer_config: JsonObject | None) -> dic
         for entry in added
         if isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
     }
+
+
+def _read_truncation(files: Files) -> JsonObject | None:
+    """Return the truncation that tokenizer.json says, which stands before its long lists."""
+    if not _may_read(files, TOKENIZER):
+        return None
+    try:
+        text = files.head(TOKENIZER, limit=_TOKENIZER_START).decode("utf-8", errors="ignore")
+        match = re.search(r'"truncation"\s*:\s*(?=\{)', text)
+        found = json.JSONDecoder().raw_decode(text, match.end())[0] if match else None
+    except (CheckpointError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _read_shards(

@@ -73,6 +73,8 @@ class Folder:
     jinja: str | None = None
     added_tokens: Mapping[str, int] | None = None
     tokenizer: Tokenizer | None = None
+    truncation: JsonObject | None = None
+    """The truncation with which the tokenizer was saved."""
     card: str = ""
     shards: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
     place: Place | None = None

@@ -193,7 +193,7 @@ def _new_content(remedy: Edit | WholeFile | Unmark, planned: PlannedFiles, base:
             assert base is not None, "a file is copied from the base only where there is one"
             return DiskFiles(base).read(remedy.file, limit=_MAX_COPIED)
         return f"{json_edit.dumps(remedy.content, indent=2)}\n".encode()
-    raw = planned.read(remedy.file, limit=JSON_LIMITS[remedy.file])
+    raw = planned.read(remedy.file, limit=JSON_LIMITS.get(remedy.file, _MAX_COPIED))
     if isinstance(remedy, Unmark):
         return raw.removeprefix(b"\xef\xbb\xbf")
     mark = raw[:3] if raw.startswith(b"\xef\xbb\xbf") else b""

@@ -32,8 +32,8 @@ from grpo_toolkit.export.format_reward import format_reward_of, format_scores
 from grpo_toolkit.export.policy_answers import PolicyAnswers, ask_policy
 from grpo_toolkit.export.policy_weights import is_quantised
 from grpo_toolkit.export.quantised_policy import ask_unquantised
+from grpo_toolkit.export.shards.model_folder import as_model_folder
 from grpo_toolkit.export.verify import VerificationResult, verify_export
-from grpo_toolkit.export.verl_shards import as_model_folder
 from grpo_toolkit.merge.adapter import find_adapter
 from grpo_toolkit.model.generation.request import logged_requests
 from grpo_toolkit.model.live_model import is_tied, random_state_kept
@@ -117,7 +117,7 @@ def export_model(
 
     Args:
         source: a trainer, a model (PEFT-wrapped or not), or a folder with a full model, a LoRA adapter or the
-            shards of verl's family.
+            shards of verl's family or of accelerate's FSDP.
         output_dir: the folder to publish; its parent must be writable.
         base: folder or Hub name of the base model; by default the one that the model or adapter names.
         processing_class: the processor or tokenizer used in training; by default the trainer's or the folder's.
@@ -204,7 +204,7 @@ def export_model(
 
 @contextmanager
 def _opened(source: Any, target: Path, base: Path | None, adapter_name: str | None) -> Iterator[Any]:
-    """Yield what is exported: of a folder one of its adapters, or a model folder that is made of verl's shards."""
+    """Yield what is exported: of a folder one of its adapters, or a model folder made of a trainer's shards."""
     if not isinstance(source, (str, os.PathLike)):
         yield source
         return

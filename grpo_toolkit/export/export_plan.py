@@ -16,7 +16,7 @@ from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.copy_weights import plan_copy
 from grpo_toolkit.doctor.compat import published_renames
-from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, first_words
+from grpo_toolkit.errors import CheckpointError, InputError, UnsupportedError, named
 from grpo_toolkit.export.findings_check import loads_whole, refuse_unloadable
 from grpo_toolkit.export.live_adapter import is_adapted, refuse_unmergeable
 from grpo_toolkit.model.live_model import base_model
@@ -276,4 +276,4 @@ def _named_if_unloadable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded ({type(error).__name__}: {first_words(error)})") from error
+        raise CheckpointError(f"{folder}: cannot be loaded ({named(error)})") from error

@@ -107,7 +107,7 @@ def _write_saved(plan: ExportPlan, weights: dict[str, torch.Tensor] | None, stag
     """
     plain, size = plan.source.plain, plan.storage.max_shard_size
     sizes: dict[str, Any] = {} if size is None else {"max_shard_size": size}
-    with inference_defaults(plain, plan.defaults), published_names(plain):
+    with inference_defaults(plain, plan.defaults), published_names(plain, turned=True):
         # The class's own method: a save hook on the instance would do the same again, with other overrides.
         type(plain).save_pretrained(plain, staging, state_dict=weights, **sizes)
     _recast_files(plan, staging)

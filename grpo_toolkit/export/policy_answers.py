@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.export.policy_weights import is_mergeable, weights_as
 from grpo_toolkit.model.generation.agreement import LOGIT_TOLERANCES, TIE_MARGINS, first_difference, logit_distance
+from grpo_toolkit.model.generation.drawn_pictures import requests_to
 from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
 from grpo_toolkit.model.generation.generate import Record, generate
-from grpo_toolkit.model.generation.request import Request, plain_request
 from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults
+    from grpo_toolkit.model.generation.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +68,15 @@ def ask_policy(
     Args:
         model: the trained model.
         processor: its processor or tokenizer; without one it cannot be asked anything.
-        requests: what to ask; a text-only request is made up where there are none.
+        requests: what to ask; questions are made up where there are none, about drawn pictures too where it sees.
         dtype: what its export will be stored in.
         defaults: the generation defaults of the export. Trainers give the live model other end-of-sequence ids for
             their rollouts, and a policy that stops elsewhere cannot be compared.
     """
     if processor is None:
         return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
-    asked = tuple(replace(request, with_rivals=True, with_evidence=True) for request in requests or [plain_request()])
+    given = requests or requests_to(model, processor)
+    asked = tuple(replace(request, with_rivals=True, with_evidence=True) for request in given)
     generating = nullcontext() if defaults is None else inference_defaults(base_model(model), defaults)
     with generating, _seen_dtype(model) as computed_in:
         records = policy_records(model, processor, asked, dtype=dtype)

@@ -2,26 +2,28 @@
 
     facts of the live model, its base and the disk -> findings, each with what to do
 
-Nothing is written, gathered or drawn from the random state, and no weight is read: names, shapes, configs and free
-bytes are enough. What a finding says is so at that moment. The export is tried at the end whatever was found.
+Nothing is gathered, drawn from the random state or written but a processor into a temporary folder, and no weight is
+read: names, shapes, configs and free bytes are enough. What a finding says is so at that moment. The export is tried
+at the end whatever was found.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.base_lookup import named_base
-from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, open_checkpoint
 from grpo_toolkit.checkpoint.publish import check_output
 from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
 from grpo_toolkit.checkpoint.tensor_names import OUTPUT_EMBEDDINGS, is_embedding, live_name
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.checkpoint.weights.shard_plan import SPARE_BYTES
-from grpo_toolkit.errors import GrpoToolkitError
+from grpo_toolkit.errors import GrpoToolkitError, named
 from grpo_toolkit.export.live_adapter import adapter_state, is_adapted, refuse_resized
 from grpo_toolkit.export.policy_weights import is_quantised
 from grpo_toolkit.merge.adapter import adapter_of
@@ -29,9 +31,11 @@ from grpo_toolkit.merge.plan import plan_updates
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.request import plain_request
 from grpo_toolkit.model.live_model import base_model, is_tied, random_state_kept
-from grpo_toolkit.model.saving.processor_files import processor_of
+from grpo_toolkit.model.load import load_processor
+from grpo_toolkit.model.saving.processor_files import part_names, processor_of, whole_processor, write_processor
 from grpo_toolkit.model.saving.save_hook import base_folder, capture_model_defaults, published_names
 from grpo_toolkit.model.sharding.gather import is_sharded, whole_shape
+from grpo_toolkit.model.unheld_tensors import model_of_folder, unheld_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -111,8 +115,11 @@ def _findings(
         return
     if is_adapted(model):
         yield from _adapter_findings(model, known)
+        if (whole := model_of_folder(known.path)) is not None:
+            yield from carried_findings(whole, known, is_saved=False)
     else:
         yield from name_findings(_saved_names(model, known), known)
+        yield from carried_findings(model, known)
     yield from tie_findings(is_tied(model), known)
 
 
@@ -172,6 +179,36 @@ def name_findings(saved: Iterable[str], base: Base) -> Iterator[Finding]:
         )
 
 
+def carried_findings(model: torch.nn.Module, base: Base, *, is_saved: bool = True) -> Iterator[Finding]:
+    """Find tensors of the base that the export does not take from the model, by the word of the loader.
+
+    Args:
+        model: of the class that is trained.
+        base: its base.
+        is_saved: the export is saved from the model; otherwise an adapter is merged into the base's files, all of
+            which are then there.
+    """
+    saved = {live_name(name, base.family) for name in _saved_names(model, base)}
+    rest = [live for live in base.stored if live not in saved and not is_embedding(live, OUTPUT_EMBEDDINGS)]
+    if not saved or not rest:
+        return
+    names = sorted(base.stored[live] for live in rest)
+    said = f"{len(names)} tensors in {base.path} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    kind = type(base_model(model)).__name__
+    if unheld_groups(base_model(model), base.tensors, {"": names}):
+        yield Finding(
+            what=f"{said} have no place in a {kind}: this training does not change them, and the export carries them "
+            "as they are",
+            is_obstacle=False,
+        )
+    elif is_saved:
+        yield Finding(
+            what=f"{said} have a place in a {kind}, and are not among those that are saved of this model",
+            remedy="train the model as it was loaded from its base, or save it before the training and pass that "
+            "folder as base=",
+        )
+
+
 def tie_findings(is_tied: bool | None, base: Base) -> Iterator[Finding]:
     """Find whether the live model ties its embeddings as its base does."""
     if is_tied is not None and base.tensors and is_tied is not base.is_tied:
@@ -187,7 +224,7 @@ def _processor_findings(processing_class: Any, base: Base | None) -> Iterator[Fi
         own = None if base is None else processor_of(base.path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         yield Finding(
-            what=f"the processor of {None if base is None else base.path} cannot be loaded ({_first_line(error)})",
+            what=f"the processor of {None if base is None else base.path} cannot be loaded ({named(error)})",
             remedy="mend the base's tokenizer and processor files, which the export carries",
         )
         return
@@ -199,9 +236,41 @@ def _processor_findings(processing_class: Any, base: Base | None) -> Iterator[Fi
         prepare_inputs(processor, [plain_request()])
     except Exception as error:  # a chat template may raise anything
         yield Finding(
-            what=f"the processor cannot make a prompt of a question ({_first_line(error)})",
+            what=f"the processor cannot make a prompt of a question ({named(error)})",
             remedy="verification asks the export as it will be used: give it a chat template that can",
         )
+        return
+    if base is not None:
+        yield from part_findings(processor, own, base.path)
+
+
+def part_findings(processor: Any, own: Any, base: Path) -> Iterator[Finding]:
+    """Find which parts of its processor an export takes from its base, and whether it loads as it will be written.
+
+    Args:
+        processor: the training's processor or tokenizer.
+        own: the base's; None where it has none.
+        base: its folder.
+    """
+    carried = [] if own is None else sorted(part_names(own) - part_names(processor))
+    if carried:
+        yield Finding(
+            what=f"the training has a {type(processor).__name__} of the {type(own).__name__} in {base}: the export "
+            f"carries that one's {' and '.join(carried)}",
+            is_obstacle=False,
+        )
+    with tempfile.TemporaryDirectory(prefix="grpo-toolkit-preflight-") as temporary:
+        folder = Path(temporary)
+        try:
+            write_processor(whole_processor(processor, base), base, folder)
+            shutil.copyfile(base / CONFIG, folder / CONFIG)  # which decides the classes
+            load_processor(folder)
+        except Exception as error:  # a class of the user's own may raise anything
+            yield Finding(
+                what=f"the {type(processor).__name__} of the training cannot be loaded again once it is saved beside "
+                f"{base} ({named(error)})",
+                remedy="save it with save_pretrained and load that folder, until both pass; or train with the base's",
+            )
 
 
 def _adapter_findings(model: Any, base: Base) -> Iterator[Finding]:
@@ -272,7 +341,3 @@ def _described(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _live_bytes(model: Any) -> int:
     return sum(whole_shape(p).numel() * p.element_size() for p in model.parameters())
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

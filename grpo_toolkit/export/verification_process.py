@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grpo_toolkit.model.generation.drawn_pictures import Sight, sight_of
 from grpo_toolkit.model.generation.evidence import read_evidence, write_evidence
 from grpo_toolkit.model.generation.generate import Record
 from grpo_toolkit.model.generation.model_process import ModelProcess, answering, read_request
@@ -39,6 +40,7 @@ class Worker(ModelProcess):
         timeout_s: float = 1800.0,
     ) -> None:
         self._report: LoadReport | None = None
+        self._sight = Sight()
         setup = {"device": device, "attn_implementation": attn_implementation}
         super().__init__(path, setup, module=__name__, timeout_s=timeout_s)
 
@@ -46,8 +48,18 @@ class Worker(ModelProcess):
     def report(self) -> LoadReport:
         """Return the report of loading; the first call waits for it, so several processes can load side by side."""
         if self._report is None:
-            self._report = LoadReport(**self._receive())
+            answer = self._receive()
+            sight = answer.pop("sight")
+            limits = sight.pop("limits")
+            self._sight = Sight(**sight, limits=None if limits is None else (limits[0], limits[1]))
+            self._report = LoadReport(**answer)
         return self._report
+
+    @property
+    def sight(self) -> Sight:
+        """Return what the loaded model and its processor have to see with."""
+        _ = self.report
+        return self._sight
 
     def generate(self, request: Request) -> Record:
         """Answer one request in the process."""
@@ -70,7 +82,7 @@ def serve() -> None:
         model, processor, report = load_model(
             Path(setup["path"]), device=setup["device"], attn_implementation=setup["attn_implementation"]
         )
-        answer(asdict(report))
+        answer(asdict(report) | {"sight": asdict(sight_of(processor, model))})
         for line in sys.stdin:
             message = json.loads(line)
             evidence = message.pop("evidence")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, open_checkpoint
 from grpo_toolkit.checkpoint.short_repr import HtmlTable
 from grpo_toolkit.checkpoint.weights.base_weights import Base, open_base
 from grpo_toolkit.errors import WorkerError
@@ -26,8 +26,10 @@ from grpo_toolkit.export.checks import (
     check_values,
 )
 from grpo_toolkit.export.findings_check import check_findings, loads_whole
+from grpo_toolkit.export.picture_check import PICTURES, check_pictures
 from grpo_toolkit.export.verification_process import Worker
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS
+from grpo_toolkit.model.generation.drawn_pictures import made_up_requests
 from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
 from grpo_toolkit.model.generation.request import plain_request
 from grpo_toolkit.model.memory import why_too_large
@@ -107,7 +109,8 @@ def verify_export(
 
     Args:
         export: the folder, loaded in a fresh process.
-        requests: what to ask it; a text-only request is made up where there are none.
+        requests: what to ask it; a question is made up where there are none, and pictures are drawn for a model that
+            sees where none is among them.
         expected: the records of the trained policy on the same requests (`policy_records`); without them the tokens
             are compared between cached and uncached decoding alone.
         noise: by how much logits of the policy differ between two runs of the same requests (`policy_noise`).
@@ -135,7 +138,10 @@ def verify_export(
     checks.append(findings)
     too_large = why_too_large(tensors, device)
     if too_large is not None:
-        checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in _NEED_LOADING]
+        config = checkpoint.json(CONFIG)
+        sees = isinstance(config, dict) and "vision_config" in config
+        names = (*_NEED_LOADING, *((PICTURES,) if sees else ()))
+        checks += [Check(name=name, passed=True, skipped=True, detail=too_large) for name in names]
         return VerificationResult(checks=tuple(checks))
     requests = requests or [plain_request()]
     with Worker(checkpoint.path, device=device, attn_implementation=attn_implementation) as worker:
@@ -146,7 +152,7 @@ def verify_export(
         if origin is not None:
             checks.append(check_ties(report, origin, tied))
         if pairs := list(_evidence(worker, requests, expected)):
-            checks.append(check_inputs(pairs))
+            checks.append(check_inputs(pairs, sees=worker.sight.takes_pictures))
             checks.append(check_logits(pairs, dtype=report.dtype, noise=logit_noise, distance=distance))
         records = [worker.generate(replace(request, with_evidence=False)) for request in requests]
         # Each of the two that are compared is as noisy as the policy.
@@ -160,6 +166,9 @@ def verify_export(
         cached, uncached = (worker.generate(replace(probe, use_cache=use)) for use in (None, False))
         checks.append(check_cache([cached, *records]))
         checks.append(check_tokens("same tokens with and without the cache", [uncached], [cached], tie_margin))
+        # Last: a folder that fails at a picture may end the process.
+        pictures = check_pictures(worker.sight, worker.generate, list(zip(requests, records, strict=True)))
+        checks += [] if pictures is None else [pictures]
     return VerificationResult(checks=tuple(checks))
 
 
@@ -187,6 +196,7 @@ def _evidence(
 
 def reference_records(reference: str | os.PathLike[str], *, device: str = "cpu") -> tuple[list[Request], list[Record]]:
     """Return made-up requests and a model folder's answers to them, generated in a process of its own."""
-    requests = [replace(plain_request(), with_rivals=True, with_evidence=True)]
     with Worker(open_checkpoint(reference).path, device=device) as worker:
+        made_up = made_up_requests(worker.sight)
+        requests = [replace(request, with_rivals=True, with_evidence=True) for request in made_up]
         return requests, [worker.generate(request) for request in requests]

@@ -140,8 +140,17 @@ def cache_in(given: Any) -> Any:
 def tokens_held(cache: Any) -> int | None:
     """Return how many tokens a KV cache holds, or None for one that does not tell.
 
-    Continuous batching keeps the tokens of many requests in one `PagedAttentionCache`, which has no length.
+    Continuous batching keeps the tokens of many requests in one `PagedAttentionCache`, which has no length; layers of
+    linear attention keep a state, of no length either. Of a hybrid model the other layers tell: transformers asks the
+    first one, which of MiniMax is linear and stays empty.
     """
     if cache is None:
         return 0
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+    if not hasattr(cache, "get_seq_length"):
+        return None
+    try:
+        held = int(cache.get_seq_length())
+    except ValueError:  # linear layers alone (Mamba)
+        return None
+    layers = (layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length"))
+    return held or max((int(layer.get_seq_length()) for layer in layers), default=0)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_WEIGHTS, Kind, open_checkpoint
 from grpo_toolkit.checkpoint.folders.trainer_checkpoints import TRAINER_STATE
 from grpo_toolkit.checkpoint.json_files import read_json
+from grpo_toolkit.checkpoint.model_families import family_of
+from grpo_toolkit.checkpoint.tensor_names import live_name
 from grpo_toolkit.errors import CheckpointError, ResumeError
 from grpo_toolkit.model.live_model import base_model, random_state_kept
 from grpo_toolkit.model.load import dtype_argument
@@ -108,7 +110,11 @@ def _adapter_states(model: Any, checkpoint: Path) -> tuple[dict[str, Any], dict[
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise CheckpointError(f"{checkpoint}: no {ADAPTER_WEIGHTS} in it to compare the resumed adapter with")
-    return get_peft_model_state_dict(model, adapter_name=active), load_file(path)
+    live = get_peft_model_state_dict(model, adapter_name=active)
+    # Since 4.52 the text model of a VLM is called otherwise, and an adapter with it: PEFT then loads nothing of it.
+    family = family_of(getattr(base_model(model).config, "model_type", None))
+    stored = {live_name(name, family): tensor for name, tensor in load_file(path).items()}
+    return live, {name: stored[own] for name in live if (own := live_name(name, family)) in stored}
 
 
 def is_checkpoint_of(checkpoint: Path, state: TrainerState) -> bool:

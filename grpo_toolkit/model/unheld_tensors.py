@@ -65,7 +65,7 @@ def unheld_in_folder(
     folder: Path, tensors: Mapping[str, TensorInfo], groups: Mapping[str, Collection[str]]
 ) -> frozenset[str]:
     """Return the same of a folder, for the class that loads it for generation; none where no class is known."""
-    model = _model_of(folder)
+    model = model_of_folder(folder)
     return frozenset() if model is None else unheld_groups(model, tensors, groups)
 
 
@@ -76,14 +76,15 @@ def without_the_bases(report: LoadReport, base: Base) -> LoadReport:
         return is_lora(name) or without_wrappers(name) != name or live_name(name, base.family) not in base.stored
 
     own = list(filter(is_own, report.unexpected))
-    if own and (model := _model_of(base.path)) is not None:
+    if own and (model := model_of_folder(base.path)) is not None:
         # The loader may have spelled them otherwise, or stacked experts of a layer that has no place.
         unexpected = _load_keys(model, base.tensors)["unexpected_keys"]
         own = [name for name in own if name not in unexpected]
     return replace(report, unexpected=own)
 
 
-def _model_of(folder: Path) -> PreTrainedModel | None:
+def model_of_folder(folder: Path) -> PreTrainedModel | None:
+    """Return the model that a folder's config describes, on the meta device; None where no class is known."""
     try:
         return model_without_weights(folder)
     except (OSError, ValueError, KeyError, ImportError):

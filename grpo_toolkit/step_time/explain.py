@@ -17,7 +17,7 @@ from grpo_toolkit.step_time.causes.table import CAUSES
 from grpo_toolkit.step_time.rows import PHASES, FoundCause, StepExplanation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from grpo_toolkit.step_time.rows import StepRow
     from grpo_toolkit.step_time.seen import Seen
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 WORTH: Final = 0.01
 """The share of a step from which on a cause is worth a line."""
+
+NO_CURE: Final = "none here"
+"""The beginning of a cure that is in place already, and does nothing about its cause."""
 
 _BETWEEN: Final = ("logging", "evaluation", "saving")
 """Phases that do not happen in every step: their mean is over all steps, however often phases are taken."""
@@ -39,6 +42,7 @@ def explain_steps(
     machine: Machine | None = None,
     ranks: Sequence[StepRow] = (),
     environment: dict[str, str] | None = None,
+    in_place: Collection[str] = (),
 ) -> StepExplanation | None:
     """Explain the steps of one process; None where there are none with phases.
 
@@ -48,12 +52,13 @@ def explain_steps(
         machine: the device's speed.
         ranks: rows of the other processes.
         environment: what the times depend on.
+        in_place: names of the callbacks that the trainer has: none of them is advised again.
     """
     steady = steady_rows(rows)
     if not steady:
         return None
     mean = mean_of(steady, rows, machine=machine, ranks=ranks)
-    causes = [] if seen is None else find_causes(seen, mean)
+    causes = [] if seen is None else find_causes(seen, mean, in_place=in_place)
     floor = sum(mean.floors_s.values()) if mean.floors_s else None
     saved = sum(cause.saving_s or 0.0 for cause in causes)
     slowest = max(mean.busy_s, key=lambda rank: mean.busy_s[rank]) if len(mean.busy_s) > 1 else None
@@ -110,8 +115,11 @@ def mean_of(
     )
 
 
-def find_causes(seen: Seen, mean: Mean) -> list[FoundCause]:
-    """Return the causes that are worth a line, the one that costs most first; those of unknown cost come last."""
+def find_causes(seen: Seen, mean: Mean, *, in_place: Collection[str] = ()) -> list[FoundCause]:
+    """Return the causes that are worth a line, the one that costs most first; those of unknown cost come last.
+
+    A callback of `in_place` that would be the cure has left the cause as it is, for reasons that it says itself.
+    """
     left: dict[str, float] = {}
     found: list[FoundCause] = []
     for cause in CAUSES:
@@ -121,14 +129,18 @@ def find_causes(seen: Seen, mean: Mean) -> list[FoundCause]:
         savings = None if one.savings_s is None else _take(one.savings_s, mean, left)
         if savings is not None and sum(savings.values()) < WORTH * mean.wall_s:
             continue
+        cure, line = one.cure or cause.cure, one.line or cause.line
+        callback = line.partition("(")[0]
+        if callback in in_place:
+            cure, line = f"{NO_CURE}: {callback} is in place, and leaves this as it is on this machine", ""
         found.append(
             FoundCause(
                 cause=cause.name,
                 evidence=one.evidence,
                 saving_s=None if savings is None else sum(savings.values()),
                 savings_s=savings or {},
-                cure=one.cure or cause.cure,
-                line=one.line or cause.line,
+                cure=cure,
+                line=line,
                 link=cause.link,
             )
         )

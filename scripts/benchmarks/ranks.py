@@ -85,7 +85,8 @@ def make_rollouts_equal(trainer: Any) -> None:
     """
     import random
 
-    original, special = trainer._generate_single_turn, set(trainer.processing_class.tokenizer.all_special_ids)
+    original, processing = trainer._generate_single_turn, trainer.processing_class
+    special = set(getattr(processing, "tokenizer", processing).all_special_ids)
 
     def generate(prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         _, logprobs = original(prompt_ids, *args, **kwargs)

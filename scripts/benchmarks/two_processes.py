@@ -147,7 +147,6 @@ def _environment(kind: str, device: str, gpus: str) -> dict[str, str]:
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock",
             "FSDP_RESHARD_AFTER_FORWARD": "true",
             "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT" if kind == "fsdp2_full" else "SHARDED_STATE_DICT",
             "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",

@@ -1,4 +1,4 @@
-"""Tiny bases with random weights, from their config classes: Qwen2.5-VL as published, LLaVA, and Llama for text."""
+"""Tiny bases with random weights, from their config classes: Qwen2.5-VL as published, LLaVA, Llama and Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -50,12 +50,26 @@ def build_qwen2_5_vl(folder: Path, *, dtype: str = "float32", head_dim: int = 8)
     return folder
 
 
-def build_llama(folder: Path) -> Path:
+def build_llama(folder: Path, *, dtype: str = "float32") -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _build_text(folder, LlamaForCausalLM, LlamaConfig, dtype=dtype)
+
+
+def build_qwen3_moe(folder: Path, *, dtype: str = "float32") -> Path:
+    """Build a mixture of experts: stacked in transformers 5, published one by one; its first layer is dense."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]}
+    return _build_text(folder, Qwen3MoeForCausalLM, Qwen3MoeConfig, dtype=dtype, head_dim=16, **experts)
+
+
+def _build_text(folder: Path, model_class: Any, config_class: Any, *, dtype: str, **options: Any) -> Path:
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig
 
     tokenizer = byte_tokenizer()
-    config = LlamaConfig(
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -66,9 +80,10 @@ def build_llama(folder: Path) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = model_class(config).to(getattr(torch, dtype))
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id
     )

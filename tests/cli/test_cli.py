@@ -151,7 +151,7 @@ def test_an_export_ends_with_one_table_of_what_went_in_was_put_right_was_proven_
         "embeddings tied as in the base",
         "same token ids and pixel values from the processor", "same logits as the trained policy",
         "same greedy tokens as the trained policy", "KV cache in use", "same tokens with and without the cache",
-        "published",
+        "pictures answered", "published",
     ]  # fmt: skip
     assert "generation_config.json: use_cache was false, now true" in said.err
     assert main(["export", str(base), str(output), "--overwrite", "--no-verify", "--quiet"]) == 0

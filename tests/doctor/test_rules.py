@@ -44,13 +44,15 @@ FACTORS = {
 }
 VISION: Json = {"vision_config": {"depth": 1}}
 IMAGES: Json = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 2}}
-TEMPLATE: Json = {"chat_template": "{{ messages }}"}
+TEMPLATE: Json = {"chat_template": "{{ messages }}{# images #}"}
 
 
-def model(tensors: Any = None, *, config: Any = None, **files: Any) -> MemoryFiles:
+def model(tensors: Any = None, *, config: Any = None, drop: tuple[str, ...] = (), **files: Any) -> MemoryFiles:
     """A clean Llama folder with changes: `config` is merged into its config, None for a file removes it."""
+    settings = {**CONFIG, **(config or {})}
     contents: Json = {
-        "config.json": {**CONFIG, **(config or {})}, "generation_config.json": GENERATION,
+        "config.json": {key: settings[key] for key in settings if key not in drop},
+        "generation_config.json": GENERATION,
         "tokenizer_config.json": TOKENIZER, "tokenizer.json": WORDS,
     }  # fmt: skip
     for name, value in files.items():
@@ -270,7 +272,7 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "chat-template-lost": (model(config=VISION, preprocessor_config__json=IMAGES), VLM_BASE, None,
                            "chat_template.json", ""),
     "chat-template-json-empty": (
-        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={}, chat_template__jinja=b"x"),
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={}, chat_template__jinja=b"image"),
         None, None, "chat_template.json", "chat_template"),
     "tokenizer-template-lost": (
         model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE),
@@ -287,13 +289,42 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                               "chat_template.jinja", ""),
     "chat-templates-differ": (
         model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
-              chat_template__jinja=b"y"),
+              chat_template__jinja=b"image"),
         VLM_BASE, None, "chat_template.jinja", "chat_template"),
     "chat-template-changed": (
-        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={"chat_template": "{{ other }}"}),
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={"chat_template": "{{ image }}"}),
         VLM_BASE, None, "chat_template.json", "chat_template"),
     "chat-templates-unequal": (model(chat_template__json=TEMPLATE, chat_template__jinja=b"y"), None, None,
                                "chat_template.jinja", "chat_template"),
+    "tokenizer-cuts": (model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
+                             tokenizer__json={"truncation": {"max_length": 9}, "added_tokens": []}), None, None,
+                       "tokenizer.json", "truncation"),
+    "template-without-pictures": (
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={"chat_template": "{{ text }}"}),
+        None, None, "chat_template.json", "chat_template"),
+    "template-in-tokenizer-alone": (
+        model(config=VISION, preprocessor_config__json=IMAGES, tokenizer_config__json={**TOKENIZER, **TEMPLATE}),
+        None, None, "tokenizer_config.json", "chat_template"),
+    "architectures-missing": (model(config={"architectures": None}), None, None, "config.json", "architectures"),
+    "value-head-stored": (model({**TENSORS, "v_head.summary.weight": ("BF16", (1, 4))}), None, None,
+                          "model.safetensors", "v_head.summary.weight"),
+    "answers-capped": (model(generation_config__json={**GENERATION, "max_new_tokens": 16}), BASE, None,
+                       "generation_config.json", "max_new_tokens"),
+    "theta-in-rope-scaling": (
+        model(config={"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}, drop=("rope_theta",)),
+        None, None, "config.json", "rope_scaling"),
+    "experts-stacked": (model({**TENSORS, "model.layers.1.mlp.experts.down_proj": ("BF16", (2, 4, 4))},
+                              config={"model_type": "qwen3_moe"}), None, None,
+                        "model.safetensors", "model.layers.1.mlp.experts.down_proj"),
+    "adapter-of-mlx": (folder_of({"adapter_config.json": {"fine_tune_type": "lora", "lora_parameters": {}}}), BASE,
+                       None, "adapter_config.json", "peft_type"),
+    "adapter-names-wrapped": (
+        adapter({f"base_model.model._orig_mod.{name[17:]}": info for name, info in FACTORS.items()}),
+        BASE, None, "adapter_model.safetensors",
+        "base_model.model._orig_mod.model.layers.0.mlp.up_proj.lora_A.weight"),
+    "adapter-named-for-older": (adapter(), model(config=QWEN), None, "adapter_model.safetensors",
+                                "model.layers.0.mlp.up_proj"),
+    "adapter-rank-high": (adapter(r=64), BASE, None, "adapter_config.json", "r"),
     "adapter-weights-missing": (folder_of({"adapter_config.json": LORA}), BASE, None, "adapter_model.safetensors", ""),
     "adapter-alpha-zero": (adapter(lora_alpha=0), BASE, None, "adapter_config.json", "lora_alpha"),
     "adapter-on-vision": (adapter({**FACTORS, **Q_LORA}),

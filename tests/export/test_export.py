@@ -84,6 +84,7 @@ def test_a_full_fine_tune_keeps_every_file_of_its_base(any_base: Path, tmp_path:
         "same greedy tokens as the trained policy",
         "KV cache in use",
         "same tokens with and without the cache",
+        *([] if "llama" in any_base.name else ["pictures answered"]),
     ]
     assert result.verification.passed
 

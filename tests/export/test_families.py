@@ -16,6 +16,8 @@ from grpo_toolkit.model.live_model import is_tied
 from grpo_toolkit.model.load import load_model
 from scripts.models.tiny_bases import build_llava
 from tests.support.base_variants import WEIGHTS, build_vlm, change_weights, with_inner_vision_model
+from tests.support.families import build_family
+from tests.support.published_forms import publish
 from tests.support.training import v5_only
 
 if TYPE_CHECKING:
@@ -121,6 +123,21 @@ def test_ties_are_those_of_the_live_model(family: str, tied: bool, head: bool, t
     assert any("lm_head" in name for name in load_file(result.path / WEIGHTS)) is head
     diagnosis = diagnose_checkpoint(result.path, base=base, deep=True)
     assert [finding.code for finding in diagnosis.findings if finding.severity.value != "note"] == []
+
+
+def test_experts_that_are_published_the_other_way_round_are_exported_so(tmp_path: Path) -> None:
+    """What transformers 5 saves of Qwen3-VL-MoE has other shapes than its base: every full fine-tune was refused."""
+    base = publish(build_family("qwen3_vl_moe", tmp_path / "base"))
+    model, processor = train(base, "full")
+    model.save_pretrained(tmp_path / "saved")
+    result = export_model(model, tmp_path / "export", processing_class=processor)
+    assert result.verification.passed
+    saved, exported, stored = (
+        {name: tensor.shape for name, tensor in load_file(folder / WEIGHTS).items()}
+        for folder in (tmp_path / "saved", result.path, base)
+    )
+    assert exported == stored
+    assert {name for name in stored if saved[name] != stored[name]} == {name for name in stored if ".experts." in name}
 
 
 INPUTS = "language_model.model.embed_tokens.weight"

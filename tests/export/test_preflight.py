@@ -101,6 +101,29 @@ def test_an_obstacle_is_named_and_is_one(obstacle: str, qwen: Path, tmp_path: Pa
         export_model(policy, tmp_path / "export", **options)
 
 
+def test_a_training_with_a_part_of_the_processor_is_told_what_is_carried(qwen: Path, tmp_path: Path) -> None:
+    model, processor, _ = load_model(qwen)
+    [finding] = look_ahead(model, tmp_path / "export", processing_class=processor.tokenizer)
+    assert not finding.is_obstacle
+    assert f"of the {type(processor).__name__} in {qwen}: the export carries that one's image_processor" in str(
+        finding
+    )
+    result = export_model(model, tmp_path / "export", processing_class=processor.tokenizer)
+    assert result.verification.passed
+    assert (result.path / "preprocessor_config.json").read_bytes() == (qwen / "preprocessor_config.json").read_bytes()
+
+
+def test_a_processor_that_does_not_load_again_is_an_obstacle(qwen: Path, tmp_path: Path) -> None:
+    model, processor, _ = load_model(qwen)
+    processor.image_processor.image_processor_type = "MyOwnImageProcessor"
+    processor.image_processor.__class__ = type("MyOwnImageProcessor", (type(processor.image_processor),), {})
+    [finding] = look_ahead(model, tmp_path / "export", processing_class=processor)
+    assert finding.is_obstacle
+    assert "cannot be loaded again once it is saved" in finding.what
+    with pytest.raises(GrpoToolkitError):
+        export_model(model, tmp_path / "export", processing_class=processor)
+
+
 def test_a_place_that_cannot_be_written_is_said(qwen: Path, tmp_path: Path) -> None:
     model, processor, _ = load_model(qwen)
     (tmp_path / "file").write_text("x")
@@ -156,7 +179,8 @@ def test_the_text_part_of_a_vlm_is_said_before_its_training(tmp_path: Path, capl
     assert len(said) == 1
     assert "the model is a Gemma3ForCausalLM (gemma3_text)" in said[0]
     assert "train a Gemma3ForConditionalGeneration" in said[0]
-    assert [finding.is_obstacle for finding in exporting.findings] == [True]
+    # The tokenizer alone is told, too.
+    assert [finding.is_obstacle for finding in exporting.findings] == [False, True]
     assert exporting.failures  # it came true
 
     whole = ExportCallback(tmp_path / "export", strict=True)  # what was said to do

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.errors import CheckpointError, VerificationError
 from grpo_toolkit.export.export import export_model
+from grpo_toolkit.export.preflight import look_ahead
 from grpo_toolkit.export.verify import verify_export
 from grpo_toolkit.merge.merge import merge_adapter
+from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.unheld_tensors import unheld_in_folder
 from tests.support.base_variants import WEIGHTS, build_text_base, change_weights, with_extras, with_second_head
@@ -70,6 +73,33 @@ def shaken(model: Any) -> Any:
 
 def extras(base: Path) -> set[str]:
     return {name for name in load_file(base / WEIGHTS) if "mtp" in name or "layers.2." in name or "inv_freq" in name}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_an_export_will_carry_is_said_before_the_training(variant: str, kind: str, tmp_path: Path) -> None:
+    base = build(variant, tmp_path / "base")
+    model, tokenizer, _ = load_model(base)
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=r".*(q|v)_proj"))
+    findings = list(look_ahead(model, tmp_path / "export", processing_class=tokenizer))
+    assert [finding.is_obstacle for finding in findings] == ([] if variant == "head" else [False])
+    carried = extras(base)
+    for finding in findings:
+        assert finding.what.startswith(f"{len(carried)} tensors in {base} ({min(carried)}, ")
+        assert f"no place in a {type(base_model(model)).__name__}" in finding.what
+        assert "the export carries them as they are" in finding.what
+
+
+def test_a_tensor_that_is_not_saved_of_the_model_is_an_obstacle(tmp_path: Path) -> None:
+    base = build_text_base("Llama", tmp_path / "base")
+    model, tokenizer, _ = load_model(base)
+    del model.model.layers[1]
+    [finding] = look_ahead(model, tmp_path / "export", processing_class=tokenizer)
+    assert finding.is_obstacle
+    assert "have a place in a LlamaForCausalLM, and are not among those that are saved of this model" in finding.what
+    with pytest.raises(VerificationError):
+        export_model(model, tmp_path / "export", processing_class=tokenizer)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

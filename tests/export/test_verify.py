@@ -250,7 +250,7 @@ def test_a_model_too_large_to_load_says_what_was_not_checked(
         "every stored value is finite",
         "nothing found by the doctor",
     }
-    assert len(result.skipped) == 6
+    assert len(result.skipped) == 7
     assert {check.detail for check in result.skipped} == {"0.0 GB are needed to load it and 0.0 GB are free on cpu"}
     assert why_too_large(open_checkpoint(qwen).tensors(), "cpu") is not None
     monkeypatch.setattr(memory, "free_bytes", lambda device: 500_000)

@@ -192,6 +192,8 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
     monkeypatch.setattr(ProcessEngine, "ask", counted_ask)
     monkeypatch.setattr(ProcessEngine, "prove", counted_prove)
     monkeypatch.setattr(latency_budget, "compare_latency", seen_compare)
+    monkeypatch.setattr(latency_budget, "SMOKE_BUDGET_S", latency_budget.LEAST_BUDGET_S)
+    monkeypatch.setattr(latency_budget, "SMOKE_ROUNDS", latency_budget.MIN_PAIRS)
     timing = LatencyCallback(arms=["base", "checkpoint"], new_tokens=3, max_new_tokens=4, strict=True)
     trainer = grpo_trainer(qwen, tmp_path / "a_minute", [timing])
     trainer.train()
@@ -208,6 +210,20 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
     assert count == {"ask": 2 * 2 * (2 + 6), "prove": 2 * 2}
     assert [row.rounds for row in timing.rows] == [6] * 4
 
+    # A smoke run whose few seconds are used up: one workload, two rounds, and a line that says so.
+    monkeypatch.setattr(latency_budget, "LEAST_BUDGET_S", 1e9)
+    monkeypatch.setattr(latency_budget, "SMOKE_BUDGET_S", 0.0)
+    monkeypatch.setattr(latency_budget, "SMOKE_ROUNDS", 2)
+    monkeypatch.setattr(Budget, "training_s", 0.0)
+    count.clear()
+    capsys.readouterr()
+    trainer = grpo_trainer(qwen, tmp_path / "smoke", [timing])
+    trainer.train()
+    assert count == {"ask": 2 * (2 + 2), "prove": 2}
+    assert [row.rounds for row in timing.rows] == [2] * 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert [line.split()[2] for line in told] == ["fixed", "natural"]
+
 
 def test_what_the_end_has_taken_so_far_counts_but_a_minute_of_asking_is_left() -> None:
     ended = time.perf_counter() - 20.0  # saving and loading
@@ -215,3 +231,12 @@ def test_what_the_end_has_taken_so_far_counts_but_a_minute_of_asking_is_left() -
     short = Budget(began=ended - 600.0, ended=ended)  # six seconds would be one percent
     assert short.left_s(5.0) == 55.0
     assert short.left_s(61.0) == 0.0
+    assert short.least_rounds == 6
+
+
+@pytest.mark.parametrize(("training_s", "least_s"), [(3.0, 20.0), (38.0, 38.0), (59.0, 59.0)])
+def test_a_smoke_run_is_timed_no_longer_than_it_took(training_s: float, least_s: float) -> None:
+    ended = time.perf_counter()
+    budget = Budget(began=ended - training_s, ended=ended)
+    assert budget.least_s == pytest.approx(least_s)
+    assert budget.least_rounds == 2

@@ -8,7 +8,8 @@ import pytest
 
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.request import Request, plain_request
-from grpo_toolkit.model.load import load_processor
+from grpo_toolkit.model.load import load_model, load_processor
+from tests.support.families import build_family
 from tests.support.training import v5_only
 
 if TYPE_CHECKING:
@@ -37,6 +38,28 @@ def test_text_alone_needs_no_picture(paligemma: Any) -> None:
     assert "Count from one to ten." in paligemma.tokenizer.decode(inputs["input_ids"][0])
     both = prepare_inputs(paligemma, [plain_request(), Request(messages=[{"role": "user", "content": "?"}])])
     assert both["input_ids"].shape == both["attention_mask"].shape == (2, inputs["input_ids"].shape[1])
+
+
+@v5_only
+def test_text_has_the_token_types_that_its_processor_makes(tmp_path: Path) -> None:
+    """Without them PaliGemma's prompt, and all that follows, is seen in both directions, but not through a cache."""
+    import torch
+
+    model, processor, _ = load_model(build_family("paligemma", tmp_path / "base"))
+    made = prepare_inputs(processor, [plain_request()])
+    assert made["token_type_ids"].equal(torch.zeros_like(made["input_ids"]))
+    by_itself = processor.tokenizer(processor.tokenizer.decode(made["input_ids"][0]), return_tensors="pt")
+    assert by_itself.keys() == {"input_ids", "attention_mask"}
+    asked: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "output_logits": True}
+    apart = {}
+    for name, inputs in (("as the processor", made), ("without types", by_itself)):
+        cached, uncached = (
+            model.generate(**inputs, use_cache=use, return_dict_in_generate=True, **asked).logits
+            for use in (True, False)
+        )
+        apart[name] = max(float((one - other).abs().max()) for one, other in zip(cached, uncached, strict=True))
+    assert apart["as the processor"] < 1e-4
+    assert apart["without types"] > 1e-2
 
 
 def test_a_processor_and_its_tokenizer_make_the_same_of_text(qwen: Path) -> None:

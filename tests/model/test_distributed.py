@@ -106,6 +106,15 @@ def test_saves_keep_the_cache_on(kind: str, runs: Any) -> None:
         assert json.loads((folder / "generation_config.json").read_text()).get("use_cache", True) is True
 
 
+def test_nothing_is_added_where_a_backend_writes_no_model_folder(runs: Any, qwen: Path, tmp_path: Path) -> None:
+    launch("fsdp2_sharded", "plain", tmp_path, model=str(qwen))
+    plain, ours = (
+        sorted(str(path.relative_to(folder)) for path in (folder / "out" / "checkpoint-2").rglob("*"))
+        for folder in (tmp_path, runs("fsdp2_sharded").folder)
+    )
+    assert ours == plain
+
+
 def test_an_adapters_resume_on_two_processes_is_bit_identical(qwen: Path, tmp_path: Path) -> None:
     report, _ = launch("ddp", "resumes", tmp_path, model=str(qwen), lora=True)
     assert report["base"] == report["plain"] == report["straight"]

@@ -15,6 +15,7 @@ from grpo_toolkit.model.attention.decode_without_cudnn import DecodeWithoutCudnn
 from grpo_toolkit.model.cache_probe import CacheProbe, Decoding, RolloutWatch, vision_tower
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.generate import generate
+from grpo_toolkit.model.generation.request import plain_request
 from grpo_toolkit.model.kv_cache import (
     cache_flags,
     disable_cache_for_training,
@@ -26,6 +27,7 @@ from grpo_toolkit.model.kv_cache import (
 from grpo_toolkit.model.live_model import base_model, config_levels
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.sharding.gather import is_sharded
+from tests.support.families import build_family
 from tests.support.training import FORGETS_IN_TRAINING, forgets_in_training, grpo_trainer, v5_only
 
 if TYPE_CHECKING:
@@ -235,6 +237,30 @@ def test_a_watch_sees_a_cache_that_holds_nothing(model: Any, processor: Any, ima
     model.train()
     model.gradient_checkpointing_enable()
     assert watched_generation(model, processor, image_request) is Decoding.FORGETFUL
+
+
+@v5_only
+@pytest.mark.parametrize("family", ["minimax", "jamba", "qwen3_next"])
+def test_a_hybrid_cache_is_seen_by_the_layers_that_hold_tokens(family: str, tmp_path: Path) -> None:
+    """Of MiniMax's the first layer is linear, and holds none: transformers calls the cache empty."""
+    model, tokenizer, _ = load_model(build_family(family, tmp_path / "base"))
+    record = generate(model, tokenizer, plain_request())
+    assert record.step_lengths[1:] == [1] * (len(record.tokens) - 1)
+    assert record.is_cached
+    assert watched_generation(model, tokenizer, plain_request()) is Decoding.CACHED
+
+
+@v5_only
+def test_a_cache_of_linear_layers_alone_has_no_length(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}
+    model = Mamba2ForCausalLM(Mamba2Config(vocab_size=64, hidden_size=32, num_hidden_layers=2, **sizes)).eval()
+    with torch.no_grad(), CacheProbe(model) as probe:
+        model.generate(torch.arange(3, 9)[None], max_new_tokens=4, do_sample=False)
+    assert probe.step_lengths == [6, 1, 1, 1]
+    assert probe.is_cached is None
+    assert "proving the KV cache" not in caplog.text
 
 
 def test_a_watch_takes_no_training_forward_for_a_rollout(model: Any) -> None:

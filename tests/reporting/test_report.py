@@ -15,12 +15,13 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.bench.measure import measure_latency
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.rows.review import Review, comparisons, key_part, load_review, visits_of
-from grpo_toolkit.latency.rows.row import Effect, ExplanationRow, Ratio
+from grpo_toolkit.latency.rows.row import Effect, Ratio
 from grpo_toolkit.latency.rows.store import append_rows
 from grpo_toolkit.model.generation.request import Request
-from grpo_toolkit.reporting.charts.causes import waterfall_bars
-from grpo_toolkit.reporting.charts.gallery import CHARTS, write_pictures
-from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, new_figure, styled
+from grpo_toolkit.reporting.charts.first_token import first_token_phases
+from grpo_toolkit.reporting.charts.gallery import CHARTS
+from grpo_toolkit.reporting.charts.style import PALETTE
+from grpo_toolkit.reporting.charts.waterfall import waterfall_bars
 from grpo_toolkit.reporting.report.folder_findings import write_findings
 from grpo_toolkit.reporting.report.headline import headline_of
 from grpo_toolkit.reporting.report.page import write_comparison, write_report
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.latency.rows.row import LatencyRow, Verdict
 
-NAMES = ["tpot", "waterfall", "positions", "distributions", "batches", "images", "lengths", "roofline", "trend"]
+NAMES = [
+    "tpot", "first_token", "waterfall", "positions", "distributions", "batches", "images", "lengths", "roofline",
+    "trend",
+]  # fmt: skip
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -103,6 +107,20 @@ def test_the_headline_is_the_export_against_the_base_with_its_interval(tmp_path:
     assert found.sentence in text
 
 
+def test_on_a_phone_every_cell_has_its_columns_name(tmp_path: Path) -> None:
+    """Narrow windows show a table's row as a card of names and values, so no column is cut."""
+    text = write_report(written(tmp_path, everything())).read_text()
+    tables = re.findall(r'<div class="cards"><table>(.*?)</table>', text, re.DOTALL)
+    assert len(tables) == 3
+    for table in tables:
+        head, *rows = table.split("<tr>")[1:]
+        width = head.count("<th")
+        for cells in rows:
+            assert cells.count("<td") == width
+            assert cells.count("data-name=") == width - 1
+    assert 'class="scroll"' not in text
+
+
 @pytest.mark.parametrize(
     ("rows", "figure", "verdict", "end"),
     [
@@ -149,8 +167,8 @@ def test_an_explanation_says_what_its_interval_allows(
 
 def test_what_was_not_measured_is_left_out_and_said(tmp_path: Path) -> None:
     text = write_report(written(tmp_path, [row("base"), row("export", ratios=[])])).read_text()
-    assert figures(text) == ["tpot", "waterfall", "positions", "distributions"]
-    for chart in CHARTS[4:]:
+    assert figures(text) == ["tpot", "first_token", "waterfall", "positions", "distributions"]
+    for chart in CHARTS[5:]:
         assert f"{chart.title} <small>needs {chart.needs}</small>" in text
 
 
@@ -159,7 +177,10 @@ def test_a_report_of_rows_that_were_really_measured(qwen: Path, tmp_path: Path) 
     both = [Arm(name="base", path=qwen), Arm(name="export", path=qwen)]
     review = written(tmp_path, measure_latency(both, [request], new_tokens=6, rounds=2, warmup=1))
     text = write_report(review).read_text()
-    assert figures(text)[:4] == ["tpot", "waterfall", "positions", "distributions"]
+    assert figures(text)[:5] == ["tpot", "first_token", "waterfall", "positions", "distributions"]
+    phases = first_token_phases(review.arms[0])
+    assert {"tokenize_s", "prefill_s"} <= set(phases)
+    assert sum(phases.values()) == pytest.approx(review.arms[0].ttft_s.median)
     assert f"{review.arms[0].tpot_s.median * 1e3:,.2f}" in text
     assert 'base: <span class="ok">clean</span>' in text
 
@@ -168,41 +189,6 @@ def test_names_of_strangers_are_text(tmp_path: Path) -> None:
     text = write_report(written(tmp_path, [row("<script>alert(1)</script>"), row("base")])).read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text
-
-
-def test_the_waterfall_adds_up_from_arm_to_arm(tmp_path: Path) -> None:
-    metric, bars = waterfall_bars(written(tmp_path, everything()))
-    assert metric == "tpot_s"
-    labels = ["base", "unmerged adapter", "float32 weights", "unexplained", "plain checkpoint", "merged", "export"]
-    assert [bar.label for bar in bars] == labels
-    height = bars[0].value_s
-    for bar in bars[1:]:
-        if bar.kind == "level":
-            assert bar.value_s == pytest.approx(height)
-        else:
-            height += bar.value_s
-
-
-def test_an_explanation_of_two_folders_is_of_the_arms_that_were_in_them(tmp_path: Path) -> None:
-    common = {"metric": "e2e_s", "base_s": 1.0, "trained_s": 3.0, "measured_at": "now", "session": "why"}
-    cause = Effect(layer="toggled", cause="cache-off", effect_s=2.0)
-    ours = ExplanationRow(base="/models/base", trained="/models/export", effects=[cause], **common)
-    others = ExplanationRow(base="/a/x", trained="/b/y", effects=[cause], **common)
-    review = written(tmp_path, [*arms(), ours, others])
-    assert [bar.label for bar in waterfall_bars(review)[1]] == ["base", "cache off", "export"]
-    text = write_report(review).read_text()
-    assert "base → export: 1,000.00 → 3,000.00 ms" in text
-    assert "x → y: 1,000.00 → 3,000.00 ms" in text
-
-
-def test_without_an_explanation_the_waterfall_splits_at_the_first_token(tmp_path: Path) -> None:
-    metric, bars = waterfall_bars(written(tmp_path, arms()))
-    assert metric == "e2e_s"
-    assert [bar.label for bar in bars] == [
-        "base", "first token", "later tokens", "plain checkpoint", "first token", "later tokens", "export",
-    ]  # fmt: skip
-    assert sum(bar.value_s for bar in bars[:3]) == pytest.approx(bars[3].value_s)
-    assert sum(bar.value_s for bar in bars[3:6]) == pytest.approx(bars[6].value_s)
 
 
 def test_only_rows_that_took_turns_are_compared() -> None:
@@ -268,30 +254,6 @@ def test_names_become_parts_of_keys() -> None:
     assert [key_part(name) for name in ("export", "a/b.c", "../..", "x y")] == ["export", "a_b_c", "unnamed", "x_y"]
 
 
-def test_pictures_are_pngs_on_white_and_the_same_every_time(tmp_path: Path) -> None:
-    from PIL import Image
-
-    review = written(tmp_path, everything())
-    first, second = (write_pictures(review, tmp_path / name) for name in ("a", "b"))
-    assert list(first) == NAMES
-    for name, path in first.items():
-        assert path.read_bytes() == second[name].read_bytes()
-        with Image.open(path) as picture:
-            assert picture.size[0] == 918
-            assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_drawing_leaves_matplotlib_as_it_was() -> None:
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    with styled():
-        figure = new_figure()
-        figure.subplots().plot([1, 2], [3, 4])
-        assert "<metadata" not in as_svg(figure, name="x", title="X")
-    assert dict(matplotlib.rcParams) == before
-
-
 def test_findings_that_were_kept_are_shown_and_what_an_export_put_right(tmp_path: Path) -> None:
     export = tmp_path / "export"
     export.mkdir()
@@ -311,7 +273,7 @@ def test_findings_that_were_kept_are_shown_and_what_an_export_put_right(tmp_path
     assert "plain checkpoint: 1 found" in text
     assert '<span class="tag slow">slow</span><b>generation-cache-off</b>' in text
     assert "<td>generation_config.json</td>" in text
-    assert '<td class="text">False</td><td class="text">True</td>' in text
+    assert '<td class="text" data-name="was">False</td><td class="text" data-name="is">True</td>' in text
     assert "loads whole <small>102,176 parameters</small>" in text
 
 
@@ -321,9 +283,22 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert "first → second" in text
     assert "they did not take turns, so small differences mean nothing" in text
     assert figures(text) == ["tpot", "positions", "distributions"]
-    assert f"<td>20.00 → 20.00</td><td><b>1.00{TIMES}</b></td>" in text
+    assert f'<td data-name="TPOT ms">20.00 → 20.00</td><td data-name="ratio"><b>1.00{TIMES}</b></td>' in text
+    assert f"4 rows in <code>{one.path}</code>, 4 rows in <code>{other.path}</code>" in text
+    assert f"grpo-toolkit report --compare {one.path} {other.path}" in text
+    assert "<li>first: step 100, " in text
+    assert "<li>second: step 100, " in text
     assert "export (first)" in text
     assert "export (second)" in text
+
+
+def test_of_two_runs_the_first_that_was_named_stands_first(tmp_path: Path) -> None:
+    one, other = written(tmp_path / "z", arms()), written(tmp_path / "a", arms(session="s"))
+    text = write_comparison(one, other, tmp_path / "both.html").read_text()
+    drawing = text[text.index('<figure id="tpot">') :].partition("</figure>")[0]
+    assert re.findall(r">(base|plain checkpoint|export) \((z|a)\)<", drawing) == [
+        (arm, run) for arm in ("base", "plain checkpoint", "export") for run in ("z", "a")
+    ]
 
 
 def test_runs_without_a_common_arm_are_not_compared(tmp_path: Path) -> None:
@@ -425,8 +400,9 @@ def test_rows_that_all_failed_are_no_report(tmp_path: Path) -> None:
 
 def test_the_page_says_when_and_with_what_it_was_measured_and_how_busy_the_machine_was(tmp_path: Path) -> None:
     busy = {"hardware": "a processor, 2 cores", "load_average": "5.20", "torch": "2.15", "grpo_toolkit": "0.1"}
+    busy["toolkit_commit"] = "470c8fb0123456789"
     text = write_report(written(tmp_path / "busy", [row("base", environment=busy), row("export")])).read_text()
-    assert "<li>2026-01-02 03:04 UTC</li><li>grpo-toolkit 0.1, torch 2.15</li>" in text
+    assert "<li>2026-01-02 03:04 UTC</li><li>grpo-toolkit 0.1 (470c8fb01), torch 2.15</li>" in text
     assert "This machine was busy: 5.2 processes wanted its 2 cores." in text
     idle = busy | {"load_average": "2.90"}
     text = write_report(written(tmp_path / "idle", [row("base", environment=idle), row("export")])).read_text()
@@ -436,9 +412,9 @@ def test_the_page_says_when_and_with_what_it_was_measured_and_how_busy_the_machi
 def test_natural_answers_are_in_a_table_and_percentiles_are_there_or_said_why_not(tmp_path: Path) -> None:
     review = written(tmp_path / "few", everything())
     text = write_report(review).read_text()
-    table = text[text.index("Answers that end where the model ends them") :].partition("</table>")[0]
+    table = text[text.index("Answers that end where the model ends them</h3>") :].partition("</table>")[0]
     assert table.count("<tr>") == 1 + len(review.natural) == 3
-    assert '<td class="text">asked for</td>' in table
+    assert '<td class="text" data-name="thinking">asked for</td>' in table
     assert "No percentiles of 12 rounds: p90 from 64 rounds on, p95 from 130 rounds on" in text
     many = row("base")
     many = replace(many, tpot_s=replace(many.tpot_s, p90=0.025))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.generation_defaults import Repair
 from grpo_toolkit.export.export import ExportResult
@@ -10,10 +13,15 @@ from grpo_toolkit.export.verify import Check, VerificationResult
 from grpo_toolkit.latency.rows.review import Review
 from grpo_toolkit.latency.rows.row import Ratio
 from grpo_toolkit.reporting.report.screen_lines import export_lines, latency_lines, verdict_lines
+from grpo_toolkit.reporting.terminal.console import say, wandb_hint
 from grpo_toolkit.reporting.terminal.step_time import step_lines
+from grpo_toolkit.step_time.explain import NO_CURE
 from grpo_toolkit.step_time.store import load_step_review
 from tests.support.latency_rows import arms, natural, row
 from tests.support.step_rows import write_run
+
+if TYPE_CHECKING:
+    import pytest
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -78,3 +86,32 @@ def test_a_steps_explanation_is_a_few_lines(tmp_path: Path) -> None:
     assert any("vision attention launched window by window -> PackedVisionCallback()" in line for line in lines[1:])
     assert 1 < len(lines) <= 4
     assert all(line.startswith(" " * 12) for line in lines[1:])
+
+
+def test_what_cannot_be_cured_here_is_not_among_the_lines(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    row = load_step_review(tmp_path).explanations[-1]
+    left = [replace(cause, cure=f"{NO_CURE}: it is in place", line="") for cause in row.causes]
+    assert len(step_lines(replace(row, causes=left))) == 1
+
+
+def test_lines_of_callbacks_do_not_stick_to_the_trainers_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    """The trainer's bar leaves the cursor behind it: what is printed then begins in the middle of a line."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=3, file=sys.stderr) as bar:
+        bar.update(1)
+        bar.refresh()
+        say("step time   1.0 s")
+    shown = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
+    assert "step time   1.0 s" in shown
+
+
+def test_where_a_wandb_run_lies_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my run" / "wandb" / "offline-run-1"
+    folder.mkdir(parents=True)
+    first, second = wandb_hint({"mode": "offline", "folder": str(folder)}).splitlines()
+    assert first == "W&B         offline; look: wandb leet 'my run/wandb/offline-run-1'"
+    assert second == "            upload: wandb sync 'my run/wandb/offline-run-1'"
+    assert wandb_hint({"mode": "offline", "folder": "/else/where"}).endswith("upload: wandb sync /else/where")

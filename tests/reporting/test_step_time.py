@@ -19,6 +19,7 @@ from grpo_toolkit.reporting.charts.steps import draw_phases, draw_ranks, draw_sp
 from grpo_toolkit.reporting.charts.style import styled
 from grpo_toolkit.reporting.report.page import write_report
 from grpo_toolkit.reporting.report.step_section import compared_steps
+from grpo_toolkit.reporting.trackers.bounded_calls import Breaker, Budget
 from grpo_toolkit.reporting.trackers.replay import offline_records
 from grpo_toolkit.reporting.trackers.step_time import StepMirror, replay_steps, step_scalars
 from grpo_toolkit.step_time.store import StepReview, append_step_rows, file_of, load_step_review
@@ -129,19 +130,29 @@ def arguments(folder: Path, *report_to: str) -> Any:
     return SimpleNamespace(report_to=list(report_to), logging_dir=str(folder / "runs"), output_dir=str(folder))
 
 
+def _is_hidden(metric: dict[str, Any]) -> bool:
+    return bool(metric.get("options", {}).get("hidden", False))
+
+
 def test_wandb_gets_each_step_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     rows = write_run(tmp_path)
     run = wandb.init(project="p", dir=str(tmp_path), mode="offline")
     mirror = StepMirror()
+    mirror.breakers = {
+        name: Breaker(Budget(600), call_s=300) for name in mirror.breakers
+    }  # a slow machine is no fault
     mirror.begin(tmp_path, "s")
     for row in rows:
         mirror.log(row)
     assert mirror.end(load_step_review(tmp_path), tmp_path / "charts", arguments(tmp_path, "wandb")) == []
     run.finish()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    history = [r["history"]["item"] for r in offline_records(folder) if r.get("type") == "history"]
+    records = list(offline_records(folder))
+    history = [r["history"]["item"] for r in records if r.get("type") == "history"]
+    shown = [r["metric"]["name"] for r in records if r.get("type") == "metric" and not _is_hidden(r["metric"])]
+    assert {name for name in shown if name.startswith("step_time/")} == {"step_time/step_s"}
     logged = [item for item in history if "step_time/rollout_s" in item]
     assert [item["train/global_step"] for item in logged] == [1, 2, 3, 4, 5, 6]
     for item, row in zip(logged, rows, strict=True):

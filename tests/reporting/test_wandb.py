@@ -46,7 +46,7 @@ AGAINST_BASE = ("tpot_vs_base",)  # and its interval, where six rounds or more m
 NAMES = {f"latency/{arm}/{metric}" for arm in ARMS for metric in METRICS}
 NAMES |= {f"latency/{arm}/{metric}" for arm in ARMS[1:] for metric in AGAINST_BASE}
 NAMES -= NATURAL  # that arm has fixed answers alone
-CHARTS = ("tpot", "waterfall", "positions", "distributions", "lengths")
+CHARTS = ("tpot", "first_token", "waterfall", "positions", "distributions", "lengths")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,9 @@ def test_two_runs_are_compared_by_their_config_and_summary(records: list[dict[st
     summary = merged(records, "summary")
     assert summary["latency/export/faults"] == 0
     assert summary["latency/checkpoint/faults"] > 0
-    assert summary["latency/verdict"] in ("faster", "slower", "same", "cannot tell", "no interval")
+    words = ("faster", "slower", "same", "cannot tell", "no interval")
+    for name in ("latency/verdict", *(f"latency/export/{metric}_verdict" for metric in ("ttft", "tpot", "e2e"))):
+        assert summary[name] in words
 
 
 def test_a_run_that_nobody_named_gets_a_name_and_a_users_wins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,13 @@ def test_nothing_is_found_where_nothing_is_wrong() -> None:
     assert names(Seen()) == []
 
 
+def test_a_callback_that_is_in_place_is_not_advised_again() -> None:
+    windows = replace(CLEAN, **SEEDS["attention-by-window"])
+    (found,) = find_causes(windows, MEANS.get("attention-by-window", MEAN), in_place={"PackedVisionCallback"})
+    assert found.line == ""
+    assert found.cure == "none here: PackedVisionCallback is in place, and leaves this as it is on this machine"
+
+
 @pytest.mark.parametrize("name", SEEDS)
 def test_a_cause_is_found_alone(name: str) -> None:
     mean = MEANS.get(name, MEAN)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from scripts.models.tiny_bases import LLAVA_TEMPLATE, byte_tokenizer
+from tests.support.family_processors import GRID, PICTURES, build_processor, save_tokenizer
+from tests.support.published_forms import BORN_IN_V5, publish
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 SMALL: Final[dict[str, Any]] = {
@@ -45,10 +48,9 @@ _QWEN_VISION: Final[dict[str, Any]] = {
     "fullatt_block_indexes": [1], "initializer_range": 0.3,
 }  # fmt: skip
 _MROPE: Final[dict[str, Any]] = {
-    "rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0,
-    }
-}  # fmt: skip
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+}
+_WHOLE_MROPE: Final[dict[str, Any]] = {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
 _HYBRID: Final[dict[str, Any]] = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -119,11 +121,15 @@ VISION: Final[dict[str, dict[str, Any]]] = {
     "gemma3": {"text": "gemma3_text", "vision": _SIGLIP, "mm_tokens_per_image": 4},
     "paligemma": {"text": "gemma", "vision": {**_SIGLIP, "projection_dim": 32}, "projection_dim": 32},
     "llava": {"text": "llama", "vision": _CLIP},
-    "llava_next": {"text": "mistral", "vision": _CLIP},
-    "llava_onevision": {"text": "qwen2", "vision": _SIGLIP},
+    "llava_next": {"text": "mistral", "vision": _CLIP, "image_grid_pinpoints": GRID},
+    "llava_onevision": {
+        "text": "qwen2", "vision": _SIGLIP, "image_grid_pinpoints": GRID, "vision_feature_select_strategy": "full",
+    },
     "vipllava": {"text": "llama", "vision": _CLIP, "vision_feature_layers": [-1, -1, -1, -1, -1]},
-    "aya_vision": {"text": "cohere2", "vision": _SIGLIP},
-    "mistral3": {"text": "mistral", "vision": {**_SIGLIP, "model_type": "pixtral", "head_dim": 16}},
+    "aya_vision": {"text": "cohere2", "vision": _SIGLIP, "downsample_factor": 2},
+    "mistral3": {
+        "text": "mistral", "vision": {**_SIGLIP, "model_type": "pixtral", "head_dim": 16}, "spatial_merge_size": 1,
+    },
     "idefics3": {"text": "llama", "vision": {**_SIGLIP, "model_type": "idefics3_vision"}},
     "smolvlm": {"text": "llama", "vision": {**_SIGLIP, "model_type": "smolvlm_vision"}},
     "internvl": {
@@ -144,13 +150,13 @@ VISION: Final[dict[str, dict[str, Any]]] = {
         "vision": _QWEN_VISION,
         "text_options": {**_MROPE, **EXPERTS},
     },
-    "qwen3_5": {"text": "qwen3_5_text", "vision": _QWEN_VISION, "text_options": {**_MROPE, **_HYBRID}},
+    "qwen3_5": {"text": "qwen3_5_text", "vision": _QWEN_VISION, "text_options": {**_WHOLE_MROPE, **_HYBRID}},
     "qwen3_5_moe": {
         "text": "qwen3_5_moe_text",
         "vision": _QWEN_VISION,
-        "text_options": {**_MROPE, **_HYBRID, **EXPERTS, "shared_expert_intermediate_size": 24},
+        "text_options": {**_WHOLE_MROPE, **_HYBRID, **EXPERTS, "shared_expert_intermediate_size": 24},
     },
-    "glm4v": {"text": "glm4v_text", "vision": _QWEN_VISION, "text_options": _MROPE},
+    "glm4v": {"text": "glm4v_text", "vision": _QWEN_VISION, "text_options": _WHOLE_MROPE},
     "mllama": {
         "text": "mllama_text_model",
         "vision": {
@@ -164,51 +170,53 @@ VISION: Final[dict[str, dict[str, Any]]] = {
 """The same of VLMs: their text model's type, their vision config, and what the whole config has beside them."""
 
 
-# Attributes that processors look for on their tokenizer.
-_PLACES: Final = {
-    "image_token": "<image>", "video_token": "<video>", "boi_token": "<boi>", "eoi_token": "<eoi>",
-    "vision_start_token": "<boi>", "vision_end_token": "<eoi>", "start_image_token": "<boi>",
-    "end_image_token": "<eoi>", "context_image_token": "<image>", "audio_token": "<audio>", "boa_token": "<boa>",
-    "eoa_token": "<eoa>",
-}  # fmt: skip
+NOTES: Final[dict[str, str]] = {
+    "ministral": "published as transformers 5 saves it",
+    "paligemma": "transformers 5.24 masks a text without `token_type_ids` in both directions where nothing is padded, "
+    "and TRL 1.16 gives completions the prefix's type: log-probabilities see what follows",
+    "qwen3_vl_moe": "transformers 5.24 saves the experts of a published base transposed; exports have its shapes, "
+    "checkpoints of a full fine-tune have not, since a trainer resumes from the live ones alone",
+}
+"""What there is to say of a family in the manual's table, beside its outcome."""
 
 
-def _tokenizer(folder: Path) -> Any:
-    """Save a byte tokenizer that knows what VLMs mark pictures with, and return it as it loads."""
-    from transformers import AutoTokenizer
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A cell of the matrix.
 
-    byte_tokenizer(extra=sorted(set(_PLACES.values()))).save_pretrained(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "extra_special_tokens": _PLACES}))
-    return AutoTokenizer.from_pretrained(folder)
+    Attributes:
+        family: a key of `TEXT` or `VISION`.
+        form: of its base: "v5" as transformers 5 saves it, "published" as makers published it.
+        data: that it is trained on, "text" or "pictures".
+        kind: "full" or "lora".
+    """
 
+    family: str
+    form: str
+    data: str
+    kind: str
 
-def _processor(family: str, tokenizer: Any) -> Any:
-    """Return a family's own processor with its own image processor, as it comes; it is asked for text alone."""
-    import inspect
-
-    import transformers
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
-
-    processor_class: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES[family])
-    images = IMAGE_PROCESSOR_MAPPING_NAMES.get(_SEES_AS.get(family, family))
-    videos = VIDEO_PROCESSOR_MAPPING_NAMES.get(_SEES_AS.get(family, family))
-    known: dict[str, Any] = {
-        "image_processor": getattr(transformers, images["torchvision"])(),
-        "video_processor": getattr(transformers, videos["torchvision"] if isinstance(videos, dict) else videos)()
-        if videos
-        else None,
-        "tokenizer": tokenizer,
-        "chat_template": LLAVA_TEMPLATE,
-        "patch_size": 14,
-    }
-    wanted = inspect.signature(processor_class.__init__).parameters
-    return processor_class(**{name: value for name, value in known.items() if name in wanted and value is not None})
+    def __str__(self) -> str:
+        return "-".join((self.family, self.form, self.data, self.kind))
 
 
-_SEES_AS: Final = {"qwen3_vl_moe": "qwen3_vl", "vipllava": "llava"}  # where the library has no row
+def _cases(family: str) -> Iterator[Case]:
+    data = "pictures" if family in PICTURES else "text"
+    forms = [("v5", "text")]
+    if family not in BORN_IN_V5 or data == "pictures":
+        forms.append(("v5" if family in BORN_IN_V5 else "published", data))
+    for form, rows in forms:
+        for kind in ("full", "lora"):
+            yield Case(family=family, form=form, data=rows, kind=kind)
+
+
+CASES: Final = tuple(case for family in (*TEXT, *VISION) for case in _cases(family))
+
+
+def build_case(case: Case, folder: Path) -> Path:
+    """Build the base of a case."""
+    base = build_family(case.family, folder)
+    return publish(base) if case.form == "published" else base
 
 
 def build_family(family: str, folder: Path, *, dtype: str = "float32", **options: Any) -> Path:
@@ -224,27 +232,35 @@ def build_family(family: str, folder: Path, *, dtype: str = "float32", **options
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     folder.mkdir(parents=True)
-    tokenizer = _tokenizer(folder)
+    tokenizer = save_tokenizer(folder)
     ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
-    # The family's own tokenizer class may add a token as it loads (Qwen2's adds <|endoftext|>): it has a row, too.
     (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    if family in VISION:
+        build_processor(family, tokenizer).save_pretrained(folder)
+    # The family's own tokenizer class or processor may add a token (Qwen2's adds <|endoftext|>): it has a row, too.
     rows = max(AutoTokenizer.from_pretrained(folder).get_vocab().values()) + 1
     sizes = {**SMALL, "vocab_size": rows, **ends}
-    if family == "falcon":  # computes it
+    if family in ("falcon", "qwen2_vl", "qwen2_5_vl"):  # which compute it
         del sizes["head_dim"]
     if family in VISION:
         whole = dict(VISION[family])
         text, vision = whole.pop("text"), whole.pop("vision")
         inner = {**sizes, **TEXT.get(text, {}), **whole.pop("text_options", {}), **options}
-        image = tokenizer.convert_tokens_to_ids("<image>")
+        image, begin, end, video = tokenizer.convert_tokens_to_ids(["<image>", "<boi>", "<eoi>", "<video>"])
+        places = {
+            "image_token_id": image, "image_token_index": image, "vision_start_token_id": begin,
+            "vision_end_token_id": end, "image_start_token_id": begin, "image_end_token_id": end,
+            "boi_token_index": begin, "eoi_token_index": end, "video_token_id": video,
+        }  # fmt: skip
         config = AutoConfig.for_model(
             family,
             text_config=AutoConfig.for_model(text, **inner).to_dict(),
             vision_config=vision,
-            **{"image_token_id": image, "image_token_index": image, **whole},
+            **{**places, **whole},
         )
         # The class's defaults may say it otherwise at the two levels, of which each reader takes its own.
-        config.text_config.tie_word_embeddings = config.tie_word_embeddings
+        if hasattr(config, "tie_word_embeddings") and hasattr(config.text_config, "tie_word_embeddings"):
+            config.text_config.tie_word_embeddings = config.tie_word_embeddings
         auto: Any = AutoModelForImageTextToText
     else:
         config, auto = AutoConfig.for_model(family, **{**sizes, **TEXT[family], **options}), AutoModelForCausalLM
@@ -253,6 +269,4 @@ def build_family(family: str, folder: Path, *, dtype: str = "float32", **options
     for end, value in ends.items():
         setattr(model.generation_config, end, value)
     model.save_pretrained(folder)
-    if family in VISION:
-        _processor(family, tokenizer).save_pretrained(folder)
     return folder

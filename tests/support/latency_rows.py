@@ -34,7 +34,9 @@ def timeline(tpot_s: float, index: int, *, tokens: int = 48, ttft_s: float = 0.1
     for token in range(1, tokens):
         now += tpot_s * wobble(index * 31 + token) * (0.6 + 0.8 * token / tokens if grows else 1)
         times.append(now)
-    return Timeline(token_times_s=times, prompt_tokens=256, output_tokens=tokens, image_tokens=64)
+    shares = {"tokenize_s": 0.01, "image_s": 0.09, "transfer_s": 0.0, "vision_s": 0.3, "prefill_s": 0.6}
+    phases = {name: share * times[0] for name, share in shares.items()}
+    return Timeline(token_times_s=times, prompt_tokens=256, output_tokens=tokens, image_tokens=64, phases_s=phases)
 
 
 def row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from scripts.models.tiny_bases import build_llama, build_llava, build_qwen2_5_vl
+from scripts.models.tiny_bases import build_llama, build_llava, build_qwen2_5_vl, build_qwen3_moe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,26 +17,6 @@ def build_gpt2(folder: Path) -> Path:
     return _save_random(
         GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64), folder
     )
-
-
-def build_qwen3_moe(folder: Path) -> Path:
-    """Build a Qwen3-MoE: experts stacked in transformers 5, published one by one."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        moe_intermediate_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        mlp_only_layers=[0],
-    )
-    return _save_random(Qwen3MoeForCausalLM, config, folder)
 
 
 def build_mixtral(folder: Path) -> Path:

@@ -28,6 +28,7 @@ class Layout:
         named: a pattern that the folder's own name fits; empty where any name does.
         convert: the command of its makers. `{folder}` is the folder of the shards, `{parent}` the one above.
         source: where the command is written down.
+        is_read: `export` reads these shards itself.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layout:
     named: str = ""
     convert: str
     source: str
+    is_read: bool = False
 
     def fits(self, name: str, entries: Collection[str], above: Collection[str]) -> bool:
         """Return whether a folder of this name, with these entries and those beside it, has this layout."""
@@ -62,6 +64,7 @@ VERL: Final = Layout(
     convert="grpo-toolkit export {folder} OUT, or verl's own merger: python -m verl.model_merger merge --backend fsdp "
     "--local_dir {folder} --target_dir OUT",
     source="https://verl.readthedocs.io/en/latest/advance/checkpoint.html",
+    is_read=True,
 )
 _DEEPSPEED: Final = "python -m deepspeed.utils.zero_to_fp32 {} OUT (it opens pickles: only of a folder that you trust)"
 _MEGATRON: Final = "https://docs.nvidia.com/nemo/megatron-bridge/latest/bridge-guide.html"
@@ -121,16 +124,20 @@ LAYOUTS: Final = (
         name="FSDP shards (accelerate)",
         kind=Kind.FSDP,
         holds=(r"pytorch_model_fsdp_[0-9]+",),
-        convert="accelerate merge-weights {folder}/pytorch_model_fsdp_0 OUT, then add the base's config and tokenizer",
+        convert="grpo-toolkit export {folder} OUT --base BASE; or accelerate merge-weights "
+        "{folder}/pytorch_model_fsdp_0 OUT, then add the base's config and tokenizer",
         source="https://huggingface.co/docs/accelerate/usage_guides/fsdp",
+        is_read=True,
     ),
     Layout(
         name="FSDP shards (accelerate)",
         kind=Kind.FSDP,
         holds=(_DISTCP,),
         named=r"pytorch_model_fsdp_[0-9]+",
-        convert="accelerate merge-weights {folder} OUT, then add the base's config and tokenizer",
+        convert="grpo-toolkit export {folder} OUT --base BASE; or accelerate merge-weights {folder} OUT, then add the "
+        "base's config and tokenizer",
         source="https://huggingface.co/docs/accelerate/usage_guides/fsdp",
+        is_read=True,
     ),
     Layout(
         name="FSDP state dict in one file (accelerate)",

@@ -43,11 +43,95 @@ def _modules(folder: Folder) -> list[str]:
     evidence="https://github.com/huggingface/peft/issues/309",
 )
 def adapter_weights_missing(folder: Folder) -> Iterator[Fault]:
-    has_any = folder.has(ADAPTER_WEIGHTS) or folder.has("adapter_model.bin")
+    has_any = folder.has(ADAPTER_WEIGHTS) or folder.has("adapter_model.bin") or _is_of_mlx(folder)
     if folder.kind is Kind.ADAPTER and not has_any:
         yield Fault(file=ADAPTER_WEIGHTS, expected="the adapter's weights")
     elif folder.kind is Kind.ADAPTER and folder.shards and not folder.tensors:
         yield Fault(file=ADAPTER_WEIGHTS, found="0 tensors", expected="the adapter's weights")
+
+
+def _is_of_mlx(folder: Folder) -> bool:
+    settings = folder.objects.get(ADAPTER_CONFIG, {})
+    return "peft_type" not in settings and {"fine_tune_type", "lora_parameters"} <= settings.keys()
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "adapter in the form of mlx-lm",
+    effect="PEFT, transformers and servers fail (KeyError 'peft_type'): other keys, another file, and matrices the "
+    "other way round",
+    evidence="https://github.com/ml-explore/mlx-lm/issues/1119",
+)
+def adapter_of_mlx(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.ADAPTER and _is_of_mlx(folder):
+        yield Fault(
+            file=ADAPTER_CONFIG,
+            key="peft_type",
+            found="an adapter of mlx-lm",
+            expected="a merged model: mlx_lm.fuse --model BASE --adapter-path FOLDER --save-path OUT",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "names of a wrapper in the adapter",
+    effect="PEFT finds no factor under its name and loads the adapter with fresh ones, whose sum is zero: the base "
+    "answers, after a warning. `grpo-toolkit merge` understands them",
+    evidence="https://github.com/MakazhanAlpamys/Soup/issues/351",
+)
+def adapter_names_wrapped(folder: Folder) -> Iterator[Fault]:
+    names = sorted(folder.tensors) if folder.kind is Kind.ADAPTER else []
+    wrapped = [name for name in names if _WRAPPED.search(name)]
+    if wrapped:
+        yield Fault(
+            file=ADAPTER_WEIGHTS,
+            key=wrapped[0],
+            found=f"{len(wrapped)} of {len(names)} tensors",
+            expected=_WRAPPED.sub("", wrapped[0]),
+        )
+
+
+_WRAPPED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+@rule(
+    Severity.WRONG,
+    "adapter named for an older release",
+    effect="its modules are called as the base's files call them, and as the live model did before 4.52: PEFT on a "
+    "later release finds none of them, and the base answers, after a warning. `grpo-toolkit merge` understands both",
+    evidence="https://github.com/illuin-tech/colpali/issues/424",
+    needs_base=True,
+    fails="transformers>=4.52",
+)
+def adapter_named_for_older(folder: Folder) -> Iterator[Fault]:
+    base, modules = folder.base, _modules(folder)
+    if base is None or base.family is None or not base.family.published or not modules:
+        return
+    named = {module: live_name(module, base.family) for module in modules}
+    older = [module for module, live in named.items() if module != live and is_stored(module, base.tensors)]
+    if older:
+        yield Fault(
+            file=ADAPTER_WEIGHTS,
+            key=older[0],
+            found=f"{len(older)} of {len(modules)} modules",
+            expected=named[older[0]],
+        )
+
+
+_SERVED_RANK = 16
+
+
+@rule(
+    Severity.NOTE,
+    "adapter of a higher rank than vLLM's default",
+    effect="vLLM refuses it (LoRA rank is greater than max_lora_rank 16) unless it is started with --max-lora-rank",
+    evidence="https://github.com/gpustack/gpustack/issues/5438",
+    fails="vllm",
+)
+def adapter_rank_high(folder: Folder) -> Iterator[Fault]:
+    rank = folder.get(ADAPTER_CONFIG, "r")
+    if folder.kind is Kind.ADAPTER and type(rank) is int and rank > _SERVED_RANK:
+        yield Fault(file=ADAPTER_CONFIG, key="r", found=rank, expected=f"vllm serve ... --max-lora-rank {rank}")
 
 
 @rule(

@@ -237,7 +237,8 @@ def eos_token_lost(folder: Folder) -> Iterator[Fault]:
     if eos in ids or (ids and eos is None) or not (ids or folder.is_generative):
         return
     base = None if folder.base is None else _eos_place(folder.base)
-    if base is not None and sorted(base[2]) == sorted(ids):
+    has_bases_end = folder.base is not None and _token_id(folder.base, "eos_token") in (eos, None)
+    if base is not None and sorted(base[2]) == sorted(ids) and has_bases_end:
         return  # the maker's own choice
     written = _right_ids(eos, ids or _config_eos(folder), [] if base is None else base[2])
     if written:

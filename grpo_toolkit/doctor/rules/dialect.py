@@ -117,6 +117,31 @@ def _older_scaling(rope: JsonObject) -> JsonObject | None:
     return scaling
 
 
+@rule(
+    Severity.WRONG,
+    "rope_theta inside rope_scaling alone",
+    effect="transformers 5 takes it from there; 4.x passes over it and turns positions by its class's default: other "
+    "text, without a word",
+    evidence="https://github.com/sgl-project/sglang/pull/14772",
+    mend="rope_theta written beside it",
+    fails=V4,
+)
+def theta_in_rope_scaling(folder: Folder) -> Iterator[Fault]:
+    if folder.family is None:
+        return
+    for level, node in folder.levels():
+        scaling = node.get("rope_scaling")
+        theta = scaling.get("rope_theta") if isinstance(scaling, dict) else None
+        if _is_number(theta) and "rope_theta" not in node and "vision" not in ".".join(level):
+            yield Fault(
+                file=CONFIG,
+                key=".".join((*level, "rope_scaling")),
+                found=scaling,
+                expected=f"rope_theta {theta} beside it",
+                remedies=(Edit(file=CONFIG, path=(*level, "rope_theta"), value=theta),),
+            )
+
+
 # What TokenizersBackend makes: https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/
 # tokenization_utils_base.py (model_input_names)
 _INPUT_NAMES: Final = ("input_ids", "attention_mask")

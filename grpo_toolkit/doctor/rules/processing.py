@@ -85,12 +85,22 @@ def tokenizer_config_lost(folder: Folder) -> Iterator[Fault]:
 )
 def processor_missing(folder: Folder) -> Iterator[Fault]:
     has_any = any(folder.has(name) for name in _PROCESSOR_FILES)
-    if folder.kind is Kind.MODEL and folder.is_generative and folder.is_multimodal and not has_any:
+    is_hollow = (
+        not folder.has(PREPROCESSOR)
+        and PROCESSOR in folder.objects
+        and not isinstance(folder.get(PROCESSOR, "image_processor"), dict)
+        and not (folder.base is not None and folder.base.has(PROCESSOR) and not folder.base.has(PREPROCESSOR))
+    )
+    if folder.kind is Kind.MODEL and folder.is_generative and folder.is_multimodal and (is_hollow or not has_any):
         yield Fault(
             file=PREPROCESSOR,
             expected="a processor; pass --base to take the base's" if folder.base is None else "the base's processor",
             remedies=_copies(folder, of_processor=True),
+            fails=_LATER if is_hollow else "",
         )
+
+
+_LATER = "transformers>=5; vllm@>=5; sglang@>=5"  # 4.x makes a processor of its class's defaults
 
 
 def _copies(folder: Folder, *, of_processor: bool) -> tuple[WholeFile, ...]:

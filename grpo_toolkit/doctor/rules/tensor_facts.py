@@ -70,6 +70,15 @@ def has_lora(folder: Folder) -> bool:
     return any(is_lora(name) for name in folder.tensors)
 
 
+@lru_cache(maxsize=4)
+def stacked_experts(folder: Folder) -> tuple[str, ...]:
+    """Return the names of experts that are stored as transformers 5 holds them: all of a layer in one tensor."""
+    return tuple(sorted(name for name in weights(folder) if _STACKED.search(name)))
+
+
+_STACKED: Final = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)$")
+
+
 def read_tie_flags(folder: Folder) -> dict[tuple[str, ...], Any]:
     """Return `tie_word_embeddings` of each level of the config that some reader of the folder looks at."""
     config = folder.get(CONFIG)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
 from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.rules.servers import VALUE_HEAD
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
     HEAD,
@@ -21,6 +22,7 @@ from grpo_toolkit.doctor.rules.tensor_facts import (
     lone_head,
     new_names,
     read_tie_flags,
+    stacked_experts,
     weights,
 )
 
@@ -124,6 +126,8 @@ def tensors_missing(folder: Folder) -> Iterator[Fault]:
         return
     missing = sorted(base[live] for live in base.keys() - ours.keys())
     missing = [name for name in missing if not is_passed_over(folder, name)]
+    if stacked_experts(folder):  # `experts_stacked` says so
+        missing = [name for name in missing if ".experts." not in name]
     flags = read_tie_flags(folder)
     if lone_head(folder) and not (flags and all(flag is False for flag in flags.values())):
         missing = [name for name in missing if not name.endswith(EMBEDDING)]
@@ -153,12 +157,39 @@ def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
 def tensors_extra(folder: Folder) -> Iterator[Fault]:
     ours, base = by_live_name(folder), base_by_live_name(folder)
     extra = sorted(ours[live] for live in ours.keys() - base.keys() if not is_lora(live) and not live.endswith(HEAD))
+    told = set(stacked_experts(folder)) if any(True for _ in experts_stacked(folder)) else set()
+    extra = [name for name in extra if name not in told and not VALUE_HEAD.search(name)]
     if base and extra:
         yield Fault(
             file=folder.tensors[extra[0]].file,
             key=extra[0],
             found=f"{len(extra)} tensors",
             expected="the base's tensors only",
+        )
+
+
+# Published with a tensor for each expert, and read so by every release before 5.
+_SINGLE_EXPERTS: Final = frozenset(
+    {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v2", "deepseek_v3", "minimax"}
+)
+
+
+@rule(
+    Severity.WRONG,
+    "experts stored as transformers 5 holds them",
+    effect="4.x knows a tensor for each expert and starts every expert from random weights, with a warning only",
+    evidence="https://github.com/vllm-project/vllm/pull/42577",
+    fails="transformers<5; vllm@<5; sglang@<5",
+)
+def experts_stacked(folder: Folder) -> Iterator[Fault]:
+    names, base = stacked_experts(folder), base_tensors(folder)
+    is_other = not any(name in base for name in names) if base else folder.model_type in _SINGLE_EXPERTS
+    if names and is_other:
+        yield Fault(
+            file=folder.tensors[names[0]].file,
+            key=names[0],
+            found=f"{len(names)} tensors with all experts of a layer in each",
+            expected="a tensor for each expert, as published: save_pretrained writes them so",
         )
 
 

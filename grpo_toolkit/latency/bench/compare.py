@@ -82,6 +82,7 @@ def compare_latency(
     roofline: bool = False,
     precision: float | None = None,
     budget_s: float | None = None,
+    least_rounds: int = MIN_PAIRS,
     progress: Progress | None = None,
     engines: Engines | None = None,
 ) -> Comparison:
@@ -105,6 +106,7 @@ def compare_latency(
         roofline: as for `measure_latency`.
         precision: as for `measure_latency`.
         budget_s: as for `measure_latency`.
+        least_rounds: rounds after which the budget may end them; with fewer than six there is no verdict.
         progress: as for `measure_latency`.
         engines: as for `measure_latency`.
 
@@ -127,6 +129,7 @@ def compare_latency(
         precision=precision,
         budget_s=budget_s,
         progress=progress,
+        least_rounds=least_rounds,
     )
     if not control:
         return compare_rows(plan.measured(engines))

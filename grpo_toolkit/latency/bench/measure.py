@@ -158,6 +158,7 @@ class Plan:
     precision: float | None
     budget_s: float | None
     progress: Progress | None
+    least_rounds: int = MIN_PAIRS
 
     def __post_init__(self) -> None:
         if not self.arms or self.rounds < 1:
@@ -256,7 +257,7 @@ class _Measuring:
         look = rounds
         for turn in range(most):
             # Whole blocks only: an odd round is what balances the even one before it.
-            if turn >= MIN_PAIRS and turn % 2 == 0:
+            if turn >= self.plan.least_rounds and turn % 2 == 0:
                 if budget_s is not None and self.spent_s > budget_s:
                     return
                 if precision is not None and turn >= look:

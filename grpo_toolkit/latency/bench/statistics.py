@@ -100,14 +100,24 @@ def paired_ratio(times: Sequence[float], against: Sequence[float], *, name: str,
     return Ratio(against=name, metric=metric, pairs=len(logs), verdict=found, median=middle, low=least, high=most)
 
 
-def _interval(logs: Sequence[float]) -> tuple[float, float]:
-    if max(logs) == min(logs):
-        return min(logs), max(logs)
+def paired_difference(times: Sequence[float], against: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Return the median difference of two arms' times in the same rounds, and its 95% interval, in seconds.
+
+    The interval's ends are None for fewer than `MIN_PAIRS` rounds.
+    """
+    apart = [one - other for one, other in zip(times, against, strict=True)]
+    middle = statistics.median(apart)
+    return (middle, *_interval(apart)) if len(apart) >= MIN_PAIRS else (middle, None, None)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    if max(values) == min(values):
+        return min(values), max(values)
     import numpy as np
     from scipy.stats import bootstrap
 
     found = bootstrap(
-        (np.asarray(logs),),
+        (np.asarray(values),),
         np.median,
         n_resamples=_RESAMPLES,
         confidence_level=CONFIDENCE,
@@ -115,18 +125,18 @@ def _interval(logs: Sequence[float]) -> tuple[float, float]:
         vectorized=True,
         random_state=np.random.default_rng(_SEED),
     ).confidence_interval
-    median = statistics.median(logs)
-    wider = _widening(logs)
+    median = statistics.median(values)
+    wider = _widening(values)
     return median - wider * (median - float(found.low)), median + wider * (float(found.high) - median)
 
 
-def _widening(logs: Sequence[float]) -> float:
+def _widening(values: Sequence[float]) -> float:
     """Return the factor by which the interval of independent rounds is widened for few or dependent ones."""
     from scipy.stats import norm, t
 
-    time = autocorrelation_time(logs)
+    time = autocorrelation_time(values)
     tail = (1 + CONFIDENCE) / 2
-    return math.sqrt(time) * float(t.ppf(tail, max(len(logs) / time - 1, 1.5)) / norm.ppf(tail))
+    return math.sqrt(time) * float(t.ppf(tail, max(len(values) / time - 1, 1.5)) / norm.ppf(tail))
 
 
 def autocorrelation_time(values: Sequence[float]) -> float:

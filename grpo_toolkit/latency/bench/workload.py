@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from grpo_toolkit.checkpoint.pixel_limits import pixel_limits
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.model.generation.chat_inputs import image_messages, render_chat, text_of
+from grpo_toolkit.model.generation.drawn_pictures import draw
 from grpo_toolkit.model.generation.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from PIL.Image import Image
 
 THINKING: Final = (
     "You are a helpful assistant. First think about the question, then give the answer: put the reasoning between "
@@ -151,7 +150,7 @@ def made_up(
     size = None if image_tokens is None else image_size(processor, image_tokens)
 
     def make(number: int) -> Request:
-        images = [] if size is None else [_picture(size, seed, number)]
+        images = [] if size is None else [draw(size, f"{seed} {number}")]
         if kind == "natural":
             question = QUESTIONS[number % len(QUESTIONS)]
             text = question if 0 <= number < len(QUESTIONS) else f"{_words(seed, number, 3)}: {question}"
@@ -249,15 +248,6 @@ def count_tokens(request: Request, processor: Any, image_tokens: int | None = No
 
 def _words(seed: int, number: int, count: int) -> str:
     return " ".join(random.Random(f"words {seed} {number}").choices(_WORDS, k=count))
-
-
-def _picture(size: tuple[int, int], seed: int, number: int) -> Image:
-    """Draw patches of random colours: nothing that two requests share, and quick to write."""
-    from PIL import Image
-
-    small = (max(size[0] // 14, 1), max(size[1] // 14, 1))
-    noise = random.Random(f"picture {seed} {number}").randbytes(small[0] * small[1] * 3)
-    return Image.frombytes("RGB", small, noise).resize(size)
 
 
 def _with_thinking(request: Request) -> Request:

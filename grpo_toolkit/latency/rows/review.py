@@ -129,11 +129,15 @@ def _rank(group: Sequence[LatencyRow]) -> tuple[bool, bool, int, bool]:
 
 
 def arm_order(arm: str) -> tuple[int, str]:
-    """Order arms: base, checkpoint, export, each followed by its variants; then the others by name."""
-    for place, name in enumerate(_ORDER):
-        if arm == name or arm.startswith((f"{name}_", f"{name} (")):
-            return place, arm
-    return len(_ORDER), arm
+    """Order arms: base, checkpoint, export, each followed by its variants; then the others by name.
+
+    The same arm of two runs, `base (one)` and `base (other)`, is equal: they stay in the order of the runs.
+    """
+    name = arm.partition(" (")[0]
+    for place, known in enumerate(_ORDER):
+        if name == known or name.startswith(f"{known}_"):
+            return place, name
+    return len(_ORDER), name
 
 
 def key_part(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.model.live_model import base_model
 
@@ -13,27 +13,33 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.model.generation.request import Request
 
+TOKEN_TYPES: Final = "token_type_ids"
+
 
 def prepare_inputs(processor: Any, requests: Sequence[Request]) -> Any:
     """Render the chat template and run the processor: a batch as tensors, several requests padded on the left.
 
     Text alone goes to the tokenizer: some processors (PaliGemma, GOT-OCR2) refuse to be called without a picture, and
-    a policy that was trained with a VLM's tokenizer alone gets what its export's processor makes.
+    a policy that was trained with a VLM's tokenizer alone gets what its export's processor makes. If that makes token
+    types, so does the tokenizer here: without them PaliGemma's prompt has another mask, which in transformers 5 is not
+    the same with a KV cache as without.
     """
-    padding: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     tokenizer = getattr(processor, "tokenizer", processor)
     if len(requests) > 1:
-        padding = {"padding": True, "padding_side": "left"}
+        options = {"padding": True, "padding_side": "left"}
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     chats = [image_messages(request) for request in requests]
     if not any(request.images for request in requests):
         has_own = getattr(processor, "chat_template", None) is not None  # older VLMs keep theirs with the processor
         texts = [render_chat(processor if has_own else tokenizer, messages) for messages in chats]
-        return tokenizer(texts, return_tensors="pt", add_special_tokens=False, **padding)
+        if TOKEN_TYPES in getattr(processor, "model_input_names", ()):
+            options["return_token_type_ids"] = True
+        return tokenizer(texts, return_tensors="pt", add_special_tokens=False, **options)
     texts = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     images = [image for request in requests for image in request.images]
-    return processor(text=texts, images=images or None, return_tensors="pt", **padding)
+    return processor(text=texts, images=images or None, return_tensors="pt", **options)
 
 
 def inputs_for(model: torch.nn.Module, inputs: Any) -> Any:

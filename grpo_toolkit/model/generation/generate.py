@@ -68,6 +68,9 @@ def generate(model: torch.nn.Module, processor: Any, request: Request) -> Record
     with torch.no_grad(), CacheProbe(model) as probe:
         prepared = prepare_inputs(processor, [request])
         given = dict(prepared) if request.with_evidence else {}
+        if not request.max_new_tokens:
+            length = int(prepared["input_ids"].shape[1])
+            return Record(prompt_tokens=length, tokens=[], step_lengths=[], is_cached=None, vision_calls=0)
         inputs = inputs_for(model, prepared)
         options: dict[str, Any] = {
             **GREEDY,

@@ -54,7 +54,7 @@ class GenerationRequest:
         messages: the conversation in chat form, `[{"role": ..., "content": str | parts}]`.
         images: images for the conversation's image parts, in order; where the contents are plain strings they go in
             front of the first user text.
-        max_new_tokens: the most tokens to generate.
+        max_new_tokens: the most tokens to generate; with 0 the processor alone is asked.
         exact: generate exactly `max_new_tokens`, ignoring the end-of-sequence token.
         use_cache: None leaves it to the model's own files, which is what a user gets.
         with_rivals: also record by how much each token won, and over which (costs keeping the logits).

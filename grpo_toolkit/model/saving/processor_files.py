@@ -36,12 +36,18 @@ def whole_processor(processor: Any, base: Path) -> Any:
         return original
     if isinstance(processor, ProcessorMixin) or not isinstance(original, ProcessorMixin):
         return processor
-    part = "tokenizer" if hasattr(processor, "convert_tokens_to_ids") else "image_processor"
+    [part] = part_names(processor)
     template = getattr(processor, "chat_template", None)
     if part == "tokenizer" and template not in (None, getattr(original.tokenizer, "chat_template", None)):
         original.chat_template = template
     setattr(original, part, processor)
     return original
+
+
+def part_names(processor: Any) -> frozenset[str]:
+    """Return the names of a processor's parts; a tokenizer or image processor by itself is one."""
+    own = "tokenizer" if hasattr(processor, "convert_tokens_to_ids") else "image_processor"
+    return frozenset(place[0] for place, _ in _parts(processor) if place) or frozenset({own})
 
 
 def save_plainly(processor: Any, folder: Path) -> None:

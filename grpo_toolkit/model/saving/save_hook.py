@@ -32,6 +32,7 @@ from grpo_toolkit.model.saving.generation_edits import edits, note_values, say_t
 from grpo_toolkit.model.saving.portable_files import rewrite_config
 from grpo_toolkit.model.saving.processor_files import save_plainly
 from grpo_toolkit.model.saving.push_after import take_push
+from grpo_toolkit.model.saving.transposed_experts import turned_back
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -239,23 +240,28 @@ def tied_again(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -
 
 
 @contextmanager
-def published_names(model: PreTrainedModel) -> Iterator[None]:
+def published_names(model: PreTrainedModel, *, turned: bool = False) -> Iterator[None]:
     """Save under the names that the weights were loaded from, also under ZeRO-3.
+
+    Args:
+        model: the model that is saved.
+        turned: transpose experts, too, that are published the other way round (`transposed_experts.py`): an export's,
+            not a checkpoint's, whose shapes a trainer that resumes takes as they are.
 
     transformers >= 5 undoes on saving the renamings of loading. Its loader keeps those that matched something, its
     ZeRO-3 loader keeps all of them (`integrations/deepspeed.py`): undoing one that never applied turns `model.layers`
     into `model.model.layers`, which transformers 4.x, vLLM and SGLang do not know.
     """
-    renamings = getattr(model, "_weight_conversions", None)
-    used = [renaming for renaming in renamings or () if not hasattr(renaming, "was_used") or renaming.was_used()]
+    conversions = getattr(model, "_weight_conversions", None)
+    used = [one for one in conversions or () if not hasattr(one, "was_used") or one.was_used()]
     if not used:
         yield
         return
     try:
-        model._weight_conversions = used
+        model._weight_conversions = turned_back(used, model, base_folder(model)) if turned else used
         yield
     finally:
-        model._weight_conversions = renamings
+        model._weight_conversions = conversions
 
 
 @contextmanager

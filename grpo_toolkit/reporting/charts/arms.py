@@ -13,7 +13,10 @@ from grpo_toolkit.reporting.charts.style import (
     is_variant,
     label_of,
     legend_below,
+    line_look,
+    lying_on,
     milliseconds,
+    name_arms,
     new_figure,
 )
 
@@ -46,11 +49,7 @@ def draw_bars(review: Review) -> Figure | None:
         )
         text = f"{milliseconds(row.tpot_s.median)} ms"
         axes.annotate(text, (high, place), xytext=(6, 0), textcoords="offset points", va="center", weight="bold")
-    axes.set_yticks(range(len(rows)), [label_of(row.arm) for row in rows])
-    axes.tick_params(axis="y", labelcolor=LIGHT["ink"], labelsize=9)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
+    name_arms(axes, [label_of(row.arm) for row in rows])
     axes.set_xlabel("time per output token (ms)")
     axes.set_xlim(0, max(row.tpot_s.q3 for row in rows if row.tpot_s is not None) * 1e3 * 1.18)
     return figure
@@ -64,19 +63,24 @@ def draw_positions(review: Review) -> Figure | None:
     figure = new_figure()
     axes = figure.subplots()
     colours = colours_of([row.arm for row in rows])
-    top = 0.0
-    for row in rows:
-        spread = [_quartiles(column) for column in token_gaps(row)]
-        low, middle, high = (_smooth([part[index] * 1e3 for part in spread]) for index in range(3))
+    curves = {row.arm: _quartile_curves(row) for row in rows}
+    top = 1.12 * max(sorted(high)[int(len(high) * 0.98)] for _, _, high in curves.values())
+    beneath = lying_on({arm: middle for arm, (_, middle, _) in curves.items()}, top)
+    for arm, (low, middle, high) in curves.items():
         tokens = range(2, len(middle) + 2)
-        axes.fill_between(tokens, low, high, color=colours[row.arm], alpha=0.16, linewidth=0)
-        axes.plot(tokens, middle, color=colours[row.arm], label=label_of(row.arm))
-        top = max(top, sorted(high)[int(len(high) * 0.98)])
+        axes.fill_between(tokens, low, high, color=colours[arm], alpha=0.16, linewidth=0)
+        axes.plot(tokens, middle, color=colours[arm], **line_look(arm, beneath))
     axes.set_xlabel("output token")
     axes.set_ylabel("time since the token before (ms)")
-    axes.set_ylim(0, top * 1.12)
+    axes.set_ylim(0, top)
     legend_below(figure)
     return figure
+
+
+def _quartile_curves(row: LatencyRow) -> tuple[list[float], list[float], list[float]]:
+    spread = [_quartiles(column) for column in token_gaps(row)]
+    low, middle, high = (_smooth([part[index] * 1e3 for part in spread]) for index in range(3))
+    return low, middle, high
 
 
 def token_gaps(row: LatencyRow) -> list[list[float]]:
@@ -104,10 +108,21 @@ def _smooth(values: list[float]) -> list[float]:
     return [median(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
 
 
+def distributions_caption(review: Review) -> str:
+    """Return how to read the boxes, and which measured arms are not among them."""
+    left_out = [label_of(row.arm) for row in review.arms if row.timelines and row not in _in_boxes(review)]
+    rest = f" Left out, as it would squeeze the others: {'; '.join(left_out)}." if left_out else ""
+    return f"A dot a measured request; the box is median and quartiles.{rest}"
+
+
+def _in_boxes(review: Review) -> list[LatencyRow]:
+    rows = [row for row in review.arms if row.timelines]
+    return [row for row in rows if not is_variant(row.arm)] or rows
+
+
 def draw_distributions(review: Review) -> Figure | None:
     """Draw every measured request as a dot over its arm's box: TTFT, TPOT, E2E."""
-    rows = [row for row in review.arms if row.timelines]
-    rows = [row for row in rows if not is_variant(row.arm)] or rows
+    rows = _in_boxes(review)
     if not rows:
         return None
     times = [request_times_ms(row) for row in rows]
@@ -163,19 +178,24 @@ def draw_lengths(review: Review) -> Figure | None:
     axes = figure.subplots()
     colours = colours_of([row.arm for row in rows])
     styles = {"output": "-", "think": "--", "answer": ":"}
+    beneath = lying_on(
+        {_answers_of(row): sorted(map(float, _lengths(row, "output"))) for row in rows},
+        max(max(_lengths(row, "output")) for row in rows),
+    )
     for row in rows:
         for kind, style in styles.items():
             lengths = sorted(_lengths(row, kind))
             if not lengths:
                 continue
             shares = [100 * (1 - index / len(lengths)) for index in range(len(lengths))]
-            label = f"{label_of(row.arm)}{_thinking(row)}" if kind == "output" else None
-            axes.step(
-                [0, *lengths], [100, *shares], where="post", color=colours[row.arm], linestyle=style, label=label
-            )
-    axes.set_xlabel("output tokens (solid: all, dashed: think, dotted: answer)")
+            look = line_look(_answers_of(row), beneath) if kind == "output" else {}
+            axes.step([0, *lengths], [100, *shares], where="post", color=colours[row.arm], linestyle=style, **look)
+    words = {"output": "solid: all", "think": "dashed: think", "answer": "dotted: answer"}
+    shown = [word for kind, word in words.items() if any(_lengths(row, kind) for row in rows)]
+    axes.set_xlabel(f"output tokens ({', '.join(shown)})" if len(shown) > 1 else "output tokens")
     axes.set_ylabel("answers at least this long (%)")
     axes.set_xlim(left=0)
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylim(0, 104)
     _mark_cap(axes, rows)
     legend_below(figure, columns=3)
@@ -189,8 +209,8 @@ def _lengths(row: LatencyRow, kind: str) -> list[int]:
     return [length for length in found if length is not None]
 
 
-def _thinking(row: LatencyRow) -> str:
-    return {None: "", True: ", thinking", False: ", direct"}[row.workload.thinking]
+def _answers_of(row: LatencyRow) -> str:
+    return label_of(row.arm) + {None: "", True: ", thinking", False: ", direct"}[row.workload.thinking]
 
 
 def _mark_cap(axes: Axes, rows: Sequence[LatencyRow]) -> None:
@@ -219,13 +239,18 @@ def draw_trend(review: Review) -> Figure | None:
     figure = new_figure()
     axes = figure.subplots()
     colours = colours_of(list(points))
+    medians = {
+        arm: [row.tpot_s.median * 1e3 for _, row in sorted(steps.items()) if row.tpot_s is not None]
+        for arm, steps in points.items()
+    }
+    beneath = lying_on(medians, max(map(max, medians.values())))
     for arm, steps in points.items():
         found = [(step, row.tpot_s) for step, row in sorted(steps.items()) if row.tpot_s is not None]
         x = [step for step, _ in found]
         axes.fill_between(
             x, [s.q1 * 1e3 for _, s in found], [s.q3 * 1e3 for _, s in found], color=colours[arm], alpha=0.16, lw=0
         )
-        axes.plot(x, [s.median * 1e3 for _, s in found], "o-", ms=4, color=colours[arm], label=label_of(arm))
+        axes.plot(x, medians[arm], "o-", ms=4, color=colours[arm], **line_look(arm, beneath))
     axes.set_xlabel("training step")
     axes.set_ylabel("time per output token (ms)")
     axes.set_ylim(bottom=0)

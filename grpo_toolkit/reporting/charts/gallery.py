@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from grpo_toolkit.reporting.charts.arms import (
+    distributions_caption,
     draw_bars,
     draw_distributions,
     draw_lengths,
     draw_positions,
     draw_trend,
 )
-from grpo_toolkit.reporting.charts.causes import draw_roofline, draw_waterfall
+from grpo_toolkit.reporting.charts.first_token import draw_first_token
+from grpo_toolkit.reporting.charts.roofline import draw_roofline, roofline_caption
 from grpo_toolkit.reporting.charts.style import as_png, styled
-from grpo_toolkit.reporting.charts.sweeps import draw_batches, draw_images
+from grpo_toolkit.reporting.charts.sweeps import batches_caption, draw_batches, draw_images
+from grpo_toolkit.reporting.charts.waterfall import draw_waterfall, waterfall_caption
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -34,16 +37,20 @@ class Chart(Generic[Rows]):
 
     Attributes:
         name: of its file and its key in trackers.
-        title, caption: what it is, and how to read it.
+        title, caption: what it is, and how to read it; a caption that depends on what is drawn is a function.
         needs: what is missing where it cannot be drawn.
         draw: from the rows to a figure, or None where they hold nothing for it.
     """
 
     name: str
     title: str
-    caption: str
+    caption: str | Callable[[Rows], str]
     needs: str
     draw: Callable[[Rows], Figure | None]
+
+    def caption_of(self, rows: Rows) -> str:
+        """Return how to read the chart that is drawn from these rows."""
+        return self.caption if isinstance(self.caption, str) else self.caption(rows)
 
 
 CHARTS: Final[tuple[Chart[Review], ...]] = (
@@ -55,9 +62,16 @@ CHARTS: Final[tuple[Chart[Review], ...]] = (
         draw=draw_bars,
     ),
     Chart(
+        name="first_token",
+        title="Until the first token",
+        caption="Where the median TTFT goes, split as the phases of all measured requests are.",
+        needs="phases, which an engine behind an address does not show",
+        draw=draw_first_token,
+    ),
+    Chart(
         name="waterfall",
-        title="From base to checkpoint to export",
-        caption="What adds time (red) and what takes it away (teal). The bars add up; hatched is unexplained.",
+        title="From arm to arm",
+        caption=waterfall_caption,
         needs="two of base, checkpoint and export in one session, or grpo-toolkit explain",
         draw=draw_waterfall,
     ),
@@ -71,14 +85,14 @@ CHARTS: Final[tuple[Chart[Review], ...]] = (
     Chart(
         name="distributions",
         title="Spread over requests",
-        caption="A dot a measured request; the box is median and quartiles. Without the arm whose cache is off.",
+        caption=distributions_caption,
         needs="timelines",
         draw=draw_distributions,
     ),
     Chart(
         name="batches",
         title="Throughput against latency",
-        caption="A point a batch size. Up and left is better; the dashed line is peak memory.",
+        caption=batches_caption,
         needs="rows of more than one batch size",
         draw=draw_batches,
     ),
@@ -99,7 +113,7 @@ CHARTS: Final[tuple[Chart[Review], ...]] = (
     Chart(
         name="roofline",
         title="What the hardware allows",
-        caption="A decode step must read weights and KV cache once: that is the floor. MBU is its share of TPOT.",
+        caption=roofline_caption,
         needs="a measured bandwidth",
         draw=draw_roofline,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.reporting.charts.style import LIGHT, horizontal_only, legend_below, new_figure
 from grpo_toolkit.step_time.causes.table import BY_NAME
@@ -111,11 +111,15 @@ def draw_spread(review: StepReview) -> Figure | None:
     figure = new_figure(0.9 + 0.34 * len(names))
     axes = figure.subplots()
     values = [[row.phases_s.get(name, 0.0) for row in rows] for name in names]
-    drawn = axes.boxplot(values, vert=False, widths=0.6, patch_artist=True, flierprops={"markersize": 3})
+    drawn = axes.boxplot(values, **_across(), widths=0.6, patch_artist=True, flierprops={"markersize": 3})
     for box in drawn["boxes"]:
         box.set(facecolor=LIGHT["grid"], edgecolor=LIGHT["soft"])
     for line in drawn["medians"]:
         line.set(color=LIGHT["export"])
+    for line in (*drawn["whiskers"], *drawn["caps"]):
+        line.set(color=LIGHT["soft"])
+    for dots in drawn["fliers"]:
+        dots.set(markeredgecolor=LIGHT["soft"])
     axes.set_yticks(range(1, len(names) + 1), [name.replace("_", " ") for name in names])
     axes.tick_params(axis="y", labelcolor=LIGHT["ink"])
     axes.invert_yaxis()
@@ -146,3 +150,10 @@ def draw_ranks(review: StepReview) -> Figure | None:
     axes.set_xlabel("seconds of a step")
     legend_below(figure)
     return figure
+
+
+def _across() -> dict[str, Any]:
+    """Return what lays a box plot on its side: `orientation` is new in matplotlib 3.10, `vert` goes in 3.13."""
+    import matplotlib
+
+    return {"orientation": "horizontal"} if matplotlib.__version_info__ >= (3, 10) else {"vert": False}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import re
 from contextlib import contextmanager
+from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -125,6 +126,43 @@ def colours_of(arms: Sequence[str]) -> dict[str, str]:
 def horizontal_only(axes: Axes) -> None:
     """Draw grid lines across, none upward: for charts whose x is categories."""
     axes.grid(axis="x", visible=False)
+
+
+def name_arms(axes: Axes, labels: Sequence[str]) -> None:
+    """Name the rows of a chart of horizontal bars, the first at the top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", labelcolor=LIGHT["ink"], labelsize=9)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+
+
+HALO: Final = {"linewidth": 6.0, "alpha": 0.4}
+"""The look of a line that another one lies on, so that both are seen."""
+
+
+def lying_on(curves: Mapping[str, Sequence[float]], height: float) -> dict[str, str]:
+    """Return the arms whose curve cannot be told from that of an arm before it, with that arm.
+
+    Args:
+        curves: heights by arm, at the same places as far as they go, in the order in which they are drawn.
+        height: of the whole axis: two curves closer than 1.5% of it look like one.
+    """
+    found: dict[str, str] = {}
+    names = list(curves)
+    for place, name in enumerate(names):
+        for other in names[:place]:
+            apart = [abs(one - two) for one, two in zip(curves[name], curves[other], strict=False)]
+            if other not in found and apart and median(apart) < 0.015 * height:
+                found[name] = other
+                break
+    return found
+
+
+def line_look(arm: str, beneath: Mapping[str, str]) -> dict[str, Any]:
+    """Return an arm's label in the legend and, where another line lies on it, the look that shows both."""
+    on = f", as {label_of(beneath[arm])}" if arm in beneath else ""
+    return {"label": f"{label_of(arm)}{on}", **(HALO if arm in beneath.values() else {})}
 
 
 def legend_below(figure: Figure, handles: Any = None, labels: Any = None, *, columns: int = 4) -> None:

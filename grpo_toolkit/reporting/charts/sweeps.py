@@ -13,6 +13,8 @@ from grpo_toolkit.reporting.charts.style import (
     horizontal_only,
     label_of,
     legend_below,
+    line_look,
+    lying_on,
     milliseconds,
     new_figure,
 )
@@ -26,8 +28,14 @@ if TYPE_CHECKING:
     from grpo_toolkit.latency.rows.row import LatencyRow
 
 
+def batches_caption(review: Review) -> str:
+    """Return how to read throughput against latency, and the memory where it was measured."""
+    memory = "; the dotted line is peak memory" if any(row.memory.peak_bytes for row in review.batches) else ""
+    return f"A point a batch size. Up and left is better{memory}."
+
+
 def draw_batches(review: Review) -> Figure | None:
-    """Draw tokens/s against TPOT, a point a batch size; peak memory on the second axis, dashed."""
+    """Draw tokens/s against TPOT, a point a batch size; peak memory on the second axis, dotted."""
     rows = review.batches
     measured = [row for row in rows if row.tpot_s is not None and row.output_tokens_per_s is not None]
     if len({row.workload.batch_size for row in measured}) < 2:
@@ -36,11 +44,17 @@ def draw_batches(review: Review) -> Figure | None:
     axes = figure.subplots()
     colours = colours_of([row.arm for row in rows])
     memory = axes.twinx() if any(row.memory.peak_bytes for row in measured) else None
-    for arm, group in groupby(measured, key=lambda row: row.arm):
-        points = list(group)
-        x = [row.tpot_s.median * 1e3 for row in points if row.tpot_s is not None]
-        y = [row.output_tokens_per_s.median for row in points if row.output_tokens_per_s is not None]
-        axes.plot(x, y, "o-", color=colours[arm], markersize=4.5, label=label_of(arm) + _out_of_memory(rows, arm))
+    groups = {arm: list(group) for arm, group in groupby(measured, key=lambda row: row.arm)}
+    curves = {arm: _curve(points) for arm, points in groups.items()}
+    most = [max(max(curve[axis]) for curve in curves.values()) for axis in (0, 1)]
+    beneath = lying_on(
+        {arm: [at / top for part, top in zip(c, most, strict=True) for at in part] for arm, c in curves.items()}, 1.0
+    )
+    for arm, points in groups.items():
+        x, y = curves[arm]
+        look = line_look(arm, beneath)
+        look["label"] += _out_of_memory(rows, arm)
+        axes.plot(x, y, "o-", color=colours[arm], markersize=4.5, **look)
         above = arm != rows[0].arm  # the first arm's labels below its points, so that two close lines stay readable
         for row, x_at, y_at in zip(points, x, y, strict=True):
             text, offset = str(row.workload.batch_size), (-5, 3) if above else (5, -9)
@@ -50,19 +64,24 @@ def draw_batches(review: Review) -> Figure | None:
             found = [
                 (at, row.memory.peak_bytes / 1e9) for at, row in zip(x, points, strict=True) if row.memory.peak_bytes
             ]
-            memory.plot(*zip(*found, strict=True), "--", color=colours[arm], linewidth=1, alpha=0.8)
+            memory.plot(*zip(*found, strict=True), ":", color=colours[arm], linewidth=1.4)
     axes.set_xlabel("time per output token (ms); labels: batch size")
     axes.set_ylabel("output tokens/s (solid)")
     axes.set_ylim(bottom=0)
     axes.margins(y=0.12)
     if memory is not None:
-        memory.set_ylabel("peak GB (dashed)")
+        memory.set_ylabel("peak GB (dotted)")
         memory.set_ylim(bottom=0)
         memory.spines["right"].set_visible(False)
         memory.grid(visible=False)
     handles, labels = axes.get_legend_handles_labels()
     legend_below(figure, handles, labels, columns=2)
     return figure
+
+
+def _curve(rows: Sequence[LatencyRow]) -> tuple[list[float], list[float]]:
+    x = [row.tpot_s.median * 1e3 for row in rows if row.tpot_s is not None]
+    return x, [row.output_tokens_per_s.median for row in rows if row.output_tokens_per_s is not None]
 
 
 def _out_of_memory(rows: Sequence[LatencyRow], arm: str) -> str:
@@ -88,9 +107,10 @@ def draw_images(review: Review) -> Figure | None:
             axes.bar(range(len(counts)), spans, bottom=heights, width=0.62, color=PHASE_COLOURS[phase], label=name)
             heights = [low + span for low, span in zip(heights, spans, strict=True)]
     colours = colours_of(arms)
-    for arm in arms:
+    for place, arm in enumerate(arms):
+        aside = 0.14 * (place - (len(arms) - 1) / 2)  # side by side: arms that took as long are both seen
         points = [
-            (counts.index(row.workload.image_tokens), row.ttft_s.median * 1e3)
+            (counts.index(row.workload.image_tokens) + aside, row.ttft_s.median * 1e3)
             for row in rows
             if row.arm == arm and row.workload.image_tokens is not None and row.ttft_s is not None
         ]
@@ -100,9 +120,14 @@ def draw_images(review: Review) -> Figure | None:
         )  # fmt: skip
         if arm == shown:
             for at, value in points:
-                top = max(r.ttft_s.median for r in rows if r.workload.image_tokens == counts[at] and r.ttft_s) * 1e3
+                count = counts[round(at - aside)]
+                top = max(r.ttft_s.median for r in rows if r.workload.image_tokens == count and r.ttft_s) * 1e3
                 axes.annotate(
-                    milliseconds(value / 1e3), (at, top), xytext=(0, 8), textcoords="offset points", ha="center"
+                    milliseconds(value / 1e3),
+                    (at - aside, top),
+                    xytext=(0, 8),
+                    textcoords="offset points",
+                    ha="center",
                 )
     axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
     axes.set_xlabel(f"image tokens (bars: phases of {label_of(shown)})")

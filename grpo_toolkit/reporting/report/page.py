@@ -6,15 +6,16 @@ doctor's findings beside it and the export's manifest alone, so it can be made a
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.rows.review import Review, arm_order, load_review, median_of
-from grpo_toolkit.reporting.charts.causes import arm_named
 from grpo_toolkit.reporting.charts.gallery import CHARTS
 from grpo_toolkit.reporting.charts.style import PALETTE, as_svg, is_variant, label_of, styled
+from grpo_toolkit.reporting.charts.waterfall import arm_named
 from grpo_toolkit.reporting.report.card_facts import CardFacts
 from grpo_toolkit.reporting.report.folder_findings import export_manifest, findings_of
 from grpo_toolkit.reporting.report.headline import headline_of, interval
@@ -120,11 +121,35 @@ def write_comparison(one: Review, other: Review, path: Path) -> Path:
         "headline": None,
         "compared": {"names": names, "lines": [_change(mine, theirs) for mine, theirs in pairs]},
         "is_same_hardware": len({run.arms[0].environment.get("hardware") for run in (one, other)}) == 1,
+        **_of_both(names, (one, other)),
     }
     sides = steps_beside(one.path), steps_beside(other.path)
     if sides[0] is not None and sides[1] is not None:
         content |= {"steps_compared": compared_steps(sides[0], sides[1]), "compared_names": names}
     return _render(content, path)
+
+
+def _of_both(names: Sequence[str], reviews: Sequence[Review]) -> dict[str, Any]:
+    """Return what a page of two runs says of each: facts, a busy machine, versions, and how to make it again."""
+    runs = list(zip(names, reviews, strict=True))
+    busy = [f"{name}: {said}" for name, review in runs if (said := busy_machine(review.arms[0]))]
+    return {
+        "facts": [f"{name}: {', '.join(facts_of(review.arms[0]))}" for name, review in runs],
+        "busy": " ".join(busy),
+        "sources": [_source(review) for review in reviews],
+        "again": _command("report", "--compare", *(review.path for review in reviews)),
+        "environment": {
+            f"{name}, {key}": value for name, review in runs for key, value in review.arms[0].environment.items()
+        },
+    }
+
+
+def _source(review: Review) -> tuple[int, str]:
+    return len(review.rows) + len(review.explanations), str(review.path)
+
+
+def _command(*words: object) -> str:
+    return shlex.join(["grpo-toolkit", *map(str, words)])
 
 
 def write_step_report(steps: StepReview, path: Path | None = None) -> Path:
@@ -147,7 +172,10 @@ def write_step_comparison(one: StepReview, other: StepReview, path: Path) -> Pat
         InputError: one of them has no steps with phases.
     """
     names = _two_names(one.path, other.path)
-    content = _steps_alone(other, f"{names[0]} and {names[1]}")
+    content = _steps_alone(other, f"{names[0]} and {names[1]}") | {
+        "sources": [(len(steps.steps) + len(steps.explanations), str(steps.path)) for steps in (one, other)],
+        "again": _command("report", "--compare", one.path, other.path),
+    }
     return _render(content | {"steps_compared": compared_steps(one, other), "compared_names": names}, path)
 
 
@@ -166,9 +194,9 @@ def _steps_alone(steps: StepReview, title: str) -> dict[str, Any]:
         "missing": [],
         "failed": [],
         "explanations": [],
-        "count": len(steps.steps) + len(steps.explanations),
+        "sources": [(len(steps.steps) + len(steps.explanations), str(steps.path))],
+        "again": _command("report", steps.path),
         "environment": environment,
-        "folder": str(steps.path),
         "label_of": label_of,
     }
 
@@ -184,9 +212,9 @@ def _two_names(one: Path, other: Path) -> tuple[str, str]:
 
 def _change(before: LatencyRow, after: LatencyRow) -> dict[str, Any]:
     cells = []
-    for metric in ("ttft_s", "tpot_s", "e2e_s"):
+    for metric, name in {"ttft_s": "TTFT ms", "tpot_s": "TPOT ms", "e2e_s": "E2E ms"}.items():
         old, new = median_of(getattr(before, metric), 1e3), median_of(getattr(after, metric), 1e3)
-        cells.append({"old": old, "new": new, "ratio": None if not old or new is None else new / old})
+        cells.append({"name": name, "old": old, "new": new, "ratio": None if not old or new is None else new / old})
     return {"arm": label_of(before.arm), "cells": cells}
 
 
@@ -200,7 +228,13 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
             if figure is None:
                 missing.append(chart)
             else:
-                charts.append({"about": chart, "svg": as_svg(figure, name=chart.name, title=chart.title)})
+                charts.append(
+                    {
+                        "about": chart,
+                        "caption": chart.caption_of(review),
+                        "svg": as_svg(figure, name=chart.name, title=chart.title),
+                    }
+                )
     return {
         "title": review.path.resolve().parent.name if review.path.name == "latency" else review.path.resolve().name,
         "palette": PALETTE,
@@ -218,9 +252,9 @@ def _page(review: Review, only: Sequence[str] | None = None) -> dict[str, Any]:
             (explanation, *(label_of(arm_named(review, end)) for end in (explanation.base, explanation.trained)))
             for explanation in review.explanations[-2:]
         ],
-        "count": len(review.rows) + len(review.explanations),
+        "sources": [_source(review)],
+        "again": _command("report", review.path),
         "environment": review.arms[0].environment if review.arms else review.explanations[-1].environment,
-        "folder": str(review.path),
         "label_of": label_of,
     }
 

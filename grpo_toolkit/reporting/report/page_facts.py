@@ -45,7 +45,12 @@ def facts_explained(row: ExplanationRow) -> list[str]:
 
 def _when_and_with(row: LatencyRow | ExplanationRow) -> list[str]:
     names = {"grpo_toolkit": "grpo-toolkit", "transformers": "transformers", "torch": "torch"}
-    versions = ", ".join(f"{name} {row.environment[key]}" for key, name in names.items() if key in row.environment)
+    commit = row.environment.get("toolkit_commit", "")[:9]
+    versions = ", ".join(
+        f"{name} {row.environment[key]}{f' ({commit})' if commit and key == 'grpo_toolkit' else ''}"
+        for key, name in names.items()
+        if key in row.environment
+    )
     return [row.measured_at[:16].replace("T", " ") + " UTC", *filter(None, [versions])]
 
 

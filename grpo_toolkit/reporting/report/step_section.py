@@ -42,7 +42,13 @@ def step_section(review: StepReview) -> dict[str, Any] | None:
             if figure is None:
                 missing.append(chart)
             else:
-                charts.append({"about": chart, "svg": as_svg(figure, name=chart.name, title=chart.title)})
+                charts.append(
+                    {
+                        "about": chart,
+                        "caption": chart.caption_of(review),
+                        "svg": as_svg(figure, name=chart.name, title=chart.title),
+                    }
+                )
     return {
         "row": row,
         "charts": charts,

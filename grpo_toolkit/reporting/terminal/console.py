@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -36,10 +39,15 @@ def byte_progress(title: str, *, is_shown: bool) -> Iterator[Callable[[int, int]
 
 def wandb_hint(facts: Mapping[str, Any]) -> str:
     """Return where a W&B run lies and the commands to look at it and to upload it."""
-    folder = facts["folder"]
+    folder = shlex.quote(_short(facts["folder"]))
     if facts["mode"] == "offline":
         return f"{'W&B':<12}offline; look: wandb leet {folder}\n{'':<12}upload: wandb sync {folder}"
     return f"{'W&B':<12}{facts.get('url') or folder}\n{'':<12}look: wandb leet {folder}"
+
+
+def _short(folder: str) -> str:
+    """Return a folder as it is called from here, where that is below here."""
+    return os.path.relpath(folder) if Path(folder).resolve().is_relative_to(Path.cwd()) else folder
 
 
 def turn_progress(names: str) -> Progress:
@@ -76,10 +84,22 @@ def _duration(seconds: float) -> str:
 
 
 def say(*parts: object) -> None:
-    """Print to standard error (standard output is for data), a part a line."""
+    """Print to standard error (standard output is for data), a part a line, above the trainer's bar where one is."""
     console = _console(stderr=True)
-    for part in parts:
-        console.print(_literal(part), soft_wrap=True)
+    with _without_bars():
+        for part in parts:
+            console.print(_literal(part), soft_wrap=True)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Take tqdm's bars off the terminal while lines are printed, which would stick to them, and draw them again."""
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        yield
+        return
+    with bars.tqdm.external_write_mode(file=sys.stderr):
+        yield
 
 
 def show(*parts: object, style: str | None = None) -> None:

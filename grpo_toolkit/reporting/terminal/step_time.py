@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_toolkit.step_time.causes.table import BY_NAME
+from grpo_toolkit.step_time.explain import NO_CURE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,14 +30,17 @@ def step_time(row: StepExplanation) -> RenderableType:
 
 
 def step_lines(row: StepExplanation, *, causes: int = 3) -> list[str]:
-    """Return the explanation in a few lines of 80 columns, for a training that goes on; the page has the whole."""
+    """Return the explanation in a few lines of 80 columns: the causes that something can be done about.
+
+    The page has the whole.
+    """
     largest = sorted(row.phases_s.items(), key=lambda item: -item[1])[:4]
     shares = ", ".join(f"{phase_title(name)} {seconds / row.wall_s:.0%}" for name, seconds in largest if row.wall_s)
     lines = [f"{'step time':<12}{seconds_text(row.wall_s)} s at step {row.step}: {shares}"]
     lines += [
         f"{'':<12}{'?' if found.saving_s is None else f'-{seconds_text(found.saving_s)} s'}: "
         f"{cause_title(found.cause)}{f' -> {found.line}' if found.line else ''}"
-        for found in row.causes[:causes]
+        for found in [found for found in row.causes if not found.cure.startswith(NO_CURE)][:causes]
     ]
     return [*lines, *(f"{'':<12}{tried_text(tried)}" for tried in row.tried)]
 

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 LAST_STEP_KEY: Final = "step_time/last_step"
 """The last step that a run has, as a replay asks for it."""
 
+HEADLINE: Final = "step_time/step_s"
+"""The scalar that gets a panel of its own in W&B; the phases are hidden there, and in one picture."""
+
 CAUSE_COLUMNS: Final = ("cause", "saving_s", "share", "evidence", "cure", "line")
 _PATIENCE_S: Final = 60.0
 
@@ -123,7 +126,7 @@ def log_to_wandb(run: Any, rows: Iterable[StepRow]) -> int:
     for row in rows:
         values = step_scalars(row)
         for name in values:
-            run.define_metric(name, step_metric=STEP_METRIC)
+            run.define_metric(name, step_metric=STEP_METRIC, hidden=name != HEADLINE)
         run.define_metric(LAST_STEP_KEY, step_metric=STEP_METRIC, hidden=True)
         run.log({**values, LAST_STEP_KEY: row.step, STEP_METRIC: row.step})
         count += 1

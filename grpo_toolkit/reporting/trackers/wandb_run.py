@@ -125,6 +125,10 @@ def _describe(run: Any, review: Review) -> None:
     if headline is not None:
         run.summary["latency/headline"] = headline.figure
         run.summary["latency/verdict"] = headline.verdict or "no interval"
+    for row, ratio in review.ratios:
+        if row.arm == "export" and ratio.against == "base":
+            metric = ratio.metric.removesuffix("_s")
+            run.summary[f"latency/export/{metric}_verdict"] = "no interval" if ratio.low is None else ratio.verdict
     for arm in ("checkpoint", "export"):
         if arm in found:
             run.summary[f"latency/{arm}/faults"] = fault_count(found[arm])

@@ -107,7 +107,12 @@ def _answers() -> list[Any]:
     """Return panels of what every run has: a chart that needs a sweep would be an empty panel in all the others."""
     import wandb_workspaces.reports.v2 as wr
 
-    charts = {"lengths": "Length of answers", "waterfall": "Waterfall", "positions": "Along the answer"}
+    charts = {
+        "lengths": "Length of answers",
+        "waterfall": "From arm to arm",
+        "first_token": "Until the first token",
+        "positions": "Along the answer",
+    }
     found = [wr.MediaBrowser(title=title, media_keys=[f"latency/charts/{name}"]) for name, title in charts.items()]
     return [*found, wr.WeavePanelSummaryTable(table_name="latency/table")]
 

@@ -1,4 +1,8 @@
-"""Charts of where time goes and why: the waterfall from arm to arm, and what physics allows."""
+"""The waterfall from arm to arm: levels, and what changes between them.
+
+A change whose interval includes zero is no change that was seen: such ones, and what is left over, are one hatched
+piece between two levels, without a figure. So the bars add up, and none is drawn that the next run may turn round.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from grpo_toolkit.latency.bench.statistics import paired_difference
 from grpo_toolkit.latency.rows.row import METRICS
 from grpo_toolkit.reporting.charts.style import (
     LIGHT,
     colours_of,
     horizontal_only,
     label_of,
-    legend_below,
     milliseconds,
     new_figure,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from grpo_toolkit.latency.rows.review import Review
-    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow
+    from grpo_toolkit.latency.rows.row import ExplanationRow, LatencyRow, Timeline
 
 
+NOISE: Final = "within noise"
+FEW_ROUNDS: Final = "too few rounds"
 _LINE_LETTERS: Final = 70
 _LABEL_LETTERS: Final = 11
 """The number of letters of a bar's name that stand side by side under all bars, and under one of many."""
@@ -35,10 +41,13 @@ _LABEL_LETTERS: Final = 11
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """A bar of a waterfall, in seconds: a level stands on the ground, a change hangs between two heights."""
+    """A bar of a waterfall, in seconds: a level stands on the ground, the others hang between two heights.
+
+    Of `noise` no figure is shown: it is what no interval tells from nothing.
+    """
 
     label: str
-    kind: Literal["level", "change", "unexplained"]
+    kind: Literal["level", "change", "unexplained", "noise"]
     value_s: float
     low_s: float | None = None
     high_s: float | None = None
@@ -49,7 +58,7 @@ def waterfall_bars(review: Review) -> tuple[str, list[Bar]]:
     """Return the metric's name and its bars, from base to checkpoint to export: levels, and the changes between.
 
     Between two arms stand the causes of their newest explanation where there is one, otherwise the change until the
-    first token and the change after it, from the medians. The bars always add up.
+    first token and the change after it, paired by round. The bars always add up.
     """
     arms = [row for row in review.arms if row.arm in ("base", "checkpoint", "export")]
     steps = [_explanation(review, one.arm, other.arm) for one, other in zip(arms, arms[1:], strict=False)]
@@ -59,7 +68,7 @@ def waterfall_bars(review: Review) -> tuple[str, list[Bar]]:
     if not chain or len(chain) < len(steps) or len({step.metric for step in chain}) > 1:
         chain = ours[-1:]
     if not chain and len(arms) > 1:
-        return "e2e_s", _from_medians(arms)
+        return "e2e_s", _from_rounds(arms)
     chain = chain or list(review.explanations[-1:])
     if not chain:
         return "e2e_s", []
@@ -88,7 +97,7 @@ def arm_named(review: Review, name: str) -> str:
 
 def _changes(explanation: ExplanationRow) -> list[Bar]:
     effects = explanation.effects or explanation.split
-    return [
+    bars = [
         Bar(
             label=effect.cause.removesuffix("_s").replace("_", " ").replace("-", " "),
             kind="unexplained" if effect.layer == "unexplained" else "change",
@@ -99,26 +108,80 @@ def _changes(explanation: ExplanationRow) -> list[Bar]:
         for effect in effects
         if effect.effect_s or effect.layer == "unexplained"
     ]
+    if not explanation.effects and _includes_zero(explanation.low_s, explanation.high_s):
+        bars = []  # an exact split of a difference that is none
+    return _seen(bars, explanation.trained_s - explanation.base_s)
 
 
-def _from_medians(arms: Sequence[LatencyRow]) -> list[Bar]:
+def _seen(bars: Sequence[Bar], whole_s: float, rest: str = NOISE) -> list[Bar]:
+    """Return the changes that their intervals tell from nothing; the others become what is left of the whole."""
+    seen = [bar for bar in bars if not _includes_zero(bar.low_s, bar.high_s)]
+    left_s = whole_s - sum(bar.value_s for bar in seen)
+    if len(seen) == len(bars) and abs(left_s) <= 1e-6 * abs(whole_s):
+        return seen
+    changes = [bar for bar in seen if bar.kind == "change"]
+    label = rest if len(changes) == len(seen) else f"unexplained, {rest}"
+    return [*changes, Bar(label=label, kind="noise", value_s=whole_s - sum(bar.value_s for bar in changes))]
+
+
+def _includes_zero(low_s: float | None, high_s: float | None) -> bool:
+    return low_s is not None and high_s is not None and low_s <= 0 <= high_s
+
+
+def _from_rounds(arms: Sequence[LatencyRow]) -> list[Bar]:
     bars: list[Bar] = []
     for before, row in zip([None, *arms], arms, strict=False):
         assert row.e2e_s is not None
         if before is not None:
             assert before.e2e_s is not None
-            whole = row.e2e_s.median - before.e2e_s.median
-            first = 0.0
-            if row.ttft_s is not None and before.ttft_s is not None:
-                first = row.ttft_s.median - before.ttft_s.median
-                bars.append(Bar(label="first token", kind="change", value_s=first))
-            bars.append(Bar(label="later tokens", kind="change", value_s=whole - first))
+            found = _paired_changes(before, row)
+            bars += _seen(found or [], row.e2e_s.median - before.e2e_s.median, NOISE if found else FEW_ROUNDS)
         bars.append(Bar(label=label_of(row.arm), kind="level", value_s=row.e2e_s.median, arm=row.arm))
     return bars
 
 
+def _paired_changes(before: LatencyRow, row: LatencyRow) -> list[Bar] | None:
+    """Return the change until the first token and the change after it; None where too few rounds were paired."""
+    both = list(zip(row.timelines, before.timelines, strict=False))
+    if len(row.timelines) != len(before.timelines) or not both:
+        return None
+    found = []
+    parts: dict[str, Callable[[Timeline], float]] = {
+        "first token": lambda timeline: timeline.ttft_s,
+        "later tokens": lambda timeline: timeline.e2e_s - timeline.ttft_s,
+    }
+    for label, part in parts.items():
+        middle, low, high = paired_difference([part(one) for one, _ in both], [part(other) for _, other in both])
+        if low is None:
+            return None
+        found.append(Bar(label=label, kind="change", value_s=middle, low_s=low, high_s=high))
+    return found
+
+
+def waterfall_caption(review: Review) -> str:
+    """Return how to read the waterfall that is drawn: its arms, its time, and what each look in it means."""
+    metric, bars = waterfall_bars(review)
+    kinds = {bar.kind for bar in bars}
+    time = METRICS.get(metric, metric)
+    said = [f"{' → '.join(bar.label for bar in bars if bar.kind == 'level')}, {time}."]
+    directions = {bar.value_s > 0 for bar in bars if bar.kind == "change"}
+    words = {True: "red adds time", False: "teal takes it away"}
+    if directions:
+        whiskers = any(bar.low_s is not None for bar in bars)
+        looks = ", ".join(words[up] for up in (True, False) if up in directions)
+        said.append(f"{looks[:1].upper()}{looks[1:]}{'; whiskers are 95% intervals' if whiskers else ''}.")
+    if "unexplained" in kinds:
+        said.append("Hatched is unexplained.")
+    if "noise" in kinds:
+        few = any(bar.label == FEW_ROUNDS for bar in bars)
+        said.append(
+            "Hatched: too few rounds for an interval." if few else "Hatched: no interval tells it from nothing."
+        )
+    return " ".join(said)
+
+
 def draw_waterfall(review: Review) -> Figure | None:
-    """Draw levels and the changes between them; whiskers are 95% intervals, hatched is what stays unexplained."""
+    """Draw levels and the changes between them; whiskers are 95% intervals, hatched is noise or unexplained."""
     metric, bars = waterfall_bars(review)
     if not bars:
         return None
@@ -159,7 +222,7 @@ def _draw_bar(axes: Axes, place: int, bar: Bar, start: float, end: float, colour
         colour = colours[bar.arm]
     else:
         colour = LIGHT["off"] if end > start else LIGHT["other2"]
-    if bar.kind == "unexplained":
+    if bar.kind in ("unexplained", "noise"):
         axes.bar(place, end - start, bottom=start, width=0.68, color="none", edgecolor=LIGHT["soft"], hatch="////")
     else:
         axes.bar(place, end - start, bottom=start, width=0.68, color=colour, zorder=2)
@@ -168,79 +231,9 @@ def _draw_bar(axes: Axes, place: int, bar: Bar, start: float, end: float, colour
         ends = (start + bar.low_s * 1e3, start + bar.high_s * 1e3)
         axes.plot([place, place], ends, color=LIGHT["ink"], linewidth=1, zorder=3)
         top = max(top, *ends)
+    if bar.kind == "noise":
+        return
     sign = "" if bar.kind == "level" else "+" if bar.value_s >= 0 else "\N{MINUS SIGN}"
     text = f"{sign}{milliseconds(abs(bar.value_s))}"
     weight = "bold" if bar.kind == "level" else "normal"
     axes.annotate(text, (place, top), xytext=(0, 3), textcoords="offset points", ha="center", weight=weight)
-
-
-def draw_roofline(review: Review) -> Figure | None:
-    """Draw, left, the FLOP/s that the hardware allows, decode and prefill as measured; right, TPOT over its floor."""
-    rows = [row for row in review.arms if row.roofline is not None and row.tpot_s is not None]
-    if not rows:
-        return None
-    roofs = [row for row in rows if row.roofline is not None and row.roofline.peak_flops_per_s]
-    figure = new_figure(3.2 if roofs else 0.9 + 0.45 * len(rows))
-    colours = colours_of([row.arm for row in rows])
-    if not roofs:
-        _draw_floors(figure.subplots(), rows, colours)
-        return figure
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _draw_roof(left, roofs, colours)
-    _draw_floors(right, rows, colours)
-    right.set_yticks([])
-    handles = [left.plot([], [], "s", color=colours[row.arm])[0] for row in rows]
-    legend_below(figure, handles, [label_of(row.arm) for row in rows])
-    return figure
-
-
-def _draw_roof(axes: Axes, rows: Sequence[LatencyRow], colours: dict[str, str]) -> None:
-    first = rows[0].roofline
-    assert first is not None
-    assert first.peak_flops_per_s is not None
-    points: list[tuple[float, float, str, str]] = []
-    for row in rows:
-        roof = row.roofline
-        assert roof is not None
-        if row.parameters and row.tpot_s is not None:
-            flops = 2.0 * row.parameters * row.workload.batch_size
-            points.append((flops / roof.bytes_per_step, flops / row.tpot_s.median, "o", row.arm))
-        if roof.prefill_flops and row.phases.prefill_s is not None and row.phases.prefill_s.median > 0:
-            speed = roof.prefill_flops / row.phases.prefill_s.median
-            points.append((roof.prefill_flops / roof.bytes_per_step, speed, "^", row.arm))
-    ridge = first.peak_flops_per_s / first.bandwidth_bytes_per_s
-    low = min([ridge, *(x for x, *_ in points)]) / 4
-    high = max([ridge, *(x for x, *_ in points)]) * 4
-    roof_line = [first.bandwidth_bytes_per_s * low, first.peak_flops_per_s, first.peak_flops_per_s]
-    axes.plot([low, ridge, high], roof_line, color=LIGHT["soft"], linewidth=1.6)
-    for x, y, marker, arm in points:
-        axes.plot(x, y, marker, color=colours[arm], markersize=6.5)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("FLOP per byte (dot: decode,\ntriangle: prefill)", fontsize=8)
-    axes.set_ylabel("FLOP/s")
-
-
-def _draw_floors(axes: Axes, rows: Sequence[LatencyRow], colours: dict[str, str]) -> None:
-    for place, row in enumerate(rows):
-        assert row.roofline is not None
-        assert row.tpot_s is not None
-        floor, measured = row.roofline.floor_tpot_s * 1e3, row.tpot_s.median * 1e3
-        axes.barh(place, measured, color=colours[row.arm], alpha=0.3, height=0.6)
-        axes.barh(place, min(floor, measured), color=colours[row.arm], height=0.6)
-        share = row.roofline.mbu if row.roofline.mbu is not None else floor / measured
-        axes.annotate(
-            f"{share * 100:.0f}%",
-            (measured, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            weight="bold",
-        )
-    axes.set_yticks(range(len(rows)), [label_of(row.arm) for row in rows])
-    axes.tick_params(axis="y", labelcolor=LIGHT["ink"])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.margins(x=0.2)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("TPOT (ms); dark: the floor,\n%: its share, MBU", fontsize=8)

@@ -1,0 +1,89 @@
+"""What a server asks of a folder, or makes of it, and transformers does not."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind
+from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.readers import SERVERS
+from grpo_toolkit.doctor.rules.tensor_facts import weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.parsed_folder import Folder
+
+VALUE_HEAD: Final = re.compile(r"(?:^|\.)(?:v_head|value_head)\.")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no architectures in the config",
+    effect="transformers finds the class by the model type; servers look for its name here and refuse the folder (No "
+    "model architectures are specified)",
+    evidence="https://github.com/vllm-project/vllm/issues/14105",
+    mend="the base's",
+    fails=SERVERS,
+)
+def architectures_missing(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(CONFIG, "architectures")
+    if value not in (ABSENT, None, []) or folder.family is None or not weights(folder):
+        return
+    right = ABSENT if folder.base is None else folder.base.get(CONFIG, "architectures")
+    is_known = isinstance(right, list) and bool(right)
+    yield Fault(
+        file=CONFIG,
+        key="architectures",
+        found=value,
+        expected=f"{right}, as in the base" if is_known else "the name of the model's class",
+        remedies=(Edit(file=CONFIG, path=("architectures",), value=right),) if is_known else (),
+    )
+
+
+@rule(
+    Severity.WRONG,
+    "a value head among the weights",
+    effect="PPO's head was saved with the policy: transformers passes over it with a warning, vLLM refuses the folder "
+    "(There is no module or parameter named 'v_head')",
+    evidence="https://github.com/hiyouga/LlamaFactory/issues/8635",
+    mend="the head's tensors dropped (--rewrite-weights)",
+    fails="vllm",
+)
+def value_head_stored(folder: Folder) -> Iterator[Fault]:
+    names = sorted(name for name in weights(folder) if VALUE_HEAD.search(name))
+    if names and folder.is_generative:
+        yield Fault(
+            file=folder.tensors[names[0]].file,
+            key=names[0],
+            found=f"{len(names)} tensors",
+            expected="the policy's tensors alone",
+            remedies=(Weights(renames=dict.fromkeys(names), dtypes={}),),
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "a rollout's limit as the default length of answers",
+    effect="vLLM takes it as the most tokens of every answer that asks for no other number (before February 2026 of "
+    "every answer): they end in the middle of a sentence",
+    evidence="https://github.com/vllm-project/vllm/pull/34063",
+    mend="as in the base",
+    needs_base=True,
+    fails="vllm",
+)
+def answers_capped(folder: Folder) -> Iterator[Fault]:
+    base, value = folder.base, folder.get(GENERATION_CONFIG, "max_new_tokens")
+    if base is None or folder.kind is not Kind.MODEL or type(value) is not int:
+        return
+    published = base.get(GENERATION_CONFIG, "max_new_tokens")
+    if published in (ABSENT, None) or (type(published) is int and value < published):
+        yield Fault(
+            file=GENERATION_CONFIG,
+            key="max_new_tokens",
+            found=value,
+            expected="absent, as in the base" if published in (ABSENT, None) else f"{published}, as in the base",
+            remedies=(Edit(file=GENERATION_CONFIG, path=("max_new_tokens",), value=published),),
+        )
