@@ -13,7 +13,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors, read_chunks
-from grpo_toolkit.checkpoint.weights.tensor_values import constant_value, is_finite
+from grpo_toolkit.checkpoint.weights.tensor_values import constant_value, correlation, is_finite, sample
 from grpo_toolkit.doctor.parsed_folder import Digests
 
 _IN_A_LAYER: Final = re.compile(r"\.[0-9]+\..*\.weight$|(?:embed_tokens|lm_head)\.weight$")
@@ -46,7 +46,35 @@ def compare_weights(folder: Folder) -> Digests:
         and all(not any(map(any, read_chunks(folder.path, info, inside=True))) for info in second),
         empty=empty,
         broken=broken,
+        unlike=tuple(name for name in _unlike(folder) if name not in {*empty, *broken}),
     )
+
+
+def _unlike(folder: Folder) -> list[str]:
+    """Return the tensors whose sampled values do not correlate with the base's, where most of the others' do.
+
+    A training moves values by little of their spread; a swap, a transposition or a wrong shard leaves nothing of it.
+    """
+    base = folder.base
+    if base is None or folder.kind is not Kind.MODEL or base.kind is not Kind.MODEL:
+        return []
+    family = family_of(folder.model_type)
+    renames = plan_renames(folder.tensors, frozenset(base.tensors), folder.model_type)
+    published = {live_name(name, family): info for name, info in base.tensors.items()}
+    unlike, compared = [], 0
+    for name, info in sorted(folder.tensors.items()):
+        other = published.get(live_name(renames.get(name, name), family))
+        if other is None or other.shape != info.shape:
+            continue
+        alike = correlation(sample(folder.path, info), sample(base.path, other))
+        if alike is not None:
+            compared += 1
+            if alike < _RELATED:
+                unlike.append(name)
+    return unlike if 2 * len(unlike) <= compared else []
+
+
+_RELATED: Final = 0.5
 
 
 def inspect_values(folder: Folder) -> Digests:

@@ -30,8 +30,10 @@ from grpo_toolkit.doctor.rules import (
     processing,
     prompts,
     servers,
+    settings,
     shards,
     tied,
+    tokenizer,
     weights,
 )
 from grpo_toolkit.errors import CheckpointError
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MODULES: Final = (
-    files, shards, cache, weights, fit, tied, dtypes, dialect, custom_code, processing, prompts, servers, adapter,
+    files, shards, cache, weights, fit, settings, tied, dtypes, dialect, custom_code, tokenizer, processing, prompts,
+    servers, adapter,
 )  # fmt: skip
 
 ALL_RULES: Final = tuple(

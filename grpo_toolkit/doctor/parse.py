@@ -29,6 +29,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import (
 )
 from grpo_toolkit.checkpoint.json_files import JsonObject, parse_json
 from grpo_toolkit.checkpoint.safetensors_header import MAX_TENSORS, TensorInfo
+from grpo_toolkit.doctor.parse_tokenizer import read_tokenizer
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
     MIB,
@@ -91,6 +92,7 @@ def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
         entries=entries,
         objects=objects,
         jinja=_read_text(files, TEMPLATE_JINJA, refused),
+        tokenizer=read_tokenizer(files, objects.get(TOKENIZER_CONFIG)),
         added_tokens=_read_added_tokens(files, objects.get(TOKENIZER_CONFIG)),
         truncation=_read_truncation(files),
         card=_read_card(files),

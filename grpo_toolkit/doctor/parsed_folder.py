@@ -37,6 +37,8 @@ PROCESSOR: Final = "processor_config.json"
 VIDEO_PREPROCESSOR: Final = "video_preprocessor_config.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 TOKENIZER: Final = "tokenizer.json"
+TOKENIZER_PARTS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+"""The steps of a tokenizer beside its model: https://huggingface.co/docs/tokenizers/components"""
 TEMPLATE_JSON: Final = "chat_template.json"
 TEMPLATE_JINJA: Final = "chat_template.jinja"
 
@@ -70,6 +72,7 @@ class Folder:
     marked: frozenset[str] = frozenset()
     jinja: str | None = None
     added_tokens: Mapping[str, int] | None = None
+    tokenizer: Tokenizer | None = None
     truncation: JsonObject | None = None
     """The truncation with which the tokenizer was saved."""
     card: str = ""
@@ -225,6 +228,23 @@ def _dialect(folder: Folder) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """The facts of a tokenizer.json.
+
+    Attributes:
+        fault: the reason why the library cannot read it; empty where it can.
+        key: the part that is at fault.
+        parts: its normalizer, pre-tokenizer, post-processor and decoder.
+        unknown: special tokens that its config names and that neither its vocabulary nor its added tokens have.
+    """
+
+    fault: str = ""
+    key: str = ""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    unknown: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Digests:
     """The outcome of comparing bytes.
 
@@ -235,6 +255,7 @@ class Digests:
         is_zero: every second factor of an adapter is zero.
         empty: tensors that are one value throughout (all zero, most often) where they should not be.
         broken: tensors with a NaN or an infinity in them.
+        unlike: tensors whose values have nothing in common with the base's under the same name.
     """
 
     heads_differ: bool = False
@@ -243,3 +264,4 @@ class Digests:
     is_zero: bool = False
     empty: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()

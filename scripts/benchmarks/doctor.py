@@ -31,7 +31,7 @@ def build(name: str, folder: Path, *, shards: int) -> Path:
     shutil.copytree(PUBLISHED / name, folder)
     config = json.loads((folder / "config.json").read_text())
     write_weights(folder, SHAPES[config["model_type"]](config), shards=shards)
-    (folder / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {}}\n')
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"vocab": {}}}\n')
     return folder
 
 

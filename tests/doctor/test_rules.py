@@ -28,6 +28,8 @@ CONFIG: Json = {
 GENERATION: Json = {"eos_token_id": 7}
 TOKENS: Json = {"7": {"content": "</s>"}, "6": {"content": "<pad>"}}
 TOKENIZER: Json = {"eos_token": "</s>", "added_tokens_decoder": TOKENS, "tokenizer_class": "LlamaTokenizer"}
+BYTES: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+WORDS: Json = {"added_tokens": [], "decoder": BYTES, "model": {"vocab": {"a": 0}}}
 TENSORS = {
     "model.embed_tokens.weight": ("BF16", (8, 4)),
     "model.layers.0.mlp.up_proj.weight": ("BF16", (4, 4)),
@@ -51,7 +53,7 @@ def model(tensors: Any = None, *, config: Any = None, drop: tuple[str, ...] = ()
     contents: Json = {
         "config.json": {key: settings[key] for key in settings if key not in drop},
         "generation_config.json": GENERATION,
-        "tokenizer_config.json": TOKENIZER, "tokenizer.json": {"added_tokens": []},
+        "tokenizer_config.json": TOKENIZER, "tokenizer.json": WORDS,
     }  # fmt: skip
     for name, value in files.items():
         contents[name.replace("__", ".")] = value
@@ -70,7 +72,7 @@ def strange(**entries: Entry) -> MemoryFiles:
 
 
 def sharded(index: Any, **shards: Any) -> MemoryFiles:
-    files = model({}, model__safetensors__index__json=index)
+    files = model({}, model__safetensors__index__json={"metadata": {}, **index})
     del files.contents["model.safetensors"]
     for name, tensors in shards.items():
         put_tensors(files, name.replace("__", "."), tensors)
@@ -129,6 +131,37 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "wrong-type": (model(config={"vision_config": []}), None, None, "config.json", "vision_config"),
     "index-leaves-folder": (sharded({"weight_map": {**MAP, "x": "../x"}}, **SPLIT), None, None,
                             "model.safetensors.index.json", "weight_map"),
+    "index-incomplete": (sharded({"weight_map": MAP, "metadata": None}, **SPLIT), None, None,
+                         "model.safetensors.index.json", "metadata"),
+    "settings-differ": (model(config={"hidden_act": "gelu"}), model(config={"hidden_act": "silu"}), None,
+                        "config.json", "hidden_act"),
+    "setting-of-another-type": (model(config={"attention_dropout": "0.0"}), model(config={"attention_dropout": 0.0}),
+                                None, "config.json", "attention_dropout"),
+    "rope-theta-differs": (model(config={"rope_theta": 5e5}), BASE, None, "config.json", "rope_theta"),
+    "rope-incomplete": (model(config={"rope_scaling": {"rope_type": "yarn"}}), None, None,
+                        "config.json", "rope_scaling.rope_type"),
+    "image-settings-differ": (
+        model(config=VISION, preprocessor_config__json={**IMAGES, "do_resize": False}, chat_template__json=TEMPLATE),
+        model(config=VISION, preprocessor_config__json={**IMAGES, "do_resize": True}, chat_template__json=TEMPLATE),
+        None, "preprocessor_config.json", "do_resize"),
+    "processor-settings-differ": (
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
+              processor_config__json={"patch_size": None}),
+        model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
+              processor_config__json={"patch_size": 14}), None, "processor_config.json", "patch_size"),
+    "tokenizer-broken": (model(tokenizer__json={**WORDS, "decoder": {**BYTES, "use_regex": "true"}}), None,
+                         None, "tokenizer.json", "decoder.use_regex"),
+    "tokenizer-differs": (model(tokenizer__json={**WORDS, "decoder": {"type": "Fuse"}}), BASE, None,
+                          "tokenizer.json", "decoder.type"),
+    "special-token-no-text": (model(tokenizer_config__json={**TOKENIZER, "image_token": ["<a>"]}), None, None,
+                              "tokenizer_config.json", "image_token"),
+    "special-token-unknown": (model(tokenizer_config__json={**TOKENIZER, "pad_token": "<no>"}), None, None,
+                              "tokenizer_config.json", "pad_token"),
+    "tensors-unlike-base": (model(), BASE, Digests(unlike=("lm_head.weight",)), "model.safetensors", "lm_head.weight"),
+    "dtype-unknown": (model(config={"torch_dtype": "int8"}), None, None, "config.json", "torch_dtype"),
+    "adapter-factor-alone": (adapter({name: info for name, info in FACTORS.items() if "lora_A" in name}), BASE, None,
+                             "adapter_model.safetensors", min(FACTORS).replace("lora_A", "lora_B")),
+    "adapter-rank-differs": (adapter(r=8), BASE, None, "adapter_config.json", "r"),
     "shard-missing": (sharded({"weight_map": {**MAP, "model.layers.1.x": "three.safetensors"}}, **SPLIT), None, None,
                       "model.safetensors.index.json", "weight_map"),
     "index-disagrees": (sharded({"weight_map": {**MAP, "lost": "one.safetensors"}}, **SPLIT), None, None,
@@ -264,7 +297,7 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "chat-templates-unequal": (model(chat_template__json=TEMPLATE, chat_template__jinja=b"y"), None, None,
                                "chat_template.jinja", "chat_template"),
     "tokenizer-cuts": (model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE,
-                             tokenizer__json={"truncation": {"max_length": 9}, "added_tokens": []}), None, None,
+                             tokenizer__json={**WORDS, "truncation": {"max_length": 9}}), None, None,
                        "tokenizer.json", "truncation"),
     "template-without-pictures": (
         model(config=VISION, preprocessor_config__json=IMAGES, chat_template__json={"chat_template": "{{ text }}"}),
@@ -310,6 +343,7 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
 COMPANIONS = {
     "config-cache-off": {"generation-config-lost"},
     "wrapped-names": {"head-missing"},
+    "adapter-rank-high": {"adapter-rank-differs"},
 }
 
 

@@ -19,5 +19,5 @@ def build_published(name: str, target: Path) -> Path:
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     dtype = {"bfloat16": "BF16", "float16": "F16"}[config.get("torch_dtype") or config["text_config"]["dtype"]]
     write_weights(target, SHAPES[config["model_type"]](config), dtype=dtype, shards=_SHARDS.get(name, 1))
-    (target / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {}}\n')
+    (target / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"vocab": {}}}\n')
     return target

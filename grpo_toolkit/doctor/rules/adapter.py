@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, Kind
+from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.module_lookup import is_stored
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name
@@ -136,13 +137,43 @@ def adapter_rank_high(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "adapter scaled to nothing",
-    effect="lora_alpha is 0: the adapter adds zero, and the base answers",
+    effect="lora_alpha is 0, or less: the adapter adds zero, and the base answers, or it takes away what it learnt",
     evidence="https://huggingface.co/docs/peft/package_reference/lora",
 )
 def adapter_alpha_zero(folder: Folder) -> Iterator[Fault]:
     value = folder.get(ADAPTER_CONFIG, "lora_alpha")
-    if folder.kind is Kind.ADAPTER and value == 0 and not isinstance(value, bool):
+    if folder.kind is Kind.ADAPTER and type(value) in (int, float) and value <= 0:
         yield Fault(file=ADAPTER_CONFIG, key="lora_alpha", found=value, expected="the scale it was trained with")
+
+
+@rule(
+    Severity.WRONG,
+    "a factor of the adapter without its other half",
+    effect="PEFT starts the missing half anew, with a warning only: zero, or random numbers, where training left some",
+    evidence="https://huggingface.co/docs/peft/developer_guides/checkpoint",
+)
+def adapter_factor_alone(folder: Folder) -> Iterator[Fault]:
+    names = folder.tensors if folder.kind is Kind.ADAPTER else {}
+    halves = {name: re.sub(r"\.lora_([AB])\b", lambda m: f".lora_{'BA'['AB'.index(m[1])]}", name) for name in names}
+    alone = sorted(other for name, other in halves.items() if other not in names)
+    if alone:
+        yield Fault(file=ADAPTER_WEIGHTS, key=alone[0], found=f"{len(alone)} factors absent", expected="both of each")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "another rank in the adapter's config than in its weights",
+    effect="PEFT makes factors of the config's rank, and the stored ones do not fit: size mismatch",
+    evidence="https://huggingface.co/docs/peft/developer_guides/checkpoint",
+)
+def adapter_rank_differs(folder: Folder) -> Iterator[Fault]:
+    rank, pattern = folder.get(ADAPTER_CONFIG, "r"), folder.get(ADAPTER_CONFIG, "rank_pattern")
+    if folder.kind is not Kind.ADAPTER or type(rank) is not int or pattern not in (ABSENT, None, {}):
+        return
+    ranks = {info.shape[0] for name, info in folder.tensors.items() if name.endswith(".lora_A.weight") and info.shape}
+    if len(ranks) == 1 and rank not in ranks:
+        (stored,) = ranks
+        yield Fault(file=ADAPTER_CONFIG, key="r", found=rank, expected=f"{stored}, the rows of its factors")
 
 
 @rule(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT
@@ -95,6 +95,28 @@ def _is_published_so(folder: Folder, stored: str) -> bool:
         and base.stored_dtype == stored
         and [base.get(CONFIG, key) for key in ("dtype", "torch_dtype")] == said
     )
+
+
+_NAMES: Final = frozenset({*FLOAT_NAMES.values(), "auto", "half", "float", "double", "float8_e4m3fn", "float8_e5m2"})
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "a dtype that is none of torch's floating-point types",
+    effect="the library looks the name up in torch as it reads the config: AttributeError, or integer weights",
+    evidence="https://docs.pytorch.org/docs/stable/tensor_attributes.html",
+    mend="the stored dtype in config.json",
+)
+def dtype_unknown(folder: Folder) -> Iterator[Fault]:
+    for level, node in folder.levels():
+        for key in ("dtype", "torch_dtype"):
+            value = node.get(key)
+            if isinstance(value, str) and value.removeprefix("torch.") not in _NAMES:
+                path = (*level, key)
+                stored = FLOAT_NAMES.get(folder.stored_dtype or "")
+                remedies = (Edit(file=CONFIG, path=path, value=stored),) if stored else ()
+                expected = stored or "a floating-point type"
+                yield Fault(file=CONFIG, key=".".join(path), found=value, expected=expected, remedies=remedies)
 
 
 @rule(

@@ -14,7 +14,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import (
     Kind,
 )
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.doctor.findings import Fault, Severity, Unmark, WholeFile, rule
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Unmark, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
     PREPROCESSOR,
@@ -23,7 +23,7 @@ from grpo_toolkit.doctor.parsed_folder import (
     is_plain,
     plain_shards,
 )
-from grpo_toolkit.doctor.readers import TRAINER
+from grpo_toolkit.doctor.readers import SERVERS, TRAINER, TRANSFORMERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -187,6 +187,25 @@ def _indexed(folder: Folder) -> dict[str, str]:
 
 @rule(
     Severity.UNLOADABLE,
+    "index without its metadata or its map",
+    effect="transformers reads both before any shard: KeyError or TypeError",
+    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/utils/hub.py",
+    mend="empty metadata, which is enough",
+    fails=TRANSFORMERS,
+)
+def index_incomplete(folder: Folder) -> Iterator[Fault]:
+    if WEIGHTS_INDEX not in folder.objects or folder.kind is not Kind.MODEL or folder.has(WEIGHTS):
+        return
+    if folder.get(WEIGHTS_INDEX, "weight_map") is ABSENT:
+        yield Fault(file=WEIGHTS_INDEX, key="weight_map", expected="the shard of each tensor")
+    metadata = folder.get(WEIGHTS_INDEX, "metadata")
+    if not isinstance(metadata, dict):
+        remedies = (Edit(file=WEIGHTS_INDEX, path=("metadata",), value={}),)
+        yield Fault(file=WEIGHTS_INDEX, key="metadata", found=metadata, expected="an object", remedies=remedies)
+
+
+@rule(
+    Severity.UNLOADABLE,
     "shard missing",
     effect="the index names a file that is not here: loading stops, or leaves layers random",
     evidence="https://github.com/Neph0s/CoSER/issues/3",
@@ -223,6 +242,8 @@ def index_disagrees(folder: Folder) -> Iterator[Fault]:
             key=(sorted(lost) or sorted(unnamed))[0],
             found=f"{len(lost)} tensors not in the shard that is named, {len(unnamed)} stored and not named so",
             expected="the index to name every stored tensor, and no other",
+            # transformers reads every shard that is named, whichever tensors it looks for there.
+            fails=SERVERS if set(index) == set(folder.tensors) else "",
         )
 
 

@@ -249,7 +249,8 @@ def _is_lost(folder: Folder, level: tuple[str, ...], key: str, value: Any) -> bo
 
     A release that saves a config leaves out what is the default: only another value is lost by it.
     """
-    places = {(*level, key), (key,), ("text_config", key)} if level != ("vision_config",) else {(*level, key)}
+    is_own = level == ("vision_config",) or (level == ("text_config",) and _at(folder, level) == level)
+    places = {(*level, key)} if is_own else {(key,), ("text_config", key)}
     if any(folder.get(CONFIG, *place) is not ABSENT for place in places):
         return False
     defaults = installed_defaults(folder.model_type, key)

@@ -128,7 +128,8 @@ def tensors_missing(folder: Folder) -> Iterator[Fault]:
     missing = [name for name in missing if not is_passed_over(folder, name)]
     if stacked_experts(folder):  # `experts_stacked` says so
         missing = [name for name in missing if ".experts." not in name]
-    if lone_head(folder):
+    flags = read_tie_flags(folder)
+    if lone_head(folder) and not (flags and all(flag is False for flag in flags.values())):
         missing = [name for name in missing if not name.endswith(EMBEDDING)]
     if missing and not _is_tied_away(folder, missing):
         yield Fault(
@@ -279,6 +280,25 @@ def tensors_empty(folder: Folder) -> Iterator[Fault]:
             found=f"{len(empty)} of {len(folder.tensors)} tensors are one value throughout, {where}: "
             + summarised(empty),
             expected="trained values",
+        )
+
+
+@rule(
+    Severity.WRONG,
+    "tensors that have nothing of the base's",
+    effect="they were swapped, transposed or taken from the wrong shard: a training moves values by little, and these "
+    "do not even correlate (found with --deep)",
+    evidence="https://github.com/vllm-project/vllm/pull/54230",
+    needs_base=True,
+)
+def tensors_unlike_base(folder: Folder) -> Iterator[Fault]:
+    unlike = () if folder.digests is None else folder.digests.unlike
+    if unlike:
+        yield Fault(
+            file=folder.tensors[unlike[0]].file,
+            key=unlike[0],
+            found=f"{len(unlike)} of {len(folder.tensors)} tensors: {summarised(unlike)}",
+            expected="values near the base's",
         )
 
 

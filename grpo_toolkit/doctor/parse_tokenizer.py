@@ -1,0 +1,94 @@
+"""The reading of a tokenizer.json: whether the library would take it, and what it says beside its vocabulary."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.doctor.parsed_folder import MIB, TOKENIZER, TOKENIZER_PARTS, Tokenizer
+from grpo_toolkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from grpo_toolkit.checkpoint.json_files import JsonObject
+    from grpo_toolkit.doctor.planned_files import Files
+
+_LIMIT: Final = 18 * MIB
+"""The largest that is read whole (Llama 3's has 17 MB); larger ones are not judged."""
+_CONTAINERS: Final = 1_000_000
+"""The most objects and lists: a merge is a list of two, and Gemma's has half a million of them."""
+
+
+def read_tokenizer(files: Files, config: JsonObject | None) -> Tokenizer | None:
+    """Return what a folder's tokenizer.json says, or None where there is none to read, or an empty one."""
+    entry = files.entries.get(TOKENIZER)
+    if entry is None or not entry.is_regular or entry.leaves or not 0 < entry.size <= _LIMIT:
+        return None
+    try:
+        raw = files.read(TOKENIZER, limit=_LIMIT)
+    except CheckpointError:
+        return None
+    if raw.count(b"[") + raw.count(b"{") > _CONTAINERS:
+        return None
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return Tokenizer(fault=f"not JSON in UTF-8 ({str(error)[:80]})")
+    if not isinstance(content, dict):
+        return Tokenizer(fault=f"a {type(content).__name__}, not an object")
+    key, fault = _fault_in(content)
+    if fault:
+        return Tokenizer(fault=fault, key=key)
+    parts = {part: content.get(part) for part in TOKENIZER_PARTS}
+    return Tokenizer(parts=parts, unknown=_unknown(content, config or {}))
+
+
+def _fault_in(content: dict[str, Any]) -> tuple[str, str]:
+    """Return the first part that the library cannot take, and the reason; two empty texts where it takes all."""
+    model = content.get("model")
+    if not isinstance(model, dict):
+        return "model", "absent" if model is None else f"a {type(model).__name__}, not an object"
+    if not isinstance(model.get("vocab"), (dict, list)):
+        return "model.vocab", "no vocabulary"
+    if not isinstance(content.get("added_tokens", []), list):
+        return "added_tokens", "not a list"
+    for part in TOKENIZER_PARTS:
+        value = content.get(part)
+        if value is None:
+            continue
+        if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+            return part, "neither null nor an object with a type"
+        for key, flag in value.items():
+            if key in _FLAGS and not isinstance(flag, bool):
+                return f"{part}.{key}", f"{json.dumps(flag)[:40]}, not true or false"
+        for key in _REQUIRED.get(value["type"], ()):
+            if key not in value:
+                return f"{part}.{key}", "absent"
+    return "", ""
+
+
+_FLAGS: Final = ("add_prefix_space", "trim_offsets", "use_regex", "individual_digits", "fuse_unk")
+"""Settings of the parts that are true or false: https://docs.rs/tokenizers/latest/tokenizers/"""
+_REQUIRED: Final = {
+    "ByteLevel": ("add_prefix_space", "trim_offsets"),
+    "TemplateProcessing": ("single", "pair", "special_tokens"),
+    "Metaspace": ("replacement",),
+    "Split": ("pattern", "behavior", "invert"),
+    "Digits": ("individual_digits",),
+}
+"""What the parts cannot do without, as the library says of each that is taken from a file (`missing field`)."""
+
+
+def _unknown(content: dict[str, Any], config: JsonObject) -> frozenset[str]:
+    """Return the special tokens of the config that the tokenizer does not have."""
+    values = (value for key, value in config.items() if key.endswith("_token"))
+    named = (value.get("content") if isinstance(value, dict) else value for value in values)
+    decoder = config.get("added_tokens_decoder")
+    entries = [*content.get("added_tokens", []), *(decoder.values() if isinstance(decoder, dict) else ())]
+    added = (entry.get("content") for entry in entries if isinstance(entry, dict))
+    vocab = content["model"]["vocab"]
+    if not vocab:
+        return frozenset()
+    if isinstance(vocab, list):  # pieces with their scores
+        vocab = {piece[0] for piece in vocab if isinstance(piece, list) and piece and isinstance(piece[0], str)}
+    known = {one for one in added if isinstance(one, str)}
+    return frozenset(text for text in named if isinstance(text, str) and text not in known and text not in vocab)

@@ -1,0 +1,171 @@
+"""The truth: what each reader does with each case, computed by hand and committed as recipes and verdicts.
+
+    python -m scripts.benchmarks.oracle.truth ask DIR PYTHON ... --minutes 60    # goes on where it was
+    python -m scripts.benchmarks.oracle.truth collect DIR                       # adds to tests/data/oracle/truth.jsonl
+
+Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from scripts.benchmarks.oracle import bases
+from scripts.benchmarks.oracle.cases import Case, changed, chosen, line
+from scripts.benchmarks.oracle.folders import digest, write
+from scripts.benchmarks.oracle.readers import ReaderProcess, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scripts.benchmarks.oracle.folders import Folder
+
+TRUTH: Final = bases.BASES.with_name("truth.jsonl")
+SEED: Final = "7f4b6e4"
+"""The commit that brought the operators and held some out; it draws the pairs."""
+
+
+class Asker:
+    """Asks one reader about folders that lie in memory, and remembers what it does with the good ones."""
+
+    def __init__(self, reader: ReaderProcess, scratch: Path) -> None:
+        self.reader = reader
+        self._scratch = scratch
+        self.answers: dict[str, dict[str, Any]] = {}
+        self._steady: set[str] = set()
+
+    @property
+    def version(self) -> str:
+        """The reader's transformers."""
+        return str(self.reader.versions["transformers"])
+
+    def close(self) -> None:
+        self.reader.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def right(self, name: str) -> dict[str, Any]:
+        """Return what the reader does with a good folder."""
+        if name not in self.answers:
+            self.answers[name] = self.ask(name, bases.good_folder(name))
+        return self.answers[name]
+
+    def ask(self, name: str, folder: Folder) -> dict[str, Any]:
+        """Return what the reader does with a folder in the place of a good one."""
+        path, base = self._scratch / "folder", None
+        try:
+            write(folder, path)
+            if name.endswith("/adapter"):
+                base = self._scratch / name.replace("/", "-")
+                if not base.exists():
+                    write(bases.base_folder(name), base)
+            return self.reader.ask(path, base, sees=bases.sees(name))
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def verdict(self, case: Case, folder: Folder) -> str | None:
+        """Return the reader's verdict; None where it cannot read the good folder, or answers anew each time."""
+        right = self.right(case.folder)
+        if "fails" in right:
+            return None
+        said = verdict(right, self.ask(case.folder, folder))
+        if said.startswith("otherwise") and case.folder not in self._steady:
+            again = self.ask(case.folder, bases.good_folder(case.folder))
+            if verdict(right, again) != "same":
+                self.answers[case.folder] = {"fails": "answers anew each time"}
+                return None
+            self._steady.add(case.folder)
+        return said
+
+
+def ask_all(pythons: list[str], folder: Path, *, minutes: float, start: int = 0) -> None:
+    """Ask the readers of some environments about the cases in their order until the time is over."""
+    cases = chosen(bases.names(), seed=SEED)[start:]
+    askers = [_start(python, folder) for python in pythons]
+    known = [
+        {entry["hash"] for entry in _lines(folder / f"{one.version}.jsonl")}
+        | {entry["hash"] for entry in _lines(TRUTH) if one.version in entry["readers"]}
+        for one in askers
+    ]
+    end = time.monotonic() + 60 * minutes
+    for number, case in enumerate(cases):
+        made = changed(case)
+        if made is None:
+            continue
+        key = digest(made)
+        for asker, told in zip(askers, known, strict=True):
+            if key not in told:
+                told.add(key)
+                said = asker.verdict(case, made)
+                with (folder / f"{asker.version}.jsonl").open("a", encoding="utf-8") as out:
+                    out.write(line({**case.to_json(), "hash": key, "verdict": said}))
+        if number % 50 == 0:
+            print(number, time.ctime(), flush=True)
+        if time.monotonic() > end:
+            break
+    for asker in askers:
+        for name, right in sorted(asker.answers.items()):
+            if "fails" in right:
+                print(f"{asker.version} cannot read {name}: {right['fails']}", flush=True)
+        asker.close()
+
+
+def _start(python: str, folder: Path) -> Asker:
+    reader = ReaderProcess(python)
+    version = reader.versions["transformers"]
+    shared = Path("/dev/shm")
+    scratch = tempfile.mkdtemp(prefix=f"oracle-{version}-", dir=shared if shared.is_dir() else folder)
+    return Asker(reader, Path(scratch))
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    if file.exists():
+        for text in file.read_text(encoding="utf-8").splitlines():
+            yield json.loads(text)
+
+
+def collect(folder: Path) -> None:
+    """Add the cases about which a reader was asked who can read the good folder."""
+    cases: dict[str, dict[str, Any]] = {entry["hash"]: entry for entry in _lines(TRUTH)}
+    said: dict[str, dict[str, Any]] = {key: dict(entry["readers"]) for key, entry in cases.items()}
+    for file in sorted(folder.glob("*.jsonl")):
+        for entry in _lines(file):
+            cases.setdefault(entry["hash"], entry)
+            said.setdefault(entry["hash"], {})[file.stem] = entry["verdict"]
+    with TRUTH.open("w", encoding="utf-8") as out:
+        for key, entry in cases.items():
+            verdicts = {reader: found for reader, found in said[key].items() if found is not None}
+            if verdicts:
+                recipe = {name: entry[name] for name in ("folder", "mutations", "hash")}
+                out.write(line({**recipe, "readers": verdicts}))
+
+
+def load() -> list[tuple[Case, str, dict[str, str]]]:
+    """Return the committed truth: cases, the hashes of their folders, each reader's verdict by version."""
+    return [(Case.from_json(entry), entry["hash"], entry["readers"]) for entry in _lines(TRUTH)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    ask = verbs.add_parser("ask")
+    ask.add_argument("folder", type=Path)
+    ask.add_argument("pythons", nargs="+", help="interpreters of the environments to ask")
+    ask.add_argument("--minutes", type=float, default=60)
+    ask.add_argument("--start", type=int, default=0, help="the number of the first case")
+    verbs.add_parser("collect").add_argument("folder", type=Path)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.verb == "ask":
+        ask_all(args.pythons, args.folder, minutes=args.minutes, start=args.start)
+    else:
+        collect(args.folder)
+
+
+if __name__ == "__main__":
+    main()
