@@ -151,9 +151,9 @@ def test_a_file_whose_name_is_gone_from_the_source_is_an_error() -> None:
 
 def test_text_is_no_markup() -> None:
     assert plain("a_b `c_d` <e> 2*3") == "a\\_b `c_d` &lt;e> 2\\*3"
-    assert [sentence("two words"), sentence("json.load fails."), sentence("vLLM fails")] == [
-        "Two words.",
+    assert [sentence("byte-order mark"), sentence("json.load fails."), sentence("vLLM fails")] == [
+        "Byte-order mark.",
         "json.load fails.",
         "vLLM fails.",
     ]
-    assert table(("a",), [["b|c"]]) == "| a |\n| --- |\n| b\\|c |"
+    assert table(("a",), [["b|c `d|e`"]]) == "| a |\n| --- |\n| b\\|c `d|e` |"

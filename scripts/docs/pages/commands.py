@@ -74,7 +74,7 @@ def _placeholder(action: argparse.Action) -> str:
 def _flags(action: argparse.Action) -> str:
     value = ""
     if action.nargs != 0:
-        value = " " + ("|".join(map(str, action.choices)) if action.choices else _placeholder(action))
+        value = " " + (f"{{{','.join(map(str, action.choices))}}}" if action.choices else _placeholder(action))
     return ", ".join(f"`{flag}{value}`" for flag in action.option_strings)
 
 

@@ -22,7 +22,7 @@ MEANINGS: Final = {
 INTRODUCTION: Final = """# Findings of the doctor
 
     grpo-toolkit doctor FOLDER --base BASE              # look
-    grpo-toolkit repair FOLDER --base BASE --dry-run    # show what a repair would change
+    grpo-toolkit repair FOLDER --base BASE --dry-run    # show a diff
     grpo-toolkit repair FOLDER --base BASE              # repair
     grpo-toolkit repair FOLDER --undo                   # put back what was there
 

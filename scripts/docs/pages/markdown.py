@@ -23,7 +23,7 @@ def sentence(text: str) -> str:
     text = plain(text.strip())
     first = text.partition(" ")[0].rstrip(",:")
     return (
-        (text[:1].upper() if first.isalpha() and first.islower() else text[:1])
+        (text[:1].upper() if first.replace("-", "").isalpha() and first.islower() else text[:1])
         + text[1:]
         + ("" if text.endswith((".", "?", "!")) else ".")
     )
@@ -39,4 +39,5 @@ def plain(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    parts = " ".join(text.split()).split("`")
+    return "`".join(part if index % 2 else part.replace("|", "\\|") for index, part in enumerate(parts))
