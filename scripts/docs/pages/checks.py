@@ -17,8 +17,8 @@ INTRODUCTION: Final = """# Checks of an export
 
     grpo-toolkit verify EXPORT --base BASE --reference CHECKPOINT
 
-`ExportCallback`, `export_model` and `grpo-toolkit export` make the checks that apply before the folder gets its name. If
-one fails, nothing is published, and the command ends with exit code 1. A folder that exists already is checked by
+`ExportCallback`, `export_model` and `grpo-toolkit export` make the checks that apply before the folder gets its name.
+If one fails, nothing is published, and the command ends with exit code 1. A folder that exists already is checked by
 `verify`, also one that `grpo-toolkit merge` has written.
 """
 

@@ -38,7 +38,8 @@ MEANINGS: Final = {
     "WANDB_FINISH_TIMEOUT": "Set to 30 seconds if it is not set.",
     "WANDB_HTTP_TIMEOUT": "Set to 5 seconds if it is not set.",
     "WANDB_INIT_TIMEOUT": "Set if it is not set: how long a training waits for the run to open.",
-    "WANDB_MODE": "`offline` or `disabled` wins. Set to `offline` if it is not set and there is no key, or no server answers.",
+    "WANDB_MODE": "`offline` or `disabled` wins. "
+    "Set to `offline` if it is not set and no server answers, or no key is known.",
     "WANDB_NAME": "Set to the name of the output folder if neither you nor the script named the run.",
     "WANDB_PROJECT": "Set to `grpo` if it is not set and a callback opens the run. A replay into W&B takes "
     "`huggingface` if nothing else is known.",

@@ -13,7 +13,8 @@ FILES: Final = (
     ("checkpoint.folders.lineage", "BASE_RECORD", "a checkpoint", "The base that the training began with."),
     ("checkpoint.folders.lineage", "RECIPE_RECORD", "the recipe's output folder", "The settings of the run."),
     ("doctor.undo", "UNDO", "a repaired folder", "What was there before the repair. Leave it out of uploads."),
-    ("latency.rows.store", "FILE_NAME", "`<output_dir>/latency`, or the folder of `bench --output`", "One line per measurement or explanation."),
+    ("latency.rows.store", "FILE_NAME", "`<output_dir>/latency`, or the folder of `bench --output`",
+     "One line per measurement or explanation."),
     ("latency.rows.store", "PARTIAL_NAME", "the same", "Rounds of a measurement that has not ended. A killed one "
      "leaves it, and `grpo-toolkit report` reads it."),
     ("reporting.report.folder_findings", "FINDINGS_FILE", "the same", "What the doctor found in the timed folders."),
