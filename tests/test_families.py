@@ -29,9 +29,9 @@ from grpo_toolkit.doctor.findings import RULES, Severity
 from grpo_toolkit.model.cache_probe import Decoding
 from grpo_toolkit.model.load import load_model
 from scripts.docs.families import PROMISES, VERSIONED, is_current
-from tests.support.families import CASES, Case, build_case, build_family
+from scripts.models.families import CASES, Case, build_case, build_family
+from scripts.models.published_forms import publish, published_config
 from tests.support.published import PUBLISHED
-from tests.support.published_forms import publish, published_config
 from tests.support.training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:

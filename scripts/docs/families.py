@@ -151,7 +151,7 @@ def _short(reason: str) -> str:
 
 def is_current(page: str) -> bool:
     """Return whether the families of a page are those of the matrix, in its order."""
-    from tests.support.families import CASES
+    from scripts.models.families import CASES
 
     return _FAMILY.findall(page) == list(dict.fromkeys(case.family for case in CASES))
 
@@ -171,7 +171,7 @@ def with_table(page: str, new: str) -> str:
 
 def main() -> None:
     """Print the table, or write it into a page."""
-    from tests.support.families import CASES, NOTES
+    from scripts.models.families import CASES, NOTES
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.xml")

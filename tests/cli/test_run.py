@@ -64,7 +64,7 @@ def test_a_script_trains_the_same_and_its_saves_are_right(llama: Path, tmp_path:
     script.write_text(SCRIPT)
     plain = python(str(script), str(llama), str(tmp_path / "plain"))
     options = tmp_path / "callbacks.yaml"
-    options.write_text("KVCacheCallback: {generation_overrides: {max_new_tokens: 9}, strict: true}\n")
+    options.write_text("KVCacheCallback: {generation_overrides: {repetition_penalty: 1.25}, strict: true}\n")
     ours = python(
         "-m", "grpo_toolkit.cli.run", "--callbacks", str(options), str(script), str(llama), str(tmp_path / "ours")
     )
@@ -73,7 +73,7 @@ def test_a_script_trains_the_same_and_its_saves_are_right(llama: Path, tmp_path:
     [digest] = [line for line in plain.stdout.splitlines() if line.startswith("DIGEST")]
     assert digest in ours.stdout.splitlines()
     generation = json.loads((tmp_path / "ours" / "checkpoint-2" / "generation_config.json").read_text())
-    assert generation["max_new_tokens"] == 9
+    assert generation["repetition_penalty"] == 1.25
     assert diagnose_checkpoint(tmp_path / "ours" / "checkpoint-2", base=llama).is_clean
 
 

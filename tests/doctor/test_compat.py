@@ -26,7 +26,7 @@ from grpo_toolkit.export.verify import verify_export
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.load import load_model
-from tests.support.base_variants import build_text_base, change_json
+from scripts.models.base_variants import build_text_base, change_json
 from tests.support.faulty import DATA, fill, randomize, unpack
 from tests.support.models import build_qwen2_5_vl
 from tests.support.served import VLLM_PARAMETERS, VLLM_PREFIXES, VLLM_PREFIXES_OF_OLD, VLLM_STACKED

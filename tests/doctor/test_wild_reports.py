@@ -19,7 +19,7 @@ from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.drawn_pictures import picture_requests, sight_of
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.load import load_model
-from tests.support.base_variants import change_json
+from scripts.models.base_variants import change_json
 from tests.support.models import build_llama, build_qwen2_5_vl, build_qwen3_moe
 from tests.support.wild import REPORTS, build_report
 

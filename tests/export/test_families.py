@@ -14,10 +14,10 @@ from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.model.live_model import is_tied
 from grpo_toolkit.model.load import load_model
+from scripts.models.base_variants import WEIGHTS, build_vlm, change_weights, with_inner_vision_model
+from scripts.models.families import build_family
+from scripts.models.published_forms import publish
 from scripts.models.tiny_bases import build_llava
-from tests.support.base_variants import WEIGHTS, build_vlm, change_weights, with_inner_vision_model
-from tests.support.families import build_family
-from tests.support.published_forms import publish
 from tests.support.training import v5_only
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from grpo_toolkit.export.export import export_model
 from grpo_toolkit.export.policy_weights import is_mergeable, weights_as
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import auto_class, load_model
-from tests.support.families import build_family
+from scripts.models.families import build_family
 from tests.support.models import MERGE_BUILDERS
 from tests.support.training import v5_only
 

@@ -19,7 +19,7 @@ from grpo_toolkit.errors import GrpoToolkitError, VerificationError
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.export.preflight import look_ahead, name_findings, room_findings, tie_findings
 from grpo_toolkit.model.load import load_model
-from tests.support.families import build_family
+from scripts.models.families import build_family
 from tests.support.training import LANGUAGE_QV, grpo_trainer, v5_only
 
 if TYPE_CHECKING:

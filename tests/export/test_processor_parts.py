@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.model.load import load_model, load_processor
-from tests.support.base_variants import build_vlm, change_json
+from scripts.models.base_variants import build_vlm, change_json
 from tests.support.training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:

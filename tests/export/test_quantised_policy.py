@@ -10,7 +10,7 @@ import torch
 from grpo_toolkit import ExportCallback
 from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.model.load import load_model
-from tests.support.families import build_family
+from scripts.models.families import build_family
 from tests.support.training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from grpo_toolkit.merge.merge import merge_adapter
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.unheld_tensors import unheld_in_folder
-from tests.support.base_variants import WEIGHTS, build_text_base, change_weights, with_extras, with_second_head
+from scripts.models.base_variants import WEIGHTS, build_text_base, change_weights, with_extras, with_second_head
 from tests.support.training import grpo_trainer, v5_only
 
 if TYPE_CHECKING:

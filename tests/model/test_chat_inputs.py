@@ -9,7 +9,7 @@ import pytest
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.request import Request, plain_request
 from grpo_toolkit.model.load import load_model, load_processor
-from tests.support.families import build_family
+from scripts.models.families import build_family
 from tests.support.training import v5_only
 
 if TYPE_CHECKING:

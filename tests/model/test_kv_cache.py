@@ -27,7 +27,7 @@ from grpo_toolkit.model.kv_cache import (
 from grpo_toolkit.model.live_model import base_model, config_levels
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.sharding.gather import is_sharded
-from tests.support.families import build_family
+from scripts.models.families import build_family
 from tests.support.training import FORGETS_IN_TRAINING, forgets_in_training, grpo_trainer, v5_only
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.base_variants import change_json, change_weights
+from scripts.models.base_variants import change_json, change_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -61,16 +61,20 @@ class Review:
     def batches(self) -> list[LatencyRow]:
         """The newest row of every arm and batch size of the workload that was measured at most sizes.
 
-        Sizes that took turns are one sweep although padding to the longest prompt differs; others have equal prompts.
+        Rows belong together by the length of their prompts; of sizes that took turns, whose padding to the longest
+        prompt may differ, by their session.
         """
         sizes: dict[str, set[int]] = {}
+        lengths: dict[str, set[int]] = {}
         for row in self.rows:
             sizes.setdefault(row.session, set()).add(row.workload.batch_size)
+            lengths.setdefault(row.session, set()).add(row.workload.prompt_tokens)
+        in_turns = {session for session, found in sizes.items() if len(found) > 1 and len(lengths[session]) > 1}
         return _sweep(
             self.rows,
             lambda row: row.workload.batch_size,
             lambda row: (
-                row.session if len(sizes[row.session]) > 1 else (row.workload.prompt_tokens, row.workload.image_tokens)
+                row.session if row.session in in_turns else (row.workload.prompt_tokens, row.workload.image_tokens)
             ),
         )
 
@@ -100,13 +104,13 @@ def load_review(path: str | os.PathLike[str]) -> Review:
     """
     given = Path(path)
     places = [given] if given.is_file() else [given / FOLDER_NAME / FILE_NAME, given / FILE_NAME]
-    found = next((place for place in places if place.is_file() or _partial(place).is_file()), None)
+    found = next((place for place in places if any(file.is_file() for file in _files(place))), None)
     if found is None:
         raise InputError(
             f"{given}: no {FILE_NAME} in it or in its folder {FOLDER_NAME}; LatencyCallback and grpo-toolkit bench "
             "write one"
         )
-    kept = [row for place in (found, _partial(found)) if place.is_file() for row in read_rows(place)]
+    kept = [row for file in _files(found) if file.is_file() for row in read_rows(file)]
     rows = list({row.id: row for row in kept}.values())
     return Review(
         path=found.parent,
@@ -115,9 +119,9 @@ def load_review(path: str | os.PathLike[str]) -> Review:
     )
 
 
-def _partial(path: Path) -> Path:
-    """Return where the rows of a measurement are that goes on, or that ended with its process."""
-    return path.with_name(PARTIAL_NAME) if path.name == FILE_NAME else path.with_name("")
+def _files(path: Path) -> list[Path]:
+    """Return a file of rows, and beside it where those of a measurement are that goes on or ended with its process."""
+    return [path, path.with_name(PARTIAL_NAME)] if path.name == FILE_NAME else [path]
 
 
 def is_swept(row: LatencyRow) -> bool:

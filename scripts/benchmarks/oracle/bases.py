@@ -44,9 +44,9 @@ _CLASSES: Final = {"gemma3": "Gemma3", "paligemma": "PaliGemma", "mistral3": "Mi
 def build_all(folder: Path) -> None:
     """Build every family with the installed library, and beside it the form from which 4.x starts."""
     from grpo_toolkit.doctor.compat import write_older_forms
+    from scripts.models.base_variants import build_vlm
+    from scripts.models.families import build_family
     from scripts.models.tiny_bases import build_llava, build_qwen2_5_vl
-    from tests.support.base_variants import build_vlm
-    from tests.support.families import build_family
 
     (folder / "v5").mkdir(parents=True)
     (folder / "old").mkdir()

@@ -137,7 +137,7 @@ def _publish_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """Put the `vision_model` back into a CLIP or SigLIP tower, and turn experts round; the loader undoes both."""
     from safetensors.torch import load_file, save_file
 
-    from tests.support.base_variants import with_inner_vision_model
+    from scripts.models.base_variants import with_inner_vision_model
 
     weights = load_file(folder / "model.safetensors")
     if config.get("vision_config", {}).get("model_type") in ("clip_vision_model", "siglip_vision_model"):

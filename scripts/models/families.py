@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.support.family_processors import GRID, PICTURES, build_processor, save_tokenizer
-from tests.support.published_forms import BORN_IN_V5, publish
+from scripts.models.family_processors import GRID, PICTURES, build_processor, save_tokenizer
+from scripts.models.published_forms import BORN_IN_V5, publish
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
