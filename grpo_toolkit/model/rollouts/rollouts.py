@@ -170,9 +170,9 @@ class FastRollouts:
         if tell is None:
             return True
         measure, self._on_sampled = self._on_sampled, None
-        ways = (partial(self._tried, way) for way in (self._rollout, self._plainly))
+        fast, plain = partial(self._tried, self._rollout), partial(self._tried, self._plainly)
         try:
-            found = try_out(*ways, call, device=self.live.device)
+            found = try_out(fast, plain, call, device=self.live.device)
         finally:
             self._on_sampled = measure
         self.count = self.prefilled = 0
