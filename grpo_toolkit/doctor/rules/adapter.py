@@ -170,7 +170,11 @@ def adapter_rank_differs(folder: Folder) -> Iterator[Fault]:
     rank, pattern = folder.get(ADAPTER_CONFIG, "r"), folder.get(ADAPTER_CONFIG, "rank_pattern")
     if folder.kind is not Kind.ADAPTER or type(rank) is not int or pattern not in (ABSENT, None, {}):
         return
-    ranks = {info.shape[0] for name, info in folder.tensors.items() if name.endswith(".lora_A.weight") and info.shape}
+    ranks = {
+        info.shape[0]
+        for name, info in folder.tensors.items()
+        if name.endswith(".lora_A.weight") and all(info.shape) and info.shape
+    }
     if len(ranks) == 1 and rank not in ranks:
         (stored,) = ranks
         yield Fault(file=ADAPTER_CONFIG, key="r", found=rank, expected=f"{stored}, the rows of its factors")
