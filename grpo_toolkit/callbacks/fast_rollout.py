@@ -122,7 +122,9 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
         else:
             with self._guarded("taking the rollouts"):
                 self._take(args, state)
-            if self._rollouts is None:
+            # A rank without them would not be there when the others gather weights, or agree about a trial.
+            if any(exchange(None if self._rollouts is not None else "not taken")):
+                self._let_go()
                 self.chosen = "plain"
         if isinstance(state.stateful_callbacks, dict):
             # The trainer looks for the name at each save, also after resuming from a checkpoint that had none.
@@ -254,7 +256,12 @@ _SILENT: Final = (_NOT_OURS, _NO_GPU)
 
 
 def _chosen_before(state: TrainerState) -> str | None:
-    """Return the way that the checkpoint was trained with; a resumed training reads it from `trainer_state.json`."""
+    """Return the way that the checkpoint was trained with, from its `trainer_state.json`; None without a resume.
+
+    A second training of one process finds the first one's choice there, which was made for that one.
+    """
+    if state.global_step == 0:
+        return None
     kept = (state.stateful_callbacks or {}).get(FastRolloutCallback.__name__)
     kept = kept[0] if isinstance(kept, list) and kept else kept
     return kept.get("attributes", {}).get("chosen") if isinstance(kept, dict) else None

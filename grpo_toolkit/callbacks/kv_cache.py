@@ -41,7 +41,8 @@ class KVCacheCallback(GuardedCallback):
     A saved model is also to mean what was trained: rotary frequencies that loading has rounded (see `buffers`) are
     computed again before the first step, and an adapter that is merged into the live base and taken out again, as TRL
     does for vLLM, leaves that base as it was (see `model/merge_guard.py`). Where a GPU's attention kernel is found to
-    return NaN gradients at some lengths, steps of such lengths use another (see `model/attention/cudnn_gradients.py`).
+    return NaN gradients at some lengths, steps of such lengths use another, under `torch_compile` all steps (see
+    `model/attention/cudnn_gradients.py`).
 
     Saves load wherever their base loads: config, tokenizer and processor have its forms, with what training changed.
     Where a backend writes no model folder (FSDP's `SHARDED_STATE_DICT`), nothing is added to what it writes.
@@ -118,8 +119,8 @@ class KVCacheCallback(GuardedCallback):
                 wanted = self.cudnn_decoding
                 if plans_per_length(base_model(model).device) if wanted is None else not wanted:
                     self._without_cudnn = DecodeWithoutCudnn(model)
-            with self._guarded("keeping gradients off a kernel that loses them"):
-                self._keep_gradients(args, model, is_first=state.is_world_process_zero)
+        with self._guarded("keeping gradients off a kernel that loses them"):
+            self._keep_gradients(args, model, is_first=state.is_world_process_zero)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -185,18 +186,19 @@ class KVCacheCallback(GuardedCallback):
         self._watch = self._without_cudnn = self._gradients = None
 
     def _keep_gradients(self, args: TrainingArguments, model: torch.nn.Module, *, is_first: bool) -> None:
-        """Hook the model if this GPU's attention loses gradients in the dtype that the training computes in."""
+        """Guard the training if this GPU's attention loses gradients in the dtype that it computes in."""
         import torch
 
         inner = base_model(model)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else inner.dtype
         if not loses_gradients(inner.device, dtype):
             return
-        self._gradients = GradientsWithoutCudnn(model)
+        self._gradients = GradientsWithoutCudnn(model, is_compiled=args.torch_compile)
         if is_first:
             logger.warning(
                 "grpo_toolkit: cuDNN's attention returns NaN gradients on this GPU for padded batches of some lengths "
-                "(pytorch#196678); steps of such lengths use another kernel"
+                "(pytorch#196678); %s use another kernel",
+                "all steps of this compiled training" if args.torch_compile else "steps of such lengths",
             )
 
     def _attach(self, args: TrainingArguments, model: torch.nn.Module, processing_class: Any) -> None:

@@ -271,6 +271,8 @@ class LatencyCallback(GuardedCallback):
             self._show(args, folder)
         if missed:
             raise GateError("; ".join(dict.fromkeys(map(str, missed))))
+        for problem in end.problems:
+            raise problem
 
     def _show(self, args: TrainingArguments, folder: Path) -> None:
         """Write the report and the pictures, then log to the trackers, all from what is on disk."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.callbacks.export import published
+from grpo_toolkit.errors import GrpoToolkitError
 from grpo_toolkit.latency.bench.batches import SIZES, time_batches
 from grpo_toolkit.latency.bench.compare import compare_latency, compare_rows
 from grpo_toolkit.latency.bench.gate import missed_by
@@ -99,6 +100,11 @@ class Budget:
         return min(LEAST_BUDGET_S, max(SMOKE_BUDGET_S, self.training_s))
 
     @property
+    def timing_s(self) -> float:
+        """The seconds that warm-up and rounds have, if saving and loading take none of them."""
+        return max(self.least_s, self.allowed_s)
+
+    @property
     def least_rounds(self) -> int:
         """The rounds that are made however slow the arms are: six give a verdict, which no smoke run asks for."""
         return SMOKE_ROUNDS if self.training_s < LEAST_BUDGET_S else MIN_PAIRS
@@ -114,7 +120,8 @@ class EndMeasurement:
     """A measurement at the end of a training; its rows are on disk as soon as they are known.
 
     Its questions, each with an equal share of the time that is left: how fast are all arms at one length, what are
-    their natural answers (and what does thinking cost the export), and which batch is worth its memory?
+    their natural answers (and what does thinking cost the export), and which batch is worth its memory? A question
+    that fails after one that was answered ends alone, and is in `problems`.
     """
 
     settings: Settings
@@ -125,6 +132,7 @@ class EndMeasurement:
     judge: Judge | None = None
     rows: list[LatencyRow] = field(default_factory=list)
     explanations: list[ExplanationRow] = field(default_factory=list)
+    problems: list[GrpoToolkitError] = field(default_factory=list)
 
     def run(self, arms: Sequence[Arm]) -> list[Missed]:
         """Time the arms, explain those that missed the gate, and return them."""
@@ -149,20 +157,29 @@ class EndMeasurement:
                 if self.rows and not share_s and self.budget.least_rounds < MIN_PAIRS:
                     self._say_left_out(name)
                     continue
-                made = 0
-                for rows in question(arms, engines, share_s):
-                    found = [replace(row, step=self.step) for row in rows]
-                    append_rows(self.folder / FILE_NAME, found)
-                    self.rows.extend(found)
-                    made = max([made, *(row.rounds for row in found)])
-                    missed += self._missed(found)
-                if made < min(MIN_PAIRS, self.settings.rounds):
-                    self._say_left_out(f"{name} after {made} rounds, of which a verdict takes {MIN_PAIRS}")
+                before = len(self.rows)
+                try:
+                    for rows in question(arms, engines, share_s):
+                        found = [replace(row, step=self.step) for row in rows]
+                        append_rows(self.folder / FILE_NAME, found)
+                        self.rows.extend(found)
+                        missed += self._missed(found)
+                except GrpoToolkitError as error:  # what was answered before is worth its report
+                    if not self.rows:
+                        raise
+                    self.problems.append(error)
+                    say(line("left out", f"{name}: {error}"))
+                    continue
+                answered = [row.rounds for row in self.rows[before:] if row.error is None]
+                if not answered and before == len(self.rows):
+                    self._say_left_out(name)
+                elif answered and max(answered) < min(MIN_PAIRS, self.settings.rounds):
+                    self._say_left_out(f"{name} after {max(answered)} rounds, of which a verdict takes {MIN_PAIRS}")
         return missed
 
     def _say_left_out(self, what: str) -> None:
-        training_s = self.budget.training_s
-        said = f"{what}: a training of {training_s:.0f} s leaves {self.budget.least_s:.0f} s for its timing"
+        budget = self.budget
+        said = f"{what}: a training of {budget.training_s:.0f} s leaves {budget.timing_s:.0f} s for its timing"
         say(line("left out", said))
 
     def _fixed(self, arms: Sequence[Arm], engines: Engines, share_s: float) -> Iterator[Sequence[LatencyRow]]:
@@ -245,7 +262,7 @@ class EndMeasurement:
             device=first.options.device,
             requests=self.requests,
             max_new_tokens=self.settings.new_tokens,
-            budget_s=max(self.budget.least_s, self.budget.allowed_s),
+            budget_s=self.budget.timing_s,
         )
         self.explanations.extend(replace(row, step=self.step) for row in rows)
         append_rows(self.folder / FILE_NAME, self.explanations)

@@ -44,6 +44,7 @@ class VisionSeen:
     Attributes:
         images, distinct: that it was given in a forward on average, and different ones among them.
         attention_calls, attention_layers: calls of the attention in one pass, and layers that make them.
+        packed_calls: what `PackedVisionCallback` would leave of these calls on this device; None: one a layer.
         is_frozen: none of its parameters trains; `wants_gradient`: its output wants one.
     """
 
@@ -51,6 +52,7 @@ class VisionSeen:
     distinct: float | None = None
     attention_calls: int | None = None
     attention_layers: int = 0
+    packed_calls: int | None = None
     is_frozen: bool = False
     wants_gradient: bool = False
 

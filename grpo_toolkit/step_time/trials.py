@@ -24,7 +24,7 @@ from grpo_toolkit.step_time.rows import TriedCure
 from grpo_toolkit.step_time.seams.forward_shapes import tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
 
@@ -37,15 +37,20 @@ ROUNDS: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class KeptInputs:
-    """Copies, on the CPU, of what a step's last forward and last rollout were given; None where there was none."""
+    """Copies, on the CPU, of what a step's last forward and last rollout were given; None where there was none.
+
+    `modes` is how the step found each module: in training, and checkpointing (None: it cannot).
+    """
 
     forward: dict[str, Any] | None = None
     rollout: dict[str, Any] | None = None
+    modes: tuple[tuple[torch.nn.Module, bool, bool | None], ...] = ()
 
 
-def keep_inputs(notes: StepNotes) -> KeptInputs:
-    """Copy the inputs of a step that was looked at closely."""
+def keep_inputs(notes: StepNotes, model: torch.nn.Module) -> KeptInputs:
+    """Copy the inputs of a step of a model that was looked at closely."""
     return KeptInputs(
+        modes=_modes(model),
         forward=None if notes.given is None else _copied(notes.given, "cpu"),
         rollout=None if notes.call is None else _copied(notes.call, "cpu"),
     )
@@ -76,7 +81,8 @@ def try_cures(
     found = []
     packed = _predicted(explanation, PACKED, ("forward", "backward"))
     if packed and kept.forward is not None:
-        saved = _packing_saves(model, kept.forward, computed_in=computed_in, now=now)
+        with _as_trained(model, kept):
+            saved = _packing_saves(model, kept.forward, computed_in=computed_in, now=now)
         found.append(_tried(PACKED, packed, saved * forwards))
     fast = _predicted(explanation, FAST, ("rollout",))
     if fast and kept.rollout is not None and why_unsupported(model) is None:
@@ -154,6 +160,29 @@ def _fast_rollout_saves(model: torch.nn.Module, call: dict[str, Any], *, compute
         finally:
             rollouts.close()
     return found.plain_s - found.fast_s
+
+
+@contextmanager
+def _as_trained(model: torch.nn.Module, kept: KeptInputs) -> Iterator[None]:
+    """Have the modules train and checkpoint as in the step: what `KVCacheCallback` leaves at the end does neither."""
+    before = _modes(base_model(model))
+    try:
+        _set_modes(kept.modes)
+        yield
+    finally:
+        _set_modes(before)
+
+
+def _modes(model: torch.nn.Module) -> tuple[tuple[torch.nn.Module, bool, bool | None], ...]:
+    return tuple((module, module.training, vars(module).get("gradient_checkpointing")) for module in model.modules())
+
+
+def _set_modes(modes: Iterable[tuple[torch.nn.Module, bool, bool | None]]) -> None:
+    module: Any
+    for module, is_training, is_checkpointing in modes:
+        module.training = is_training
+        if is_checkpointing is not None:
+            module.gradient_checkpointing = is_checkpointing
 
 
 @contextmanager

@@ -211,7 +211,7 @@ class StepWatch:
         assert self._seams is not None
         seams = self._seams
         if self._keeps_inputs:
-            self.kept = keep_inputs(notes)
+            self.kept = keep_inputs(notes, seams.live)
         self.seen = look_closely(notes, seams.live, towers=seams.towers, settings=self._settings(notes))
 
     def _finish(self, intervals: list[Interval]) -> None:

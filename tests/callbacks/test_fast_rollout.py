@@ -286,6 +286,23 @@ def test_all_ranks_follow_one_that_cannot(
 
 
 @needs_5_24
+def test_a_second_training_of_one_trainer_chooses_anew(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from grpo_toolkit.callbacks import fast_rollout
+
+    callback = FastRolloutCallback()
+    trainer = grpo_trainer(qwen, tmp_path, [callback], max_steps=1)
+    trainer.train()
+    assert callback.chosen == "plain"
+    trainer.train()
+    assert "go the plain way" not in caplog.text  # no checkpoint was trained with plain ones
+    monkeypatch.setattr(fast_rollout, "_NO_GPU", None)  # as if there were one now
+    trainer.train()
+    assert callback.chosen == "fast"
+
+
+@needs_5_24
 def test_a_checkpoint_from_before_it_is_resumed_and_saved(qwen: Path, tmp_path: Path) -> None:
     """The trainer looks up every stateful callback by name when it saves, in what it has read from the checkpoint."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from grpo_toolkit import FastRolloutCallback, PackedVisionCallback, StepTimeCallback
+from grpo_toolkit import FastRolloutCallback, KVCacheCallback, PackedVisionCallback, StepTimeCallback
 from grpo_toolkit.model.attention.packed_vision import VisionPacking
+from grpo_toolkit.model.kv_cache import is_checkpointing
 from grpo_toolkit.model.rollouts.rollouts import FastRollouts, rollouts_of
 from grpo_toolkit.reporting.terminal.step_time import step_lines
 from grpo_toolkit.step_time.causes.cause import FAST, PACKED
@@ -86,3 +87,30 @@ def test_what_is_cured_already_is_not_tried(qwen: Path, tmp_path: Path) -> None:
     cures = PackedVisionCallback(), FastRolloutCallback("fast")
     callback, _ = trained(qwen, tmp_path, *cures, trials=True)
     assert callback.explanation.tried == []
+
+
+def test_packing_is_tried_on_a_model_that_checkpoints_as_it_did_in_the_training(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_toolkit.step_time.explain.WORTH", 0.0)
+    callback = StepTimeCallback(strict=True, floors=False, trials=True)
+    before = [KVCacheCallback(strict=True), callback]  # which leaves the training first
+    trainer = grpo_trainer(qwen, tmp_path, before, max_steps=3, gradient_checkpointing=True)
+    callback.trainer = trainer
+    forwards: list[str] = []
+    layer = trainer.model.get_decoder().layers[0]
+
+    def counted(*_: Any) -> None:
+        if torch.is_grad_enabled() and not trainer.model.training and not layer.training:
+            forwards.append("evaluated")
+        elif torch.is_grad_enabled():
+            forwards.append("trained")
+
+    layer.self_attn.register_forward_pre_hook(counted)
+    trainer.train()
+    assert PACKED in {one.line for one in callback.explanation.tried}  # type: ignore[union-attr]
+    # Steps, and the eight passes of the trial: each layer's forward once more in its backward.
+    assert "evaluated" not in forwards
+    assert len(forwards) >= 2 * 8 + 2 * 3
+    assert not layer.training
+    assert not is_checkpointing(trainer.model)

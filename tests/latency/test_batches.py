@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from grpo_toolkit.errors import OutOfMemoryError
 from grpo_toolkit.latency.bench.batches import _Trials, batches_of, batches_of_rows, time_batches
 from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm
@@ -125,8 +124,10 @@ def test_a_real_export_is_timed_at_the_sizes_that_the_budget_allows(qwen: Path) 
         engine, ask = engines.open(arm), engines.open(arm).ask
 
         def no_room_for_three(requests: Any, options: Any) -> Any:
-            if len(requests) == 3:
-                raise OutOfMemoryError("out of memory with a batch of 3")
+            if len(requests) == 3:  # as Linux ends it where the machine's memory is gone
+                process: Any = engine
+                process._process.kill()
+                process._process.wait()
             return ask(requests, options)
 
         engine.ask = no_room_for_three  # type: ignore[method-assign]

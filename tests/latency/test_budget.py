@@ -13,7 +13,7 @@ import pytest
 from grpo_toolkit import LatencyCallback
 from grpo_toolkit.callbacks import latency_budget
 from grpo_toolkit.callbacks.latency_budget import Budget
-from grpo_toolkit.errors import UnsupportedError
+from grpo_toolkit.errors import UnsupportedError, WorkerError
 from grpo_toolkit.latency.bench.measure import Plan, measure_latency
 from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm
@@ -224,6 +224,21 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
     assert [row.rounds for row in timing.rows] == [2] * 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
     assert [line.split()[2] for line in told] == ["fixed", "natural"]
+
+
+def test_a_question_that_fails_leaves_the_report_of_those_before_it(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(rows: Any) -> None:
+        raise WorkerError("the process is gone")
+
+    monkeypatch.setattr(latency_budget, "compare_rows", gone)
+    timing = LatencyCallback(arms=["base"], new_tokens=2, max_new_tokens=2, rounds=1)
+    grpo_trainer(qwen, tmp_path, [timing]).train()
+    assert [row.workload.kind for row in timing.rows] == ["fixed"]
+    assert (tmp_path / "latency" / "report.html").is_file()
+    assert timing.failures == ["the latency measurement failed: WorkerError: the process is gone"]
+    assert "left out    natural answers: the process is gone\n" in capsys.readouterr().err
 
 
 def test_what_the_end_has_taken_so_far_counts_but_a_minute_of_asking_is_left() -> None:

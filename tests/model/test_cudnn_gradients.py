@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from grpo_toolkit.callbacks import KVCacheCallback, kv_cache
 from grpo_toolkit.model.attention.cudnn_gradients import PROBED, REST, GradientsWithoutCudnn, loses_gradients
@@ -75,6 +76,29 @@ def test_a_training_is_guarded_where_the_device_needs_it(
     trainer.train()
     assert ("returns NaN gradients on this GPU" in caplog.text) == loses
     assert {enabled for length, enabled in seen if length > 1} == ({True, False} if loses else {True})
+    assert cudnn_enabled()
+
+
+def test_a_compiled_training_is_kept_off_it_at_every_length_without_a_hook(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kv_cache, "loses_gradients", lambda device, dtype: True)
+    callback = KVCacheCallback(strict=True)
+    trainer = grpo_trainer(qwen, tmp_path, [callback], max_steps=2)
+    trainer.args.torch_compile = True  # as the callbacks see it: compiling itself takes minutes here
+    seen = attention_calls(trainer.model)
+    hooks = {name: len(module._forward_pre_hooks) for name, module in trainer.model.named_modules()}
+    found: list[dict[str, int]] = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.append({name: len(module._forward_pre_hooks) for name, module in kwargs["model"].named_modules()})
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert "all steps of this compiled training use another kernel" in caplog.text
+    assert found == [hooks, hooks]
+    assert {enabled for _, enabled in seen} == {False}
     assert cudnn_enabled()
 
 

@@ -400,9 +400,9 @@ def test_rows_that_all_failed_are_no_report(tmp_path: Path) -> None:
 
 def test_the_page_says_when_and_with_what_it_was_measured_and_how_busy_the_machine_was(tmp_path: Path) -> None:
     busy = {"hardware": "a processor, 2 cores", "load_average": "5.20", "torch": "2.15", "grpo_toolkit": "0.1"}
-    busy["grpo_toolkit_commit"] = "470c8fb0123456789"
+    busy["grpo_toolkit_commit"] = "470c8fb01234, changed"
     text = write_report(written(tmp_path / "busy", [row("base", environment=busy), row("export")])).read_text()
-    assert "<li>2026-01-02 03:04 UTC</li><li>grpo-toolkit 0.1 (470c8fb01), torch 2.15</li>" in text
+    assert "<li>2026-01-02 03:04 UTC</li><li>grpo-toolkit 0.1 (470c8fb01234, changed), torch 2.15</li>" in text
     assert "This machine was busy: 5.2 processes wanted its 2 cores." in text
     idle = busy | {"load_average": "2.90"}
     text = write_report(written(tmp_path / "idle", [row("base", environment=idle), row("export")])).read_text()

@@ -17,6 +17,7 @@ from grpo_toolkit import FastRolloutCallback, PackedVisionCallback, StepTimeCall
 from grpo_toolkit.step_time.causes.cause import Mean
 from grpo_toolkit.step_time.causes.table import BY_NAME, CAUSES
 from grpo_toolkit.step_time.explain import find_causes
+from grpo_toolkit.step_time.seams.attention_calls import calls_when_packed
 from grpo_toolkit.step_time.seen import RolloutSeen, Seen, Settings, VisionSeen
 from grpo_toolkit.step_time.work import Machine
 from tests.support.models import build_llama
@@ -161,6 +162,16 @@ def test_a_callback_that_is_in_place_is_not_advised_again() -> None:
     (found,) = find_causes(windows, MEANS.get("attention-by-window", MEAN), in_place={"PackedVisionCallback"})
     assert found.line == ""
     assert found.cure == "none here: PackedVisionCallback is in place, and leaves this as it is on this machine"
+
+
+def test_on_a_cpu_windows_that_would_go_one_by_one_still_are_no_cause() -> None:
+    uneven = [4, 4, 2, 4, 4, 2, 10]  # two layers of windows, one that attends to a whole image
+    assert calls_when_packed(uneven, layers=3, device="cpu") == 7
+    assert calls_when_packed(uneven, layers=3, device="cuda") == 3
+    assert calls_when_packed([4, 4, 4, 4, 8], layers=3, device="cpu") == 3
+    looped = vision(attention_calls=7, attention_layers=3, packed_calls=7)
+    assert names(replace(CLEAN, is_gpu=False, **looped)) == []
+    assert names(replace(CLEAN, **vision(attention_calls=7, attention_layers=3))) == ["attention-by-window"]
 
 
 @pytest.mark.parametrize("name", SEEDS)

@@ -121,16 +121,27 @@ def asked_midway(
 
 
 def fast_rollouts(
-    folder: Path, *, way: str, failing_ranks: Sequence[int] = (), as_recipe: bool = False, **options: Any
+    folder: Path,
+    *,
+    way: str,
+    failing_ranks: Sequence[int] = (),
+    fails_at: str = "generate",
+    as_recipe: bool = False,
+    trial: bool = False,
+    **options: Any,
 ) -> tuple[dict[str, Any], Any]:
     """Train with rollouts of one way; after each step the copy's logits are compared with the live model's.
 
-    On `failing_ranks` the copy's second rollout raises; `as_recipe` adds the recipe's callback for plain rollouts.
+    On `failing_ranks` the copy's second rollout raises, or the first one's "prefill", or what comes before, "install";
+    `as_recipe` adds the recipe's callback for plain rollouts; `trial` has a clock decide.
     """
+    import os
+
     import torch
     from transformers import TrainerCallback
 
     from grpo_toolkit import FastRolloutCallback, KVCacheCallback
+    from grpo_toolkit.model.rollouts import rollouts
     from grpo_toolkit.model.rollouts.rollouts import rollouts_of
     from grpo_toolkit.model.sharding.gathered_for_generation import whole_weights
 
@@ -153,10 +164,12 @@ def fast_rollouts(
             with torch.no_grad(), whole_weights(kwargs["model"]):
                 live = kwargs["model"](input_ids=ids).logits
                 seen.append((taken.count, float((taken._copy.model(input_ids=ids).logits - live).abs().max())))
-            if args.process_index in failing_ranks:
+            if args.process_index in failing_ranks and fails_at == "generate":
                 taken._copy.model.generate = fail
 
-    callback = FastRolloutCallback(way)
+    if int(os.environ["RANK"]) in failing_ranks and fails_at != "generate":
+        setattr({"prefill": rollouts, "install": rollouts.FastRollouts}[fails_at], fails_at, fail)
+    callback = FastRolloutCallback(way, trial=trial)
     others = []
     if as_recipe:
         from grpo_vlm.training.sharded_rollouts import ShardedRolloutsCallback

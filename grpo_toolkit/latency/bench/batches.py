@@ -17,6 +17,7 @@ from grpo_toolkit.errors import OutOfMemoryError
 from grpo_toolkit.latency.bench.compare import LARGEST_BATCH, ratios
 from grpo_toolkit.latency.bench.measure import Plan
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
+from grpo_toolkit.latency.engines.pool import Source
 from grpo_toolkit.latency.engines.protocol import FREE_MEMORY
 from grpo_toolkit.latency.rows.review import CONTROL
 
@@ -201,6 +202,8 @@ def time_batches(
     )
     if all(map(trials.fits, sizes)):
         next(filter(trials.fits, trials.larger()), None)
+    if trials.is_out_of_memory and arm.path is not None:  # on a CPU the process has been killed with it
+        engines.release(Source(path=arm.path))
     if len(trials.seconds) < 2:
         return []
     left_s = budget_s - trials.spent_s
@@ -217,6 +220,7 @@ class _Trials:
     asks: int
     budget_s: float
     spent_s: float = 0.0
+    is_out_of_memory: bool = False
     seconds: dict[int, float] = field(default_factory=dict)
     peaks: dict[int, int | None] = field(default_factory=dict)
 
@@ -229,6 +233,7 @@ class _Trials:
                 answer = self.engine.ask(replace(self.traffic, batch_size=size).batch(-1), self.arm.options)
                 self.spent_s += answer.timeline.e2e_s
         except OutOfMemoryError:
+            self.is_out_of_memory = True
             return False
         if not self._is_affordable(answer.timeline.e2e_s):
             return False

@@ -50,11 +50,20 @@ class GradientsWithoutCudnn:
 
     The switch is one of the process, and stays as such a forward has set it until `end_of_step`: what checkpointing
     computes again in the backward pass must go the same way. Forwards that want no gradient decide nothing.
+
+    Args:
+        model: the model in training.
+        is_compiled: whether torch.compile has its forward, which hooks would make stop and start. Then there are none,
+            and the switch is off from here to `close`, at every length.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, *, is_compiled: bool = False) -> None:
         self._switched_off = False
-        self._hooks = LookingHooks("keeping gradients off cuDNN's attention", put_back=self.end_of_step)
+        self._is_compiled = is_compiled
+        self._hooks = LookingHooks("keeping gradients off cuDNN's attention", put_back=self._switch_on)
+        if is_compiled:
+            self._switch_off()
+            return
         inner = base_model(model)
         decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
         self._hooks.before(inner if decoder is None else decoder, self._before)
@@ -64,12 +73,9 @@ class GradientsWithoutCudnn:
         self._hooks.close()
 
     def end_of_step(self) -> None:
-        """Let cuDNN's attention in again: the backward passes of this step are over."""
-        import torch
-
-        if self._switched_off:
-            torch.backends.cuda.enable_cudnn_sdp(True)
-            self._switched_off = False
+        """Let cuDNN's attention in again, unless it is off at every length: this step's backward passes are over."""
+        if not self._is_compiled:
+            self._switch_on()
 
     def _before(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         import torch
@@ -79,7 +85,20 @@ class GradientsWithoutCudnn:
         tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         if tokens is None:
             tokens = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if tokens is not None and tokens.shape[1] % TILE == REST:
+            self._switch_off()
+
+    def _switch_off(self) -> None:
+        import torch
+
         backends: Any = torch.backends.cuda
-        if tokens is not None and tokens.shape[1] % TILE == REST and backends.cudnn_sdp_enabled():
+        if backends.cudnn_sdp_enabled():
             self._switched_off = True
             backends.enable_cudnn_sdp(False)
+
+    def _switch_on(self) -> None:
+        import torch
+
+        if self._switched_off:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            self._switched_off = False

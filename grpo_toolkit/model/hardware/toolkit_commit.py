@@ -27,7 +27,12 @@ def _git(*arguments: str) -> str | None:
     """Return what git says; None where there is no git, or it fails."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, check=True, timeout=_PATIENCE_S
+            # Without the lock that "status" takes: somebody may be committing.
+            ["git", "--no-optional-locks", "-C", str(_PACKAGE), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_PATIENCE_S,
         )
     except (OSError, subprocess.SubprocessError):
         return None

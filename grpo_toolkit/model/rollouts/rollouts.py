@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import traceback
 import weakref
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
@@ -153,7 +154,7 @@ class FastRollouts:
                 self._on_plain(reason)
             return None
         try:
-            with failing_together() if self._is_collective else nullcontext():
+            with self._together():
                 return self._rollout(call) if self._is_worth_it(call) else None
         except Exception as error:  # training goes on, whatever a compiler says
             self.close()
@@ -169,13 +170,24 @@ class FastRollouts:
         if tell is None:
             return True
         measure, self._on_sampled = self._on_sampled, None
-        found = try_out(self._rollout, self._plainly, call, device=self.live.device)
-        self._on_sampled = measure
+        fast, plain = partial(self._tried, self._rollout), partial(self._tried, self._plainly)
+        try:
+            found = try_out(fast, plain, call, device=self.live.device)
+        finally:
+            self._on_sampled = measure
         self.count = self.prefilled = 0
         if not found.is_fast_worth_it:
             self.close()
         tell(found)
         return found.is_fast_worth_it
+
+    def _tried(self, way: Callable[[dict[str, Any]], Any], call: dict[str, Any]) -> Any:
+        """Make a rollout of a trial: where weights are sharded, no rank begins the next one alone."""
+        with self._together():
+            return way(call)
+
+    def _together(self) -> AbstractContextManager[None]:
+        return failing_together() if self._is_collective else nullcontext()
 
     def _plainly(self, call: dict[str, Any]) -> Any:
         generate = self._before if self._before is not None else MethodType(type(self.live).generate, self.live)
@@ -190,7 +202,7 @@ class FastRollouts:
     def _refreshed(self) -> WeightsCopy:
         """Return the copy with the live weights in it."""
         if self._copy is None:
-            with failing_together() if self._is_collective else nullcontext():
+            with self._together():
                 self._copy = WeightsCopy(self.live, dtype=self.dtype)
             self._caches = static_caches.StaticCaches(self._copy.model.config)
         is_dirty = self._is_dirty

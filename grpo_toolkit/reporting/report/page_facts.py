@@ -46,7 +46,7 @@ def facts_explained(row: ExplanationRow) -> list[str]:
 
 def _when_and_with(row: LatencyRow | ExplanationRow) -> list[str]:
     names = {"grpo_toolkit": "grpo-toolkit", "transformers": "transformers", "torch": "torch"}
-    commit = row.environment.get("grpo_toolkit_commit", "")[:9]
+    commit = row.environment.get("grpo_toolkit_commit", "")
     versions = ", ".join(
         f"{name} {row.environment[key]}{f' ({commit})' if commit and key == 'grpo_toolkit' else ''}"
         for key, name in names.items()

@@ -20,10 +20,11 @@ def _windows(seen: Seen, mean: Mean) -> Found | None:
     if vision is None or not vision.attention_calls or not vision.attention_layers:
         return None
     calls = vision.attention_calls / vision.attention_layers
-    if calls < 2:
+    left = 1.0 if vision.packed_calls is None else vision.packed_calls / vision.attention_layers
+    if calls - left < 1:
         return None
     launched = LAUNCHES_A_CALL * calls + LAUNCHES_A_LAYER
-    share = LAUNCHES_A_CALL * (calls - 1) / launched
+    share = LAUNCHES_A_CALL * (calls - left) / launched
     return Found(
         evidence=f"{vision.attention_calls:,} attention calls in one pass of the vision tower over "
         f"{vision.images:.0f} images: {calls:.0f} a layer, one for each window or image",

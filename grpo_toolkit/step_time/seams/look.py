@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.model.attention.image_digests import equal_images
 from grpo_toolkit.model.rollouts.shared_prefill import distinct_rows
+from grpo_toolkit.step_time.seams.attention_calls import calls_when_packed
 from grpo_toolkit.step_time.seen import RolloutSeen, Seen, VisionSeen
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def look_closely(notes: StepNotes, model: Any, *, towers: Sequence[Any], setting
     logits = [one.logits_bytes for one in notes.forwards if one.logits_bytes is not None]
     return Seen(
         rollout=_rollouts(notes.rollouts),
-        vision=_vision(notes.vision, towers),
+        vision=_vision(notes.vision, towers, device=model.device.type),
         settings=settings,
         padding=padding_of(masks),
         logits_bytes=max(logits) if logits else None,
@@ -125,15 +126,17 @@ def _lengths(tokens: torch.Tensor, ends: Any) -> list[int]:
     return [int(length) for length in first.tolist()]
 
 
-def _vision(passes: Sequence[VisionNotes], towers: Sequence[Any]) -> VisionSeen | None:
+def _vision(passes: Sequence[VisionNotes], towers: Sequence[Any], *, device: str) -> VisionSeen | None:
     if not passes:
         return None
     compared = [one for one in passes if one.distinct is not None]
+    lengths, layers = passes[0].attention_lengths, sum(len(tower.layers) for tower in towers)
     return VisionSeen(
         images=sum(one.images for one in compared or passes) / len(compared or passes),
         distinct=sum(one.distinct or 0 for one in compared) / len(compared) if compared else None,
-        attention_calls=passes[0].attention_calls,
-        attention_layers=sum(len(tower.layers) for tower in towers),
+        attention_calls=None if lengths is None else len(lengths),
+        attention_layers=layers,
+        packed_calls=None if lengths is None else calls_when_packed(lengths, layers=layers, device=device),
         is_frozen=not any(parameter.requires_grad for tower in towers for parameter in tower.module.parameters()),
         wants_gradient=any(one.wants_gradient for one in passes),
     )

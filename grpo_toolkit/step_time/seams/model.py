@@ -249,7 +249,7 @@ class ModelSeams:
             calls.close()
         if notes is not None:
             notes.wants_gradient = any(tensor.requires_grad for tensor in tensors_in(output))
-            notes.attention_calls = None if calls is None else calls.count
+            notes.attention_lengths = None if calls is None else calls.lengths
         if self.clock.path[-1] == "vision":
             self.clock.leave()
 

@@ -65,12 +65,15 @@ class RolloutNotes:
 
 @dataclass(kw_only=True)
 class VisionNotes:
-    """A pass of the vision tower in a forward of the training that is looked at closely."""
+    """A pass of the vision tower in a forward of the training that is looked at closely.
+
+    `attention_lengths` are those of the queries of each attention call; None where they were not counted.
+    """
 
     images: int = 0
     distinct: int | None = None
     wants_gradient: bool = False
-    attention_calls: int | None = None
+    attention_lengths: list[int] | None = None
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import transformers
@@ -51,3 +51,25 @@ def test_a_rollout_that_fails_on_one_rank_is_plain_on_all(failing_rank: int, qwe
     for rank, report in enumerate(failed):
         assert report["seen"][0][0] == 1
         assert (own if rank == failing_rank else f"PeerError: rank {failing_rank}: {own}") in report["failures"][0]
+
+
+@needs_5_24
+@pytest.mark.parametrize(
+    ("kind", "fails_at", "settings"),
+    [
+        ("fsdp2_full", "prefill", {"way": "auto", "trial": True}),
+        ("ddp", "prefill", {"way": "auto", "trial": True}),
+        ("fsdp2_full", "install", {"way": "fast"}),
+        ("ddp", "install", {"way": "auto", "trial": True}),
+    ],
+)
+def test_no_rank_waits_for_one_that_failed_before_its_first_fast_rollout(
+    kind: str, fails_at: str, settings: dict[str, Any], qwen: Path, tmp_path: Path
+) -> None:
+    reports = launch(
+        kind, "fast_rollouts", tmp_path, model=str(qwen), max_steps=2, logging_steps=1, failing_ranks=[0],
+        fails_at=fails_at, **settings,
+    )  # fmt: skip
+    assert [report["chosen"] for report in reports] == ["plain", "plain"]
+    assert "OSError: [Errno 5] Input/output error" in reports[0]["failures"][0]
+    assert all(len(report["grad_norms"]) == 2 for report in reports)
