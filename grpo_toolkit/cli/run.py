@@ -42,19 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What the script raises, or exits with, is its own.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo_toolkit.cli.run",
-        description="Run a training script, with callbacks added to whichever transformers.Trainer it builds.",
-    )
-    parser.add_argument(
-        "--callback", action="append", metavar="NAME", help=f"a callback to add (default {', '.join(USUAL)})"
-    )
-    parser.add_argument(
-        "--callbacks", type=Path, metavar="FILE", help="a YAML file: the callbacks to add, each with its options"
-    )
-    parser.add_argument("script", metavar="SCRIPT_OR_MODULE", help="a Python file, or a module (trl.scripts.grpo)")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
-    given = parser.parse_args(argv)
+    given = build_parser().parse_args(argv)
     before = sys.argv, list(sys.path)
     try:
         options = _read_options(given.callbacks, given.callback)
@@ -68,6 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         sys.argv, sys.path[:] = before
     return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_toolkit.cli.run",
+        description="Run a training script, with callbacks added to whichever transformers.Trainer it builds.",
+    )
+    parser.add_argument(
+        "--callback", action="append", metavar="NAME", help=f"a callback to add (default {', '.join(USUAL)})"
+    )
+    parser.add_argument(
+        "--callbacks", type=Path, metavar="FILE", help="a YAML file: the callbacks to add, each with its options"
+    )
+    parser.add_argument("script", metavar="SCRIPT_OR_MODULE", help="a Python file, or a module (trl.scripts.grpo)")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    return parser
 
 
 def _read_options(path: Path | None, names: Sequence[str] | None) -> Options:

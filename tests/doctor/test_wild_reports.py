@@ -19,6 +19,7 @@ from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
 from grpo_toolkit.model.generation.drawn_pictures import picture_requests, sight_of
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.load import load_model
+from tests.support.base_variants import change_json
 from tests.support.models import build_llama, build_qwen2_5_vl, build_qwen3_moe
 from tests.support.wild import REPORTS, build_report
 
@@ -58,9 +59,12 @@ NOTED = {"adapter-rank-high"}
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
+    llama = build_llama(folder / "llama")
+    # A frequency that is not the default, so that a reader who misses it answers otherwise.
+    change_json(llama, "config.json", lambda content: content.get("rope_parameters", content).update(rope_theta=5e5))
     return {
         "qwen": build_qwen2_5_vl(folder / "qwen", dtype="bfloat16"),
-        "llama": build_llama(folder / "llama"),
+        "llama": llama,
         "moe": build_qwen3_moe(folder / "moe"),
     }
 
@@ -133,7 +137,7 @@ DOES = {
 IF_NEW = {
     "text-only processor": ("refuses", Version("5")),
     "text adapter": ("starts at random", Version("5")),
-    "theta in rope_scaling": ("answers otherwise", Version("5")),
+    "theta in rope_scaling": ("answers as the base", Version("5")),
 }
 
 
@@ -195,7 +199,7 @@ def test_what_is_mended_answers(name: str, bases: dict[str, Path], tmp_path: Pat
     repair_checkpoint(folder, base=base, rewrite_weights=True)
     assert codes(folder, base) == set()
     does = what_the_reader_does(folder, base, is_adapter=False)
-    assert does == ("answers otherwise" if name == "theta in rope_scaling" else "answers as the base")
+    assert does == "answers as the base"
 
 
 @pytest.mark.parametrize("name", ["tokenizer that cuts", "text-only template"])

@@ -177,7 +177,11 @@ def adapter_rank_differs(folder: Folder) -> Iterator[Fault]:
         or any(one not in (ABSENT, None, {}, []) for one in others)
     ):
         return
-    ranks = {info.shape[0] for name, info in folder.tensors.items() if name.endswith(".lora_A.weight") and info.shape}
+    ranks = {
+        info.shape[0]
+        for name, info in folder.tensors.items()
+        if name.endswith(".lora_A.weight") and all(info.shape) and info.shape
+    }
     if len(ranks) == 1 and rank not in ranks:
         (stored,) = ranks
         yield Fault(file=ADAPTER_CONFIG, key="r", found=rank, expected=f"{stored}, the rows of its factors")

@@ -75,12 +75,15 @@ def tune_latency(
     Args:
         model: a folder, or a live model with its `processor`.
         processor: of a live model.
-        new_tokens, prompt_tokens, image_tokens: what is asked.
+        new_tokens: of each answer.
+        prompt_tokens: of the text that is asked.
+        image_tokens: about how many of the picture with it; None for no picture.
         packed_vision: whether every setting, the default too, has its vision tower packed (see `RunOptions`).
         device: where it runs.
         rounds: turns of the best with the default.
-        max_tpot_s, max_memory_bytes: with either, the batch is doubled as long as a sequence's time per token and the
+        max_tpot_s: with it or `max_memory_bytes`, the batch is doubled as long as a sequence's time per token and the
             peak of memory stay within them, and the largest throughput wins.
+        max_memory_bytes: see `max_tpot_s`.
         compile_modes: of torch.compile; None is transformers' own, and on a GPU "max-autotune"; () compiles nothing.
         batches_s: seconds for timing the best setting at several batch sizes (`bench.batches`); 0 leaves that out.
         isolated: in processes of their own.

@@ -67,7 +67,9 @@ class RolloutSize:
         Args:
             rows: sequences in a rollout of this process.
             tokens: of a prompt and its completion at most.
-            weight_bytes, computed_bytes, gathered: as for `copied_bytes`.
+            weight_bytes: as for `copied_bytes`.
+            computed_bytes: as for `copied_bytes`.
+            gathered: as for `copied_bytes`.
         """
         copied = self.copied_bytes(weight_bytes=weight_bytes, computed_bytes=computed_bytes, gathered=gathered)
         value_bytes = min(weight_bytes, computed_bytes or weight_bytes)
