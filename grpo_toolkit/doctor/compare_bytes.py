@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.model_families import family_of
-from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames
+from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name, plan_renames
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors, read_chunks
 from grpo_toolkit.checkpoint.weights.tensor_values import constant_value, correlation, is_finite, sample
 from grpo_toolkit.doctor.parsed_folder import Digests
@@ -66,15 +66,29 @@ def _unlike(folder: Folder) -> list[str]:
         other = published.get(live_name(renames.get(name, name), family))
         if other is None or other.shape != info.shape:
             continue
-        alike = correlation(sample(folder.path, info), sample(base.path, other))
+        ours, theirs = sample(folder.path, info), sample(base.path, other)
+        alike = correlation(ours, theirs)
         if alike is not None:
             compared += 1
-            if alike < _RELATED:
+            is_moved = len(info.shape) > 1 or math.dist(ours, theirs) > _TRAINED * math.sqrt(len(ours))
+            if alike < _RELATED and is_moved and _has_effect(folder, name):
                 unlike.append(name)
     return unlike if 2 * len(unlike) <= compared else []
 
 
 _RELATED: Final = 0.5
+_TRAINED: Final = 0.02
+"""Adam moves any value by up to the learning rate a step: a bias or a norm whose values are near each other may well
+lose its pattern, and moves by less than this on average."""
+
+
+def _has_effect(folder: Folder, name: str) -> bool:
+    """Return whether a tensor's values matter: a bias of keys adds the same to all scores of a query.
+
+    Softmax takes that away again, where positions are learned (CLIP, SigLIP) and do not rotate the keys.
+    """
+    is_key_bias = is_vision(name) and name.endswith((".k_proj.bias", ".key.bias"))
+    return not (is_key_bias and any("position_embedding" in other for other in folder.tensors))
 
 
 def inspect_values(folder: Folder) -> Digests:
@@ -106,7 +120,7 @@ def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]
             else:
                 theirs = constant_value(base.path, other)
                 is_as_made = theirs is not None and math.isclose(value, theirs, rel_tol=_ROUNDING)
-            if not is_as_made:
+            if not is_as_made and _has_effect(folder, name):
                 empty.append(name)
     return tuple(sorted(empty)), tuple(sorted(broken))
 

@@ -6,12 +6,12 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.folders.base_lookup import find_base, named_base
+from grpo_toolkit.checkpoint.folders.base_lookup import find_base, is_hub_name, named_base
 from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD, base_in_record, base_of_run
 from grpo_toolkit.checkpoint.folders.look_around import models_below
-from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG, Kind
+from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG, MANIFEST, Kind
 from grpo_toolkit.checkpoint.folders.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.checkpoint.json_files import parse_json
 from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule, RunDiagnosis, Severity
@@ -51,7 +51,11 @@ ALL_RULES: Final = tuple(
 )
 """Every rule, in the order of the table in the README."""
 
-DIALECT_CODES: Final = frozenset(rule.code for rule in ALL_RULES if rule.check.__module__ == dialect.__name__)
+DIALECT_CODES: Final = frozenset(
+    rule.code
+    for rule in ALL_RULES
+    if rule.check.__module__ == dialect.__name__ or rule.check is weights.experts_renamed
+)
 """The rules about forms that one library version writes and another cannot read."""
 
 
@@ -170,7 +174,12 @@ def parse_folder(
     folder = read_folder(source)
     if folder.kind is Kind.MODEL and folder.model_type:
         folder = replace(folder, is_known=installed_knows(folder.model_type))
-    found = base if base is not None else _recorded(source) or _base_in_files(folder) or base_of_run(folder.path)
+    record, manifest = (_object_in(source, file) for file in (BASE_RECORD, MANIFEST))
+    # A manifest has the public name of the base: a name without a slash is no path from here.
+    names = [*_names_of_base(folder), *filter(is_hub_name, _names_in(manifest))]
+    found = base or base_in_record(record) or next(filter(None, map(find_base, names)), None)
+    found = found or base_of_run(folder.path)
+    folder = replace(folder, base_name=next(iter([*_names_in(record), *names, *_names_in(manifest)]), ""))
     if found is not None and not _is_same(found, folder.path):
         folder = replace(folder, base=_read_base(found, {} if bases is None else bases, must=base is not None))
     if deep:
@@ -198,6 +207,7 @@ def diagnose_folder(folder: Folder, *, reader: Reader | None = None, installed: 
         findings=tuple(sorted(findings, key=lambda finding: _order(finding, first))),
         reader=reader,
         installed=installed,
+        base_name=folder.base_name if folder.base is None else "",
         not_judged=tuple(rule.code for rule in ALL_RULES if rule.needs_base) if folder.base is None else (),
     )
 
@@ -224,23 +234,20 @@ def _finding(rule: Rule, fault: Fault) -> Finding:
     )
 
 
-def _recorded(files: Files) -> Path | None:
-    """Return the base that the checkpoint's record names; a record that cannot be read is none."""
-    entry = files.entries.get(BASE_RECORD)
+def _object_in(files: Files, name: str) -> dict[str, Any]:
+    """Return the object in a record of ours; one that is absent or cannot be read is empty."""
+    entry = files.entries.get(name)
     if entry is None or entry.is_folder:
-        return None
+        return {}
     try:
-        return base_in_record(dict(parse_json(files.read(BASE_RECORD, limit=2**20), BASE_RECORD)))
+        return dict(parse_json(files.read(name, limit=2**22), name))
     except CheckpointError:
-        return None
+        return {}
 
 
-def _base_in_files(folder: Folder) -> Path | None:
-    for name in _names_of_base(folder):
-        found = find_base(name)
-        if found is not None:
-            return found
-    return None
+def _names_in(record: dict[str, Any]) -> list[str]:
+    name = record.get("base")
+    return [name] if isinstance(name, str) and name else []
 
 
 def _names_of_base(folder: Folder) -> Iterator[str]:

@@ -214,6 +214,7 @@ class Diagnosis(HtmlTable):
         base: the base folder it was compared with, or None.
         findings: those that concern the reader first, worst first.
         not_judged: codes of the rules that need a base where there is none.
+        base_name: the base that the folder's files name where it was not found; empty where they name none.
         reader: who is judged for, or None for every reader.
         installed: the transformers that is installed beside us, or None.
     """
@@ -224,6 +225,7 @@ class Diagnosis(HtmlTable):
     base: Path | None
     findings: tuple[Finding, ...]
     not_judged: tuple[str, ...]
+    base_name: str = ""
     reader: Reader | None = None
     installed: Reader | None = None
 
@@ -250,6 +252,7 @@ class Diagnosis(HtmlTable):
                 for finding in self.findings
             ],
             "not_judged": list(self.not_judged),
+            "base_name": self.base_name,
         }
 
     def table_rows(self) -> list[dict[str, object]]:

@@ -80,6 +80,8 @@ class Folder:
     place: Place | None = None
     """The place of the weights: here, or the shards of a layout that are here, below or above."""
     base: Folder | None = None
+    base_name: str = ""
+    """The name of its base that is written in its files."""
     digests: Digests | None = None
     is_known: bool | None = None
     """True where the installed transformers has a class for its model type; None where that is not known."""

@@ -6,8 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter
-from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind, open_checkpoint
+from grpo_toolkit.checkpoint.folders.model_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    GENERATION_CONFIG,
+    Kind,
+    open_checkpoint,
+)
 from grpo_toolkit.checkpoint.json_files import read_json
+from grpo_toolkit.checkpoint.model_families import family_of
+from grpo_toolkit.checkpoint.tensor_names import live_name
 from grpo_toolkit.model.live_model import is_tied
 from grpo_toolkit.model.sharding.gather import unsharded_models
 
@@ -15,7 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from transformers import PreTrainedModel
+
+    from grpo_toolkit.checkpoint.model_families import Family
 
 NO_CODE: Final = {"trust_remote_code": False}
 """Said in every call that could run a folder's code: left out, transformers asks on the terminal whether to run it."""
@@ -99,13 +111,36 @@ def _load_adapter(
     if not settings["device_map"]:
         adapted = adapted.to(device)
     # PEFT only warns about keys that fit nowhere, and leaves fresh random weights in their place.
-    stored, wanted = set(open_checkpoint(path).tensors()), set(get_peft_model_state_dict(adapted))
+    stored, live = set(open_checkpoint(path).tensors()), get_peft_model_state_dict(adapted)
+    taken = _taken_under_live_names(path, stored - live.keys(), live, family_of(model.config.model_type))
     report = replace(
         report,
-        missing=[*report.missing, *sorted(wanted - stored)],
-        unexpected=[*report.unexpected, *sorted(stored - wanted)],
+        missing=[*report.missing, *sorted(live.keys() - stored - set(taken.values()))],
+        unexpected=[*report.unexpected, *sorted(stored - live.keys() - taken.keys())],
     )
-    return adapted, load_processor(path) if has_processor(path) else processor, report
+    return adapted, joined(load_processor(path), processor) if has_processor(path) else processor, report
+
+
+def _taken_under_live_names(
+    path: Path, stored: set[str], live: Mapping[str, torch.Tensor], family: Family
+) -> dict[str, str]:
+    """Return, by their stored names, the live names of factors that PEFT has renamed as it loaded them.
+
+    Some of its releases do so for some releases of transformers: the values say whether it was done here.
+    """
+    from safetensors import safe_open
+
+    owns = {live_name(own, family): own for own in live}
+    names = {name: owns[key] for name in stored if (key := live_name(name, family)) in owns}
+    if not names or not (path / ADAPTER_WEIGHTS).is_file():
+        return {}
+    with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
+        return {
+            name: own
+            for name, own in names.items()
+            if tuple(file.get_slice(name).get_shape()) == tuple(live[own].shape)
+            and bool((file.get_tensor(name).to(live[own]) == live[own]).all())
+        }
 
 
 def has_processor(path: Path) -> bool:
@@ -114,10 +149,35 @@ def has_processor(path: Path) -> bool:
 
 
 def load_processor(path: Path) -> Any:
-    """Load the folder's processor, or its tokenizer where it has no image side."""
-    from transformers import AutoProcessor
+    """Load the folder's processor, or its tokenizer where it has no image side.
 
+    An adapter's folder may hold the tokenizer alone of a processor that its base has whole (see `joined`).
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+
+    if (path / ADAPTER_CONFIG).is_file() and not any((path / name).is_file() for name in _OF_IMAGES):
+        return AutoTokenizer.from_pretrained(path, **NO_CODE)
     return AutoProcessor.from_pretrained(path, **NO_CODE)
+
+
+_OF_IMAGES: Final = ("preprocessor_config.json", "processor_config.json")
+
+
+def joined(processor: Any, original: Any) -> Any:
+    """Return a whole processor with a tokenizer or image processor that stands by itself in place of its own.
+
+    A processor that is whole itself, or has no whole one beside it, is returned as it is.
+    """
+    from transformers import ProcessorMixin
+
+    if isinstance(processor, ProcessorMixin) or not isinstance(original, ProcessorMixin):
+        return processor
+    part = "tokenizer" if hasattr(processor, "convert_tokens_to_ids") else "image_processor"
+    template = getattr(processor, "chat_template", None)
+    if part == "tokenizer" and template not in (None, getattr(original.tokenizer, "chat_template", None)):
+        original.chat_template = template
+    setattr(original, part, processor)
+    return original
 
 
 def auto_class(path: Path) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD, order_notice, record_base, recorded_base
+from grpo_toolkit.cli import main
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.doctor.findings import Diagnosis
 
@@ -88,6 +90,37 @@ def test_a_strangers_record_is_none(text: str, tmp_path: Path) -> None:
     trained = model(tmp_path / "trained")
     (trained / BASE_RECORD).write_text(text)
     assert recorded_base(trained) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
+def test_a_pipe_among_the_records_of_a_run_is_not_waited_for(tmp_path: Path) -> None:
+    trained = model(tmp_path / "trained")
+    (tmp_path / "wandb" / "run-1" / "files").mkdir(parents=True)
+    os.mkfifo(tmp_path / "wandb" / "run-1" / "files" / "config.yaml")
+    assert recorded_base(trained) is None
+
+
+def test_the_base_in_an_exports_manifest_is_looked_for_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = model(tmp_path / "export", grpo_toolkit={"base": "maker/model"})
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    main(["doctor", str(export)])
+    assert "the base that is named here, maker/model, is not on this machine" in capsys.readouterr().out
+    snapshot = tmp_path / "hub" / "models--maker--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "llama"}')
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    found = diagnose_checkpoint(export)
+    assert isinstance(found, Diagnosis)
+    assert (found.base, found.base_name) == (snapshot, "")
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path / "local")
+    (export / "grpo_toolkit.json").write_text('{"base": "local"}')  # a folder's own name, wherever it lay
+    found = diagnose_checkpoint(export)
+    assert isinstance(found, Diagnosis)
+    assert (found.base, found.base_name) == (None, "local")
 
 
 def test_one_folder_twice_is_noticed(tmp_path: Path) -> None:

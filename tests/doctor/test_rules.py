@@ -316,6 +316,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "experts-stacked": (model({**TENSORS, "model.layers.1.mlp.experts.down_proj": ("BF16", (2, 4, 4))},
                               config={"model_type": "qwen3_moe"}), None, None,
                         "model.safetensors", "model.layers.1.mlp.experts.down_proj"),
+    "experts-renamed": (model(config={"model_type": "qwen3_moe", "num_local_experts": 4}), None, None,
+                        "config.json", "num_local_experts"),
     "adapter-of-mlx": (folder_of({"adapter_config.json": {"fine_tune_type": "lora", "lora_parameters": {}}}), BASE,
                        None, "adapter_config.json", "peft_type"),
     "adapter-names-wrapped": (

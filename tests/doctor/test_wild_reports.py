@@ -136,7 +136,7 @@ DOES = {
 }
 IF_NEW = {
     "text-only processor": ("refuses", Version("5")),
-    "text adapter": ("starts at random", Version("4.52")),
+    "text adapter": ("starts at random", Version("5")),
     "theta in rope_scaling": ("answers as the base", Version("5")),
 }
 
@@ -165,7 +165,7 @@ OF_READERS = {
     "limit of the rollouts": {"vllm": False, "sglang": True, "transformers==5.24": True},
     "text adapter": {
         "transformers==4.49": True,
-        "transformers==4.57": False,
+        "transformers==4.57": True,
         "transformers==5.24": False,
         "vllm": True,
     },

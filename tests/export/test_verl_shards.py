@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from grpo_toolkit import export_model
@@ -137,6 +138,35 @@ def test_a_pickle_that_runs_code_is_refused(actor: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="its shards cannot be read"):
         export_model(copy, tmp_path / "out")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("is_dcp", [False, True])
+def test_tensors_that_say_more_than_their_files_hold_are_refused(is_dcp: bool, base: Path, tmp_path: Path) -> None:
+    """A stride of zero makes a terabyte of four bytes: nothing is allocated, neither in memory nor on the disk."""
+    copy = tmp_path / "shards"
+    copy.mkdir()
+    if is_dcp:
+        inner = copy / "pytorch_model_fsdp_0"
+        dcp.save({"model": {"model.norm.weight": torch.ones(4)}}, checkpoint_id=inner, no_dist=True)
+        metadata = pickle.loads((inner / ".metadata").read_bytes())
+        for held in metadata.state_dict_metadata.values():
+            held.size = torch.Size([2**40])
+        (inner / ".metadata").write_bytes(pickle.dumps(metadata))
+    else:
+        state = {"model.norm.weight": torch.zeros(1).expand(2**40)}
+        torch.save(state, copy / "model_world_size_1_rank_0.pt")
+    with pytest.raises(CheckpointError, match=r"tensors of [0-9,]{17} bytes in files of"):
+        export_model(copy, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_process_takes_memory_in_proportion_to_its_files() -> None:
+    code = (
+        "from grpo_toolkit.export.shards.model_folder import _limit_memory\n"
+        "_limit_memory(2**20)\nbytearray(2**33 + 2**24)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "MemoryError" in done.stderr
 
 
 def factors(name: str, place: int, width: int, rows: int) -> dict[str, torch.Tensor]:

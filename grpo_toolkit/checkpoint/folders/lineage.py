@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from grpo_toolkit.checkpoint.folders.base_lookup import find_base, public_name
 from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, MANIFEST
-from grpo_toolkit.checkpoint.json_files import dump_json, read_json
+from grpo_toolkit.checkpoint.json_files import dump_json, open_regular, read_json
 from grpo_toolkit.errors import CheckpointError
 
 BASE_RECORD: Final = "training_base.json"
@@ -74,9 +74,9 @@ def _names_in_wandb(run: Path) -> set[str]:
     found = set()
     for file in sorted((run / "wandb").glob("run-*/files/config.yaml"))[:_MOST_RUNS]:
         try:
-            with file.open(encoding="utf-8") as opened:
-                text = opened.read(_MOST_BYTES)
-        except (OSError, ValueError):
+            with open_regular(file) as opened:
+                text = opened.read(_MOST_BYTES).decode("utf-8", errors="replace")
+        except CheckpointError:
             continue
         names = {match["key"]: match["name"].strip("'\"") for match in _WANDB_VALUE.finditer(text)}
         found |= {name for name in [names.get("model_name_or_path") or names.get("_name_or_path")] if name}

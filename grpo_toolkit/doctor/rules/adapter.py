@@ -97,15 +97,16 @@ _WRAPPED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_
 @rule(
     Severity.WRONG,
     "adapter named for an older release",
-    effect="its modules are called as the base's files call them, and as the live model did before 4.52: PEFT on a "
-    "later release finds none of them, and the base answers, after a warning. `grpo-toolkit merge` understands both",
+    effect="its modules are called as the base's files call them, and as the live model did before 4.52: PEFT "
+    "renames them on 4.x, finds none on 5, and the base answers, after a warning. `grpo-toolkit merge` reads both",
     evidence="https://github.com/illuin-tech/colpali/issues/424",
     needs_base=True,
-    fails="transformers>=4.52",
+    fails="transformers>=5",
 )
 def adapter_named_for_older(folder: Folder) -> Iterator[Fault]:
     base, modules = folder.base, _modules(folder)
-    if base is None or base.family is None or not base.family.published or not modules:
+    # PEFT renames the modules of LLaVA's kin on 5, too; those of a family that is published flat it does not.
+    if base is None or base.family is None or not base.family.is_flat or not modules:
         return
     named = {module: live_name(module, base.family) for module in modules}
     older = [module for module, live in named.items() if module != live and is_stored(module, base.tensors)]
@@ -167,8 +168,14 @@ def adapter_factor_alone(folder: Folder) -> Iterator[Fault]:
     evidence="https://huggingface.co/docs/peft/developer_guides/checkpoint",
 )
 def adapter_rank_differs(folder: Folder) -> Iterator[Fault]:
-    rank, pattern = folder.get(ADAPTER_CONFIG, "r"), folder.get(ADAPTER_CONFIG, "rank_pattern")
-    if folder.kind is not Kind.ADAPTER or type(rank) is not int or pattern not in (ABSENT, None, {}):
+    rank = folder.get(ADAPTER_CONFIG, "r")
+    # The factors of stacked experts (target_parameters) have the ranks of all experts, one below the other.
+    others = (folder.get(ADAPTER_CONFIG, key) for key in ("rank_pattern", "target_parameters"))
+    if (
+        folder.kind is not Kind.ADAPTER
+        or type(rank) is not int
+        or any(one not in (ABSENT, None, {}, []) for one in others)
+    ):
         return
     ranks = {
         info.shape[0]

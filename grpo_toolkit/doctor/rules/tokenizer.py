@@ -101,8 +101,10 @@ def special_token_no_text(folder: Folder) -> Iterator[Fault]:
 def special_token_unknown(folder: Folder) -> Iterator[Fault]:
     if folder.tokenizer is None or folder.tokenizer.fault or folder.kind is not Kind.MODEL:
         return
+    base = None if folder.base is None else folder.base.tokenizer
     for key in ("eos_token", "pad_token", "unk_token"):
         value = folder.get(TOKENIZER_CONFIG, key)
         text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and text and text in folder.tokenizer.unknown:
+        is_published_so = base is not None and text in base.unknown
+        if isinstance(text, str) and text and text in folder.tokenizer.unknown and not is_published_so:
             yield Fault(file=TOKENIZER_CONFIG, key=key, found=text, expected="a token of the vocabulary")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
+from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
-from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.readers import V4
 from grpo_toolkit.doctor.rules.servers import VALUE_HEAD
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
@@ -191,6 +193,34 @@ def experts_stacked(folder: Folder) -> Iterator[Fault]:
             found=f"{len(names)} tensors with all experts of a layer in each",
             expected="a tensor for each expert, as published: save_pretrained writes them so",
         )
+
+
+# What 4.x builds where `num_experts` is absent; transformers 5 has renamed the setting of these and no others.
+# https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/qwen3_moe/configuration_qwen3_moe.py
+_EXPERTS_OF_V4: Final = {"qwen3_moe": 128, "qwen3_vl_moe_text": 60}
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "number of experts under the name of transformers 5 alone",
+    effect="4.x looks for num_experts, and builds its class's default of 128 or 60, which are not stored",
+    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3_moe/"
+    "configuration_qwen3_moe.py",
+    mend="num_experts in its place, as published",
+    fails=V4,
+)
+def experts_renamed(folder: Folder) -> Iterator[Fault]:
+    for level, node in folder.levels():
+        count, default = node.get("num_local_experts"), _EXPERTS_OF_V4.get(str(node.get("model_type")))
+        is_read = default is None or count == default or "num_experts" in node
+        base = None if folder.base is None else folder.base.get(CONFIG, *level, "num_local_experts")
+        if type(count) is int and not is_read and base in (None, ABSENT):
+            remedies = (
+                Edit(file=CONFIG, path=(*level, "num_experts"), value=count),
+                Edit(file=CONFIG, path=(*level, "num_local_experts"), value=ABSENT),
+            )
+            key = ".".join((*level, "num_local_experts"))
+            yield Fault(file=CONFIG, key=key, found=count, expected=f"num_experts {count}", remedies=remedies)
 
 
 @rule(

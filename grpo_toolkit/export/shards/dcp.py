@@ -79,6 +79,7 @@ class DcpParts:
             raise CheckpointError(f"{self.path}: larger than {_MOST_METADATA} bytes")
         metadata = _Unpickler(io.BytesIO(raw)).load()
         self._folder = folder
+        self.nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
         self._stored = metadata.state_dict_metadata
         self._places = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         tensors = [name for name, held in self._stored.items() if hasattr(held, "chunks")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _FACTOR: Final = re.compile(r"(?P<module>.+)\.lora_(?P<kind>[AB])\.(?:\w+\.)?weight")
 _CODES: Final = {name: code for code, name in FLOAT_NAMES.items()} | {"int64": "I64", "int32": "I32", "bool": "BOOL"}
+_MOST_SHARED: Final = 4
+"""Tied tensors lie in a file once and are said twice; a stride of zero says a terabyte of four bytes."""
 
 
 class Parts(Protocol):
@@ -28,6 +31,8 @@ class Parts(Protocol):
 
     path: Path
     names: list[str]
+    nbytes: int
+    """The size of the files in which they lie."""
 
     def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return a whole tensor's dtype and shape."""
@@ -40,10 +45,15 @@ def join(parts: Parts, shards: Path, folder: Path) -> None:
     """Write `model.safetensors` of parts into a folder whose config says the dtype and the tie.
 
     Raises:
+        CheckpointError: the tensors say that they are larger than the files in which they lie.
         UnsupportedError: a LoRA that cannot be merged here, or a dtype that is not written.
     """
     import torch
 
+    forms = [parts.form(name) for name in parts.names]
+    claimed = sum(math.prod(shape) * dtype.itemsize for dtype, shape in forms)
+    if claimed > _MOST_SHARED * parts.nbytes:
+        raise CheckpointError(f"{shards}: tensors of {claimed:,} bytes in files of {parts.nbytes:,}")
     config = read_json(folder / CONFIG)
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else {}

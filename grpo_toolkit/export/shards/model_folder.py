@@ -1,8 +1,9 @@
 """Shards that trainers leave, read into a model folder that can be exported.
 
 Pickles are opened in a process of their own: tensors with `weights_only=True`, which builds tensors and nothing else,
-the metadata of FSDP's sharded state dicts by an unpickler with a closed list of classes. What is read is written
-tensor by tensor: one whole tensor is in memory at a time.
+the metadata of FSDP's sharded state dicts by an unpickler with a closed list of classes. The process may take memory
+in proportion to the files that it reads. What is read is written tensor by tensor: one whole tensor is in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -101,6 +102,27 @@ def serve() -> None:
     with answering() as answer:
         setup = json.loads(sys.stdin.readline())
         shards, folder = Path(setup["path"]), Path(setup["folder"])
+        _limit_memory(sum(path.stat().st_size for path in shards.rglob("*") if path.is_file()))
         parts = DcpParts(Path(setup["dcp"])) if "dcp" in setup else VerlParts(shards, setup["files"])
         join(parts, shards, folder)
         answer({})
+
+
+def _limit_memory(stored: int) -> None:
+    """Let this process take no more memory than shards of that many bytes can need, where the system has such limits.
+
+    A pickle or an archive of a stranger may unpack to far more than it is.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit, (_, most) = _SPARE_BYTES + _COPIES * stored, resource.getrlimit(resource.RLIMIT_DATA)
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+_SPARE_BYTES: Final = 8 * 2**30
+"""What torch and its threads take themselves, with room."""
+_COPIES: Final = 8
+"""The shards are mapped, and a tensor may be there joined, in float32, as its factors' product and as written."""

@@ -48,6 +48,7 @@ class VerlParts:
 
     def __init__(self, shards: Path, files: Sequence[str]) -> None:
         self.path = shards / files[0]
+        self.nbytes = sum((shards / file).stat().st_size for file in files)
         self._states = [_load(shards / file) for file in files]
         self.names = list(self._states[0])
         if any(state.keys() != self._states[0].keys() for state in self._states[1:]):
@@ -56,7 +57,9 @@ class VerlParts:
     def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return a whole tensor's dtype and shape; a DTensor says the shape of the whole."""
         value = self._states[0][name]
-        return value.dtype, tuple(value.shape if _is_dtensor(value) else self.joined(name).shape)
+        if _is_dtensor(value) or value.dim() == 0 or len(self._states) == 1:
+            return value.dtype, tuple(value.shape)
+        return value.dtype, (sum(state[name].shape[0] for state in self._states), *value.shape[1:])
 
     def joined(self, name: str) -> torch.Tensor:
         """Return a whole tensor of its parts.

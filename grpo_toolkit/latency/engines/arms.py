@@ -11,7 +11,7 @@ from grpo_toolkit.checkpoint.folders.base_lookup import base_of_adapter
 from grpo_toolkit.checkpoint.folders.model_folder import Kind, open_checkpoint
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.model.load import has_processor, load_processor
+from grpo_toolkit.model.load import has_processor, joined, load_processor
 from grpo_toolkit.model.memory import free_bytes, process_bytes
 
 if TYPE_CHECKING:
@@ -129,8 +129,10 @@ def processor_of(arms: Sequence[Arm]) -> Any:
         if arm.url is not None or arm.path is None:
             continue
         checkpoint = open_checkpoint(arm.path)
-        if has_processor(arm.path):
-            return load_processor(arm.path)
-        if checkpoint.kind is Kind.ADAPTER:
-            return load_processor(base_of_adapter(arm.path))
+        own = load_processor(arm.path) if has_processor(arm.path) else None
+        if checkpoint.kind is Kind.ADAPTER and not hasattr(own, "tokenizer"):  # none, or a tokenizer alone
+            original = load_processor(base_of_adapter(arm.path))
+            return original if own is None else joined(own, original)
+        if own is not None:
+            return own
     return None

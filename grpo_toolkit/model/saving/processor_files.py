@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.base_files import carried_files, copy_files, differing_files
 from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject, dump_json, read_json
 from grpo_toolkit.checkpoint.pixel_limits import PIXEL_LIMITS, pixel_limits
-from grpo_toolkit.model.load import has_processor, load_processor
+from grpo_toolkit.model.load import has_processor, joined, load_processor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,19 +29,8 @@ def whole_processor(processor: Any, base: Path) -> Any:
 
     Text-only trainings of a vision-language model are given its tokenizer alone, and its export needs the rest, too.
     """
-    from transformers import ProcessorMixin
-
     original = processor_of(base)
-    if processor is None:
-        return original
-    if isinstance(processor, ProcessorMixin) or not isinstance(original, ProcessorMixin):
-        return processor
-    [part] = part_names(processor)
-    template = getattr(processor, "chat_template", None)
-    if part == "tokenizer" and template not in (None, getattr(original.tokenizer, "chat_template", None)):
-        original.chat_template = template
-    setattr(original, part, processor)
-    return original
+    return original if processor is None else joined(processor, original)
 
 
 def part_names(processor: Any) -> frozenset[str]:

@@ -164,6 +164,10 @@ def _found_and_expected(finding: Finding) -> str:
 
 
 def _not_compared(diagnosis: Diagnosis) -> str:
+    if diagnosis.base_name:
+        name = show(diagnosis.base_name)
+        said = f"the base that is named here, {name}, is not on this machine, so nothing was compared with one"
+        return f"{said} ({len(diagnosis.not_judged)} rules); pass --base FOLDER"
     return f"{NOT_COMPARED} ({len(diagnosis.not_judged)} rules); pass --base FOLDER"
 
 
