@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from grpo_toolkit.cli import main
-from grpo_toolkit.doctor.diagnose import diagnose_model
+from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_model
 from scripts.docs.doctor_rules import with_table
 from tests.support.faulty import unpack
 from tests.support.published import build_published
 
 README = Path(__file__).resolve().parents[2] / "README.md"
+NEED_BASE = sum(rule.needs_base for rule in ALL_RULES)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"  and put back as it was: grpo-toolkit repair {folder} --undo",
     ]
     assert [line for line in lines if "NOT COMPARED" in line] == [lines[2]]
-    assert lines[2].endswith("(20 rules); pass --base FOLDER")
+    assert lines[2].endswith(f"({NEED_BASE} rules); pass --base FOLDER")
 
 
 def test_clean_is_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +123,7 @@ def test_a_run_that_holds_its_last_model_too(tmp_path: Path, capsys: pytest.Capt
         "checkpoint-1",
         "run",
         "NOT COMPARED (2 of 2): no base was named, and none is recorded here, so nothing was compared with one "
-        "(20 rules); pass --base FOLDER",
+        f"({NEED_BASE} rules); pass --base FOLDER",
     ]
     assert main(["repair", str(run)]) == 0
     said = capsys.readouterr().out.splitlines()
