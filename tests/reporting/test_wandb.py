@@ -243,7 +243,7 @@ def test_a_server_gets_one_row_per_export_its_table_and_its_media(online: tuple[
     (table,) = [body for path, body in server.uploads.items() if "/media/table/latency/table_" in path]
     assert [row[:2] for row in json.loads(table)["data"]] == [[2, "base"], [2, "export"]]
     assert any("/media/html/latency/report" in path for path in server.uploads)
-    assert sum("/media/images/latency/charts/" in path for path in server.uploads) == 4
+    assert sum("/media/images/latency/charts/" in path for path in server.uploads) == 5
     assert sum("/media/plotly/latency/box/" in path for path in server.uploads) == 3
 
 
