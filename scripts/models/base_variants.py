@@ -124,7 +124,7 @@ VLMS: dict[str, dict[str, Any]] = {
     },
     "Gemma4": {
         "text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_kv_shared_layers": 0},
-        "vision": {**SIGLIP, "model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8},
+        "vision": {**SIGLIP, "model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8, "patch_size": 16},
     },
 }
 _SPECIAL = {

@@ -87,7 +87,12 @@ def test_a_chat_template_that_only_the_trained_tokenizer_has_is_the_exports(
         (base / "chat_template.json").unlink()
         change_json(base, place, lambda config: config.update(chat_template=template))
     model, processor, _ = load_model(base)
-    processor.tokenizer.chat_template = "{% for m in messages %}Q: {{ m['content'][0]['text'] }}{% endfor %} A:"
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    processor.tokenizer.chat_template = (
+        "{% for m in messages %}Q: {% for part in m['content'] %}{% if part['type'] == 'image' %}"
+        + picture
+        + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} A:"
+    )
     template = processor.tokenizer.chat_template
     result = export_model(model, tmp_path / "export", processing_class=processor.tokenizer)
     assert result.verification.passed

@@ -213,7 +213,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "nothing": (lambda folder: None, set()),
     "pixels": (
         other_pixels,
-        {"same token ids and pixel values from the processor", "same logits as the trained policy"},
+        {
+            "same token ids and pixel values from the processor",
+            "same logits as the trained policy",
+            "nothing found by the doctor",
+        },
     ),
     "weights": (other_weights, {"same logits as the trained policy"}),
     "ties": (untied, {"tensors as in the base", "embeddings tied as in the base"}),
