@@ -144,12 +144,12 @@ class EndMeasurement:
         return missed
 
     def _time(self, arms: Sequence[Arm]) -> list[Missed]:
-        natural = [arm for arm in arms if arm.name != NO_CACHE] if self.settings.max_new_tokens is not None else []
-        subject = next((arm for arm in arms if arm.name == "export"), None) if self.settings.batch_sizes else None
+        names = [arm.name for arm in arms]
+        has_natural = self.settings.max_new_tokens is not None and any(name != NO_CACHE for name in names)
         questions = {"fixed answers": self._fixed}
-        questions |= {"natural answers": self._natural} if natural else {}
-        questions |= {"batches": self._batches} if subject else {}
-        say(line("timing", f"{', '.join(arm.name for arm in arms)}: {self._announcement(bool(natural))}"))
+        questions |= {"natural answers": self._natural} if has_natural else {}
+        questions |= {"batches": self._batches} if self.settings.batch_sizes and "export" in names else {}
+        say(line("timing", f"{', '.join(names)}: {self._announcement(has_natural)}"))
         missed: list[Missed] = []
         with Engines() as engines:
             for left, (name, question) in zip(range(len(questions), 0, -1), questions.items(), strict=True):
@@ -160,10 +160,7 @@ class EndMeasurement:
                 before = len(self.rows)
                 try:
                     for rows in question(arms, engines, share_s):
-                        found = [replace(row, step=self.step) for row in rows]
-                        append_rows(self.folder / FILE_NAME, found)
-                        self.rows.extend(found)
-                        missed += self._missed(found)
+                        missed += self._missed(self._keep(rows))
                 except GrpoToolkitError as error:  # what was answered before is worth its report
                     if not self.rows:
                         raise
@@ -176,6 +173,12 @@ class EndMeasurement:
                 elif answered and max(answered) < min(MIN_PAIRS, self.settings.rounds):
                     self._say_left_out(f"{name} after {max(answered)} rounds, of which a verdict takes {MIN_PAIRS}")
         return missed
+
+    def _keep(self, rows: Sequence[LatencyRow]) -> list[LatencyRow]:
+        found = [replace(row, step=self.step) for row in rows]
+        append_rows(self.folder / FILE_NAME, found)
+        self.rows.extend(found)
+        return found
 
     def _say_left_out(self, what: str) -> None:
         budget = self.budget
@@ -206,11 +209,7 @@ class EndMeasurement:
             arms=timed,
             traffic=replace(usual, thinking=True) if thinking else usual,
             rounds=self.settings.rounds,
-            warmup=None,
-            roofline=False,
-            precision=None,
             budget_s=share_s,
-            progress=None,
             judge=self.judge,
             least_rounds=self.budget.least_rounds,
         )

@@ -231,7 +231,6 @@ def _measured(
             arms=left,
             traffic=traffic,
             rounds=arguments.rounds,
-            warmup=None,
             roofline=not arguments.no_roofline,
             precision=None if arguments.precision is None else arguments.precision / 100,
             budget_s=arguments.budget,

@@ -83,8 +83,8 @@ def _fixed(arguments: argparse.Namespace, *, is_made_up: bool) -> Iterator[dict[
 
 
 def _image_tokens(arguments: argparse.Namespace, processor: Any) -> list[int | None]:
-    from grpo_toolkit.latency.bench.workload import MADE_UP_IMAGE_TOKENS
+    from grpo_toolkit.latency.bench.workload import usual_image_tokens
 
     if arguments.image_tokens is None:
-        return [MADE_UP_IMAGE_TOKENS if hasattr(processor, "image_processor") else None]
+        return [usual_image_tokens(processor)]
     return [count or None for count in arguments.image_tokens]

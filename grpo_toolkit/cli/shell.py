@@ -104,7 +104,7 @@ _DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "wandb_workspaces": "wandb-
 """Names to install where they are others than those to import."""
 
 _MODELS_NEED: Final = ("transformers", "torch")
-"""What every command that loads a model needs: named together, so that one line installs both."""
+"""The packages that every command that loads a model needs: named together, so that one line installs both."""
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

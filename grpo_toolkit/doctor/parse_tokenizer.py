@@ -75,7 +75,7 @@ _REQUIRED: Final = {
     "Split": ("pattern", "behavior", "invert"),
     "Digits": ("individual_digits",),
 }
-"""What the parts cannot do without, as the library says of each that is taken from a file (`missing field`)."""
+"""The fields that the parts cannot do without, as the library says of each that a file names (`missing field`)."""
 
 
 def _unknown(content: dict[str, Any], config: JsonObject) -> frozenset[str]:

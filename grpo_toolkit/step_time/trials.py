@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.errors import UnsupportedError
 from grpo_toolkit.model.attention.packed_vision import packed_vision
+from grpo_toolkit.model.hardware.synchronize import synchronize
 from grpo_toolkit.model.kv_cache import inference_ready
 from grpo_toolkit.model.live_model import base_model, random_state_kept
 from grpo_toolkit.model.rollouts.rollouts import FastRollouts
@@ -115,10 +116,10 @@ def _packing_saves(
             for is_packed in (False, True) if turn % 2 == 0 else (True, False):
                 with packed_vision(live) if is_packed else nullcontext():
                     inputs = _copied(given, live.device)
-                    _wait(live.device)
+                    synchronize(live.device)
                     began = now()
                     _learn(live, inputs, computed_in=computed_in)
-                    _wait(live.device)
+                    synchronize(live.device)
                     seconds[is_packed].append(now() - began)
     plain_s, packed_s = (statistics.median(seconds[is_packed][1:]) for is_packed in (False, True))
     return plain_s - packed_s
@@ -204,10 +205,3 @@ def _copied(given: dict[str, Any], device: Any) -> dict[str, Any]:
         name: value.detach().to(device, copy=True) if isinstance(value, torch.Tensor) else value
         for name, value in given.items()
     }
-
-
-def _wait(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -59,20 +59,25 @@ def main() -> None:
     print(json.dumps(ratios(rows)))
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a step's model, size and device, which the benchmarks of steps share."""
     parser.add_argument("--base", help="model folder; by default random weights of --shape are written")
     parser.add_argument("--shape", default="qwen2.5-vl-3b", help="of scripts/models/random_vlm.py")
-    parser.add_argument("--weights", nargs="+", choices=["full", "lora"], default=["full", "lora"])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plain", "packed", "fast"])
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--plain-steps", type=int, default=2, help="of the slow arm")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--words", type=int, default=170, help="longest prompt, in words (1,040 tokens)")
     parser.add_argument("--image", type=int, nargs=2, default=(616, 616), help="pixels")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_step_arguments(parser)
+    parser.add_argument("--weights", nargs="+", choices=["full", "lora"], default=["full", "lora"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plain", "packed", "fast"])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--plain-steps", type=int, default=2, help="of the slow arm")
     parser.add_argument("--launch", choices=["ddp", "fsdp2", "zero2", "zero3"], help="two processes, by this file")
     parser.add_argument("--output", default="bench_step")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

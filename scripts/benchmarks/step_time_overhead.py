@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.grpo_step import adapter_of, build, distinct_letters, prompts, settings_of
+from scripts.benchmarks.grpo_step import adapter_of, add_step_arguments, build, distinct_letters, prompts, settings_of
 
 LIMIT = 0.005
 """The share of a step that the callback may cost."""
@@ -51,17 +51,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="model folder; by default random weights of --shape are written")
-    parser.add_argument("--shape", default="qwen2.5-vl-3b", help="of scripts/models/random_vlm.py")
+    add_step_arguments(parser)
     parser.add_argument("--weights", choices=["full", "lora"], default="lora")
     parser.add_argument("--steps", type=int, default=12, help="of a training; the 2nd and 10th are looked at closely")
     parser.add_argument("--turns", type=int, default=4, help="trainings of each arm")
-    parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--completions", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--words", type=int, default=170, help="longest prompt, in words (1,040 tokens)")
-    parser.add_argument("--image", type=int, nargs=2, default=(616, 616), help="pixels")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", default="bench_step_time_overhead")
     return parser.parse_args()
 

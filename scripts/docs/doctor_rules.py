@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from grpo_toolkit.doctor.diagnose import ALL_RULES
+from scripts.docs.pages.markdown import between
 
 BEGIN: Final = "<!-- rules: python -m scripts.docs.doctor_rules --write README.md -->"
 END: Final = "<!-- end of rules -->"
@@ -30,11 +31,7 @@ def with_table(text: str) -> str:
     Raises:
         ValueError: the markers are not in it.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END}")
-    return f"{before}{begin}\n\n{rule_table()}\n\n{end}{after}"
+    return between(text, BEGIN, END, rule_table())
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from scripts.docs.pages.markdown import between
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -162,11 +164,7 @@ def with_table(page: str, new: str) -> str:
     Raises:
         ValueError: the markers are not in it.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END}")
-    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
+    return between(page, BEGIN, END, new)
 
 
 def main() -> None:

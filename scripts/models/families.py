@@ -177,7 +177,7 @@ NOTES: Final[dict[str, str]] = {
     "qwen3_vl_moe": "transformers 5.24 saves the experts of a published base transposed; exports have its shapes, "
     "checkpoints of a full fine-tune have not, since a trainer resumes from the live ones alone",
 }
-"""What there is to say of a family in the manual's table, beside its outcome."""
+"""Remarks on a family in the manual's table, beside its outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,7 @@ def test_ties_are_those_of_the_live_model(family: str, tied: bool, head: bool, t
 
 
 def test_experts_that_are_published_the_other_way_round_are_exported_so(tmp_path: Path) -> None:
-    """What transformers 5 saves of Qwen3-VL-MoE has other shapes than its base: every full fine-tune was refused."""
+    """Saved by transformers 5, a Qwen3-VL-MoE has other shapes than its base: every full fine-tune was refused."""
     base = publish(build_family("qwen3_vl_moe", tmp_path / "base"))
     model, processor = train(base, "full")
     model.save_pretrained(tmp_path / "saved")

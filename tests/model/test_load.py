@@ -41,7 +41,7 @@ def second_factors(model: Any) -> list[torch.Tensor]:
 
 
 def test_a_tokenizer_alone_is_put_into_the_processor_of_the_base(adapter: Path, base: Path) -> None:
-    """What a text-only training of a vision-language model leaves: AutoProcessor refuses the adapter's folder."""
+    """The adapter of a text-only training of a vision-language model: AutoProcessor refuses the adapter's folder."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<think>"])
     tokenizer.save_pretrained(adapter)

@@ -1,4 +1,4 @@
-"""What a server asks of a folder, or makes of it, and transformers does not."""
+"""Demands of a server on a folder, and what it makes of one, that transformers does not share."""
 
 from __future__ import annotations
 

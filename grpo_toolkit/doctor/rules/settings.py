@@ -224,7 +224,7 @@ def _image_settings(folder: Folder) -> tuple[str, tuple[str, ...], dict[str, Any
 _OF_PROCESSOR: Final = (
     "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy", "image_seq_length",
 )  # fmt: skip
-"""What a processor itself says, beside its image processor: how many places a picture has in the prompt."""
+"""The settings of a processor itself, beside its image processor: how many places a picture has in the prompt."""
 
 
 @rule(

@@ -29,7 +29,7 @@ from grpo_toolkit.doctor.rules.tensor_facts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from grpo_toolkit.doctor.parsed_folder import Folder
 
@@ -301,15 +301,10 @@ def identical_to_base(folder: Folder) -> Iterator[Fault]:
     evidence="https://github.com/H-EmbodVis/NAUTILUS/issues/5",
 )
 def tensors_empty(folder: Folder) -> Iterator[Fault]:
-    empty = () if folder.digests is None else folder.digests.empty
-    if empty:
+    if folder.digests is not None:
         where = "which are not so in the base" if base_tensors(folder) else "matrices among them"
-        yield Fault(
-            file=folder.tensors[empty[0]].file,
-            key=empty[0],
-            found=f"{len(empty)} of {len(folder.tensors)} tensors are one value throughout, {where}: "
-            + summarised(empty),
-            expected="trained values",
+        yield from _in_values(
+            folder, folder.digests.empty, f"{{}} of {{}} tensors are one value throughout, {where}", "trained values"
         )
 
 
@@ -322,14 +317,8 @@ def tensors_empty(folder: Folder) -> Iterator[Fault]:
     needs_base=True,
 )
 def tensors_unlike_base(folder: Folder) -> Iterator[Fault]:
-    unlike = () if folder.digests is None else folder.digests.unlike
-    if unlike:
-        yield Fault(
-            file=folder.tensors[unlike[0]].file,
-            key=unlike[0],
-            found=f"{len(unlike)} of {len(folder.tensors)} tensors: {summarised(unlike)}",
-            expected="values near the base's",
-        )
+    if folder.digests is not None:
+        yield from _in_values(folder, folder.digests.unlike, "{} of {} tensors", "values near the base's")
 
 
 @rule(
@@ -339,11 +328,13 @@ def tensors_unlike_base(folder: Folder) -> Iterator[Fault]:
     evidence="https://github.com/IntMeGroup/FineVQ/issues/6",
 )
 def values_not_finite(folder: Folder) -> Iterator[Fault]:
-    broken = () if folder.digests is None else folder.digests.broken
-    if broken:
-        yield Fault(
-            file=folder.tensors[broken[0]].file,
-            key=broken[0],
-            found=f"NaN or infinity in {len(broken)} of {len(folder.tensors)} tensors: {summarised(broken)}",
-            expected="finite values",
-        )
+    if folder.digests is not None:
+        yield from _in_values(folder, folder.digests.broken, "NaN or infinity in {} of {} tensors", "finite values")
+
+
+def _in_values(folder: Folder, names: Sequence[str], found: str, expected: str) -> Iterator[Fault]:
+    """Yield the fault of tensors whose values are wrong, if there are any: how many of all, and which."""
+    if names:
+        told = found.format(len(names), len(folder.tensors))
+        file = folder.tensors[names[0]].file
+        yield Fault(file=file, key=names[0], found=f"{told}: {summarised(names)}", expected=expected)

@@ -10,6 +10,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG,
 from grpo_toolkit.checkpoint.json_files import read_json
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.tensor_names import is_lora, without_wrappers
+from grpo_toolkit.checkpoint.tied_embeddings import tie_flags
 from grpo_toolkit.checkpoint.weights.shard_writer import Entry, Shard, Span, write_at, write_shards
 from grpo_toolkit.checkpoint.weights.tensor_blocks import raw_bytes
 from grpo_toolkit.errors import CheckpointError, UnsupportedError
@@ -66,7 +67,7 @@ def join(parts: Parts, shards: Path, folder: Path) -> None:
         raise UnsupportedError(f"{shards}: the factors of {homeless[0]}, which is not among the tensors")
     head = next((name for name in names if name.endswith(_HEAD)), None)
     embedding = next((name for name in names if name.endswith(_EMBEDDING)), None)
-    is_tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is True
+    is_tied = next(iter(tie_flags(config).values()), None) is True
     if (
         is_tied
         and head

@@ -123,6 +123,6 @@ def _limit_memory(stored: int) -> None:
 
 
 _SPARE_BYTES: Final = 8 * 2**30
-"""What torch and its threads take themselves, with room."""
+"""The memory that torch and its threads take themselves, with room."""
 _COPIES: Final = 8
 """The shards are mapped, and a tensor may be there joined, in float32, as its factors' product and as written."""

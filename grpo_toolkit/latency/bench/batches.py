@@ -276,10 +276,7 @@ def _timed_in_turns(
         traffic=traffic,
         rounds=rounds,
         warmup=1,
-        roofline=False,
-        precision=None,
         budget_s=max(budget_s, 0.0),
-        progress=None,
         workloads=workloads,
     )
     return [replace(row, arm=arm.name) for row in plan.measured(engines)]

@@ -23,11 +23,11 @@ from grpo_toolkit.latency.bench.pairs import is_precise
 from grpo_toolkit.latency.bench.progress import shown
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS, is_steady, turns
 from grpo_toolkit.latency.bench.workload import (
-    MADE_UP_IMAGE_TOKENS,
     MADE_UP_PROMPT_TOKENS,
     Traffic,
     made_up,
     traffic_of,
+    usual_image_tokens,
 )
 from grpo_toolkit.latency.engines.arms import named_arms, processor_of
 from grpo_toolkit.latency.engines.pool import Engines
@@ -139,7 +139,7 @@ def traffic_for(requests: Any, new_tokens: int, *, arms: Sequence[Arm]) -> Traff
         return requests
     if requests is None:
         processor = processor_of(arms)
-        image_tokens = MADE_UP_IMAGE_TOKENS if hasattr(processor, "image_processor") else None
+        image_tokens = usual_image_tokens(processor)
         return made_up(
             processor, prompt_tokens=MADE_UP_PROMPT_TOKENS, image_tokens=image_tokens, max_new_tokens=new_tokens
         )
@@ -164,11 +164,11 @@ class Plan:
     arms: Sequence[Arm]
     traffic: Traffic
     rounds: int
-    warmup: int | None
-    roofline: bool
-    precision: float | None
-    budget_s: float | None
-    progress: Progress | None
+    warmup: int | None = None
+    roofline: bool = False
+    precision: float | None = None
+    budget_s: float | None = None
+    progress: Progress | None = None
     least_rounds: int = MIN_PAIRS
     workloads: Mapping[str, Traffic] = field(default_factory=dict)
     judge: Judge | None = None

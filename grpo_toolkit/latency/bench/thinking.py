@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from grpo_toolkit.latency.bench.compare import Comparison, compare_control, with_control
 from grpo_toolkit.latency.bench.measure import Plan
 from grpo_toolkit.latency.bench.statistics import Estimate, estimate, paired_ratio
-from grpo_toolkit.latency.bench.workload import MADE_UP_IMAGE_TOKENS, THINKING, made_up, traffic_of
+from grpo_toolkit.latency.bench.workload import THINKING, made_up, traffic_of, usual_image_tokens
 from grpo_toolkit.latency.engines.arms import processor_of
 from grpo_toolkit.latency.rows.review import CONTROL
 from grpo_toolkit.model.generation.thinking_instruction import find_thinking
@@ -111,7 +111,7 @@ def ask_both_ways(
     asked = list(requests)
     if not asked:
         processor = processor_of([arm])
-        image_tokens = MADE_UP_IMAGE_TOKENS if hasattr(processor, "image_processor") else None
+        image_tokens = usual_image_tokens(processor)
         questions = made_up(processor, kind="natural", image_tokens=image_tokens, max_new_tokens=max_new_tokens)
         asked, instruction = [questions.make(number) for number in range(rounds)], instruction or THINKING
     thinking, direct = find_thinking(asked, instruction)
@@ -122,9 +122,6 @@ def ask_both_ways(
         arms=[arm],
         traffic=replace(make(thinking), name="natural_thinking", thinking=True),
         rounds=rounds,
-        warmup=None,
-        roofline=False,
-        precision=None,
         budget_s=budget_s,
         progress=progress,
     )

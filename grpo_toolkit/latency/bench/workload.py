@@ -234,6 +234,11 @@ def _fit(empty: Request, words: str, wanted: int, processor: Any, image_tokens: 
     return filled(low if under == 0 else next(near, low))
 
 
+def usual_image_tokens(processor: Any) -> int | None:
+    """Return the image tokens of a made-up request: `MADE_UP_IMAGE_TOKENS` where the processor takes images."""
+    return MADE_UP_IMAGE_TOKENS if hasattr(processor, "image_processor") else None
+
+
 def count_tokens(request: Request, processor: Any, image_tokens: int | None = None) -> int:
     """Count the tokens of a prompt, its template and images included."""
     images = len(request.images) * (image_tokens or 0)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from grpo_toolkit.errors import InputError
 from grpo_toolkit.latency.engines.protocol import FREE_MEMORY, Answer, Engine, EngineFacts, Evidence, Options
 from grpo_toolkit.latency.engines.think_markers import count_thinking
-from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, synchronize, timed_images
+from grpo_toolkit.latency.engines.timers import TokenClock, VisionTimer, timed_images
 from grpo_toolkit.latency.engines.toggles import (
     expected_errors,
     generation_config_changed,
@@ -31,6 +31,7 @@ from grpo_toolkit.model.generation.decode_ahead import DecodeAhead
 from grpo_toolkit.model.generation.generate import GREEDY, rivals
 from grpo_toolkit.model.hardware.environment import environment_of, probe_hardware
 from grpo_toolkit.model.hardware.model_sizes import live_sizes
+from grpo_toolkit.model.hardware.synchronize import synchronize
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.load import load_model
 from grpo_toolkit.model.memory import resident_peak, room_bytes

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.model.cache_probe import vision_tower
+from grpo_toolkit.model.hardware.synchronize import synchronize
 from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.memory import reset_resident_peak
@@ -126,11 +127,3 @@ def timed_images(processor: Any) -> Iterator[list[float]]:
         yield spent
     finally:
         processor.image_processor = inside
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU has done what it was told."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)

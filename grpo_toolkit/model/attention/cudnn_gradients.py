@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.model.attention.decode_without_cudnn import CudnnSwitch
 from grpo_toolkit.model.hooks import LookingHooks
 from grpo_toolkit.model.live_model import base_model
 
@@ -58,11 +59,11 @@ class GradientsWithoutCudnn:
     """
 
     def __init__(self, model: torch.nn.Module, *, is_compiled: bool = False) -> None:
-        self._switched_off = False
+        self._cudnn = CudnnSwitch()
         self._is_compiled = is_compiled
-        self._hooks = LookingHooks("keeping gradients off cuDNN's attention", put_back=self._switch_on)
+        self._hooks = LookingHooks("keeping gradients off cuDNN's attention", put_back=self._cudnn.back)
         if is_compiled:
-            self._switch_off()
+            self._cudnn.off()
             return
         inner = base_model(model)
         decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
@@ -75,7 +76,7 @@ class GradientsWithoutCudnn:
     def end_of_step(self) -> None:
         """Let cuDNN's attention in again, unless it is off at every length: this step's backward passes are over."""
         if not self._is_compiled:
-            self._switch_on()
+            self._cudnn.back()
 
     def _before(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         import torch
@@ -86,19 +87,4 @@ class GradientsWithoutCudnn:
         if tokens is None:
             tokens = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if tokens is not None and tokens.shape[1] % TILE == REST:
-            self._switch_off()
-
-    def _switch_off(self) -> None:
-        import torch
-
-        backends: Any = torch.backends.cuda
-        if backends.cudnn_sdp_enabled():
-            self._switched_off = True
-            backends.enable_cudnn_sdp(False)
-
-    def _switch_on(self) -> None:
-        import torch
-
-        if self._switched_off:
-            torch.backends.cuda.enable_cudnn_sdp(True)
-            self._switched_off = False
+            self._cudnn.off()

@@ -27,20 +27,40 @@ def plans_per_length(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+class CudnnSwitch:
+    """The process's switch of cuDNN's attention in SDPA: put back only by who has switched it off."""
+
+    def __init__(self) -> None:
+        self._is_ours = False
+
+    def off(self) -> None:
+        """Keep SDPA off cuDNN's attention from here on."""
+        import torch
+
+        backends: Any = torch.backends.cuda
+        if backends.cudnn_sdp_enabled():
+            self._is_ours = True
+            backends.enable_cudnn_sdp(False)
+
+    def back(self) -> None:
+        """Let cuDNN's attention in again, if it was this switch that kept it out."""
+        import torch
+
+        if self._is_ours:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            self._is_ours = False
+
+
 @contextmanager
 def without_cudnn(device: torch.device) -> Iterator[None]:
     """Keep SDPA off cuDNN's attention inside, on devices where it plans for every length."""
-    import torch
-
-    backends: Any = torch.backends.cuda
-    if not plans_per_length(device) or not backends.cudnn_sdp_enabled():
-        yield
-        return
-    backends.enable_cudnn_sdp(False)
+    switch = CudnnSwitch()
+    if plans_per_length(device):
+        switch.off()
     try:
         yield
     finally:
-        backends.enable_cudnn_sdp(True)
+        switch.back()
 
 
 class DecodeWithoutCudnn:
@@ -53,7 +73,7 @@ class DecodeWithoutCudnn:
 
     def __init__(self, model: torch.nn.Module) -> None:
         inner = base_model(model)
-        self._switched_off = False
+        self._cudnn = CudnnSwitch()
         self._hooks = LookingHooks("keeping decode steps off cuDNN's attention", put_back=self._after)
         self._hooks.before(inner, self._before)
         self._hooks.after(inner, self._after, always=True)
@@ -68,14 +88,7 @@ class DecodeWithoutCudnn:
         tokens = kwargs.get("input_ids")
         if tokens is None or tokens.shape[1] != 1 or torch.is_grad_enabled():
             return
-        backends: Any = torch.backends.cuda
-        if backends.cudnn_sdp_enabled():
-            self._switched_off = True
-            backends.enable_cudnn_sdp(False)
+        self._cudnn.off()
 
     def _after(self, *_: object) -> None:
-        import torch
-
-        if self._switched_off:
-            torch.backends.cuda.enable_cudnn_sdp(True)
-            self._switched_off = False
+        self._cudnn.back()

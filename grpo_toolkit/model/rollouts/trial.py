@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.model.hardware.synchronize import synchronize
 from grpo_toolkit.model.live_model import random_state_kept
 from grpo_toolkit.model.sharding.ranks import exchange
 
@@ -61,10 +62,10 @@ def try_out(
 
 def _seconds(way: Callable[[dict[str, Any]], Any], call: dict[str, Any], device: torch.device) -> float:
     given = _copied(call)
-    _wait(device)
+    synchronize(device)
     began = perf_counter()
     way(given)
-    _wait(device)
+    synchronize(device)
     return perf_counter() - began
 
 
@@ -76,10 +77,3 @@ def _copied(call: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value.clone() if isinstance(value, torch.Tensor) else copy.copy(value) for name, value in call.items()
     }
-
-
-def _wait(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

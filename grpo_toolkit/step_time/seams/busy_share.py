@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.model.hardware.synchronize import synchronize
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -46,7 +48,7 @@ class BusyShare:
         profile, self._profile = self._profile, None
         if profile is None:
             return
-        self._wait()
+        synchronize(self._device)
         wall_s = time.perf_counter() - self._began
         profile.stop()
         spans = [
@@ -63,20 +65,14 @@ class BusyShare:
         if autograd._profiler_enabled():
             return
         kind = ProfilerActivity.CUDA if self._device.type == "cuda" else ProfilerActivity.CPU
-        self._wait()
+        synchronize(self._device)
         self._profile = profile(activities=[kind])
         self._profile.start()
-        self._wait()
+        synchronize(self._device)
         self._began = time.perf_counter()
 
     def _is_counted(self, event: Any) -> bool:
         return bool(event.device_type.name == self._device.type.upper())
-
-    def _wait(self) -> None:
-        import torch
-
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

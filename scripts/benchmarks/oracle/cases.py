@@ -47,7 +47,7 @@ class Case:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether no rule was written for its family or its operators."""
+        """Return whether no rule was written for its family or its operators."""
         family = self.folder.split("/")[0]
         operators = {made.operator for made in self.mutations}
         return family in held_out_families(bases.FAMILIES) or bool(operators & held_out_operators())

@@ -18,6 +18,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
 
 
+def between(page: str, begin: str, end: str, text: str) -> str:
+    """Return a page with another text between its two markers.
+
+    Raises:
+        ValueError: the markers are not in it.
+    """
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"no {begin} ... {end}")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
 def sentence(text: str) -> str:
     """Return a text that ends with a full stop and begins with a capital, unless it begins with a name from code."""
     text = plain(text.strip())

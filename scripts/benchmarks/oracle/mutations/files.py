@@ -155,7 +155,7 @@ _FOREIGN: Final = {
     "megatron": {"latest_checkpointed_iteration.txt": b"7", "iter_0000007/common.pt": b"PK\3\4" + bytes(60),
                  "iter_0000007/__0_0.distcp": bytes(64)},
 }  # fmt: skip
-"""What other trainers leave of a model, without numbers: nobody could load them."""
+"""Layouts that other trainers leave of a model, without numbers: nobody could load them."""
 
 
 def _foreign(folder: Folder) -> Iterator[Place]:
