@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _WRAPPERS: Final = re.compile(
     r"^(?:(?:module|base_model\.model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
     r"|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-    r"|\.(?:base_layer|modules_to_save\.default)(?=\.|$)"
+    r"|\.(?:base_layer(?!.*\.lora_)|modules_to_save\.default)(?=\.|$)"
 )
 # A name that has none of these needs no closer look; almost none has.
 _SUSPECT: Final = re.compile(r"_fsdp_|_orig_mod|_checkpoint_wrapped|base_layer|modules_to_save")

@@ -87,7 +87,9 @@ def _watch_optimizers() -> Callable[[], None]:
         if not _waiting:  # their models are gone
             _put_back()
         for model, then in list(_waiting.items()):
-            names = None if is_sharded(model) else named_groups(self, model)
+            # Accelerate lets a new optimizer load its own state, to bring it to the device: it has no moments yet.
+            is_checkpoints = state_dict["state"] and not is_sharded(model)
+            names = named_groups(self, model) if is_checkpoints else None
             if names is not None:
                 match = matched(state_dict, names, model, _family(model))
                 if match is None or match.lacking:

@@ -195,7 +195,7 @@ def _processor(family: str, tokenizer: Any) -> Any:
         return tf.Gemma4Processor(
             tf.Gemma4AudioFeatureExtractor(), tf.Gemma4ImageProcessor(), tokenizer, Gemma4VideoProcessor()
         )
-    return tf.Qwen3VLProcessor(tf.Qwen2VLImageProcessor(), tokenizer, tf.Qwen3VLVideoProcessor())
+    return tf.Qwen3VLProcessor(tf.Qwen2VLImageProcessor(patch_size=16), tokenizer, tf.Qwen3VLVideoProcessor())
 
 
 def with_inner_vision_model(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,9 +3,9 @@
     python -m scripts.models.resumed_training save    MODEL BASE OUT     # in one environment: OUT/checkpoint-1
     python -m scripts.models.resumed_training resume  MODEL BASE OUT     # in another: goes on from it, to step 2
 
-MODEL is a builder of tiny_bases.py, perhaps with `+lora`; BASE is made where it is not there. Both leave in OUT what
-each parameter and its moments are, by their bytes alone: names and order differ between the versions, so they are no
-witness. `resume` looks before its first step.
+MODEL is a builder of tiny_bases.py, perhaps with `+lora`; BASE is made where it is not there, as it would be
+published. Both leave in OUT what each parameter and its moments are, by their bytes alone: names and order differ
+between the versions, so they are no witness. `resume` looks before its first step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -33,6 +35,10 @@ def main() -> int:
         from scripts.models import tiny_bases
 
         getattr(tiny_bases, f"build_{name}")(options.base)
+        from scripts.models.published_forms import FLAT, publish
+
+        if name not in FLAT and int(transformers.__version__.split(".")[0]) >= 5:  # 4.x cannot read all that 5 saves
+            publish(options.base)
     trainer, look = trainer_of(options, lora=bool(lora))
     checkpoint = options.out / "checkpoint-1"
     trainer.train(resume_from_checkpoint=str(checkpoint) if options.what == "resume" else None)

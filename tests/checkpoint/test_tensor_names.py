@@ -84,6 +84,17 @@ def test_what_is_saved_and_what_lives_come_to_the_same_names(builder: str, tmp_p
         ("llama", "base_model.model.lm_head.modules_to_save.default.weight", "lm_head.weight"),
         ("llama", "model.layers.0.mlp.up_proj.base_layer.weight", "model.layers.0.mlp.up_proj.weight"),
         ("llama", "model.layers.0.mlp.up_proj.base_layer", "model.layers.0.mlp.up_proj"),
+        # PEFT wraps a stack of experts once for each of its matrices: the names of their factors differ by this alone.
+        (
+            "qwen3_moe",
+            "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.default.weight",
+            "model.layers.0.mlp.experts.base_layer.lora_A.default.weight",
+        ),
+        (
+            "qwen3_moe",
+            "base_model.model.model.layers.0.mlp.experts.lora_A.default.weight",
+            "model.layers.0.mlp.experts.lora_A.default.weight",
+        ),
         ("llava", "language_model.model.norm.weight", "model.language_model.norm.weight"),
         ("llava", "vision_tower.vision_model.encoder.layers.0.fc1", "model.vision_tower.encoder.layers.0.fc1"),
         ("gemma3", "model.multi_modal_projector.weight", "model.multi_modal_projector.weight"),

@@ -56,7 +56,7 @@ def train(base: Path, kind: str) -> tuple[torch.nn.Module, Any]:
         return get_peft_model(model, LoraConfig(r=2, **options)), processor
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+            parameter.add_(torch.randn_like(parameter) * 0.01)
     return model, processor
 
 

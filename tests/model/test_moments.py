@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -265,14 +264,20 @@ def test_parameters_without_moments_are_named() -> None:
     assert match.lacking == ("weight",)
 
 
-@pytest.mark.parametrize("model", ["qwen2_5_vl", "qwen2_5_vl+lora", "qwen3_moe"])
-@pytest.mark.parametrize(("one", "other"), [("", "-middle"), ("-middle", ""), ("", "-oldest"), ("-oldest", "")])
+@pytest.mark.parametrize(
+    ("one", "other", "model"),
+    [
+        (*stacks, model)
+        for stacks in (("", "-middle"), ("-middle", ""), ("", "-oldest"), ("-oldest", ""))
+        for model in ("qwen2_5_vl", "qwen2_5_vl+lora", "qwen3_moe")
+        if not (model == "qwen3_moe" and "-oldest" in stacks)  # 4.49 has no such model
+    ],
+)
 def test_a_checkpoint_of_one_stack_goes_on_under_another(one: str, other: str, model: str, tmp_path: Path) -> None:
     """Both in processes of their own environments, which have to lie beside each other (`scripts/test middle`)."""
     if not all(STACKS[stack].with_name("activate").is_file() for stack in (one, other)):
         pytest.skip("needs the environments of two stacks")
     run: Callable[..., Any] = subprocess.run
-    said = ""
     for stack, what in ((one, "save"), (other, "resume")):
         command = [str(STACKS[stack]), "-m", "scripts.models.resumed_training", what, model]
         done = run(
@@ -280,7 +285,5 @@ def test_a_checkpoint_of_one_stack_goes_on_under_another(one: str, other: str, m
             timeout=500, check=False, env=dict(os.environ),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        said = done.stderr
     saved, found = (json.loads((tmp_path / "out" / f"{what}.json").read_text()) for what in ("save", "resume"))
     assert found == saved  # whatever the order of the parameters
-    assert re.search(r"tensors .*(the checkpoint's|they are now)", said)

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from grpo_toolkit import InputError
 from scripts.benchmarks.ports import free_port
-from tests.recipes.test_plan import geometry, plan_of
+from tests.recipes.test_plan import plan_of
 from tests.recipes.test_recipe import run_recipe
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(
     Version(metadata.version("trl")) < Version("1.16"), reason="the recipe needs TRL 1.16 and says so"
 )
-__all__ = ["geometry"]  # a fixture
 
 
 @contextmanager

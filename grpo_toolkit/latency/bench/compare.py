@@ -125,7 +125,7 @@ def compare_latency(
     else:
         arms, requests = base, requests if requests is not None else export
     named = named_arms(arms, options, device=device)
-    if control:
+    if control and named:
         named = with_control(named)
     with shown(progress, [arm.name for arm in named]) as called:
         plan = Plan(

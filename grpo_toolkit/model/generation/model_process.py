@@ -189,7 +189,8 @@ def answering() -> Iterator[Callable[[dict[str, Any]], None]]:
     # Libraries print to stdout; answers go to a private copy of it, and everything else to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    parent_ends = threading.Thread(target=_end_with_the_parent, daemon=True)
+    parent_ends.start()
 
     def answer(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message) + "\n")
@@ -200,6 +201,7 @@ def answering() -> Iterator[Callable[[dict[str, Any]], None]]:
     except Exception as error:
         answer({"error": " ".join(f"{type(error).__name__}: {error}".split())})
         raise
+    parent_ends.join()  # or the interpreter could end before the folder is gone
 
 
 def read_request(message: dict[str, Any]) -> Request:
