@@ -9,7 +9,7 @@ import posixpath
 import re
 from typing import TYPE_CHECKING, Final
 
-from scripts.docs.pages import api, checks, commands, environment, errors, files, findings
+from scripts.docs.pages import api, checks, commands, environment, errors, files, findings, notebooks
 from scripts.docs.pages.markdown import ROOT
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ GENERATED: Final[Mapping[str, Callable[[], str]]] = {
     "reference/files.md": files.files_page,
     "reference/environment.md": environment.environment_page,
     "reference/errors.md": errors.errors_page,
+    "notebooks/slow_after_grpo.md": notebooks.slow_after_grpo_page,
 }
 """The page of the site that each function makes."""
 
