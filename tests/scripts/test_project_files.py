@@ -49,3 +49,22 @@ def test_an_issue_form_asks_for_commands_that_parse(path: Path) -> None:
         assert build_parser().parse_known_args(shlex.split(command)[1:])[1] == []
     names = [part["id"] for part in form["body"] if "id" in part]
     assert len(names) == len(set(names))
+
+
+def test_the_release_checklist_calls_what_there_is() -> None:
+    text = (ROOT / "RELEASING.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"bash (\S+?)[`\s]", text)
+    modules = re.findall(r"python -m (scripts\.\S+?)[`\s]", text)
+    assert scripts
+    assert modules
+    assert [name for name in scripts if not (ROOT / name).is_file()] == []
+    assert [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+def test_a_version_has_a_screen_of_the_changelog() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    titles = [version.partition("\n")[0] for version in versions]
+    assert titles[0] == "Unreleased"
+    assert [title for title in titles[1:] if re.fullmatch(r"\d+\.\d+\.\d+ \(\d{4}-\d\d-\d\d\)", title) is None] == []
+    assert all(len(version.splitlines()) <= 50 for version in versions)
