@@ -157,3 +157,29 @@ def test_text_is_no_markup() -> None:
         "vLLM fails.",
     ]
     assert table(("a",), [["b|c `d|e`"]]) == "| a |\n| --- |\n| b\\|c `d|e` |"
+
+
+EVERYONE_KNOWS = {
+    "API",
+    "BOM",
+    "CPU",
+    "DIR",
+    "FLOP",
+    "GPU",
+    "GRPO",
+    "JSON",
+    "PPO",
+    "README",
+    "TRL",
+    "URL",
+    "UTF",
+    "VLM",
+}
+
+
+@pytest.mark.parametrize("place", ["findings", "commands", "errors"])
+def test_every_abbreviation_is_in_the_glossary(place: str) -> None:
+    page = re.sub(r"`[^`]*`|^    .*$|\(http\S+|<http\S+", "", GENERATED[f"reference/{place}.md"](), flags=re.MULTILINE)
+    glossary = (DOCS / "reference" / "glossary.md").read_text(encoding="utf-8")
+    used = set(re.findall(r"(?<![\w\\-])[A-Z]{2,}[A-Z0-9]*(?![\w\\-])", page))
+    assert sorted(word for word in used - EVERYONE_KNOWS if word not in glossary) == []

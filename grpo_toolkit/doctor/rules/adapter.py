@@ -58,8 +58,8 @@ def _is_of_mlx(folder: Folder) -> bool:
 @rule(
     Severity.UNLOADABLE,
     "adapter in the form of mlx-lm",
-    effect="PEFT, transformers and servers fail (KeyError 'peft_type'): other keys, another file, and matrices the "
-    "other way round",
+    effect="PEFT, transformers and servers stop (KeyError 'peft_type'): mlx-lm uses other keys and another file, and "
+    "stores the matrices transposed",
     evidence="https://github.com/ml-explore/mlx-lm/issues/1119",
 )
 def adapter_of_mlx(folder: Folder) -> Iterator[Fault]:
@@ -75,8 +75,8 @@ def adapter_of_mlx(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "names of a wrapper in the adapter",
-    effect="PEFT finds no factor under its name and loads the adapter with fresh ones, whose sum is zero: the base "
-    "answers, after a warning. `grpo-toolkit merge` understands them",
+    effect="PEFT finds no factor under its name and starts the adapter anew, which changes nothing: the base "
+    "answers, after a warning. `grpo-toolkit merge` understands these names",
     evidence="https://github.com/MakazhanAlpamys/Soup/issues/351",
 )
 def adapter_names_wrapped(folder: Folder) -> Iterator[Fault]:
@@ -97,8 +97,9 @@ _WRAPPED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_
 @rule(
     Severity.WRONG,
     "adapter named for an older release",
-    effect="its modules are called as the base's files call them, and as the live model did before 4.52: PEFT "
-    "renames them on 4.x, finds none on 5, and the base answers, after a warning. `grpo-toolkit merge` reads both",
+    effect="its modules have the names of the base's files, which were the live model's names before 4.52: PEFT "
+    "renames them on transformers 4 and finds none of them on 5, where the base answers, after a warning. "
+    "`grpo-toolkit merge` reads both",
     evidence="https://github.com/illuin-tech/colpali/issues/424",
     needs_base=True,
     fails="transformers>=5",
@@ -138,7 +139,8 @@ def adapter_rank_high(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "adapter scaled to nothing",
-    effect="lora_alpha is 0, or less: the adapter adds zero, and the base answers, or it takes away what it learnt",
+    effect="lora_alpha is 0 or negative: the adapter adds nothing, so the base answers, or it subtracts what it "
+    "learnt",
     evidence="https://huggingface.co/docs/peft/package_reference/lora",
 )
 def adapter_alpha_zero(folder: Folder) -> Iterator[Fault]:
@@ -150,7 +152,8 @@ def adapter_alpha_zero(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "a factor of the adapter without its other half",
-    effect="PEFT starts the missing half anew, with a warning only: zero, or random numbers, where training left some",
+    effect="PEFT starts the missing half anew, with a warning only: with zeros or random numbers in place of what "
+    "was trained",
     evidence="https://huggingface.co/docs/peft/developer_guides/checkpoint",
 )
 def adapter_factor_alone(folder: Folder) -> Iterator[Fault]:
@@ -296,7 +299,7 @@ def _is_reached(module: str, live: str, known: set[str], base: Folder) -> bool:
 @rule(
     Severity.WRONG,
     "adapter that does nothing",
-    effect="every second factor is zero, as before the first step: the base answers (found with --deep)",
+    effect="the second factor of every pair is zero, as before the first step: the base answers (found with --deep)",
     evidence="https://github.com/huggingface/peft/issues/918",
 )
 def adapter_is_zero(folder: Folder) -> Iterator[Fault]:

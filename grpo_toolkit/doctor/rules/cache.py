@@ -58,7 +58,7 @@ def config_cache_off(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.SLOW,
     "KV cache off in config.json, not yet live",
-    effect="generate is saved by generation_config.json, but a loop that calls the model itself, a trainer that "
+    effect="generation_config.json keeps generate fast, but a loop that calls the model itself, a trainer that "
     "starts from this folder and a merger that drops that file all decode without a cache",
     evidence="https://github.com/hiyouga/LlamaFactory/issues/1161",
     mend="true, or the key deleted where the base has none",
@@ -97,8 +97,8 @@ def _cache_fault(folder: Folder, file: str, level: tuple[str, ...], value: Any) 
 @rule(
     Severity.WRONG,
     "generation_config.json lost",
-    effect="sampling defaults and end-of-sequence tokens of the base are gone, here and in servers, and use_cache of "
-    "config.json decides",
+    effect="the base's sampling defaults and end-of-sequence tokens are gone, in transformers and in servers, and "
+    "use_cache in config.json counts instead",
     evidence="https://github.com/hiyouga/EasyR1/issues/265",
     mend="the base's file",
     needs_base=True,
@@ -132,8 +132,8 @@ def generation_config_missing(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "generation defaults lost",
-    effect="whoever generates with the folder's defaults gets other text than from the base: how to sample, or the "
-    "penalty on repetition, is no longer said",
+    effect="the folder no longer says how to sample, or how to penalise repetition: its default answers differ from "
+    "the base's",
     evidence="https://github.com/hiyouga/EasyR1/issues/265",
     mend="the base's values",
     needs_base=True,

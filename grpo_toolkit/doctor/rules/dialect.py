@@ -62,8 +62,8 @@ _INNER: Final = frozenset({"use_cache", "rope_parameters", "rope_scaling", "rope
 @rule(
     Severity.UNLOADABLE,
     "rotary settings in the form of transformers 5 alone",
-    effect="4.x fails ('NoneType' object is not subscriptable) or, worse, runs with its default rope_theta and says "
-    "something else; so do servers on it",
+    effect="transformers 4 fails ('NoneType' object is not subscriptable) or, worse, uses its default rope_theta and "
+    "answers differently; servers on it do the same",
     evidence="https://github.com/vllm-project/vllm/pull/42624",
     mend="rope_scaling and rope_theta written beside it",
     fails=V4,
@@ -120,8 +120,8 @@ def _older_scaling(rope: JsonObject) -> JsonObject | None:
 @rule(
     Severity.WRONG,
     "rope_theta inside rope_scaling alone",
-    effect="transformers 5 takes it from there; 4.x passes over it and turns positions by its class's default: other "
-    "text, without a word",
+    effect="transformers 5 takes it from there; transformers 4 ignores it and uses the default of its class: answers "
+    "differ, without a warning",
     evidence="https://github.com/sgl-project/sglang/pull/14772",
     mend="rope_theta written beside it",
     fails=V4,
@@ -150,7 +150,8 @@ _INPUT_NAMES: Final = ("input_ids", "attention_mask")
 @rule(
     Severity.UNLOADABLE,
     "tokenizer class that 4.x does not know",
-    effect="AutoTokenizer of 4.x, vLLM on it, llama.cpp and mlx-lm: Tokenizer class TokenizersBackend does not exist",
+    effect="AutoTokenizer of transformers 4, servers on it, llama.cpp and mlx-lm stop: Tokenizer class "
+    "TokenizersBackend does not exist",
     evidence="https://github.com/unslothai/unsloth/issues/8444",
     mend="the base's class, else PreTrainedTokenizerFast",
     fails=V4,
@@ -180,7 +181,7 @@ def tokenizers_backend(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.UNLOADABLE,
     "extra_special_tokens is a list",
-    effect="4.x cannot load the tokenizer: 'list' object has no attribute 'keys'",
+    effect="transformers 4 cannot load the tokenizer: 'list' object has no attribute 'keys'",
     evidence="https://github.com/huggingface/transformers/pull/44781",
     mend="moved to additional_special_tokens, which all versions read",
     fails=V4,
@@ -206,7 +207,7 @@ def extra_special_tokens_list(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.UNLOADABLE,
     "image processor inside processor_config.json",
-    effect="4.x looks for preprocessor_config.json: no processor, no image",
+    effect="transformers 4 looks for preprocessor_config.json and finds none, so it loads no image processor",
     evidence="https://github.com/2U1/Qwen-VL-Series-Finetune/issues/34",
     mend="the nested processors moved into files of their own",
     fails=V4,
@@ -254,7 +255,7 @@ def _stand_alone(nested: JsonObject, outer: JsonObject) -> JsonObject:
 @rule(
     Severity.UNLOADABLE,
     "image processor class that no release has",
-    effect="Unrecognized image processor: the class existed between two releases only",
+    effect="loading stops (Unrecognized image processor): the class existed only between two releases",
     evidence="https://github.com/QwenLM/Qwen3-VL/issues/777",
     mend="Qwen2VLImageProcessor, as the maker corrected it",
 )

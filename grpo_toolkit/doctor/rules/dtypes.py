@@ -103,7 +103,8 @@ _NAMES: Final = frozenset({*FLOAT_NAMES.values(), "auto", "half", "float", "doub
 @rule(
     Severity.UNLOADABLE,
     "a dtype that is none of torch's floating-point types",
-    effect="the library looks the name up in torch as it reads the config: AttributeError, or integer weights",
+    effect="transformers looks the name up in torch when it reads the config: it stops with an AttributeError, or "
+    "loads integer weights",
     evidence="https://docs.pytorch.org/docs/stable/tensor_attributes.html",
     mend="the stored dtype in config.json",
 )
@@ -137,7 +138,7 @@ def mixed_dtypes(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "quantization_config left over",
-    effect="the weights are whole, yet loading asks for the quantizer's library and quantises them again",
+    effect="the weights are not quantised, yet loading asks for the quantizer's library and quantises them again",
     evidence="https://github.com/huggingface/transformers/issues/34847",
     mend="the key deleted",
 )

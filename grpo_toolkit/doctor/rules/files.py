@@ -82,7 +82,8 @@ _JSON_NAMES: Final = {
 @rule(
     Severity.UNLOADABLE,
     "file that cannot be read",
-    effect="libraries fail on it too, or worse: wait for a pipe, follow a link out of the folder, fill the memory",
+    effect="other libraries fail at it as well, or they wait for ever, follow a link out of the folder or fill the "
+    "memory",
     evidence=_HEADER_FORMAT,
 )
 def unreadable_file(folder: Folder) -> Iterator[Fault]:
@@ -94,7 +95,8 @@ def unreadable_file(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "link that leaves the folder",
-    effect="the folder is not whole without a file elsewhere, which is not yours to trust; nothing behind it was read",
+    effect="the folder needs a file that lies elsewhere, so a copy of the folder may not be whole; that file was not "
+    "read",
     evidence="https://huggingface.co/docs/huggingface_hub/guides/manage-cache",
 )
 def link_leaves_folder(folder: Folder) -> Iterator[Fault]:
@@ -129,7 +131,7 @@ def repeated_key(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.UNLOADABLE,
     "byte-order mark",
-    effect="json.load refuses it: Unexpected UTF-8 BOM",
+    effect="Python's JSON reader stops there: Unexpected UTF-8 BOM",
     evidence="https://docs.python.org/3/library/json.html#json.loads",
     mend="the mark removed",
 )
@@ -158,7 +160,8 @@ def wrong_type(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.UNLOADABLE,
     "index that names what is not a file here",
-    effect="a name that is no plain file name would be read from elsewhere on your disk; nothing was read",
+    effect="the index names something that is no plain file of this folder, which would be read from elsewhere on "
+    "your disk; it was not opened",
     evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/utils/hub.py",
 )
 def index_leaves_folder(folder: Folder) -> Iterator[Fault]:

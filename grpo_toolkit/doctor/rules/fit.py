@@ -67,8 +67,8 @@ def _has_the_bases_names(folder: Folder) -> bool:
 @rule(
     Severity.WRONG,
     "token ids without a row in the embedding",
-    effect="IndexError as soon as such a token comes, a device-side assert on a GPU: the tokenizer grew and the "
-    "embedding did not",
+    effect="the tokenizer grew and the embedding did not: such a token ends in an IndexError, on a GPU in a "
+    "device-side assert",
     evidence="https://github.com/hiyouga/LlamaFactory/pull/8823",
 )
 def ids_beyond_rows(folder: Folder) -> Iterator[Fault]:

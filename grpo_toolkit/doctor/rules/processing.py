@@ -223,8 +223,8 @@ def chat_template_json_empty(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "chat template lost from the tokenizer",
-    effect="the processor has a template and the tokenizer has none: what prompts the tokenizer alone (servers, text "
-    "training) builds other prompts, or fails",
+    effect="the processor has a template and the tokenizer has none: whoever builds prompts with the tokenizer alone "
+    "(servers, text training) gets other prompts, or an error",
     evidence="https://github.com/huggingface/transformers/pull/33957",
     mend="the base's template in tokenizer_config.json",
     needs_base=True,

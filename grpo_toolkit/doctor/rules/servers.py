@@ -46,7 +46,7 @@ def architectures_missing(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "a value head among the weights",
-    effect="PPO's head was saved with the policy: transformers passes over it with a warning, vLLM refuses the folder "
+    effect="PPO's head was saved with the policy: transformers ignores it with a warning, vLLM refuses the folder "
     "(There is no module or parameter named 'v_head')",
     evidence="https://github.com/hiyouga/LlamaFactory/issues/8635",
     mend="the head's tensors dropped (--rewrite-weights)",
@@ -67,8 +67,8 @@ def value_head_stored(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "a rollout's limit as the default length of answers",
-    effect="vLLM takes it as the most tokens of every answer that asks for no other number (before February 2026 of "
-    "every answer): they end in the middle of a sentence",
+    effect="vLLM cuts every answer after so many tokens, unless the request asks for another number (before February "
+    "2026 even then): answers end in the middle of a sentence",
     evidence="https://github.com/vllm-project/vllm/pull/34063",
     mend="as in the base",
     needs_base=True,

@@ -146,8 +146,8 @@ def _thetas(folder: Folder) -> dict[str, tuple[tuple[str, ...], Any]]:
 @rule(
     Severity.WRONG,
     "another rotary base frequency than the base's",
-    effect="positions are rotated otherwise than in training: the first tokens are right, and the longer the text the "
-    "less is",
+    effect="positions are rotated otherwise than in training: short texts come out right, and long ones get worse "
+    "and worse",
     evidence="https://github.com/vllm-project/vllm/pull/42624",
     mend="the base's value",
     needs_base=True,
@@ -165,7 +165,7 @@ def rope_theta_differs(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.UNLOADABLE,
     "rotary scaling without its factor",
-    effect="the class computes its frequencies from the factor as it is made: KeyError, or a warning and NaN",
+    effect="positions cannot be computed without the factor: loading ends with a KeyError, or with a warning and NaN",
     evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py",
 )
 def rope_incomplete(folder: Folder) -> Iterator[Fault]:

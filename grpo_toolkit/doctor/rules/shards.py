@@ -122,7 +122,7 @@ def fsdp_shards_only(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.UNLOADABLE,
     "ZeRO shards only",
-    effect="ZeRO-3 without 16-bit gathering saves no weights beside the config: next time "
+    effect="ZeRO-3 without 16-bit gathering saves no weights beside the config; next time, set "
     "stage3_gather_16bit_weights_on_model_save",
     evidence="https://github.com/huggingface/transformers/issues/20082",
 )

@@ -84,7 +84,7 @@ def _naming(folder: Folder, renames: dict[str, str], *, fails: str = "") -> Faul
 @rule(
     Severity.WRONG,
     "an adapter's factors among the weights",
-    effect="the adapter was never merged: its factors are passed over and the base's answers come out, or random ones",
+    effect="the adapter was never merged: its factors are ignored, and the folder answers like the base, or at random",
     evidence="https://github.com/huggingface/peft/issues/2368",
 )
 def unmerged_lora(folder: Folder) -> Iterator[Fault]:
@@ -152,7 +152,7 @@ def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
 @rule(
     Severity.WRONG,
     "tensors that the base does not have",
-    effect="they are passed over with a warning, or the server refuses the folder",
+    effect="they are ignored with a warning, or the server refuses the folder",
     evidence="https://github.com/vllm-project/vllm/pull/6758",
     needs_base=True,
 )
@@ -179,7 +179,8 @@ _SINGLE_EXPERTS: Final = frozenset(
 @rule(
     Severity.WRONG,
     "experts stored as transformers 5 holds them",
-    effect="4.x knows a tensor for each expert and starts every expert from random weights, with a warning only",
+    effect="transformers 4 looks for a tensor for each expert, finds none, and starts every expert from random "
+    "weights, with a warning only",
     evidence="https://github.com/vllm-project/vllm/pull/42577",
     fails="transformers<5; vllm@<5; sglang@<5",
 )
@@ -203,7 +204,8 @@ _EXPERTS_OF_V4: Final = {"qwen3_moe": 128, "qwen3_vl_moe_text": 60}
 @rule(
     Severity.UNLOADABLE,
     "number of experts under the name of transformers 5 alone",
-    effect="4.x looks for num_experts, and builds its class's default of 128 or 60, which are not stored",
+    effect="transformers 4 looks for num_experts, does not find it, and builds 128 or 60 experts, the default of its "
+    "class, whose weights are not stored",
     evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3_moe/"
     "configuration_qwen3_moe.py",
     mend="num_experts in its place, as published",
