@@ -40,45 +40,89 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folders, endpoints (http://host:8000/v1[#MODEL]), or rows measured before",
     )
     add = parser.add_argument_group("what is asked").add_argument
-    add("--workload", choices=["fixed", "natural", "both"], default="both", help="exact lengths, live ends, or both")
-    add("--new-tokens", type=_counts, default=[64], metavar="N,...", help="of each fixed answer (default 64)")
-    add("--max-new-tokens", type=count, default=256, metavar="N", help="the cap of natural answers (default 256)")
-    add("--prompt-tokens", type=_counts, default=[512], metavar="N,...", help="of each made-up prompt (default 512)")
-    add("--image-tokens", type=_counts, metavar="N,...", help="of each made-up image; 0: none (default 256, if any)")
-    add("--batch-size", type=_batches, default=[1], metavar="N,...", help='or "max": 1, 2, 4, ... until out of memory')
+    add(
+        "--workload",
+        choices=["fixed", "natural", "both"],
+        default="both",
+        help="answers of an exact length, answers that end by themselves, or both",
+    )
+    add("--new-tokens", type=_counts, default=[64], metavar="N,...", help="tokens of each fixed answer (default 64)")
+    add("--max-new-tokens", type=count, default=256, metavar="N", help="most tokens of a natural answer (default 256)")
+    add(
+        "--prompt-tokens",
+        type=_counts,
+        default=[512],
+        metavar="N,...",
+        help="tokens of each made-up prompt (default 512)",
+    )
+    add(
+        "--image-tokens",
+        type=_counts,
+        metavar="N,...",
+        help="tokens of each made-up image; 0 for none (default 256, where the model sees)",
+    )
+    add(
+        "--batch-size",
+        type=_batches,
+        default=[1],
+        metavar="N,...",
+        help='requests at once; "max" tries 1, 2, 4, ... until memory runs out',
+    )
     add(
         "--lengths",
         choices=["repeated", "new", "both"],
         default="repeated",
-        help="of the KV cache, from round to round",
+        help="lengths of the KV cache: the same in each round, new ones, or both",
     )
     add(
         "--thinking",
         choices=["off", "on", "both"],
         default="both",
-        help="instruction in natural prompts (default both)",
+        help="natural prompts without the instruction to think, with it, or both",
     )
     add("--prompt", help="what to ask, instead of made-up prompts")
     add("--image", type=Path, help="an image to ask about")
     add("--prompts", type=Path, metavar="FILE", help="JSON lines with prompt and image (a path), to ask in turn")
-    add("--seed", type=int, default=0, help="of made-up requests")
+    add("--seed", type=int, default=0, help="seed of the made-up requests")
     add = parser.add_argument_group("how it is measured").add_argument
     add("--rounds", type=int, default=12, help="measured requests per model (default 12; verdicts need 6)")
     add("--precision", type=float, metavar="PERCENT", help="go on until ratios are known to so many percent")
-    add("--budget", type=float, metavar="SECONDS", help="per workload, warm-up included; 6 rounds are made anyway")
-    add("--no-control", action="store_true", help="leave out the first model against itself (A/A)")
+    add(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="seconds for each workload, warm-up included; 6 rounds are made anyway",
+    )
+    add("--no-control", action="store_true", help="do not time the first model against itself (A/A)")
     add("--no-roofline", action="store_true", help="do not measure the device's bandwidth")
     add = parser.add_argument_group("how it is run").add_argument
     add("--no-cache", action="store_true", help="also time every model with its KV cache off")
     add("--packed-vision", action="store_true", help=f"also time every model with {PACKED_VISION}")
-    add("--cache", type=_words, metavar="KIND,...", help="dynamic, static, static+compile, static+compile+ahead")
-    add("--attn", type=_words, metavar="NAME,...", help="attention implementations: sdpa, eager, ...")
-    add("--sdpa", type=_words, metavar="NAME,...", help="SDPA kernels: flash, efficient, math, cudnn, no_cudnn")
-    add("--dtype", help="of the weights (default: that of the files)")
+    add(
+        "--cache",
+        type=_words,
+        metavar="KIND,...",
+        help="KV caches to time: dynamic, static, static+compile, static+compile+ahead",
+    )
+    add("--attn", type=_words, metavar="NAME,...", help="attention implementations to time: sdpa, eager, ...")
+    add(
+        "--sdpa", type=_words, metavar="NAME,...", help="SDPA kernels to time: flash, efficient, math, cudnn, no_cudnn"
+    )
+    add("--dtype", help="dtype of the weights (default: that of the files)")
     add("--sample", action="store_true", help="decode as the generation config says, not greedily")
     add("--tune", action="store_true", help="the older spelling of grpo-toolkit tune")
-    add("--max-tpot", type=float, metavar="MS", help="with --tune: batches as long as a token takes no longer")
-    add("--max-memory", type=float, metavar="GB", help="with --tune: batches as long as they need no more memory")
+    add(
+        "--max-tpot",
+        type=float,
+        metavar="MS",
+        help="with --tune: try larger batches while a token takes no longer than this",
+    )
+    add(
+        "--max-memory",
+        type=float,
+        metavar="GB",
+        help="with --tune: try larger batches while they need no more memory than this",
+    )
     add = parser.add_argument_group("what comes out").add_argument
     add("--gate", metavar="max-slowdown=RATIO", help="exit 1, with the reason, if a model is slower than the first")
     add("--output", type=Path, metavar="DIR", help="append the rows to DIR/latency.jsonl")

@@ -32,7 +32,9 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("path", type=Path, help="a model, an adapter, a checkpoint, or a run folder with many")
     parser.add_argument("--base", help="folder or Hub name (in the local cache) of the model it was trained from")
-    parser.add_argument("--deep", action="store_true", help="also compare weights byte by byte")
+    parser.add_argument(
+        "--deep", action="store_true", help="also read the weights: are they the base's, zero, constant, not finite?"
+    )
     parser.add_argument("--for", dest="reader", metavar="READER", help=READER_HELP)
     parser.set_defaults(run=doctor)
     add_json(parser)

@@ -57,14 +57,16 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("--prompt", help="what to ask (default: made up)")
     parser.add_argument("--image", type=Path, help="an image to ask about")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="cap of an answer (default 128)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="most tokens of an answer (default 128)")
     parser.add_argument("--rounds", type=int, default=6, help="measured rounds (default 6)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long, but not before 3 rounds")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="stop after so many seconds, but not before 3 rounds"
+    )
     parser.add_argument(
         "--thinking",
         metavar="TEXT",
-        help="the instruction to think, with and without which the trained model is asked; off asks nothing "
-        "(default: what names <think> in the prompt)",
+        help="the instruction to think: the trained model is asked with it and without it; off leaves this out "
+        "(default: the part of the prompt that names <think>)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the explanation to this latency.jsonl")
     parser.set_defaults(run=explain)

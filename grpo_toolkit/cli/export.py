@@ -31,13 +31,21 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("source", type=Path, help="a full checkpoint, a LoRA adapter, or a verl run's global_step_N")
     add_publishing(parser)
-    parser.add_argument("--base", help="folder or Hub name of the base model whose files are carried")
-    parser.add_argument("--adapter-name", metavar="NAME", help="which one, of a folder that holds several adapters")
-    parser.add_argument("--link", action="store_true", help="hard links to the source's weight files where they fit")
+    parser.add_argument("--base", help="folder or Hub name of the base, whose files the export carries")
+    parser.add_argument("--adapter-name", metavar="NAME", help="the adapter to take from a folder that holds several")
+    parser.add_argument(
+        "--link",
+        action="store_true",
+        help="use hard links to the source's weight files where they are right as they are",
+    )
     parser.add_argument(
         "--push-to-hub", type=repository, metavar="REPO", help="upload the verified folder (a new repo is private)"
     )
-    parser.add_argument("--tuned", action="store_true", help="find the fastest setting, and write what files can hold")
+    parser.add_argument(
+        "--tuned",
+        action="store_true",
+        help="find the fastest setting, and write it into the export's files as far as they can hold it",
+    )
     parser.add_argument("--no-verify", action="store_true", help="publish without reloading and checking")
     parser.set_defaults(run=export)
     add_json(parser)

@@ -31,8 +31,10 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("adapter", type=Path, help="an adapter as PEFT saves it")
     add_publishing(parser)
     parser.add_argument("--base", help="folder or Hub name of the base (default: the one that the adapter names)")
-    parser.add_argument("--adapter-name", metavar="NAME", help="which one, of a folder that holds several")
-    parser.add_argument("--allow-unchanged", action="store_true", help="publish even if some of it changes nothing")
+    parser.add_argument("--adapter-name", metavar="NAME", help="the adapter to take from a folder that holds several")
+    parser.add_argument(
+        "--allow-unchanged", action="store_true", help="publish even if a part of the adapter changes nothing"
+    )
     add_json(parser)
     parser.set_defaults(run=merge)
 

@@ -20,7 +20,8 @@ EXIT_FINDINGS: Final = 1
 EXIT_INPUT: Final = 2
 
 _COMPAT_HELP: Final = (
-    "who can read it: all (also transformers 4 and servers, whatever wrote the base), v5 (the base's forms)"
+    "who must be able to read it: all (transformers 4 and servers too, whatever wrote the base) "
+    "or v5 (the base's forms)"
 )
 READER_HELP: Final = (
     "judge for one reader: transformers, vllm or sglang, with a version if you like (transformers==4.49); without it "
@@ -33,9 +34,9 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, help="the folder to publish")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export or merge")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, such as 5GB")
-    parser.add_argument("--dtype", metavar="DTYPE", help="of every floating-point tensor (default: the base's)")
+    parser.add_argument("--dtype", metavar="DTYPE", help="dtype of every floating-point tensor (default: the base's)")
     parser.add_argument("--compat", choices=("all", "v5"), default="all", help=_COMPAT_HELP)
-    parser.add_argument("--quiet", action="store_true", help="say nothing but the folder")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the folder")
 
 
 def add_verb(commands: Commands, name: str, *, help: str, examples: tuple[str, ...]) -> argparse.ArgumentParser:

@@ -31,13 +31,24 @@ def add_command(commands: Commands) -> None:
         ),
     )
     parser.add_argument("model", metavar="FOLDER", help="a model or adapter folder")
-    parser.add_argument("--new-tokens", type=count, default=64, metavar="N", help="of each answer (default 64)")
-    parser.add_argument("--prompt-tokens", type=count, default=512, metavar="N", help="of the prompt (default 512)")
-    parser.add_argument("--image-tokens", type=count, metavar="N", help="of its image (default: no image)")
+    parser.add_argument("--new-tokens", type=count, default=64, metavar="N", help="tokens of each answer (default 64)")
+    parser.add_argument(
+        "--prompt-tokens", type=count, default=512, metavar="N", help="tokens of the prompt (default 512)"
+    )
+    parser.add_argument("--image-tokens", type=count, metavar="N", help="tokens of its image (default: no image)")
     parser.add_argument("--packed-vision", action="store_true", help=f"try every setting with {PACKED_VISION}")
-    parser.add_argument("--rounds", type=int, default=12, help="turns of the best with the default (default 12)")
-    parser.add_argument("--max-tpot", type=float, metavar="MS", help="batches as long as a token takes no longer")
-    parser.add_argument("--max-memory", type=float, metavar="GB", help="batches as long as they need no more memory")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=12,
+        help="rounds in which the best setting and the default take turns (default 12)",
+    )
+    parser.add_argument(
+        "--max-tpot", type=float, metavar="MS", help="try larger batches while a token takes no longer than this"
+    )
+    parser.add_argument(
+        "--max-memory", type=float, metavar="GB", help="try larger batches while they need no more memory than this"
+    )
     parser.set_defaults(run=tune)
     add_json(parser)
     add_device(parser)

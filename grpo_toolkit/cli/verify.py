@@ -28,7 +28,9 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("export", type=Path, help="the exported folder")
     parser.add_argument("--manifest", action="store_true", help="only compare its files with the sums in its manifest")
-    parser.add_argument("--base", help="folder or Hub name of the base: names, shapes, dtypes and ties are its own")
+    parser.add_argument(
+        "--base", help="folder or Hub name of the base, whose names, shapes, dtypes and ties are expected"
+    )
     parser.add_argument("--reference", type=Path, help="a model folder that must give the same greedy tokens")
     parser.set_defaults(run=verify)
     add_json(parser)
