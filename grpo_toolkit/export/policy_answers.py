@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.export.policy_weights import is_mergeable, weights_as
 from grpo_toolkit.model.generation.agreement import LOGIT_TOLERANCES, TIE_MARGINS, first_difference, logit_distance
-from grpo_toolkit.model.generation.drawn_pictures import requests_to
+from grpo_toolkit.model.generation.drawn_pictures import places_pictures, requests_to
 from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
 from grpo_toolkit.model.generation.generate import Record, generate
 from grpo_toolkit.model.hooks import LookingHooks
@@ -45,6 +45,7 @@ class PolicyAnswers:
         distance: the same between what was trained (an adapter beside its base, which may be quantised) and what
             answered (merged, rounded as it is stored); None where the two are one.
         device: where it answered, if that is not where the policy runs.
+        sees: its chat template places pictures; True for a model that has no eyes.
     """
 
     requests: tuple[Request, ...]
@@ -53,6 +54,7 @@ class PolicyAnswers:
     logit_noise: float = 0.0
     distance: float | None = None
     device: str | None = None
+    sees: bool = True
 
 
 def ask_policy(
@@ -93,6 +95,7 @@ def ask_policy(
         noise=max(policy_noise(records, again), *rounding),
         logit_noise=max(logit_noise(records, again), *blurring),
         distance=distance,
+        sees=getattr(processor, "image_processor", None) is None or places_pictures(processor),
     )
 
 
