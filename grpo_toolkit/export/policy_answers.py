@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.export.live_adapter import is_adapted
 from grpo_toolkit.export.policy_weights import is_mergeable, weights_as
 from grpo_toolkit.model.generation.agreement import LOGIT_TOLERANCES, TIE_MARGINS, first_difference, logit_distance
 from grpo_toolkit.model.generation.drawn_pictures import places_pictures, requests_to
@@ -82,6 +83,7 @@ def ask_policy(
     generating = nullcontext() if defaults is None else inference_defaults(base_model(model), defaults)
     with generating, _seen_dtype(model) as computed_in:
         records = policy_records(model, processor, asked, dtype=dtype)
+        computed_in |= _rounded_base(model, dtype)
         rounding = [TIE_MARGINS.get(name, 0.0) / 2 for name in computed_in]
         blurring = [LOGIT_TOLERANCES.get(name, 0.0) / 2 for name in computed_in]
         again = _records_again(model, processor, asked, dtype=dtype)
@@ -137,6 +139,18 @@ def _seen_dtype(model: torch.nn.Module) -> Iterator[set[str]]:
         yield seen
     finally:
         hooks.close()
+
+
+def _rounded_base(model: torch.nn.Module, dtype: torch.dtype | None) -> set[str]:
+    """Return the live dtype of an adapter's base where it cannot hold the values that are stored, else nothing.
+
+    The export's adapter is merged into the base as it is stored; the policy was trained on its rounded values.
+    """
+    import torch
+
+    live = base_model(model).dtype
+    is_rounded = dtype is not None and is_adapted(model) and torch.promote_types(live, dtype) != live
+    return {str(live).removeprefix("torch.")} if is_rounded else set()
 
 
 def policy_records(
