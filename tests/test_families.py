@@ -25,7 +25,8 @@ from grpo_toolkit import (
     diagnose_checkpoint,
     repair_checkpoint,
 )
-from grpo_toolkit.doctor.findings import RULES, Severity
+from grpo_toolkit.doctor.diagnose import DIALECT_CODES
+from grpo_toolkit.doctor.findings import Severity
 from grpo_toolkit.model.cache_probe import Decoding
 from grpo_toolkit.model.load import load_model
 from scripts.docs.families import PROMISES, VERSIONED, is_current
@@ -91,10 +92,7 @@ def faults(folder: Path, base: Path | None = None) -> set[str]:
     return {finding.code for finding in found if finding.severity is not Severity.NOTE}
 
 
-V5_FORMS: Final = {code for code, rule in RULES.items() if rule.check.__module__.endswith(".dialect")} | {
-    "unpublished-names",
-    "experts-renamed",
-}
+V5_FORMS: Final = DIALECT_CODES | {"unpublished-names", "experts-transposed"}
 """Faults of what transformers 5 saves of families that 4.x knows: a base here has them, its export must not."""
 
 

@@ -53,6 +53,11 @@ class TensorInfo:
         return self.span[1] - self.span[0]
 
 
+def transposed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape with its last two dimensions in each other's place."""
+    return (*shape[:-2], *reversed(shape[-2:]))
+
+
 def read_safetensors_header(path: Path, *, inside: bool = False) -> dict[str, TensorInfo]:
     """Read the tensors that a safetensors file lists in its header.
 

@@ -25,6 +25,7 @@ from grpo_toolkit.doctor.rules import (
     custom_code,
     dialect,
     dtypes,
+    experts,
     files,
     fit,
     processing,
@@ -33,7 +34,6 @@ from grpo_toolkit.doctor.rules import (
     settings,
     shards,
     tied,
-    tokenizer,
     weights,
 )
 from grpo_toolkit.errors import CheckpointError
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MODULES: Final = (
-    files, shards, cache, weights, fit, settings, tied, dtypes, dialect, custom_code, tokenizer, processing, prompts,
+    files, shards, cache, experts, weights, fit, settings, tied, dtypes, dialect, custom_code, prompts, processing,
     servers, adapter,
 )  # fmt: skip
 
@@ -54,7 +54,7 @@ ALL_RULES: Final = tuple(
 DIALECT_CODES: Final = frozenset(
     rule.code
     for rule in ALL_RULES
-    if rule.check.__module__ == dialect.__name__ or rule.check is weights.experts_renamed
+    if rule.check.__module__ == dialect.__name__ or rule.check is experts.experts_renamed
 )
 """The rules about forms that one library version writes and another cannot read."""
 

@@ -11,7 +11,7 @@ import enum
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent
@@ -66,10 +66,14 @@ class Unmark:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A change of tensors: renamed, dropped (`renames[name]` is None) or cast; only where weights may be rewritten."""
+    """A change of tensors, only where weights may be rewritten.
 
-    renames: Mapping[str, str | None]
-    dtypes: Mapping[str, str]
+    They are renamed, dropped (`renames[name]` is None), cast, or have their last two dimensions transposed.
+    """
+
+    renames: Mapping[str, str | None] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
 
 
 Remedy = Edit | WholeFile | Unmark | Weights

@@ -10,11 +10,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, Protocol
 
 from grpo_toolkit.checkpoint.json_files import leaves_folder, read_bytes
-from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo, read_safetensors_header
+from grpo_toolkit.checkpoint.safetensors_header import (
+    DTYPE_BITS,
+    TensorInfo,
+    read_safetensors_header,
+    transposed_shape,
+)
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 MAX_ENTRIES: Final = 20_000
@@ -95,12 +100,26 @@ def _entry(entry: os.DirEntry[str], folder: Path) -> Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewritten:
-    """The changes to tensors: new names (None: dropped) and new dtypes, both by their present names on disk."""
+    """The changes to tensors, by their present names on disk.
+
+    Attributes:
+        renames: new names; None drops a tensor.
+        dtypes: new dtypes.
+        transposed: those whose last two dimensions change places.
+    """
 
     renames: Mapping[str, str | None]
     dtypes: Mapping[str, str]
+    transposed: frozenset[str] = frozenset()
 
-    def then(self, renames: Mapping[str, str | None], dtypes: Mapping[str, str]) -> Rewritten:
+    @property
+    def names(self) -> set[str]:
+        """Return the names of all tensors that change."""
+        return {*self.renames, *self.dtypes, *self.transposed}
+
+    def then(
+        self, renames: Mapping[str, str | None], dtypes: Mapping[str, str], transposed: Iterable[str] = ()
+    ) -> Rewritten:
         """Return one change that does this one and then another, which is written in the names that this one gives."""
         names: dict[str, str | None] = {name: renames.get(new, new) for name, new in self.renames.items() if new}
         names |= {name: None for name, new in self.renames.items() if new is None}
@@ -108,7 +127,8 @@ class Rewritten:
         names |= {name: new for name, new in renames.items() if name not in moved}
         origin = {new: name for name, new in self.renames.items() if new}
         cast = dict(self.dtypes) | {origin.get(name, name): dtype for name, dtype in dtypes.items()}
-        return Rewritten(renames=names, dtypes=cast)
+        turned = self.transposed ^ {origin.get(name, name) for name in transposed}
+        return Rewritten(renames=names, dtypes=cast, transposed=turned)
 
     def apply(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """Return the tensors as they will be after the change."""
@@ -116,7 +136,9 @@ class Rewritten:
         for name, info in tensors.items():
             new = self.renames.get(name, name)
             if new is not None:
-                result[new] = _cast(info, self.dtypes.get(name, info.dtype))
+                changed = _cast(info, self.dtypes.get(name, info.dtype))
+                is_transposed = name in self.transposed
+                result[new] = replace(changed, shape=transposed_shape(info.shape)) if is_transposed else changed
         return result
 
 

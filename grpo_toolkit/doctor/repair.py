@@ -162,8 +162,9 @@ def _carry_out(folder: Path, plan: RepairPlan) -> None:
             if change.after is not None:
                 _write(staging / change.file, change.after)
         for shard in plan.shards:
-            renames, dtypes = plan.weights.renames, plan.weights.dtypes
-            if rewrite_shard(folder / shard, staging / shard, renames=renames, dtypes=dtypes, inside=True) == 0:
+            weights = plan.weights
+            changes: Any = {"renames": weights.renames, "dtypes": weights.dtypes, "transposed": weights.transposed}
+            if rewrite_shard(folder / shard, staging / shard, **changes, inside=True) == 0:
                 (staging / shard).unlink()
         names = [*(change.file for change in plan.changes), *plan.shards]
         for name in names:

@@ -206,7 +206,7 @@ def _new_content(remedy: Edit | WholeFile | Unmark, planned: PlannedFiles, base:
 
 
 def _apply_weights(remedy: Weights, planned: PlannedFiles) -> PlannedFiles:
-    weights = planned.weights.then(remedy.renames, remedy.dtypes)
+    weights = planned.weights.then(remedy.renames, remedy.dtypes, remedy.transposed)
     changed = dict(planned.changed)
     if WEIGHTS_INDEX in planned.entries:
         raw = planned.under.read(WEIGHTS_INDEX, limit=JSON_LIMITS[WEIGHTS_INDEX])
@@ -236,7 +236,7 @@ def _changes(planned: PlannedFiles) -> Iterator[FileChange]:
 def _rewritten_shards(source: Files, planned: PlannedFiles) -> Iterator[str]:
     if planned.weights == NOT_REWRITTEN:
         return
-    touched = {*planned.weights.renames, *planned.weights.dtypes}
+    touched = planned.weights.names
     for name in sorted(parse_folder(source).shards):
         if touched & set(source.tensors(name)):
             yield name

@@ -293,6 +293,7 @@ def _verify(
             base=plan.source.base,
             tied=None if is_sharded(plan.source.model) else is_tied(plan.source.model),
             dtype=plan.storage.dtype_name,
+            sees=answers.sees,
             device=answers.device or plan.source.device,
             attn_implementation=getattr(plan.source.plain.config, "_attn_implementation", None),
         )

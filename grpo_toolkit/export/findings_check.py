@@ -48,12 +48,17 @@ def serious_findings(
     return [finding for finding in findings if finding.severity in _SERIOUS and finding.concerns(asked)]
 
 
-def check_findings(folder: Path, base: Path | None) -> Check:
-    """Check that the doctor finds nothing that keeps the installed reader from its answers."""
+def check_findings(folder: Path, base: Path | None, *, sees: bool = True) -> Check:
+    """Check that the doctor finds nothing that keeps the installed reader from its answers.
+
+    Args:
+        folder: the export.
+        base: its base's folder, or None.
+        sees: see `verify_export`.
+    """
+    passed_over = _CHECKED_ELSEWHERE if sees else (*_CHECKED_ELSEWHERE, "template-without-pictures")
     findings = [
-        finding
-        for finding in serious_findings(folder, base=base, with_values=True)
-        if finding.code not in _CHECKED_ELSEWHERE
+        finding for finding in serious_findings(folder, base=base, with_values=True) if finding.code not in passed_over
     ]
     detail = "; ".join(map(in_one_line, findings)) or f"nothing that concerns {installed_reader() or 'a reader'}"
     return Check(name="nothing found by the doctor", passed=not findings, detail=detail)

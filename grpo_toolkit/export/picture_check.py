@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.model.generation.request import Request
 
 PICTURES: Final = "pictures answered"
+BLIND_TEMPLATE: Final = "the chat template of the training places no picture, and so does the export's"
 
 
 def check_pictures(

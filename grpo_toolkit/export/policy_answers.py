@@ -9,9 +9,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from grpo_toolkit.export.live_adapter import is_adapted
 from grpo_toolkit.export.policy_weights import is_mergeable, weights_as
 from grpo_toolkit.model.generation.agreement import LOGIT_TOLERANCES, TIE_MARGINS, first_difference, logit_distance
-from grpo_toolkit.model.generation.drawn_pictures import requests_to
+from grpo_toolkit.model.generation.drawn_pictures import places_pictures, requests_to
 from grpo_toolkit.model.generation.evidence import LOGIT_STEPS
 from grpo_toolkit.model.generation.generate import Record, generate
 from grpo_toolkit.model.hooks import LookingHooks
@@ -45,6 +46,7 @@ class PolicyAnswers:
         distance: the same between what was trained (an adapter beside its base, which may be quantised) and what
             answered (merged, rounded as it is stored); None where the two are one.
         device: where it answered, if that is not where the policy runs.
+        sees: its chat template places pictures; True for a model that has no eyes.
     """
 
     requests: tuple[Request, ...]
@@ -53,6 +55,7 @@ class PolicyAnswers:
     logit_noise: float = 0.0
     distance: float | None = None
     device: str | None = None
+    sees: bool = True
 
 
 def ask_policy(
@@ -80,6 +83,7 @@ def ask_policy(
     generating = nullcontext() if defaults is None else inference_defaults(base_model(model), defaults)
     with generating, _seen_dtype(model) as computed_in:
         records = policy_records(model, processor, asked, dtype=dtype)
+        computed_in |= _rounded_base(model, dtype)
         rounding = [TIE_MARGINS.get(name, 0.0) / 2 for name in computed_in]
         blurring = [LOGIT_TOLERANCES.get(name, 0.0) / 2 for name in computed_in]
         again = _records_again(model, processor, asked, dtype=dtype)
@@ -93,6 +97,7 @@ def ask_policy(
         noise=max(policy_noise(records, again), *rounding),
         logit_noise=max(logit_noise(records, again), *blurring),
         distance=distance,
+        sees=getattr(processor, "image_processor", None) is None or places_pictures(processor),
     )
 
 
@@ -134,6 +139,18 @@ def _seen_dtype(model: torch.nn.Module) -> Iterator[set[str]]:
         yield seen
     finally:
         hooks.close()
+
+
+def _rounded_base(model: torch.nn.Module, dtype: torch.dtype | None) -> set[str]:
+    """Return the live dtype of an adapter's base where it cannot hold the values that are stored, else nothing.
+
+    The export's adapter is merged into the base as it is stored; the policy was trained on its rounded values.
+    """
+    import torch
+
+    live = base_model(model).dtype
+    is_rounded = dtype is not None and is_adapted(model) and torch.promote_types(live, dtype) != live
+    return {str(live).removeprefix("torch.")} if is_rounded else set()
 
 
 def policy_records(

@@ -29,6 +29,7 @@ from grpo_toolkit.export.policy_weights import is_quantised
 from grpo_toolkit.merge.adapter import adapter_of
 from grpo_toolkit.merge.plan import plan_updates
 from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
+from grpo_toolkit.model.generation.drawn_pictures import places_pictures
 from grpo_toolkit.model.generation.request import plain_request
 from grpo_toolkit.model.live_model import base_model, is_tied, random_state_kept
 from grpo_toolkit.model.load import load_processor
@@ -240,6 +241,11 @@ def _processor_findings(processing_class: Any, base: Base | None) -> Iterator[Fi
             remedy="verification asks the export as it will be used: give it a chat template that can",
         )
         return
+    if getattr(processor, "image_processor", None) and places_pictures(own) and not places_pictures(processor):
+        yield Finding(
+            is_obstacle=False,
+            what="the chat template of this training places no picture: the export will have it and answer text alone",
+        )
     if base is not None:
         yield from part_findings(processor, own, base.path)
 

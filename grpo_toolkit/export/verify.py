@@ -26,7 +26,7 @@ from grpo_toolkit.export.checks import (
     check_values,
 )
 from grpo_toolkit.export.findings_check import check_findings, loads_whole
-from grpo_toolkit.export.picture_check import PICTURES, check_pictures
+from grpo_toolkit.export.picture_check import BLIND_TEMPLATE, PICTURES, check_pictures
 from grpo_toolkit.export.verification_process import Worker
 from grpo_toolkit.model.generation.agreement import TIE_MARGINS
 from grpo_toolkit.model.generation.drawn_pictures import made_up_requests
@@ -99,6 +99,7 @@ def verify_export(
     base: str | os.PathLike[str] | Base | None = None,
     tied: bool | None = None,
     dtype: str | None = None,
+    sees: bool = True,
     device: str = "cpu",
     attn_implementation: str | None = None,
 ) -> VerificationResult:
@@ -121,6 +122,8 @@ def verify_export(
             shapes, dtypes and ties with.
         tied: whether the trained model's output embeddings are its input embeddings; by default as in the base.
         dtype: what every floating-point tensor is to be stored in ("float16"), where that is not the base's.
+        sees: False where the policy was trained with a chat template of its own that places no picture: then no
+            picture is asked, and that template is no fault.
         device: where the fresh process puts the model.
         attn_implementation: the attention that the policy used, so that like is compared with like.
 
@@ -134,7 +137,7 @@ def verify_export(
     if origin is not None:
         checks.append(check_tensors(checkpoint, tensors, origin, dtype))
     checks.append(check_values(checkpoint.path, tensors))
-    findings = check_findings(checkpoint.path, None if origin is None else origin.path)
+    findings = check_findings(checkpoint.path, None if origin is None else origin.path, sees=sees)
     checks.append(findings)
     too_large = why_too_large(tensors, device)
     if too_large is not None:
@@ -167,7 +170,8 @@ def verify_export(
         checks.append(check_cache([cached, *records]))
         checks.append(check_tokens("same tokens with and without the cache", [uncached], [cached], tie_margin))
         # Last: a folder that fails at a picture may end the process.
-        pictures = check_pictures(worker.sight, worker.generate, list(zip(requests, records, strict=True)))
+        sight = worker.sight if sees else replace(worker.sight, why_not=BLIND_TEMPLATE)
+        pictures = check_pictures(sight, worker.generate, list(zip(requests, records, strict=True)))
         checks += [] if pictures is None else [pictures]
     return VerificationResult(checks=tuple(checks))
 

@@ -318,6 +318,9 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                         "model.safetensors", "model.layers.1.mlp.experts.down_proj"),
     "experts-renamed": (model(config={"model_type": "qwen3_moe", "num_local_experts": 4}), None, None,
                         "config.json", "num_local_experts"),
+    "experts-transposed": (model({**TENSORS, "model.layers.1.mlp.experts.down_proj": ("BF16", (2, 4, 6))}),
+                           model({**TENSORS, "model.layers.1.mlp.experts.down_proj": ("BF16", (2, 6, 4))}), None,
+                           "model.safetensors", "model.layers.1.mlp.experts.down_proj"),
     "adapter-of-mlx": (folder_of({"adapter_config.json": {"fine_tune_type": "lora", "lora_parameters": {}}}), BASE,
                        None, "adapter_config.json", "peft_type"),
     "adapter-names-wrapped": (

@@ -6,22 +6,29 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
 
-from grpo_toolkit import LatencyCallback, verify_export
+from grpo_toolkit import ExportCallback, LatencyCallback, verify_export
 from grpo_toolkit.cli import main
 from grpo_toolkit.errors import WorkerError
 from grpo_toolkit.export.checks import check_inputs
 from grpo_toolkit.export.picture_check import check_pictures
 from grpo_toolkit.export.policy_answers import ask_policy
-from grpo_toolkit.model.generation.drawn_pictures import Sight, made_up_requests, picture_requests, sight_of
+from grpo_toolkit.model.generation.drawn_pictures import (
+    Sight,
+    made_up_requests,
+    picture_requests,
+    places_pictures,
+    sight_of,
+)
 from grpo_toolkit.model.generation.evidence import Evidence
 from grpo_toolkit.model.generation.generate import generate
-from grpo_toolkit.model.load import load_model
+from grpo_toolkit.model.load import load_model, load_processor
 from scripts.models.tiny_bases import build_llama
+from tests.support.training import grpo_trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,6 +148,33 @@ def test_eyes_that_are_not_asked_are_told(qwen: Path, tmp_path: Path) -> None:
     ids = Evidence(inputs={"input_ids": torch.tensor([[1, 2]])}, logits=torch.zeros(1, 4))
     assert "no picture was asked" in check_inputs([(ids, ids)], sees=True).detail
     assert check_inputs([(ids, ids)]).detail == "2 token ids and 0 pixel values of 1 requests are equal"
+
+
+TEXT_ALONE: Final = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:",
+    "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}:",
+)
+
+
+@pytest.mark.parametrize("template", TEXT_ALONE)
+def test_a_training_with_a_template_for_text_alone_is_exported_and_told_before_it(
+    template: str, qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = load_processor(qwen)
+    assert places_pictures(processor)
+    processor.chat_template = template
+    assert not places_pictures(processor)
+    exporting = ExportCallback(tmp_path / "export", strict=True)
+    grpo_trainer(
+        qwen, tmp_path / "out", [exporting], with_images=False, processing_class=processor, max_steps=1
+    ).train()
+    assert exporting.result is not None
+    checks = {check.name: check for check in exporting.result.verification.checks}
+    assert checks["pictures answered"].skipped
+    assert "places no picture" in checks["pictures answered"].detail
+    assert any("places no picture" in str(finding) and not finding.is_obstacle for finding in exporting.findings)
+    # Nobody says of a folder alone that it is meant so.
+    assert main(["doctor", str(tmp_path / "export"), "--base", str(qwen)]) == 1
 
 
 def test_the_command_line_asks_with_pictures(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

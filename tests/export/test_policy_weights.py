@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.export.policy_weights import is_mergeable, weights_as
+from grpo_toolkit.model.generation.agreement import LOGIT_TOLERANCES
 from grpo_toolkit.model.generation.request import Request
-from grpo_toolkit.model.load import auto_class, load_model
+from grpo_toolkit.model.load import auto_class, dtype_argument, load_model
 from scripts.models.families import build_family
 from tests.support.models import MERGE_BUILDERS
 from tests.support.training import v5_only
@@ -129,3 +131,18 @@ def test_a_right_merge_of_a_mixture_of_experts_is_exactly_what_the_policy_says(s
     assert logits.startswith("0 of their spread apart")  # asked unmerged, 0.11 and 0.07: experts flip
     assert "; the live policy, its adapter not merged, is 0." in logits
     assert details["same greedy tokens as the trained policy"].startswith("8 of 8 requests")
+
+
+def test_an_adapter_trained_on_a_rounded_base_is_held_to_what_rounds(tmp_path: Path) -> None:
+    """A base stored in float32 and loaded in bfloat16: the export's is the stored one, 0.4% from the policy's."""
+    base = MERGE_BUILDERS["llama"](tmp_path / "llama")
+    auto_class(base).from_pretrained(base, **{dtype_argument(): torch.float32}).save_pretrained(base)
+    processor = load_model(base)[1]
+    model = adapted(base, target_modules=["q_proj", "v_proj"])
+    model.get_base_model().to(torch.bfloat16)
+    result = export_model(model, tmp_path / "export", processing_class=processor)
+    [logits] = [check for check in result.verification.checks if check.name == "same logits as the trained policy"]
+    found = re.match(r"([\d.]+) of their spread apart \(allowed in float32: ([\d.]+)\)", logits.detail)
+    assert found is not None
+    apart, allowed = map(float, found.groups())
+    assert 0.001 < apart < allowed == LOGIT_TOLERANCES["bfloat16"]

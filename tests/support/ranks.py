@@ -132,8 +132,9 @@ def fast_rollouts(
 ) -> tuple[dict[str, Any], Any]:
     """Train with rollouts of one way; after each step the copy's logits are compared with the live model's.
 
-    On `failing_ranks` the copy's second rollout raises, or the first one's "prefill", or what comes before, "install";
-    `as_recipe` adds the recipe's callback for plain rollouts; `trial` has a clock decide.
+    On `failing_ranks` the copy's second rollout raises, or the first one's "prefill", or what comes before: "install",
+    and "_empty" after 20 tensors of the copy; `as_recipe` adds the recipe's callback for plain rollouts; `trial` has a
+    clock decide.
     """
     import os
 
@@ -143,9 +144,16 @@ def fast_rollouts(
     from grpo_toolkit import FastRolloutCallback, KVCacheCallback
     from grpo_toolkit.model.rollouts import rollouts
     from grpo_toolkit.model.rollouts.rollouts import rollouts_of
+    from grpo_toolkit.model.rollouts.weights_copy import WeightsCopy
     from grpo_toolkit.model.sharding.gathered_for_generation import whole_weights
 
     seen: list[tuple[int, float]] = []
+    made: list[object] = []
+    empty = WeightsCopy._empty
+
+    def no_room(self: Any, *args: Any) -> Any:
+        made.append(args)
+        return fail() if len(made) > 20 else empty(self, *args)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(5, "Input/output error")
@@ -168,7 +176,8 @@ def fast_rollouts(
                 taken._copy.model.generate = fail
 
     if int(os.environ["RANK"]) in failing_ranks and fails_at != "generate":
-        setattr({"prefill": rollouts, "install": rollouts.FastRollouts}[fails_at], fails_at, fail)
+        owner = {"prefill": rollouts, "install": rollouts.FastRollouts, "_empty": WeightsCopy}[fails_at]
+        setattr(owner, fails_at, no_room if fails_at == "_empty" else fail)
     callback = FastRolloutCallback(way, trial=trial)
     others = []
     if as_recipe:

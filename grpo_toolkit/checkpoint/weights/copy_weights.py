@@ -7,6 +7,7 @@ saved other spellings, float32 for a bfloat16 base, or the tied head once more, 
 from __future__ import annotations
 
 import errno
+import math
 import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +17,7 @@ from grpo_toolkit.checkpoint.safetensors_header import (
     FLOAT_NAMES,
     read_safetensors_header,
     read_safetensors_metadata,
+    transposed_shape,
 )
 from grpo_toolkit.checkpoint.tensor_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, names_by_live
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors
@@ -41,14 +43,17 @@ from grpo_toolkit.checkpoint.weights.tensor_blocks import (
 from grpo_toolkit.errors import UnsupportedError, VerificationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    import torch
 
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.checkpoint.weights.base_weights import Base
     from grpo_toolkit.checkpoint.weights.shard_writer import Progress
 
 _CAST: Final = "cast"
+_TRANSPOSE: Final = "transpose"
 _VALUES: Final = 2**20
 
 
@@ -138,16 +143,18 @@ def rewrite_shard(
     *,
     renames: Mapping[str, str | None],
     dtypes: Mapping[str, str],
+    transposed: Container[str] = (),
     added: Sequence[Entry] = (),
     inside: bool = False,
 ) -> int:
-    """Write a safetensors file anew with its tensors renamed, dropped or cast; returns how many were written.
+    """Write a safetensors file anew with its tensors renamed, dropped, cast or transposed; returns how many there are.
 
     Args:
         source: the file.
         target: another one, which must not be there.
         renames: new names of tensors by their present ones; None drops a tensor.
         dtypes: safetensors' names of new dtypes, by present names; floating-point tensors alone can be cast.
+        transposed: tensors whose last two dimensions change places, by present names.
         added: tensors of other files that are written behind them, see `added_entry`.
         inside: refuse a file that is a link out of its folder.
 
@@ -165,8 +172,9 @@ def rewrite_shard(
             if is_cast and not {dtype, info.dtype} <= FLOAT_NAMES.keys():
                 raise UnsupportedError(f"{source}: {name}: no cast from {info.dtype} to {dtype}; only floats are cast")
             span = Span(path=source, begin=info.span[0], end=info.span[1], dtype=info.dtype)
-            work = _CAST if is_cast else None
-            entries.append(Entry(name=new, dtype=dtype, shape=info.shape, source=span, work=work))
+            shape = transposed_shape(info.shape) if name in transposed else info.shape
+            work = _TRANSPOSE if name in transposed else _CAST if is_cast else None
+            entries.append(Entry(name=new, dtype=dtype, shape=shape, source=span, work=work))
     entries += added
     metadata = read_safetensors_metadata(source, inside=inside)
     shard = Shard(
@@ -198,10 +206,10 @@ def write_shard(file: str, entries: Sequence[Entry], folder: Path) -> None:
 
 def _write_alone(shard: Shard, folder: Path) -> None:
     """Write one file and see it on the disk."""
-    is_cast = any(entry.work for entry in shard.entries)
-    with single_threaded() if is_cast else nullcontext() as setup:  # torch is loaded for a cast alone
+    has_work = any(entry.work for entry in shard.entries)
+    with single_threaded() if has_work else nullcontext() as setup:  # torch is loaded for what is not a copy alone
         # One thread: a repair's steps then have one order, which is what can be killed at each of them and tested.
-        for _ in fill_shards([shard], folder, fill=_write_cast, workers=1, setup=setup):
+        for _ in fill_shards([shard], folder, fill=_write_changed, workers=1, setup=setup):
             pass
     with (folder / shard.file).open("rb") as file:
         os.fsync(file.fileno())
@@ -246,12 +254,30 @@ def _copy_file(source: Path, target: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
-    """Write a tensor in another dtype, rounded once.
+def _write_changed(entry: Entry, descriptor: int, offset: int) -> None:
+    (_write_transposed if entry.work == _TRANSPOSE else _write_cast)(entry, descriptor, offset)
 
-    A cast makes no finite value infinite: that is refused. What is NaN or infinite already stays so, as in a copy; the
-    checks of stored values find it.
-    """
+
+def _write_transposed(entry: Entry, descriptor: int, offset: int) -> None:
+    """Write a tensor with its last two dimensions in each other's place, a matrix at a time; perhaps cast."""
+    import torch
+
+    stored, dtype = (getattr(torch, FLOAT_NAMES[name]) for name in (entry.source.dtype, entry.dtype))
+    rows, columns = entry.shape[-2:]
+    source = os.open(entry.source.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for index in range(math.prod(entry.shape[:-2])):
+            matrix = torch.empty(columns, rows, dtype=stored)
+            begin = entry.source.begin + index * matrix.nbytes
+            read_at(source, raw_bytes(matrix), begin, entry.source.path)
+            turned = _rounded(matrix.T.contiguous(), torch.empty(rows, columns, dtype=dtype), entry)
+            write_at(descriptor, raw_bytes(turned), offset + index * turned.nbytes)
+    finally:
+        os.close(source)
+
+
+def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
+    """Write a tensor in another dtype, rounded once."""
     import torch
 
     stored_dtype: Any = getattr(torch, FLOAT_NAMES[entry.source.dtype])
@@ -264,12 +290,24 @@ def _write_cast(entry: Entry, descriptor: int, offset: int) -> None:
             values = buffer.take(1, min(_VALUES, count - first), stored_dtype)
             begin = entry.source.begin + first * stored_dtype.itemsize
             read_at(source, raw_bytes(values), begin, entry.source.path)
-            block = rounded.take(1, values.shape[1], dtype).copy_(values)
-            if not is_finite_in(values, dtype) and not torch.equal(block.isfinite(), values.isfinite()):
-                raise VerificationError(
-                    f"{entry.source.path.name}: {entry.name} has values that are not finite in {dtype}, so it is not "
-                    "cast; keep its dtype"
-                )
+            block = _rounded(values, rounded.take(1, values.shape[1], dtype), entry)
             write_at(descriptor, raw_bytes(block), offset + first * dtype.itemsize)
     finally:
         os.close(source)
+
+
+def _rounded(values: torch.Tensor, block: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """Copy values into a block of another dtype, and return it.
+
+    A cast makes no finite value infinite: that is refused. What is NaN or infinite already stays so, as in a copy; the
+    checks of stored values find it.
+    """
+    import torch
+
+    block.copy_(values)
+    if not is_finite_in(values, block.dtype) and not torch.equal(block.isfinite(), values.isfinite()):
+        raise VerificationError(
+            f"{entry.source.path.name}: {entry.name} has values that are not finite in {block.dtype}, so it is not "
+            "cast; keep its dtype"
+        )
+    return block

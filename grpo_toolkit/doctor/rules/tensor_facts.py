@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.model_families import family_of
+from grpo_toolkit.checkpoint.safetensors_header import transposed_shape
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames, stored_layers
 from grpo_toolkit.checkpoint.tied_embeddings import tie_flags
 
@@ -76,7 +77,19 @@ def stacked_experts(folder: Folder) -> tuple[str, ...]:
     return tuple(sorted(name for name in weights(folder) if _STACKED.search(name)))
 
 
+# Published with a tensor for each expert, and read so by every release before 5.
+_SINGLE_EXPERTS: Final = frozenset(
+    {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v2", "deepseek_v3", "minimax"}
+)
+
 _STACKED: Final = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)$")
+
+
+def stacked_though_published_apart(folder: Folder) -> tuple[str, ...]:
+    """Return the stacked experts of a folder whose base, or family, has a tensor for each expert."""
+    names, base = stacked_experts(folder), base_tensors(folder)
+    is_other = not any(name in base for name in names) if base else folder.model_type in _SINGLE_EXPERTS
+    return names if is_other else ()
 
 
 def read_tie_flags(folder: Folder) -> dict[tuple[str, ...], Any]:
@@ -97,3 +110,14 @@ def lone_head(folder: Folder) -> str | None:
     """Return the head's name where a tied model's one matrix was stored under it rather than under the embedding's."""
     head, embedding = ends(folder)
     return head if embedding is None else None
+
+
+def common_tensors(folder: Folder) -> dict[str, tuple[TensorInfo, TensorInfo]]:
+    """Return the tensors that the base has as well, by their names here: the folder's and the base's."""
+    names, published, base = by_live_name(folder), base_by_live_name(folder), base_tensors(folder)
+    return {names[live]: (folder.tensors[names[live]], base[published[live]]) for live in names.keys() & published}
+
+
+def is_transposed(ours: TensorInfo, theirs: TensorInfo) -> bool:
+    """Return whether a stack of matrices has the base's shape once they are transposed."""
+    return len(ours.shape) == 3 and ours.shape != theirs.shape == transposed_shape(ours.shape)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
-from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
-from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
-from grpo_toolkit.doctor.readers import V4
+from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
 from grpo_toolkit.doctor.rules.servers import VALUE_HEAD
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
@@ -18,13 +16,16 @@ from grpo_toolkit.doctor.rules.tensor_facts import (
     base_by_live_name,
     base_tensors,
     by_live_name,
+    common_tensors,
     ends,
     has_lora,
     is_passed_over,
+    is_transposed,
     lone_head,
     new_names,
     read_tie_flags,
     stacked_experts,
+    stacked_though_published_apart,
     weights,
 )
 
@@ -159,7 +160,7 @@ def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
 def tensors_extra(folder: Folder) -> Iterator[Fault]:
     ours, base = by_live_name(folder), base_by_live_name(folder)
     extra = sorted(ours[live] for live in ours.keys() - base.keys() if not is_lora(live) and not live.endswith(HEAD))
-    told = set(stacked_experts(folder)) if any(True for _ in experts_stacked(folder)) else set()
+    told = set(stacked_though_published_apart(folder))
     extra = [name for name in extra if name not in told and not VALUE_HEAD.search(name)]
     if base and extra:
         yield Fault(
@@ -170,61 +171,6 @@ def tensors_extra(folder: Folder) -> Iterator[Fault]:
         )
 
 
-# Published with a tensor for each expert, and read so by every release before 5.
-_SINGLE_EXPERTS: Final = frozenset(
-    {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v2", "deepseek_v3", "minimax"}
-)
-
-
-@rule(
-    Severity.WRONG,
-    "experts stored as transformers 5 holds them",
-    effect="transformers 4 looks for a tensor for each expert, finds none, and starts every expert from random "
-    "weights, with a warning only",
-    evidence="https://github.com/vllm-project/vllm/pull/42577",
-    fails="transformers<5; vllm@<5; sglang@<5",
-)
-def experts_stacked(folder: Folder) -> Iterator[Fault]:
-    names, base = stacked_experts(folder), base_tensors(folder)
-    is_other = not any(name in base for name in names) if base else folder.model_type in _SINGLE_EXPERTS
-    if names and is_other:
-        yield Fault(
-            file=folder.tensors[names[0]].file,
-            key=names[0],
-            found=f"{len(names)} tensors with all experts of a layer in each",
-            expected="a tensor for each expert, as published: save_pretrained writes them so",
-        )
-
-
-# What 4.x builds where `num_experts` is absent; transformers 5 has renamed the setting of these and no others.
-# https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/qwen3_moe/configuration_qwen3_moe.py
-_EXPERTS_OF_V4: Final = {"qwen3_moe": 128, "qwen3_vl_moe_text": 60}
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "number of experts under the name of transformers 5 alone",
-    effect="transformers 4 looks for num_experts, does not find it, and builds 128 or 60 experts, the default of its "
-    "class, whose weights are not stored",
-    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3_moe/"
-    "configuration_qwen3_moe.py",
-    mend="num_experts in its place, as published",
-    fails=V4,
-)
-def experts_renamed(folder: Folder) -> Iterator[Fault]:
-    for level, node in folder.levels():
-        count, default = node.get("num_local_experts"), _EXPERTS_OF_V4.get(str(node.get("model_type")))
-        is_read = default is None or count == default or "num_experts" in node
-        base = None if folder.base is None else folder.base.get(CONFIG, *level, "num_local_experts")
-        if type(count) is int and not is_read and base in (None, ABSENT):
-            remedies = (
-                Edit(file=CONFIG, path=(*level, "num_experts"), value=count),
-                Edit(file=CONFIG, path=(*level, "num_local_experts"), value=ABSENT),
-            )
-            key = ".".join((*level, "num_local_experts"))
-            yield Fault(file=CONFIG, key=key, found=count, expected=f"num_experts {count}", remedies=remedies)
-
-
 @rule(
     Severity.UNLOADABLE,
     "shapes differ from the base",
@@ -233,9 +179,12 @@ def experts_renamed(folder: Folder) -> Iterator[Fault]:
     needs_base=True,
 )
 def shapes_differ(folder: Folder) -> Iterator[Fault]:
-    names, published, base = by_live_name(folder), base_by_live_name(folder), base_tensors(folder)
-    pairs = {names[live]: (folder.tensors[names[live]], base[published[live]]) for live in names.keys() & published}
-    other = sorted(name for name, (one, two) in pairs.items() if one.shape != two.shape and 0 not in one.shape)
+    pairs = common_tensors(folder)
+    other = sorted(
+        name
+        for name, (ours, theirs) in pairs.items()
+        if ours.shape != theirs.shape and 0 not in ours.shape and not is_transposed(ours, theirs)
+    )
     if other and folder.text_value("vocab_size") == (folder.base.text_value("vocab_size") if folder.base else None):
         ours, wanted = pairs[other[0]]
         yield Fault(

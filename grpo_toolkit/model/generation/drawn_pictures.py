@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.pixel_limits import known_pixel_limits
 from grpo_toolkit.model.cache_probe import vision_tower
-from grpo_toolkit.model.generation.chat_inputs import prepare_inputs
+from grpo_toolkit.model.generation.chat_inputs import image_messages, prepare_inputs
 from grpo_toolkit.model.generation.request import Request, plain_request
 from grpo_toolkit.model.live_model import base_model
 
@@ -66,8 +66,26 @@ def requests_to(model: torch.nn.Module, processor: Any) -> list[Request]:
 
     An export of it has the same processor, and there verification says so.
     """
-    made_up = made_up_requests(sight_of(processor, model))
+    sight = replace(sight_of(processor, model), why_not="" if places_pictures(processor) else "no place for them")
+    made_up = made_up_requests(sight)
     return [request for request in made_up if not request.images or _is_taken(request, processor)]
+
+
+def places_pictures(processor: Any) -> bool:
+    """Return whether a chat template gives a picture a token of its own.
+
+    One of a text model may well print a message's parts as they are, words about an image among them.
+    """
+    asked = _question(_SIZES[0], 0, None)
+    try:
+        with_one, without = (
+            processor.apply_chat_template(image_messages(request), tokenize=False, add_generation_prompt=True)
+            for request in (asked, replace(asked, images=[]))
+        )
+    except Exception:  # a template may raise anything
+        return False
+    tokens = getattr(processor, "tokenizer", processor).get_added_vocab()
+    return any(with_one.count(token) > without.count(token) for token in tokens)
 
 
 def _is_taken(request: Request, processor: Any) -> bool:

@@ -24,9 +24,10 @@ from grpo_toolkit.model.attention.grouped_decode import NAME, register
 from grpo_toolkit.model.kv_cache import cache_flags, set_cache_flags
 from grpo_toolkit.model.live_model import base_model, config_levels, random_state_kept
 from grpo_toolkit.model.sharding.gather import is_sharded, own_part, unsharded, unsharded_models, whole_shape
+from grpo_toolkit.model.sharding.ranks import failing_together
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import torch
 
@@ -102,14 +103,14 @@ class WeightsCopy:
             return
         sources = self._sources()
         state = [source.state() for source in sources.values()]
+        self._make_room(sources)
         with torch.no_grad():
             done: dict[Any, torch.nn.Parameter] = {}
             for name, source in sources.items():
-                owner, _, key = name.rpartition(".")
-                module = self.model.get_submodule(owner)
+                parameters, own = self._owner_of(name)
                 if source.key not in done:
-                    done[source.key] = self._written(module._parameters[key], source, name)
-                module._parameters[key] = done[source.key]  # tied where the live ones are
+                    done[source.key] = self._written(own, source, name)
+                parameters[name.rpartition(".")[2]] = done[source.key]  # tied where the live ones are
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(_source(self.live, name).tensor)
         self._seen = state
@@ -117,6 +118,38 @@ class WeightsCopy:
 
     def _sources(self) -> dict[str, _Source]:
         return {name: _source(self.live, name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
+
+    def _make_room(self, sources: Mapping[str, _Source]) -> None:
+        """Allocate what sharded weights are gathered into: a rank without room must not leave the others in a gather.
+
+        Raises:
+            PeerError: another rank has no room.
+        """
+        import torch
+
+        missing = {name: source for name, source in sources.items() if self._owner_of(name)[1].is_meta}
+        if not self._is_gathered or not missing:
+            return
+        made: dict[Any, torch.nn.Parameter] = {}
+        with failing_together():
+            for name, source in missing.items():
+                if source.key not in made:
+                    made[source.key] = torch.nn.Parameter(self._empty(source, name), requires_grad=False)
+        for name, source in missing.items():
+            parameters, _ = self._owner_of(name)
+            parameters[name.rpartition(".")[2]] = made[source.key]
+
+    def _owner_of(self, name: str) -> tuple[dict[str, Any], Any]:
+        """Return the parameters of the copy's module that has one of this name, and that one."""
+        owner, _, key = name.rpartition(".")
+        parameters: dict[str, Any] = self.model.get_submodule(owner)._parameters
+        return parameters, parameters[key]
+
+    def _empty(self, source: _Source, name: str) -> torch.Tensor:
+        import torch
+
+        live = source.tensor.detach()
+        return torch.empty(whole_shape(source.tensor), dtype=self._dtype_of(live, name), device=live.device)
 
     def _written(self, parameter: Any, source: _Source, name: str) -> torch.nn.Parameter:
         """Return the copy's parameter, which is the live tensor itself or has its value."""
@@ -132,7 +165,7 @@ class WeightsCopy:
         if has_storage and (self._is_gathered or parameter.data_ptr() != live.data_ptr()):
             source.copy_into(parameter.data)
             return parameter  # type: ignore[no-any-return]
-        storage = torch.empty(whole_shape(source.tensor), dtype=dtype, device=live.device)
+        storage = self._empty(source, name)
         source.copy_into(storage)
         return torch.nn.Parameter(storage, requires_grad=False)
 
