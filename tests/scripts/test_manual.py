@@ -97,7 +97,7 @@ def test_every_finding_has_an_anchor_and_every_severity_a_meaning() -> None:
         "re-encodes the image for each of them.",
         "",
         "- Affected: transformers.",
-        "- Repair: true, or the key deleted where the base has none.",
+        "- Repair: use\\_cache true, or no use\\_cache where the base has none.",
         "- Read more: <https://github.com/om-ai-lab/VLM-R1/issues/229>",
     ]
 

@@ -32,7 +32,7 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "KV cache off in generation_config.json",
     effect="every token recomputes the whole prompt, and a vision model re-encodes the image for each of them",
     evidence="https://github.com/om-ai-lab/VLM-R1/issues/229",
-    mend="true, or the key deleted where the base has none",
+    mend="use_cache true, or no use_cache where the base has none",
     fails=TRANSFORMERS,
 )
 def generation_cache_off(folder: Folder) -> Iterator[Fault]:
@@ -47,7 +47,7 @@ def generation_cache_off(folder: Folder) -> Iterator[Fault]:
     effect="there is no generation_config.json, so generate takes use_cache from here: every token recomputes the "
     "whole prompt",
     evidence="https://github.com/hiyouga/EasyR1/issues/265",
-    mend="true, or the key deleted where the base has none",
+    mend="use_cache true, or no use_cache where the base has none",
     fails=TRANSFORMERS,
 )
 def config_cache_off(folder: Folder) -> Iterator[Fault]:
@@ -61,7 +61,7 @@ def config_cache_off(folder: Folder) -> Iterator[Fault]:
     effect="generation_config.json keeps generate fast, but a loop that calls the model itself, a trainer that "
     "starts from this folder and a merger that drops that file all decode without a cache",
     evidence="https://github.com/hiyouga/LlamaFactory/issues/1161",
-    mend="true, or the key deleted where the base has none",
+    mend="use_cache true, or no use_cache where the base has none",
     fails=TRANSFORMERS,
 )
 def config_cache_off_latent(folder: Folder) -> Iterator[Fault]:

@@ -159,7 +159,7 @@ def wrong_type(folder: Folder) -> Iterator[Fault]:
 
 @rule(
     Severity.UNLOADABLE,
-    "index that names what is not a file here",
+    "index that names no file of this folder",
     effect="the index names something that is no plain file of this folder, which would be read from elsewhere on "
     "your disk; it was not opened",
     evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/utils/hub.py",

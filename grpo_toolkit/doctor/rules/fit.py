@@ -292,7 +292,7 @@ def null_setting(folder: Folder) -> Iterator[Fault]:
     "no model type",
     effect="AutoConfig fails: config.json should have a model_type key",
     evidence="https://huggingface.co/docs/transformers/model_doc/auto",
-    mend="the base's",
+    mend="the base's model_type",
 )
 def model_type_missing(folder: Folder) -> Iterator[Fault]:
     value = folder.get(CONFIG, "model_type")
@@ -308,7 +308,7 @@ def model_type_missing(folder: Folder) -> Iterator[Fault]:
     "rotary settings lost",
     effect="positions are rotated otherwise than in training: other text, or an error at the first token",
     evidence="https://github.com/vllm-project/vllm/pull/42624",
-    mend="the base's settings, where they are absent altogether",
+    mend="the base's settings, where there are none",
     needs_base=True,
 )
 def rope_lost(folder: Folder) -> Iterator[Fault]:

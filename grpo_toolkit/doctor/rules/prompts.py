@@ -145,7 +145,7 @@ def _of_the_processor(folder: Folder) -> str | None:
     effect="the tokenizer was saved with the truncation of its last call: prompts with a picture are cut inside it, "
     "and the processor raises (Mismatch in `image` token count)",
     evidence="https://github.com/vllm-project/llm-compressor/pull/2917",
-    mend="truncation null",
+    mend="truncation set to null",
 )
 def tokenizer_cuts(folder: Folder) -> Iterator[Fault]:
     # A text model's tokenizer is told anew at each call; a processor hands on what its tokenizer was loaded with.

@@ -25,7 +25,7 @@ VALUE_HEAD: Final = re.compile(r"(?:^|\.)(?:v_head|value_head)\.")
     effect="transformers finds the class by the model type; servers look for its name here and refuse the folder (No "
     "model architectures are specified)",
     evidence="https://github.com/vllm-project/vllm/issues/14105",
-    mend="the base's",
+    mend="the base's architectures",
     fails=SERVERS,
 )
 def architectures_missing(folder: Folder) -> Iterator[Fault]:
@@ -70,7 +70,7 @@ def value_head_stored(folder: Folder) -> Iterator[Fault]:
     effect="vLLM cuts every answer after so many tokens, unless the request asks for another number (before February "
     "2026 even then): answers end in the middle of a sentence",
     evidence="https://github.com/vllm-project/vllm/pull/34063",
-    mend="as in the base",
+    mend="max_new_tokens as in the base",
     needs_base=True,
     fails="vllm",
 )

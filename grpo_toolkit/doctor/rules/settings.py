@@ -187,7 +187,7 @@ _NOT_OF_PICTURES: Final = frozenset(
 
 @rule(
     Severity.WRONG,
-    "pictures are made otherwise than for the base",
+    "pictures are prepared otherwise than for the base",
     effect="the tower sees pictures of another scale, mean or patch than it was trained with, or the processor raises "
     "at the first of them",
     evidence="https://huggingface.co/docs/transformers/main_classes/image_processor",

@@ -21,6 +21,8 @@ INTRODUCTION: Final = """# Errors and exit codes
 
 An error of a command is one line on standard error. It says which path or option, what was found, what was expected
 and what to do. From Python the same errors are exceptions, and all of them are `GrpoToolkitError`.
+
+What to do about a message: [Troubleshooting](../troubleshooting.md).
 """
 
 

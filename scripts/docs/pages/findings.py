@@ -27,7 +27,8 @@ INTRODUCTION: Final = """# Findings of the doctor
     grpo-toolkit repair FOLDER --undo                   # put back what was there
 
 The doctor prints the code of each finding: search this page for it. The base is the folder of the model that the
-training began with.
+training began with. If you have a message of another program and no code, begin with
+[Troubleshooting](../troubleshooting.md).
 """
 
 
@@ -48,7 +49,7 @@ def _finding(rule: Rule) -> str:
         "",
         f"**{sentence(rule.title)}** {sentence(rule.effect)}",
         "",
-        f"- Affected: {affected}." + (" Can only be told beside the base." if rule.needs_base else ""),
+        f"- Affected: {affected}." + (" Found only with `--base`." if rule.needs_base else ""),
         f"- Repair: {plain(rule.mend)}." if rule.mend else "- Repair: none. The doctor can only report it.",
         f"- Read more: <{rule.evidence}>",
         "",
