@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -297,7 +298,6 @@ def test_what_misses_a_gate(export: LatencyRow, reason: str | None) -> None:
 def test_bench_with_a_gate_exits_with_1_and_the_explanation(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
 
     slow = shutil.copytree(llama, tmp_path / "slow")
     FILES["cache-off"](slow)
@@ -314,7 +314,6 @@ def test_bench_with_a_gate_exits_with_1_and_the_explanation(
 def test_what_missed_a_gate_is_explained_with_a_command_that_is_not_cut(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
 
     folder = tmp_path / ("a folder with a long name " * 5).strip()  # wider than what is printed where nobody looks
     slow = shutil.copytree(llama, folder)
