@@ -36,6 +36,8 @@ class ResumeGuardCallback(TrainerCallback):  # type: ignore[misc]
     of transformers list parameters in other orders and groups. Sharded models (FSDP, ZeRO-3) are left to their own
     loaders, which do not have these faults.
 
+    Pass it to the trainer's `callbacks=`: one that `add_callback` adds later does not see the moments being loaded.
+
     Args:
         checkpoint: the folder that is resumed from, if it is not in `output_dir`.
 

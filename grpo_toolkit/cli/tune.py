@@ -110,9 +110,8 @@ def tuned_overrides(source: Path, base: str | None, *, device: str) -> tuple[dic
     from grpo_toolkit.latency.tune.tuning import keys_for_files
 
     named = None if base is None else named_base(base)
-    folder = source
-    if not (source / CONFIG).is_file():  # an adapter is exported merged, so as fast as its base
-        folder = named or base_of_adapter(source)
+    # An export is as fast as its base. Its source may not be: an adapter is not merged there, a cache may be off.
+    folder = named or (source if (source / CONFIG).is_file() else base_of_adapter(source))
     tuning = tune_latency(folder, device=device, batches_s=0.0, progress=_say_trial)
     keys, left_out = keys_for_files(tuning, read_json((named or folder) / CONFIG))
     for line in left_out:

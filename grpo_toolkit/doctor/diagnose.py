@@ -49,7 +49,7 @@ _MODULES: Final = (
 ALL_RULES: Final = tuple(
     rule for module in _MODULES for rule in RULES.values() if rule.check.__module__ == module.__name__
 )
-"""Every rule, in the order of the table in the README."""
+"""Every rule, in the order in which the findings of a folder are listed."""
 
 DIALECT_CODES: Final = frozenset(
     rule.code

@@ -1,8 +1,8 @@
 """The findings of the doctor, their severities, and the register of rules that give them.
 
 A rule is a small pure function from a `Folder` to faults, registered as data by the decorator `rule`. Everything that
-is the same for all its faults (code, severity, effect, evidence) stands in the decorator, so the table in the README
-is made from the rules and cannot differ from them.
+is the same for all its faults (code, severity, effect, evidence) stands in the decorator, so the manual's page of
+findings is made from the rules and cannot differ from them.
 """
 
 from __future__ import annotations

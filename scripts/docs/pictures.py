@@ -1,4 +1,4 @@
-"""Make the README's pictures again from a run: the chart of the arms, and the report as a browser shows it.
+"""Make the manual's pictures again from a run: the chart of the arms, and the report as a browser shows it.
 
     python -m scripts.docs.pictures runs/tiny            # docs/latency.png, docs/report.png, docs/report-dark.png
 

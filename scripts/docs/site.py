@@ -20,7 +20,6 @@ GENERATED: Final[Mapping[str, Callable[[], str]]] = {
     "reference/callbacks.md": api.callbacks_page,
     "reference/api.md": api.api_page,
     "reference/findings.md": findings.findings_page,
-    "reference/checks.md": checks.checks_page,
     "reference/files.md": files.files_page,
     "reference/environment.md": environment.environment_page,
     "reference/errors.md": errors.errors_page,
@@ -29,7 +28,6 @@ GENERATED: Final[Mapping[str, Callable[[], str]]] = {
 """The page of the site that each function makes."""
 
 TAKEN: Final = {
-    "README.md": "start/overview.md",
     "recipes/README.md": "start/recipe.md",
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
@@ -43,7 +41,12 @@ _TEXT: Final = re.compile(r"(?<!!)\[(?P<text>[^\[\]]*)\]\((?P<target>[^)#\s]+)(?
 
 
 def pages() -> dict[str, str]:
-    """Return the text of every page that is not a file in `docs/`, by its place in the site."""
+    """Return the text of every page that is not a file in `docs/`, by its place in the site.
+
+    Raises:
+        ValueError: a page that is a file tells otherwise than the code.
+    """
+    checks.hold_table()
     made = {place: make() for place, make in GENERATED.items()}
     for file, place in TAKEN.items():
         made[place] = relinked((ROOT / file).read_text(encoding="utf-8"), file, place)

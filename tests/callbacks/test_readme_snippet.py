@@ -24,7 +24,9 @@ def test_the_snippet_trains_once_and_stops_at_once_the_second_time(
 ) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
-    [snippet] = re.findall(r"## Plug it in\n\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    [snippet] = re.findall(
+        r"## Add to your script\n\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
+    )
     assert '"Qwen/Qwen2.5-VL-3B-Instruct"' in snippet
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(latency_budget, "SMOKE_BUDGET_S", 0.0)

@@ -13,11 +13,10 @@ import pytest
 
 from grpo_toolkit.cli import main
 from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_model
-from scripts.docs.doctor_rules import with_table
 from tests.support.faulty import unpack
 from tests.support.published import build_published
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 NEED_BASE = sum(rule.needs_base for rule in ALL_RULES)
 
 
@@ -216,14 +215,9 @@ def test_only_the_standard_library_is_imported(tmp_path: Path) -> None:
         "print(*{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names, file=sys.stderr)"
     )
     command = [sys.executable, "-S", "-c", code, str(folder)]
-    environment = {"PYTHONPATH": str(README.parent), "PATH": os.environ["PATH"]}
+    environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert set(done.stderr.split()) == {"__main__", "grpo_toolkit"}
-
-
-def test_the_table_in_the_readme_is_what_the_rules_give() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert with_table(text) == text, "python -m scripts.docs.doctor_rules --write README.md"
 
 
 def test_a_pipe_that_closes_early_is_no_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,14 @@ def test_times_stand_beside_their_verdict(capsys: pytest.CaptureFixture[str]) ->
     assert f"time per output token {tpot['base']:.2f} ms {of_export}" in printed
     of_the_rest = f"{tpot['export_no_cache']:.2f} ms (slower: 1.88 to 2.17 times the base)"
     assert f"the same export, cache off {of_the_rest}" in printed
+
+
+def test_a_batch_is_not_compared_with_the_base() -> None:
+    batch = row("export", batch_size=16, ratios=[])
+    batch = replace(batch, workload=replace(batch.workload, name="fixed_batch_size_16"))
+    summary = summary_of([row("base"), row("export", ratios=[over_base(0.96, 1.01, "same")]), batch])
+    assert summary["tpot_ms"] == summary_of([row("base"), row("export")])["tpot_ms"]
+    assert summary["tpot_ratios"]["export"]["verdict"] == "same"
 
 
 def test_a_noisy_machine_is_no_regression(capsys: pytest.CaptureFixture[str]) -> None:

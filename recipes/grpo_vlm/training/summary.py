@@ -40,7 +40,7 @@ def summarise(
     `begun_with` is the checkpoint that the accuracies before are of, where they could not be the base's; `latency` the
     folder with the report and the doctor's findings.
     """
-    fixed = {row.arm: row for row in rows if row.tpot_s and row.workload.kind == "fixed"}
+    fixed = {row.arm: row for row in rows if row.tpot_s and row.workload.name == "fixed"}
     return {
         "held_out_accuracy": list(accuracies),
         "begun_with": begun_with,

@@ -1,4 +1,4 @@
-"""The checks before an export is published: the table in the README, held against those that the code makes."""
+"""The checks before an export is published: the table of a written page, held against those that the code makes."""
 
 from __future__ import annotations
 
@@ -9,42 +9,22 @@ from typing import Final
 from scripts.docs.pages.markdown import ROOT
 from scripts.docs.pages.source import calls, constants, sources, tree_of
 
-SECTION: Final = re.compile(
-    r"^## What is checked before an export is published\n(.*?)(?=^## )", re.DOTALL | re.MULTILINE
-)
+PAGE: Final = ROOT / "docs" / "reference" / "checks.md"
 _ROW: Final = re.compile(r"^\| ([^|]+) \| ", re.MULTILINE)
-INTRODUCTION: Final = """# Checks of an export
-
-    grpo-toolkit verify EXPORT --base BASE --reference CHECKPOINT
-
-`ExportCallback`, `export_model` and `grpo-toolkit export` make the checks that apply before the folder gets its name.
-If one fails, nothing is published, and the command ends with exit code 1. A folder that exists already is checked by
-`verify`, also one that `grpo-toolkit merge` has written.
-"""
 
 
-def checks_page() -> str:
-    """Return the checks with how each is made.
+def hold_table() -> None:
+    """Hold the page's table against the code.
 
     Raises:
-        ValueError: the README tells others than the code makes.
+        ValueError: the page tells of other checks than the code makes.
     """
-    section = told()
-    rows = set(_ROW.findall(section)) - {"check", "---"}
+    rows = set(_ROW.findall(PAGE.read_text(encoding="utf-8"))) - {"check", "---"}
     made = check_names()
     untold = sorted(name for name in made if not any(_is_row_of(name, row) for row in rows))
     not_made = sorted(row for row in rows if not any(_is_row_of(name, row) for name in made))
     if untold or not_made:
-        raise ValueError(f"the README's checks: not told {untold}, not in grpo_toolkit/export {not_made}")
-    return f"{INTRODUCTION}\n{section}"
-
-
-def told() -> str:
-    """Return the README's section of the checks, without its title."""
-    match = SECTION.search((ROOT / "README.md").read_text(encoding="utf-8"))
-    if match is None:
-        raise ValueError("README.md: no section 'What is checked before an export is published'")
-    return match.group(1).strip() + "\n"
+        raise ValueError(f"{PAGE.name}: not told {untold}, not in grpo_toolkit/export {not_made}")
 
 
 def check_names() -> set[str]:
