@@ -83,6 +83,6 @@ def test_a_message_of_ours_is_in_the_code(message: str) -> None:
     assert any(pattern.search(template) for template in TEMPLATES)
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"(?:^    |`)(grpo-toolkit [^`#\n]+)", PAGE, re.MULTILINE))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"(?:^|`)(grpo-toolkit [^`#\n]+)", PAGE, re.MULTILINE))))
 def test_a_command_parses(command: str) -> None:
     assert build_parser().parse_known_args(shlex.split(command)[1:])[1] == []
