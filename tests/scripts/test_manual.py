@@ -161,7 +161,8 @@ def test_text_is_no_markup() -> None:
 
 
 EVERYONE_KNOWS = {
-    "AMD", "API", "BOM", "CI", "CPU", "DIR", "FLOP", "GB", "GPU", "JSON", "MODEL", "README", "RESULTS", "URL", "UTF", "YAML",
+    "AMD", "API", "BOM", "CI", "CPU", "DIR", "FLOP", "GB", "GPU", "JSON", "MODEL", "README",
+    "RESULTS", "URL", "UTF", "YAML",
 }  # fmt: skip
 READ_BY_ALL = [
     name for name in (*WRITTEN, *GENERATED) if not name.startswith(("background/", "benchmarks/", "project/"))
