@@ -54,9 +54,9 @@ class FastRolloutCallback(GuardedCallback, ExportableState):  # type: ignore[mis
     Args:
         way: "fast", "plain", or "auto": fast on a CUDA GPU that has room for a copy of the weights and a KV cache.
             The ranks decide together, and no clock decides.
-        trial: let a clock decide after all: the first rollout of a training is made by both ways, on copies of its
-            inputs and with the random state kept, and with "auto" the fast way is gone if it is 1.2 times as fast on
-            the first rank, then also without a GPU. It takes as long as one plain and two fast rollouts. A resumed
+        trial: let a clock decide after all: the first rollout of a training is made both ways, on copies of its inputs
+            and with the random state kept. With "auto" the fast way is then taken if it is 1.2 times as fast on the
+            first rank, also without a GPU. The trial takes as long as one plain and two fast rollouts. A resumed
             training takes the checkpoint's way.
         kl_limit: nats a token between the policy that samples and the one that is trained, past which a warning is
             printed.

@@ -67,19 +67,21 @@ class LatencyCallback(GuardedCallback):
     without their instruction to think, in turns, and reward functions pay both. Which batch, and how much memory? The
     export is timed at several batch sizes, as far as the time allows, on a GPU also at the largest that fits.
 
-    Nothing runs between steps, unless `every_steps` asks for it. The end takes one percent of the training's own time:
-    saving the plain checkpoint, loading a process per folder, warm-up and timed rounds of all workloads, of which the
-    last two may have a minute, however short the training was; what one workload leaves is for the next. Outside of it
-    are: the least that is asked of each arm on each workload, however slow it is (two answers to warm up, six timed
-    ones or `rounds` if those are fewer, one under observation); the report and the trackers; for each folder that
-    missed the gate, an explanation with a limit of its own, as long again, but three rounds at least. After a training
-    of less than a minute the timing may take as long as that training (20 seconds at least), two timed answers are the
-    least, a workload for which no time is left is not asked, and a line says what was left out.
+    Nothing runs between steps, unless `every_steps` asks for it. The end takes one percent of the training's own time.
+    That covers saving the plain checkpoint, loading a process for each folder, and warm-up and timed rounds of all
+    workloads; these two get a minute even if one percent is less. Time that one workload leaves goes to the next.
 
-    Model and optimizer wait on the CPU meanwhile, where they can be moved (not sharded, not quantised), because every
-    arm's process needs room for a model; where a GPU has not enough, the checkpoint is left out. For want of that room
-    no arm is timed a second time as a control (A/A), as `compare_latency` and `grpo-toolkit bench` do it: verdicts
-    rest on the intervals alone.
+    On top of that come: the least that is asked of each arm on each workload, however slow it is (two answers to warm
+    up, six timed ones or `rounds` if those are fewer, one under observation); the report and the trackers; and, for
+    each folder that missed the gate, an explanation, which takes as long again at most, but makes three rounds at
+    least. After a training of less than a minute the timing may take as long as the training did (20 seconds at
+    least). Then two timed answers are enough, a workload without time left is not asked, and a line says what was left
+    out.
+
+    Model and optimizer wait on the CPU meanwhile, if they can be moved (not sharded, not quantised), because every
+    arm's process needs room for a model. If a GPU has too little room, the checkpoint is left out. No arm is timed a
+    second time as a control (A/A), as `compare_latency` and `grpo-toolkit bench` do, since that takes room as well:
+    verdicts rest on the intervals alone.
 
     Args:
         arms: which of them, in this order; the others are compared with the first.
