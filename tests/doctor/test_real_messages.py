@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from grpo_toolkit import diagnose_checkpoint
 from scripts.models.base_variants import change_json, change_weights
-from tests.support.models import build_qwen2_5_vl
+from tests.support.models import build_llama, build_qwen2_5_vl
+from tests.support.wild import build_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -258,3 +260,28 @@ def test_the_message_is_on_the_page_beside_its_finding(name: str, base: Path, tm
         if VERSION in SpecifierSet(versions):
             raised = re.sub(r"[`\n]", "", "\n".join(messages_of(folder)))
             assert message in raised
+
+
+ADAPTERS = {
+    "compiled adapter": ("adapter-names-wrapped", "Found missing adapter keys while loading the checkpoint"),
+    "MLX adapter": ("adapter-of-mlx", "KeyError: 'peft_type'"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_peft_says_of_an_adapter_is_on_the_page(name: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    code, message = ADAPTERS[name]
+    base = build_llama(tmp_path / "base")
+    folder = build_report(name, base, tmp_path / "adapter")
+    assert code in {finding.code for finding in diagnose_checkpoint(folder, base=base).findings}
+    assert any(message in row.replace("`", "") for row in PAGE.splitlines() if f"#{code})" in row)
+    said = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), folder)
+        except KeyError as error:
+            said.append(f"KeyError: {error}")
+    assert message in "\n".join([*said, *(str(one.message) for one in warned)])
