@@ -293,7 +293,8 @@ def _verify(
             base=plan.source.base,
             tied=None if is_sharded(plan.source.model) else is_tied(plan.source.model),
             dtype=plan.storage.dtype_name,
-            sees=answers.sees,
+            # A folder's template may have been lost after its training; a live policy's is the one it trained with.
+            sees=answers.sees or plan.source.folder is not None,
             device=answers.device or plan.source.device,
             attn_implementation=getattr(plan.source.plain.config, "_attn_implementation", None),
         )

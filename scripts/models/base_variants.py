@@ -37,7 +37,7 @@ def build_text_base(family: str, folder: Path, **options: Any) -> Path:
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = getattr(transformers, f"{family}Config")(**{**TEXT_SIZES, **tokens, "initializer_range": 0.3, **options})
     torch.manual_seed(0)
-    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
+    getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

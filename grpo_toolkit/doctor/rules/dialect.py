@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject
+from grpo_toolkit.checkpoint.model_families import THETAS_OF_V4, is_read_otherwise, older_rotary
 from grpo_toolkit.checkpoint.pixel_limits import PIXEL_LIMITS, pixel_limits
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, VIDEO_PREPROCESSOR
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 _OF_THE_NESTING: Final = frozenset(
     {"model_type", "architectures", "_name_or_path", "dtype", "torch_dtype", "layer_types"}
 )
-# Rolled into rope_parameters by transformers 5; `type` is the older name of `rope_type`.
-_ROPE_TYPES_WITHOUT_SETTINGS: Final = ("default", "mrope", "axial")
 
 
 @rule(
@@ -69,30 +68,27 @@ _INNER: Final = frozenset({"use_cache", "rope_parameters", "rope_scaling", "rope
     fails=V4,
 )
 def rope_parameters_alone(folder: Folder) -> Iterator[Fault]:
-    if folder.family is None or _has_rope_parameters_alone(folder.base):
+    if _has_rope_parameters_alone(folder.base):
         return
     for level, node in folder.levels():
         rope = node.get("rope_parameters")
         if not isinstance(rope, dict) or "vision" in ".".join(level):
             continue
-        theta = rope.get("rope_theta")
-        missing = [key for key in ("rope_scaling", "rope_theta") if key not in node]
-        if not _is_number(theta) or not missing:
-            continue  # one set of settings a layer type (Gemma 3) has no older form that is the same everywhere
-        scaling = _older_scaling(rope)
-        if "rope_theta" in node and scaling is None:
+        model_type = str(node.get("model_type", folder.model_type))
+        older = older_rotary(rope, model_type)
+        missing = {key: value for key, value in older.items() if key not in node}
+        # One set of settings a layer type (Gemma 3) or a type without a row: its defaults are in the class, too.
+        is_told = folder.family is not None and "rope_theta" in rope
+        if not missing or not (is_told or is_read_otherwise(rope, model_type)):
             continue
-        edits = tuple(
-            Edit(file=CONFIG, path=(*level, key), value=value)
-            for key, value in (("rope_scaling", scaling), ("rope_theta", theta))
-            if key in missing
-        )
+        if set(missing) == {"rope_scaling"} and missing["rope_scaling"] is None:
+            continue
         yield Fault(
             file=CONFIG,
             key=".".join((*level, "rope_parameters")),
             found=rope,
-            expected="rope_scaling and rope_theta beside it",
-            remedies=edits,
+            expected=f"{' and '.join(missing)} beside it",
+            remedies=tuple(Edit(file=CONFIG, path=(*level, key), value=value) for key, value in missing.items()),
         )
 
 
@@ -102,19 +98,13 @@ def _has_rope_parameters_alone(base: Folder | None) -> bool:
     return any("rope_parameters" in node and "rope_theta" not in node for _, node in levels)
 
 
+def _is_in_v4(folder: Folder) -> bool:
+    """Return whether transformers 4 knows this model type, or its text model's."""
+    return folder.family is not None or any(node.get("model_type") in THETAS_OF_V4 for _, node in folder.levels())
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _older_scaling(rope: JsonObject) -> JsonObject | None:
-    """Return the `rope_scaling` of 4.x that means the same; None where there is nothing but a theta."""
-    scaling = {key: copy.deepcopy(value) for key, value in rope.items() if key != "rope_theta"}
-    if scaling.get("rope_type", "default") in _ROPE_TYPES_WITHOUT_SETTINGS and set(scaling) <= {"rope_type", "type"}:
-        return None
-    scaling.setdefault("rope_type", scaling.get("type", "default"))
-    if "mrope_section" in scaling:
-        scaling["type"] = "mrope"  # read by 4.49, which knows no rope_type "default" with sections
-    return scaling
 
 
 @rule(
@@ -127,7 +117,7 @@ def _older_scaling(rope: JsonObject) -> JsonObject | None:
     fails=V4,
 )
 def theta_in_rope_scaling(folder: Folder) -> Iterator[Fault]:
-    if folder.family is None:
+    if not _is_in_v4(folder):
         return
     for level, node in folder.levels():
         scaling = node.get("rope_scaling")
@@ -215,7 +205,7 @@ def extra_special_tokens_list(folder: Folder) -> Iterator[Fault]:
 def preprocessor_config_missing(folder: Folder) -> Iterator[Fault]:
     outer = folder.objects.get(PROCESSOR)
     image = folder.get(PROCESSOR, "image_processor")
-    if folder.family is None or outer is None or not isinstance(image, dict):
+    if not _is_in_v4(folder) or outer is None or not isinstance(image, dict):
         return
     if folder.base is not None and isinstance(folder.base.get(PROCESSOR, "image_processor"), dict):
         return
