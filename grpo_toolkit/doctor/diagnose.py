@@ -54,7 +54,8 @@ ALL_RULES: Final = tuple(
 DIALECT_CODES: Final = frozenset(
     rule.code
     for rule in ALL_RULES
-    if rule.check.__module__ == dialect.__name__ or rule.check is experts.experts_renamed
+    if rule.check.__module__ == dialect.__name__
+    or rule.check in (experts.experts_renamed, settings.layer_types_renamed)
 )
 """The rules about forms that one library version writes and another cannot read."""
 

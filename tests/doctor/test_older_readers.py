@@ -27,7 +27,6 @@ IDS: Final = [5, 9, 30, 12, 7, 44, 3, 21]
 UNREAD: Final = {
     "qwen3_5": "4.57 does not know it",
     "qwen3_5_moe": "4.57 does not know it",
-    "granitemoehybrid": "its kinds of layers have other names in 4.57",
     "jamba": "4.57 asks for kernels of a GPU",
     "qwen3_vl_moe": "its experts are turned back beside a base alone (test_experts.py)",
     "smolvlm": "its processor asks for a package",

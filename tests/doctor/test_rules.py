@@ -321,6 +321,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "experts-transposed": (model({**TENSORS, "model.layers.1.mlp.experts.down_proj": ("BF16", (2, 4, 6))}),
                            model({**TENSORS, "model.layers.1.mlp.experts.down_proj": ("BF16", (2, 6, 4))}), None,
                            "model.safetensors", "model.layers.1.mlp.experts.down_proj"),
+    "layer-types-renamed": (model(config={"model_type": "granitemoehybrid", "layer_types": ["linear_attention"]}),
+                            None, None, "config.json", "layer_types"),
     "adapter-of-mlx": (folder_of({"adapter_config.json": {"fine_tune_type": "lora", "lora_parameters": {}}}), BASE,
                        None, "adapter_config.json", "peft_type"),
     "adapter-names-wrapped": (

@@ -9,7 +9,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR
-from grpo_toolkit.doctor.readers import installed_allows_null
+from grpo_toolkit.doctor.readers import V4, installed_allows_null
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -255,3 +255,28 @@ def processor_settings_differ(folder: Folder) -> Iterator[Fault]:
         )
         if not is_here:
             return
+
+
+# Source: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/granitemoehybrid/
+# configuration_granitemoehybrid.py
+_LAYER_TYPES_OF_V4: Final = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "kinds of layers under the names of transformers 5",
+    effect="4.x knows other names and fails: layer_types must be a list of mamba and attention",
+    evidence="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/granitemoehybrid/"
+    "configuration_granitemoehybrid.py",
+    mend="the older names, which every release reads",
+    fails=V4,
+)
+def layer_types_renamed(folder: Folder) -> Iterator[Fault]:
+    names, kinds = _LAYER_TYPES_OF_V4.get(folder.model_type, {}), folder.get(CONFIG, "layer_types")
+    if not isinstance(kinds, list) or not any(kind in names for kind in kinds if isinstance(kind, str)):
+        return
+    if folder.base is not None and folder.base.get(CONFIG, "layer_types") == kinds:
+        return
+    older = [names.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+    edit = Edit(file=CONFIG, path=("layer_types",), value=older)
+    yield Fault(file=CONFIG, key="layer_types", found=kinds, expected=str(older), remedies=(edit,))
