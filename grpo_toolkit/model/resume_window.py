@@ -1,10 +1,11 @@
 """The moments in which a trainer reads a checkpoint: between its making and `on_train_begin`.
 
-No callback is called then, and none is handed the optimizer before. So two public functions are watched from the
+No callback is called then, and none is handed the optimizer before. So three public functions are watched from the
 making of a trainer to the beginning of its training, and are as they were afterwards. `Optimizer.load_state_dict` of
 torch gets moments in this model's order; what an optimizer of another model loads is let through, and so is a sharded
 one's, whose loader goes by names itself. `TrainerState.load_from_json` leaves out what a newer version has written and
-this one does not know (`best_global_step` is a TypeError in 4.49).
+this one does not know (`best_global_step` is a TypeError in 4.49). `PreTrainedConfig.from_json_file`, by which it
+finds the version that saved, reads on where 5.24 raises at the positions of Llama 3 as 4.x saves them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def match_moments(model: torch.nn.Module, then: Callable[[Match], object]) -> No
     """
     _waiting[model] = then
     if not _undo:
-        _undo.extend([_watch_optimizers(), _watch_trainer_states()])
+        _undo.extend([_watch_optimizers(), _watch_trainer_states(), _watch_configs()])
 
 
 def leave_moments(model: torch.nn.Module) -> None:
@@ -125,6 +126,24 @@ def _watch_trainer_states() -> Callable[[], None]:
 
     TrainerState.load_from_json = staticmethod(load_from_json)
     return functools.partial(setattr, TrainerState, "load_from_json", original)
+
+
+def _watch_configs() -> Callable[[], None]:
+    from transformers import PretrainedConfig
+
+    original = PretrainedConfig.__dict__["from_json_file"]
+
+    def from_json_file(cls: type[PretrainedConfig], json_file: str) -> PretrainedConfig:
+        try:
+            return original.__get__(None, cls)(json_file)
+        except AttributeError:
+            if cls is not PretrainedConfig:
+                raise
+            found = read_json(Path(json_file))
+            return cls(**{name: value for name, value in found.items() if name != "rope_scaling"})
+
+    PretrainedConfig.from_json_file = classmethod(from_json_file)
+    return functools.partial(setattr, PretrainedConfig, "from_json_file", original)
 
 
 def _put_back() -> None:

@@ -174,8 +174,9 @@ NOTES: Final[dict[str, str]] = {
     "ministral": "published as transformers 5 saves it",
     "paligemma": "transformers 5.24 masks a text without `token_type_ids` in both directions where nothing is padded, "
     "and TRL 1.16 gives completions the prefix's type: log-probabilities see what follows",
-    "qwen3_vl_moe": "transformers 5.24 saves the experts of a published base transposed; exports have its shapes, "
-    "checkpoints of a full fine-tune have not, since a trainer resumes from the live ones alone",
+    "mllama": "on text alone: TRL 1.16 gives its forward no `aspect_ratio_ids`",
+    "qwen3_vl_moe": "transformers 5.24 saves the experts of a published base transposed, and a trainer resumes from "
+    "such ones; exports have its shapes, and `repair --rewrite-weights` turns a checkpoint's back",
 }
 """Remarks on a family in the manual's table, beside its outcome."""
 
@@ -200,8 +201,12 @@ class Case:
         return "-".join((self.family, self.form, self.data, self.kind))
 
 
+TEXT_ALONE: Final = frozenset({"mllama"})
+"""VLMs that TRL trains on text alone."""
+
+
 def _cases(family: str) -> Iterator[Case]:
-    data = "pictures" if family in PICTURES else "text"
+    data = "pictures" if family in PICTURES and family not in TEXT_ALONE else "text"
     forms = [("v5", "text")]
     if family not in BORN_IN_V5 or data == "pictures":
         forms.append(("v5" if family in BORN_IN_V5 else "published", data))

@@ -51,6 +51,7 @@ PICTURES: Final[dict[str, dict[str, Any]]] = {
     "qwen3_5": _BETWEEN,
     "qwen3_5_moe": _BETWEEN,
     "glm4v": _BETWEEN,
+    "mllama": {"images": {"size": _SQUARE, "max_image_tiles": 1}},
 }  # fmt: skip
 """Settings of each family's image processor and processor, and what stands for a picture in the template."""
 

@@ -6,18 +6,20 @@ import json
 import pickle
 import shutil
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import huggingface_hub
 import pytest
 import transformers
+from packaging.version import Version
 
-from grpo_toolkit import diagnose_checkpoint
+from grpo_toolkit import ResumeGuardCallback, diagnose_checkpoint
 from grpo_toolkit.callbacks import KVCacheCallback
 from grpo_toolkit.checkpoint.folders.lineage import BASE_RECORD
 from grpo_toolkit.model.load import load_model, load_processor
 from grpo_toolkit.model.saving.processor_hook import hook_processor
 from grpo_toolkit.model.saving.save_hook import capture_model_defaults, install_save_hook
+from scripts.models.base_variants import change_json
 from tests.support.models import build_llama
 from tests.support.steps import content
 from tests.support.training import LANGUAGE_QV, grpo_trainer
@@ -189,3 +191,55 @@ def test_a_push_in_the_call_comes_after_the_rewrite(
     assert "model.safetensors" in weights["files"]
     assert "notes.txt" not in weights["files"]
     assert texts["files"]["tokenizer_config.json"] == (qwen / "tokenizer_config.json").read_bytes()
+
+
+LLAMA_3: Final = {
+    "rope_type": "llama3",
+    "factor": 2.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_a_checkpoint_of_llama_3_can_be_resumed_by_any_trainer(tmp_path: Path) -> None:
+    """transformers 5.24 raises at a resume where a checkpoint's config is spelled as Llama 3's base is published."""
+    base = build_llama(tmp_path / "base")
+    change_json(base, "config.json", as_llama_3)
+    trainer = grpo_trainer(
+        base, tmp_path / "out", [KVCacheCallback(strict=True)], with_images=False, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    trainer.save_model(str(tmp_path / "saved"))
+    assert config(tmp_path / "saved")["rope_scaling"] == LLAMA_3  # which is no checkpoint: every version reads it
+
+    def resume(name: str, callbacks: list[Any]) -> Any:
+        resumed = grpo_trainer(base, tmp_path / name, callbacks, with_images=False)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        return resumed.model.state_dict()
+
+    for name, callbacks in (("plain", []), ("ours", [KVCacheCallback(strict=True), ResumeGuardCallback()])):
+        again = resume(name, callbacks)
+        assert all(tensor.equal(again[key]) for key, tensor in trainer.model.state_dict().items())
+
+    change_json(checkpoint, "config.json", as_llama_3)  # as a training under 4.x leaves it
+    if is_refused(checkpoint):
+        with pytest.raises(AttributeError, match="max_position_embeddings"):
+            resume("fault", [])
+    again = resume("cure", [ResumeGuardCallback()])
+    assert all(tensor.equal(again[key]) for key, tensor in trainer.model.state_dict().items())
+    assert is_refused(checkpoint) is (Version(transformers.__version__) >= Version("5.24"))  # nothing stays watched
+
+
+def as_llama_3(content: dict[str, Any]) -> None:
+    content.pop("rope_parameters", None)
+    content |= {"rope_theta": 5e5, "rope_scaling": LLAMA_3}
+
+
+def is_refused(checkpoint: Path) -> bool:
+    try:
+        transformers.PretrainedConfig.from_json_file(str(checkpoint / "config.json"))
+    except AttributeError:
+        return True
+    return False

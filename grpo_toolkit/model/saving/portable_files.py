@@ -47,12 +47,14 @@ def rewrite_config(model: PreTrainedModel, base: Path | None, folder: Path, defa
     """Put the base's config, with what training changed, in the place of the one that the library saved.
 
     Where there is no base, or it is another model (a text model taken out of a VLM, quantised weights), the library's
-    own stays, in forms that older versions read too. A save without a config (of an adapter) stays without.
+    own stays, in forms that older versions read too. A save without a config (of an adapter) stays without. A
+    checkpoint that could not be resumed so keeps the library's own as it is.
     """
     import transformers
 
     if not (folder / CONFIG).is_file():
         return
+    own = (folder / CONFIG).read_bytes()
     saved = read_json(folder / CONFIG)
     if base is not None and _is_of_base(saved, read_json(base / CONFIG)):
         with tempfile.TemporaryDirectory(prefix="grpo-toolkit-config-") as staging:
@@ -62,6 +64,23 @@ def rewrite_config(model: PreTrainedModel, base: Path | None, folder: Path, defa
             declare_version(here, transformers.__version__)
             shutil.copyfile(here / CONFIG, folder / CONFIG)
     write_older_forms(folder)
+    if folder.name.startswith("checkpoint-") and not _is_read_at_a_resume(folder / CONFIG):
+        (folder / CONFIG).write_bytes(own)
+
+
+def _is_read_at_a_resume(config: Path) -> bool:
+    """Return whether a trainer can read a checkpoint's config: it does so by the base class of all configs.
+
+    In transformers 5.24 that one fails at the rope_scaling of Llama 3, at yarn and at longrope: it looks for a
+    `max_position_embeddings`, which it does not have (`PreTrainedConfig.standardize_rope_params`).
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        PretrainedConfig.from_json_file(str(config))
+    except AttributeError:
+        return False
+    return True
 
 
 def _is_of_base(saved: JsonObject, base: JsonObject) -> bool:
