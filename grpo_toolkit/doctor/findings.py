@@ -118,6 +118,18 @@ class Rule:
     fails: str
     check: Callable[[Folder], Iterable[Fault]]
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "severity": self.severity.value,
+            "title": self.title,
+            "effect": self.effect,
+            "evidence": self.evidence,
+            "repair": self.mend or None,
+            "needs_base": self.needs_base,
+            "readers": in_words(self.fails),
+        }
+
 
 RULES: Final[dict[str, Rule]] = {}
 """Every rule by its code, in the order in which a plan of repairs takes them."""

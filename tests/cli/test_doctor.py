@@ -243,3 +243,17 @@ def test_a_base_that_is_the_folder_itself_is_wrong_use(tmp_path: Path, capsys: p
         assert main([*command, str(folder), "--base", str(folder)]) == 2
         assert "is the folder itself" in capsys.readouterr().err
     assert diagnose_model(folder, base=folder).base is None  # inside, it is as good as none
+
+
+def test_a_finding_is_explained_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--explain", "rope-parameters-alone"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("unloadable: rotary settings in the form of transformers 5 alone [rope-parameters-alone]")
+    assert "repair: rope_scaling and rope_theta written beside it" in said
+    for rule in ALL_RULES:
+        assert main(["doctor", "--explain", rule.code, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["effect"] == rule.effect
+    assert main(["doctor", "--explain", "rope-parameter-alone"]) == 2
+    assert "near it: rope-parameters-alone" in capsys.readouterr().err
+    assert main(["doctor"]) == 2
+    assert "name a folder, or a finding: --explain CODE" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from grpo_toolkit.doctor.readers import in_words
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from grpo_toolkit.doctor.findings import Diagnosis, Finding
+    from grpo_toolkit.doctor.findings import Diagnosis, Finding, Rule
     from grpo_toolkit.doctor.repair import RepairResult
 
 _CODES: Final = {
@@ -110,6 +110,16 @@ def diagnosis_lines(diagnosis: Diagnosis, on: Plain | None = None) -> Iterator[s
         yield on.paragraph(finding.effect, finding.evidence)
     for line in _advice(diagnosis):
         yield on.text(line, "clean")
+
+
+def rule_lines(rule: Rule, on: Plain | None = None) -> Iterator[str]:
+    """Yield what a kind of finding means, who is affected, and what repairs it."""
+    on = on or Plain()
+    severity = rule.severity.value
+    yield f"{on.text(severity, severity)}: {on.text(rule.title, 'bold')} {on.text(f'[{rule.code}]', 'dim')}"
+    yield on.text(f"  for {in_words(rule.fails)}" + (", beside its base" if rule.needs_base else ""), "dim")
+    yield on.paragraph(rule.effect, rule.evidence)
+    yield on.text(f"repair: {rule.mend}" if rule.mend else "repair: none that the doctor makes", "clean")
 
 
 def run_lines(diagnoses: Sequence[Diagnosis], empty: Sequence[str], on: Plain | None = None) -> Iterator[str]:
