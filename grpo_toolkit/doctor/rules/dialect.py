@@ -100,7 +100,7 @@ def _has_rope_parameters_alone(base: Folder | None) -> bool:
 
 def _is_in_v4(folder: Folder) -> bool:
     """Return whether transformers 4 knows this model type, or its text model's."""
-    return folder.family is not None or any(node.get("model_type") in THETAS_OF_V4 for _, node in folder.levels())
+    return folder.family is not None or any(str(node.get("model_type")) in THETAS_OF_V4 for _, node in folder.levels())
 
 
 def _is_number(value: Any) -> bool:
