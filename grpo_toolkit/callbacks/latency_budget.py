@@ -215,7 +215,7 @@ class EndMeasurement:
         )
         if not direct:
             if self.settings.thinking is not False:
-                say(line("thinking", "the prompts name no <think>: they are asked only as they are (thinking=...)"))
+                say(line("thinking", "the prompts name no <think>: none is asked without it (thinking=...)"))
             yield compare_rows(plan.measured(engines)).rows
             return
         asked = next((arm.name for arm in timed if arm.name == "export"), timed[-1].name)
