@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.stack
 VERSION = Version(transformers.__version__)
+IS_OLDEST = Version("4.51") > VERSION
 FORMS = DIALECT_CODES - {"theta-in-rope-scaling"}  # of the release that wrote the base
 # What is found without the base, and with it where that is more or other.
 FOUND: dict[str, tuple[set[str], set[str]]] = {
@@ -62,11 +63,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     llama = build_llama(folder / "llama")
     # A frequency that is not the default, so that a reader who misses it answers otherwise.
     change_json(llama, "config.json", lambda content: content.get("rope_parameters", content).update(rope_theta=5e5))
-    return {
-        "qwen": build_qwen2_5_vl(folder / "qwen", dtype="bfloat16"),
-        "llama": llama,
-        "moe": build_qwen3_moe(folder / "moe"),
-    }
+    built = {"qwen": build_qwen2_5_vl(folder / "qwen", dtype="bfloat16"), "llama": llama}
+    return built if IS_OLDEST else {**built, "moe": build_qwen3_moe(folder / "moe")}
+
+
+def base_of(name: str, bases: dict[str, Path]) -> Path:
+    if REPORTS[name].base not in bases:
+        pytest.skip("4.49 has no Qwen3-MoE")
+    return bases[REPORTS[name].base]
 
 
 def codes(folder: Path, base: Path | None = None) -> set[str]:
@@ -110,12 +114,14 @@ def test_every_report_is_judged() -> None:
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_what_the_doctor_says(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    base = bases[REPORTS[name].base]
+    base = base_of(name, bases)
     folder = build_report(name, base, tmp_path / "folder")
     alone, beside = FOUND[name]
+    # The adapters are this release's own; 5 does not know how 4.49 names them.
+    also = {"adapter-named-for-older"} if IS_OLDEST and name == "adapter on an unembedding" else set()
     assert codes(base) == set()
-    assert codes(folder) == alone
-    assert codes(folder, base) == beside
+    assert codes(folder) - also == alone
+    assert codes(folder, base) == beside | also
 
 
 DOES = {
@@ -134,6 +140,7 @@ DOES = {
     "no architectures": "answers as the base",  # servers alone refuse
     "wide adapter": "answers otherwise",  # as it should: the adapter's own words
 }
+IN_49_TOO = "text-only processor"
 IF_NEW = {
     "text-only processor": ("refuses", Version("5")),
     "text adapter": ("starts at random", Version("5")),
@@ -143,7 +150,7 @@ IF_NEW = {
 
 @pytest.mark.parametrize("name", [*DOES, *IF_NEW])
 def test_what_the_reader_does(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    base, is_adapter = bases[REPORTS[name].base], REPORTS[name].is_adapter
+    base, is_adapter = base_of(name, bases), REPORTS[name].is_adapter
     folder = build_report(name, base, tmp_path / "folder")
     found = what_the_reader_does(folder, base, is_adapter=is_adapter)
     # The doctor, and `verify` with it, says of the installed reader what that reader does.
@@ -152,7 +159,7 @@ def test_what_the_reader_does(name: str, bases: dict[str, Path], tmp_path: Path)
     if name in DOES:
         assert found == DOES[name]
     else:
-        assert (found == IF_NEW[name][0]) is (IF_NEW[name][1] <= VERSION)
+        assert (found == IF_NEW[name][0]) is (IF_NEW[name][1] <= VERSION or (IS_OLDEST and name == IN_49_TOO))
 
 
 ILL = ("refuses", "starts at random", "stumbles", "has no template")
@@ -170,7 +177,7 @@ OF_READERS = {
         "vllm": True,
     },
     "theta in rope_scaling": {"transformers==4.49": False, "transformers==4.57": False, "transformers==5.24": True},
-    "text-only processor": {"transformers==4.57": True, "transformers==5.24": False},
+    "text-only processor": {"transformers==4.49": False, "transformers==4.57": True, "transformers==5.24": False},
     "template in the tokenizer": {"transformers==4.57": False, "vllm": True, "sglang": True},
     "tokenizer that cuts": {"transformers==4.57": False, "transformers==5.24": False, "vllm": False, "sglang": False},
 }
@@ -178,7 +185,7 @@ OF_READERS = {
 
 @pytest.mark.parametrize("name", OF_READERS)
 def test_whom_it_concerns(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    base = bases[REPORTS[name].base]
+    base = base_of(name, bases)
     folder = build_report(name, base, tmp_path / "folder")
     _, beside = FOUND[name]
     for reader, is_fine in OF_READERS[name].items():
@@ -194,7 +201,7 @@ MENDED = [
 
 @pytest.mark.parametrize("name", MENDED)
 def test_what_is_mended_answers(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    base = bases[REPORTS[name].base]
+    base = base_of(name, bases)
     folder = build_report(name, base, tmp_path / "folder")
     repair_checkpoint(folder, base=base, rewrite_weights=True)
     assert codes(folder, base) == set()

@@ -181,7 +181,8 @@ def test_packed_vision_says_the_same_in_a_call_a_layer_and_leaves_nothing(engine
             counting.close()
         calls[packed] = len(counting.lengths)
     assert said[True] == said[False]
-    assert calls[True] < calls[False]  # two images, one of them encoded, each in one call a layer
+    # Two images, one of them encoded, each in one call a layer; 4.49's tower is left as it is.
+    assert calls[True] < calls[False] or OLDEST
     assert hook_counts(engine.model) == hooks
 
 

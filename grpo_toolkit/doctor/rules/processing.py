@@ -100,7 +100,8 @@ def processor_missing(folder: Folder) -> Iterator[Fault]:
         )
 
 
-_LATER = "transformers>=5; vllm@>=5; sglang@>=5"  # 4.x makes a processor of its class's defaults
+# 4.57 makes a processor of its class's defaults; 4.49 and 5.24 do not.
+_LATER = "transformers<4.50; transformers>=5; vllm@<4.50; vllm@>=5; sglang@<4.50; sglang@>=5"
 
 
 def _copies(folder: Folder, *, of_processor: bool) -> tuple[WholeFile, ...]:

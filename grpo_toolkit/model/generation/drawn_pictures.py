@@ -68,7 +68,7 @@ def requests_to(model: torch.nn.Module, processor: Any) -> list[Request]:
     """
     sight = replace(sight_of(processor, model), why_not="" if places_pictures(processor) else "no place for them")
     made_up = made_up_requests(sight)
-    return [request for request in made_up if not request.images or _is_taken(request, processor)]
+    return [request for request in made_up if not request.images or _is_taken(request, processor, model)]
 
 
 def places_pictures(processor: Any) -> bool:
@@ -88,12 +88,14 @@ def places_pictures(processor: Any) -> bool:
     return any(with_one.count(token) > without.count(token) for token in tokens)
 
 
-def _is_taken(request: Request, processor: Any) -> bool:
+def _is_taken(request: Request, processor: Any, model: torch.nn.Module) -> bool:
+    """Return whether a processor makes a prompt of a picture, and its tokenizer leaves the picture's tokens in it."""
     try:
-        prepare_inputs(processor, [request])
+        inputs = prepare_inputs(processor, [request])
     except Exception:  # a processor or its template may raise anything
         return False
-    return True
+    place = getattr(base_model(model).config, "image_token_id", None)
+    return place is None or bool((inputs["input_ids"] == place).any())
 
 
 def picture_requests(sight: Sight) -> list[Request]:
