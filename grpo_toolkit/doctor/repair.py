@@ -162,9 +162,15 @@ def _carry_out(folder: Path, plan: RepairPlan) -> None:
             if change.after is not None:
                 _write(staging / change.file, change.after)
         for shard in plan.shards:
-            weights = plan.weights
-            changes: Any = {"renames": weights.renames, "dtypes": weights.dtypes, "transposed": weights.transposed}
-            if rewrite_shard(folder / shard, staging / shard, **changes, inside=True) == 0:
+            written = rewrite_shard(
+                folder / shard,
+                staging / shard,
+                renames=plan.weights.renames,
+                dtypes=plan.weights.dtypes,
+                transposed=plan.weights.transposed,
+                inside=True,
+            )
+            if written == 0:
                 (staging / shard).unlink()
         names = [*(change.file for change in plan.changes), *plan.shards]
         for name in names:

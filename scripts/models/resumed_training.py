@@ -33,10 +33,9 @@ def main() -> int:
     name, _, lora = options.model.partition("+")
     if not options.base.exists():
         from scripts.models import tiny_bases
-
-        getattr(tiny_bases, f"build_{name}")(options.base)
         from scripts.models.published_forms import FLAT, publish
 
+        getattr(tiny_bases, f"build_{name}")(options.base)
         if name not in FLAT and int(transformers.__version__.split(".")[0]) >= 5:  # 4.x cannot read all that 5 saves
             publish(options.base)
     trainer, look = trainer_of(options, lora=bool(lora))

@@ -8,7 +8,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, FLOAT_NAMES
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
-from grpo_toolkit.doctor.rules.tensor_facts import HEAD, base_by_live_name, base_tensors, by_live_name, weights
+from grpo_toolkit.doctor.rules.tensor_facts import HEAD, base_tensors, common_tensors, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,13 +25,11 @@ if TYPE_CHECKING:
     needs_base=True,
 )
 def wider_than_base(folder: Folder) -> Iterator[Fault]:
-    ours, base = weights(folder), base_tensors(folder)
-    published = base_by_live_name(folder)
-    origins = {name: base[published[live]] for live, name in by_live_name(folder).items() if live in published}
+    ours, pairs = weights(folder), common_tensors(folder)
     casts = {
         name: other.dtype
-        for name, other in origins.items()
-        if {ours[name].dtype, other.dtype} <= set(FLOAT_NAMES) and _is_wider(ours[name].dtype, other.dtype)
+        for name, (own, other) in pairs.items()
+        if {own.dtype, other.dtype} <= set(FLOAT_NAMES) and _is_wider(own.dtype, other.dtype)
     }
     if not casts:
         return
@@ -39,7 +37,7 @@ def wider_than_base(folder: Folder) -> Iterator[Fault]:
     casts |= {  # a doubled head is in no base, and is cast with the rest so that it can be compared and dropped
         name: common
         for name, info in ours.items()
-        if common and name not in origins and name.endswith(HEAD) and _is_wider(info.dtype, common)
+        if common and name not in pairs and name.endswith(HEAD) and _is_wider(info.dtype, common)
     }
     first = min(casts)
     yield Fault(
@@ -47,7 +45,7 @@ def wider_than_base(folder: Folder) -> Iterator[Fault]:
         key=first,
         found=f"{folder.tensors[first].dtype}, with {len(casts)} of {len(ours)} tensors",
         expected=f"{casts[first]}, as in the base",
-        remedies=(Weights(renames={}, dtypes=casts), *_declare(folder, common)),
+        remedies=(Weights(dtypes=casts), *_declare(folder, common)),
     )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     effect="transformers 4 looks for a tensor for each expert, finds none, and starts every expert from random "
     "weights, with a warning only",
     evidence="https://github.com/vllm-project/vllm/pull/42577",
-    fails="transformers<5; vllm@<5; sglang@<5",
+    fails=V4,
 )
 def experts_stacked(folder: Folder) -> Iterator[Fault]:
     names = stacked_though_published_apart(folder)

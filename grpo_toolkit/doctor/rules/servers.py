@@ -60,7 +60,7 @@ def value_head_stored(folder: Folder) -> Iterator[Fault]:
             key=names[0],
             found=f"{len(names)} tensors",
             expected="the policy's tensors alone",
-            remedies=(Weights(renames=dict.fromkeys(names), dtypes={}),),
+            remedies=(Weights(renames=dict.fromkeys(names)),),
         )
 
 

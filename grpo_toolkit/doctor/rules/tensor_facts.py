@@ -112,10 +112,15 @@ def lone_head(folder: Folder) -> str | None:
     return head if embedding is None else None
 
 
+@lru_cache(maxsize=4)
 def common_tensors(folder: Folder) -> dict[str, tuple[TensorInfo, TensorInfo]]:
     """Return the tensors that the base has as well, by their names here: the folder's and the base's."""
-    names, published, base = by_live_name(folder), base_by_live_name(folder), base_tensors(folder)
-    return {names[live]: (folder.tensors[names[live]], base[published[live]]) for live in names.keys() & published}
+    published, base = base_by_live_name(folder), base_tensors(folder)
+    return {
+        name: (folder.tensors[name], base[published[live]])
+        for live, name in by_live_name(folder).items()
+        if live in published
+    }
 
 
 def is_transposed(ours: TensorInfo, theirs: TensorInfo) -> bool:

@@ -69,7 +69,7 @@ def embedding_under_head(folder: Folder) -> Iterator[Fault]:
             key=head,
             found="the only copy of the embedding",
             expected=embedding,
-            remedies=(Weights(renames={head: embedding}, dtypes={}),),
+            remedies=(Weights(renames={head: embedding}),),
         )
 
 
@@ -97,7 +97,7 @@ def head_doubled(folder: Folder) -> Iterator[Fault]:
         key=head,
         found=f"{ours[head].nbytes / 1e6:,.1f} MB beside {embedding}",
         expected="absent, since tie_word_embeddings is true",
-        remedies=(Weights(renames={head: None}, dtypes={}),) if same else (),
+        remedies=(Weights(renames={head: None}),) if same else (),
     )
 
 

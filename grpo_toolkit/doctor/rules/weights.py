@@ -77,7 +77,7 @@ def _naming(folder: Folder, renames: dict[str, str], *, fails: str = "") -> Faul
         key=old,
         found=f"{len(renames)} of {len(folder.tensors)} tensors",
         expected=renames[old],
-        remedies=(Weights(renames=renames, dtypes={}),) if is_clear else (),
+        remedies=(Weights(renames=renames),) if is_clear else (),
         fails=fails,
     )
 

@@ -107,10 +107,10 @@ class WeightsCopy:
         with torch.no_grad():
             done: dict[Any, torch.nn.Parameter] = {}
             for name, source in sources.items():
-                parameters, own = self._owner_of(name)
+                parameters, key = self._place_of(name)
                 if source.key not in done:
-                    done[source.key] = self._written(own, source, name)
-                parameters[name.rpartition(".")[2]] = done[source.key]  # tied where the live ones are
+                    done[source.key] = self._written(parameters[key], source, name)
+                parameters[key] = done[source.key]  # tied where the live ones are
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(_source(self.live, name).tensor)
         self._seen = state
@@ -127,23 +127,26 @@ class WeightsCopy:
         """
         import torch
 
-        missing = {name: source for name, source in sources.items() if self._owner_of(name)[1].is_meta}
-        if not self._is_gathered or not missing:
+        if not self._is_gathered:
+            return
+        places = {name: self._place_of(name) for name in sources}
+        missing = [name for name, (parameters, key) in places.items() if parameters[key].is_meta]
+        if not missing:
             return
         made: dict[Any, torch.nn.Parameter] = {}
         with failing_together():
-            for name, source in missing.items():
+            for name in missing:
+                source = sources[name]
                 if source.key not in made:
                     made[source.key] = torch.nn.Parameter(self._empty(source, name), requires_grad=False)
-        for name, source in missing.items():
-            parameters, _ = self._owner_of(name)
-            parameters[name.rpartition(".")[2]] = made[source.key]
+        for name in missing:
+            parameters, key = places[name]
+            parameters[key] = made[sources[name].key]
 
-    def _owner_of(self, name: str) -> tuple[dict[str, Any], Any]:
-        """Return the parameters of the copy's module that has one of this name, and that one."""
+    def _place_of(self, name: str) -> tuple[dict[str, Any], str]:
+        """Return the parameters of the copy's module that has one of this name, and its key among them."""
         owner, _, key = name.rpartition(".")
-        parameters: dict[str, Any] = self.model.get_submodule(owner)._parameters
-        return parameters, parameters[key]
+        return self.model.get_submodule(owner)._parameters, key
 
     def _empty(self, source: _Source, name: str) -> torch.Tensor:
         import torch
