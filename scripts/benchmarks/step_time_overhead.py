@@ -7,9 +7,9 @@
 The step is that of scripts/benchmarks/grpo_step.py with PackedVisionCallback, FastRolloutCallback and `rows_once`, as
 the faster a step, the more a constant cost shows. Same seed and completions of one length: each step of an arm is the
 other arm's to the last bit, which is checked by the losses. Arms go A B B A, so that a drift of the machine falls on
-both. A step's cost is the difference of its medians over the turns; the mean over steps is given as a share of the
-step, first for steps as most are, then for those that are looked at closely (two of the first hundred). The first
-step, which compiles, is left out. The outside clock waits for the GPU at each step's end, in both arms.
+both. A step's cost is the ratio of its medians over the turns; the median over steps is given, first for steps as most
+are, then for those that are looked at closely (two of the first hundred). The first step, which compiles, is left out.
+The outside clock waits for the GPU at each step's end, in both arms.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def compared(arms: dict[bool, list[dict[str, Any]]]) -> dict[str, Any]:
     ]  # neighbours in time
     cost = share(arms[True], arms[False], usual)
     return {
-        "step_s": round(statistics.median(one["steps_s"][index] for one in arms[False] for index in usual), 4),
+        "step_s": round(statistics.median(seconds(arms[False], index) for index in usual), 4),
         "cost": round(cost, 5),
         "cost_by_turn": [round(one, 5) for one in by_turn],
         "cost_of_close_steps": round(share(arms[True], arms[False], looked_at), 4) if looked_at else None,
@@ -129,17 +129,19 @@ def compared(arms: dict[bool, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def share(timed: list[dict[str, Any]], untimed: list[dict[str, Any]], steps: list[int]) -> float:
-    """Return what the first arm takes more than the second, over the medians of each of these steps."""
-    seconds = [
-        sum(statistics.median(one["steps_s"][index] for one in arm) for index in steps) for arm in (timed, untimed)
-    ]
-    return seconds[0] / seconds[1] - 1
+    """Return what the first arm takes more than the second, the median over these steps: one that compiles is one."""
+    return statistics.median(seconds(timed, index) / seconds(untimed, index) for index in steps) - 1
+
+
+def seconds(arm: list[dict[str, Any]], index: int) -> float:
+    """Return an arm's seconds of a step, the median over its turns."""
+    return statistics.median(one["steps_s"][index] for one in arm)
 
 
 def shown(turn: int, row: dict[str, Any], *, timed: bool) -> str:
     """Return the seconds of a training's steps in one line."""
     arm = "with" if timed else "without"
-    return f"turn {turn} {arm:>8}: {'  '.join(f'{seconds:.3f}' for seconds in row['steps_s'])} s"
+    return f"turn {turn} {arm:>8}: {'  '.join(f'{step:.3f}' for step in row['steps_s'])} s"
 
 
 if __name__ == "__main__":
