@@ -178,7 +178,7 @@ class StepTimeCallback(GuardedCallback):
         if self.rows:
             with self._guarded("explaining the steps"):
                 tried = self._tried(kwargs["model"], kept, args) if self.trials else ()
-                self._explain(is_shown=state.is_world_process_zero, tried=tried)
+                self._explain(shown=2 * state.is_world_process_zero, tried=tried)
             with self._guarded("writing the steps"):
                 self._writer.close()
             if state.is_world_process_zero:
@@ -226,7 +226,7 @@ class StepTimeCallback(GuardedCallback):
             self._seen = seen
         # Once early, for whoever watches; later where there is something new to say.
         if len(self.rows) == SHOWN_AFTER or (seen is not None and len(self.rows) > SHOWN_AFTER):
-            self._explain(is_shown=row.rank == 0 and len(self.rows) == SHOWN_AFTER)
+            self._explain(shown=int(row.rank == 0 and len(self.rows) == SHOWN_AFTER))
 
     def _tried(self, model: torch.nn.Module, kept: KeptInputs | None, args: TrainingArguments) -> Sequence[TriedCure]:
         """Try cures for the causes of the mean step; what fails is said and leaves nothing behind."""
@@ -248,7 +248,8 @@ class StepTimeCallback(GuardedCallback):
             )
         return tried
 
-    def _explain(self, *, is_shown: bool, tried: Sequence[TriedCure] = ()) -> None:
+    def _explain(self, *, shown: int, tried: Sequence[TriedCure] = ()) -> None:
+        """Explain the steps so far, and say so with as many causes as are to be shown; nothing for none."""
         ranks = load_step_review(self._file).ranks if rank() == 0 and world_size() > 1 else ()
         found = explain_steps(
             self.rows,
@@ -263,8 +264,8 @@ class StepTimeCallback(GuardedCallback):
         found = replace(found, tried=list(tried))
         self.explanation = found
         self._writer.append(found)
-        if is_shown:
-            say(*step_lines(found))
+        if shown:
+            say(*step_lines(found, causes=shown))
 
     def _callbacks(self) -> set[str]:
         """Return the names of the trainer's callbacks; none where it is not known."""

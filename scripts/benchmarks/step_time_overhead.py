@@ -9,15 +9,19 @@ the faster a step, the more a constant cost shows. Same seed and completions of 
 other arm's to the last bit, which is checked by the losses. Arms go A B B A, so that a drift of the machine falls on
 both. A step's cost is the ratio of its medians over the turns; the median over steps is given, first for steps as most
 are, then for those that are looked at closely (two of the first hundred). The first step, which compiles, is left out.
-The outside clock waits for the GPU at each step's end, in both arms.
+The outside clock waits for the GPU at each step's end, in both arms. Where steps vary by more than the callback could
+cost, `--own` says more: one training under Python's profiler, and the milliseconds of a step that pass in the
+callback's own code and in what it calls of C, profiler included.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import json
 import os
+import pstats
 import statistics
 import tempfile
 import time
@@ -38,6 +42,9 @@ def main() -> None:
     options.child = (options.weights, "cured")
     with tempfile.TemporaryDirectory(prefix="bench-overhead-") as scratch:
         options.base = str(options.base or build(options.shape, Path(scratch, "base")))
+        if options.own:
+            print(json.dumps(train(options, timed=True, folder=Path(scratch, "own"), steps=options.steps)["own"]))
+            return
         train(options, timed=True, folder=Path(scratch, "warm"), steps=2)
         arms: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for turn in range(options.turns):
@@ -55,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", choices=["full", "lora"], default="lora")
     parser.add_argument("--steps", type=int, default=12, help="of a training; the 2nd and 10th are looked at closely")
     parser.add_argument("--turns", type=int, default=4, help="trainings of each arm")
+    parser.add_argument("--own", action="store_true", help="profile the callback's own code instead")
     parser.add_argument("--output", default="bench_step_time_overhead")
     return parser.parse_args()
 
@@ -69,12 +77,17 @@ def train(options: argparse.Namespace, *, timed: bool, folder: Path, steps: int)
 
     on_gpu = options.device == "cuda"
     ends: list[float] = []
+    profiler = cProfile.Profile()
 
     class Outside(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if on_gpu:
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
+            if options.own and len(ends) == 1:
+                profiler.enable()
+            elif options.own and len(ends) == steps:
+                profiler.disable()
 
     torch.manual_seed(0)
     args = settings_of(options, str(folder))
@@ -99,12 +112,28 @@ def train(options: argparse.Namespace, *, timed: bool, folder: Path, steps: int)
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "failures": [] if timing is None else list(timing.failures),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "own": own_ms(profiler, steps - 1) if options.own else None,
     }
     del trainer, timing
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
     return found
+
+
+def own_ms(profiler: cProfile.Profile, steps: int) -> dict[str, float]:
+    """Return the milliseconds of a step in the callback's own functions, and in the C functions that they call."""
+    own, of_c = 0.0, 0.0
+    for (file, *_), (_, _, seconds, _, callers) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        if is_own(file):
+            own += seconds
+        elif file == "~":
+            of_c += sum(called[2] for (caller, *_), called in callers.items() if is_own(caller))
+    return {"own_ms": round(own / steps * 1e3, 2), "c_ms": round(of_c / steps * 1e3, 2), "steps": steps}
+
+
+def is_own(file: str) -> bool:
+    return "/grpo_toolkit/step_time/" in file or file.endswith("/grpo_toolkit/callbacks/step_time.py")
 
 
 def compared(arms: dict[bool, list[dict[str, Any]]]) -> dict[str, Any]:

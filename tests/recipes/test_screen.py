@@ -80,7 +80,7 @@ def test_the_story_of_a_run() -> None:
     assert story_lines(summary_of()) == [
         "",
         "learnt      49.5% (the base) to 92.0% of the held-out rows right",
-        "            accuracy_reward 0.50 to 0.90, mean in rollouts",
+        "            mean rewards of rollouts: accuracy 0.50 to 0.90",
         "right       5 faults in the plain checkpoint, 0 in the export",
         "verified    11 checks passed in a fresh process",
         "speed       0.71 to 1.33 times the base's time per token: this machine cannot tell",

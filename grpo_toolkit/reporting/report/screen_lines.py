@@ -34,68 +34,86 @@ def line(label: str, text: str) -> str:
 
 
 def export_lines(result: ExportResult) -> list[str]:
-    """Return where an export is, what it was compared with, what was checked and what was put right."""
+    """Return where an export is, what was checked, what it was compared with and what was put right."""
     size = f"{result.bytes / 1e9:.2f} GB" if result.bytes >= 1e7 else f"{result.bytes / 1e6:.2f} MB"
-    lines = [line("export", f"{result.path} ({size} in {result.seconds:.1f} s)")]
-    if result.base is None:
-        lines.append(line("base", result.sources["base"]))
     checks = () if result.verification is None else result.verification.checks
     skipped = sum(check.skipped for check in checks)
-    passed = f"{len(checks) - skipped} checks in a fresh process{f', {skipped} skipped' if skipped else ''}"
-    lines.append(line("verified", "NO: verification was switched off" if result.verification is None else passed))
+    passed = f"{len(checks) - skipped} checks passed{f', {skipped} skipped' if skipped else ''}"
+    proven = "NOT verified" if result.verification is None else passed
+    lines = [line("export", f"{result.path} ({size} in {result.seconds:.1f} s; {proven})")]
+    if result.base is None:
+        lines.append(line("base", result.sources["base"]))
     files = sorted({repair.file for repair in result.repairs})
     if files:
-        lines.append(line("put right", f"{len(result.repairs)} values of the base, in {', '.join(files)}"))
+        count = f"{len(result.repairs)} value{'' if len(result.repairs) == 1 else 's'}"
+        lines.append(line("put right", f"{count} of the base, in {', '.join(files)}"))
     return lines
 
 
 def latency_lines(rows: Sequence[LatencyRow]) -> list[str]:
-    """Return a training's rows as a table of 80 columns: exact lengths, and natural answers where they were timed.
+    """Return a training's rows in a few lines of 80 columns: a table of exact lengths, and what was asked besides.
 
-    The ratios are of the time per token, and of natural answers of the time of a whole answer. What thinking costs and
-    what larger batches bring is said in words.
+    Its ratios are of the time per token. Natural answers are a line: the time of the export's whole answer beside the
+    base's. The report has the whole.
     """
     fixed = {row.arm: row for row in rows if row.workload.kind == "fixed" and not is_swept(row)}
     natural = {row.arm: row for row in rows if row.workload.kind == "natural" and row.workload.thinking is not False}
-    kinds = [(found, metric) for found, metric in ((fixed, "tpot_s"), (natural, "e2e_s")) if found]
-    lines = []
-    for found, metric in kinds:
-        first = next(iter(found.values()))
-        limit = "up to " if first.workload.kind == "natural" else ""
-        lines.append(
-            line("latency", f"{first.workload.kind} answers of {limit}{first.workload.max_new_tokens} tokens, ms")
+    return _table_lines(fixed) + _natural_lines(natural) + at_once_lines(rows) + question_lines(rows)
+
+
+def _table_lines(rows: Mapping[str, LatencyRow]) -> list[str]:
+    if not rows:
+        return []
+    first = next(iter(rows.values()))
+    lines = [f"{'latency, ms':<20}{'TTFT':>8}{'TPOT':>8}{'E2E':>9}  TPOT over {label_of(first.arm)}'s"]
+    for row in rows.values():
+        if row.error is not None:
+            lines.append(f"  {label_of(row.arm):<18}  {row.error}")
+            continue
+        ratio = next((ratio for ratio in row.ratios if ratio.metric == "tpot_s"), None)
+        values = (median_of(row.ttft_s, 1e3), median_of(row.tpot_s, 1e3), median_of(row.e2e_s, 1e3))
+        cells = "".join(
+            f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
+            for value, digits, width in zip(values, (1, 2, 0), (8, 8, 9), strict=True)
         )
-        name = "TPOT" if metric == "tpot_s" else "E2E"
-        lines.append(f"  {'':<18}{'TTFT':>8}{'TPOT':>8}{'E2E':>9}  {name} over {label_of(first.arm)}'s")
-        for row in found.values():
-            if row.error is not None:
-                lines.append(f"  {label_of(row.arm):<18}  {row.error}")
-                continue
-            ratio = next((ratio for ratio in row.ratios if ratio.metric == metric), None)
-            values = (median_of(row.ttft_s, 1e3), median_of(row.tpot_s, 1e3), median_of(row.e2e_s, 1e3))
-            cells = "".join(
-                f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
-                for value, digits, width in zip(values, (1, 2, 0), (8, 8, 9), strict=True)
-            )
-            lines.append(f"  {label_of(row.arm):<18}{cells}  {'' if ratio is None else _told(ratio)}".rstrip())
-    return lines + at_once_lines(rows) + question_lines(rows)
-
-
-def question_lines(rows: Sequence[LatencyRow]) -> list[str]:
-    """Return what thinking costs and what larger batches bring, in lines of 80 columns; none of what was not asked."""
-    lines = []
-    thinking, batches = subject_of(thinking_in(rows)), batches_of_rows(rows)
-    if thinking is not None:
-        lines += _wrapped("thinking", thinking_parts(thinking))
-    if batches is not None:
-        lines += _wrapped("batches", batch_parts(batches))
+        lines.append(f"  {label_of(row.arm):<18}{cells}  {'' if ratio is None else _told(ratio)}".rstrip())
     return lines
 
 
-def _wrapped(label: str, parts: Sequence[str]) -> list[str]:
-    """Return parts as aligned lines, as many on one as fit into 80 columns."""
-    texts = textwrap.wrap("; ".join(parts), width=80 - _LABEL, break_long_words=False)
-    return [line(label if index == 0 else "", text) for index, text in enumerate(texts)]
+def _natural_lines(rows: Mapping[str, LatencyRow]) -> list[str]:
+    """Return the export's natural answers beside the base's, or those of the arm that was timed last."""
+    if not rows:
+        return []
+    row = rows.get("export") or list(rows.values())[-1]
+    if row.error is not None:
+        return [line("natural", f"{label_of(row.arm)}: {row.error}")]
+    ratio = next((ratio for ratio in row.ratios if ratio.metric == "e2e_s"), None)
+    took, told = median_of(row.e2e_s, 1e3), ""
+    if ratio is not None:
+        told = f"; over {label_of(ratio.against)}'s {_told(ratio)}"
+    return [line("natural", f"a whole answer {'-' if took is None else f'{took:.0f}'} ms{told}")]
+
+
+def question_lines(rows: Sequence[LatencyRow]) -> list[str]:
+    """Return what thinking costs and what larger batches bring, two lines of 80 columns each."""
+    lines = []
+    thinking, batches = subject_of(thinking_in(rows)), batches_of_rows(rows)
+    if thinking is not None:
+        lines += _fitting("thinking", thinking_parts(thinking))
+    if batches is not None:
+        lines += _fitting("batches", batch_parts(batches))
+    return lines
+
+
+def _fitting(label: str, parts: Sequence[str]) -> list[str]:
+    """Return as many of the first parts as two aligned lines of 80 columns hold; the first in any case."""
+    shown: list[str] = []
+    for count in range(1, len(parts) + 1):
+        texts = textwrap.wrap("; ".join(parts[:count]), width=80 - _LABEL, break_long_words=False)
+        if len(texts) > 2 and shown:
+            break
+        shown = texts
+    return [line(label if index == 0 else "", text) for index, text in enumerate(shown)]
 
 
 def _told(ratio: Ratio) -> str:

@@ -104,10 +104,10 @@ def story_lines(summary: dict[str, Any]) -> list[str]:
     lines = ["", f"learnt      {before:.1%} ({asked}) to {after:.1%} of the held-out rows right"]
     if summary["direct_accuracy"] is not None:
         lines.append(f"            {asked}, asked for the answer alone: {summary['direct_accuracy']:.1%}")
-    for name in ("accuracy_reward", "iou_reward", "format_reward"):
-        if summary[name] is not None:
-            first, last = summary[name]
-            lines.append(f"            {name} {first:.2f} to {last:.2f}, mean in rollouts")
+    rewards = {name: summary[f"{name}_reward"] for name in ("accuracy", "iou", "format")}
+    told_rewards = [f"{name} {pair[0]:.2f} to {pair[1]:.2f}" for name, pair in rewards.items() if pair is not None]
+    if told_rewards:
+        lines.append(f"            mean rewards of rollouts: {', '.join(told_rewards)}")
     counts = summary["faults"]
     if {"checkpoint", "export"} <= counts.keys():
         plain, export = counts["checkpoint"], counts["export"]
@@ -140,7 +140,6 @@ def print_summary(summary: dict[str, Any], *, verbose: bool = False) -> None:
     """Print the story of the run on standard output, or (verbose) a table of all its figures."""
     if not verbose:
         print("\n".join(story_lines(summary)))
-        print(f"export: {summary['export'] or 'none was published; see the error above'}")
         return
     from rich.console import Console
     from rich.table import Table
