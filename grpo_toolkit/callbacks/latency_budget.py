@@ -15,7 +15,7 @@ from grpo_toolkit.latency.bench.compare import compare_latency, compare_rows
 from grpo_toolkit.latency.bench.gate import missed_by
 from grpo_toolkit.latency.bench.measure import Plan
 from grpo_toolkit.latency.bench.statistics import MIN_PAIRS
-from grpo_toolkit.latency.bench.thinking import compare_thinking
+from grpo_toolkit.latency.bench.thinking import compare_thinking, thinking_in
 from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm, fitting
 from grpo_toolkit.latency.engines.pool import Engines, Source
@@ -214,9 +214,10 @@ class EndMeasurement:
             least_rounds=self.budget.least_rounds,
         )
         if not direct:
-            if self.settings.thinking is not False:
+            rows = compare_rows(plan.measured(engines)).rows
+            if self.settings.thinking is not False and not thinking_in(rows):
                 say(line("thinking", "the prompts name no <think>: none is asked without it (thinking=...)"))
-            yield compare_rows(plan.measured(engines)).rows
+            yield rows
             return
         asked = next((arm.name for arm in timed if arm.name == "export"), timed[-1].name)
         pair = compare_thinking(
