@@ -69,11 +69,11 @@ def test_the_cost_is_the_difference_of_each_round() -> None:
     assert cost.rewards == (0.5, 0.25)
     assert thinking_parts(cost) == [
         "57% of an answer's time, asked with and without the instruction",
+        "reward 0.50, without it 0.25 (accuracy)",
         "40 of 61 tokens are thoughts",
         "40 tokens longer",
         "0.40 s (0.40 s to 0.41 s) longer",
         "first answer token after 0.51 s, without it 0.10 s",
-        "reward 0.50, without it 0.25 (accuracy)",
     ]
 
 

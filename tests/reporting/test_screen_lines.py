@@ -83,7 +83,7 @@ def test_an_export_is_a_line_or_two(tmp_path: Path) -> None:
 
 def test_a_steps_explanation_is_a_few_lines(tmp_path: Path) -> None:
     write_run(tmp_path)
-    lines = step_lines(load_step_review(tmp_path).explanations[-1], causes=3)
+    lines = step_lines(load_step_review(tmp_path).explanations[-1])
     assert lines[0].startswith("step time   11.0 s at step 6: ")
     assert any("vision attention launched window by window -> PackedVisionCallback()" in line for line in lines[1:])
     assert 1 < len(lines) <= 4
@@ -94,7 +94,7 @@ def test_what_cannot_be_cured_here_is_not_among_the_lines(tmp_path: Path) -> Non
     write_run(tmp_path)
     row = load_step_review(tmp_path).explanations[-1]
     left = [replace(cause, cure=f"{NO_CURE}: it is in place", line="") for cause in row.causes]
-    assert len(step_lines(replace(row, causes=left), causes=3)) == 1
+    assert len(step_lines(replace(row, causes=left))) == 1
 
 
 def test_lines_of_callbacks_do_not_stick_to_the_trainers_bar(capsys: pytest.CaptureFixture[str]) -> None:

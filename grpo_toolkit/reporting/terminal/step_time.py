@@ -29,7 +29,7 @@ def step_time(row: StepExplanation) -> RenderableType:
     return Group(*parts, _end(row))
 
 
-def step_lines(row: StepExplanation, *, causes: int) -> list[str]:
+def step_lines(row: StepExplanation, *, causes: int = 3) -> list[str]:
     """Return the explanation in a few lines of 80 columns: the causes that something can be done about.
 
     The page has the whole.

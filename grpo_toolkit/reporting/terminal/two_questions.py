@@ -22,26 +22,27 @@ def thinking_figure(thinking: Thinking) -> str:
 
 
 def thinking_parts(thinking: Thinking) -> list[str]:
-    """Return the cost of thinking in a few short sentences, the share of the time first."""
+    """Return the cost of thinking in a few short sentences: the share of the time first, then what it brings."""
     first, direct = thinking.first_answer_s
     parts = []
+    compared = None not in (thinking.share, thinking.tokens, thinking.seconds)
+    if compared:
+        parts.append(f"{thinking_figure(thinking)} of an answer's time, asked with and without the instruction")
+    elif thinking.before_answer is not None:
+        parts.append(f"{thinking_figure(thinking)} of an answer's time")
+    if thinking.rewards is not None:
+        mine, theirs = thinking.rewards
+        beside = "" if theirs is None else f", without it {theirs:.2f}"
+        parts.append(f"reward {mine:.2f}{beside} ({thinking.judged_by})")
     if thinking.think_tokens:
         parts.append(f"{thinking.think_tokens:.0f} of {thinking.output_tokens:.0f} tokens are thoughts")
-    if thinking.share is None or thinking.tokens is None or thinking.seconds is None:
-        if thinking.before_answer is not None:
-            parts.insert(0, f"{thinking_figure(thinking)} of an answer's time")
-    else:
-        parts.insert(0, f"{thinking_figure(thinking)} of an answer's time, asked with and without the instruction")
+    if compared and thinking.tokens is not None and thinking.seconds is not None:
         parts.append(_longer(thinking.tokens, lambda value: f"{value:,.0f}", " tokens"))
         in_ms = max(abs(end or 0.0) for end in (thinking.seconds.median, thinking.seconds.low, thinking.seconds.high))
         parts.append(_longer(thinking.seconds, _milliseconds if in_ms < 0.1 else _seconds))
     if first is not None:
         beside = "" if direct is None else f", without it {seconds(direct)}"
         parts.append(f"first answer token after {seconds(first)}{beside}")
-    if thinking.rewards is not None:
-        mine, theirs = thinking.rewards
-        beside = "" if theirs is None else f", without it {theirs:.2f}"
-        parts.append(f"reward {mine:.2f}{beside} ({thinking.judged_by})")
     return parts
 
 
