@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +22,7 @@ from tests.support.models import BUILDERS, MERGE_BUILDERS, build_qwen2_5_vl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 pytest.importorskip("compressed_tensors", reason="needs compressed-tensors (the extra fp8)")
 pytestmark = pytest.mark.stack

@@ -107,7 +107,7 @@ def _linear_layers(model: PreTrainedModel) -> tuple[str, list[str]]:
 
 
 def _name_of(model: PreTrainedModel, wanted: object) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return str(next(name for name, module in model.named_modules() if module is wanted))
 
 
 def _pattern(live: str) -> str:

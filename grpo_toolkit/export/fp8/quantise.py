@@ -158,9 +158,7 @@ def _row_blocks(entry: Entry) -> Iterator[torch.Tensor]:
             read_at(descriptor, raw_bytes(rows), span.begin + first * row_bytes, span.path)
             if not is_finite_in(rows, dtype):
                 name = entry.name.removesuffix(SCALE)
-                raise VerificationError(
-                    f"{span.path}: {name} has NaN or infinity in it, and FP8 has no scale for that"
-                )
+                raise VerificationError(f"{span.path}: {name} has NaN or infinity in it, for which FP8 has no scale")
             yield rows
     finally:
         os.close(descriptor)
