@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.name_lists import summarised
+from grpo_toolkit.checkpoint.quantised_names import pattern_of
 from grpo_toolkit.checkpoint.tensor_names import live_name
 from grpo_toolkit.errors import InputError, UnsupportedError
 from grpo_toolkit.model.load import model_without_weights
@@ -93,7 +94,7 @@ def find_layers(folder: Base) -> Layers:
     if not quantised:
         raise UnsupportedError(f"{folder.path}: no linear layer is stored that could be FP8; serve it as it is")
     kept = [live for live, name in ours.items() if not name.startswith(inside)]
-    patterns = tuple(dict.fromkeys(_pattern(live) for live in sorted(kept)))
+    patterns = tuple(dict.fromkeys(pattern_of(live) for live in sorted(kept)))
     _check(patterns, spellings(kept, folder, ours), spellings(stored, folder, ours))
     return Layers(quantised=frozenset(quantised), ignore=patterns)
 
@@ -108,12 +109,6 @@ def _linear_layers(model: PreTrainedModel) -> tuple[str, list[str]]:
 
 def _name_of(model: PreTrainedModel, wanted: object) -> str:
     return str(next(name for name, module in model.named_modules() if module is wanted))
-
-
-def _pattern(live: str) -> str:
-    """Return a pattern for the part of a model, tower or head, in which a layer is: its first name under `model`."""
-    part = live.removeprefix("model.").partition(".")[0]
-    return rf"re:(?:.*\.)?{re.escape(part)}(?:\..*)?$"
 
 
 def spellings(live: Iterable[str], folder: Base, installed: dict[str, str]) -> set[str]:

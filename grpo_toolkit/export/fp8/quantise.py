@@ -51,12 +51,14 @@ def refuse_without_library() -> None:
     Raises:
         InputError: it is not.
     """
-    from importlib.util import find_spec
-
-    if find_spec("compressed_tensors") is None:
-        raise InputError(
-            "--format fp8 needs compressed-tensors, which is not installed: pip install grpo-toolkit[fp8]"
-        )
+    try:
+        import compressed_tensors.quantization  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "compressed_tensors":
+            what = "is not installed here: pip install grpo-toolkit[fp8]"
+        else:
+            what = f"cannot be imported beside this transformers ({error}): update transformers"
+        raise InputError(f"FP8 needs compressed-tensors, which {what}") from error
 
 
 def quantization_config(ignore: Iterable[str]) -> JsonObject:
