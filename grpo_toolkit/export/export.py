@@ -14,17 +14,16 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_files import Change, declare_dtype, write_configs
 from grpo_toolkit.checkpoint.folders.base_lookup import named_base
-from grpo_toolkit.checkpoint.folders.lineage import NOT_COMPARED
 from grpo_toolkit.checkpoint.publish import check_output, staged
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.doctor.compat import check_compat, write_older_forms
 from grpo_toolkit.errors import InputError, WorkerError
 from grpo_toolkit.export.export_plan import ExportPlan, Storage, plan_export
-from grpo_toolkit.export.export_result import ExportResult, refuse_failed, write_report
+from grpo_toolkit.export.export_result import NONE, ExportResult, refuse_failed, write_report
 from grpo_toolkit.export.export_weights import gather_weights, write_weights
 from grpo_toolkit.export.format_reward import format_reward_of, format_scores
 from grpo_toolkit.export.fp8.publish import publish_fp8
@@ -40,8 +39,6 @@ from grpo_toolkit.model.saving.portable_files import trained_changes
 from grpo_toolkit.model.saving.processor_files import save_plainly, write_processor
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
-
-NONE: Final = f"NONE: {NOT_COMPARED}; pass base= (--base FOLDER)"
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.base_lookup import public_name
+from grpo_toolkit.checkpoint.folders.lineage import NOT_COMPARED
 from grpo_toolkit.checkpoint.folders.model_folder import MANIFEST
 from grpo_toolkit.checkpoint.manifest import write_manifest
 from grpo_toolkit.checkpoint.publish import keep_rejected
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.checkpoint.base_files import Change
     from grpo_toolkit.checkpoint.generation_defaults import Repair
+
+
+NONE: Final = f"NONE: {NOT_COMPARED}; pass base= (--base FOLDER)"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -14,7 +14,7 @@ from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.rules.tensor_facts import HEAD, by_live_name, weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.parsed_folder import Folder
@@ -149,14 +149,15 @@ def ignore_misses(folder: Folder) -> Iterator[Fault]:
         found=f"does not fit {len(names)} of the layers that are stored unquantised ({first}, ...)",
         expected=f"{first} in it, or its weight in FP8" if is_of_text else f"a pattern such as {pattern_of(first)}",
         remedies=() if is_of_text else (Edit(file=CONFIG, path=(_KEY, "ignore"), value=patterns),),
-        fails=_who_fails(bool(live), bool(stored)),
+        fails=_who_fails(live, stored),
     )
 
 
-def _who_fails(is_live_missed: bool, is_stored_missed: bool) -> str:
-    if is_live_missed and is_stored_missed:
-        return "transformers; vllm; sglang"
-    return "transformers>=4.52" if is_live_missed else "transformers<4.52"
+def _who_fails(live: Sequence[str], stored: Sequence[str]) -> str:
+    """Return who expects such layers in FP8; to servers a head is none of them."""
+    if live and stored:
+        return "transformers" if all(name.endswith("lm_head") for name in live) else "transformers; vllm; sglang"
+    return "transformers>=4.52" if live else "transformers<4.52"
 
 
 def _fp8_weights(folder: Folder) -> Mapping[str, TensorInfo]:

@@ -92,8 +92,9 @@ def check_reward(name: str, export: Sequence[float], quantised: Sequence[float])
     changes = [[got - want] for want, got in zip(export, quantised, strict=True)]
     figure = _mean(changes, tolerance=allowed, unit="prompts")
     means = [sum(values) / len(values) for values in (export, quantised)]
+    title = f"reward kept: {name}"
     check = Check(
-        name=f"{name} of the export",
+        name=title,
         passed=figure.low >= allowed,
         detail=f"from {means[0]:.3g} to {means[1]:.3g}, a change of {figure}; allowed down to {allowed:.3g}",
     )

@@ -26,7 +26,7 @@ from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
 from grpo_toolkit.checkpoint.tensor_names import names_by_live
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
 from grpo_toolkit.errors import InputError, WorkerError
-from grpo_toolkit.export.export_result import ExportResult, refuse_failed, report_of
+from grpo_toolkit.export.export_result import NONE, ExportResult, refuse_failed, report_of
 from grpo_toolkit.export.fp8.compare import Comparison, compare_answers
 from grpo_toolkit.export.fp8.layers import find_layers, refuse_quantised
 from grpo_toolkit.export.fp8.quantise import plan_fp8, quantization_config, refuse_without_library, write_fp8
@@ -136,7 +136,7 @@ def _exported(
                     repairs=(),
                     changes=(),
                     made_portable=(),
-                    sources={"source": f"export {source}", "base": str(manifest.get("base"))},
+                    sources={"source": f"export {source}", "base": str(manifest.get("base") or NONE)},
                     verification=None,
                     bytes=0,
                     seconds=0.0,

@@ -54,7 +54,7 @@ def refuse_without_library() -> None:
     try:
         import compressed_tensors.quantization  # noqa: F401
     except ModuleNotFoundError as error:
-        if error.name == "compressed_tensors":
+        if (error.name or "").partition(".")[0] == "compressed_tensors":
             what = "is not installed here: pip install grpo-toolkit[fp8]"
         else:
             what = f"cannot be imported beside this transformers ({error}): update transformers"
