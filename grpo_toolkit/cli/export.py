@@ -41,7 +41,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--format",
         choices=("fp8",),
-        help="publish in FP8 (compressed-tensors), held against the export, which is made first where SOURCE is none",
+        help="publish in FP8 (compressed-tensors), held against the export, which is made first of any other source",
     )
     parser.add_argument(
         "--prompts",

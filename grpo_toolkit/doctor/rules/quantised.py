@@ -32,8 +32,8 @@ _NO_LAYER: Final = re.compile(r"embed|norm|\.ln_")
 @rule(
     Severity.WRONG,
     "weights in FP8 without their scales",
-    effect="transformers makes up the scales, with a warning only: other text, or NaN; a server refuses the folder or "
-    "takes a scale of anything",
+    effect="transformers makes up the scales, with a warning only: other text, or NaN; vLLM says nothing, and answers "
+    "the same token again and again",
     evidence="https://github.com/vllm-project/llm-compressor/issues/1306",
 )
 def fp8_scale_missing(folder: Folder) -> Iterator[Fault]:
@@ -76,7 +76,8 @@ def fp8_scale_shape(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "weights in FP8, and no quantization_config",
-    effect="the stored numbers are taken without their scales: other text in transformers, or an error about dtypes",
+    effect="transformers takes the stored numbers without their scales: other text, or an error about dtypes; vLLM "
+    "refuses the folder",
     evidence="https://huggingface.co/docs/transformers/quantization/compressed_tensors",
 )
 def fp8_unsaid(folder: Folder) -> Iterator[Fault]:
@@ -98,7 +99,8 @@ def fp8_unsaid(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "quantization_config that the stored weights disagree with",
-    effect="a weight in FP8 is taken for one that is not, or for another format: other text, or an error about dtypes",
+    effect="a weight in FP8 is taken for one that is not, or for another format: other text, or an error about "
+    "dtypes; vLLM refuses the folder",
     evidence="https://huggingface.co/docs/transformers/quantization/compressed_tensors",
 )
 def quantization_disagrees(folder: Folder) -> Iterator[Fault]:
