@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from grpo_toolkit.errors import UnsupportedError as UnsupportedError
     from grpo_toolkit.errors import VerificationError as VerificationError
     from grpo_toolkit.errors import WorkerError as WorkerError
-    from grpo_toolkit.export.export import ExportResult as ExportResult
     from grpo_toolkit.export.export import export_model as export_model
+    from grpo_toolkit.export.export_result import ExportResult as ExportResult
     from grpo_toolkit.export.verify import VerificationResult as VerificationResult
     from grpo_toolkit.export.verify import verify_export as verify_export
     from grpo_toolkit.latency.bench.compare import Comparison as Comparison
@@ -78,7 +78,7 @@ _MODULES = {
     "Diagnosis": "doctor.findings",
     "ExplanationRow": "latency.rows.row",
     "ExportCallback": "callbacks",
-    "ExportResult": "export.export",
+    "ExportResult": "export.export_result",
     "FastRolloutCallback": "callbacks",
     "Finding": "doctor.findings",
     "GateError": "errors",

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from grpo_toolkit.callbacks.guard import GuardedCallback
 from grpo_toolkit.checkpoint.publish import check_output
-from grpo_toolkit.export.export import ExportResult, export_model
+from grpo_toolkit.export.export import export_model
 from grpo_toolkit.export.export_plan import refuse_unsupported
 from grpo_toolkit.export.preflight import look_ahead
 from grpo_toolkit.model.generation.request import find_requests
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from grpo_toolkit.export.export_result import ExportResult
     from grpo_toolkit.export.preflight import Finding
     from grpo_toolkit.model.generation.request import Request
 

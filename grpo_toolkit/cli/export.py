@@ -25,7 +25,7 @@ def add_command(commands: Commands) -> None:
         help="publish a trained folder for inference: merged, verified, portable",
         examples=(
             "out/checkpoint-500 exported --base Qwen/Qwen2.5-VL-3B-Instruct",
-            "out/adapter exported --overwrite",
+            "exported exported-fp8 --format fp8",
             "out/checkpoint-500 exported --push-to-hub me/policy",
         ),
     )
@@ -37,6 +37,22 @@ def add_command(commands: Commands) -> None:
         "--link",
         action="store_true",
         help="use hard links to the source's weight files where they are right as they are",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("fp8",),
+        help="publish in FP8 (compressed-tensors), held against the export, which is made first of any other source",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with prompt and image (a path), held out, on which FP8 is held against the export",
+    )
+    parser.add_argument(
+        "--accept-loss",
+        action="store_true",
+        help="publish FP8 that is further from the export than the tolerance, with the figure",
     )
     parser.add_argument(
         "--push-to-hub", type=repository, metavar="REPO", help="upload the verified folder (a new repo is private)"
@@ -66,6 +82,7 @@ def export(arguments: argparse.Namespace) -> int:
 
     if arguments.push_to_hub and arguments.no_verify:
         raise InputError("--push-to-hub sends what was verified: leave out --no-verify")
+    prompts = _of_fp8(arguments)
     check_output(arguments.output, overwrite=arguments.overwrite)
     if arguments.adapter_name is not None:
         find_adapter(arguments.source, arguments.adapter_name)
@@ -95,6 +112,9 @@ def export(arguments: argparse.Namespace) -> int:
             generation_overrides=overrides,
             notes=notes,
             adapter_name=arguments.adapter_name,
+            format=arguments.format,
+            prompts=prompts,
+            accept_loss=arguments.accept_loss,
             finish=partial(write_model_card, facts=CardFacts(repository=arguments.push_to_hub)),
         )
     assert result is not None, "one process is rank 0"
@@ -107,6 +127,23 @@ def export(arguments: argparse.Namespace) -> int:
     else:
         print(result.path)
     return 0
+
+
+def _of_fp8(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the held-out rows of `--prompts`, none where there are none.
+
+    Raises:
+        InputError: flags that do not go together, or rows that cannot be read.
+    """
+    from grpo_toolkit.model.generation.request_forms import prompt_rows
+
+    if arguments.format is None:
+        if arguments.accept_loss or arguments.prompts is not None:
+            raise InputError("--prompts and --accept-loss are about FP8: add --format fp8")
+        return []
+    if arguments.link:
+        raise InputError("--format fp8 writes other weights, to which --link can make no link: leave one of them out")
+    return [] if arguments.prompts is None else prompt_rows(arguments.prompts, f"--prompts {arguments.prompts}")
 
 
 def _are_read_here(source: Path) -> bool:

@@ -30,6 +30,7 @@ from grpo_toolkit.doctor.rules import (
     fit,
     processing,
     prompts,
+    quantised,
     servers,
     settings,
     shards,
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MODULES: Final = (
-    files, shards, cache, experts, weights, fit, settings, tied, dtypes, dialect, custom_code, prompts, processing,
-    servers, adapter,
+    files, shards, cache, experts, weights, fit, settings, tied, dtypes, quantised, dialect, custom_code, prompts,
+    processing, servers, adapter,
 )  # fmt: skip
 
 ALL_RULES: Final = tuple(

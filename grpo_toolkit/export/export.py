@@ -12,23 +12,21 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.base_files import Change, declare_dtype, write_configs
-from grpo_toolkit.checkpoint.folders.base_lookup import named_base, public_name
-from grpo_toolkit.checkpoint.folders.lineage import NOT_COMPARED
-from grpo_toolkit.checkpoint.folders.model_folder import MANIFEST
-from grpo_toolkit.checkpoint.manifest import write_manifest
-from grpo_toolkit.checkpoint.publish import check_output, keep_rejected, staged
-from grpo_toolkit.checkpoint.short_repr import HtmlTable
+from grpo_toolkit.checkpoint.folders.base_lookup import named_base
+from grpo_toolkit.checkpoint.publish import check_output, staged
 from grpo_toolkit.checkpoint.weights.shard_plan import named_dtype
 from grpo_toolkit.doctor.compat import check_compat, write_older_forms
-from grpo_toolkit.errors import VerificationError, WorkerError
+from grpo_toolkit.errors import InputError, WorkerError
 from grpo_toolkit.export.export_plan import ExportPlan, Storage, plan_export
+from grpo_toolkit.export.export_result import NONE, ExportResult, refuse_failed, write_report
 from grpo_toolkit.export.export_weights import gather_weights, write_weights
 from grpo_toolkit.export.format_reward import format_reward_of, format_scores
+from grpo_toolkit.export.fp8.publish import publish_fp8
 from grpo_toolkit.export.policy_answers import PolicyAnswers, ask_policy
 from grpo_toolkit.export.policy_weights import is_quantised
 from grpo_toolkit.export.quantised_policy import ask_unquantised
@@ -42,8 +40,6 @@ from grpo_toolkit.model.saving.processor_files import save_plainly, write_proces
 from grpo_toolkit.model.sharding.gather import is_sharded
 from grpo_toolkit.model.sharding.ranks import rank
 
-NONE: Final = f"NONE: {NOT_COMPARED}; pass base= (--base FOLDER)"
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -54,39 +50,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.checkpoint.weights.shard_writer import Progress
     from grpo_toolkit.export.format_reward import Score
     from grpo_toolkit.model.generation.request import Request
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class ExportResult(HtmlTable):
-    """A published export.
-
-    Attributes:
-        path: the folder.
-        base: the folder of the base model whose files were carried; None where nothing was compared with one.
-        repairs: values that were wrong in the base and are right in the export.
-        changes: values that training changed and the export therefore carries.
-        made_portable: what was changed in files that transformers 5 wrote, so that 4.x and servers can read them too.
-        sources: what went in, by name: the source, and the base or adapter that it names.
-        bytes: of all the files.
-        verification: every check with its figure, or None where verification was switched off.
-        seconds: how long it all took.
-    """
-
-    path: Path
-    base: Path | None
-    repairs: tuple[Repair, ...]
-    changes: tuple[Change, ...]
-    made_portable: tuple[str, ...]
-    sources: Mapping[str, str]
-    bytes: int
-    verification: VerificationResult | None
-    seconds: float
-
-    def table_rows(self) -> list[dict[str, object]]:
-        facts = [*self.sources.items(), *(("put right", str(repair)) for repair in self.repairs)]
-        for check in () if self.verification is None else self.verification.table_rows():
-            facts.append((str(check["check"]), f"{check['verdict']}: {check['detail']}"))
-        return [{"what": name, "": value} for name, value in facts]
 
 
 def export_model(
@@ -108,6 +71,10 @@ def export_model(
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
     adapter_name: str | None = None,
+    format: str | None = None,
+    prompts: Sequence[Mapping[str, Any]] = (),
+    reward_funcs: Sequence[Callable[..., list[float]]] = (),
+    accept_loss: bool = False,
     finish: Callable[[Path], object] | None = None,
 ) -> ExportResult | None:
     """Export a trained model for inference.
@@ -139,6 +106,14 @@ def export_model(
             saved whole.
         notes: further facts for the manifest.
         adapter_name: which adapter of a folder that holds several.
+        format: "fp8": publish the export in FP8 (compressed-tensors, dynamic), held against the export itself. A
+            source that is a verified export is quantised as it is; of any other the export is made first, in a
+            scratch folder beside `output_dir`.
+        prompts: for FP8, held-out rows as trainers take them (`prompt`, `image`, other columns), at most 64; by
+            default made-up questions and drawn pictures.
+        reward_funcs: for FP8, reward functions, as trainers call them, which have to pay the answers to `prompts` what
+            they pay the export's.
+        accept_loss: publish FP8 that is further from its export than the tolerance, with the figure in the manifest.
         finish: called with the complete folder before it gets its name; what it writes is published with it.
 
     Returns:
@@ -151,10 +126,78 @@ def export_model(
         VerificationError: a check failed; nothing was published, and the candidate is in `<output_dir>.rejected`.
         WorkerError: the export cannot be loaded, which is kept in the same way.
     """
+    exported = partial(
+        _export,
+        source,
+        base=None if base is None else named_base(base),
+        processing_class=processing_class,
+        requests=requests,
+        format_reward=format_reward,
+        generation_overrides=generation_overrides,
+        verify=verify,
+        device=device,
+        dtype=dtype,
+        compat=compat,
+        adapter_name=adapter_name,
+        rejected_as=Path(output_dir),
+    )
+    if format is None:
+        return exported(
+            Path(output_dir),
+            overwrite=overwrite,
+            link=link,
+            max_shard_size=max_shard_size,
+            progress=progress,
+            notes=notes,
+            finish=finish,
+        )
+    if format != "fp8":
+        raise InputError(f"format {format!r}: not one of fp8; leave it out for the export as it is")
+    return publish_fp8(
+        source,
+        Path(output_dir),
+        exported,
+        is_taken_as_it_is=dtype is None and base is None and not generation_overrides and adapter_name is None,
+        requests=requests,
+        prompts=prompts,
+        reward_funcs=reward_funcs,
+        accept_loss=accept_loss,
+        verify=verify,
+        device=device,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        progress=progress,
+        notes=notes,
+        finish=finish,
+    )
+
+
+def _export(
+    source: Any,
+    target: Path,
+    *,
+    base: Path | None,
+    processing_class: Any,
+    requests: Sequence[Request],
+    format_reward: Callable[..., list[float]] | None,
+    generation_overrides: Mapping[str, Any] | None,
+    verify: bool,
+    device: str,
+    dtype: str | None,
+    compat: str,
+    adapter_name: str | None,
+    rejected_as: Path,
+    overwrite: bool = False,
+    link: bool = False,
+    max_shard_size: str | int | None = None,
+    progress: Progress | None = None,
+    notes: Mapping[str, Any] | None = None,
+    finish: Callable[[Path], object] | None = None,
+) -> ExportResult | None:
+    """Make the export in its base's dtypes; what fails is kept beside the folder `rejected_as`."""
     if rank() != 0 and not _takes_all_ranks(source):
         return None
     started = time.monotonic()
-    target = Path(output_dir)
     check_output(target, overwrite=overwrite)
     check_compat(compat)
     storage = Storage(
@@ -164,12 +207,11 @@ def export_model(
         link=link,
         progress=progress,
     )
-    named = None if base is None else named_base(base)
-    with random_state_kept(), _opened(source, target, named, adapter_name) as opened:
+    with random_state_kept(), _opened(source, target, base, adapter_name) as opened:
         plan = plan_export(
             opened,
             storage,
-            base=named,
+            base=base,
             processing_class=processing_class,
             overrides=generation_overrides,
             device=device,
@@ -195,8 +237,8 @@ def export_model(
                 bytes=sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()),
                 seconds=time.monotonic() - started,
             )
-            _write_manifest(staging, result, verification, notes or {})
-            _refuse_failed(staging, target, verification)
+            write_report(staging, result, verification, notes or {})
+            refuse_failed(staging, rejected_as, verification)
             if finish is not None:
                 finish(staging)
     return result
@@ -219,22 +261,6 @@ def _sources(plan: ExportPlan, source: Any, opened: Any) -> dict[str, str]:
     if plan.source.folder is not None and opened != Path(source):
         said = f"shards {source}" if not Path(opened).is_relative_to(source) else said
     return {"source": said, "base": str(plan.known_base or NONE)}
-
-
-def _refuse_failed(staging: Path, target: Path, verification: VerificationResult | WorkerError | None) -> None:
-    """Raise for an export that failed verification, and keep it under another name, with the report in it.
-
-    Raises:
-        VerificationError, WorkerError: see `export_model`.
-    """
-    if verification is None or (isinstance(verification, VerificationResult) and verification.passed):
-        return
-    kept = keep_rejected(staging, target)
-    where = f"; what was refused is in {kept}, with the report in {MANIFEST}" if kept else ""
-    if isinstance(verification, WorkerError):
-        raise WorkerError(f"{verification}{where}") from verification
-    failed = "; ".join(f"{check.name}: {check.detail}" for check in verification.failures)
-    raise VerificationError(f"not published, because the export failed verification: {failed}{where}")
 
 
 def _takes_all_ranks(source: Any) -> bool:
@@ -300,28 +326,3 @@ def _verify(
         )
     except WorkerError as error:
         return error
-
-
-def _write_manifest(
-    staging: Path,
-    result: ExportResult,
-    verification: VerificationResult | WorkerError | None,
-    notes: Mapping[str, Any],
-) -> None:
-    said: Any = verification
-    if isinstance(verification, VerificationResult):
-        said = verification.to_json()
-    elif isinstance(verification, WorkerError):
-        said = {"passed": False, "checks": [], "error": str(verification)}
-    write_manifest(
-        staging,
-        {
-            "base": None if result.base is None else public_name(result.base),  # no path: exports are uploaded
-            "put_right": [asdict(repair) for repair in result.repairs],
-            "changed_in_training": [str(change) for change in result.changes],
-            "made_portable": list(result.made_portable),
-            "verification": said,
-            **notes,
-        },
-        sums=verification is not None,
-    )

@@ -118,6 +118,25 @@ Q_LORA = {
     "base_model.model.visual.blocks.0.attn.qkv.lora_A.weight": ("F32", (2, 4)),
     "base_model.model.visual.blocks.0.attn.qkv.lora_B.weight": ("F32", (4, 2)),
 }
+FP8_GROUP: Json = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+IN_FP8: Json = {
+    "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": FP8_GROUP},
+    "ignore": ["re:(?:.*\\.)?visual(?:\\..*)?$", "lm_head"],
+}  # fmt: skip
+UP = "model.layers.0.mlp.up_proj.weight"
+FP8_TENSORS = {
+    **TENSORS,
+    **{f"model.layers.{number}.mlp.up_proj.weight": ("F8_E4M3", (4, 4)) for number in (0, 1)},
+    **{f"model.layers.{number}.mlp.up_proj.weight_scale": ("BF16", (4, 1)) for number in (0, 1)},
+}
+FP8_TOWER = {**FP8_TENSORS, "visual.blocks.0.attn.qkv.weight": ("BF16", (4, 4))}
+
+
+def in_fp8(tensors: Any = None, **quantisation: Any) -> MemoryFiles:
+    """A clean folder in FP8 with changes; None for the quantisation removes it."""
+    said = {"quantization_config": {**IN_FP8, **quantisation}}
+    return model(FP8_TENSORS if tensors is None else tensors, config=said)
+
 
 # code: (folder, base, what comparing bytes gave, file and key of the finding)
 CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str]] = {
@@ -244,6 +263,16 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "mixed-dtypes": (model({**TENSORS, "model.norm.weight": ("F32", (4,))}), None, None, "model.safetensors", ""),
     "quantization-left-over": (model(config={"quantization_config": {"load_in_4bit": True}}), None, None,
                                "config.json", "quantization_config"),
+    "fp8-scale-missing": (in_fp8({name: info for name, info in FP8_TENSORS.items() if name != f"{UP}_scale"}), BASE,
+                          None, "model.safetensors", UP),
+    "fp8-scale-shape": (in_fp8({**FP8_TENSORS, f"{UP}_scale": ("BF16", (4,))}), BASE, None,
+                        "model.safetensors", f"{UP}_scale"),
+    "fp8-unsaid": (model(FP8_TENSORS), None, None, "config.json", "quantization_config"),
+    "quantization-disagrees": (in_fp8(ignore=["lm_head", UP.removesuffix(".weight")]), BASE, None,
+                               "config.json", "quantization_config.ignore"),
+    "ignore-misses": (model(FP8_TOWER, config={**QWEN, "quantization_config": {
+        **IN_FP8, "ignore": ["lm_head", "visual.blocks.0.attn.qkv"]}}), None, None,
+        "config.json", "quantization_config.ignore"),
     "nested-text-config": (model(config={**QWEN, "text_config": {"hidden_size": 4}}), None, None,
                            "config.json", "text_config"),
     "rope-parameters-alone": (
@@ -476,3 +505,51 @@ def test_a_head_that_cannot_be_dropped_is_not_said_to_be_mendable() -> None:
 
 def test_settings_of_sampling_are_those_that_exports_know() -> None:
     assert set(NEUTRAL) == SAMPLING
+
+
+@pytest.mark.parametrize("tensors", [FP8_TENSORS, FP8_TOWER])
+def test_a_folder_in_fp8_is_clean(tensors: Any) -> None:
+    assert diagnose(in_fp8(tensors), None) == []
+    assert {finding.code for finding in diagnose(in_fp8(), BASE)} == set()
+
+
+@pytest.mark.parametrize(
+    ("ignore", "fails"),
+    [
+        (["visual.blocks.0.attn.qkv", "lm_head"], "transformers>=4.52"),
+        (["model.visual.blocks.0.attn.qkv", "lm_head"], "transformers<4.52"),
+        (["re:model.visual.*", "re:.*lm_head"], "transformers<4.52"),
+        (["lm_head"], "transformers; vllm; sglang"),
+        (["re:.*visual.*"], "transformers"),
+        (["re:visual.*", "re:model.visual.*", "lm_head"], ""),
+        (["re:.*visual.*", "lm_head"], ""),
+        (["re:(a+)+$", "lm_head"], ""),  # takes for ever on a long name: not tried
+        (["re:(", "lm_head"], ""),
+        (["Qwen2_5_VLVisionBlock", "lm_head"], ""),  # a class, which names do not tell
+    ],
+)
+def test_layers_to_leave_alone_are_named_as_each_reader_names_them(ignore: list[str], fails: str) -> None:
+    said = {**QWEN, "quantization_config": {**IN_FP8, "ignore": ignore}}
+    found = [one for one in diagnose(model(FP8_TOWER, config=said), None) if one.code == "ignore-misses"]
+    assert [one.fails for one in found] == ([fails] if fails else [])
+    assert all(one.repairable for one in found)
+
+
+def test_a_tied_head_is_a_layer_to_leave_alone_too() -> None:
+    tensors = {name: info for name, info in FP8_TENSORS.items() if name != "lm_head.weight"}
+    folder = model(tensors, config={"tie_word_embeddings": True, "quantization_config": {**IN_FP8, "ignore": []}})
+    [found] = [one for one in diagnose(folder, None) if one.code == "ignore-misses"]
+    assert str(found.found).startswith("does not fit 1 of the layers that are stored unquantised (lm_head")
+
+
+def test_a_format_that_is_not_fp8_disagrees_with_weights_that_are() -> None:
+    group = {**FP8_GROUP, "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    [found] = diagnose(in_fp8(config_groups={"group_0": group}), None)
+    assert (found.code, found.key) == ("quantization-disagrees", "quantization_config.config_groups")
+
+
+@pytest.mark.parametrize("method", ["fp8", "modelopt", "fbgemm_fp8"])
+def test_fp8_of_other_makers_is_not_judged(method: str) -> None:
+    tensors = {name.replace("_scale", "_scale_inv"): info for name, info in FP8_TENSORS.items()}
+    folder = model(tensors, config={"quantization_config": {"quant_method": method, "weight_block_size": [128, 128]}})
+    assert diagnose(folder, None) == []

@@ -23,7 +23,7 @@ from tests.support.training import v5_only
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from grpo_toolkit.export.export import ExportResult
+    from grpo_toolkit.export.export_result import ExportResult
     from grpo_toolkit.model.generation.request import Request
 
 pytestmark = [pytest.mark.stack, v5_only]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.generation_defaults import Repair
-from grpo_toolkit.export.export import ExportResult
+from grpo_toolkit.export.export_result import ExportResult
 from grpo_toolkit.export.verify import Check, VerificationResult
 from grpo_toolkit.latency.rows.review import Review
 from grpo_toolkit.latency.rows.row import Ratio

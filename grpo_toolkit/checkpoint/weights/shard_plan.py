@@ -52,12 +52,21 @@ def plan_shards(
         entry = replace(entry, name=(names or {}).get(name, name), dtype=dtype, work=work.get(name))
         by_file.setdefault(info.file, []).append(entry)
     metadata = {file: read_safetensors_metadata(folder / file) or {} for file in by_file}
-    if max_shard_size is not None:
-        by_file, metadata = _split([entry for held in by_file.values() for entry in held], max_shard_size), {}
-    return [
-        Shard(file=file, entries=tuple(held), metadata={"format": "pt", **metadata.get(file, {})})
+    shards = [
+        Shard(file=file, entries=tuple(held), metadata={"format": "pt", **metadata[file]})
         for file, held in by_file.items()
     ]
+    return shards if max_shard_size is None else split_shards(shards, max_shard_size)
+
+
+def split_shards(shards: Sequence[Shard], max_shard_size: str | int) -> list[Shard]:
+    """Return the same tensors, in the same order, in files of a given size at most.
+
+    Raises:
+        InputError: `max_shard_size` is no size.
+    """
+    by_file = _split([entry for shard in shards for entry in shard.entries], max_shard_size)
+    return [Shard(file=file, entries=tuple(held)) for file, held in by_file.items()]
 
 
 def named_dtype(name: str) -> str:

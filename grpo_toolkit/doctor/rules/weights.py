@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
+from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
@@ -150,6 +151,10 @@ def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
     )
 
 
+_OF_QUANTISERS: Final = ("_scale", "_scale_inv", "_zero_point", "_g_idx", "_packed", "_shape")
+"""Ends of the names of tensors that a quantiser stores beside a weight, or in its place."""
+
+
 @rule(
     Severity.WRONG,
     "tensors that the base does not have",
@@ -162,6 +167,8 @@ def tensors_extra(folder: Folder) -> Iterator[Fault]:
     extra = sorted(ours[live] for live in ours.keys() - base.keys() if not is_lora(live) and not live.endswith(HEAD))
     told = set(stacked_though_published_apart(folder))
     extra = [name for name in extra if name not in told and not VALUE_HEAD.search(name)]
+    if folder.get(CONFIG, "quantization_config") not in (ABSENT, None):
+        extra = [name for name in extra if not name.endswith(_OF_QUANTISERS)]
     if base and extra:
         yield Fault(
             file=folder.tensors[extra[0]].file,

@@ -116,11 +116,13 @@ def picture_requests(sight: Sight) -> list[Request]:
 
 def _question(size: tuple[int, int], number: int, limits: tuple[int, int] | None) -> Request:
     is_asked = len(_SIZES) > number or limits is None or limits[1] <= _MOST_ASKED
-    return Request(
-        messages=[{"role": "user", "content": "What is the main colour of this picture?"}],
-        images=[draw(size, f"question {number}")],
-        max_new_tokens=8 if is_asked else 0,
-    )
+    return question(size, f"question {number}", max_new_tokens=8 if is_asked else 0)
+
+
+def question(size: tuple[int, int], name: str, *, max_new_tokens: int = 16) -> Request:
+    """Return a question about a picture that is drawn from a name."""
+    messages = [{"role": "user", "content": "What is the main colour of this picture?"}]
+    return Request(messages=messages, images=[draw(size, name)], max_new_tokens=max_new_tokens)
 
 
 def draw(size: tuple[int, int], name: str) -> Image:

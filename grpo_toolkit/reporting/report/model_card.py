@@ -136,6 +136,7 @@ def _section(
         manifest={"put_right": [], "verification": None, **manifest, "versions": manifest.get("versions") or {}},
         checks=(manifest.get("verification") or {}).get("checks") or [],
         facts=facts,
+        fp8=manifest.get("fp8"),
         share=_share,
         base=base,
         base_link=f"[{_cell(base)}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{_cell(base)}`",

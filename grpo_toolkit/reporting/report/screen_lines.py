@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from grpo_toolkit.export.export import ExportResult
+    from grpo_toolkit.export.export_result import ExportResult
     from grpo_toolkit.latency.rows.review import Review
     from grpo_toolkit.latency.rows.row import LatencyRow, Ratio
 

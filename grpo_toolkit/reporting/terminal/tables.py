@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from grpo_toolkit.export.export import ExportResult
+    from grpo_toolkit.export.export_result import ExportResult
     from grpo_toolkit.latency.rows.row import LatencyRow, Summary
     from grpo_toolkit.merge.merge import MergeResult
 
