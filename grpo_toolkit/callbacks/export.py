@@ -16,7 +16,7 @@ from grpo_toolkit.export.preflight import look_ahead
 from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rotary_buffers import restore_positions
-from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of, tags_of_model
+from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of, tags_of_training
 from grpo_toolkit.reporting.report.model_card import write_model_card
 from grpo_toolkit.reporting.report.screen_lines import export_lines
 from grpo_toolkit.reporting.terminal.console import say
@@ -137,7 +137,7 @@ class ExportCallback(GuardedCallback):
                 facts = CardFacts(
                     training=Training.of(state.global_step, state.log_history, args),
                     system_prompt=system_prompt_of(requests[0].messages) if requests else None,
-                    tags=tags_of_model(kwargs["model"]),
+                    tags=tags_of_training(kwargs["model"], args),
                 )
                 self._export(kwargs["model"], kwargs.get("processing_class"), requests, facts)
         with self._guarded("showing the export"):

@@ -21,7 +21,14 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.latency.rows.review import Review
 from grpo_toolkit.latency.rows.store import append_rows
-from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, kept_facts, system_prompt_of, tags_of_folder
+from grpo_toolkit.reporting.report.card_facts import (
+    CardFacts,
+    Training,
+    kept_facts,
+    system_prompt_of,
+    tags_of_folder,
+    tags_of_training,
+)
 from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, write_findings
 from grpo_toolkit.reporting.report.model_card import write_model_card
 from tests.support.latency_rows import row
@@ -155,6 +162,22 @@ def test_the_tags_of_a_save_are_those_of_its_trainer(page: str | None, tags: tup
     if page is not None:
         (tmp_path / "README.md").write_text(page)
     assert tags_of_folder(tmp_path) == tags
+
+
+def test_the_tags_of_a_training_are_those_of_its_model_or_of_its_arguments() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+    from trl import GRPOConfig, SFTConfig
+
+    class Descendant(GRPOConfig):
+        """The arguments of a trainer that is made of TRL's."""
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    kinds = (Descendant, SFTConfig, TrainingArguments)
+    found = [tags_of_training(model, object.__new__(kind)) for kind in kinds]
+    assert found == [("trl", "grpo"), ("trl", "sft"), ()]
+    model.model_tags = ["trl", "online-dpo"]
+    assert tags_of_training(model, object.__new__(SFTConfig)) == ("trl", "online-dpo")
 
 
 def test_training_is_read_from_what_trl_logs() -> None:

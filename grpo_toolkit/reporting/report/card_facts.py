@@ -145,9 +145,15 @@ def _texts(values: object) -> tuple[str, ...]:
     return tuple(value for value in values if isinstance(value, str)) if isinstance(values, list) else ()
 
 
-def tags_of_model(model: torch.nn.Module) -> tuple[str, ...]:
-    """Return the tags that a trainer has put on a live model, as TRL does with `add_model_tags`."""
-    return _texts(getattr(base_model(model), "model_tags", None))
+def tags_of_training(model: torch.nn.Module, args: Any) -> tuple[str, ...]:
+    """Return the tags that TRL's trainers put on a live model, or those of TRL's arguments where none are there.
+
+    Trainers of others that are made of TRL's pass its `__init__` over (ms-swift), and take its arguments all the same.
+    """
+    tags = _texts(getattr(base_model(model), "model_tags", None))
+    of_trl = (kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl")
+    method = next((name.removesuffix("Config") for name in of_trl if name.removesuffix("Config").isupper()), None)
+    return tags or (() if method is None else ("trl", method.lower()))
 
 
 def tags_of_folder(folder: Path) -> tuple[str, ...]:
