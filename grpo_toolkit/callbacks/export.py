@@ -16,7 +16,7 @@ from grpo_toolkit.export.preflight import look_ahead
 from grpo_toolkit.model.generation.request import find_requests
 from grpo_toolkit.model.live_model import base_model
 from grpo_toolkit.model.rotary_buffers import restore_positions
-from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of
+from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of, tags_of_training
 from grpo_toolkit.reporting.report.model_card import write_model_card
 from grpo_toolkit.reporting.report.screen_lines import export_lines
 from grpo_toolkit.reporting.terminal.console import say
@@ -138,6 +138,7 @@ class ExportCallback(GuardedCallback):
                 facts = CardFacts(
                     training=Training.of(state.global_step, state.log_history, args),
                     system_prompt=system_prompt_of(requests[0].messages) if requests else None,
+                    tags=tags_of_training(kwargs["model"], args),
                 )
                 self._export(kwargs["model"], kwargs.get("processing_class"), requests, facts)
         with self._guarded("showing the export"):
@@ -158,7 +159,7 @@ class ExportCallback(GuardedCallback):
             format_reward=self.format_reward,
             generation_overrides=self.generation_overrides,
             overwrite=self.overwrite,
-            finish=partial(write_model_card, facts=facts),
+            finish=partial(write_model_card, facts=facts, name=self.output_dir.name),
         )
         if self.result is not None:
             published[base_model(model)] = self.result

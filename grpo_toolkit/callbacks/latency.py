@@ -29,7 +29,7 @@ from grpo_toolkit.model.offload_to_cpu import offloaded_to_cpu
 from grpo_toolkit.model.saving.save_hook import save_as_plain_trainer, saved_state
 from grpo_toolkit.model.sharding.gather import gather, is_sharded
 from grpo_toolkit.reporting.charts.gallery import write_pictures
-from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of
+from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, system_prompt_of, tags_of_training
 from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, findings_of, write_findings
 from grpo_toolkit.reporting.report.model_card import write_model_card
 from grpo_toolkit.reporting.report.page import Pages, write_report
@@ -268,6 +268,7 @@ class LatencyCallback(GuardedCallback):
         self._facts = CardFacts(
             training=Training.of(state.global_step, state.log_history, args),
             system_prompt=system_prompt_of(end.requests[0].messages),
+            tags=tags_of_training(model, args),
         )
         with self._guarded("the latency report"):
             self._show(args, folder)

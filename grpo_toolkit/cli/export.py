@@ -75,7 +75,7 @@ def export(arguments: argparse.Namespace) -> int:
     from grpo_toolkit.checkpoint.publish import check_output
     from grpo_toolkit.export.export import export_model
     from grpo_toolkit.merge.adapter import find_adapter
-    from grpo_toolkit.reporting.report.card_facts import CardFacts
+    from grpo_toolkit.reporting.report.card_facts import CardFacts, tags_of_folder
     from grpo_toolkit.reporting.report.model_card import write_model_card
     from grpo_toolkit.reporting.terminal.console import byte_progress, say
     from grpo_toolkit.reporting.terminal.tables import export_table
@@ -95,6 +95,7 @@ def export(arguments: argparse.Namespace) -> int:
         from grpo_toolkit.cli.tune import tuned_overrides
 
         overrides, notes["tuned"] = tuned_overrides(arguments.source, arguments.base, device=arguments.device)
+    facts = CardFacts(repository=arguments.push_to_hub, tags=tags_of_folder(arguments.source))
     is_talking = not (arguments.quiet or arguments.json)
     with byte_progress("writing", is_shown=is_talking and sys.stderr.isatty()) as progress:
         result = export_model(
@@ -115,15 +116,15 @@ def export(arguments: argparse.Namespace) -> int:
             format=arguments.format,
             prompts=prompts,
             accept_loss=arguments.accept_loss,
-            finish=partial(write_model_card, facts=CardFacts(repository=arguments.push_to_hub)),
+            finish=partial(write_model_card, facts=facts, name=arguments.output.name),
         )
     assert result is not None, "one process is rank 0"
     if is_talking:
         say(export_table(result))
     url = _pushed(arguments.push_to_hub, result.path) if arguments.push_to_hub else None
     if arguments.json:
-        facts = {"path": str(result.path), "seconds": result.seconds, "hub": url}
-        print(json.dumps({**facts, **manifest_of(result.path)}))
+        found = {"path": str(result.path), "seconds": result.seconds, "hub": url}
+        print(json.dumps({**found, **manifest_of(result.path)}))
     else:
         print(result.path)
     return 0

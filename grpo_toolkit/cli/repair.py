@@ -35,7 +35,11 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--base", help="as for doctor; many faults are mended with what the base says")
     parser.add_argument("--dry-run", action="store_true", help="print the changes as a diff and make none")
     parser.add_argument("--undo", action="store_true", help="put back, byte for byte, what repairs replaced")
-    parser.add_argument("--rewrite-weights", action="store_true", help="also mend what needs new safetensors files")
+    parser.add_argument(
+        "--rewrite-weights",
+        action="store_true",
+        help="also mend what needs new safetensors files; without it that is left, and the exit code is 1",
+    )
     parser.set_defaults(run=repair)
     add_json(parser)
 

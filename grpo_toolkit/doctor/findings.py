@@ -11,12 +11,13 @@ import enum
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import ABSENT, Absent
 from grpo_toolkit.checkpoint.short_repr import HtmlTable, ShortRepr
 from grpo_toolkit.doctor.readers import ALL, Reader, concerns, in_words
+from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -64,19 +65,7 @@ class Unmark:
     file: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """A change of tensors, only where weights may be rewritten.
-
-    They are renamed, dropped (`renames[name]` is None), cast, or have their last two dimensions transposed.
-    """
-
-    renames: Mapping[str, str | None] = field(default_factory=dict)
-    dtypes: Mapping[str, str] = field(default_factory=dict)
-    transposed: frozenset[str] = frozenset()
-
-
-Remedy = Edit | WholeFile | Unmark | Weights
+Remedy = Edit | WholeFile | Unmark | TensorChanges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +190,7 @@ class Finding(ShortRepr):
     @property
     def needs_rewriting(self) -> bool:
         """Return whether its repair rewrites weights."""
-        return any(isinstance(remedy, Weights) for remedy in self.remedies)
+        return any(isinstance(remedy, TensorChanges) for remedy in self.remedies)
 
     def to_json(self) -> dict[str, Any]:
         return {

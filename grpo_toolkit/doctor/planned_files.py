@@ -5,21 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Protocol
 
 from grpo_toolkit.checkpoint.json_files import leaves_folder, read_bytes
-from grpo_toolkit.checkpoint.safetensors_header import (
-    DTYPE_BITS,
-    TensorInfo,
-    read_safetensors_header,
-    transposed_shape,
-)
+from grpo_toolkit.checkpoint.safetensors_header import TensorInfo, read_safetensors_header
+from grpo_toolkit.doctor.tensor_changes import TensorChanges
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
 MAX_ENTRIES: Final = 20_000
@@ -99,66 +95,12 @@ def _entry(entry: os.DirEntry[str], folder: Path) -> Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewritten:
-    """The changes to tensors, by their present names on disk.
-
-    Attributes:
-        renames: new names; None drops a tensor.
-        dtypes: new dtypes.
-        transposed: those whose last two dimensions change places.
-    """
-
-    renames: Mapping[str, str | None]
-    dtypes: Mapping[str, str]
-    transposed: frozenset[str] = frozenset()
-
-    @property
-    def names(self) -> set[str]:
-        """Return the names of all tensors that change."""
-        return {*self.renames, *self.dtypes, *self.transposed}
-
-    def then(
-        self, renames: Mapping[str, str | None], dtypes: Mapping[str, str], transposed: Iterable[str] = ()
-    ) -> Rewritten:
-        """Return one change that does this one and then another, which is written in the names that this one gives."""
-        names: dict[str, str | None] = {name: renames.get(new, new) for name, new in self.renames.items() if new}
-        names |= {name: None for name, new in self.renames.items() if new is None}
-        moved = set(self.renames) | {new for new in self.renames.values() if new}
-        names |= {name: new for name, new in renames.items() if name not in moved}
-        origin = {new: name for name, new in self.renames.items() if new}
-        cast = dict(self.dtypes) | {origin.get(name, name): dtype for name, dtype in dtypes.items()}
-        turned = self.transposed ^ {origin.get(name, name) for name in transposed}
-        return Rewritten(renames=names, dtypes=cast, transposed=turned)
-
-    def apply(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Return the tensors as they will be after the change."""
-        result = {}
-        for name, info in tensors.items():
-            new = self.renames.get(name, name)
-            if new is not None:
-                changed = _cast(info, self.dtypes.get(name, info.dtype))
-                is_transposed = name in self.transposed
-                result[new] = replace(changed, shape=transposed_shape(info.shape)) if is_transposed else changed
-        return result
-
-
-NOT_REWRITTEN: Final = Rewritten(renames={}, dtypes={})
-
-
-def _cast(info: TensorInfo, dtype: str) -> TensorInfo:
-    begin, end = info.span
-    return replace(
-        info, dtype=dtype, span=(begin, begin + (end - begin) * DTYPE_BITS[dtype] // DTYPE_BITS[info.dtype])
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PlannedFiles:
     """A folder as it will be when planned changes are made: `changed` files (None: removed), `weights` rewritten."""
 
     under: Files
     changed: Mapping[str, bytes | None]
-    weights: Rewritten = NOT_REWRITTEN
+    weights: TensorChanges = field(default_factory=TensorChanges)
 
     @property
     def path(self) -> Path:

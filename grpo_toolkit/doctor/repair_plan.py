@@ -19,10 +19,11 @@ from grpo_toolkit.checkpoint.short_repr import ShortRepr
 from grpo_toolkit.doctor import json_edit
 from grpo_toolkit.doctor.compare_bytes import compare_heads
 from grpo_toolkit.doctor.diagnose import DIALECT_CODES, diagnose_folder, parse_folder
-from grpo_toolkit.doctor.findings import Edit, Finding, Remedy, Severity, Unmark, Weights, WholeFile
+from grpo_toolkit.doctor.findings import Edit, Finding, Remedy, Severity, Unmark, WholeFile
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import JSON_LIMITS
-from grpo_toolkit.doctor.planned_files import NOT_REWRITTEN, DiskFiles, Files, PlannedFiles, Rewritten
+from grpo_toolkit.doctor.planned_files import DiskFiles, Files, PlannedFiles
+from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ class RepairPlan(ShortRepr):
     path: Path
     base: Path | None
     changes: tuple[FileChange, ...]
-    weights: Rewritten
+    weights: TensorChanges
     shards: tuple[str, ...]
     mended: tuple[Finding, ...]
     left: tuple[Finding, ...]
@@ -180,7 +181,7 @@ def _is_due(finding: Finding, tried: set[tuple[str, str, str]]) -> bool:
 
 
 def _apply(remedy: Remedy, planned: PlannedFiles, base: Path | None) -> PlannedFiles:
-    if isinstance(remedy, Weights):
+    if isinstance(remedy, TensorChanges):
         return _apply_weights(remedy, planned)
     return replace(planned, changed={**planned.changed, remedy.file: _new_content(remedy, planned, base)})
 
@@ -205,8 +206,8 @@ def _new_content(remedy: Edit | WholeFile | Unmark, planned: PlannedFiles, base:
     return mark + text.encode()
 
 
-def _apply_weights(remedy: Weights, planned: PlannedFiles) -> PlannedFiles:
-    weights = planned.weights.then(remedy.renames, remedy.dtypes, remedy.transposed)
+def _apply_weights(remedy: TensorChanges, planned: PlannedFiles) -> PlannedFiles:
+    weights = planned.weights.then(remedy)
     changed = dict(planned.changed)
     if WEIGHTS_INDEX in planned.entries:
         raw = planned.under.read(WEIGHTS_INDEX, limit=JSON_LIMITS[WEIGHTS_INDEX])
@@ -214,7 +215,7 @@ def _apply_weights(remedy: Weights, planned: PlannedFiles) -> PlannedFiles:
     return replace(planned, weights=weights, changed=changed)
 
 
-def _index_text(index: dict[str, Any], under: Files, weights: Rewritten) -> bytes:
+def _index_text(index: dict[str, Any], under: Files, weights: TensorChanges) -> bytes:
     names = {name: weights.renames.get(name, name) for name in index["weight_map"]}
     weight_map = {new: index["weight_map"][name] for name, new in names.items() if new is not None}
     shards = sorted(set(index["weight_map"].values()))
@@ -234,9 +235,7 @@ def _changes(planned: PlannedFiles) -> Iterator[FileChange]:
 
 
 def _rewritten_shards(source: Files, planned: PlannedFiles) -> Iterator[str]:
-    if planned.weights == NOT_REWRITTEN:
-        return
     touched = planned.weights.names
-    for name in sorted(parse_folder(source).shards):
+    for name in sorted(parse_folder(source).shards) if touched else ():
         if touched & set(source.tensors(name)):
             yield name

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from scripts.docs.pages.markdown import between
+from scripts.docs.pages.markdown import print_or_write
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -158,15 +158,6 @@ def is_current(page: str) -> bool:
     return _FAMILY.findall(page) == list(dict.fromkeys(case.family for case in CASES))
 
 
-def with_table(page: str, new: str) -> str:
-    """Return a page with another table between its two markers.
-
-    Raises:
-        ValueError: the markers are not in it.
-    """
-    return between(page, BEGIN, END, new)
-
-
 def main() -> None:
     """Print the table, or write it into a page."""
     from scripts.models.families import CASES, NOTES
@@ -176,11 +167,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="PAGE")
     arguments = parser.parse_args()
     wanted = [(case.family, column_of(case)) for case in CASES]
-    new, path = table(read_cells(arguments.results), wanted, NOTES), arguments.write
-    if path is None:
-        print(new)
-    else:
-        path.write_text(with_table(path.read_text(encoding="utf-8"), new), encoding="utf-8")
+    print_or_write(table(read_cells(arguments.results), wanted, NOTES), arguments.write, begin=BEGIN, end=END)
 
 
 if __name__ == "__main__":

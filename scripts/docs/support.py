@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from scripts.benchmarks.two_processes import ALONE, KINDS
-from scripts.docs.pages.markdown import ROOT, between, table
+from scripts.docs.pages.markdown import ROOT, print_or_write, table
 from scripts.docs.pages.source import tree_of
 
 if TYPE_CHECKING:
@@ -227,12 +227,7 @@ def main() -> None:
     """Print the tables, or write them into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="PAGE", help="the page with the two markers")
-    path: Path | None = parser.parse_args().write
-    if path is None:
-        print(dated(tables()))
-    else:
-        page = path.read_text(encoding="utf-8")
-        path.write_text(between(page, BEGIN, END, dated(tables())), encoding="utf-8")
+    print_or_write(dated(tables()), parser.parse_args().write, begin=BEGIN, end=END)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def test_after_a_training_thinking_and_batches_are_told(
     page = (tmp_path / "run" / "latency" / "report.html").read_text()
     card = (tmp_path / "export" / "README.md").read_text()
     assert all("Thinking: " in text and "Batch 2: " in text for text in (page, card))
+    assert "trained with [GRPO]" in card
+    assert "tags:\n- grpo\n- trl\n" in card
 
 
 def test_prompts_that_name_no_thoughts_are_asked_one_way_which_is_said_once(

@@ -107,9 +107,19 @@ def generation_flag(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "make", [plain, *(pytest.param(trainer, marks=recent_trl_only) for trainer in (sft, dpo, rloo))]
+    ("make", "tags"),
+    [
+        (plain, None),
+        pytest.param(sft, ["sft", "trl"], marks=recent_trl_only),
+        pytest.param(dpo, ["dpo", "trl"], marks=recent_trl_only),
+        pytest.param(rloo, ["rloo", "trl"], marks=recent_trl_only),
+    ],
 )
-def test_other_trainers_save_and_export_as_grpo_does(make: Callable[..., Any], llama: Path, tmp_path: Path) -> None:
+def test_other_trainers_save_and_export_as_grpo_does(
+    make: Callable[..., Any], tags: list[str] | None, llama: Path, tmp_path: Path
+) -> None:
+    from huggingface_hub import ModelCard
+
     callbacks = [KVCacheCallback(strict=True), ExportCallback(tmp_path / "export", strict=True)]
     trainer = make(str(llama), tmp_path / "out", callbacks)
     trainer.train()
@@ -119,6 +129,10 @@ def test_other_trainers_save_and_export_as_grpo_does(make: Callable[..., Any], l
         model, tokenizer, _ = load_model(folder)
         assert generate(model, tokenizer, TEXT_REQUEST).is_cached
     assert generate(trainer.model, tokenizer, TEXT_REQUEST).is_cached
+    page = ModelCard.load(tmp_path / "export" / "README.md")
+    assert page.data.tags == tags
+    assert "`llama` fine-tuned for 1 steps." in page.text
+    assert "GRPO" not in page.text
 
 
 @pytest.mark.parametrize("late", [False, True])

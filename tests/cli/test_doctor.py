@@ -142,8 +142,12 @@ def test_repair_says_what_it_does(base: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["repair", str(folder), "--base", str(base)]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"{folder}: mended 4 findings in 5 files"
-    assert said[-1].startswith("left: wider-than-base: ")
-    assert said[-1].endswith("(--rewrite-weights mends it)")
+    assert said[-2].startswith("left: wider-than-base: ")
+    assert said[-2].endswith("(--rewrite-weights mends it)")
+    command = f"grpo-toolkit repair {folder} --base {base} --rewrite-weights"
+    assert said[-1] == f"exit code 1, because of what is left; one of these can be mended: {command}"
+    assert main(["repair", str(folder), "--base", str(base)]) == 1
+    assert capsys.readouterr().out.splitlines() == [f"{folder}: nothing to mend without --rewrite-weights", *said[-2:]]
     assert main(["repair", str(folder), "--base", str(base), "--rewrite-weights", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shards"] == ["model.safetensors"]
     assert main(["repair", str(folder), "--undo"]) == 0

@@ -21,7 +21,14 @@ from grpo_toolkit.errors import InputError
 from grpo_toolkit.export.export import export_model
 from grpo_toolkit.latency.rows.review import Review
 from grpo_toolkit.latency.rows.store import append_rows
-from grpo_toolkit.reporting.report.card_facts import CardFacts, Training, kept_facts, system_prompt_of
+from grpo_toolkit.reporting.report.card_facts import (
+    CardFacts,
+    Training,
+    kept_facts,
+    system_prompt_of,
+    tags_of_folder,
+    tags_of_training,
+)
 from grpo_toolkit.reporting.report.folder_findings import diagnose_arms, write_findings
 from grpo_toolkit.reporting.report.model_card import write_model_card
 from tests.support.latency_rows import row
@@ -31,6 +38,7 @@ FACTS = CardFacts(
     training=Training(steps=10, values={"reward": (0.25, 0.75)}, settings={"learning_rate": 1e-6, "beta": 0.0}),
     results={"held-out accuracy": (0.495, 0.92)},
     system_prompt='Think "first".',
+    tags=("trl", "grpo"),
 )
 
 
@@ -84,7 +92,11 @@ def test_the_quick_start_of_a_text_model_runs_too(tmp_path: Path) -> None:
     text = (tmp_path / "export" / "README.md").read_text()
     assert "AutoModelForCausalLM" in text
     assert "PIL" not in text
-    assert metadata(tmp_path / "export" / "README.md")["pipeline_tag"] == "text-generation"
+    assert metadata(tmp_path / "export" / "README.md") == {
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+    }  # fmt: skip
+    assert "\n# export\n" in text
+    assert "A language model, fine-tuned.\n" in text  # nothing says how, or of what
     assert run_quick_start(tmp_path / "export").strip("\n")
 
 
@@ -136,6 +148,38 @@ def test_facts_of_a_strangers_manifest_are_none(kept: Any) -> None:
     assert kept_facts({"card": kept}) == CardFacts()
 
 
+@pytest.mark.parametrize(
+    ("page", "tags"),
+    [
+        ("---\ntags:\n- base_model:adapter:/tmp/base\n- grpo\n- lora\n- transformers\n- trl\n---\n", ("grpo", "trl")),
+        ("---\ntags: trl\n---\n", ("trl",)),
+        ("---\ntags: [\n---\n", ()),
+        ("no metadata", ()),
+        (None, ()),
+    ],
+)
+def test_the_tags_of_a_save_are_those_of_its_trainer(page: str | None, tags: tuple[str, ...], tmp_path: Path) -> None:
+    if page is not None:
+        (tmp_path / "README.md").write_text(page)
+    assert tags_of_folder(tmp_path) == tags
+
+
+def test_the_tags_of_a_training_are_those_of_its_model_or_of_its_arguments() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+    from trl import GRPOConfig, SFTConfig
+
+    class Descendant(GRPOConfig):
+        """The arguments of a trainer that is made of TRL's."""
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    kinds = (Descendant, SFTConfig, TrainingArguments)
+    found = [tags_of_training(model, object.__new__(kind)) for kind in kinds]
+    assert found == [("trl", "grpo"), ("trl", "sft"), ()]
+    model.model_tags = ["trl", "online-dpo"]
+    assert tags_of_training(model, object.__new__(SFTConfig)) == ("trl", "online-dpo")
+
+
 def test_training_is_read_from_what_trl_logs() -> None:
     history = [
         {"reward": 0.25, "rewards/format_reward/mean": 0.5}, {"loss": 1.0},
@@ -176,7 +220,7 @@ def test_the_metadata_pass_the_hubs_own_checks(exported: Path) -> None:
     validate_repo_id(card.data.base_model)
     assert text.startswith("---\nbase_model: Qwen/Qwen2.5-VL-3B-Instruct\nlibrary_name: transformers\n")
     assert "[Qwen/Qwen2.5-VL-3B-Instruct](https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct)" in text
-    assert "# Qwen2.5-VL-3B-Instruct, trained with GRPO" in text
+    assert "# Qwen2.5-VL-3B-Instruct, fine-tuned" in text
 
 
 def test_the_manifest_stays_true(exported: Path, review: Review) -> None:
@@ -190,13 +234,13 @@ def test_what_was_written_around_it_stays(exported: Path, review: Review) -> Non
     (exported / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n\n# My model\n\nBefore it.\n")
     card = write_model_card(exported, review)
     card.write_text(card.read_text() + "\nMine, after it.\n")
-    write_model_card(exported, review)
+    write_model_card(exported, review, facts=FACTS)
     text = card.read_text()
     assert text.count("## Quick start") == 1
     assert "# My model\n\nBefore it.\n\n<!-- grpo_toolkit" in text
     assert text.endswith("\nMine, after it.\n")
     found = metadata(card)
-    assert (found["license"], found["tags"]) == ("mit", ["mine", "grpo"])
+    assert (found["license"], found["tags"]) == ("mit", ["mine", "trl", "grpo"])
     card.unlink()
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
-
-from scripts.docs.families import BEGIN, END, PROMISES, read_cells, table, with_table
+from scripts.docs.families import PROMISES, read_cells, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,11 +50,3 @@ def test_a_run_is_a_row_a_family(tmp_path: Path) -> None:
         "| `smolvlm` | - |  |  |  |  | no num2words |",
         "| `qwen2` | not run |  |  |  |  |  |",
     ]
-
-
-def test_a_page_keeps_what_is_around_its_table() -> None:
-    assert (
-        with_table(f"before\n\n{BEGIN}\nold\n{END}\nafter\n", "new") == f"before\n\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
-    )
-    with pytest.raises(ValueError, match="no <!-- families"):
-        with_table("a page without markers", "new")

@@ -256,7 +256,7 @@ def test_vllm_takes_every_flag_of_the_server_script() -> None:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
     except ImportError:  # before 0.30
         from vllm.entrypoints.openai.cli_args import make_arg_parser
-    script = Path(__file__).resolve().parents[2] / "recipes" / "vllm_server.sh"
+    script = Path(__file__).resolve().parents[2] / "recipes" / "launch" / "vllm_server.sh"
     flags = script.read_text().partition("exec trl vllm-serve")[2].replace("\\\n", " ")
     flags = flags.replace("$model", "some/model").replace("$max_pixels", "401408").replace("$max_length", "2048")
     known, rest = make_parser().parse_args_and_config(shlex.split(flags), return_remaining_strings=True)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Final
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, FLOAT_NAMES
-from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.rules.tensor_facts import HEAD, base_tensors, common_tensors, weights
+from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +46,7 @@ def wider_than_base(folder: Folder) -> Iterator[Fault]:
         key=first,
         found=f"{folder.tensors[first].dtype}, with {len(casts)} of {len(ours)} tensors",
         expected=f"{casts[first]}, as in the base",
-        remedies=(Weights(dtypes=casts), *_declare(folder, common)),
+        remedies=(TensorChanges(dtypes=casts), *_declare(folder, common)),
     )
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
-from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.readers import V4
 from grpo_toolkit.doctor.rules.tensor_facts import common_tensors, is_transposed, stacked_though_published_apart
+from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,5 +87,5 @@ def experts_transposed(folder: Folder) -> Iterator[Fault]:
             key=names[0],
             found=f"{list(ours.shape)}; {len(names)} such tensors",
             expected=f"{list(theirs.shape)}, as in the base",
-            remedies=(Weights(transposed=frozenset(names)),) if is_float else (),
+            remedies=(TensorChanges(transposed=frozenset(names)),) if is_float else (),
         )

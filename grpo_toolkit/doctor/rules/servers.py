@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.readers import SERVERS
 from grpo_toolkit.doctor.rules.tensor_facts import weights
+from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,7 @@ def value_head_stored(folder: Folder) -> Iterator[Fault]:
             key=names[0],
             found=f"{len(names)} tensors",
             expected="the policy's tensors alone",
-            remedies=(Weights(renames=dict.fromkeys(names)),),
+            remedies=(TensorChanges(renames=dict.fromkeys(names)),),
         )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, without_wrappers
-from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
     HEAD,
@@ -17,6 +17,7 @@ from grpo_toolkit.doctor.rules.tensor_facts import (
     read_tie_flags,
     weights,
 )
+from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +70,7 @@ def embedding_under_head(folder: Folder) -> Iterator[Fault]:
             key=head,
             found="the only copy of the embedding",
             expected=embedding,
-            remedies=(Weights(renames={head: embedding}),),
+            remedies=(TensorChanges(renames={head: embedding}),),
         )
 
 
@@ -97,7 +98,7 @@ def head_doubled(folder: Folder) -> Iterator[Fault]:
         key=head,
         found=f"{ours[head].nbytes / 1e6:,.1f} MB beside {embedding}",
         expected="absent, since tie_word_embeddings is true",
-        remedies=(Weights(renames={head: None}),) if same else (),
+        remedies=(TensorChanges(renames={head: None}),) if same else (),
     )
 
 

@@ -9,7 +9,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
-from grpo_toolkit.doctor.findings import Fault, Severity, Weights, rule
+from grpo_toolkit.doctor.findings import Fault, Severity, rule
 from grpo_toolkit.doctor.rules.servers import VALUE_HEAD
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
@@ -29,6 +29,7 @@ from grpo_toolkit.doctor.rules.tensor_facts import (
     stacked_though_published_apart,
     weights,
 )
+from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def _naming(folder: Folder, renames: dict[str, str], *, fails: str = "") -> Faul
         key=old,
         found=f"{len(renames)} of {len(folder.tensors)} tensors",
         expected=renames[old],
-        remedies=(Weights(renames=renames),) if is_clear else (),
+        remedies=(TensorChanges(renames=renames),) if is_clear else (),
         fails=fails,
     )
 

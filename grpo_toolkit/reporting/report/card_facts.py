@@ -10,8 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.model.live_model import base_model
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
 
 KEY: Final = "card"
 """The manifest's key."""
@@ -69,12 +74,14 @@ class CardFacts:
         results: figures before and after the training by name, such as held-out accuracy (0 to 1).
         system_prompt: the system message that the model was trained with.
         repository: the name on the Hub, once it is there.
+        tags: what the trainer says of itself (TRL's are "trl" and the method), for the Hub's metadata.
     """
 
     training: Training | None = None
     results: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     system_prompt: str | None = None
     repository: str | None = None
+    tags: tuple[str, ...] = ()
 
     def over(self, kept: CardFacts) -> CardFacts:
         """Return these facts, and the kept ones where these say nothing."""
@@ -84,6 +91,7 @@ class CardFacts:
             results={**kept.results, **self.results},
             system_prompt=self.system_prompt or kept.system_prompt,
             repository=self.repository or kept.repository,
+            tags=self.tags or kept.tags,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -96,6 +104,7 @@ class CardFacts:
             "results": {name: list(pair) for name, pair in self.results.items()},
             "system_prompt": self.system_prompt,
             "repository": self.repository,
+            "tags": list(self.tags),
         }
 
 
@@ -117,6 +126,7 @@ def kept_facts(manifest: Mapping[str, Any]) -> CardFacts:
     return CardFacts(
         training=found,
         results=_pairs(kept.get("results")),
+        tags=_texts(kept.get("tags")),
         **{name: text for name, text in texts.items() if isinstance(text, str)},
     )
 
@@ -129,6 +139,35 @@ def _pairs(values: object) -> dict[str, tuple[float, float]]:
         for name, pair in values.items()
         if isinstance(pair, list) and len(pair) == 2 and all(isinstance(value, (int, float)) for value in pair)
     }
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    return tuple(value for value in values if isinstance(value, str)) if isinstance(values, list) else ()
+
+
+def tags_of_training(model: torch.nn.Module, args: Any) -> tuple[str, ...]:
+    """Return the tags that TRL's trainers put on a live model, or those of TRL's arguments where none are there.
+
+    Trainers of others that are made of TRL's pass its `__init__` over (ms-swift), and take its arguments all the same.
+    """
+    tags = _texts(getattr(base_model(model), "model_tags", None))
+    of_trl = (kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl")
+    method = next((name.removesuffix("Config") for name in of_trl if name.removesuffix("Config").isupper()), None)
+    return tags or (() if method is None else ("trl", method.lower()))
+
+
+def tags_of_folder(folder: Path) -> tuple[str, ...]:
+    """Return the tags that a trainer has put into the page of a save; PEFT's own are of adapters, and left out."""
+    import yaml
+    from huggingface_hub import ModelCard
+    from peft import PeftType
+
+    try:
+        card = ModelCard.load(folder / "README.md")
+    except (OSError, ValueError, TypeError, yaml.YAMLError):  # none, or not in the Hub's form
+        return ()
+    of_peft = {"transformers", *(kind.value.lower() for kind in PeftType)}
+    return tuple(tag for tag in _texts(card.data.tags) if ":" not in tag and tag not in of_peft)
 
 
 def system_prompt_of(messages: Sequence[Mapping[str, Any]]) -> str | None:

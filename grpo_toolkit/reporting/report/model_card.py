@@ -34,10 +34,16 @@ PICTURE: Final = "latency.png"
 _BEGIN: Final = "<!-- grpo_toolkit: this section is written by grpo-toolkit; write around it -->"
 _END: Final = "<!-- grpo_toolkit: end -->"
 _MAX_NEW_TOKENS: Final = 256
+_GRPO: Final = "grpo"
+"""The tag of TRL's GRPOTrainer and of those that are made of it."""
 
 
 def write_model_card(
-    export: str | os.PathLike[str], review: Review | None = None, *, facts: CardFacts | None = None
+    export: str | os.PathLike[str],
+    review: Review | None = None,
+    *,
+    facts: CardFacts | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write an export's page into its README.md, and put page, picture and facts into the manifest.
 
@@ -45,6 +51,7 @@ def write_model_card(
         export: a folder that this package published.
         review: rows in which an arm named `export` is this folder; None leaves the latency out.
         facts: what only the training knows; where they say nothing, those of an earlier page stay.
+        name: the folder's name, while it does not have it yet.
 
     Raises:
         InputError: not an export, or its README.md has metadata that is not YAML.
@@ -63,27 +70,27 @@ def write_model_card(
         (folder / ".card").rmdir()
         written.append(PICTURE)
     section = _section(folder, manifest, review if is_measured else None, facts, has_picture=PICTURE in written)
-    before = _text_before(folder / CARD, _title(folder, manifest, facts))
+    before = _text_before(folder / CARD, _title(name or folder.resolve().name, manifest, facts))
     try:
         card = ModelCard(_with_metadata(_with_section(before, section)), ignore_metadata_errors=False)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{folder / CARD}: its metadata cannot be read ({str(error).splitlines()[0]})") from error
-    for key, value in _metadata(open_checkpoint(folder), manifest).items():
+    for key, value in _metadata(open_checkpoint(folder), manifest, facts.tags).items():
         if getattr(card.data, key, None) is None:
             setattr(card.data, key, value)
     tags = getattr(card.data, "tags", None)
-    if isinstance(tags, list) and "grpo" not in tags:
-        tags.append("grpo")
+    if isinstance(tags, list):
+        tags.extend(tag for tag in facts.tags if tag not in tags)
     card.save(folder / CARD)
     _update_manifest(folder, written, facts)
     return folder / CARD
 
 
-def _title(folder: Path, manifest: Mapping[str, Any], facts: CardFacts) -> str:
+def _title(name: str, manifest: Mapping[str, Any], facts: CardFacts) -> str:
     base = manifest.get("base")
     if facts.repository is not None or not base:
-        return (facts.repository or folder.resolve().name).rpartition("/")[2]
-    return f"{str(base).rpartition('/')[2]}, trained with GRPO"
+        return (facts.repository or name).rpartition("/")[2]
+    return f"{str(base).rpartition('/')[2]}, {'trained with GRPO' if _GRPO in facts.tags else 'fine-tuned'}"
 
 
 def _text_before(card: Path, title: str) -> str:
@@ -114,12 +121,12 @@ def _has_template(checkpoint: Checkpoint) -> bool:
     return in_config or any((checkpoint.path / name).is_file() for name in names)
 
 
-def _metadata(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, manifest: Mapping[str, Any], tags: Sequence[str]) -> dict[str, Any]:
     base = manifest.get("base")
     found = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text" if _is_vision(checkpoint) else "text-generation",
-        "tags": ["grpo", "trl"],
+        **({"tags": sorted(tags)} if tags else {}),
     }
     return {"base_model": base} | found if isinstance(base, str) and is_hub_name(base) else found
 
@@ -137,6 +144,7 @@ def _section(
         checks=(manifest.get("verification") or {}).get("checks") or [],
         facts=facts,
         fp8=manifest.get("fp8"),
+        is_grpo=_GRPO in facts.tags,
         share=_share,
         base=base,
         base_link=f"[{_cell(base)}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{_cell(base)}`",

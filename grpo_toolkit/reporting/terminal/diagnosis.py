@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.doctor.findings import Diagnosis, Finding, Rule
     from grpo_toolkit.doctor.repair import RepairResult
+    from grpo_toolkit.doctor.repair_plan import RepairPlan
 
 _CODES: Final = {
     "unloadable": "1;31",
@@ -148,16 +149,19 @@ def repair_lines(result: RepairResult, on: Plain | None = None) -> Iterator[str]
         yield on.text(line, line[:1] if line[:1] in _CODES else "dim")
     files = len(plan.changes) + len(plan.shards)
     done = f"{'mended' if result.applied else 'would mend'} {len(plan.mended)} findings in {files} files"
-    yield on.text(f"{plan.path}: {'nothing to mend' if plan.is_empty else done}", "bold")
+    left = [finding for finding in plan.left if finding.severity is not Severity.NOTE]
+    mendable = [finding for finding in left if finding.needs_rewriting]
+    nothing = f"nothing to mend{' without --rewrite-weights' if mendable else ''}"
+    yield on.text(f"{plan.path}: {nothing if plan.is_empty else done}", "bold")
     for finding in plan.mended:
         yield on.text(f"  {finding.code}: {_place(finding)}")
     if plan.shards:
         yield on.text(f"  weights {'rewritten' if result.applied else 'to rewrite'}: {', '.join(plan.shards)}")
-    for finding in plan.left:
-        if finding.severity is not Severity.NOTE:
-            how = " (--rewrite-weights mends it)" if finding.needs_rewriting else ""
-            place = f"{_place(finding)}: {_found_and_expected(finding)}"
-            yield on.text(f"left: {finding.code}: {place}{how}", "left")
+    for finding in left:
+        how = " (--rewrite-weights mends it)" if finding.needs_rewriting else ""
+        yield on.text(f"left: {finding.code}: {_place(finding)}: {_found_and_expected(finding)}{how}", "left")
+    if left:
+        yield f"exit code 1, because of what is left{f'; {_offer(mendable, plan)}' if mendable else ''}"
 
 
 def _place(finding: Finding) -> str:
@@ -183,13 +187,16 @@ def _not_compared(diagnosis: Diagnosis) -> str:
 
 def _advice(diagnosis: Diagnosis) -> Iterator[str]:
     mendable = [f for f in diagnosis.judged if f.repairable and f.severity is not Severity.NOTE]
-    folder = shlex.quote(str(diagnosis.path))
-    base = f" --base {shlex.quote(str(diagnosis.base))}" if diagnosis.base is not None else ""
     if mendable:
-        count = f"{len(mendable)} of these can be mended" if len(mendable) > 1 else "one of these can be mended"
-        flag = " --rewrite-weights" if any(finding.needs_rewriting for finding in mendable) else ""
-        yield f"{count}: grpo-toolkit repair {folder}{base}{flag}"
-        yield f"  and put back as it was: grpo-toolkit repair {folder} --undo"
+        yield _offer(mendable, diagnosis)
+        yield f"  and put back as it was: grpo-toolkit repair {shlex.quote(str(diagnosis.path))} --undo"
+
+
+def _offer(mendable: Sequence[Finding], found: Diagnosis | RepairPlan) -> str:
+    count = f"{len(mendable)} of these can be mended" if len(mendable) > 1 else "one of these can be mended"
+    base = f" --base {shlex.quote(str(found.base))}" if found.base is not None else ""
+    flag = " --rewrite-weights" if any(finding.needs_rewriting for finding in mendable) else ""
+    return f"{count}: grpo-toolkit repair {shlex.quote(str(found.path))}{base}{flag}"
 
 
 def _verdict(findings: Sequence[Finding]) -> str:

@@ -18,17 +18,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
 
 
-def between(page: str, begin: str, end: str, text: str) -> str:
-    """Return a page with another text between its two markers.
+def print_or_write(text: str, path: Path | None, *, begin: str, end: str) -> None:
+    """Print a text, or write it between the two markers of a page.
 
     Raises:
         ValueError: the markers are not in it.
     """
-    before, found, rest = page.partition(begin)
+    if path is None:
+        print(text)
+        return
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"no {begin} ... {end}")
-    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+        raise ValueError(f"{path}: no {begin} ... {end}")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def sentence(text: str) -> str:
