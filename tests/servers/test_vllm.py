@@ -25,11 +25,12 @@ from grpo_toolkit.latency.bench.workload import made_up
 from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.endpoint import EndpointEngine, _messages
 from grpo_toolkit.latency.engines.protocol import Options
-from grpo_toolkit.model.generation.agreement import TIE_MARGINS, first_difference, rival_gap
 from grpo_toolkit.model.generation.generate import generate
-from grpo_toolkit.model.generation.request import Request
+from grpo_toolkit.model.generation.request import Request, requests_from_rows
 from grpo_toolkit.model.load import load_model, load_processor
+from grpo_vlm.data.digits import load_digits_split
 from scripts.benchmarks.ports import free_port
+from scripts.models.tiny_vlm import ensure_tiny_vlm
 from tests.support.model_servers import build_adapter, model_server
 from tests.support.models import build_qwen2_5_vl
 from tests.support.training import LANGUAGE_QV
@@ -159,19 +160,16 @@ def test_an_export_of_a_base_that_transformers_5_wrote_says_the_same(
             assert engine.ask([question], Options()).tokens == [expected]
 
 
-def test_fp8_is_computed_in_fp8_and_says_what_it_says_in_transformers(tmp_path: Path, image_request: Request) -> None:
-    """Of random weights, which FP8 makes say other things than they did; up to ties of bfloat16."""
+def test_fp8_is_computed_in_fp8_and_says_what_it_says_in_transformers(tmp_path: Path) -> None:
+    """With a model that was trained: of random weights each way to round says other things."""
+    rows = [dict(row) for row in load_digits_split("held_out", size=6)]
     fp8 = tmp_path / "fp8"
-    source = build_qwen2_5_vl(tmp_path / "source", dtype="bfloat16", head_dim=32)
-    export_model(source, fp8, format="fp8", accept_loss=True)
+    export_model(ensure_tiny_vlm(tmp_path / "cache"), fp8, format="fp8", dtype="bfloat16", prompts=rows)
     model, processor, _ = load_model(fp8)
-    questions = [replace(image_request, images=images, max_new_tokens=8) for images in ((), image_request.images)]
+    questions = requests_from_rows(rows, limit=len(rows), max_new_tokens=24)
+    expected = [generate(model, processor, question).tokens for question in questions]
     with vllm_server(fp8, dtype="bfloat16") as (url, _), EndpointEngine(url) as engine:
-        for question in questions:
-            expected = generate(model, processor, replace(question, with_rivals=True))
-            [said] = engine.ask([question], Options()).tokens
-            where = first_difference(expected.tokens, said)
-            assert where is None or rival_gap(expected.rivals, said, where) <= 2 * TIE_MARGINS["bfloat16"], said
+        assert [engine.ask([question], Options()).tokens[0] for question in questions] == expected
     [log] = tmp_path.glob("*.log")
     assert "for CompressedTensorsW8A8Fp8" in log.read_text()
 
