@@ -78,7 +78,7 @@ def bench(arguments: argparse.Namespace) -> int:
             say(f"{arguments.output}: {left} rows of an interrupted measurement are kept")
     load_printing()
     kept = RoundRows(arguments.output)
-    progress = cache(partial(turn_progress, ", ".join(arm.name for arm in arms)))
+    progress = cache(partial(turn_progress, ", ".join(arm.name for arm in arms if arm.url is None)))
     found: list[Comparison] = []
     try:
         with Engines() as engines:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from grpo_toolkit import diagnose_checkpoint, export_model, repair_checkpoint, verify_export
 from grpo_toolkit.cli import main
 from grpo_toolkit.doctor.diagnose import DIALECT_CODES
+from grpo_toolkit.doctor.readers import installed_reader, parse_reader
 from grpo_toolkit.errors import CheckpointError, WorkerError
 from grpo_toolkit.model.load import load_model, load_processor
 from scripts.models.tiny_bases import build_llama, build_llava
@@ -94,6 +95,24 @@ def test_pixel_limits_that_no_reader_takes(folder: Path, tmp_path: Path) -> None
     for good in (folder, tmp_path / "export"):
         processor = load_processor(good).image_processor
         assert len(processor(images=picture, return_tensors="pt")["pixel_values"]) == patches
+
+
+def test_an_image_processor_in_two_files(folder: Path) -> None:
+    """As ms-swift leaves it: the file of transformers 5, and the base's preprocessor_config.json beside it."""
+    image = json.loads((folder / "preprocessor_config.json").read_text())
+    outer = {"image_processor": image, "processor_class": image["processor_class"]}
+    (folder / "processor_config.json").write_text(json.dumps(outer))
+    (finding,) = (one for one in diagnose_checkpoint(folder).findings if one.code == "preprocessor-config-missing")
+    assert finding.concerns(parse_reader("transformers==4.55"))
+    assert not finding.concerns(parse_reader("transformers==4.56"))
+    if finding.concerns(installed_reader()):
+        with pytest.raises(TypeError, match=r"argument '?image_processor"):
+            load_processor(folder)
+    else:
+        assert load_processor(folder).image_processor.patch_size == image["patch_size"]
+    repair_checkpoint(folder)
+    assert "preprocessor-config-missing" not in {one.code for one in diagnose_checkpoint(folder).findings}
+    assert load_processor(folder).image_processor.patch_size == image["patch_size"]
 
 
 def test_an_end_that_generation_config_does_not_say(llama: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from grpo_toolkit.latency.engines.think_markers import count_thinking
 from grpo_toolkit.model.generation.request import Request
 from grpo_toolkit.model.load import load_model, load_processor
 from grpo_toolkit.step_time.seams.attention_calls import AttentionCalls
-from tests.support.training import forgets_in_training
+from scripts.models.base_variants import build_text_base
+from tests.support.training import forgets_in_training, v5_only
 
 pytestmark = pytest.mark.stack
 
@@ -33,6 +34,14 @@ STATIC = pytest.param(
     Options(cache_implementation="static", compiled=False),
     marks=pytest.mark.skipif(OLDEST, reason="Qwen2.5-VL has no static cache in transformers 4.49"),
 )
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_only_layers": [0, 1],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 PHASES = {"tokenize_s", "image_s", "transfer_s", "vision_s", "prefill_s", "decode_s", "detokenize_s"}
 
 
@@ -69,6 +78,15 @@ def test_the_cache_holds_what_theory_says(engine: LocalEngine, options: Options)
     assert evidence.kv_bytes == sizes.kv_bytes_per_token * (220 + 6 - 1) * 2
     assert evidence.proof.step_lengths == [220, 1, 1, 1, 1, 1]
     assert (evidence.proof.is_cached, evidence.proof.vision_calls, evidence.patches) == (True, 1, 2 * 16 * 4)
+
+
+@v5_only
+def test_a_layer_of_linear_attention_has_no_keys_to_count(tmp_path: Path) -> None:
+    model, tokenizer, _ = load_model(build_text_base("Qwen3Next", tmp_path / "base", **LINEAR))
+    requests = made_up(tokenizer, prompt_tokens=20, max_new_tokens=3).batch(0)
+    evidence = LocalEngine(model, tokenizer).prove(requests, Options())
+    assert evidence.proof.step_lengths == [20, 1, 1]
+    assert evidence.kv_bytes == 2 * 2 * 16 * 4 * (20 + 3 - 1)  # keys and values of one layer, KV heads, head dim
 
 
 def test_the_timed_answer_and_the_observed_one_say_the_same(engine: LocalEngine) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.doctor.parsed_folder import Folder
 
+_BEFORE_TWO: Final = "transformers<4.56; vllm@<4.56; sglang@<4.56"
+"""Those that cannot load an image processor which two files hold: "got multiple values for argument"."""
+
 # What a nested text config says of itself rather than of the model.
 _OF_THE_NESTING: Final = frozenset(
     {"model_type", "architectures", "_name_or_path", "dtype", "torch_dtype", "layer_types"}
@@ -197,7 +200,8 @@ def extra_special_tokens_list(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.UNLOADABLE,
     "image processor inside processor_config.json",
-    effect="transformers 4 looks for preprocessor_config.json and finds none, so it loads no image processor",
+    effect="transformers 4 looks for preprocessor_config.json: where there is none it loads no image processor; where "
+    "both files hold one, versions before 4.56 hand the processor's class two and stop",
     evidence="https://github.com/2U1/Qwen-VL-Series-Finetune/issues/34",
     mend="the nested processors moved into files of their own",
     fails=V4,
@@ -225,8 +229,9 @@ def preprocessor_config_missing(folder: Folder) -> Iterator[Fault]:
         file=PROCESSOR,
         key="image_processor",
         found=image,
-        expected=f"in {PREPROCESSOR}",
+        expected=f"in {PREPROCESSOR}{' alone' if folder.has(PREPROCESSOR) else ''}",
         remedies=tuple(remedies),
+        fails=_BEFORE_TWO if folder.has(PREPROCESSOR) else V4,
     )
 
 

@@ -251,7 +251,8 @@ def cache_bytes(cache: Any) -> int | None:
         return None
     layers = getattr(cache, "layers", None)
     if layers is not None:
-        pairs = [(layer.keys, layer.values) for layer in layers]
+        # A layer of linear attention has states of a fixed size, and no keys.
+        pairs = [(layer.keys, layer.values) for layer in layers if hasattr(layer, "keys")]
     else:  # transformers before 4.54 (huggingface/transformers#39106)
         pairs = list(zip(cache.key_cache, cache.value_cache, strict=True))
     return sum(int(t.numel() * t.element_size()) for pair in pairs for t in pair if hasattr(t, "numel"))

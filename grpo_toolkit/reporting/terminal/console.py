@@ -53,9 +53,11 @@ def _short(folder: str) -> str:
 def turn_progress(names: str) -> Progress:
     """Say at once what is loaded, and return a callback that says how far the rounds are, and how long they will take.
 
+    Without names, as where servers alone are asked, nothing is said of loading.
     On a terminal one line is kept up to date; into a pipe a line goes every ten seconds.
     """
-    print(f"loading {names}", file=sys.stderr, flush=True)
+    if names:
+        print(f"loading {names}", file=sys.stderr, flush=True)
     is_terminal = sys.stderr.isatty()
     began: dict[str, float] = {}
     said = -_EVERY_S
