@@ -52,19 +52,19 @@ class Asker:
     def right(self, name: str) -> dict[str, Any]:
         """Return what the reader does with a good folder."""
         if name not in self.answers:
-            self.answers[name] = self.ask(name, bases.good_folder(name))
+            self.answers[name] = self.ask(name, bases.good_folder(name), good=True)
         return self.answers[name]
 
-    def ask(self, name: str, folder: Folder) -> dict[str, Any]:
+    def ask(self, name: str, folder: Folder, *, good: bool = False) -> dict[str, Any]:
         """Return what the reader does with a folder in the place of a good one."""
-        path, base = self._scratch / "folder", None
+        path, base = self._scratch / ("good" if good else "folder"), None
         try:
             write(folder, path)
             if name.endswith("/adapter"):
                 base = self._scratch / name.replace("/", "-")
                 if not base.exists():
                     write(bases.base_folder(name), base)
-            return self.reader.ask(path, base, sees=bases.sees(name))
+            return self.reader.ask(path, base, sees=bases.sees(name), good=good)
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
