@@ -124,8 +124,10 @@ def special_token_unknown(folder: Folder) -> Iterator[Fault]:
     for key in ("eos_token", "pad_token", "unk_token"):
         value = folder.get(TOKENIZER_CONFIG, key)
         text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str) or text not in folder.tokenizer.unknown:
+            continue
         is_published_so = base is not None and text in base.unknown
-        if isinstance(text, str) and text and text in folder.tokenizer.unknown and not is_published_so:
+        if text and not is_published_so:
             yield Fault(file=TOKENIZER_CONFIG, key=key, found=text, expected="a token of the vocabulary")
 
 

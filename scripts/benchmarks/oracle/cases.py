@@ -105,6 +105,6 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def line(content: dict[str, Any]) -> str:
+def line(content: Any) -> str:
     """Return a line of a JSON-lines file."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -3,7 +3,9 @@
     python -m scripts.benchmarks.oracle.truth ask DIR PYTHON ... --minutes 60    # goes on where it was
     python -m scripts.benchmarks.oracle.truth collect DIR                       # adds to tests/data/oracle/truth.jsonl
 
-Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all.
+Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all. The committed file
+has the readers in its first line, and then a case a line: the good folder, the mutations, the hash of the mutated
+folder, and what each reader does with it (null where it cannot read the good folder).
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def ask_all(pythons: list[str], folder: Path, *, minutes: float, start: int = 0)
     askers = [_start(python, folder) for python in pythons]
     known = [
         {entry["hash"] for entry in _lines(folder / f"{one.version}.jsonl")}
-        | {entry["hash"] for entry in _lines(TRUTH) if one.version in entry["readers"]}
+        | {key for _, key, verdicts in load() if one.version in verdicts}
         for one in askers
     ]
     end = time.monotonic() + 60 * minutes
@@ -123,7 +125,7 @@ def _start(python: str, folder: Path) -> Asker:
     return Asker(reader, Path(scratch))
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+def _lines(file: Path) -> Iterator[Any]:
     if file.exists():
         for text in file.read_text(encoding="utf-8").splitlines():
             yield json.loads(text)
@@ -131,23 +133,32 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def collect(folder: Path) -> None:
     """Add the cases about which a reader was asked who can read the good folder."""
-    cases: dict[str, dict[str, Any]] = {entry["hash"]: entry for entry in _lines(TRUTH)}
-    said: dict[str, dict[str, Any]] = {key: dict(entry["readers"]) for key, entry in cases.items()}
+    cases = {key: case for case, key, _ in load()}
+    said = {key: verdicts for _, key, verdicts in load()}
     for file in sorted(folder.glob("*.jsonl")):
         for entry in _lines(file):
-            cases.setdefault(entry["hash"], entry)
-            said.setdefault(entry["hash"], {})[file.stem] = entry["verdict"]
+            if entry["verdict"] is not None:
+                cases.setdefault(entry["hash"], Case.from_json(entry))
+                said.setdefault(entry["hash"], {})[file.stem] = entry["verdict"]
+    readers = sorted({version for verdicts in said.values() for version in verdicts})
     with TRUTH.open("w", encoding="utf-8") as out:
-        for key, entry in cases.items():
-            verdicts = {reader: found for reader, found in said[key].items() if found is not None}
-            if verdicts:
-                recipe = {name: entry[name] for name in ("folder", "mutations", "hash")}
-                out.write(line({**recipe, "readers": verdicts}))
+        out.write(line(readers))
+        for key, case in cases.items():
+            row = case.to_json()
+            out.write(line([row["folder"], row["mutations"], key, [said[key].get(version) for version in readers]]))
 
 
 def load() -> list[tuple[Case, str, dict[str, str]]]:
     """Return the committed truth: cases, the hashes of their folders, each reader's verdict by version."""
-    return [(Case.from_json(entry), entry["hash"], entry["readers"]) for entry in _lines(TRUTH)]
+    readers, *rows = _lines(TRUTH)
+    return [
+        (
+            Case.from_json({"folder": name, "mutations": mutations}),
+            key,
+            {version: verdict for version, verdict in zip(readers, verdicts, strict=True) if verdict is not None},
+        )
+        for name, mutations, key, verdicts in rows
+    ]
 
 
 def main() -> None:
