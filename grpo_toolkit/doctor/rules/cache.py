@@ -105,12 +105,25 @@ def _cache_fault(folder: Folder, file: str, level: tuple[str, ...], value: Any) 
 )
 def generation_config_lost(folder: Folder) -> Iterator[Fault]:
     base = folder.base
-    if folder.kind is Kind.MODEL and base and GENERATION_CONFIG in base.objects and not folder.has(GENERATION_CONFIG):
+    if folder.kind is not Kind.MODEL or base is None or GENERATION_CONFIG not in base.objects:
+        return
+    if not folder.has(GENERATION_CONFIG) and not _says_config_the_same(folder, base):
         yield Fault(
             file=GENERATION_CONFIG,
             expected="the base's file",
             remedies=(WholeFile(file=GENERATION_CONFIG, content=None),),
         )
+
+
+def _says_config_the_same(folder: Folder, base: Folder) -> bool:
+    """Return whether the settings that readers take from config.json, where there is no such file, are the base's."""
+    published = base.objects[GENERATION_CONFIG]
+    neutral = {**NEUTRAL, "do_sample": (None, False), "repetition_penalty": (None, 1, 1.0), "use_cache": (None, True)}
+    silent = ("transformers_version", "bos_token_id", "pad_token_id", "eos_token_id")
+    spoken = [key for key in published if key not in silent and not key.startswith("_")]
+    is_neutral = all(key in neutral and published[key] in neutral[key] for key in spoken)
+    eos = _ids(published.get("eos_token_id"))
+    return is_neutral and (eos is None or sorted(_config_eos(folder)) == sorted(eos))
 
 
 @rule(

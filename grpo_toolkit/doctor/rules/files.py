@@ -51,6 +51,9 @@ _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (GENERATION_CONFIG, ("do_sample",), (bool,)),
     (GENERATION_CONFIG, ("eos_token_id",), (int, list)),
     (GENERATION_CONFIG, ("pad_token_id",), (int,)),
+    (GENERATION_CONFIG, ("bos_token_id",), (int, list)),
+    (GENERATION_CONFIG, ("output_hidden_states",), (bool,)),
+    (GENERATION_CONFIG, ("output_attentions",), (bool,)),
     (GENERATION_CONFIG, ("temperature",), (int, float)),
     (GENERATION_CONFIG, ("top_p",), (int, float)),
     (GENERATION_CONFIG, ("top_k",), (int,)),
@@ -59,6 +62,7 @@ _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (ADAPTER_CONFIG, ("r",), (int,)),
     (ADAPTER_CONFIG, ("target_modules",), (str, list)),
     (TOKENIZER_CONFIG, ("tokenizer_class",), (str,)),
+    (TOKENIZER_CONFIG, ("model_max_length",), (int, float)),
     (TOKENIZER_CONFIG, ("chat_template",), (str, list, dict)),
     (TOKENIZER_CONFIG, ("eos_token",), (str, dict)),
     (TOKENIZER_CONFIG, ("added_tokens_decoder",), (dict,)),
@@ -154,7 +158,8 @@ def wrong_type(folder: Folder) -> Iterator[Fault]:
         is_right = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
         if not is_right:
             wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
-            yield Fault(file=file, key=".".join(path), found=value, expected=wanted)
+            fails = SERVERS if path == ("architectures",) else ""  # transformers finds the class by the model type
+            yield Fault(file=file, key=".".join(path), found=value, expected=wanted, fails=fails)
 
 
 @rule(

@@ -9,13 +9,9 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONF
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
+from grpo_toolkit.doctor.installed_configs import installed_defaults, installed_takes
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
-from grpo_toolkit.doctor.readers import (
-    TRANSFORMERS,
-    installed_allows_null,
-    installed_defaults,
-    installed_version,
-)
+from grpo_toolkit.doctor.readers import TRANSFORMERS, installed_version
 from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
@@ -190,7 +186,6 @@ def model_type_unknown(folder: Folder) -> Iterator[Fault]:
 _OF_OTHER_RULES: Final = frozenset(
     {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
     | {"rope_scaling", "rope_theta", "rope_parameters", "tie_word_embeddings", "auto_map", "quantization_config"}
-    # Of training alone, or without effect unless another key switches them on.
     | {"initializer_range", "initializer_factor", "max_window_layers", "sliding_window", "vision_end_token_id"}
     | {
         "attention_dropout",
@@ -253,38 +248,50 @@ def _is_lost(folder: Folder, level: tuple[str, ...], key: str, value: Any) -> bo
     places = {(*level, key)} if is_own else {(key,), ("text_config", key)}
     if any(folder.get(CONFIG, *place) is not ABSENT for place in places):
         return False
-    defaults = installed_defaults(folder.model_type, key)
+    base_type = None if folder.base is None else folder.base.get(CONFIG, *level, "model_type")
+    model_type = base_type if level and isinstance(base_type, str) else folder.model_type
+    defaults = installed_defaults(model_type, level, key)
+    if key == "num_key_value_heads" and None in defaults:  # as many as heads, which only few models have
+        return bool(folder.get(CONFIG, *_at(folder, level), "num_attention_heads") != value)
     return bool(defaults) and None not in defaults and value not in defaults
 
 
 @rule(
     Severity.UNLOADABLE,
-    "null where the model's class wants a value",
+    "a value that the model's class does not take",
     effect="transformers 5 checks the types of a config as it loads: StrictDataclassFieldValidationError",
     evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
-    mend="the base's value, or the key deleted so that the class's own default counts",
+    mend="the base's value; of a null, the key deleted, so that the class's own default counts",
     fails="transformers>=5",
 )
-def null_setting(folder: Folder) -> Iterator[Fault]:
+def setting_not_taken(folder: Folder) -> Iterator[Fault]:
     if not folder.is_known or folder.get(CONFIG, "auto_map") is not ABSENT:
         return
     for level, node in folder.levels():
         if level not in ((), ("text_config",), ("vision_config",)):
             continue
+        own = node.get("model_type")
+        model_type = own if level and isinstance(own, str) else folder.model_type
         for key, value in node.items():
-            if (
-                value is None
-                and key not in _OF_OTHER_RULES
-                and not installed_allows_null(folder.model_type, level, key)
-            ):
-                right = ABSENT if folder.base is None else folder.base.get(CONFIG, *level, key)
-                yield Fault(
-                    file=CONFIG,
-                    key=".".join((*level, key)),
-                    found=None,
-                    expected="a value" if right in (ABSENT, None) else f"{right!r}, as in the base",
-                    remedies=(Edit(file=CONFIG, path=(*level, key), value=ABSENT if right is None else right),),
-                )
+            if key not in _CHECKED and not key.startswith("_") and not installed_takes(model_type, level, key, value):
+                yield _not_taken(folder, (*level, key), value)
+
+
+_CHECKED: Final = frozenset({"model_type", "text_config", "vision_config", "architectures"})
+"""What other rules say more of."""
+
+
+def _not_taken(folder: Folder, path: tuple[str, ...], value: Any) -> Fault:
+    right = ABSENT if folder.base is None else folder.base.get(CONFIG, *path)
+    right = ABSENT if right is None else copy.deepcopy(right)
+    is_mended = right is not ABSENT or value is None
+    return Fault(
+        file=CONFIG,
+        key=".".join(path),
+        found=value,
+        expected="a value of its type" if right is ABSENT else f"{right!r}, as in the base",
+        remedies=(Edit(file=CONFIG, path=path, value=right),) if is_mended else (),
+    )
 
 
 @rule(
@@ -296,7 +303,7 @@ def null_setting(folder: Folder) -> Iterator[Fault]:
 )
 def model_type_missing(folder: Folder) -> Iterator[Fault]:
     value = folder.get(CONFIG, "model_type")
-    is_absent = value is ABSENT or value is None
+    is_absent = value is ABSENT or value in (None, "")
     if is_absent and CONFIG in folder.objects and weights(folder) and folder.get(CONFIG, "auto_map") is ABSENT:
         right = "" if folder.base is None else folder.base.model_type
         remedies = (Edit(file=CONFIG, path=("model_type",), value=right),) if right else ()

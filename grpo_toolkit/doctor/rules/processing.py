@@ -85,12 +85,7 @@ def tokenizer_config_lost(folder: Folder) -> Iterator[Fault]:
 )
 def processor_missing(folder: Folder) -> Iterator[Fault]:
     has_any = any(folder.has(name) for name in _PROCESSOR_FILES)
-    is_hollow = (
-        not folder.has(PREPROCESSOR)
-        and PROCESSOR in folder.objects
-        and not isinstance(folder.get(PROCESSOR, "image_processor"), dict)
-        and not (folder.base is not None and folder.base.has(PROCESSOR) and not folder.base.has(PREPROCESSOR))
-    )
+    is_hollow = _is_hollow(folder) and not (folder.base is not None and _is_hollow(folder.base))
     if folder.kind is Kind.MODEL and folder.is_generative and folder.is_multimodal and (is_hollow or not has_any):
         yield Fault(
             file=PREPROCESSOR,
@@ -98,6 +93,12 @@ def processor_missing(folder: Folder) -> Iterator[Fault]:
             remedies=_copies(folder, of_processor=True),
             fails=_LATER if is_hollow else "",
         )
+
+
+def _is_hollow(folder: Folder) -> bool:
+    """Return whether a processor has settings, and nowhere any for pictures."""
+    has_images = isinstance(folder.get(PROCESSOR, "image_processor"), dict)
+    return not folder.has(PREPROCESSOR) and PROCESSOR in folder.objects and not has_images
 
 
 # 4.57 makes a processor of its class's defaults; 4.49 and 5.24 do not.
@@ -190,7 +191,7 @@ def chat_template_lost(folder: Folder) -> Iterator[Fault]:
         base is None
         or folder.templates
         or not base.templates
-        or folder.kind is not Kind.MODEL
+        or folder.kind not in (Kind.MODEL, Kind.ADAPTER)
         or not folder.has_tokenizer
     ):
         return

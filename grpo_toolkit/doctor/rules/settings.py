@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR
-from grpo_toolkit.doctor.readers import V4, installed_allows_null
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
+from grpo_toolkit.doctor.installed_configs import installed_takes
+from grpo_toolkit.doctor.readers import V4
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from grpo_toolkit.checkpoint.json_files import JsonObject
     from grpo_toolkit.doctor.parsed_folder import Folder
 
 _LEVELS: Final = ((), ("text_config",), ("vision_config",))
@@ -33,6 +34,7 @@ _WITHOUT_EFFECT: Final = frozenset(
     | {"output_scores", "forced_bos_token_id", "forced_eos_token_id", "prefix", "sep_token_id", "tokenizer_class"}
     | {"decoder_start_token_id", "cross_attention_hidden_size", "tie_encoder_decoder", "add_cross_attention"}
     | {"is_encoder_decoder", "chunk_size_feed_forward", "tf_legacy_loss", "use_bfloat16", "pretraining_tp"}
+    | {"image_seq_length"}
 )
 
 # What other rules judge, or what a release line writes in its own way.
@@ -65,8 +67,19 @@ def _pairs(folder: Folder) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
             ):
                 continue
             ours = folder.get(CONFIG, *at, key)
-            if ours is not ABSENT and not _equal(ours, theirs):
+            if ours is not ABSENT and not _equal(ours, theirs) and not _is_said_otherwise(node, key, ours, theirs):
                 yield (*at, key), ours, theirs
+
+
+def _is_said_otherwise(node: JsonObject, key: str, ours: Any, theirs: Any) -> bool:
+    """Return whether a value that differs says the same, or nothing: one layer as a list, a null that is worked out."""
+    if key == "projection_dim":
+        return node.get("model_type") == "clip_vision_model"  # of CLIP's own head, which no language model has
+    if key == "vision_feature_layer":
+        return bool(ours == [theirs] or theirs == [ours])
+    sizes = [node.get(name) for name in ("hidden_size", "num_attention_heads")]
+    is_worked_out = key == "head_dim" and ours is None and all(type(size) is int and size > 0 for size in sizes)
+    return is_worked_out and bool(sizes[0] // sizes[1] == theirs)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -93,7 +106,7 @@ def _is_retyped(ours: Any, theirs: Any) -> bool:
 )
 def settings_differ(folder: Folder) -> Iterator[Fault]:
     for path, ours, theirs in _pairs(folder):
-        is_of_null_setting = ours is None and not installed_allows_null(folder.model_type, path[:-1], path[-1])
+        is_of_null_setting = ours is None and not installed_takes(folder.model_type, path[:-1], path[-1], None)
         if path[-1] not in _WITHOUT_EFFECT and theirs is not None and not is_of_null_setting:
             yield _fault(path, ours, theirs)
 
@@ -162,6 +175,43 @@ def rope_theta_differs(folder: Folder) -> Iterator[Fault]:
             yield _fault(path, ours, wanted[layers][1])
 
 
+_ROPE_TYPES: Final = (*_NEED_FACTOR, "default", "mrope", "proportional", "axial", "su")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no kind of rotary positions that a release knows",
+    effect="the function that computes them is looked up by this name: KeyError or TypeError as the model is made",
+    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py",
+    mend="the base's value",
+)
+def rope_type_unknown(folder: Folder) -> Iterator[Fault]:
+    for level in ((), ("text_config",)):
+        for name in _ROPE:
+            node = folder.get(CONFIG, *level, name)
+            for path, one in _rope_nodes((*level, name), node if isinstance(node, dict) else {}):
+                kind = one.get("rope_type", "default")
+                if isinstance(kind, str) and kind in _ROPE_TYPES:
+                    continue
+                right = ABSENT if folder.base is None else folder.base.get(CONFIG, *path, "rope_type")
+                edit = Edit(file=CONFIG, path=(*path, "rope_type"), value=right)
+                yield Fault(
+                    file=CONFIG,
+                    key=".".join(edit.path),
+                    found=kind,
+                    expected="default, for one" if right is ABSENT else f"{right!r}, as in the base",
+                    remedies=() if right is ABSENT else (edit,),
+                )
+
+
+def _rope_nodes(path: tuple[str, ...], node: JsonObject) -> Iterator[tuple[tuple[str, ...], JsonObject]]:
+    """Yield the rotary settings, or those of each kind of layers where they are told apart."""
+    yield path, node
+    yield from (
+        ((*path, key), one) for key, one in node.items() if key.endswith("_attention") and isinstance(one, dict)
+    )
+
+
 @rule(
     Severity.UNLOADABLE,
     "rotary scaling without its factor",
@@ -175,86 +225,6 @@ def rope_incomplete(folder: Folder) -> Iterator[Fault]:
             kind = (node.get("rope_type") or node.get("type")) if isinstance(node, dict) else None
             if isinstance(node, dict) and kind in _NEED_FACTOR and node.get("factor") is None:
                 yield Fault(file=CONFIG, key=".".join((*level, name, "rope_type")), found=kind, expected="a factor")
-
-
-# Names of classes, limits that a training may choose, and what belongs to a call.
-_NOT_OF_PICTURES: Final = frozenset(
-    {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "size", "min_pixels"}
-    | {"max_pixels", "device", "return_tensors", "data_format", "input_data_format", "disable_grouping"}
-    | {"default_to_square", "do_convert_rgb", "do_pad"}
-)
-
-
-@rule(
-    Severity.WRONG,
-    "pictures are prepared otherwise than for the base",
-    effect="the tower sees pictures of another scale, mean or patch than it was trained with, or the processor raises "
-    "at the first of them",
-    evidence="https://huggingface.co/docs/transformers/main_classes/image_processor",
-    mend="the base's values",
-    needs_base=True,
-)
-def image_settings_differ(folder: Folder) -> Iterator[Fault]:
-    if folder.base is None or folder.kind is not Kind.MODEL or folder.model_type != folder.base.model_type:
-        return
-    file, path, ours = _image_settings(folder)
-    theirs = _image_settings(folder.base)[2]
-    for key, value in theirs.items():
-        found = ours.get(key, ABSENT)
-        if key in _NOT_OF_PICTURES or key.startswith("_") or found is ABSENT or value is None or _equal(found, value):
-            continue
-        if key == "crop_size" and {_kind(found), _kind(value)} == {"number", "dict"}:
-            continue  # one number is a square
-        yield Fault(
-            file=file,
-            key=".".join((*path, key)),
-            found=found,
-            expected=f"{value!r}, as in the base",
-            remedies=(Edit(file=file, path=(*path, key), value=copy.deepcopy(value)),),
-        )
-
-
-def _image_settings(folder: Folder) -> tuple[str, tuple[str, ...], dict[str, Any]]:
-    if PREPROCESSOR in folder.objects:
-        return PREPROCESSOR, (), dict(folder.objects[PREPROCESSOR])
-    inner = folder.get(PROCESSOR, "image_processor")
-    return PROCESSOR, ("image_processor",), dict(inner) if isinstance(inner, dict) else {}
-
-
-_OF_PROCESSOR: Final = (
-    "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy", "image_seq_length",
-)  # fmt: skip
-"""The settings of a processor itself, beside its image processor: how many places a picture has in the prompt."""
-
-
-@rule(
-    Severity.WRONG,
-    "the processor's settings are lost, or differ from the base's",
-    effect="a picture gets another number of places in the prompt than the tower has features, or the processor "
-    "raises",
-    evidence="https://huggingface.co/docs/transformers/model_doc/llava",
-    mend="the base's values",
-    needs_base=True,
-)
-def processor_settings_differ(folder: Folder) -> Iterator[Fault]:
-    base = folder.base
-    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
-        return
-    for key in _OF_PROCESSOR:
-        theirs, ours = base.get(PROCESSOR, key), folder.get(PROCESSOR, key)
-        if theirs in (ABSENT, None) or (ours is not ABSENT and _equal(ours, theirs)):
-            continue
-        is_here = PROCESSOR in folder.objects
-        edit = Edit(file=PROCESSOR, path=(key,), value=theirs)
-        yield Fault(
-            file=PROCESSOR,
-            key=key,
-            found=ours,
-            expected=f"{theirs!r}, as in the base",
-            remedies=(edit if is_here else WholeFile(file=PROCESSOR, content=None),),
-        )
-        if not is_here:
-            return
 
 
 # Source: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/granitemoehybrid/

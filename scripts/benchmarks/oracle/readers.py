@@ -2,9 +2,9 @@
 
     python -m scripts.benchmarks.oracle.readers          # in the environment to ask; JSON lines in, JSON lines out
 
-A line asks about a folder: {"folder", "base" (of an adapter, else null), "sees", "good"}. The answer is what the reader
-does: {"fails": "error"} or a value for each thing in which it could answer otherwise. A good folder that a child could
-read is then read by the process itself, which so imports and caches what the library does once: children that are
+A line asks about a folder: {"folder", "base" (of an adapter, else null), "sees", "good"}. The answer is what the
+reader does: {"fails": "error"} or a value for each thing in which it could answer otherwise. A good folder that a
+child could read is then read by the process itself, which so imports and caches what the library does once: children
 forked after that need a tenth of the time.
 """
 

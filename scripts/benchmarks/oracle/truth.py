@@ -3,8 +3,8 @@
     python -m scripts.benchmarks.oracle.truth ask DIR PYTHON ... --minutes 60    # goes on where it was
     python -m scripts.benchmarks.oracle.truth collect DIR                       # adds to tests/data/oracle/truth.jsonl
 
-Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all. The committed file
-has the readers in its first line, and then a case a line: the good folder, the mutations, the hash of the mutated
+Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all. The committed
+file has the readers in its first line, and then a case a line: the good folder, the mutations, the hash of the mutated
 folder, and what each reader does with it (null where it cannot read the good folder).
 """
 
