@@ -36,6 +36,7 @@ from grpo_toolkit.doctor.rules import (
     settings,
     shards,
     tied,
+    types,
     weights,
 )
 from grpo_toolkit.doctor.rules.inputs import pictures, tokenizers
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MODULES: Final = (
-    files, shards, cache, experts, weights, fit, settings, tied, dtypes, dialect, custom_code, tokenizers, prompts,
-    processing, pictures, servers, adapter, adapter_settings,
+    files, types, shards, cache, experts, weights, fit, settings, tied, dtypes, dialect, custom_code, tokenizers,
+    prompts, processing, pictures, servers, adapter, adapter_settings,
 )  # fmt: skip
 
 ALL_RULES: Final = tuple(

@@ -39,6 +39,9 @@ def read_tokenizer(files: Files, config: JsonObject | None) -> Tokenizer | None:
     if fault:
         return Tokenizer(fault=fault, key=key)
     parts = {part: content.get(part) for part in TOKENIZER_PARTS}
+    step = parts["pre_tokenizer"]
+    if isinstance(step, dict) and not content["model"].get("merges"):  # single bytes are cut alike
+        parts["pre_tokenizer"] = {key: value for key, value in step.items() if key != "use_regex"}
     return Tokenizer(parts=parts, unknown=_unknown(content, config or {}))
 
 
@@ -49,23 +52,63 @@ def _fault_in(content: dict[str, Any]) -> tuple[str, str]:
         return "model", "absent" if model is None else f"a {type(model).__name__}, not an object"
     if not isinstance(model.get("vocab"), (dict, list)):
         return "model.vocab", "no vocabulary"
-    if not isinstance(content.get("added_tokens", []), list):
-        return "added_tokens", "not a list"
+    if content.get("version", "1.0") != "1.0":
+        return "version", f"{json.dumps(content['version'])[:40]}, not 1.0"
+    added = content.get("added_tokens", [])
+    if not isinstance(added, list) or not all(isinstance(one, dict) for one in added):
+        return "added_tokens", "not a list of tokens"
+    others = sorted(set(content) - _KEYS)
+    if others:
+        return others[0], "a key that the format does not have"
     for part in TOKENIZER_PARTS:
         value = content.get(part)
         if value is None:
             continue
-        if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-            return part, "neither null nor an object with a type"
+        if not isinstance(value, dict):
+            return part, "neither null nor an object"
+        kind = value.get("type")
+        if part == "post_processor":  # told by its fields alone
+            strange = _no_template(value) if kind == "TemplateProcessing" else ""
+            if strange:
+                return f"{part}.{strange}", "no list of pieces" if strange != "special_tokens" else "no object"
+        elif not isinstance(kind, str) or kind not in _TYPES[part]:
+            return f"{part}.type", f"{json.dumps(value.get('type'))[:40]}, no type of this part"
         for key, flag in value.items():
             if key in _FLAGS and not isinstance(flag, bool):
                 return f"{part}.{key}", f"{json.dumps(flag)[:40]}, not true or false"
-        for key in _REQUIRED.get(value["type"], ()):
+        for key in _REQUIRED.get(kind, ()) if isinstance(kind, str) else ():
             if key not in value:
                 return f"{part}.{key}", "absent"
     return "", ""
 
 
+def _no_template(value: dict[str, Any]) -> str:
+    """Return the field of a template of pieces that is none; empty where all are."""
+    if not isinstance(value.get("special_tokens"), dict):
+        return "special_tokens"
+    for key in ("single", "pair"):
+        pieces = value.get(key)
+        if not isinstance(pieces, list) or not all(isinstance(piece, dict) for piece in pieces):
+            return key
+    return ""
+
+
+_KEYS: Final = frozenset({"version", "truncation", "padding", "added_tokens", "model", *TOKENIZER_PARTS})
+_TYPES: Final = {
+    "normalizer": (
+        "Sequence", "NFD", "NFC", "NFKD", "NFKC", "Lowercase", "Strip", "StripAccents", "Nmt", "Precompiled",
+        "Replace", "Prepend", "BertNormalizer", "ByteLevel",
+    ),
+    "pre_tokenizer": (
+        "BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Delimiter", "Digits", "FixedLength", "Metaspace",
+        "Punctuation", "Sequence", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit",
+    ),
+    "decoder": (
+        "BPEDecoder", "ByteLevel", "ByteFallback", "CTC", "Fuse", "Metaspace", "Replace", "Sequence", "Strip",
+        "WordPiece",
+    ),
+}  # fmt: skip
+"""The types of the parts: https://huggingface.co/docs/tokenizers/api/pre-tokenizers and its neighbours."""
 _FLAGS: Final = ("add_prefix_space", "trim_offsets", "use_regex", "individual_digits", "fuse_unk")
 """Settings of the parts that are true or false: https://docs.rs/tokenizers/latest/tokenizers/"""
 _REQUIRED: Final = {

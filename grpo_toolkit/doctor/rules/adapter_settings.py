@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Kind
@@ -64,12 +67,28 @@ def _target_faults(folder: Folder, config: dict[str, Any]) -> Iterator[Fault]:
     if config.get("target_parameters") or targets == "all-linear" or not modules:
         return
     leaves = sorted({module.rpartition(".")[2] for module in modules})
+    if targets in (ABSENT, None) and leaves == _default_targets(folder):
+        return
     if targets in (ABSENT, None, "", []):
         yield _fault("target_modules", targets, f"{leaves}, the modules of its factors", leaves)
     elif (isinstance(targets, list) and not any(_is_named(module, targets) for module in modules)) or (
         isinstance(targets, str) and _is_simple(targets) and not any(_fits(targets, module) for module in modules)
     ):
         yield _fault("target_modules", targets, f"names of modules such as {modules[0]}", leaves)
+
+
+def _default_targets(folder: Folder) -> list[str]:
+    """Return the modules that the installed PEFT takes by itself for the base's model type."""
+    kind = "" if folder.base is None else folder.base.model_type
+    for place in sys.path:
+        try:
+            text = Path(place or ".", "peft", "utils", "constants.py").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        table = text.partition("TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING")[2].partition("\n}")[0]
+        found = re.search(rf'"{re.escape(kind)}": \[([^\]]*)\]', table)
+        return sorted(re.findall(r'"(\w+)"', found[1])) if found else []
+    return []
 
 
 def _is_named(module: str, targets: list[Any]) -> bool:
@@ -100,6 +119,58 @@ def _is_number(value: Any) -> bool:
 def _fault(key: str, found: Any, expected: str, right: Any) -> Fault:
     remedies = (Edit(file=ADAPTER_CONFIG, path=(key,), value=right),)
     return Fault(file=ADAPTER_CONFIG, key=key, found=found, expected=expected, remedies=remedies)
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "a factor of the adapter that does not fit the base",
+    effect="PEFT makes factors of the base's sizes, and the stored one has another: size mismatch",
+    evidence="https://github.com/huggingface/peft/issues/2415",
+    needs_base=True,
+)
+def adapter_shapes_differ(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    config = folder.objects.get(ADAPTER_CONFIG, {})
+    if base is None or folder.kind is not Kind.ADAPTER or config.get("target_parameters"):
+        return
+    sizes: dict[str, set[int]] = {}
+    for name, info in base.tensors.items():
+        if name.endswith(".weight") and len(info.shape) == 2:
+            sizes.setdefault(_tail(name.removesuffix(".weight")), set()).update(info.shape)
+    for name, info in sorted(folder.tensors.items()):
+        found = _FACTOR.fullmatch(name)
+        known = sizes.get(_tail(found["module"]), set()) if found else set()
+        side = info.shape[found["half"] == "A"] if found and len(info.shape) == 2 else None
+        if known and side not in known and all(info.shape):
+            yield Fault(file=info.file, key=name, found=list(info.shape), expected=f"a side of {sorted(known)}")
+    yield from _other_ranks(folder)
+
+
+def _other_ranks(folder: Folder) -> Iterator[Fault]:
+    """Yield the factors of another rank than most; where all have another, the config is at fault."""
+    if folder.objects.get(ADAPTER_CONFIG, {}).get("rank_pattern"):
+        return
+    found = {name: _FACTOR.fullmatch(name) for name in sorted(folder.tensors)}
+    ranks = {
+        name: folder.tensors[name].shape[match["half"] == "B"]
+        for name, match in found.items()
+        if match and len(folder.tensors[name].shape) == 2 and all(folder.tensors[name].shape)
+    }
+    usual = Counter(ranks.values()).most_common(1)
+    for name, rank in ranks.items():
+        if 2 * usual[0][1] > len(ranks) and rank != usual[0][0]:
+            info = folder.tensors[name]
+            yield Fault(
+                file=info.file, key=name, found=list(info.shape), expected=f"rank {usual[0][0]}, as the others"
+            )
+
+
+_FACTOR: Final = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.[\w-]+)?\.weight")
+
+
+def _tail(module: str) -> str:
+    """Return the part of a module's name that no wrapper changes: from its layer on."""
+    return re.split(r"(?:^|\.)(?=(?:layers|blocks|h)\.\d)", module)[-1]
 
 
 @rule(

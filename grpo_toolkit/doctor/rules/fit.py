@@ -9,7 +9,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONF
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.installed_configs import installed_defaults, installed_takes
+from grpo_toolkit.doctor.installed_configs import installed_defaults
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
 from grpo_toolkit.doctor.readers import TRANSFORMERS, installed_version
 from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
@@ -46,10 +46,12 @@ def _named_ids(folder: Folder) -> Iterator[tuple[str, str, int]]:
             if file == CONFIG and level not in ((), ("text_config",)):
                 continue  # towers have tokens of their own
             for key, value in node.items():
+                if file == CONFIG and key.startswith("eos_") and folder.has(GENERATION_CONFIG):
+                    continue  # that file says what ends an answer
                 ids = value if isinstance(value, list) else [value]
-                is_placeholder = file == CONFIG and not key.startswith(("bos_", "eos_", "pad_", "decoder_start_"))
-                if is_placeholder and folder.added_tokens is not None:
-                    continue
+                is_placeholder = not key.startswith(("eos_", "pad_", "decoder_start_"))
+                if is_placeholder and (folder.added_tokens is not None or key.startswith("bos_")):
+                    continue  # a prompt begins with the tokenizer's own
                 if key.endswith(("_token_id", "_token_index")) and all(type(one) is int for one in ids):
                     yield from ((file, ".".join((*level, key)), one) for one in ids)
 
@@ -239,75 +241,29 @@ def _at(folder: Folder, level: tuple[str, ...]) -> tuple[str, ...]:
     return () if level == ("text_config",) and not is_nested else level
 
 
+def _is_nested_alike(folder: Folder) -> bool:
+    """Return whether both configs tell the text model's settings from the others."""
+    bases = [one for one in (folder, folder.base) if one is not None]
+    return all(isinstance(one.get(CONFIG, "text_config"), dict) for one in bases)
+
+
 def _is_lost(folder: Folder, level: tuple[str, ...], key: str, value: Any) -> bool:
     """Return whether a setting is nowhere in our config and no default of its class is the base's value.
 
     A release that saves a config leaves out what is the default: only another value is lost by it.
     """
     is_own = level == ("vision_config",) or (level == ("text_config",) and _at(folder, level) == level)
-    places = {(*level, key)} if is_own else {(key,), ("text_config", key)}
+    places = {(*level, key)} if is_own or _is_nested_alike(folder) else {(key,), ("text_config", key)}
     if any(folder.get(CONFIG, *place) is not ABSENT for place in places):
         return False
+    if key == "projection_dim" and level and folder.get(CONFIG, *level, "model_type") == "clip_vision_model":
+        return False  # of CLIP's own head
     base_type = None if folder.base is None else folder.base.get(CONFIG, *level, "model_type")
     model_type = base_type if level and isinstance(base_type, str) else folder.model_type
     defaults = installed_defaults(model_type, level, key)
     if key == "num_key_value_heads" and None in defaults:  # as many as heads, which only few models have
         return bool(folder.get(CONFIG, *_at(folder, level), "num_attention_heads") != value)
     return bool(defaults) and None not in defaults and value not in defaults
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "a value that the model's class does not take",
-    effect="transformers 5 checks the types of a config as it loads: StrictDataclassFieldValidationError",
-    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
-    mend="the base's value; of a null, the key deleted, so that the class's own default counts",
-    fails="transformers>=5",
-)
-def setting_not_taken(folder: Folder) -> Iterator[Fault]:
-    if not folder.is_known or folder.get(CONFIG, "auto_map") is not ABSENT:
-        return
-    for level, node in folder.levels():
-        if level not in ((), ("text_config",), ("vision_config",)):
-            continue
-        own = node.get("model_type")
-        model_type = own if level and isinstance(own, str) else folder.model_type
-        for key, value in node.items():
-            if key not in _CHECKED and not key.startswith("_") and not installed_takes(model_type, level, key, value):
-                yield _not_taken(folder, (*level, key), value)
-
-
-_CHECKED: Final = frozenset({"model_type", "text_config", "vision_config", "architectures"})
-"""What other rules say more of."""
-
-
-def _not_taken(folder: Folder, path: tuple[str, ...], value: Any) -> Fault:
-    right = ABSENT if folder.base is None else folder.base.get(CONFIG, *path)
-    right = ABSENT if right is None else copy.deepcopy(right)
-    is_mended = right is not ABSENT or value is None
-    return Fault(
-        file=CONFIG,
-        key=".".join(path),
-        found=value,
-        expected="a value of its type" if right is ABSENT else f"{right!r}, as in the base",
-        remedies=(Edit(file=CONFIG, path=path, value=right),) if is_mended else (),
-    )
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "no model type",
-    effect="AutoConfig fails: config.json should have a model_type key",
-    evidence="https://huggingface.co/docs/transformers/model_doc/auto",
-    mend="the base's model_type",
-)
-def model_type_missing(folder: Folder) -> Iterator[Fault]:
-    value = folder.get(CONFIG, "model_type")
-    is_absent = value is ABSENT or value in (None, "")
-    if is_absent and CONFIG in folder.objects and weights(folder) and folder.get(CONFIG, "auto_map") is ABSENT:
-        right = "" if folder.base is None else folder.base.model_type
-        remedies = (Edit(file=CONFIG, path=("model_type",), value=right),) if right else ()
-        yield Fault(file=CONFIG, key="model_type", found=value, expected=right or "a model type", remedies=remedies)
 
 
 @rule(

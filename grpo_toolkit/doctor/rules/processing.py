@@ -33,7 +33,8 @@ _PROCESSOR_FILES = (PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR)
     mend="the base's tokenizer files",
 )
 def tokenizer_missing(folder: Folder) -> Iterator[Fault]:
-    if folder.kind is Kind.MODEL and folder.is_generative and not folder.has_tokenizer:
+    is_half = folder.kind is Kind.ADAPTER and TOKENIZER_CONFIG in folder.objects
+    if ((folder.kind is Kind.MODEL and folder.is_generative) or is_half) and not folder.has_tokenizer:
         yield Fault(
             file="tokenizer.json",
             expected="a tokenizer; pass --base to take the base's" if folder.base is None else "the base's tokenizer",
@@ -193,6 +194,7 @@ def chat_template_lost(folder: Folder) -> Iterator[Fault]:
         or not base.templates
         or folder.kind not in (Kind.MODEL, Kind.ADAPTER)
         or not folder.has_tokenizer
+        or (folder.kind is Kind.ADAPTER and not folder.has(TOKENIZER_CONFIG))  # the base's is asked
     ):
         return
     whole = [name for name in (TEMPLATE_JINJA, TEMPLATE_JSON) if name in base.templates]
@@ -234,7 +236,9 @@ def chat_template_json_empty(folder: Folder) -> Iterator[Fault]:
 def tokenizer_template_lost(folder: Folder) -> Iterator[Fault]:
     inside = None if folder.base is None else folder.base.templates.get(TOKENIZER_CONFIG)
     ours = folder.templates
-    if inside is None or not ours or TOKENIZER_CONFIG not in folder.objects or folder.kind is not Kind.MODEL:
+    if inside is None or not ours or TOKENIZER_CONFIG not in folder.objects:
+        return
+    if folder.kind not in (Kind.MODEL, Kind.ADAPTER):
         return
     if TEMPLATE_JINJA not in ours and folder.get(TOKENIZER_CONFIG, "chat_template") in (ABSENT, None):
         yield Fault(

@@ -111,7 +111,10 @@ def _generation(config: Any) -> dict[str, Any]:
     said = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_ANSWERS}
     for key in _OF_SAMPLING if not config.do_sample else ():
         said.pop(key, None)
-    said["use_cache"] = config.use_cache
+    said.pop("use_cache", None)  # the lengths of the steps say whether it is used
+    eos = said.get("eos_token_id")
+    if isinstance(eos, list) and len(eos) == 1:
+        said["eos_token_id"] = eos[0]
     return json.loads(json.dumps(said, default=str, sort_keys=True))  # type: ignore[no-any-return]
 
 

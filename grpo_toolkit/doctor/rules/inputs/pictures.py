@@ -41,9 +41,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _image_settings(folder: Folder) -> tuple[str, tuple[str, ...], dict[str, Any]]:
-    if PREPROCESSOR in folder.objects:
-        return PREPROCESSOR, (), dict(folder.objects[PREPROCESSOR])
+    """Return the file with the settings for pictures, the path to them there, and them.
+
+    Where a base is nested as transformers 5 writes it, its readers ask the nested ones first.
+    """
     inner = folder.get(PROCESSOR, "image_processor")
+    is_nested = isinstance(inner, dict) and folder.base is not None and PREPROCESSOR not in folder.base.objects
+    if PREPROCESSOR in folder.objects and not is_nested:
+        return PREPROCESSOR, (), dict(folder.objects[PREPROCESSOR])
     return PROCESSOR, ("image_processor",), dict(inner) if isinstance(inner, dict) else {}
 
 
@@ -67,13 +72,15 @@ def image_settings_differ(folder: Folder) -> Iterator[Fault]:
         found = ours.get(key, ABSENT)
         if key in _NOT_OF_PICTURES or key.startswith("_") or value is None or _equal(found, value):
             continue
+        if key in ("do_resize", "do_center_crop") and bool(found) == value and found is not ABSENT:
+            continue  # asked whether it is true, and not checked
         if key == "crop_size" and (_is_number(found) and isinstance(value, dict)):
             continue  # one number is a square
         if key == "patch_size" and base.get(PROCESSOR, key) not in (ABSENT, None):
             continue  # the processor's own is handed to it
         if found is ABSENT:
             source = source or class_source(str(theirs.get("image_processor_type")).removesuffix("Fast"), _IMAGES)
-            if not ours or default_in(source, key) in (None, value):
+            if default_in(source, key) in (None, value):
                 continue
         yield _fault(file, (*path, key), found, value)
 
@@ -96,7 +103,8 @@ def image_size_unusable(folder: Folder) -> Iterator[Fault]:
         return
     file, path, ours = _image_settings(folder)
     theirs, size = _image_settings(base)[2].get("size"), ours.get("size", ABSENT)
-    if not isinstance(theirs, dict) or not theirs or not ours or (_is_number(size) and size > 0):
+    is_here = file in folder.objects and (not path or isinstance(folder.get(file, *path), dict))
+    if not isinstance(theirs, dict) or not theirs or not is_here or (_is_number(size) and size > 0):
         return
     has_limits = {"min_pixels", "max_pixels"} & ours.keys()
     if has_limits and size in (ABSENT, None):
@@ -128,11 +136,19 @@ def picture_class_differs(folder: Folder) -> Iterator[Fault]:
     for where, at, found, wanted in (
         (file, (*path, _TYPE), ours.get(_TYPE), theirs.get(_TYPE)),
         (PROCESSOR, (_CLASS,), folder.get(PROCESSOR, _CLASS), base.get(PROCESSOR, _CLASS)),
+        *([(PREPROCESSOR, (_CLASS,), *_classes_beside(folder, base))] if PREPROCESSOR in folder.objects else []),
     ):
         if found in (ABSENT, None) or not isinstance(wanted, str):
             continue
         if not isinstance(found, str) or found.removesuffix("Fast") != wanted.removesuffix("Fast"):
             yield _fault(where, at, found, wanted)
+
+
+def _classes_beside(folder: Folder, base: Folder) -> tuple[Any, Any]:
+    """Return the processor's class in the settings for pictures and the base's, where the processor says none."""
+    if folder.get(PROCESSOR, _CLASS) not in (ABSENT, None):
+        return None, None
+    return folder.get(PREPROCESSOR, _CLASS), base.get(PREPROCESSOR, _CLASS)
 
 
 _TYPE: Final = "image_processor_type"

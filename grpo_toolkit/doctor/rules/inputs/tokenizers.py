@@ -92,8 +92,11 @@ def _first_difference(ours: Any, theirs: Any, where: str) -> str:
     return "" if ours == theirs and isinstance(ours, bool) == isinstance(theirs, bool) else where
 
 
-_WITHOUT_SAY: Final = {"decoder": ("add_prefix_space", "trim_offsets", "use_regex")}
-"""Settings of a byte-level step that its part does not use: https://docs.rs/tokenizers/latest/tokenizers/"""
+_WITHOUT_SAY: Final = {
+    "decoder": ("add_prefix_space", "trim_offsets", "use_regex"),
+    "post_processor": ("type", "pair", "trim_offsets"),
+}
+"""Settings that a part does not use, or that only pairs of texts do: https://docs.rs/tokenizers/latest/tokenizers/"""
 
 
 @rule(
@@ -114,7 +117,8 @@ def special_token_no_text(folder: Folder) -> Iterator[Fault]:
         elif extra is not None:
             named[group] = extra
     for path, value in named.items():
-        is_text = isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+        is_token = isinstance(value, dict) and isinstance(value.get("content"), str)
+        is_text = isinstance(value, str) or (is_token and (value.get("__type") == "AddedToken" or "." in path))
         if not is_text or path in ("extra_special_tokens", "additional_special_tokens"):
             yield Fault(file=TOKENIZER_CONFIG, key=path, found=value, expected="a text")
 
@@ -127,7 +131,7 @@ def special_token_no_text(folder: Folder) -> Iterator[Fault]:
     evidence="https://github.com/hiyouga/LlamaFactory/pull/8823",
 )
 def special_token_unknown(folder: Folder) -> Iterator[Fault]:
-    if folder.tokenizer is None or folder.tokenizer.fault or folder.kind is not Kind.MODEL:
+    if folder.tokenizer is None or folder.tokenizer.fault or folder.kind not in (Kind.MODEL, Kind.ADAPTER):
         return
     base = None if folder.base is None else folder.base.tokenizer
     for key in ("eos_token", "pad_token", "unk_token"):
@@ -168,6 +172,40 @@ def input_names_wrong(folder: Folder) -> Iterator[Fault]:
 
 
 @rule(
+    Severity.UNLOADABLE,
+    "a tokenizer class that no release has",
+    effect="4.x stops (Tokenizer class ... does not exist or is not currently imported); 5 takes a general one",
+    evidence="https://github.com/huggingface/transformers/issues/41553",
+    mend="the base's class",
+    needs_base=True,
+    fails=V4,
+)
+def tokenizer_class_unknown(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    ours = folder.get(TOKENIZER_CONFIG, "tokenizer_class")
+    theirs = ABSENT if base is None else base.get(TOKENIZER_CONFIG, "tokenizer_class")
+    if (
+        not isinstance(ours, str)
+        or not isinstance(theirs, str)
+        or folder.get(TOKENIZER_CONFIG, "auto_map") is not ABSENT
+    ):
+        return
+    name = ours.removesuffix("Fast")
+    if name == theirs.removesuffix("Fast") or name in _GENERAL or class_source(name, "tokenization"):
+        return
+    yield Fault(
+        file=TOKENIZER_CONFIG,
+        key="tokenizer_class",
+        found=ours,
+        expected=f"{theirs}, as in the base",
+        remedies=(Edit(file=TOKENIZER_CONFIG, path=("tokenizer_class",), value=theirs),),
+    )
+
+
+_GENERAL: Final = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", "SentencePieceBackend")
+
+
+@rule(
     Severity.WRONG,
     "special tokens of the base lost",
     effect="without a padding token a batch raises (Asking to pad but the tokenizer does not have a padding token), "
@@ -181,6 +219,8 @@ def special_tokens_lost(folder: Folder) -> Iterator[Fault]:
     if base is None or TOKENIZER_CONFIG not in folder.objects or folder.kind not in (Kind.MODEL, Kind.ADAPTER):
         return
     for key in ("pad_token", *_tokens_of_pictures(base)):
+        if folder.kind is Kind.ADAPTER and key not in ("pad_token", "image_token"):
+            continue  # a processor asked for the others as it was made, with the base's tokenizer
         theirs, ours = _token(base, key), _token(folder, key)
         if not theirs or ours == theirs or (key == "pad_token" and ours) or _is_in_map(folder):
             continue
