@@ -45,7 +45,7 @@ def modules_of(folder: Folder) -> list[str]:
 def adapter_weights_missing(folder: Folder) -> Iterator[Fault]:
     has_any = folder.has(ADAPTER_WEIGHTS) or folder.has("adapter_model.bin") or is_of_mlx(folder)
     if folder.kind is Kind.ADAPTER and not has_any:
-        yield Fault(file=ADAPTER_WEIGHTS, expected="the adapter's weights")
+        yield Fault(file=ADAPTER_WEIGHTS, expected=f"the adapter's weights beside its {ADAPTER_CONFIG}")
     elif folder.kind is Kind.ADAPTER and folder.shards and not folder.tensors:
         yield Fault(file=ADAPTER_WEIGHTS, found="0 tensors", expected="the adapter's weights")
 

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Kind
+from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.tensor_names import is_lora
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
@@ -171,20 +171,3 @@ _FACTOR: Final = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<h
 def _tail(module: str) -> str:
     """Return the part of a module's name that no wrapper changes: from its layer on."""
     return re.split(r"(?:^|\.)(?=(?:layers|blocks|h)\.\d)", module)[-1]
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "an adapter's weights without its config beside them",
-    effect="PEFT looks for adapter_config.json beside the weights: Can't find 'adapter_config.json'",
-    evidence="https://github.com/huggingface/peft/issues/1830",
-)
-def adapter_config_apart(folder: Folder) -> Iterator[Fault]:
-    if folder.kind is not Kind.ADAPTER or folder.has(ADAPTER_WEIGHTS):
-        return
-    if (folder.path.parent / ADAPTER_WEIGHTS).is_file():
-        yield Fault(
-            file=ADAPTER_CONFIG,
-            found=f"{ADAPTER_CONFIG} in {folder.path.name}, {ADAPTER_WEIGHTS} above it",
-            expected="both in one folder",
-        )
