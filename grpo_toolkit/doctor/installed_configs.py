@@ -43,10 +43,17 @@ def installed_takes(model_type: str, level: tuple[str, ...], key: str, value: An
 
     transformers 5 checks the types of its configs' fields as they load.
     """
+    types = _types(model_type, level, key)
+    return not types or any(_fits(value, one) for one in types)
+
+
+@lru_cache(maxsize=1024)
+def _types(model_type: str, level: tuple[str, ...], key: str) -> tuple[str, ...]:
+    """Return the types that the classes of a level take for a setting."""
     field = re.compile(rf"^    {re.escape(key)}: ([^=\n]+?)(?: =|$)", re.MULTILINE)
     classes = _classes(model_type, level)
-    types = [one for source in (*classes, _of_all()) for one in field.findall(source)] if classes else []
-    return not types or any(_fits(value, one) for text in types for one in _parts(text))
+    found = [one for source in (*classes, _of_all()) for one in field.findall(source)] if classes else []
+    return tuple(one for text in found for one in _parts(text))
 
 
 def _fits(value: Any, name: str) -> bool:

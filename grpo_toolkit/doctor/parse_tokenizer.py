@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.doctor.parsed_folder import MIB, TOKENIZER, TOKENIZER_PARTS, Tokenizer
@@ -27,6 +28,23 @@ def read_tokenizer(files: Files, config: JsonObject | None) -> Tokenizer | None:
         raw = files.read(TOKENIZER, limit=_LIMIT)
     except CheckpointError:
         return None
+    return _read(raw, _named(config or {}))
+
+
+def _named(config: JsonObject) -> frozenset[str]:
+    """Return the special tokens that the config names and does not add itself."""
+    values = (value for key, value in config.items() if key.endswith("_token"))
+    texts = [value.get("content") if isinstance(value, dict) else value for value in values]
+    decoder = config.get("added_tokens_decoder")
+    entries = decoder.values() if isinstance(decoder, dict) else ()
+    added = {
+        entry["content"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    }
+    return frozenset(text for text in texts if isinstance(text, str)) - added
+
+
+@lru_cache(maxsize=2)  # the checkpoints of a run have the same, and its parsing takes longer than all the rest
+def _read(raw: bytes, named: frozenset[str]) -> Tokenizer | None:
     if raw.count(b"[") + raw.count(b"{") > _CONTAINERS:
         return None
     try:
@@ -42,7 +60,7 @@ def read_tokenizer(files: Files, config: JsonObject | None) -> Tokenizer | None:
     step = parts["pre_tokenizer"]
     if isinstance(step, dict) and not content["model"].get("merges"):  # single bytes are cut alike
         parts["pre_tokenizer"] = {key: value for key, value in step.items() if key != "use_regex"}
-    return Tokenizer(parts=parts, unknown=_unknown(content, config or {}))
+    return Tokenizer(parts=parts, unknown=_unknown(content, named))
 
 
 def _fault_in(content: dict[str, Any]) -> tuple[str, str]:
@@ -121,17 +139,13 @@ _REQUIRED: Final = {
 """The fields that the parts cannot do without, as the library says of each that a file names (`missing field`)."""
 
 
-def _unknown(content: dict[str, Any], config: JsonObject) -> frozenset[str]:
-    """Return the special tokens of the config that the tokenizer does not have."""
-    values = (value for key, value in config.items() if key.endswith("_token"))
-    named = (value.get("content") if isinstance(value, dict) else value for value in values)
-    decoder = config.get("added_tokens_decoder")
-    entries = [*content.get("added_tokens", []), *(decoder.values() if isinstance(decoder, dict) else ())]
-    added = (entry.get("content") for entry in entries if isinstance(entry, dict))
+def _unknown(content: dict[str, Any], named: frozenset[str]) -> frozenset[str]:
+    """Return those of the special tokens that the tokenizer does not have."""
+    added = (entry.get("content") for entry in content.get("added_tokens", []) if isinstance(entry, dict))
     vocab = content["model"]["vocab"]
     if not vocab:
         return frozenset()
     if isinstance(vocab, list):  # pieces with their scores
         vocab = {piece[0] for piece in vocab if isinstance(piece, list) and piece and isinstance(piece[0], str)}
     known = {one for one in added if isinstance(one, str)}
-    return frozenset(text for text in named if isinstance(text, str) and text not in known and text not in vocab)
+    return frozenset(text for text in named if text not in known and text not in vocab)
