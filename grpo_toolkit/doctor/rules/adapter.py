@@ -82,7 +82,15 @@ def adapter_of_mlx(folder: Folder) -> Iterator[Fault]:
 def adapter_names_wrapped(folder: Folder) -> Iterator[Fault]:
     names = sorted(folder.tensors) if folder.kind is Kind.ADAPTER else []
     wrapped = [name for name in names if _WRAPPED.search(name)]
-    if wrapped:
+    strange = [name for name in names if is_lora(name) and not name.startswith(_PEFT)]
+    if strange and not wrapped and not is_of_mlx(folder):
+        yield Fault(
+            file=ADAPTER_WEIGHTS,
+            key=strange[0],
+            found=f"{len(strange)} of {len(names)} tensors",
+            expected=_PEFT + strange[0].rpartition(_PEFT)[2],
+        )
+    elif wrapped:
         yield Fault(
             file=ADAPTER_WEIGHTS,
             key=wrapped[0],
@@ -91,6 +99,8 @@ def adapter_names_wrapped(folder: Folder) -> Iterator[Fault]:
         )
 
 
+_PEFT = "base_model.model."
+"""The start of every name that PEFT saves and looks for."""
 _WRAPPED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from scripts.benchmarks.oracle import bases
-from scripts.benchmarks.oracle.cases import Case, changed, chosen, line
+from scripts.benchmarks.oracle.cases import Case, changed, chosen, hashed, line
 from scripts.benchmarks.oracle.folders import digest, write
 from scripts.benchmarks.oracle.readers import ReaderProcess, verdict
 
@@ -143,7 +143,7 @@ def collect(folder: Path) -> None:
     readers = sorted({version for verdicts in said.values() for version in verdicts})
     with TRUTH.open("w", encoding="utf-8") as out:
         out.write(line(readers))
-        for key, case in cases.items():
+        for key, case in sorted(cases.items(), key=lambda item: hashed(str(item[1]))):
             row = case.to_json()
             out.write(line([row["folder"], row["mutations"], key, [said[key].get(version) for version in readers]]))
 
