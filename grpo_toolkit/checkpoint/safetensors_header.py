@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.json_files import JsonObject, open_regular, parse_json
@@ -93,6 +94,18 @@ def parse_safetensors_header(raw: bytes, *, size: int, where: str, file: str) ->
         where: the file's path, for messages.
         file: the file's name, for the tensors.
     """
+    try:
+        known = _parse_once if len(raw) <= _REMEMBERED else _parse
+        return dict(known(raw, size, file))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}{error}") from error
+
+
+_REMEMBERED: Final = 2**20
+"""The longest header that is kept, as the checkpoints of a run have the same; larger ones would fill the memory."""
+
+
+def _parse(raw: bytes, size: int, file: str, where: str = "") -> dict[str, TensorInfo]:
     header = _parse_header(raw, where)
     start = 8 + len(raw)
     metadata = header.pop("__metadata__", {})
@@ -105,6 +118,9 @@ def parse_safetensors_header(raw: bytes, *, size: int, where: str, file: str) ->
     if end < size:
         raise CheckpointError(f"{where}: damaged safetensors header ({size - end} bytes belong to no tensor)")
     return tensors
+
+
+_parse_once = lru_cache(maxsize=8)(_parse)
 
 
 def _parse_header(raw: bytes, where: str) -> JsonObject:

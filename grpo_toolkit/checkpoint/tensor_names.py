@@ -6,6 +6,7 @@ The spellings of each family are rows of `model_families.py`. Pure functions ove
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.model_families import family_of
@@ -40,8 +41,13 @@ def without_wrappers(name: str) -> str:
 
 def live_name(name: str, family: Family) -> str:
     """Return a tensor's or module's name as the live model spells it, wrappers taken off."""
+    return _live_name(name, family.live)
+
+
+@lru_cache(maxsize=16_384)  # the checkpoints of a run have the same names
+def _live_name(name: str, live: tuple[tuple[str, str], ...]) -> str:
     name = without_wrappers(name)
-    for pattern, replacement in family.live:
+    for pattern, replacement in live:
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -109,6 +115,7 @@ def is_lora(name: str) -> bool:
     return ".lora_" in name and _LORA.search(name) is not None
 
 
+@lru_cache(maxsize=16_384)
 def is_vision(name: str) -> bool:
     """Return whether a tensor belongs to a vision (or audio) tower."""
     return _VISION.search(name) is not None

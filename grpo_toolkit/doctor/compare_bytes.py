@@ -9,7 +9,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.folders.model_folder import Kind
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name, plan_renames
 from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors, read_chunks
@@ -17,6 +17,7 @@ from grpo_toolkit.checkpoint.weights.tensor_values import constant_value, correl
 from grpo_toolkit.doctor.parsed_folder import Digests
 
 _IN_A_LAYER: Final = re.compile(r"\.[0-9]+\..*\.weight$|(?:embed_tokens|lm_head)\.weight$")
+_POOLING: Final = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?head\.")
 _ROUNDING: Final = 2**-7  # what the cast of a value to bfloat16 changes at most
 
 if TYPE_CHECKING:
@@ -87,8 +88,21 @@ def _has_effect(folder: Folder, name: str) -> bool:
 
     Softmax takes that away again, where positions are learned (CLIP, SigLIP) and do not rotate the keys.
     """
+    if _is_not_asked(folder, name):
+        return False
     is_key_bias = is_vision(name) and name.endswith((".k_proj.bias", ".key.bias"))
     return not (is_key_bias and any("position_embedding" in other for other in folder.tensors))
+
+
+def _is_not_asked(folder: Folder, name: str) -> bool:
+    """Return whether a tower has a tensor that the language model never asks.
+
+    SigLIP's head pools a picture, which LLaVA's kin do not; nor do they read the last norm where they take an earlier
+    layer's features.
+    """
+    layer = folder.get(CONFIG, "vision_feature_layer")
+    is_earlier = type(layer) is int and layer < -1 and ".post_layernorm." in name and is_vision(name)
+    return is_earlier or _POOLING.search(name) is not None
 
 
 def inspect_values(folder: Folder) -> Digests:
@@ -108,8 +122,12 @@ def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]
     renames = plan_renames(folder.tensors, frozenset(others) or None, folder.model_type)
     empty, broken = [], []
     for name, info in folder.tensors.items():
+        if _is_not_asked(folder, name):
+            continue
         if not is_finite(folder.path, info):
             broken.append(name)
+        elif ".lora_A." in name and constant_value(folder.path, info) == 0:
+            empty.append(name)  # drawn at random where it is made, so a zero was never trained
         elif folder.kind is Kind.MODEL and not is_lora(name):
             value = constant_value(folder.path, info)
             other = others.get(renames.get(name, name))

@@ -15,12 +15,14 @@ from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG,
 from grpo_toolkit.checkpoint.folders.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.checkpoint.json_files import parse_json
 from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule, RunDiagnosis, Severity
+from grpo_toolkit.doctor.installed_configs import installed_knows
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Folder, describe
 from grpo_toolkit.doctor.planned_files import DiskFiles, Files
-from grpo_toolkit.doctor.readers import Reader, installed_knows, installed_reader, parse_reader
+from grpo_toolkit.doctor.readers import Reader, installed_reader, parse_reader
 from grpo_toolkit.doctor.rules import (
     adapter,
+    adapter_settings,
     cache,
     custom_code,
     dialect,
@@ -35,16 +37,18 @@ from grpo_toolkit.doctor.rules import (
     settings,
     shards,
     tied,
+    types,
     weights,
 )
+from grpo_toolkit.doctor.rules.inputs import pictures, tokenizers
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MODULES: Final = (
-    files, shards, cache, experts, weights, fit, settings, tied, dtypes, quantised, dialect, custom_code, prompts,
-    processing, servers, adapter,
+    files, types, shards, cache, experts, weights, fit, settings, tied, dtypes, quantised, dialect, custom_code,
+    tokenizers, prompts, processing, pictures, servers, adapter, adapter_settings,
 )  # fmt: skip
 
 ALL_RULES: Final = tuple(

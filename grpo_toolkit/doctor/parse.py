@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.layouts import layout_of
@@ -71,15 +72,14 @@ def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
         if name in entries and not entries[name].is_folder:
             try:
                 raw = files.read(name, limit=limit)
-                again: list[str] = []
                 if name == WEIGHTS_INDEX and raw.count(b":") > 2 * MAX_TENSORS:
                     raise CheckpointError(f"{name}: names more than {MAX_TENSORS:,} tensors, which no model has")
-                objects[name] = parse_json(raw, name, repeated=again, containers=_CONTAINERS)
+                objects[name], again = (_parsed_once if len(raw) <= MIB else _parsed)(raw, name)
             except CheckpointError as error:
                 refused[name] = _reason(error)
                 continue
             if again:
-                repeated[name] = tuple(again)
+                repeated[name] = again
             if raw.startswith(b"\xef\xbb\xbf"):
                 marked.add(name)
     shards = _read_shards(files, kind, objects, refused)
@@ -102,6 +102,16 @@ def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
         marked=frozenset(marked),
         base=base,
     )
+
+
+def _parsed(raw: bytes, name: str) -> tuple[JsonObject, tuple[str, ...]]:
+    """Return the object in a file, and the keys that stand twice."""
+    again: list[str] = []
+    return parse_json(raw, name, repeated=again, containers=_CONTAINERS), tuple(again)
+
+
+# The checkpoints of a run have the same files, and nobody changes the objects.
+_parsed_once = lru_cache(maxsize=16)(_parsed)
 
 
 def _reason(error: CheckpointError) -> str:

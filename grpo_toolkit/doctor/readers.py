@@ -7,13 +7,12 @@ through that library. What is installed is found by the names of its metadata, w
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from grpo_toolkit.errors import InputError
 
@@ -88,73 +87,6 @@ def installed_version(name: str) -> Version:
         for found in filter(None, map(fits, names)):
             return _numbers(found.group(1))
     return ()
-
-
-@lru_cache(maxsize=16)
-def installed_knows(model_type: str) -> bool | None:
-    """Return whether the installed transformers has a config class for a model type; None where none is installed.
-
-    Its own tables are asked, as text: `CONFIG_MAPPING_NAMES`, which transformers 5 keeps in a file of its own.
-    """
-    for folder in sys.path:
-        auto = os.path.join(folder or ".", "transformers", "models", "auto")  # noqa: PTH118 - as above
-        if os.path.isdir(auto):  # noqa: PTH112
-            return any(f'("{model_type}", "' in _text(os.path.join(auto, name)) for name in _TABLES)  # noqa: PTH118
-    return None
-
-
-def installed_defaults(model_type: str, key: str) -> tuple[Any, ...]:
-    """Return the defaults that a family's config classes in the installed transformers give a setting, read as text.
-
-    A file has a class for each part of the model, so there may be several; none where it cannot be told.
-    """
-    found = []
-    pattern = re.compile(rf"^ +{re.escape(key)}(?:: [^=\n]+)? ?= ?([^\n]+?),?$", re.MULTILINE)
-    for literal in pattern.findall(_config_source(model_type)):
-        try:
-            found.append(ast.literal_eval(literal))
-        except (ValueError, SyntaxError):
-            return ()
-    return tuple(found)
-
-
-def installed_allows_null(model_type: str, level: tuple[str, ...], key: str) -> bool:
-    """Return whether the installed config classes take null for a setting; True where they do not say (4.x).
-
-    A nested config is of the family's text or vision class, the top one of any but the vision class.
-    """
-    part = {"text_config": "Text", "vision_config": "Vision"}.get(level[0] if level else "", "")
-    classes = [text for text in re.split(r"(?m)^(?=class )", _config_source(model_type)) if text.startswith("class ")]
-    names = [(text.partition("(")[0], text) for text in classes]
-    chosen = [text for name, text in names if (part in name if part else "Vision" not in name)]
-    field = re.compile(rf"^    {re.escape(key)}: ([^=\n]+?)(?: =|$)", re.MULTILINE)
-    types = [one for text in chosen for one in field.findall(text)]
-    return not types or any(word in one for one in types for word in ("None", "Optional", "Any"))
-
-
-@lru_cache(maxsize=4)
-def _config_source(model_type: str) -> str:
-    if not re.fullmatch(r"[a-z0-9_]{1,60}", model_type):
-        return ""
-    for folder in sys.path:
-        for name in (model_type, model_type.removesuffix("_text")):
-            file = f"configuration_{name}.py"
-            text = _text(os.path.join(folder or ".", "transformers", "models", name, file))  # noqa: PTH118
-            if text:
-                return text
-    return ""
-
-
-_TABLES: Final = ("auto_mappings.py", "configuration_auto.py")
-
-
-@lru_cache(maxsize=4)
-def _text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123
-            return file.read()
-    except OSError:
-        return ""
 
 
 def concerns(fails: str, reader: Reader) -> bool:

@@ -20,7 +20,9 @@ V5 = ["nested-text-config", "rope-parameters-alone", "extra-special-tokens-list"
 FINDINGS = {
     "vlm_r1_449": ["generation-cache-off", "config-cache-off-latent", "resume-starts-from-base"],
     "vlm_r1_451": ["generation-cache-off", "config-cache-off-latent", "resume-starts-from-base"],
-    "visual_rft_449": ["generation-cache-off", "config-cache-off-latent", "resume-starts-from-base"],
+    "visual_rft_449": [
+        "setting-not-taken", "generation-cache-off", "config-cache-off-latent", "resume-starts-from-base",
+    ],
     "easyr1_merger_451": [
         "tokenizer-missing", "processor-missing", "eos-differs", "generation-cache-off", "config-cache-off-latent",
         "generation-defaults-lost",
@@ -100,8 +102,9 @@ def test_a_llava_that_transformers_5_built(tmp_path: Path) -> None:
 
 def test_the_places_and_values_of_a_poisoned_folder(base: Path, tmp_path: Path) -> None:
     findings = diagnose_checkpoint(unpack("visual_rft_449", tmp_path / "x"), base=base).findings
-    said = [(f.file, f.key, f.found, f.expected, f.repairable) for f in findings[:2]]
+    said = [(f.file, f.key, f.found, f.expected, f.repairable) for f in findings[:3]]
     assert said == [
+        ("config.json", "use_cache", None, "a value of its type", True),
         ("generation_config.json", "use_cache", None, "absent, as in the base", True),
         ("config.json", "use_cache", None, "absent, as in the base", True),
     ]

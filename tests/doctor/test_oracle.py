@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RECOMPUTED = 50
+EVERY = 5
+"""Every fifth of the truth's cases, which stand in the order of hashes: all of them take five minutes."""
 
 
 def test_what_is_held_out_stays_held_out() -> None:
@@ -35,13 +37,13 @@ def test_the_cases_of_the_truth_are_those_that_hashes_choose() -> None:
 
 
 def test_the_doctor_says_what_the_readers_do() -> None:
-    found = results()
+    found = results(every=EVERY)
     seen = score([one for one in found if not one.case.is_held_out])
-    assert seen["recall_of_all"] >= 0.94, seen
-    assert seen["false_alarms_of_all"] <= 0.1, seen
+    assert seen["recall_of_all"] >= 0.95, seen
+    assert seen["false_alarms_of_all"] <= 0.06, seen
     others = score([one for one in found if one.case.is_held_out])
-    assert others["recall_of_all"] >= 0.6, others
-    assert others["false_alarms_of_all"] <= 0.34, others
+    assert others["recall_of_all"] >= 0.85, others
+    assert others["false_alarms_of_all"] <= 0.28, others
 
 
 @pytest.mark.stack

@@ -8,6 +8,7 @@ import pytest
 
 from grpo_toolkit.cli import main
 from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_checkpoint, diagnose_folder
+from grpo_toolkit.doctor.installed_configs import installed_knows
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.readers import (
     ALL,
@@ -17,7 +18,6 @@ from grpo_toolkit.doctor.readers import (
     Reader,
     concerns,
     in_words,
-    installed_knows,
     installed_version,
     parse_reader,
 )

@@ -37,7 +37,10 @@ TENSORS = {
     "model.norm.weight": ("BF16", (4,)),
     "lm_head.weight": ("BF16", (8, 4)),
 }
-LORA = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": "x/y"}
+LORA = {
+    "r": 2, "lora_alpha": 4, "base_model_name_or_path": "x/y", "peft_type": "LORA",
+    "target_modules": ["up_proj", "qkv", "lm_head"],
+}  # fmt: skip
 FACTORS = {
     "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": ("F32", (2, 4)),
     "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": ("F32", (4, 2)),
@@ -154,8 +157,6 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                          "model.safetensors.index.json", "metadata"),
     "settings-differ": (model(config={"hidden_act": "gelu"}), model(config={"hidden_act": "silu"}), None,
                         "config.json", "hidden_act"),
-    "setting-of-another-type": (model(config={"attention_dropout": "0.0"}), model(config={"attention_dropout": 0.0}),
-                                None, "config.json", "attention_dropout"),
     "rope-theta-differs": (model(config={"rope_theta": 5e5}), BASE, None, "config.json", "rope_theta"),
     "rope-incomplete": (model(config={"rope_scaling": {"rope_type": "yarn"}}), None, None,
                         "config.json", "rope_scaling.rope_type"),
@@ -172,8 +173,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                          None, "tokenizer.json", "decoder.use_regex"),
     "tokenizer-differs": (model(tokenizer__json={**WORDS, "decoder": {"type": "Fuse"}}), BASE, None,
                           "tokenizer.json", "decoder.type"),
-    "special-token-no-text": (model(tokenizer_config__json={**TOKENIZER, "image_token": ["<a>"]}), None, None,
-                              "tokenizer_config.json", "image_token"),
+    "special-token-no-text": (model(tokenizer_config__json={**TOKENIZER, "cls_token": ["<a>"]}), None, None,
+                              "tokenizer_config.json", "cls_token"),
     "special-token-unknown": (model(tokenizer_config__json={**TOKENIZER, "pad_token": "<no>"}), None, None,
                               "tokenizer_config.json", "pad_token"),
     "tensors-unlike-base": (model(), BASE, Digests(unlike=("lm_head.weight",)), "model.safetensors", "lm_head.weight"),
@@ -309,7 +310,35 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
               tokenizer_config__json={**TOKENIZER, **TEMPLATE}), None, "tokenizer_config.json", "chat_template"),
     "tokenizer-empty": (model(tokenizer__json=b""), None, None, "tokenizer.json", ""),
     "tokenizer-config-lost": (model(tokenizer_config__json=None), BASE, None, "tokenizer_config.json", ""),
-    "null-setting": (model(config={"rms_norm_eps": None}), None, None, "config.json", "rms_norm_eps"),
+    "setting-not-taken": (model(config={"attention_dropout": "0.0"}), None, None, "config.json", "attention_dropout"),
+    "number-too-small": (model(config={"sliding_window": -1}), None, None, "config.json", "sliding_window"),
+    "layer-types-too-few": (model(config={"layer_types": ["full_attention"]}), None, None,
+                            "config.json", "layer_types"),
+    "rope-type-unknown": (model(config={"rope_scaling": {"rope_type": "tluafed"}}), None, None,
+                          "config.json", "rope_scaling.rope_type"),
+    "part-of-another-dtype": (model(config={**VISION, "vision_config": {"torch_dtype": "float16"}},
+                                    preprocessor_config__json=IMAGES, chat_template__json=TEMPLATE), None, None,
+                              "config.json", "vision_config.torch_dtype"),
+    "generation-config-of-model": (model(generation_config__json={**GENERATION, "model_type": "llama"}), None, None,
+                                   "generation_config.json", "model_type"),
+    "input-names-wrong": (model(tokenizer_config__json={**TOKENIZER, "model_input_names": []}), None, None,
+                          "tokenizer_config.json", "model_input_names"),
+    "special-tokens-lost": (model(), model(tokenizer_config__json={**TOKENIZER, "pad_token": "<pad>"}), None,
+                            "tokenizer_config.json", "pad_token"),
+    "tokenizer-class-unknown": (
+        model(tokenizer_config__json={**TOKENIZER, "tokenizer_class": "NoSuchTokenizer"}), BASE, None,
+        "tokenizer_config.json", "tokenizer_class"),
+    "chat-template-broken": (model(chat_template__jinja=b"{% for one in messages %}{{ one }}"), None, None,
+                             "chat_template.jinja", ""),
+    "image-size-unusable": (
+        model(config=VISION, preprocessor_config__json={**IMAGES, "size": {}}, chat_template__json=TEMPLATE), VLM_BASE,
+        None, "preprocessor_config.json", "size"),
+    "picture-class-differs": (
+        model(config=VISION, preprocessor_config__json={**IMAGES, "image_processor_type": "SiglipImageProcessor"},
+              chat_template__json=TEMPLATE), VLM_BASE, None, "preprocessor_config.json", "image_processor_type"),
+    "adapter-setting-unusable": (adapter(bias=None), BASE, None, "adapter_config.json", "bias"),
+    "adapter-shapes-differ": (adapter({**FACTORS, max(FACTORS): ("F32", (3, 2))}), BASE, None,
+                              "adapter_model.safetensors", max(FACTORS)),
     "model-type-missing": (model(config={"model_type": None}), None, None, "config.json", "model_type"),
     "rope-lost": (model(), model(config={"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), None,
                   "config.json", "rope_scaling"),
@@ -377,7 +406,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
 }  # fmt: skip
 # Codes that are another side of the same fault.
 COMPANIONS = {
-    "config-cache-off": {"generation-config-lost"},
+    "config-cache-off": {"generation-config-lost", "setting-not-taken"},
+    "layer-types-renamed": {"layer-types-too-few"},
     "wrapped-names": {"head-missing"},
     "adapter-rank-high": {"adapter-rank-differs"},
 }

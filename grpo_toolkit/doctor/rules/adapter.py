@@ -25,7 +25,7 @@ def _tail(module: str) -> str:
     return re.split(r"(?:^|\.)(?=(?:layers|blocks|h)\.\d)", module)[-1]
 
 
-def _modules(folder: Folder) -> list[str]:
+def modules_of(folder: Folder) -> list[str]:
     """Return the modules that the adapter's factors belong to, as the base's live model names them.
 
     PEFT wraps stacked experts once for each of their parameters, `.base_layer` by `.base_layer`.
@@ -43,14 +43,14 @@ def _modules(folder: Folder) -> list[str]:
     evidence="https://github.com/huggingface/peft/issues/309",
 )
 def adapter_weights_missing(folder: Folder) -> Iterator[Fault]:
-    has_any = folder.has(ADAPTER_WEIGHTS) or folder.has("adapter_model.bin") or _is_of_mlx(folder)
+    has_any = folder.has(ADAPTER_WEIGHTS) or folder.has("adapter_model.bin") or is_of_mlx(folder)
     if folder.kind is Kind.ADAPTER and not has_any:
-        yield Fault(file=ADAPTER_WEIGHTS, expected="the adapter's weights")
+        yield Fault(file=ADAPTER_WEIGHTS, expected=f"the adapter's weights beside its {ADAPTER_CONFIG}")
     elif folder.kind is Kind.ADAPTER and folder.shards and not folder.tensors:
         yield Fault(file=ADAPTER_WEIGHTS, found="0 tensors", expected="the adapter's weights")
 
 
-def _is_of_mlx(folder: Folder) -> bool:
+def is_of_mlx(folder: Folder) -> bool:
     settings = folder.objects.get(ADAPTER_CONFIG, {})
     return "peft_type" not in settings and {"fine_tune_type", "lora_parameters"} <= settings.keys()
 
@@ -63,7 +63,7 @@ def _is_of_mlx(folder: Folder) -> bool:
     evidence="https://github.com/ml-explore/mlx-lm/issues/1119",
 )
 def adapter_of_mlx(folder: Folder) -> Iterator[Fault]:
-    if folder.kind is Kind.ADAPTER and _is_of_mlx(folder):
+    if folder.kind is Kind.ADAPTER and is_of_mlx(folder):
         yield Fault(
             file=ADAPTER_CONFIG,
             key="peft_type",
@@ -82,7 +82,15 @@ def adapter_of_mlx(folder: Folder) -> Iterator[Fault]:
 def adapter_names_wrapped(folder: Folder) -> Iterator[Fault]:
     names = sorted(folder.tensors) if folder.kind is Kind.ADAPTER else []
     wrapped = [name for name in names if _WRAPPED.search(name)]
-    if wrapped:
+    strange = [name for name in names if is_lora(name) and not name.startswith(_PEFT)]
+    if strange and not wrapped and not is_of_mlx(folder):
+        yield Fault(
+            file=ADAPTER_WEIGHTS,
+            key=strange[0],
+            found=f"{len(strange)} of {len(names)} tensors",
+            expected=_PEFT + strange[0].rpartition(_PEFT)[2],
+        )
+    elif wrapped:
         yield Fault(
             file=ADAPTER_WEIGHTS,
             key=wrapped[0],
@@ -91,6 +99,8 @@ def adapter_names_wrapped(folder: Folder) -> Iterator[Fault]:
         )
 
 
+_PEFT = "base_model.model."
+"""The start of every name that PEFT saves and looks for."""
 _WRAPPED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -105,7 +115,7 @@ _WRAPPED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_
     fails="transformers>=5",
 )
 def adapter_named_for_older(folder: Folder) -> Iterator[Fault]:
-    base, modules = folder.base, _modules(folder)
+    base, modules = folder.base, modules_of(folder)
     # PEFT renames the modules of LLaVA's kin on 5, too; those of a family that is published flat it does not.
     if base is None or base.family is None or not base.family.is_flat or not modules:
         return
@@ -199,7 +209,7 @@ def adapter_rank_differs(folder: Folder) -> Iterator[Fault]:
     fails=SERVERS,
 )
 def adapter_on_vision(folder: Folder) -> Iterator[Fault]:
-    modules = _modules(folder)
+    modules = modules_of(folder)
     seeing = [module for module in modules if is_vision(module + ".")]
     if seeing:
         yield Fault(
@@ -221,7 +231,7 @@ def adapter_with_whole_modules(folder: Folder) -> Iterator[Fault]:
     if any(True for _ in adapter_unties(folder)):
         return
     saved = folder.get(ADAPTER_CONFIG, "modules_to_save")
-    ends = [module for module in _modules(folder) if module.endswith(("lm_head", "embed_tokens"))]
+    ends = [module for module in modules_of(folder) if module.endswith(("lm_head", "embed_tokens"))]
     if folder.kind is Kind.ADAPTER and (ends or (isinstance(saved, list) and saved)):
         yield Fault(file=ADAPTER_CONFIG, key="modules_to_save", found=ends or saved, expected="none")
 
@@ -266,7 +276,7 @@ _END = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.(?:modules_to_save\.|weigh
     needs_base=True,
 )
 def adapter_reaches_nothing(folder: Folder) -> Iterator[Fault]:
-    base, modules = folder.base, _modules(folder)
+    base, modules = folder.base, modules_of(folder)
     if base is None or not modules or not base.tensors:
         return
     family = family_of(base.model_type)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.parsed_folder import TOKENIZER_CONFIG
+from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TEMPLATE_JSON, TOKENIZER_CONFIG
 from grpo_toolkit.doctor.readers import TRANSFORMERS
 
 if TYPE_CHECKING:
@@ -105,11 +105,58 @@ def _cache_fault(folder: Folder, file: str, level: tuple[str, ...], value: Any) 
 )
 def generation_config_lost(folder: Folder) -> Iterator[Fault]:
     base = folder.base
-    if folder.kind is Kind.MODEL and base and GENERATION_CONFIG in base.objects and not folder.has(GENERATION_CONFIG):
+    if folder.kind is not Kind.MODEL or base is None or GENERATION_CONFIG not in base.objects:
+        return
+    if not folder.has(GENERATION_CONFIG) and not is_not_missed(folder, GENERATION_CONFIG):
         yield Fault(
             file=GENERATION_CONFIG,
             expected="the base's file",
             remedies=(WholeFile(file=GENERATION_CONFIG, content=None),),
+        )
+
+
+def is_not_missed(folder: Folder, file: str) -> bool:
+    """Return whether no reader answers otherwise without a file that is not here, or that none of them can read.
+
+    Without a generation config they take what config.json says. A text model's readers ask for no template of a
+    processor.
+    """
+    if "expected an object" in folder.refused.get(file, ""):
+        return False  # they take JSON of another kind, and fail
+    if file == TEMPLATE_JSON:
+        is_of_pictures = folder.is_multimodal or folder.has(PREPROCESSOR) or folder.has(PROCESSOR)
+        return not is_of_pictures and bool(folder.templates)
+    base = folder.base
+    if file != GENERATION_CONFIG or base is None or GENERATION_CONFIG not in base.objects:
+        return False
+    published = base.objects[GENERATION_CONFIG]
+    neutral = {**NEUTRAL, "do_sample": (None, False), "repetition_penalty": (None, 1, 1.0), "use_cache": (None, True)}
+    silent = ("transformers_version", "bos_token_id", "pad_token_id", "eos_token_id")
+    is_flag = {"output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"}
+    spoken = [key for key in published if key not in silent and key not in is_flag and not key.startswith("_")]
+    is_neutral = all(key in neutral and published[key] in neutral[key] for key in spoken)
+    eos = _ids(published.get("eos_token_id"))
+    return is_neutral and (eos is None or sorted(_config_eos(folder)) == sorted(eos))
+
+
+@rule(
+    Severity.WRONG,
+    "another file's content in generation_config.json",
+    effect="generate takes the settings of the model's config for its own, and has none of those that belong here",
+    evidence="https://huggingface.co/docs/transformers/main_classes/text_generation",
+    mend="the base's file",
+)
+def generation_config_of_model(folder: Folder) -> Iterator[Fault]:
+    settings = folder.objects.get(GENERATION_CONFIG, {})
+    strange = [key for key in ("model_type", "peft_type", "weight_map") if key in settings]
+    if strange:
+        has_base = folder.base is not None and GENERATION_CONFIG in folder.base.objects
+        yield Fault(
+            file=GENERATION_CONFIG,
+            key=strange[0],
+            found=settings[strange[0]],
+            expected="settings of generation alone",
+            remedies=(WholeFile(file=GENERATION_CONFIG, content=None),) if has_base else (),
         )
 
 

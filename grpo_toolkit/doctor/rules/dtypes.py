@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, FLOAT_NAMES
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
+from grpo_toolkit.doctor.readers import V4
 from grpo_toolkit.doctor.rules.tensor_facts import HEAD, base_tensors, common_tensors, weights
 from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
@@ -117,6 +118,42 @@ def dtype_unknown(folder: Folder) -> Iterator[Fault]:
                 remedies = (Edit(file=CONFIG, path=path, value=stored),) if stored else ()
                 expected = stored or "a floating-point type"
                 yield Fault(file=CONFIG, key=".".join(path), found=value, expected=expected, remedies=remedies)
+
+
+@rule(
+    Severity.WRONG,
+    "a part of the model under another dtype than the whole",
+    effect="4.x makes each part in the dtype that its own config says: the first product of two of them raises "
+    "(expected mat1 and mat2 to have the same dtype)",
+    evidence="https://github.com/huggingface/transformers/issues/34071",
+    mend="one dtype in all parts",
+    fails=V4,
+)
+def part_of_another_dtype(folder: Folder) -> Iterator[Fault]:
+    for key in ("torch_dtype", "dtype"):
+        whole = folder.get(CONFIG, key)
+        for part in ("text_config", "vision_config"):
+            own = folder.get(CONFIG, part, key)
+            if not {own, whole} <= set(FLOAT_NAMES.values()) or own == whole:
+                continue
+            if folder.base is not None and folder.base.get(CONFIG, part, key) == own != _of(folder.base, key):
+                continue  # published so
+            is_part = folder.base is None or folder.base.get(CONFIG, key) == whole
+            path, right = ((part, key), whole) if is_part else ((key,), own)
+            yield Fault(
+                file=CONFIG,
+                key=".".join(path),
+                found=own if is_part else whole,
+                expected=str(right),
+                remedies=(Edit(file=CONFIG, path=path, value=right),),
+                # https://github.com/huggingface/transformers/pull/39782
+                fails="" if key == "torch_dtype" else "transformers>=4.56<5; vllm@>=4.56<5; sglang@>=4.56<5",
+            )
+            break
+
+
+def _of(folder: Folder, key: str) -> Any:
+    return folder.get(CONFIG, key)
 
 
 @rule(

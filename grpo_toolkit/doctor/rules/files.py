@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.checkpoint.folders.model_folder import (
-    ADAPTER_CONFIG,
     CONFIG,
-    GENERATION_CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
     Kind,
@@ -17,13 +15,11 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, Unmark, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import (
     JSON_LIMITS,
-    PREPROCESSOR,
-    PROCESSOR,
-    TOKENIZER_CONFIG,
     is_plain,
     plain_shards,
 )
 from grpo_toolkit.doctor.readers import SERVERS, TRAINER, TRANSFORMERS
+from grpo_toolkit.doctor.rules.cache import is_not_missed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,52 +27,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.doctor.parsed_folder import Folder
 
 _HEADER_FORMAT = "https://github.com/huggingface/safetensors#format"
-
-_TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
-    (CONFIG, ("architectures",), (list,)),
-    (CONFIG, ("model_type",), (str,)),
-    (CONFIG, ("text_config",), (dict,)),
-    (CONFIG, ("vision_config",), (dict,)),
-    (CONFIG, ("vocab_size",), (int,)),
-    (CONFIG, ("num_hidden_layers",), (int,)),
-    (CONFIG, ("hidden_size",), (int,)),
-    (CONFIG, ("tie_word_embeddings",), (bool,)),
-    (CONFIG, ("rope_scaling",), (dict,)),
-    (CONFIG, ("rope_parameters",), (dict,)),
-    (CONFIG, ("rope_theta",), (int, float)),
-    (CONFIG, ("quantization_config",), (dict,)),
-    (CONFIG, ("eos_token_id",), (int, list)),
-    (CONFIG, ("torch_dtype",), (str,)),
-    (CONFIG, ("dtype",), (str,)),
-    (GENERATION_CONFIG, ("do_sample",), (bool,)),
-    (GENERATION_CONFIG, ("eos_token_id",), (int, list)),
-    (GENERATION_CONFIG, ("pad_token_id",), (int,)),
-    (GENERATION_CONFIG, ("temperature",), (int, float)),
-    (GENERATION_CONFIG, ("top_p",), (int, float)),
-    (GENERATION_CONFIG, ("top_k",), (int,)),
-    (ADAPTER_CONFIG, ("base_model_name_or_path",), (str,)),
-    (ADAPTER_CONFIG, ("lora_alpha",), (int, float)),
-    (ADAPTER_CONFIG, ("r",), (int,)),
-    (ADAPTER_CONFIG, ("target_modules",), (str, list)),
-    (TOKENIZER_CONFIG, ("tokenizer_class",), (str,)),
-    (TOKENIZER_CONFIG, ("chat_template",), (str, list, dict)),
-    (TOKENIZER_CONFIG, ("eos_token",), (str, dict)),
-    (TOKENIZER_CONFIG, ("added_tokens_decoder",), (dict,)),
-    (PREPROCESSOR, ("image_processor_type",), (str,)),
-    (PREPROCESSOR, ("size",), (dict, int)),
-    (PROCESSOR, ("image_processor",), (dict,)),
-    (WEIGHTS_INDEX, ("weight_map",), (dict,)),
-)
-"""The types that the libraries take at the keys that they read; null is taken everywhere but in an index."""
-
-_JSON_NAMES: Final = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-}
 
 
 @rule(
@@ -88,6 +38,8 @@ _JSON_NAMES: Final = {
 )
 def unreadable_file(folder: Folder) -> Iterator[Fault]:
     for file, reason in sorted(folder.refused.items()):
+        if is_not_missed(folder, file):
+            continue
         expected = "a whole safetensors file" if file.endswith(".safetensors") else "a readable file of its format"
         yield Fault(file=file, found=reason, expected=expected)
 
@@ -137,24 +89,9 @@ def repeated_key(folder: Folder) -> Iterator[Fault]:
 )
 def byte_order_mark(folder: Folder) -> Iterator[Fault]:
     for file in sorted(folder.marked & set(JSON_LIMITS)):
-        yield Fault(file=file, found="a byte-order mark", expected="none", remedies=(Unmark(file=file),))
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "value of the wrong type",
-    effect="the library that reads it fails, or takes it for something else",
-    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
-)
-def wrong_type(folder: Folder) -> Iterator[Fault]:
-    for file, path, types in _TYPES:
-        value = folder.get(file, *path)
-        if value is ABSENT or (value is None and file != WEIGHTS_INDEX):
+        if is_not_missed(folder, file):
             continue
-        is_right = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
-        if not is_right:
-            wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
-            yield Fault(file=file, key=".".join(path), found=value, expected=wanted)
+        yield Fault(file=file, found="a byte-order mark", expected="none", remedies=(Unmark(file=file),))
 
 
 @rule(
@@ -243,10 +180,11 @@ def index_disagrees(folder: Folder) -> Iterator[Fault]:
         yield Fault(
             file=WEIGHTS_INDEX,
             key=(sorted(lost) or sorted(unnamed))[0],
-            found=f"{len(lost)} tensors not in the shard that is named, {len(unnamed)} stored and not named so",
+            found=f"{len(lost)} tensors not in the shard that is named, {len(unnamed)} stored and not named so"
+            + (f"; {sorted(lost)[0]} is not in {index[sorted(lost)[0]]}" if lost else ""),
             expected="the index to name every stored tensor, and no other",
             # transformers reads every shard that is named, whichever tensors it looks for there.
-            fails=SERVERS if set(index) == set(folder.tensors) else "",
+            fails=SERVERS if set(index) == set(folder.tensors) else "" if lost else f"transformers<5; {SERVERS}",
         )
 
 

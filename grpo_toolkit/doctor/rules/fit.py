@@ -9,13 +9,9 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONF
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
+from grpo_toolkit.doctor.installed_configs import installed_defaults
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
-from grpo_toolkit.doctor.readers import (
-    TRANSFORMERS,
-    installed_allows_null,
-    installed_defaults,
-    installed_version,
-)
+from grpo_toolkit.doctor.readers import TRANSFORMERS, installed_version
 from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
@@ -50,10 +46,12 @@ def _named_ids(folder: Folder) -> Iterator[tuple[str, str, int]]:
             if file == CONFIG and level not in ((), ("text_config",)):
                 continue  # towers have tokens of their own
             for key, value in node.items():
+                if file == CONFIG and key.startswith("eos_") and folder.has(GENERATION_CONFIG):
+                    continue  # that file says what ends an answer
                 ids = value if isinstance(value, list) else [value]
-                is_placeholder = file == CONFIG and not key.startswith(("bos_", "eos_", "pad_", "decoder_start_"))
-                if is_placeholder and folder.added_tokens is not None:
-                    continue
+                is_placeholder = not key.startswith(("eos_", "pad_", "decoder_start_"))
+                if is_placeholder and (folder.added_tokens is not None or key.startswith("bos_")):
+                    continue  # a prompt begins with the tokenizer's own
                 if key.endswith(("_token_id", "_token_index")) and all(type(one) is int for one in ids):
                     yield from ((file, ".".join((*level, key)), one) for one in ids)
 
@@ -190,7 +188,6 @@ def model_type_unknown(folder: Folder) -> Iterator[Fault]:
 _OF_OTHER_RULES: Final = frozenset(
     {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
     | {"rope_scaling", "rope_theta", "rope_parameters", "tie_word_embeddings", "auto_map", "quantization_config"}
-    # Of training alone, or without effect unless another key switches them on.
     | {"initializer_range", "initializer_factor", "max_window_layers", "sliding_window", "vision_end_token_id"}
     | {
         "attention_dropout",
@@ -244,63 +241,29 @@ def _at(folder: Folder, level: tuple[str, ...]) -> tuple[str, ...]:
     return () if level == ("text_config",) and not is_nested else level
 
 
+def _is_nested_alike(folder: Folder) -> bool:
+    """Return whether both configs tell the text model's settings from the others."""
+    bases = [one for one in (folder, folder.base) if one is not None]
+    return all(isinstance(one.get(CONFIG, "text_config"), dict) for one in bases)
+
+
 def _is_lost(folder: Folder, level: tuple[str, ...], key: str, value: Any) -> bool:
     """Return whether a setting is nowhere in our config and no default of its class is the base's value.
 
     A release that saves a config leaves out what is the default: only another value is lost by it.
     """
     is_own = level == ("vision_config",) or (level == ("text_config",) and _at(folder, level) == level)
-    places = {(*level, key)} if is_own else {(key,), ("text_config", key)}
+    places = {(*level, key)} if is_own or _is_nested_alike(folder) else {(key,), ("text_config", key)}
     if any(folder.get(CONFIG, *place) is not ABSENT for place in places):
         return False
-    defaults = installed_defaults(folder.model_type, key)
+    if key == "projection_dim" and level and folder.get(CONFIG, *level, "model_type") == "clip_vision_model":
+        return False  # of CLIP's own head
+    base_type = None if folder.base is None else folder.base.get(CONFIG, *level, "model_type")
+    model_type = base_type if level and isinstance(base_type, str) else folder.model_type
+    defaults = installed_defaults(model_type, level, key)
+    if key == "num_key_value_heads" and None in defaults:  # as many as heads, which only few models have
+        return bool(folder.get(CONFIG, *_at(folder, level), "num_attention_heads") != value)
     return bool(defaults) and None not in defaults and value not in defaults
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "null where the model's class wants a value",
-    effect="transformers 5 checks the types of a config as it loads: StrictDataclassFieldValidationError",
-    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
-    mend="the base's value, or the key deleted so that the class's own default counts",
-    fails="transformers>=5",
-)
-def null_setting(folder: Folder) -> Iterator[Fault]:
-    if not folder.is_known or folder.get(CONFIG, "auto_map") is not ABSENT:
-        return
-    for level, node in folder.levels():
-        if level not in ((), ("text_config",), ("vision_config",)):
-            continue
-        for key, value in node.items():
-            if (
-                value is None
-                and key not in _OF_OTHER_RULES
-                and not installed_allows_null(folder.model_type, level, key)
-            ):
-                right = ABSENT if folder.base is None else folder.base.get(CONFIG, *level, key)
-                yield Fault(
-                    file=CONFIG,
-                    key=".".join((*level, key)),
-                    found=None,
-                    expected="a value" if right in (ABSENT, None) else f"{right!r}, as in the base",
-                    remedies=(Edit(file=CONFIG, path=(*level, key), value=ABSENT if right is None else right),),
-                )
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "no model type",
-    effect="AutoConfig fails: config.json should have a model_type key",
-    evidence="https://huggingface.co/docs/transformers/model_doc/auto",
-    mend="the base's model_type",
-)
-def model_type_missing(folder: Folder) -> Iterator[Fault]:
-    value = folder.get(CONFIG, "model_type")
-    is_absent = value is ABSENT or value is None
-    if is_absent and CONFIG in folder.objects and weights(folder) and folder.get(CONFIG, "auto_map") is ABSENT:
-        right = "" if folder.base is None else folder.base.model_type
-        remedies = (Edit(file=CONFIG, path=("model_type",), value=right),) if right else ()
-        yield Fault(file=CONFIG, key="model_type", found=value, expected=right or "a model type", remedies=remedies)
 
 
 @rule(

@@ -33,7 +33,8 @@ _PROCESSOR_FILES = (PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR)
     mend="the base's tokenizer files",
 )
 def tokenizer_missing(folder: Folder) -> Iterator[Fault]:
-    if folder.kind is Kind.MODEL and folder.is_generative and not folder.has_tokenizer:
+    is_half = folder.kind is Kind.ADAPTER and TOKENIZER_CONFIG in folder.objects
+    if ((folder.kind is Kind.MODEL and folder.is_generative) or is_half) and not folder.has_tokenizer:
         yield Fault(
             file="tokenizer.json",
             expected="a tokenizer; pass --base to take the base's" if folder.base is None else "the base's tokenizer",
@@ -85,12 +86,7 @@ def tokenizer_config_lost(folder: Folder) -> Iterator[Fault]:
 )
 def processor_missing(folder: Folder) -> Iterator[Fault]:
     has_any = any(folder.has(name) for name in _PROCESSOR_FILES)
-    is_hollow = (
-        not folder.has(PREPROCESSOR)
-        and PROCESSOR in folder.objects
-        and not isinstance(folder.get(PROCESSOR, "image_processor"), dict)
-        and not (folder.base is not None and folder.base.has(PROCESSOR) and not folder.base.has(PREPROCESSOR))
-    )
+    is_hollow = _is_hollow(folder) and not (folder.base is not None and _is_hollow(folder.base))
     if folder.kind is Kind.MODEL and folder.is_generative and folder.is_multimodal and (is_hollow or not has_any):
         yield Fault(
             file=PREPROCESSOR,
@@ -98,6 +94,12 @@ def processor_missing(folder: Folder) -> Iterator[Fault]:
             remedies=_copies(folder, of_processor=True),
             fails=_LATER if is_hollow else "",
         )
+
+
+def _is_hollow(folder: Folder) -> bool:
+    """Return whether a processor has settings, and nowhere any for pictures."""
+    has_images = isinstance(folder.get(PROCESSOR, "image_processor"), dict)
+    return not folder.has(PREPROCESSOR) and PROCESSOR in folder.objects and not has_images
 
 
 # 4.57 makes a processor of its class's defaults; 4.49 and 5.24 do not.
@@ -190,8 +192,9 @@ def chat_template_lost(folder: Folder) -> Iterator[Fault]:
         base is None
         or folder.templates
         or not base.templates
-        or folder.kind is not Kind.MODEL
+        or folder.kind not in (Kind.MODEL, Kind.ADAPTER)
         or not folder.has_tokenizer
+        or (folder.kind is Kind.ADAPTER and not folder.has(TOKENIZER_CONFIG))  # the base's is asked
     ):
         return
     whole = [name for name in (TEMPLATE_JINJA, TEMPLATE_JSON) if name in base.templates]
@@ -233,7 +236,9 @@ def chat_template_json_empty(folder: Folder) -> Iterator[Fault]:
 def tokenizer_template_lost(folder: Folder) -> Iterator[Fault]:
     inside = None if folder.base is None else folder.base.templates.get(TOKENIZER_CONFIG)
     ours = folder.templates
-    if inside is None or not ours or TOKENIZER_CONFIG not in folder.objects or folder.kind is not Kind.MODEL:
+    if inside is None or not ours or TOKENIZER_CONFIG not in folder.objects:
+        return
+    if folder.kind not in (Kind.MODEL, Kind.ADAPTER):
         return
     if TEMPLATE_JINJA not in ours and folder.get(TOKENIZER_CONFIG, "chat_template") in (ABSENT, None):
         yield Fault(

@@ -1,9 +1,9 @@
-"""The way from a question to the model's inputs: the tokenizer, the chat template, the pictures."""
+"""The way from a question to a prompt: the chat template, and a tokenizer that cuts."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
@@ -15,7 +15,6 @@ from grpo_toolkit.doctor.parsed_folder import (
     TEMPLATE_JSON,
     TOKENIZER,
     TOKENIZER_CONFIG,
-    TOKENIZER_PARTS,
 )
 from grpo_toolkit.doctor.readers import TRANSFORMERS
 
@@ -25,108 +24,6 @@ if TYPE_CHECKING:
     from grpo_toolkit.doctor.parsed_folder import Folder
 
 _PICTURE: Final = re.compile(r"image|img|vision|picture|media", re.IGNORECASE)
-
-
-def _copy_of_base(folder: Folder) -> tuple[WholeFile, ...]:
-    """Return a copy of the base's file, where no token was added to it."""
-    base = folder.base
-    is_good = base is not None and base.tokenizer is not None and base.tokenizer.fault == ""
-    is_alike = base is not None and folder.added_tokens == base.added_tokens
-    return (WholeFile(file=TOKENIZER, content=None),) if is_good and is_alike else ()
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "a tokenizer.json that the tokenizers library cannot read",
-    effect="AutoTokenizer fails, or falls back on a class that has no vocabulary here",
-    evidence="https://huggingface.co/docs/tokenizers/api/tokenizer",
-    mend="the base's file, where no token was added",
-)
-def tokenizer_broken(folder: Folder) -> Iterator[Fault]:
-    if folder.tokenizer is not None and folder.tokenizer.fault:
-        yield Fault(
-            file=TOKENIZER,
-            key=folder.tokenizer.key,
-            found=folder.tokenizer.fault,
-            expected="a tokenizer as the library writes it",
-            remedies=_copy_of_base(folder),
-        )
-
-
-@rule(
-    Severity.WRONG,
-    "the tokenizer cuts text otherwise than the base's",
-    effect="the same text becomes other ids, or ids become other text, than in training",
-    evidence="https://huggingface.co/docs/tokenizers/components",
-    mend="the base's file, where no token was added",
-    needs_base=True,
-)
-def tokenizer_differs(folder: Folder) -> Iterator[Fault]:
-    ours, base = folder.tokenizer, folder.base
-    if ours is None or ours.fault or base is None or base.tokenizer is None or base.tokenizer.fault:
-        return
-    if _class_of(folder) != _class_of(base):
-        return  # a class of transformers 5 makes the steps itself, in training as in every reader since
-    for part in TOKENIZER_PARTS:
-        if part == "post_processor" and None in (ours.parts.get(part), base.tokenizer.parts.get(part)):
-            continue  # the classes of transformers make it anew
-        where = _first_difference(ours.parts.get(part), base.tokenizer.parts.get(part), part)
-        if where:
-            yield Fault(
-                file=TOKENIZER,
-                key=where,
-                found="another value than the base's",
-                expected="the base's",
-                remedies=_copy_of_base(folder),
-            )
-
-
-def _class_of(folder: Folder) -> str:
-    return str(folder.get(TOKENIZER_CONFIG, "tokenizer_class")).removesuffix("Fast")
-
-
-def _first_difference(ours: Any, theirs: Any, where: str) -> str:
-    """Return the path of the first value that both have and that differs; releases leave out and add defaults."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        shared = (key for key in theirs if key in ours and key != "trim_offsets")
-        return next(filter(None, (_first_difference(ours[key], theirs[key], f"{where}.{key}") for key in shared)), "")
-    return "" if ours == theirs and isinstance(ours, bool) == isinstance(theirs, bool) else where
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "a special token that is no text",
-    effect="AutoTokenizer fails: a special token has to be a text or an AddedToken",
-    evidence="https://huggingface.co/docs/transformers/main_classes/tokenizer",
-)
-def special_token_no_text(folder: Folder) -> Iterator[Fault]:
-    content = folder.objects.get(TOKENIZER_CONFIG, {})
-    extra = content.get("extra_special_tokens")
-    named = {key: value for key, value in content.items() if key.endswith("_token") and not key.startswith("add_")}
-    if isinstance(extra, dict):
-        named |= {f"extra_special_tokens.{key}": value for key, value in extra.items()}
-    for path, value in named.items():
-        if value is not None and not isinstance(value, (str, dict)):
-            yield Fault(file=TOKENIZER_CONFIG, key=path, found=value, expected="a text")
-
-
-@rule(
-    Severity.WRONG,
-    "a special token that the tokenizer does not have",
-    effect="it is added as a new id when the tokenizer loads: no row of the embedding is its own, and an IndexError "
-    "comes with the first batch that has it",
-    evidence="https://github.com/hiyouga/LlamaFactory/pull/8823",
-)
-def special_token_unknown(folder: Folder) -> Iterator[Fault]:
-    if folder.tokenizer is None or folder.tokenizer.fault or folder.kind is not Kind.MODEL:
-        return
-    base = None if folder.base is None else folder.base.tokenizer
-    for key in ("eos_token", "pad_token", "unk_token"):
-        value = folder.get(TOKENIZER_CONFIG, key)
-        text = value.get("content") if isinstance(value, dict) else value
-        is_published_so = base is not None and text in base.unknown
-        if isinstance(text, str) and text and text in folder.tokenizer.unknown and not is_published_so:
-            yield Fault(file=TOKENIZER_CONFIG, key=key, found=text, expected="a token of the vocabulary")
 
 
 def _sees(folder: Folder) -> bool:
@@ -158,6 +55,52 @@ def tokenizer_cuts(folder: Folder) -> Iterator[Fault]:
             found=limit,
             expected="null",
             remedies=(Edit(file=TOKENIZER, path=("truncation",), value=None),),
+        )
+
+
+_BLOCKS: Final = ("for", "if", "macro")
+_TAGS: Final = re.compile(r"\{%[-+]?\s*(\w+)")
+
+
+def _fault_in(template: str) -> str:
+    """Return the reason why a template is not whole; empty where nothing speaks against it."""
+    text = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    if not text.strip():
+        return "empty"
+    odd = next((sign for sign in text if ord(sign) < 32 and sign not in "\t\n\r\f"), None)
+    if odd is not None:
+        return f"a control character (code {ord(odd)})"
+    last = max(text.rfind("{%"), text.rfind("{{"))
+    if last >= 0 and not re.search(r"[%}]\}", text[last + 2 :]):
+        return "it ends within a tag"
+    tags = _TAGS.findall(text)
+    for name in _BLOCKS if "raw" not in tags else ():
+        if tags.count(name) != tags.count(f"end{name}"):
+            return f"{tags.count(name)} {name}, {tags.count(f'end{name}')} end{name}"
+    return ""
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "chat template that is not whole",
+    effect="the template does not compile (TemplateSyntaxError), or writes control characters into every prompt",
+    evidence="https://huggingface.co/docs/transformers/chat_templating_writing",
+    mend="the base's template",
+)
+def chat_template_broken(folder: Folder) -> Iterator[Fault]:
+    for file, text in folder.templates.items():
+        fault = _fault_in(text)
+        if not fault:
+            continue
+        is_file = file == TEMPLATE_JINJA
+        right = None if folder.base is None else folder.base.templates.get(file)
+        whole, edit = WholeFile(file=file, content=None), Edit(file=file, path=("chat_template",), value=right)
+        yield Fault(
+            file=file,
+            key="" if is_file else "chat_template",
+            found=fault,
+            expected="a whole template",
+            remedies=() if right is None else (whole if is_file else edit,),
         )
 
 

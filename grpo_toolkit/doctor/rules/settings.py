@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR
-from grpo_toolkit.doctor.readers import V4, installed_allows_null
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
+from grpo_toolkit.doctor.installed_configs import installed_defaults, installed_takes
+from grpo_toolkit.doctor.readers import V4
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from grpo_toolkit.checkpoint.json_files import JsonObject
     from grpo_toolkit.doctor.parsed_folder import Folder
 
 _LEVELS: Final = ((), ("text_config",), ("vision_config",))
@@ -24,7 +25,7 @@ _LEVELS: Final = ((), ("text_config",), ("vision_config",))
 _WITHOUT_EFFECT: Final = frozenset(
     {"initializer_range", "initializer_factor", "attention_dropout", "hidden_dropout", "dropout", "classifier_dropout"}
     | {"embd_pdrop", "resid_pdrop", "attn_pdrop", "output_attentions", "output_hidden_states", "return_dict"}
-    | {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "use_return_dict", "torchscript"}
+    | {"router_aux_loss_coef", "vision_end_token_id", "router_jitter_noise", "use_return_dict", "torchscript"}
     | {"id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "pruned_heads", "num_labels"}
     | {"remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"}
     | {"do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups", "diversity_penalty"}
@@ -33,6 +34,7 @@ _WITHOUT_EFFECT: Final = frozenset(
     | {"output_scores", "forced_bos_token_id", "forced_eos_token_id", "prefix", "sep_token_id", "tokenizer_class"}
     | {"decoder_start_token_id", "cross_attention_hidden_size", "tie_encoder_decoder", "add_cross_attention"}
     | {"is_encoder_decoder", "chunk_size_feed_forward", "tf_legacy_loss", "use_bfloat16", "pretraining_tp"}
+    | {"image_seq_length", "num_image_tokens"}
 )
 
 # What other rules judge, or what a release line writes in its own way.
@@ -65,21 +67,24 @@ def _pairs(folder: Folder) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
             ):
                 continue
             ours = folder.get(CONFIG, *at, key)
-            if ours is not ABSENT and not _equal(ours, theirs):
+            if ours is not ABSENT and not _equal(ours, theirs) and not _is_said_otherwise(node, key, ours, theirs):
                 yield (*at, key), ours, theirs
+
+
+def _is_said_otherwise(node: JsonObject, key: str, ours: Any, theirs: Any) -> bool:
+    """Return whether a value that differs says the same, or nothing at all."""
+    if key == "projection_dim":
+        return node.get("model_type") == "clip_vision_model"  # of CLIP's own head, which no language model has
+    if key == "vision_feature_layer":
+        return bool(ours == [theirs] or theirs == [ours])
+    hidden, heads = node.get("hidden_size"), node.get("num_attention_heads")
+    if key != "head_dim" or ours is not None or not isinstance(hidden, int) or not isinstance(heads, int):
+        return False
+    return heads > 0 and hidden // heads == theirs  # a null is worked out so
 
 
 def _equal(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
-
-
-def _kind(value: Any) -> str:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return "number" if is_number else type(value).__name__
-
-
-def _is_retyped(ours: Any, theirs: Any) -> bool:
-    return None not in (ours, theirs) and _kind(ours) != _kind(theirs)
 
 
 @rule(
@@ -93,35 +98,20 @@ def _is_retyped(ours: Any, theirs: Any) -> bool:
 )
 def settings_differ(folder: Folder) -> Iterator[Fault]:
     for path, ours, theirs in _pairs(folder):
-        is_of_null_setting = ours is None and not installed_allows_null(folder.model_type, path[:-1], path[-1])
+        is_of_null_setting = ours is None and not installed_takes(folder.model_type, path[:-1], path[-1], None)
         if path[-1] not in _WITHOUT_EFFECT and theirs is not None and not is_of_null_setting:
-            yield _fault(path, ours, theirs)
+            # 4.x then computes an auxiliary loss at every step, and fails.
+            yield _fault(path, ours, theirs, fails=V4 if path[-1] == "output_router_logits" else "")
 
 
-@rule(
-    Severity.UNLOADABLE,
-    "settings without effect, of another type than the base's",
-    effect="transformers 5 checks the types of a config as it loads: StrictDataclassFieldValidationError",
-    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
-    mend="the base's values",
-    needs_base=True,
-    fails="transformers>=5",
-)
-def setting_of_another_type(folder: Folder) -> Iterator[Fault]:
-    yield from (
-        _fault(path, ours, theirs)
-        for path, ours, theirs in _pairs(folder)
-        if path[-1] in _WITHOUT_EFFECT and _is_retyped(ours, theirs)
-    )
-
-
-def _fault(path: tuple[str, ...], ours: Any, theirs: Any) -> Fault:
+def _fault(path: tuple[str, ...], ours: Any, theirs: Any, *, fails: str = "") -> Fault:
     return Fault(
         file=CONFIG,
         key=".".join(path),
         found=ours,
         expected=f"{theirs!r}, as in the base",
         remedies=(Edit(file=CONFIG, path=path, value=copy.deepcopy(theirs)),),
+        fails=fails,
     )
 
 
@@ -129,18 +119,43 @@ _ROPE: Final = ("rope_scaling", "rope_parameters")
 _NEED_FACTOR: Final = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
 
-def _thetas(folder: Folder) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Return every rotary base frequency by the layers that have it, with its path, wherever a release writes it."""
-    found = {}
-    for level in ((), ("text_config",)):
-        for place in ((), *((name,) for name in _ROPE)):
-            node = folder.get(CONFIG, *level, *place)
-            if isinstance(node, dict):
-                inner = {("", *place): node, **{(name, *place, name): one for name, one in node.items() if place}}
-                for (layers, *path), one in inner.items():
-                    if isinstance(one, dict) and "rope_theta" in one:
-                        found[layers] = ((*level, *path, "rope_theta"), one["rope_theta"])
-    return found
+_NEWER: Final = "transformers>=5; vllm@>=5; sglang@>=5"
+"""The readers of `rope_parameters`, where older forms stand beside it for the others."""
+
+
+def _rope_places(folder: Folder) -> Iterator[tuple[tuple[str, ...], str, JsonObject, str]]:
+    """Yield the objects with rotary settings: the path, the layers that they are of, the object, whom it concerns.
+
+    Where a config has both forms, transformers 5 reads `rope_parameters` and older releases the other keys.
+    """
+    for level in ((), ("text_config",), ("vision_config",)):
+        node = folder.get(CONFIG, *level)
+        if level == () and CONFIG in folder.objects:
+            node = folder.objects[CONFIG]
+        if not isinstance(node, dict):
+            continue
+        has_new = isinstance(node.get("rope_parameters"), dict)
+        has_old = "rope_theta" in node or "rope_scaling" in node
+        yield level, "", node, V4 if has_new else ""
+        for name in _ROPE:
+            inner = node.get(name)
+            fails = "" if not (has_new and has_old) else _NEWER if name == "rope_parameters" else V4
+            if isinstance(inner, dict):
+                yield (*level, name), "", inner, fails
+                yield from (
+                    ((*level, name, key), key, one, fails)
+                    for key, one in inner.items()
+                    if isinstance(one, dict) and key.endswith("_attention")
+                )
+
+
+def _rotated_by(folder: Folder) -> dict[tuple[str, str], Any]:
+    """Return every rotary base frequency by the part of the model and the layers that have it."""
+    return {
+        ("vision" if path[:1] == ("vision_config",) else "", layers): node["rope_theta"]
+        for path, layers, node, _ in _rope_places(folder)
+        if "rope_theta" in node
+    }
 
 
 @rule(
@@ -156,10 +171,55 @@ def rope_theta_differs(folder: Folder) -> Iterator[Fault]:
     base = folder.base
     if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
         return
-    wanted = _thetas(base)
-    for layers, (path, ours) in _thetas(folder).items():
-        if layers in wanted and not _equal(ours, wanted[layers][1]):
-            yield _fault(path, ours, wanted[layers][1])
+    wanted = _rotated_by(base)
+    for path, layers, node, fails in _rope_places(folder):
+        part = "vision" if path[:1] == ("vision_config",) else ""
+        ours, theirs = node.get("rope_theta", ABSENT), wanted.get((part, layers), ABSENT)
+        same = base.get(CONFIG, *path, "rope_theta")
+        theirs = theirs if same is ABSENT else same
+        if ABSENT not in (ours, theirs) and not _equal(ours, theirs) and not _is_default(folder, path, ours, theirs):
+            yield _fault((*path, "rope_theta"), ours, theirs, fails=fails)
+
+
+def _is_default(folder: Folder, path: tuple[str, ...], ours: Any, theirs: Any) -> bool:
+    """Return whether a null, in transformers 5, gives way to a default that is the base's value."""
+    return ours is None and len(path) > 1 and theirs in installed_defaults(folder.model_type, (), "default_theta")
+
+
+_ROPE_TYPES: Final = (*_NEED_FACTOR, "default", "mrope", "proportional", "axial", "su")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no kind of rotary positions that a release knows",
+    effect="the function that computes them is looked up by this name: KeyError or TypeError as the model is made",
+    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py",
+    mend="the base's value",
+)
+def rope_type_unknown(folder: Folder) -> Iterator[Fault]:
+    base = folder.base
+    for path, _, node, fails in _rope_places(folder):
+        kind = node.get("rope_type", "default")
+        if path[-1:] in ((), ("text_config",), ("vision_config",)):
+            continue
+        right = ABSENT if base is None else base.get(CONFIG, *path, "rope_type")
+        is_known = isinstance(kind, str) and kind in _ROPE_TYPES
+        if is_known and (right is ABSENT or kind == right or (kind, right) in _NEED_NOT_DIFFER):
+            continue
+        if is_known and kind in _NEED_FACTOR:
+            continue  # a training may stretch its positions
+        edit = Edit(file=CONFIG, path=(*path, "rope_type"), value=right)
+        yield Fault(
+            file=CONFIG,
+            key=".".join(edit.path),
+            found=kind,
+            expected="default, for one" if right is ABSENT else f"{right!r}, as in the base",
+            remedies=() if right is ABSENT else (edit,),
+            fails=fails,
+        )
+
+
+_NEED_NOT_DIFFER: Final = (("default", "mrope"),)
 
 
 @rule(
@@ -169,92 +229,35 @@ def rope_theta_differs(folder: Folder) -> Iterator[Fault]:
     evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py",
 )
 def rope_incomplete(folder: Folder) -> Iterator[Fault]:
-    for level in ((), ("text_config",)):
-        for name in _ROPE:
-            node = folder.get(CONFIG, *level, name)
-            kind = (node.get("rope_type") or node.get("type")) if isinstance(node, dict) else None
-            if isinstance(node, dict) and kind in _NEED_FACTOR and node.get("factor") is None:
-                yield Fault(file=CONFIG, key=".".join((*level, name, "rope_type")), found=kind, expected="a factor")
-
-
-# Names of classes, limits that a training may choose, and what belongs to a call.
-_NOT_OF_PICTURES: Final = frozenset(
-    {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "size", "min_pixels"}
-    | {"max_pixels", "device", "return_tensors", "data_format", "input_data_format", "disable_grouping"}
-    | {"default_to_square", "do_convert_rgb", "do_pad"}
-)
+    for path, _, node, fails in _rope_places(folder):
+        kind = node.get("rope_type") or node.get("type")
+        if path[-1:] not in ((), ("text_config",)) and kind in _NEED_FACTOR and node.get("factor") is None:
+            key = ".".join((*path, "rope_type"))
+            yield Fault(file=CONFIG, key=key, found=kind, expected="a factor", fails=fails)
 
 
 @rule(
-    Severity.WRONG,
-    "pictures are prepared otherwise than for the base",
-    effect="the tower sees pictures of another scale, mean or patch than it was trained with, or the processor raises "
-    "at the first of them",
-    evidence="https://huggingface.co/docs/transformers/main_classes/image_processor",
-    mend="the base's values",
-    needs_base=True,
+    Severity.UNLOADABLE,
+    "kinds of layers for another number of layers",
+    effect="the mask of each layer is looked up by its kind: an IndexError or KeyError as the model is made",
+    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/configuration_utils.py",
+    mend="the base's kinds",
+    fails="transformers>=4.53; vllm@>=4.53; sglang@>=4.53",
 )
-def image_settings_differ(folder: Folder) -> Iterator[Fault]:
-    if folder.base is None or folder.kind is not Kind.MODEL or folder.model_type != folder.base.model_type:
-        return
-    file, path, ours = _image_settings(folder)
-    theirs = _image_settings(folder.base)[2]
-    for key, value in theirs.items():
-        found = ours.get(key, ABSENT)
-        if key in _NOT_OF_PICTURES or key.startswith("_") or found is ABSENT or value is None or _equal(found, value):
+def layer_types_too_few(folder: Folder) -> Iterator[Fault]:
+    for level, node in folder.levels():
+        kinds, count = node.get("layer_types"), node.get("num_hidden_layers")
+        if not isinstance(kinds, list) or type(count) is not int or len(kinds) == count or level not in _LEVELS:
             continue
-        if key == "crop_size" and {_kind(found), _kind(value)} == {"number", "dict"}:
-            continue  # one number is a square
+        right = ABSENT if folder.base is None else folder.base.get(CONFIG, *level, "layer_types")
+        edit = Edit(file=CONFIG, path=(*level, "layer_types"), value=copy.deepcopy(right))
         yield Fault(
-            file=file,
-            key=".".join((*path, key)),
-            found=found,
-            expected=f"{value!r}, as in the base",
-            remedies=(Edit(file=file, path=(*path, key), value=copy.deepcopy(value)),),
+            file=CONFIG,
+            key=".".join(edit.path),
+            found=f"{len(kinds)} kinds",
+            expected=f"{count}, as num_hidden_layers says",
+            remedies=() if right is ABSENT else (edit,),
         )
-
-
-def _image_settings(folder: Folder) -> tuple[str, tuple[str, ...], dict[str, Any]]:
-    if PREPROCESSOR in folder.objects:
-        return PREPROCESSOR, (), dict(folder.objects[PREPROCESSOR])
-    inner = folder.get(PROCESSOR, "image_processor")
-    return PROCESSOR, ("image_processor",), dict(inner) if isinstance(inner, dict) else {}
-
-
-_OF_PROCESSOR: Final = (
-    "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy", "image_seq_length",
-)  # fmt: skip
-"""The settings of a processor itself, beside its image processor: how many places a picture has in the prompt."""
-
-
-@rule(
-    Severity.WRONG,
-    "the processor's settings are lost, or differ from the base's",
-    effect="a picture gets another number of places in the prompt than the tower has features, or the processor "
-    "raises",
-    evidence="https://huggingface.co/docs/transformers/model_doc/llava",
-    mend="the base's values",
-    needs_base=True,
-)
-def processor_settings_differ(folder: Folder) -> Iterator[Fault]:
-    base = folder.base
-    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
-        return
-    for key in _OF_PROCESSOR:
-        theirs, ours = base.get(PROCESSOR, key), folder.get(PROCESSOR, key)
-        if theirs in (ABSENT, None) or (ours is not ABSENT and _equal(ours, theirs)):
-            continue
-        is_here = PROCESSOR in folder.objects
-        edit = Edit(file=PROCESSOR, path=(key,), value=theirs)
-        yield Fault(
-            file=PROCESSOR,
-            key=key,
-            found=ours,
-            expected=f"{theirs!r}, as in the base",
-            remedies=(edit if is_here else WholeFile(file=PROCESSOR, content=None),),
-        )
-        if not is_here:
-            return
 
 
 # Source: https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/granitemoehybrid/

@@ -10,6 +10,7 @@ from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.name_lists import summarised
 from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
 from grpo_toolkit.doctor.findings import Fault, Severity, rule
+from grpo_toolkit.doctor.readers import SERVERS
 from grpo_toolkit.doctor.rules.servers import VALUE_HEAD
 from grpo_toolkit.doctor.rules.tensor_facts import (
     EMBEDDING,
@@ -162,6 +163,7 @@ _OF_QUANTISERS: Final = ("_scale", "_scale_inv", "_zero_point", "_g_idx", "_pack
     effect="they are ignored with a warning, or the server refuses the folder",
     evidence="https://github.com/vllm-project/vllm/pull/6758",
     needs_base=True,
+    fails=SERVERS,
 )
 def tensors_extra(folder: Folder) -> Iterator[Fault]:
     ours, base = by_live_name(folder), base_by_live_name(folder)

@@ -78,10 +78,10 @@ def chosen(names: Iterable[str], *, seed: str, places: int = PLACES) -> list[Cas
     found = []
     for name in names:
         mine = list(_of_folder(name, places))
-        drawn = sorted(mine, key=lambda case: _hash(f"{seed} {case}"))
+        drawn = sorted(mine, key=lambda case: hashed(f"{seed} {case}"))
         pairs = zip(drawn[::PAIRS], drawn[1::PAIRS], strict=False)
         found += [*mine, *(Case(name, (*one.mutations, *other.mutations)) for one, other in pairs)]
-    return sorted(found, key=lambda case: _hash(str(case)))
+    return sorted(found, key=lambda case: hashed(str(case)))
 
 
 def _of_folder(name: str, places: int) -> Iterator[Case]:
@@ -89,7 +89,7 @@ def _of_folder(name: str, places: int) -> Iterator[Case]:
     for made in singles(bases.good_folder(name)):
         by_operator[made.operator].append(Case(name, (made,)))
     for operator in sorted(OPERATORS):
-        yield from sorted(by_operator[operator], key=lambda case: _hash(str(case)))[:places]
+        yield from sorted(by_operator[operator], key=lambda case: hashed(str(case)))[:places]
 
 
 def changed(case: Case) -> Folder | None:
@@ -101,10 +101,11 @@ def changed(case: Case) -> Folder | None:
     return None if digest(folder) == digest(bases.good_folder(case.folder)) else folder
 
 
-def _hash(text: str) -> str:
+def hashed(text: str) -> str:
+    """Return the hash that puts cases, operators' places and pairs in an order that nobody chose."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def line(content: dict[str, Any]) -> str:
+def line(content: Any) -> str:
     """Return a line of a JSON-lines file."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"

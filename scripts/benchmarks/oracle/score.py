@@ -47,11 +47,11 @@ class Said:
     repairable: bool
 
     def names(self, made: Mutation) -> bool:
-        """Return whether it names the file and the key that were changed."""
-        file = Path(made.file).name
+        """Return whether it names the file and the key that were changed; of a file put elsewhere, either name."""
+        files = {Path(made.file).name, *([Path(made.to).name] if "." in Path(made.to).name[1:] else [])}
         key = made.path[-1] if made.path else ""
         parts = {key, ".".join(key.split(".")[-2:])} if "." in key else {key}
-        return file in self.text and any(part in self.text for part in parts)
+        return any(file in self.text for file in files) and any(part in self.text for part in parts)
 
 
 @dataclass(frozen=True)

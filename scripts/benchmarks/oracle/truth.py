@@ -3,7 +3,9 @@
     python -m scripts.benchmarks.oracle.truth ask DIR PYTHON ... --minutes 60    # goes on where it was
     python -m scripts.benchmarks.oracle.truth collect DIR                       # adds to tests/data/oracle/truth.jsonl
 
-Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all.
+Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all. The committed
+file has the readers in its first line, and then a case a line: the good folder, the mutations, the hash of the mutated
+folder, and what each reader does with it (null where it cannot read the good folder).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from scripts.benchmarks.oracle import bases
-from scripts.benchmarks.oracle.cases import Case, changed, chosen, line
+from scripts.benchmarks.oracle.cases import Case, changed, chosen, hashed, line
 from scripts.benchmarks.oracle.folders import digest, write
 from scripts.benchmarks.oracle.readers import ReaderProcess, verdict
 
@@ -52,19 +54,19 @@ class Asker:
     def right(self, name: str) -> dict[str, Any]:
         """Return what the reader does with a good folder."""
         if name not in self.answers:
-            self.answers[name] = self.ask(name, bases.good_folder(name))
+            self.answers[name] = self.ask(name, bases.good_folder(name), good=True)
         return self.answers[name]
 
-    def ask(self, name: str, folder: Folder) -> dict[str, Any]:
+    def ask(self, name: str, folder: Folder, *, good: bool = False) -> dict[str, Any]:
         """Return what the reader does with a folder in the place of a good one."""
-        path, base = self._scratch / "folder", None
+        path, base = self._scratch / ("good" if good else "folder"), None
         try:
             write(folder, path)
             if name.endswith("/adapter"):
                 base = self._scratch / name.replace("/", "-")
                 if not base.exists():
                     write(bases.base_folder(name), base)
-            return self.reader.ask(path, base, sees=bases.sees(name))
+            return self.reader.ask(path, base, sees=bases.sees(name), good=good)
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -89,7 +91,7 @@ def ask_all(pythons: list[str], folder: Path, *, minutes: float, start: int = 0)
     askers = [_start(python, folder) for python in pythons]
     known = [
         {entry["hash"] for entry in _lines(folder / f"{one.version}.jsonl")}
-        | {entry["hash"] for entry in _lines(TRUTH) if one.version in entry["readers"]}
+        | {key for _, key, verdicts in load() if one.version in verdicts}
         for one in askers
     ]
     end = time.monotonic() + 60 * minutes
@@ -123,7 +125,7 @@ def _start(python: str, folder: Path) -> Asker:
     return Asker(reader, Path(scratch))
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+def _lines(file: Path) -> Iterator[Any]:
     if file.exists():
         for text in file.read_text(encoding="utf-8").splitlines():
             yield json.loads(text)
@@ -131,23 +133,32 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def collect(folder: Path) -> None:
     """Add the cases about which a reader was asked who can read the good folder."""
-    cases: dict[str, dict[str, Any]] = {entry["hash"]: entry for entry in _lines(TRUTH)}
-    said: dict[str, dict[str, Any]] = {key: dict(entry["readers"]) for key, entry in cases.items()}
+    cases = {key: case for case, key, _ in load()}
+    said = {key: verdicts for _, key, verdicts in load()}
     for file in sorted(folder.glob("*.jsonl")):
         for entry in _lines(file):
-            cases.setdefault(entry["hash"], entry)
-            said.setdefault(entry["hash"], {})[file.stem] = entry["verdict"]
+            if entry["verdict"] is not None:
+                cases.setdefault(entry["hash"], Case.from_json(entry))
+                said.setdefault(entry["hash"], {})[file.stem] = entry["verdict"]
+    readers = sorted({version for verdicts in said.values() for version in verdicts})
     with TRUTH.open("w", encoding="utf-8") as out:
-        for key, entry in cases.items():
-            verdicts = {reader: found for reader, found in said[key].items() if found is not None}
-            if verdicts:
-                recipe = {name: entry[name] for name in ("folder", "mutations", "hash")}
-                out.write(line({**recipe, "readers": verdicts}))
+        out.write(line(readers))
+        for key, case in sorted(cases.items(), key=lambda item: hashed(str(item[1]))):
+            row = case.to_json()
+            out.write(line([row["folder"], row["mutations"], key, [said[key].get(version) for version in readers]]))
 
 
 def load() -> list[tuple[Case, str, dict[str, str]]]:
     """Return the committed truth: cases, the hashes of their folders, each reader's verdict by version."""
-    return [(Case.from_json(entry), entry["hash"], entry["readers"]) for entry in _lines(TRUTH)]
+    readers, *rows = _lines(TRUTH)
+    return [
+        (
+            Case.from_json({"folder": name, "mutations": mutations}),
+            key,
+            {version: verdict for version, verdict in zip(readers, verdicts, strict=True) if verdict is not None},
+        )
+        for name, mutations, key, verdicts in rows
+    ]
 
 
 def main() -> None:

@@ -1,0 +1,79 @@
+"""Classes of the installed transformers, read as text: what a processor asks for, what a tokenizer makes itself.
+
+Nothing is imported. Only asked where something was found to differ, as it looks through the library's files.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+from functools import lru_cache
+from typing import Any, Final
+
+_PARTS: Final = {"tokenization": "Tokenizer", "processing": "Processor", "image_processing": "ImageProcessor"}
+
+
+@lru_cache(maxsize=32)
+def class_source(name: str, part: str) -> str:
+    """Return the text of a class of the installed transformers; empty where there is none of that name.
+
+    Args:
+        name: the class's.
+        part: "tokenization", "processing" or "image_processing", as the library's files are named.
+    """
+    if not name.isidentifier() or not name.endswith(_PARTS[part]):
+        return ""
+    found = re.compile(rf"^class {name}\b.*?(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+    for folder in sys.path:
+        models = os.path.join(folder or ".", "transformers", "models")  # noqa: PTH118 - half the time of Path
+        if os.path.isdir(models):  # noqa: PTH112
+            texts = (_text(models, model, part) for model in _likely(os.listdir(models), name))  # noqa: PTH208
+            return next((match[0] for match in map(found.search, texts) if match), "")
+    return ""
+
+
+def _likely(models: list[str], name: str) -> list[str]:
+    """Return the library's model folders, those first whose name a class's begins with."""
+    low = name.lower()
+    return sorted(models, key=lambda model: (not low.startswith(model.replace("_", "")), -len(model)))
+
+
+def _text(models: str, model: str, part: str) -> str:
+    try:
+        with open(f"{models}/{model}/{part}_{model}.py", encoding="utf-8") as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return ""
+
+
+def default_in(source: str, key: str) -> Any:
+    """Return a literal that a class gives an attribute or an argument; None where it gives none that can be told."""
+    found = re.search(rf"^ +{re.escape(key)}(?:: [^=\n]+)? ?= ?(.+?),?(?: +#.*)?$", source, re.MULTILINE)
+    try:
+        return ast.literal_eval(found[1]) if found else None
+    except (ValueError, SyntaxError):
+        return None
+
+
+@lru_cache(maxsize=8)
+def makes_its_steps(model_type: str, tokenizer_class: str) -> bool:
+    """Return whether transformers 5, if installed, reads no steps of a tokenizer.json beside its vocabulary.
+
+    A tokenizer class with an `__init__` of its own makes normalizer, pre-tokenizer and decoder itself. Which class it
+    is says the tokenizer's config, or for some model types the library (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`).
+    """
+    auto = next(filter(None, (_text_of_auto(folder or ".") for folder in sys.path)), "")
+    listed = re.search(r"^MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS\b.*?^}", auto, re.MULTILINE | re.DOTALL)
+    registered = re.search(rf'\("{re.escape(model_type)}", "(\w+?)(?:Fast)?"', auto)
+    if listed is None:  # transformers 4 reads them all
+        return False
+    name = tokenizer_class.removesuffix("Fast")
+    if registered is not None and f'"{model_type}",' in listed[0]:
+        name = registered[1]
+    return "def __init__(" in class_source(name, "tokenization")
+
+
+def _text_of_auto(folder: str) -> str:
+    return _text(f"{folder}/transformers/models", "auto", "tokenization")

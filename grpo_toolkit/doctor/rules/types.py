@@ -1,0 +1,177 @@
+"""Values of a type that no reader takes: of the keys that libraries read, and by what the installed classes say."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Final
+
+from grpo_toolkit.checkpoint.folders.model_folder import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    GENERATION_CONFIG,
+    WEIGHTS_INDEX,
+)
+from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
+from grpo_toolkit.doctor.installed_configs import installed_takes
+from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG
+from grpo_toolkit.doctor.readers import ALL, SERVERS, V4
+from grpo_toolkit.doctor.rules.tensor_facts import weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from grpo_toolkit.doctor.parsed_folder import Folder
+
+_TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
+    (CONFIG, ("architectures",), (list,)),
+    (CONFIG, ("model_type",), (str,)),
+    (CONFIG, ("text_config",), (dict,)),
+    (CONFIG, ("vision_config",), (dict,)),
+    (CONFIG, ("vocab_size",), (int,)),
+    (CONFIG, ("num_hidden_layers",), (int,)),
+    (CONFIG, ("hidden_size",), (int,)),
+    (CONFIG, ("tie_word_embeddings",), (bool,)),
+    (CONFIG, ("rope_scaling",), (dict,)),
+    (CONFIG, ("rope_parameters",), (dict,)),
+    (CONFIG, ("rope_theta",), (int, float)),
+    (CONFIG, ("quantization_config",), (dict,)),
+    (CONFIG, ("eos_token_id",), (int, list)),
+    (CONFIG, ("torch_dtype",), (str,)),
+    (CONFIG, ("dtype",), (str,)),
+    (GENERATION_CONFIG, ("do_sample",), (bool,)),
+    (GENERATION_CONFIG, ("eos_token_id",), (int, list)),
+    (GENERATION_CONFIG, ("pad_token_id",), (int,)),
+    (GENERATION_CONFIG, ("bos_token_id",), (int, list)),
+    (GENERATION_CONFIG, ("output_hidden_states",), (bool,)),
+    (GENERATION_CONFIG, ("temperature",), (int, float)),
+    (GENERATION_CONFIG, ("top_p",), (int, float)),
+    (GENERATION_CONFIG, ("top_k",), (int,)),
+    (ADAPTER_CONFIG, ("base_model_name_or_path",), (str,)),
+    (ADAPTER_CONFIG, ("lora_alpha",), (int, float)),
+    (ADAPTER_CONFIG, ("r",), (int,)),
+    (ADAPTER_CONFIG, ("target_modules",), (str, list)),
+    (TOKENIZER_CONFIG, ("tokenizer_class",), (str,)),
+    (TOKENIZER_CONFIG, ("model_max_length",), (int, float)),
+    (TOKENIZER_CONFIG, ("chat_template",), (str, list, dict)),
+    (TOKENIZER_CONFIG, ("eos_token",), (str, dict)),
+    (TOKENIZER_CONFIG, ("added_tokens_decoder",), (dict,)),
+    (TOKENIZER_CONFIG, ("add_bos_token",), (bool,)),
+    (TOKENIZER_CONFIG, ("add_eos_token",), (bool,)),
+    (PREPROCESSOR, ("image_processor_type",), (str,)),
+    (PREPROCESSOR, ("size",), (dict, int)),
+    (PROCESSOR, ("image_processor",), (dict,)),
+    (WEIGHTS_INDEX, ("weight_map",), (dict,)),
+)
+"""The types that the libraries take at the keys that they read; null is taken everywhere but in an index."""
+
+_JSON_NAMES: Final = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "value of the wrong type",
+    effect="the library that reads it fails, or takes it for something else",
+    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
+)
+def wrong_type(folder: Folder) -> Iterator[Fault]:
+    for file, path, types in _TYPES:
+        value = folder.get(file, *path)
+        if value is ABSENT or (value is None and file != WEIGHTS_INDEX):
+            continue
+        is_right = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
+        if not is_right:
+            wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
+            fails = SERVERS if path == ("architectures",) else ""  # transformers finds the class by the model type
+            yield Fault(file=file, key=".".join(path), found=value, expected=wanted, fails=fails)
+
+
+_SINCE_5: Final = "transformers>=5; vllm@>=5; sglang@>=5"
+_SIZES: Final = frozenset(
+    {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"}
+    | {"head_dim", "layer_norm_eps", "patch_size", "image_size", "depth", "num_heads", "vision_feature_layer"}
+)
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "a value that the model's class does not take",
+    effect="transformers 5 checks the types of a config as it loads: StrictDataclassFieldValidationError",
+    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
+    mend="the base's value; of a null, the key deleted, so that the class's own default counts",
+    fails=_SINCE_5,
+)
+def setting_not_taken(folder: Folder) -> Iterator[Fault]:
+    if not folder.is_known or folder.get(CONFIG, "auto_map") is not ABSENT:
+        return
+    for level, node in folder.levels():
+        if level not in ((), ("text_config",), ("vision_config",)):
+            continue
+        own = node.get("model_type")
+        model_type = own if level and isinstance(own, str) else folder.model_type
+        for key, value in node.items():
+            if key not in _CHECKED and not key.startswith("_") and not installed_takes(model_type, level, key, value):
+                yield _not_taken(folder, (*level, key), value)
+
+
+_CHECKED: Final = frozenset({"model_type", "text_config", "vision_config", "architectures", "transformers_version"})
+"""What other rules say more of."""
+
+
+def _not_taken(folder: Folder, path: tuple[str, ...], value: Any) -> Fault:
+    right = ABSENT if folder.base is None else folder.base.get(CONFIG, *path)
+    right = ABSENT if right is None else copy.deepcopy(right)
+    is_mended = right is not ABSENT or value is None
+    # Older releases fail as they compute with it.
+    is_of_all = (value is None and path[-1] in _SIZES) or path[-1] in ("id2label", "label2id")
+    return Fault(
+        file=CONFIG,
+        key=".".join(path),
+        found=value,
+        expected="a value of its type" if right is ABSENT else f"{right!r}, as in the base",
+        remedies=(Edit(file=CONFIG, path=path, value=right),) if is_mended else (),
+        fails=ALL if is_of_all else "",
+    )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "a number below what it can be",
+    effect="a window of no position hides every token; a negative padding id has no row: both raise as the model is "
+    "made or asked",
+    evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
+    mend="the base's value",
+)
+def number_too_small(folder: Folder) -> Iterator[Fault]:
+    places = [(CONFIG, (*level, "sliding_window"), 1, "") for level in ((), ("text_config",))]
+    for file, path, least, fails in (*places, (GENERATION_CONFIG, ("pad_token_id",), 0, V4)):
+        value = folder.get(file, *path)
+        if type(value) is int and value < least:
+            right = ABSENT if folder.base is None else folder.base.get(file, *path)
+            edit = Edit(file=file, path=path, value=right)
+            expected = f"{least} or more" if right is ABSENT else f"{right!r}, as in the base"
+            remedies = () if right is ABSENT or right == value else (edit,)
+            yield Fault(file=file, key=".".join(path), found=value, expected=expected, remedies=remedies, fails=fails)
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no model type",
+    effect="AutoConfig fails: config.json should have a model_type key",
+    evidence="https://huggingface.co/docs/transformers/model_doc/auto",
+    mend="the base's model_type",
+)
+def model_type_missing(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(CONFIG, "model_type")
+    is_absent = value is ABSENT or value in (None, "")
+    if is_absent and CONFIG in folder.objects and weights(folder) and folder.get(CONFIG, "auto_map") is ABSENT:
+        right = "" if folder.base is None else folder.base.model_type
+        remedies = (Edit(file=CONFIG, path=("model_type",), value=right),) if right else ()
+        yield Fault(file=CONFIG, key="model_type", found=value, expected=right or "a model type", remedies=remedies)
