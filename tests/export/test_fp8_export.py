@@ -23,6 +23,7 @@ from grpo_toolkit.export.fp8.publish import is_verified_export
 from grpo_toolkit.export.push_to_hub import _is_published_as_verified
 from grpo_toolkit.merge.merge import merge_adapter
 from grpo_toolkit.model.generation.evidence import Evidence
+from grpo_toolkit.model.load import load_model
 from tests.support.model_servers import build_adapter
 from tests.support.models import build_qwen2_5_vl
 from tests.support.training import LANGUAGE_Q
@@ -139,6 +140,19 @@ def test_an_adapter_is_merged_before_it_is_quantised(steady_base: Path, tmp_path
     assert torch.allclose(restored, merged[name].float(), atol=0.04 * float(merged[name].abs().max()))
     assert not torch.allclose(merged[name], load_file(steady_base / "model.safetensors")[name], atol=0.05)
     assert left_in(tmp_path) == ["adapter", "base", "fp8", "plain"]
+
+
+def test_a_live_model_is_exported_before_it_is_quantised(steady_base: Path, tmp_path: Path) -> None:
+    model, processor, _ = load_model(steady_base)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.25)
+    target = tmp_path / "fp8"
+    result = export_model(model, target, base=steady_base, processing_class=processor, format="fp8")
+    assert result is not None
+    assert result.sources["source"].startswith("live model (Qwen2_5_VLForConditionalGeneration")
+    assert left_in(tmp_path) == ["fp8"]
+    stored = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(stored, model.get_input_embeddings().weight)
 
 
 def test_only_an_export_that_was_verified_and_not_changed_is_taken_as_it_is(export: Path, tmp_path: Path) -> None:

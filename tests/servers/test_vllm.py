@@ -164,7 +164,7 @@ def test_fp8_is_computed_in_fp8_and_says_what_it_says_in_transformers(tmp_path: 
     """With a model that was trained: of random weights each way to round says other things."""
     rows = [dict(row) for row in load_digits_split("held_out", size=6)]
     fp8 = tmp_path / "fp8"
-    export_model(ensure_tiny_vlm(tmp_path / "cache"), fp8, format="fp8", dtype="bfloat16", prompts=rows)
+    export_model(ensure_tiny_vlm(), fp8, format="fp8", dtype="bfloat16", prompts=rows)
     model, processor, _ = load_model(fp8)
     questions = requests_from_rows(rows, limit=len(rows), max_new_tokens=24)
     expected = [generate(model, processor, question).tokens for question in questions]

@@ -73,8 +73,8 @@ def find_layers(folder: Base) -> Layers:
     model = model_without_weights(folder.path)
     inside, linear = _linear_layers(model)
     ours = {live_name(name + _WEIGHT, folder.family): name for name in linear}
-    stored = {live: name for live, name in folder.stored.items() if ours.get(live, "").startswith(inside)}
-    quantised = {name for live, name in stored.items() if live in ours}
+    stored = {live: name for live, name in folder.stored.items() if live in ours and ours[live].startswith(inside)}
+    quantised = set(stored.values())
     prefix = live_name(f"{inside}x", folder.family).removesuffix("x")
     embeddings = _name_of(model, model.get_input_embeddings()) + _WEIGHT
     others = sorted(
@@ -95,7 +95,7 @@ def find_layers(folder: Base) -> Layers:
         raise UnsupportedError(f"{folder.path}: no linear layer is stored that could be FP8; serve it as it is")
     kept = [live for live, name in ours.items() if not name.startswith(inside)]
     patterns = tuple(dict.fromkeys(pattern_of(live) for live in sorted(kept)))
-    _check(patterns, spellings(kept, folder, ours), spellings(stored, folder, ours))
+    _check(folder, patterns, _spellings(kept, folder, ours), _spellings(stored, folder, ours))
     return Layers(quantised=frozenset(quantised), ignore=patterns)
 
 
@@ -111,15 +111,24 @@ def _name_of(model: PreTrainedModel, wanted: object) -> str:
     return str(next(name for name, module in model.named_modules() if module is wanted))
 
 
-def spellings(live: Iterable[str], folder: Base, installed: dict[str, str]) -> set[str]:
+def _spellings(live: Iterable[str], folder: Base, installed: dict[str, str]) -> set[str]:
     """Return the module names of weights as the live model, the installed one and the files spell them."""
     names = {name for one in live for name in (one, f"{installed[one]}{_WEIGHT}", folder.stored.get(one, one))}
     return {name.removesuffix(_WEIGHT) for name in names}
 
 
-def _check(patterns: Iterable[str], kept: Iterable[str], quantised: Iterable[str]) -> None:
+def _check(folder: Base, patterns: Iterable[str], kept: Iterable[str], quantised: Iterable[str]) -> None:
+    """Hold the patterns against every name, with the matching of the library itself.
+
+    Raises:
+        UnsupportedError: a part of the model has a name that its text model's layers have, too.
+    """
     from compressed_tensors.utils.match import match_name
 
     for names, wanted in ((kept, True), (quantised, False)):
         for name in names:
-            assert any(match_name(name, pattern) for pattern in patterns) is wanted, f"{name}: {patterns}"
+            if any(match_name(name, pattern) for pattern in patterns) is not wanted:
+                raise UnsupportedError(
+                    f"{folder.path}: no pattern tells {name} from the layers that are {'' if wanted else 'not '}"
+                    "quantised; serve the unquantised export, or quantise it with llmcompressor"
+                )
