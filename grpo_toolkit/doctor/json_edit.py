@@ -28,9 +28,13 @@ class Member:
 def set_value(text: str, path: Sequence[str], value: Any) -> str:
     """Return the text with the key at `path` set to `value`; a new key is put after the last one of its object.
 
+    Parents that are absent, or no objects, become objects with this key alone.
+
     Raises:
-        KeyError: a parent in `path` is not an object in the text.
+        KeyError: the text holds no object.
     """
+    while len(path) > 1 and not _has_object(text, path[:-1]):
+        path, value = path[:-1], {path[-1]: value}
     start = _find_object(text, path[:-1])
     members = _members(text, start)
     for member in reversed(members):  # of a repeated key the last one counts
@@ -46,6 +50,8 @@ def set_value(text: str, path: Sequence[str], value: Any) -> str:
 
 def delete_key(text: str, path: Sequence[str]) -> str:
     """Return the text without the key at `path`; the text itself where there is no such key."""
+    if not _has_object(text, path[:-1]):
+        return text
     start = _find_object(text, path[:-1])
     members = _members(text, start)
     for place, member in reversed(list(enumerate(members))):
@@ -69,6 +75,14 @@ def dumps(value: Any, *, indent: int | str | None = None) -> str:
     except UnicodeEncodeError:
         return json.dumps(value, indent=indent)
     return text
+
+
+def _has_object(text: str, path: Sequence[str]) -> bool:
+    try:
+        _find_object(text, path)
+    except KeyError:
+        return not path  # what is no object at all is refused
+    return True
 
 
 def _find_object(text: str, path: Sequence[str]) -> int:

@@ -48,11 +48,10 @@ def test_deleting_a_key(text: str, path: list[str], expected: str) -> None:
     assert delete_key(text, path) == expected
 
 
-def test_a_parent_that_is_no_object_is_an_error() -> None:
+@pytest.mark.parametrize("text", ["[]", "7"])
+def test_a_text_without_an_object_is_an_error(text: str) -> None:
     with pytest.raises(KeyError):
-        set_value('{"a": [1]}', ["a", "b"], 1)
-    with pytest.raises(KeyError):
-        set_value('{"a": 1}', ["x", "b"], 1)
+        set_value(text, ["a"], 1)
 
 
 values = st.recursive(
@@ -71,3 +70,9 @@ def test_the_text_means_what_the_edit_says(data: dict[str, Any], key: str, value
     assert json.loads(set_value(text, [key], value)) == {**data, key: value}
     assert json.loads(delete_key(text, [key])) == {k: v for k, v in data.items() if k != key}
     assert delete_key(set_value(text, [key], value), [key]) == text or key in data or not data
+
+
+def test_a_parent_that_is_not_there_is_made() -> None:
+    assert json.loads(set_value('{"a": 1}', ("b", "c"), 2)) == {"a": 1, "b": {"c": 2}}
+    assert json.loads(set_value('{"b": null}', ("b", "c"), 2)) == {"b": {"c": 2}}
+    assert delete_key('{"a": 1}', ("b", "c")) == '{"a": 1}'

@@ -10,6 +10,7 @@ import pytest
 from grpo_toolkit.checkpoint.generation_defaults import SAMPLING
 from grpo_toolkit.checkpoint.tensor_names import plan_renames
 from grpo_toolkit.doctor.diagnose import ALL_RULES, diagnose_folder
+from grpo_toolkit.doctor.findings import Edit
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Digests
 from grpo_toolkit.doctor.planned_files import Entry
@@ -583,3 +584,14 @@ def test_fp8_of_other_makers_is_not_judged(method: str) -> None:
     tensors = {name.replace("_scale", "_scale_inv"): info for name, info in FP8_TENSORS.items()}
     folder = model(tensors, config={"quantization_config": {"quant_method": method, "weight_block_size": [128, 128]}})
     assert diagnose(folder, None) == []
+
+
+def test_a_lost_level_comes_back_whole() -> None:
+    part: Json = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 3}
+    whole: Json = {"model_type": "llava", "text_config": part, "vision_config": {"model_type": "clip_vision_model"}}
+    base = model(config=whole, drop=("num_hidden_layers", "vocab_size"))
+    ours = model(config={**whole, "text_config": None}, drop=("num_hidden_layers", "vocab_size"))
+    found = next(one for one in diagnose(ours, base) if one.code == "settings-lost")
+    assert {(edit.path, str(edit.value)) for edit in found.remedies if isinstance(edit, Edit)} == {
+        (("text_config",), str(part))
+    }

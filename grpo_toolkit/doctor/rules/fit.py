@@ -228,11 +228,22 @@ def settings_lost(folder: Folder) -> Iterator[Fault]:
             key=names[0],
             found=f"{', '.join(names[:6])} absent",
             expected=f"{lost[0][2]!r}, as in the base",
-            remedies=tuple(
-                Edit(file=CONFIG, path=(*_at(folder, at), name), value=copy.deepcopy(value))
-                for at, name, value in lost
-            ),
+            remedies=tuple(_restored(folder, base, at, name, value) for at, name, value in lost),
         )
+
+
+def _restored(folder: Folder, base: Folder, level: tuple[str, ...], name: str, value: Any) -> Edit:
+    """Return the edit that brings a setting back, or with it the whole level where that is lost."""
+    at = _at(folder, level)
+    if level and (at or _has_no_level(folder, base)) and not isinstance(folder.get(CONFIG, *level), dict):
+        return Edit(file=CONFIG, path=level, value=copy.deepcopy(base.get(CONFIG, *level)))
+    return Edit(file=CONFIG, path=(*at, name), value=copy.deepcopy(value))
+
+
+def _has_no_level(folder: Folder, base: Folder) -> bool:
+    """Return whether a nested base's text model is nowhere in our config, neither nested nor flat."""
+    sizes = (folder.get(CONFIG, key) for key in ("hidden_size", "num_hidden_layers"))
+    return isinstance(base.get(CONFIG, "text_config"), dict) and all(size is ABSENT for size in sizes)
 
 
 def _at(folder: Folder, level: tuple[str, ...]) -> tuple[str, ...]:
