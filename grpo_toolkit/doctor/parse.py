@@ -82,6 +82,8 @@ def read_folder(files: Files, *, base: Folder | None = None) -> Folder:
                 repeated[name] = again
             if raw.startswith(b"\xef\xbb\xbf"):
                 marked.add(name)
+    if kind is Kind.ADAPTER:  # its config is the base's: what another trainer leaves beside it is asked by nobody
+        objects.pop(CONFIG, None)
     shards = _read_shards(files, kind, objects, refused)
     if kind is Kind.MODEL and not has_weights(entries):
         place = look_above(files.path) or place

@@ -5,9 +5,10 @@ The second answers show by how much the first may be off: a GPU need not agree w
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.export.live_adapter import is_adapted
 from grpo_toolkit.export.policy_weights import is_mergeable, weights_as
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.checkpoint.generation_defaults import InferenceDefaults
     from grpo_toolkit.model.generation.request import Request
+
+
+logger = logging.getLogger(__name__)
+_STACK: Final = frozenset({"accelerate", "deepspeed", "grpo_toolkit", "peft", "torch", "transformers", "trl"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,12 @@ def ask_policy(
     if processor is None:
         return PolicyAnswers(requests=tuple(requests), records=(), noise=0.0)
     given = requests or requests_to(model, processor)
+    for name in input_hooks(model):
+        logger.warning(
+            "grpo_toolkit: %s changes what goes into the live model, and not into its saves; if the export is refused "
+            "because it answers otherwise, run `grpo-toolkit export CHECKPOINT OUT --base BASE` after the training",
+            name,
+        )
     asked = tuple(replace(request, with_rivals=True, with_evidence=True) for request in given)
     generating = nullcontext() if defaults is None else inference_defaults(base_model(model), defaults)
     with generating, _seen_dtype(model) as computed_in:
@@ -99,6 +110,20 @@ def ask_policy(
         distance=distance,
         sees=getattr(processor, "image_processor", None) is None or places_pictures(processor),
     )
+
+
+def input_hooks(model: torch.nn.Module) -> list[str]:
+    """Return the names of a model's forward pre-hooks that neither we nor the libraries of the stack put there.
+
+    ms-swift's turns the ids and images of a batch into embeddings, and is on until its training has ended.
+    """
+    hooks = list(base_model(model)._forward_pre_hooks.values())
+    modules = [getattr(hook, "__module__", None) or type(hook).__module__ for hook in hooks]
+    return [
+        f"{module}.{getattr(hook, '__qualname__', type(hook).__qualname__)}"
+        for module, hook in zip(modules, hooks, strict=True)
+        if module.partition(".")[0] not in _STACK
+    ]
 
 
 def distance_from(

@@ -115,6 +115,28 @@ def test_an_image_processor_in_two_files(folder: Path) -> None:
     assert load_processor(folder).image_processor.patch_size == image["patch_size"]
 
 
+def test_a_config_beside_an_adapter(llama: Path, tmp_path: Path) -> None:
+    """As axolotl leaves it: the config of the model in training, with the cache off."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "adapter"
+    get_peft_model(load_model(llama)[0], LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    settings = json.loads((llama / "config.json").read_text()) | {"use_cache": False}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (finding,) = diagnose_checkpoint(folder, base=llama).findings
+    assert finding.code == "adapter-beside-config"
+    assert not finding.concerns(parse_reader("transformers==5.3"))
+    if finding.concerns(installed_reader()):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            AutoModelForCausalLM.from_pretrained(folder)
+    else:  # its cache is the base's
+        assert AutoModelForCausalLM.from_pretrained(folder).config.use_cache is True
+    repair_checkpoint(folder, base=llama)
+    assert diagnose_checkpoint(folder, base=llama).is_clean
+    assert AutoModelForCausalLM.from_pretrained(folder).config.use_cache is True
+
+
 def test_an_end_that_generation_config_does_not_say(llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "folder")
     right = load_model(llama)[0].generation_config.eos_token_id

@@ -402,6 +402,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                                 BASE, None, "adapter_model.safetensors", "model.blocks.0.mlp.up_proj"),
     "adapter-is-zero": (adapter(), BASE, Digests(is_zero=True), "adapter_model.safetensors", ""),
     "adapter-base-elsewhere": (adapter(), None, None, "adapter_config.json", "base_model_name_or_path"),
+    "adapter-beside-config": (folder_of({"adapter_config.json": LORA, "config.json": {"use_cache": False}}, FACTORS),
+                              BASE, None, "config.json", ""),
     "adapter-beside-model": (folder_of({"adapter_config.json": LORA, "model.safetensors": b""}, FACTORS), BASE, None,
                              "model.safetensors", ""),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.module_lookup import is_stored
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name
-from grpo_toolkit.doctor.findings import Fault, Severity, rule
+from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.readers import SERVERS
 from grpo_toolkit.doctor.rules.tensor_facts import HEAD
 
@@ -343,3 +343,16 @@ def adapter_beside_model(folder: Folder) -> Iterator[Fault]:
     if folder.kind is Kind.ADAPTER and weights:
         found = [*sorted(weights)[:2], *([CONFIG] if folder.has(CONFIG) else [])]
         yield Fault(file=sorted(weights)[0], found=found, expected="a folder of its own for one of the two")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "adapter beside its base's config.json",
+    effect="since 5.4 transformers takes the folder for a whole model: no file named model.safetensors",
+    evidence="https://github.com/huggingface/transformers/blob/v5.16.1/src/transformers/models/auto/auto_factory.py",
+    mend="config.json removed, which no other reader of an adapter asks for",
+    fails="transformers>=5.4",
+)
+def adapter_beside_config(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.ADAPTER and folder.has(CONFIG) and not any(n.startswith("model") for n in folder.entries):
+        yield Fault(file=CONFIG, expected="no such file", remedies=(WholeFile(file=CONFIG, content=ABSENT),))
