@@ -133,7 +133,8 @@ def part_of_another_dtype(folder: Folder) -> Iterator[Fault]:
         whole = folder.get(CONFIG, key)
         for part in ("text_config", "vision_config"):
             own = folder.get(CONFIG, part, key)
-            if not {own, whole} <= set(FLOAT_NAMES.values()) or own == whole:
+            known = list(FLOAT_NAMES.values())  # what is compared may be a list
+            if own not in known or whole not in known or own == whole:
                 continue
             if folder.base is not None and folder.base.get(CONFIG, part, key) == own != _of(folder.base, key):
                 continue  # published so
