@@ -26,21 +26,14 @@ from grpo_toolkit.doctor.rules import (
     cache,
     custom_code,
     dialect,
-    dtypes,
-    experts,
     files,
     fit,
-    processing,
-    prompts,
-    quantised,
     servers,
     settings,
-    shards,
-    tied,
     types,
-    weights,
 )
-from grpo_toolkit.doctor.rules.inputs import pictures, tokenizers
+from grpo_toolkit.doctor.rules.inputs import pictures, processing, prompts, tokenizers
+from grpo_toolkit.doctor.rules.tensors import dtypes, experts, quantised, shards, tied, weights
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -597,3 +597,8 @@ def test_a_lost_level_comes_back_whole() -> None:
     assert {(edit.path, str(edit.value)) for edit in found.remedies if isinstance(edit, Edit)} == {
         (("text_config",), str(part))
     }
+
+
+def test_a_dtype_that_is_a_list_is_no_traceback() -> None:
+    found = diagnose(model(config={"vision_config": {"torch_dtype": ["float16"]}}), None)
+    assert "part-of-another-dtype" not in {one.code for one in found}

@@ -12,7 +12,7 @@ from grpo_toolkit.checkpoint.module_lookup import is_stored
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name
 from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.readers import SERVERS
-from grpo_toolkit.doctor.rules.tensor_facts import HEAD
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,19 +144,6 @@ def adapter_rank_high(folder: Folder) -> Iterator[Fault]:
     rank = folder.get(ADAPTER_CONFIG, "r")
     if folder.kind is Kind.ADAPTER and type(rank) is int and rank > _SERVED_RANK:
         yield Fault(file=ADAPTER_CONFIG, key="r", found=rank, expected=f"vllm serve ... --max-lora-rank {rank}")
-
-
-@rule(
-    Severity.WRONG,
-    "adapter scaled to nothing",
-    effect="lora_alpha is 0 or negative: the adapter adds nothing, so the base answers, or it subtracts what it "
-    "learnt",
-    evidence="https://huggingface.co/docs/peft/package_reference/lora",
-)
-def adapter_alpha_zero(folder: Folder) -> Iterator[Fault]:
-    value = folder.get(ADAPTER_CONFIG, "lora_alpha")
-    if folder.kind is Kind.ADAPTER and type(value) in (int, float) and value <= 0:
-        yield Fault(file=ADAPTER_CONFIG, key="lora_alpha", found=value, expected="the scale it was trained with")
 
 
 @rule(
@@ -315,20 +302,6 @@ def _is_reached(module: str, live: str, known: set[str], base: Folder) -> bool:
 def adapter_is_zero(folder: Folder) -> Iterator[Fault]:
     if folder.kind is Kind.ADAPTER and folder.digests is not None and folder.digests.is_zero:
         yield Fault(file=ADAPTER_WEIGHTS, found="every lora_B is zero", expected="trained factors")
-
-
-@rule(
-    Severity.NOTE,
-    "adapter whose base is not here",
-    effect="names and shapes could not be compared with the base",
-    evidence="https://huggingface.co/docs/peft/tutorial/peft_model_config",
-)
-def adapter_base_elsewhere(folder: Folder) -> Iterator[Fault]:
-    if folder.kind is Kind.ADAPTER and folder.base is None:
-        value = folder.get(ADAPTER_CONFIG, "base_model_name_or_path")
-        yield Fault(
-            file=ADAPTER_CONFIG, key="base_model_name_or_path", found=value, expected="a folder here: pass --base"
-        )
 
 
 @rule(

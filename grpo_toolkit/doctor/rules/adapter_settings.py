@@ -171,3 +171,30 @@ _FACTOR: Final = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<h
 def _tail(module: str) -> str:
     """Return the part of a module's name that no wrapper changes: from its layer on."""
     return re.split(r"(?:^|\.)(?=(?:layers|blocks|h)\.\d)", module)[-1]
+
+
+@rule(
+    Severity.WRONG,
+    "adapter scaled to nothing",
+    effect="lora_alpha is 0 or negative: the adapter adds nothing, so the base answers, or it subtracts what it "
+    "learnt",
+    evidence="https://huggingface.co/docs/peft/package_reference/lora",
+)
+def adapter_alpha_zero(folder: Folder) -> Iterator[Fault]:
+    value = folder.get(ADAPTER_CONFIG, "lora_alpha")
+    if folder.kind is Kind.ADAPTER and type(value) in (int, float) and value <= 0:
+        yield Fault(file=ADAPTER_CONFIG, key="lora_alpha", found=value, expected="the scale it was trained with")
+
+
+@rule(
+    Severity.NOTE,
+    "adapter whose base is not here",
+    effect="names and shapes could not be compared with the base",
+    evidence="https://huggingface.co/docs/peft/tutorial/peft_model_config",
+)
+def adapter_base_elsewhere(folder: Folder) -> Iterator[Fault]:
+    if folder.kind is Kind.ADAPTER and folder.base is None:
+        value = folder.get(ADAPTER_CONFIG, "base_model_name_or_path")
+        yield Fault(
+            file=ADAPTER_CONFIG, key="base_model_name_or_path", found=value, expected="a folder here: pass --base"
+        )

@@ -12,7 +12,7 @@ from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_configs import installed_defaults
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
 from grpo_toolkit.doctor.readers import TRANSFORMERS, installed_version
-from grpo_toolkit.doctor.rules.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

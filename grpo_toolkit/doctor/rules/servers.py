@@ -9,7 +9,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONF
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.readers import SERVERS
-from grpo_toolkit.doctor.rules.tensor_facts import weights
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import weights
 from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
 if TYPE_CHECKING:

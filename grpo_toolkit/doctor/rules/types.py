@@ -16,7 +16,7 @@ from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_configs import installed_takes
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG
 from grpo_toolkit.doctor.readers import ALL, SERVERS, V4
-from grpo_toolkit.doctor.rules.tensor_facts import weights
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

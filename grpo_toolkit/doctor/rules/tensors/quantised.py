@@ -11,7 +11,7 @@ from grpo_toolkit.checkpoint.quantised_names import pattern_of, unlisted
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.checkpoint.tensor_names import is_vision
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
-from grpo_toolkit.doctor.rules.tensor_facts import HEAD, by_live_name, weights
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import HEAD, by_live_name, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

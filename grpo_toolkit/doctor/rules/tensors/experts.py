@@ -9,7 +9,11 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.safetensors_header import FLOAT_NAMES
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.readers import V4
-from grpo_toolkit.doctor.rules.tensor_facts import common_tensors, is_transposed, stacked_though_published_apart
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import (
+    common_tensors,
+    is_transposed,
+    stacked_though_published_apart,
+)
 from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
 if TYPE_CHECKING:

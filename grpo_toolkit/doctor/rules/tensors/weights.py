@@ -12,7 +12,7 @@ from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without
 from grpo_toolkit.doctor.findings import Fault, Severity, rule
 from grpo_toolkit.doctor.readers import SERVERS
 from grpo_toolkit.doctor.rules.servers import VALUE_HEAD
-from grpo_toolkit.doctor.rules.tensor_facts import (
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import (
     EMBEDDING,
     HEAD,
     base_by_live_name,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, without_wrappers
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
-from grpo_toolkit.doctor.rules.tensor_facts import (
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import (
     EMBEDDING,
     HEAD,
     base_tensors,

@@ -1,0 +1,1 @@
+"""Rules about the stored tensors: names, shapes, dtypes, ties, shards, experts, scales."""
