@@ -48,7 +48,10 @@ KEPT: Final = 2000
 PAGE: Final = "step_time.html"
 
 SHOWN_AFTER: Final = 5
-"""Steps after which the table is shown for the first time."""
+"""Steps after which a training is explained for the first time."""
+
+AWAITED_S: Final = 600.0
+"""Seconds of training that must be left for that to be said: who waits less reads it at the end."""
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,7 @@ class StepTimeCallback(GuardedCallback):
         self._watch: StepWatch | None = None
         self._mirror = StepMirror()
         self._seen: Seen | None = None
+        self._last_step = 0
         self._machine: Machine | None = None
         self._environment: dict[str, str] = {}
         self._file = Path()
@@ -199,6 +203,7 @@ class StepTimeCallback(GuardedCallback):
         if self.floors:
             with self._guarded("measuring the device", is_vital=False), random_state_kept():
                 known, self._machine = model_of(model, compute_dtype=dtype), machine_of(device, dtype)
+        self._last_step = state.max_steps
         self._watch = StepWatch(
             self._on_row,
             clock=StepClock(now=self.now, stamps=stamps_of_device(device)),
@@ -225,8 +230,10 @@ class StepTimeCallback(GuardedCallback):
         if seen is not None:
             self._seen = seen
         # Once early, for whoever watches; later where there is something new to say.
-        if len(self.rows) == SHOWN_AFTER or (seen is not None and len(self.rows) > SHOWN_AFTER):
-            self._explain(shown=int(row.rank == 0 and len(self.rows) == SHOWN_AFTER))
+        is_early = len(self.rows) == SHOWN_AFTER
+        if is_early or (seen is not None and len(self.rows) > SHOWN_AFTER):
+            is_awaited = row.wall_s * (self._last_step - row.step) > AWAITED_S
+            self._explain(shown=int(row.rank == 0 and is_early and is_awaited))
 
     def _tried(self, model: torch.nn.Module, kept: KeptInputs | None, args: TrainingArguments) -> Sequence[TriedCure]:
         """Try cures for the causes of the mean step; what fails is said and leaves nothing behind."""

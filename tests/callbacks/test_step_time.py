@@ -236,6 +236,17 @@ def test_a_copy_and_a_pickle_of_the_model_in_training_carry_no_clock(qwen: Path,
     assert all(row.work.rollouts == 1 for row in callback.rows), "the copy's rollout is no rollout of the training"
 
 
+@pytest.mark.parametrize(("awaited_s", "times"), [(600.0, 1), (0.0, 2)])
+def test_a_long_training_is_explained_early_too(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], awaited_s: float,
+    times: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("grpo_toolkit.callbacks.step_time.AWAITED_S", awaited_s)
+    callback = StepTimeCallback(strict=True, floors=False)
+    plain(str(llama), tmp_path, [callback], max_steps=7).train()
+    assert capsys.readouterr().err.count("step time   ") == times
+
+
 def test_no_synchronisation_is_added(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that works behind the host: its events are recorded, asked whether they are reached, and never waited
     for before the training is over."""
