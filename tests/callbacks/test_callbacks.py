@@ -84,7 +84,7 @@ def test_a_failing_export_is_said_once_and_training_goes_on(
     def disk_full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grpo_toolkit.export.export._write_manifest", disk_full)
+    monkeypatch.setattr("grpo_toolkit.export.export.write_report", disk_full)
     callback = ExportCallback(tmp_path / "export")
     trainer = grpo_trainer(qwen, tmp_path / "out", [callback])
     trainer.train()
