@@ -168,3 +168,8 @@ def _is_deeper(data: JsonObject, limit: int) -> bool:
 def dump_json(data: Mapping[str, Any]) -> str:
     """Return JSON text as the field's libraries write it: two spaces, no escaped letters, a final newline."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number of JSON, which true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -12,6 +12,8 @@ import sys
 from functools import lru_cache
 from typing import Any, Final
 
+from grpo_toolkit.doctor.readers import installed_text, read_text
+
 _PARTS: Final = {"tokenization": "Tokenizer", "processing": "Processor", "image_processing": "ImageProcessor"}
 
 
@@ -29,7 +31,7 @@ def class_source(name: str, part: str) -> str:
     for folder in sys.path:
         models = os.path.join(folder or ".", "transformers", "models")  # noqa: PTH118 - half the time of Path
         if os.path.isdir(models):  # noqa: PTH112
-            texts = (_text(models, model, part) for model in _likely(os.listdir(models), name))  # noqa: PTH208
+            texts = (read_text(f"{models}/{model}/{part}_{model}.py") for model in _likely(os.listdir(models), name))  # noqa: PTH208
             return next((match[0] for match in map(found.search, texts) if match), "")
     return ""
 
@@ -38,14 +40,6 @@ def _likely(models: list[str], name: str) -> list[str]:
     """Return the library's model folders, those first whose name a class's begins with."""
     low = name.lower()
     return sorted(models, key=lambda model: (not low.startswith(model.replace("_", "")), -len(model)))
-
-
-def _text(models: str, model: str, part: str) -> str:
-    try:
-        with open(f"{models}/{model}/{part}_{model}.py", encoding="utf-8") as file:  # noqa: PTH123
-            return file.read()
-    except OSError:
-        return ""
 
 
 def default_in(source: str, key: str) -> Any:
@@ -64,7 +58,7 @@ def makes_its_steps(model_type: str, tokenizer_class: str) -> bool:
     A tokenizer class with an `__init__` of its own makes normalizer, pre-tokenizer and decoder itself. Which class it
     is says the tokenizer's config, or for some model types the library (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`).
     """
-    auto = next(filter(None, (_text_of_auto(folder or ".") for folder in sys.path)), "")
+    auto = installed_text("transformers/models/auto/tokenization_auto.py")
     listed = re.search(r"^MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS\b.*?^}", auto, re.MULTILINE | re.DOTALL)
     registered = re.search(rf'\("{re.escape(model_type)}", "(\w+?)(?:Fast)?"', auto)
     if listed is None:  # transformers 4 reads them all
@@ -73,7 +67,3 @@ def makes_its_steps(model_type: str, tokenizer_class: str) -> bool:
     if registered is not None and f'"{model_type}",' in listed[0]:
         name = registered[1]
     return "def __init__(" in class_source(name, "tokenization")
-
-
-def _text_of_auto(folder: str) -> str:
-    return _text(f"{folder}/transformers/models", "auto", "tokenization")

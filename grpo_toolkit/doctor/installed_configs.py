@@ -9,6 +9,8 @@ import sys
 from functools import lru_cache
 from typing import Any, Final
 
+from grpo_toolkit.doctor.readers import installed_text, read_text
+
 
 @lru_cache(maxsize=16)
 def installed_knows(model_type: str) -> bool | None:
@@ -19,7 +21,7 @@ def installed_knows(model_type: str) -> bool | None:
     for folder in sys.path:
         auto = os.path.join(folder or ".", "transformers", "models", "auto")  # noqa: PTH118 - half the time of Path
         if os.path.isdir(auto):  # noqa: PTH112
-            return any(f'("{model_type}", "' in _text(os.path.join(auto, name)) for name in _TABLES)  # noqa: PTH118
+            return any(f'("{model_type}", "' in read_text(os.path.join(auto, name)) for name in _TABLES)  # noqa: PTH118
     return None
 
 
@@ -110,34 +112,17 @@ def _source(model_type: str) -> str:
         return ""
     words = model_type.split("_")
     for name in ("_".join(words[:count]) for count in range(len(words), 0, -1)):
-        for folder in sys.path:
-            text = _text(
-                os.path.join(  # noqa: PTH118
-                    folder or ".", "transformers", "models", name, f"configuration_{name}.py"
-                )
-            )
-            if f'model_type = "{model_type}"' in text:
-                return text
+        text = installed_text(f"transformers/models/{name}/configuration_{name}.py")
+        if f'model_type = "{model_type}"' in text:
+            return text
     return ""
 
 
 @lru_cache(maxsize=1)
 def _of_all() -> str:
     """Return the text of the class that all configs are of."""
-    for folder in sys.path:
-        text = _text(os.path.join(folder or ".", "transformers", "configuration_utils.py"))  # noqa: PTH118
-        if text:
-            return text.partition("\nclass PreTrainedConfig")[2].partition("\n    def ")[0]
-    return ""
+    text = installed_text("transformers/configuration_utils.py")
+    return text.partition("\nclass PreTrainedConfig")[2].partition("\n    def ")[0]
 
 
 _TABLES: Final = ("auto_mappings.py", "configuration_auto.py")
-
-
-@lru_cache(maxsize=8)
-def _text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123
-            return file.read()
-    except OSError:
-        return ""

@@ -89,6 +89,21 @@ def installed_version(name: str) -> Version:
     return ()
 
 
+@lru_cache(maxsize=32)
+def installed_text(path: str) -> str:
+    """Return a file of an installed package, such as "peft/utils/constants.py"; empty where it is not here."""
+    return next(filter(None, (read_text(f"{folder or '.'}/{path}") for folder in sys.path)), "")
+
+
+def read_text(path: str) -> str:
+    """Return a file's text; empty where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - half the time of Path
+            return file.read()
+    except OSError:
+        return ""
+
+
 def concerns(fails: str, reader: Reader) -> bool:
     """Return whether a fault that concerns the readers in `fails` concerns this one; an unknown version counts."""
     for item in _items(fails):

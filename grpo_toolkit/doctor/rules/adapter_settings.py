@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, Kind
-from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
 from grpo_toolkit.checkpoint.tensor_names import is_lora
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
+from grpo_toolkit.doctor.readers import installed_text
 from grpo_toolkit.doctor.rules.adapter import is_of_mlx, modules_of
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def adapter_setting_unusable(folder: Folder) -> Iterator[Fault]:
         yield _fault("bias", config["bias"], " or ".join(_BIASES), "none")
     if config.get("task_type") not in (None, *_TASKS):
         yield _fault("task_type", config["task_type"], f"null or one of {', '.join(_TASKS)}", None)
-    if not _is_number(config.get("lora_dropout", 0)):
+    if not is_number(config.get("lora_dropout", 0)):
         yield _fault("lora_dropout", config["lora_dropout"], "a number", 0.0)
     if "lora_alpha" in config and config["lora_alpha"] is None:
         yield _fault("lora_alpha", None, "the scale it was trained with", ABSENT)
@@ -80,15 +79,11 @@ def _target_faults(folder: Folder, config: dict[str, Any]) -> Iterator[Fault]:
 def _default_targets(folder: Folder) -> list[str]:
     """Return the modules that the installed PEFT takes by itself for the base's model type."""
     kind = "" if folder.base is None else folder.base.model_type
-    for place in sys.path:
-        try:
-            text = Path(place or ".", "peft", "utils", "constants.py").read_text(encoding="utf-8")
-        except OSError:
-            continue
-        table = text.partition("TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING")[2].partition("\n}")[0]
-        found = re.search(rf'"{re.escape(kind)}": \[([^\]]*)\]', table)
-        return sorted(re.findall(r'"(\w+)"', found[1])) if found else []
-    return []
+    table = installed_text("peft/utils/constants.py").partition("TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING")[
+        2
+    ]
+    found = re.search(rf'"{re.escape(kind)}": \[([^\]]*)\]', table.partition("\n}")[0])
+    return sorted(re.findall(r'"(\w+)"', found[1])) if found else []
 
 
 def _is_named(module: str, targets: list[Any]) -> bool:
@@ -110,10 +105,6 @@ def _fits(pattern: str, module: str) -> bool:
     except re.error:
         return False
     return any(found.fullmatch(name) for name in (module, f"model.{module}", module.removeprefix("model.")))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _fault(key: str, found: Any, expected: str, right: Any) -> Fault:

@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
-from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject
+from grpo_toolkit.checkpoint.json_files import ABSENT, JsonObject, is_number
 from grpo_toolkit.checkpoint.model_families import THETAS_OF_V4, is_read_otherwise, older_rotary
 from grpo_toolkit.checkpoint.pixel_limits import PIXEL_LIMITS, pixel_limits
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
@@ -106,10 +106,6 @@ def _is_in_v4(folder: Folder) -> bool:
     return folder.family is not None or any(str(node.get("model_type")) in THETAS_OF_V4 for _, node in folder.levels())
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 @rule(
     Severity.WRONG,
     "rope_theta inside rope_scaling alone",
@@ -125,7 +121,7 @@ def theta_in_rope_scaling(folder: Folder) -> Iterator[Fault]:
     for level, node in folder.levels():
         scaling = node.get("rope_scaling")
         theta = scaling.get("rope_theta") if isinstance(scaling, dict) else None
-        if _is_number(theta) and "rope_theta" not in node and "vision" not in ".".join(level):
+        if is_number(theta) and "rope_theta" not in node and "vision" not in ".".join(level):
             yield Fault(
                 file=CONFIG,
                 key=".".join((*level, "rope_scaling")),
@@ -298,10 +294,10 @@ def pixel_limits_unread(folder: Folder) -> Iterator[Fault]:
         name = folder.get(file, *path, kind)
         if not isinstance(size, dict) or not isinstance(name, str) or not name.startswith(_BETWEEN_LIMITS):
             continue
-        if all(_is_number(size.get(edge)) for edge in _EDGES):
+        if all(is_number(size.get(edge)) for edge in _EDGES):
             continue
         limits = _limits(settings, folder.base.get(file, *path) if folder.base else ABSENT)
-        outer_alone = all(_is_number(settings.get(name)) for name in PIXEL_LIMITS)
+        outer_alone = all(is_number(settings.get(name)) for name in PIXEL_LIMITS)
         yield Fault(
             file=file,
             key=".".join((*path, "size")),
@@ -317,7 +313,7 @@ def _limit_edits(file: str, path: tuple[str, ...], limits: JsonObject, settings:
     yield Edit(file=file, path=(*path, "size"), value=limits)
     if "image_processor_type" in settings:  # 4.49 reads the limits of an image here, and nowhere else
         for name, edge in PIXEL_LIMITS.items():
-            if not _is_number(settings.get(name)):
+            if not is_number(settings.get(name)):
                 yield Edit(file=file, path=(*path, name), value=limits[edge])
 
 
@@ -328,6 +324,6 @@ def _limits(settings: JsonObject, base: Any) -> JsonObject | None:
     """Return `size` in the form that is read, from the limits in another form or else from the base's."""
     for node in (settings, base):
         low, high = pixel_limits(node) if isinstance(node, dict) else (ABSENT, ABSENT)
-        if _is_number(low) and _is_number(high):
+        if is_number(low) and is_number(high):
             return {"shortest_edge": low, "longest_edge": high}
     return None

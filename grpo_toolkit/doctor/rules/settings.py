@@ -101,16 +101,17 @@ def settings_differ(folder: Folder) -> Iterator[Fault]:
         is_of_null_setting = ours is None and not installed_takes(folder.model_type, path[:-1], path[-1], None)
         if path[-1] not in _WITHOUT_EFFECT and theirs is not None and not is_of_null_setting:
             # 4.x then computes an auxiliary loss at every step, and fails.
-            yield _fault(path, ours, theirs, fails=V4 if path[-1] == "output_router_logits" else "")
+            yield as_in_base(CONFIG, path, ours, theirs, fails=V4 if path[-1] == "output_router_logits" else "")
 
 
-def _fault(path: tuple[str, ...], ours: Any, theirs: Any, *, fails: str = "") -> Fault:
+def as_in_base(file: str, path: tuple[str, ...], ours: Any, theirs: Any, *, fails: str = "") -> Fault:
+    """Return the fault of a value that should be the base's, with the edit that makes it so."""
     return Fault(
-        file=CONFIG,
+        file=file,
         key=".".join(path),
         found=ours,
         expected=f"{theirs!r}, as in the base",
-        remedies=(Edit(file=CONFIG, path=path, value=copy.deepcopy(theirs)),),
+        remedies=(Edit(file=file, path=path, value=copy.deepcopy(theirs)),),
         fails=fails,
     )
 
@@ -178,7 +179,7 @@ def rope_theta_differs(folder: Folder) -> Iterator[Fault]:
         same = base.get(CONFIG, *path, "rope_theta")
         theirs = theirs if same is ABSENT else same
         if ABSENT not in (ours, theirs) and not _equal(ours, theirs) and not _is_default(folder, path, ours, theirs):
-            yield _fault((*path, "rope_theta"), ours, theirs, fails=fails)
+            yield as_in_base(CONFIG, (*path, "rope_theta"), ours, theirs, fails=fails)
 
 
 def _is_default(folder: Folder, path: tuple[str, ...], ours: Any, theirs: Any) -> bool:

@@ -122,7 +122,7 @@ def setting_not_taken(folder: Folder) -> Iterator[Fault]:
 
 
 _CHECKED: Final = frozenset({"model_type", "text_config", "vision_config", "architectures", "transformers_version"})
-"""What other rules say more of."""
+"""Keys of which other rules say more."""
 
 
 def _not_taken(folder: Folder, path: tuple[str, ...], value: Any) -> Fault:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import Kind
-from grpo_toolkit.checkpoint.json_files import ABSENT
-from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
+from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
+from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_classes import class_source, default_in
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR
+from grpo_toolkit.doctor.rules.settings import as_in_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,10 +34,6 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(other, bool) and isinstance(one, (bool, int, str)):
         return bool(one) == other
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _image_settings(folder: Folder) -> tuple[str, tuple[str, ...], dict[str, Any]]:
@@ -74,7 +70,7 @@ def image_settings_differ(folder: Folder) -> Iterator[Fault]:
             continue
         if key in ("do_resize", "do_center_crop") and bool(found) == value and found is not ABSENT:
             continue  # asked whether it is true, and not checked
-        if key == "crop_size" and (_is_number(found) and isinstance(value, dict)):
+        if key == "crop_size" and (is_number(found) and isinstance(value, dict)):
             continue  # one number is a square
         if key == "patch_size" and base.get(PROCESSOR, key) not in (ABSENT, None):
             continue  # the processor's own is handed to it
@@ -82,7 +78,7 @@ def image_settings_differ(folder: Folder) -> Iterator[Fault]:
             source = source or class_source(str(theirs.get("image_processor_type")).removesuffix("Fast"), _IMAGES)
             if default_in(source, key) in (None, value):
                 continue
-        yield _fault(file, (*path, key), found, value)
+        yield as_in_base(file, (*path, key), found, value)
 
 
 _IMAGES: Final = "image_processing"
@@ -104,19 +100,19 @@ def image_size_unusable(folder: Folder) -> Iterator[Fault]:
     file, path, ours = _image_settings(folder)
     theirs, size = _image_settings(base)[2].get("size"), ours.get("size", ABSENT)
     is_here = file in folder.objects and (not path or isinstance(folder.get(file, *path), dict))
-    if not isinstance(theirs, dict) or not theirs or not is_here or (_is_number(size) and size > 0):
+    if not isinstance(theirs, dict) or not theirs or not is_here or (is_number(size) and size > 0):
         return
     has_limits = {"min_pixels", "max_pixels"} & ours.keys()
     if has_limits and size in (ABSENT, None):
         return
     if not isinstance(size, dict) or not size:
-        yield _fault(file, (*path, "size"), size, theirs)
+        yield as_in_base(file, (*path, "size"), size, theirs)
         return
     for key in theirs:
         value = size.get(key, ABSENT)
         is_other_form = value is ABSENT and len(size) >= len(theirs) and not size.keys() <= theirs.keys()
-        if not (_is_number(value) and value > 0) and not is_other_form:
-            yield _fault(file, (*path, "size", key), value, theirs[key])
+        if not (is_number(value) and value > 0) and not is_other_form:
+            yield as_in_base(file, (*path, "size", key), value, theirs[key])
 
 
 @rule(
@@ -141,7 +137,7 @@ def picture_class_differs(folder: Folder) -> Iterator[Fault]:
         if found in (ABSENT, None) or not isinstance(wanted, str):
             continue
         if not isinstance(found, str) or found.removesuffix("Fast") != wanted.removesuffix("Fast"):
-            yield _fault(where, at, found, wanted)
+            yield as_in_base(where, at, found, wanted)
 
 
 def _classes_beside(folder: Folder, base: Folder) -> tuple[Any, Any]:
@@ -188,18 +184,8 @@ def processor_settings_differ(folder: Folder) -> Iterator[Fault]:
             if default_in(source, key) in (None, theirs):
                 continue
         if is_here:
-            yield _fault(PROCESSOR, (key,), ours, theirs)
+            yield as_in_base(PROCESSOR, (key,), ours, theirs)
         else:
             remedies = (WholeFile(file=PROCESSOR, content=None),)
             yield Fault(file=PROCESSOR, key=key, expected=f"{theirs!r}, as in the base", remedies=remedies)
             return
-
-
-def _fault(file: str, path: tuple[str, ...], ours: Any, theirs: Any) -> Fault:
-    return Fault(
-        file=file,
-        key=".".join(path),
-        found=ours,
-        expected=f"{theirs!r}, as in the base",
-        remedies=(Edit(file=file, path=path, value=copy.deepcopy(theirs)),),
-    )
