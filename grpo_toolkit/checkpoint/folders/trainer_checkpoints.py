@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from pathlib import Path
 from typing import Final
 
@@ -96,6 +95,8 @@ def _why_deepspeed_is_not_whole(checkpoint: Path) -> str | None:
 
 
 def _first_cut_off(checkpoint: Path) -> str | None:
+    import zipfile  # with all that compresses: the doctor, which asks about other things, is there before it
+
     files = sorted(path for path in checkpoint.rglob("*") if path.suffix in _TORCH_SAVED and path.is_file())
     cut_off = next((path for path in files if not zipfile.is_zipfile(path)), None)
     return None if cut_off is None else f"{cut_off.relative_to(checkpoint)} is cut off"

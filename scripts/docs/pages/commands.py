@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.cli import run
-from grpo_toolkit.cli.main import GROUPS, build_parser
+from grpo_toolkit.cli.main import GROUPS, VERBS, build_parser
 from scripts.docs.pages.markdown import plain, sentence, table
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def commands_page() -> str:
     parsers = command_parsers()
     parts = [INTRODUCTION]
     for group, verbs in GROUPS.items():
-        names = [verb.__name__.rpartition(".")[2] for verb in verbs]
-        parts.append(f"To {group}: {', '.join(f'[`{name}`](#{name})' for name in names)}.\n")
+        parts.append(f"To {group}: {', '.join(f'[`{name}`](#{name})' for name in verbs)}.\n")
     parts += [_command(name, f"grpo-toolkit {name}", parser) for name, parser in parsers.items()]
     launcher = run.build_parser()
     parts.append(_command("python -m grpo_toolkit.cli.run", launcher.prog, launcher))
@@ -38,11 +37,7 @@ def command_parsers() -> Mapping[str, argparse.ArgumentParser]:
     """Return the parser of each command by its name, in the order of the help."""
     groups = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     found: Mapping[str, argparse.ArgumentParser] = groups[0].choices
-    return {verb.__name__.rpartition(".")[2]: found[verb.__name__.rpartition(".")[2]] for verb in _verbs()}
-
-
-def _verbs() -> list[Any]:
-    return [verb for verbs in GROUPS.values() for verb in verbs]
+    return {verb: found[verb] for verb in VERBS}
 
 
 def _command(title: str, call: str, parser: argparse.ArgumentParser) -> str:

@@ -132,9 +132,9 @@ def quantization_disagrees(folder: Folder) -> Iterator[Fault]:
 )
 def ignore_misses(folder: Folder) -> Iterator[Fault]:
     """Judge by the live model's names, and by the stored ones, which transformers before 4.52 has for its own."""
-    ignore, plain = _ignore(folder), dict(_unquantised_layers(folder))
     if _weights_setting(folder) is None or not _targets_linear(folder) or not _fp8_weights(folder):
         return
+    ignore, plain = _ignore(folder), dict(_unquantised_layers(folder))
     missed = {by: unlisted(plain.keys() if by == "live" else plain.values(), ignore) for by in ("live", "stored")}
     live, stored = missed["live"], missed["stored"]
     if live is None or stored is None or not (live or stored):
