@@ -19,6 +19,7 @@ from grpo_toolkit.reporting.terminal.step_time import step_lines
 from grpo_toolkit.reporting.trackers.step_time import StepMirror
 from grpo_toolkit.step_time.clock import StepClock
 from grpo_toolkit.step_time.explain import explain_steps, steady_rows
+from grpo_toolkit.step_time.seams.look import PASSES
 from grpo_toolkit.step_time.setup import (
     compute_dtype,
     largest_forward,
@@ -74,8 +75,8 @@ class StepTimeCallback(GuardedCallback):
         trainer: the one that it is added to; may also be set later, as an attribute.
         every: of the steps on a GPU, how often phases are taken.
         output_dir: where to put the file; by default the trainer's `output_dir`.
-        profile: also profile a few decode steps of those steps that are looked at closely, for the share of time in
-            which the GPU works. Afterwards PyTorch's profiler stays loaded in the process.
+        profile: also profile a few decode steps and a micro-batch of those steps that are looked at closely, for what
+            the GPU does in them and what it waits for. Afterwards PyTorch's profiler stays loaded in the process.
         trials: when training is over, also measure what the cures that are callbacks of ours save, on copied inputs of
             the last step that was looked at closely, beside what they are predicted to. In one process.
         floors: also measure the device when training begins, and say what physics asks for.
@@ -214,7 +215,8 @@ class StepTimeCallback(GuardedCallback):
             machine=self._machine,
             settings=lambda notes: settings_of(model, args, known, tokens=largest_forward(notes)),
             steps=state.max_steps - state.global_step,
-            profiles=self.profile,
+            # One after the images of the first ones are compared, if there is one.
+            profiled=min(PASSES + 1, args.gradient_accumulation_steps) if self.profile else 0,
             keeps_inputs=self.trials,
         )
         self._mirror = StepMirror()

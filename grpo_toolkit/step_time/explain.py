@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.step_time.causes.cause import Mean
 from grpo_toolkit.step_time.causes.table import CAUSES
-from grpo_toolkit.step_time.rows import PHASES, FoundCause, StepExplanation
+from grpo_toolkit.step_time.rows import NO_CURE, PHASES, FoundCause, StepExplanation
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 WORTH: Final = 0.01
 """The share of a step from which on a cause is worth a line."""
-
-NO_CURE: Final = "none here"
-"""The beginning of a cure that is in place already, and does nothing about its cause."""
 
 _BETWEEN: Final = ("logging", "evaluation", "saving")
 """Phases that do not happen in every step: their mean is over all steps, however often phases are taken."""

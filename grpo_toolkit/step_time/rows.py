@@ -109,6 +109,10 @@ class StepRow:
         return asdict(self)
 
 
+NO_CURE: Final = "none here"
+"""The beginning of a cure that is none: nothing can be done about it, or what could be is in place."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FoundCause:
     """One cause of a slow step.
@@ -130,6 +134,11 @@ class FoundCause:
     cure: str
     line: str = ""
     link: str = ""
+
+    @property
+    def is_curable(self) -> bool:
+        """Whether something can be done about it."""
+        return not self.cure.startswith(NO_CURE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +193,8 @@ class StepExplanation:
 
     @property
     def top_cause(self) -> str | None:
-        """The cause to cure first."""
-        return self.causes[0].cause if self.causes else None
+        """The cause to cure first; None where nothing can be done about any."""
+        return next((found.cause for found in self.causes if found.is_curable), None)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

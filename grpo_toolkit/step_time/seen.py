@@ -58,6 +58,24 @@ class VisionSeen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsSeen:
+    """Shares of the time of one micro-batch's forward and backward, by what the device did; they add up to 1.
+
+    Attributes:
+        products: matrix products; `attention`: its kernels.
+        between: all other kernels, and copies.
+        exchange: between processes, while nothing is computed.
+        idle: nothing.
+    """
+
+    products: float
+    attention: float
+    between: float
+    exchange: float = 0.0
+    idle: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a training, and the memory that it takes.
 
@@ -90,6 +108,7 @@ class Seen:
         processed, processed_distinct: images that the processor was given in a step, and different ones.
         rewards_cpu: processor time over wall time, of each reward function that is Python.
         is_gpu: where it ran.
+        kernels: of one micro-batch; None where none was profiled.
     """
 
     rollout: RolloutSeen | None = None
@@ -101,3 +120,4 @@ class Seen:
     processed_distinct: int | None = None
     rewards_cpu: dict[str, float] = field(default_factory=dict)
     is_gpu: bool = False
+    kernels: KernelsSeen | None = None

@@ -58,7 +58,7 @@ class StepWatch:
         model, machine: for what physics asks for; None where that is not known.
         settings: asked at the end of a step that is looked at closely.
         steps: that this process is to train; the only one is looked at closely.
-        profiles: whether some decode steps of such a step are profiled.
+        profiled: the micro-batch of such a step that is profiled, from 1, as some decode steps are; 0: nothing is.
         keeps_inputs: whether inputs of a step that is looked at closely are copied.
 
     Attributes:
@@ -79,7 +79,7 @@ class StepWatch:
         machine: Machine | None = None,
         settings: Callable[[StepNotes], Settings],
         steps: int | None = None,
-        profiles: bool = False,
+        profiled: int = 0,
         keeps_inputs: bool = False,
     ) -> None:
         self.clock = clock or StepClock()
@@ -90,7 +90,7 @@ class StepWatch:
         self._rank, self._world_size = rank, world_size
         self._model, self._machine, self._settings = model, machine, settings
         self._steps = steps
-        self._profiles, self._keeps_inputs = profiles, keeps_inputs
+        self._profiled, self._keeps_inputs = profiled, keeps_inputs
         self.kept = KeptInputs()
         self._seams: ModelSeams | None = None
         self._trainer_seams: TrainerSeams | None = None
@@ -108,7 +108,7 @@ class StepWatch:
     def install(self, model: Any, processing_class: Any, trainer: Any = None) -> None:
         """Take the seams. After every other callback's `on_train_begin`: ours stands before what they install."""
         if self._seams is None:
-            self._seams = ModelSeams(model, self.clock, profiles=self._profiles)
+            self._seams = ModelSeams(model, self.clock, profiled=self._profiled)
             self._trainer_seams = TrainerSeams(trainer, self._seams, processing_class, on_reading=self._on_reading)
 
     def close(self) -> None:
@@ -141,10 +141,12 @@ class StepWatch:
 
     def substep_end(self) -> None:
         """A micro-batch is done."""
+        self._end_profile()
         self.clock.switch(OTHER)
 
     def before_optimizer(self) -> None:
         """Gradients are there, and clipped."""
+        self._end_profile()
         if self._trainer_seams is not None and self._trainer_seams.sees_backward and self.clock.path == (OTHER,):
             self.clock.rename("optimizer", "clipping")
         self.clock.switch("optimizer")
@@ -167,6 +169,10 @@ class StepWatch:
             seen = self.seen
             self._between()
         self._over = (step, notes, seen)
+
+    def _end_profile(self) -> None:
+        if self._seams is not None:
+            self._seams.guarded(self._seams.end_profile)
 
     def was(self, phase: str) -> None:
         """Name what has been going on since the step ended, or since the last such call."""

@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     add_step_arguments(parser)
     parser.add_argument("--weights", nargs="+", choices=["full", "lora"], default=["full"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plain", "cured"])
+    parser.add_argument("--profile", action="store_true", help="as StepTimeCallback(profile=True)")
     parser.add_argument("--steps", type=int, default=3, help="of slow arms; the others take twice as many")
     parser.add_argument("--output", default="bench_step_time")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -68,6 +69,7 @@ def in_a_process_of_its_own(
     given += ["--steps", str(options.steps * 2 if "cured" in arm else options.steps)]
     given += ["--image", *map(str, options.image), "--base", str(base)]
     given += ["--output", str(output / f"{weights}-{arm}"), "--child", weights, arm]
+    given += ["--profile"] if options.profile else []
     log = output / f"{weights}-{arm}.log"
     with log.open("w") as stream:
         command = [sys.executable, "-m", "scripts.benchmarks.step_time", *given]
@@ -98,7 +100,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             outside.append(time.perf_counter())
 
     cures: list[Any] = [PackedVisionCallback(), FastRolloutCallback("fast")] if "cured" in arm else []
-    timing = None if arm.startswith("untimed") else StepTimeCallback(every=1, output_dir=options.output)
+    timing = (
+        None
+        if arm.startswith("untimed")
+        else StepTimeCallback(every=1, output_dir=options.output, profile=options.profile)
+    )
     trainer = GRPOTrainer(
         model=options.base,
         args=settings_of(options, options.output),

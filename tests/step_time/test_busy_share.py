@@ -1,4 +1,4 @@
-"""The share of time in which a device works while a rollout decodes."""
+"""What a device does while a rollout decodes, and in a micro-batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 
 from grpo_toolkit import StepTimeCallback
 from grpo_toolkit.step_time.explain import find_causes
-from grpo_toolkit.step_time.seams.busy_share import FIRST, STEPS, BusyShare, covered
+from grpo_toolkit.step_time.seams.busy_share import FIRST, STEPS, BusyShare
+from grpo_toolkit.step_time.seams.device_profile import DeviceProfile, Span, covered
+from grpo_toolkit.step_time.seams.kernel_shares import kernel_shares
 from grpo_toolkit.step_time.seen import RolloutSeen, Seen
 from tests.step_time.test_causes import MEAN
 from tests.support.training import grpo_trainer
@@ -24,7 +26,39 @@ def test_overlapping_spans_count_once() -> None:
     assert covered([(4.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (6.0, 7.0)]) == 6.0
 
 
-def test_decode_steps_of_a_close_step_are_profiled_where_that_is_wanted(qwen: Path, tmp_path: Path) -> None:
+def test_kernels_are_told_apart_by_their_names() -> None:
+    spans = [
+        Span("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", 0.0, 20.0),
+        Span("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128>", 20.0, 30.0),
+        Span("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 64, 64>>", 30.0, 40.0),
+        Span("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", 40.0, 45.0),
+        Span("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", 45.0, 50.0),
+        Span("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", 50.0, 60.0),
+        Span("Memcpy DtoD (Device -> Device)", 60.0, 65.0),
+        Span("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", 60.0, 75.0),
+    ]
+    found = kernel_shares(spans, 100e-6)
+    assert found is not None
+    assert (found.products, found.attention, found.between) == pytest.approx((0.3, 0.2, 0.15))
+    assert (found.exchange, found.idle) == pytest.approx((0.1, 0.25))
+    assert kernel_shares([], 1.0) is None
+
+
+def test_products_and_attention_are_known_by_pytorchs_names_too() -> None:
+    matrix, heads = torch.randn(64, 64), torch.randn(1, 2, 64, 16)
+    profile = DeviceProfile(torch.device("cpu"))
+    matrix @ matrix
+    torch.nn.functional.linear(matrix, matrix)
+    torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    torch.nn.functional.rms_norm(matrix, (64,))
+    spans, wall_s = profile.close()
+    found = kernel_shares(spans, wall_s)
+    assert found is not None
+    assert min(found.products, found.attention, found.between, found.idle) > 0
+    assert found.products + found.attention + found.between + found.exchange + found.idle == pytest.approx(1)
+
+
+def test_decode_steps_and_a_micro_batch_are_profiled_where_that_is_wanted(qwen: Path, tmp_path: Path) -> None:
     length = FIRST + STEPS + 2
     found: dict[bool, Any] = {}
     for profile in (False, True):
@@ -39,10 +73,14 @@ def test_decode_steps_of_a_close_step_are_profiled_where_that_is_wanted(qwen: Pa
         callback.trainer = trainer
         trainer.train()
         assert callback._seen is not None
-        found[profile] = callback._seen.rollout
-    assert found[False].busy is None
-    assert 0.0 < found[True].busy <= 1.0
-    assert replace(found[True], busy=None) == found[False]  # the training is the same
+        found[profile] = callback._seen
+    without, profiled = found[False], found[True]
+    assert (without.rollout.busy, without.kernels) == (None, None)
+    assert 0.0 < profiled.rollout.busy <= 1.0
+    assert 0.0 < profiled.kernels.products < 1.0
+    assert profiled.kernels.idle < 1.0
+    assert DeviceProfile.is_free()
+    assert replace(profiled.rollout, busy=None) == without.rollout  # the training is the same
 
 
 def test_somebody_elses_profile_goes_on() -> None:

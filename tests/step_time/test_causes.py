@@ -18,7 +18,7 @@ from grpo_toolkit.step_time.causes.cause import Mean
 from grpo_toolkit.step_time.causes.table import BY_NAME, CAUSES
 from grpo_toolkit.step_time.explain import find_causes
 from grpo_toolkit.step_time.seams.attention_calls import calls_when_packed
-from grpo_toolkit.step_time.seen import RolloutSeen, Seen, Settings, VisionSeen
+from grpo_toolkit.step_time.seen import KernelsSeen, RolloutSeen, Seen, Settings, VisionSeen
 from grpo_toolkit.step_time.work import Machine
 from tests.support.models import build_llama
 from tests.support.training import LANGUAGE_QV, grpo_trainer, v5_only
@@ -115,6 +115,8 @@ def settings(**changes: Any) -> dict[str, Any]:
     return {"settings": replace(CLEAN.settings, **changes)}
 
 
+BUSY_GPU = KernelsSeen(products=0.8, attention=0.15, between=0.05)
+
 SEEDS: dict[str, dict[str, Any]] = {
     "cacheless-rollout": rollout(engine="generate", is_cached=False),
     "attention-by-window": vision(attention_calls=506),
@@ -135,8 +137,26 @@ SEEDS: dict[str, dict[str, Any]] = {
     "ranks-wait": {},
     "saves-block": {},
     "rows-read-in-line": settings(workers=0),
+    "passes-launched-by-kernel": {"kernels": KernelsSeen(products=0.4, attention=0.1, between=0.0, idle=0.5)},
+    "kernels-between-products": {"kernels": KernelsSeen(products=0.5, attention=0.1, between=0.4)},
+    "inputs-prepared-in-line": {"kernels": BUSY_GPU},
+    "decoding-below-bandwidth": {"kernels": BUSY_GPU},
+    "passes-below-peak": {"kernels": BUSY_GPU},
 }
+
+
+def floors(**seconds: float) -> Mean:
+    """Return the step in which the GPU computes as fast as physics lets it, but for some phases."""
+    at_floor = {"rollout/prefill": 10.0, "rollout/decode": 20.0, "forward": 20.0, "backward": 38.0}
+    return replace(MEAN, floors_s=at_floor | seconds)
+
+
 MEANS: dict[str, Mean] = {
+    "passes-launched-by-kernel": floors(forward=10.0, backward=19.0),
+    "kernels-between-products": floors(forward=14.0, backward=26.6),
+    "inputs-prepared-in-line": replace(floors(), phases_s=MEAN.phases_s | {"texts": 7.0, "preparing": 3.0}),
+    "decoding-below-bandwidth": floors(**{"rollout/decode": 8.0}),
+    "passes-below-peak": floors(forward=10.0, backward=30.0),
     "rewards-one-by-one": replace(
         MEAN, parts_s=MEAN.parts_s | {"rewards/slow": 9.0}, phases_s=MEAN.phases_s | {"rewards": 9.0}
     ),
@@ -184,6 +204,31 @@ def test_a_cause_is_found_alone(name: str) -> None:
     assert found[0].evidence
     assert found[0].cure
     assert found[0].link
+
+
+def test_with_a_profile_no_second_of_what_a_gpu_computes_is_unexplained() -> None:
+    seen = replace(CLEAN, kernels=KernelsSeen(products=0.4, attention=0.1, between=0.3, idle=0.2))
+    found = {one.cause: one for one in find_causes(seen, MEAN)}
+    assert set(found) == {
+        "passes-launched-by-kernel", "kernels-between-products", "passes-below-peak", "decoding-below-bandwidth"
+    }  # fmt: skip
+    for name in ("rollout/prefill", "rollout/decode", "forward", "backward"):
+        explained = sum(one.savings_s.get(name, 0.0) for one in found.values())
+        assert explained == pytest.approx(MEAN.seconds(name) - MEAN.floors_s[name])
+    assert found["passes-launched-by-kernel"].savings_s["forward"] == pytest.approx(0.2 * 20)
+    cures = {name for name, one in found.items() if one.is_curable}
+    assert cures == {"passes-launched-by-kernel", "kernels-between-products"}
+
+
+def test_larger_micro_batches_save_no_more_than_the_gpu_waits() -> None:
+    seeded = replace(CLEAN, **SEEDS["small-micro-batches"])
+    by_guess = find_causes(seeded, MEAN)[0]
+    assert by_guess.cause == "small-micro-batches"
+    assert by_guess.saving_s == pytest.approx((18 + 32) / 2)
+    waiting = replace(seeded, kernels=KernelsSeen(products=0.5, attention=0.1, between=0.0, idle=0.4))
+    (measured,) = (one for one in find_causes(waiting, MEAN) if one.cause == "small-micro-batches")
+    assert measured.saving_s == pytest.approx(0.2 * 58)
+    assert "small-micro-batches" not in names(replace(seeded, kernels=BUSY_GPU))
 
 
 PAIRS = [

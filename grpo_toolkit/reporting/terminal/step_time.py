@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_toolkit.step_time.causes.table import BY_NAME
-from grpo_toolkit.step_time.explain import NO_CURE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,7 +39,7 @@ def step_lines(row: StepExplanation, *, causes: int = 3) -> list[str]:
     lines += [
         f"{'':<12}{'?' if found.saving_s is None else f'-{seconds_text(found.saving_s)} s'}: "
         f"{cause_title(found.cause)}{f' -> {found.line}' if found.line else ''}"
-        for found in [found for found in row.causes if not found.cure.startswith(NO_CURE)][:causes]
+        for found in [found for found in row.causes if found.is_curable][:causes]
     ]
     return [*lines, *(f"{'':<12}{tried_text(tried)}" for tried in row.tried)]
 

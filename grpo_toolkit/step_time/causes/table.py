@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from grpo_toolkit.step_time.causes import rollouts, training, vision
+from grpo_toolkit.step_time.causes import kernels, rollouts, training, vision
 
-CAUSES: Final = (*rollouts.CAUSES, *vision.CAUSES, *training.CAUSES)
+CAUSES: Final = (*rollouts.CAUSES, *vision.CAUSES, *training.CAUSES, *kernels.CAUSES)
 """Every cause, in the order in which their savings are taken off a phase."""
 
 BY_NAME: Final = {cause.name: cause for cause in CAUSES}

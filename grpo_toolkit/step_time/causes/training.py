@@ -87,11 +87,13 @@ def _small_batches(seen: Seen, mean: Mean) -> Found | None:
     time = mean.seconds("forward") + mean.seconds("backward")
     if not floors or time < 3 * floors:
         return None  # as busy as it gets
-    names = ("forward", "backward")
+    saved = {name: (mean.seconds(name) - mean.floors_s.get(name, 0.0)) / 2 for name in ("forward", "backward")}
+    if seen.kernels is not None:  # twice the rows halve the launches, and no more is known to be waited for
+        saved = {name: seen.kernels.idle / 2 * mean.seconds(name) for name in saved}
     return Found(
         evidence=f"{asked.accumulation} micro-batches of {asked.batch_size} rows a step, and {free / 1e9:.0f} GB of "
         "memory stay free",
-        savings_s={name: (mean.seconds(name) - mean.floors_s.get(name, 0.0)) / 2 for name in names},
+        savings_s=saved,
         line=f"per_device_train_batch_size={asked.batch_size * 2}, "
         f"gradient_accumulation_steps={max(asked.accumulation // 2, 1)}",
     )

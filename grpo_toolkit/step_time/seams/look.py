@@ -76,6 +76,7 @@ def look_closely(notes: StepNotes, model: Any, *, towers: Sequence[Any], setting
         processed_distinct=len({_digest(picture) for picture in notes.pictures}) if notes.pictures else None,
         rewards_cpu={name: busy / wall for name, (wall, busy) in notes.rewards_cpu.items() if wall > 0},
         is_gpu=model.device.type == "cuda",
+        kernels=notes.kernels,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.model.attention.decode_without_cudnn import plans_per_length
@@ -20,6 +19,7 @@ from grpo_toolkit.model.rollouts.rollouts import rollouts_of
 from grpo_toolkit.step_time.clock import OTHER, PREPARING
 from grpo_toolkit.step_time.seams.attention_calls import AttentionCalls
 from grpo_toolkit.step_time.seams.busy_share import BusyShare
+from grpo_toolkit.step_time.seams.device_profile import DeviceProfile
 from grpo_toolkit.step_time.seams.forward_shapes import (
     adapter_layer,
     cast_bytes,
@@ -30,6 +30,7 @@ from grpo_toolkit.step_time.seams.forward_shapes import (
     token_shape,
 )
 from grpo_toolkit.step_time.seams.generate import GenerateSeam, arguments_of
+from grpo_toolkit.step_time.seams.kernel_shares import kernel_shares
 from grpo_toolkit.step_time.seams.look import PASSES, distinct_images, look_at_rollout
 from grpo_toolkit.step_time.seams.notes import ForwardNotes, RolloutNotes, StepNotes, VisionNotes
 
@@ -47,37 +48,40 @@ class ModelSeams:
     Args:
         model: the model in training, in any wrapper.
         clock: what is told.
-        profiles: whether some decode steps of steps that are looked at closely are profiled.
+        profiled: the micro-batch, from 1, that is profiled in a step that is looked at closely, as some decode steps
+            are; 0: nothing is.
 
     Attributes:
         notes: of the step that is running, from the reading of its rows on if the trainer shows that.
         is_open: whether a step runs; between steps nothing is looked at.
         towers: the vision towers that are looked at.
+        hooks: all that look; at the first exception of one, all are let go of.
     """
 
-    def __init__(self, model: torch.nn.Module, clock: StepClock, *, profiles: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module, clock: StepClock, *, profiled: int = 0) -> None:
         self.live: Any = base_model(model)
         self.clock = clock
         self.notes: StepNotes | None = None
         self.is_open = False
-        self.profiles = profiles
+        self.profiled = profiled
         self._thread = threading.get_ident()
         self._rollout: RolloutNotes | None = None
         self._forward: ForwardNotes | None = None
         self._vision: VisionNotes | None = None
         self._calls: AttentionCalls | None = None
+        self._profile: DeviceProfile | None = None
         self._adapter = adapter_layer(self.live)
         self._active = None if self._adapter is None else tuple(self._adapter.active_adapters)
-        self._hooks = LookingHooks("measuring the time of a step", put_back=self._let_go)
-        self._hooks.before(self.live, self._before)
-        self._hooks.after(self.live, self._after, always=True)
+        self.hooks = LookingHooks("measuring the time of a step", put_back=self._let_go)
+        self.hooks.before(self.live, self._before)
+        self.hooks.after(self.live, self._after, always=True)
         self.towers = [tower for tower in find_towers(self.live) if tower.module is not self.live]
         for tower in self.towers:
-            self._hooks.before(tower.module, self._before_vision)
-            self._hooks.after(tower.module, self._after_vision, always=True)
+            self.hooks.before(tower.module, self._before_vision)
+            self.hooks.after(tower.module, self._after_vision, always=True)
         embeddings = self.live.get_input_embeddings()
         if embeddings is not None:
-            self._hooks.before(embeddings, self._inside)
+            self.hooks.before(embeddings, self._inside)
         self._generate = GenerateSeam(self.live, self.rollout)
 
     def __reduce__(self) -> Any:
@@ -87,35 +91,25 @@ class ModelSeams:
     @property
     def failed(self) -> bool:
         """Return whether a hook has raised, so that phases are not to be believed any more."""
-        return self._hooks.failed
-
-    def add_reference(self, model: torch.nn.Module) -> None:
-        """Look at a reference model of its own, too."""
-        self._hooks.before(model, self._before_reference)
-        self._hooks.after(model, self._after_reference, always=True)
-
-    def add_reward_model(self, model: torch.nn.Module, name: str) -> None:
-        """Look at a reward that is a model, too."""
-        self._hooks.before(model, partial(self._before_reward, name))
-        self._hooks.after(model, self._after_reward, always=True)
+        return self.hooks.failed
 
     def guarded(self, look: Callable[..., object], *given: Any) -> None:
         """Call something that only looks: at its first exception everything is let go of."""
-        self._hooks.guarded(look, *given)
+        self.hooks.guarded(look, *given)
 
     def switch(self, *path: str) -> None:
         """Tell the clock, if a step runs in this thread."""
-        if self._is_ours():
+        if self.is_ours():
             self.clock.switch(*path)
 
     @contextmanager
     def phase(self, *path: str) -> Iterator[None]:
         """Count the time inside as a phase, unless it is inside of another one's."""
         now = self.clock.path[0]
-        is_counted = self._is_ours() and now in (OTHER, PREPARING)
+        is_counted = self.is_ours() and now in (OTHER, PREPARING)
         # Rows may be made into tensors while they are read, and images while texts are.
         is_image = path == ("image_processing",) and self.notes is not None
-        is_counted |= is_image and (now == "reading_rows" or (now == "texts" and self._is_ours()))
+        is_counted |= is_image and (now == "reading_rows" or (now == "texts" and self.is_ours()))
         is_counted &= not self.failed
         if is_counted:
             self.guarded(self.clock.enter, *path)
@@ -127,16 +121,17 @@ class ModelSeams:
 
     def close(self) -> None:
         """Take everything off."""
-        self._hooks.close()
+        self.hooks.close()
         self._generate.close()
 
     def _let_go(self) -> None:
         if self._calls is not None:
             self._calls.close()
             self._calls = None
+        self.end_profile()
         self.clock.leave_all()
 
-    def _is_ours(self) -> bool:
+    def is_ours(self) -> bool:
         """Return whether a step runs, in the thread that trains: continuous batching decodes in another."""
         return self.is_open and threading.get_ident() == self._thread
 
@@ -145,7 +140,7 @@ class ModelSeams:
     def _before(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         import torch
 
-        if not self._is_ours() or self.notes is None:
+        if not self.is_ours() or self.notes is None:
             return
         shape = token_shape(args, kwargs)
         if shape is None:
@@ -160,6 +155,8 @@ class ModelSeams:
         self.notes.forwards.append(notes)
         if torch.is_grad_enabled():
             self.notes.given = kwargs if self.notes.is_close and not args else None
+            if self.notes.is_close and self._is_profiled(self.notes):
+                self._profile = DeviceProfile(self.live.device)
             self.clock.switch(notes.phase)
         else:
             notes.phase = "reference_logprobs" if self._is_reference() else "old_logprobs"
@@ -168,7 +165,7 @@ class ModelSeams:
     def _after(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         import torch
 
-        if not self._is_ours() or self._rollout is not None or self._forward is None:
+        if not self.is_ours() or self._rollout is not None or self._forward is None:
             return
         notes, self._forward = self._forward, None
         if self.clock.path[0] in ("reference_logprobs", "old_logprobs"):
@@ -183,43 +180,32 @@ class ModelSeams:
             self.clock.switch("forward", "loss")
             for tensor in tensors:
                 if torch.is_grad_enabled() and tensor.requires_grad:
-                    self._hooks.on_gradient(tensor, self._on_gradient)
+                    self.hooks.on_gradient(tensor, self._on_gradient)
 
     def _on_gradient(self, _gradient: torch.Tensor) -> None:
         if self.is_open and self.clock.path == ("forward", "loss"):
             self.clock.switch("backward")
 
+    def _is_profiled(self, notes: StepNotes) -> bool:
+        passes = sum(one.phase == "forward" for one in notes.forwards)
+        return passes == self.profiled and self._profile is None and DeviceProfile.is_free()
+
+    def end_profile(self) -> None:
+        """End the profile of a micro-batch, whose backward is over, if there is one."""
+        profile, self._profile = self._profile, None
+        if profile is not None and self.notes is not None:
+            self.notes.kernels = kernel_shares(*profile.close())
+
     def _is_reference(self) -> bool:
         layer = self._adapter
         return layer is not None and (layer.disable_adapters or tuple(layer.active_adapters) != self._active)
-
-    def _before_reference(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._is_ours() or self.notes is None:
-            return
-        self.clock.enter("reference_logprobs")
-        shape = token_shape(args, kwargs)
-        if shape is not None:
-            notes = ForwardNotes(rows=shape[0], length=shape[1], phase="reference_logprobs")
-            self.notes.forwards.append(notes)
-
-    def _after_reference(self, *_: object) -> None:
-        if self._is_ours() and self.clock.path[0] == "reference_logprobs":
-            self.clock.leave()
-
-    def _before_reward(self, name: str, *_: object) -> None:
-        if self._is_ours():
-            self.clock.enter("rewards", name)
-
-    def _after_reward(self, *_: object) -> None:
-        if self._is_ours() and self.clock.path[0] == "rewards":
-            self.clock.leave()
 
     # --- the vision tower
 
     def _before_vision(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         import torch
 
-        if not self._is_ours() or self.notes is None or self.clock.path[-1] == "vision":
+        if not self.is_ours() or self.notes is None or self.clock.path[-1] == "vision":
             return
         path = self.clock.path
         self.clock.enter(*path, "vision")
@@ -241,7 +227,7 @@ class ModelSeams:
                 self._calls = AttentionCalls()
 
     def _after_vision(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if not self._is_ours():
+        if not self.is_ours():
             return
         notes, self._vision = self._vision, None
         calls, self._calls = self._calls, None
@@ -259,7 +245,7 @@ class ModelSeams:
         """Make a rollout by the method that ours stands in front of, and count what happens in it as one."""
         call = self._generate.inner(name)
         notes = RolloutNotes(engine="generate" if name == "generate" else "continuous batching")
-        if not self._is_ours() or self._rollout is not None or self.failed:
+        if not self.is_ours() or self._rollout is not None or self.failed:
             return call(*args, **kwargs)
         output = None
         self.guarded(self._begin_rollout, arguments_of(args, kwargs), notes)
@@ -280,7 +266,7 @@ class ModelSeams:
             notes.rows, notes.prompt_tokens = map(int, tokens.shape[:2])
         self._call = call if self.notes.is_close else None
         self.notes.call = self._call if notes.engine == "generate" else None
-        if self.profiles and self.notes.is_close:
+        if self.profiled and self.notes.is_close:
             notes.busy = BusyShare(self.live.device)
         self.clock.enter("rollout", "prefill" if notes.engine == "generate" else "generate")
         rollouts = rollouts_of(self.live)
@@ -314,14 +300,14 @@ class ModelSeams:
             look_at_rollout(notes, call, output, self.live)
 
     def _on_prefilled(self) -> None:
-        if self._is_ours() and self.clock.path[0] == "rollout":
+        if self.is_ours() and self.clock.path[0] == "rollout":
             self.clock.move_on("rollout", "decode")
 
     def _inside(self, *_: object) -> None:
         """Note what autocast casts: it is switched on in the model's forward, behind the hooks on it."""
         import torch
 
-        notes = self._rollout if self._is_ours() else None
+        notes = self._rollout if self.is_ours() else None
         if notes is not None and len(notes.step_lengths) == 1 and torch.is_autocast_enabled(self.live.device.type):
             notes.cast_bytes = cast_bytes(self.live)
 

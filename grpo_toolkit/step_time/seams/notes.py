@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from grpo_toolkit.step_time.seams.busy_share import BusyShare
-    from grpo_toolkit.step_time.seen import Engine
+    from grpo_toolkit.step_time.seen import Engine, KernelsSeen
 
 
 @dataclass(kw_only=True)
@@ -80,7 +80,8 @@ class VisionNotes:
 class StepNotes:
     """All notes on one step. `is_close`: tensors are kept until its end, to be compared then.
 
-    `given` and `call` are what its last forward with a gradient and its last `generate` were given, if it is close.
+    `given` and `call` are what its last forward with a gradient and its last `generate` were given, if it is close;
+    `kernels` is what the device did in one micro-batch, if that was profiled.
     """
 
     is_close: bool = False
@@ -92,6 +93,7 @@ class StepNotes:
     given: dict[str, Any] | None = None
     call: dict[str, Any] | None = None
     rewards_cpu: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kernels: KernelsSeen | None = None
 
     def add_images(self, given: Any) -> None:
         """Note images that the processor was given: one, a list, or a list a row."""

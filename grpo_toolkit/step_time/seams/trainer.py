@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from grpo_toolkit.step_time.clock import OTHER, PREPARING
+from grpo_toolkit.step_time.seams.other_models import OtherModels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ class TrainerSeams:
         self.seams = seams
         self.sees_reading = self.sees_backward = False
         self._on_reading = on_reading
+        self._others = OtherModels(seams)
         self._undo = ExitStack()
         self._look_at_images(getattr(processing_class, "image_processor", None))
         self._look_at_texts(processing_class)
@@ -68,7 +70,7 @@ class TrainerSeams:
         self._time(trainer, "rollout_func", "rollout", "rollout_func")
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
-            self.seams.add_reference(reference)
+            self._others.add_reference(reference)
         self._look_at_rewards(getattr(trainer, "reward_funcs", None))
 
     def _look_at_rewards(self, functions: Any) -> None:
@@ -78,7 +80,7 @@ class TrainerSeams:
             return
         for index, function in enumerate(functions):
             if isinstance(function, Module):
-                self.seams.add_reward_model(function, _name(function))
+                self._others.add_reward(function, _name(function))
             elif callable(function) and not _is_async(function):
                 functions[index] = self._rewarding(function, _name(function))
                 self._undo.callback(functools.partial(_put_back_item, functions, index, functions[index], function))
