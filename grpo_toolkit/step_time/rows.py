@@ -80,7 +80,8 @@ class StepRow:
         phases_s: adds up to `wall_s`. Empty on a GPU's steps that were not sampled, whose phases the host can't tell.
         parts_s: parts of phases, by "phase/part"; the rewards by function.
         clock: "events": phases are the device's; "host": they are the host's, which waits for a CPU anyway.
-        is_first: the first of a process, which compiles, plans and allocates.
+        is_first: it compiles, plans and allocates: the first of a process, or the first whose compiled rollouts have a
+            length or number of rows.
         is_close: it was looked at closely: tensors were compared, which takes some time of its own.
         floors_s: what physics asks for, by phase; None where model or device are not known. `floor_s` is their sum.
     """

@@ -256,7 +256,7 @@ class StepWatch:
             phases_s=phases if is_known else {},
             parts_s=parts if is_known else {},
             clock="events" if found.is_stamped else "host",
-            is_first=pending.count == 1,
+            is_first=pending.count == 1 or any(one.compiles for one in pending.notes.rollouts),
             is_close=pending.notes.is_close,
             work=work,
             floors_s=floors,

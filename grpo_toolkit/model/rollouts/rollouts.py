@@ -68,6 +68,7 @@ class FastRollouts:
     Attributes:
         count: rollouts that went the fast way.
         prefilled: rows that were prefilled for these.
+        compiled: batch sizes and cache lengths for which decode steps were compiled.
         on_prefilled: called in a rollout, between prefill and decoding.
         compile_config: as `generate` takes it; None is the library's own, for one shape after the other.
     """
@@ -88,6 +89,7 @@ class FastRollouts:
         self.compiled_rows = compiled_rows
         self.count = 0
         self.prefilled = 0
+        self.compiled: set[tuple[int, int]] = set()
         self.compile_config: Any = None
         self.on_prefilled: Callable[[], None] | None = None
         self._on_failure = on_failure
@@ -232,11 +234,14 @@ class FastRollouts:
             cache = self._caches.filled(prefill(model, rows), rows.index, tokens)
             if self.on_prefilled is not None:
                 self.on_prefilled()
+            config = self._config(given, cache)
+            if self.live.device.type == "cuda" and not config.disable_compile:
+                self.compiled.add((cache.batch_size, cache.max_cache_len))
             output: torch.Tensor = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 cache=cache,
-                generation_config=self._config(given, cache),
+                generation_config=config,
                 **settings,
             )
         self.count += 1

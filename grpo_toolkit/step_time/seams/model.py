@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from grpo_toolkit.model.rollouts.rollouts import FastRollouts
     from grpo_toolkit.step_time.clock import StepClock
 
 
@@ -270,7 +271,7 @@ class ModelSeams:
             notes.busy = BusyShare(self.live.device)
         self.clock.enter("rollout", "prefill" if notes.engine == "generate" else "generate")
         rollouts = rollouts_of(self.live)
-        self._fast = (0, 0) if rollouts is None else (rollouts.count, rollouts.prefilled)
+        self._fast = (0, 0, 0) if rollouts is None else _counts(rollouts)
         if rollouts is not None:
             rollouts.on_prefilled = self._on_prefilled
 
@@ -289,6 +290,7 @@ class ModelSeams:
                 # The live model's forwards in it are those that measure how far the copy is from it.
                 notes.engine, notes.step_lengths = "fast", []
                 notes.prefilled = rollouts.prefilled - self._fast[1]
+                notes.compiles = len(rollouts.compiled) > self._fast[2]
         sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
         if sequences is not None:
             notes.new_tokens = max(int(sequences.shape[1]) - notes.prompt_tokens, 0)
@@ -325,6 +327,10 @@ class ModelSeams:
         if len(notes.step_lengths) == 2 and plans_per_length(self.live.device):
             backends: Any = torch.backends.cuda
             notes.is_planned_anew = bool(backends.cudnn_sdp_enabled())
+
+
+def _counts(rollouts: FastRollouts) -> tuple[int, int, int]:
+    return rollouts.count, rollouts.prefilled, len(rollouts.compiled)
 
 
 def _blind() -> ModelSeams:

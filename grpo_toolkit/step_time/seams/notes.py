@@ -42,6 +42,7 @@ class RolloutNotes:
         step_lengths: tokens that each of the model's forwards was fed; empty where others ran than the live model's.
         prefilled: rows of its prefill.
         new_tokens: of the longest completion.
+        compiles: it compiled its decode step, for a length or number of rows that it met for the first time.
         busy: the profile of some of its decode steps; None where none is wanted.
         distinct, lengths, padding, cap: see `RolloutSeen`; of a step that is looked at closely.
     """
@@ -56,6 +57,7 @@ class RolloutNotes:
     prefilled: int | None = None
     cast_bytes: int = 0
     is_planned_anew: bool = False
+    compiles: bool = False
     busy: BusyShare | None = None
     distinct: int | None = None
     lengths: list[int] = field(default_factory=list)
