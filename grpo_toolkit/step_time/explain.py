@@ -17,7 +17,7 @@ from grpo_toolkit.step_time.causes.table import CAUSES
 from grpo_toolkit.step_time.rows import NO_CURE, PHASES, FoundCause, StepExplanation
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from grpo_toolkit.step_time.rows import StepRow
     from grpo_toolkit.step_time.seen import Seen
@@ -115,7 +115,8 @@ def mean_of(
 def find_causes(seen: Seen, mean: Mean, *, in_place: Collection[str] = ()) -> list[FoundCause]:
     """Return the causes that are worth a line, the one that costs most first; those of unknown cost come last.
 
-    A callback of `in_place` that would be the cure has left the cause as it is, for reasons that it says itself.
+    One that is not leaves its seconds to the causes after it. A callback of `in_place` that would be the cure has left
+    the cause as it is, for reasons that it says itself.
     """
     left: dict[str, float] = {}
     found: list[FoundCause] = []
@@ -126,6 +127,8 @@ def find_causes(seen: Seen, mean: Mean, *, in_place: Collection[str] = ()) -> li
         savings = None if one.savings_s is None else _take(one.savings_s, mean, left)
         if savings is not None and sum(savings.values()) < WORTH * mean.wall_s:
             continue
+        for name, seconds in (savings or {}).items():
+            left[name] = left.get(name, mean.seconds(name)) - seconds
         cure, line = one.cure or cause.cure, one.line or cause.line
         callback = line.partition("(")[0]
         if callback in in_place:
@@ -144,16 +147,15 @@ def find_causes(seen: Seen, mean: Mean, *, in_place: Collection[str] = ()) -> li
     return sorted(found, key=lambda one: -1.0 if one.saving_s is None else one.saving_s, reverse=True)
 
 
-def _take(savings: dict[str, float], mean: Mean, left: dict[str, float]) -> dict[str, float]:
+def _take(savings: dict[str, float], mean: Mean, left: Mapping[str, float]) -> dict[str, float]:
     """Return a cause's savings out of what is left of each phase above its floor."""
     taken = {}
     for name, seconds in savings.items():
         whole = mean.seconds(name)
         if whole <= 0:
             continue
-        rest = left.setdefault(name, whole)
+        rest = left.get(name, whole)
         saved = min(max(seconds, 0.0) * rest / whole, max(rest - mean.floors_s.get(name, 0.0), 0.0))
-        left[name] = rest - saved
         if saved > 0:
             taken[name] = saved
     return taken

@@ -171,8 +171,12 @@ class StepWatch:
         self._over = (step, notes, seen)
 
     def _end_profile(self) -> None:
-        if self._seams is not None:
-            self._seams.guarded(self._seams.end_profile)
+        if self._seams is None or not self._seams.is_profiling:
+            return
+        self.clock.enter("logging")  # reading what a device did takes seconds
+        self._seams.guarded(self._seams.end_profile)
+        if self.clock.path == ("logging",):
+            self.clock.leave()
 
     def was(self, phase: str) -> None:
         """Name what has been going on since the step ended, or since the last such call."""

@@ -10,8 +10,8 @@ other arm's to the last bit, which is checked by the losses. Arms go A B B A, so
 both. A step's cost is the ratio of its medians over the turns; the median over steps is given, first for steps as most
 are, then for those that are looked at closely (two of the first hundred). The first step, which compiles, is left out.
 The outside clock waits for the GPU at each step's end, in both arms. Where steps vary by more than the callback could
-cost, `--own` says more: one training under Python's profiler, and the milliseconds of a step that pass in the
-callback's own code and in what it calls of C, profiler included.
+cost, `--own` says more: one training under Python's profiler, and the milliseconds of a step as most are that pass in
+the callback's own code and in what it calls of C, profiler included.
 """
 
 from __future__ import annotations
@@ -74,20 +74,23 @@ def train(options: argparse.Namespace, *, timed: bool, folder: Path, steps: int)
     from trl import GRPOTrainer
 
     from grpo_toolkit import FastRolloutCallback, KVCacheCallback, PackedVisionCallback, StepTimeCallback, rows_once
+    from grpo_toolkit.step_time.watch import LOOKS
 
     on_gpu = options.device == "cuda"
     ends: list[float] = []
     profiler = cProfile.Profile(time.process_time)  # what other processes take is no cost of ours
+    usual = [step for step in range(2, steps + 1) if step not in LOOKS]
 
     class Outside(TrainerCallback):
+        def on_step_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+            profiler.disable()
+            if options.own and state.global_step + 1 in usual:
+                profiler.enable()
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if on_gpu:
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
-            if options.own and len(ends) == 1:
-                profiler.enable()
-            elif options.own and len(ends) == steps:
-                profiler.disable()
 
     torch.manual_seed(0)
     args = settings_of(options, str(folder))
@@ -106,13 +109,14 @@ def train(options: argparse.Namespace, *, timed: bool, folder: Path, steps: int)
         timing.trainer = trainer
         trainer.add_callback(timing)
     trainer.train()
+    profiler.disable()
     found = {
         "steps_s": [later - sooner for sooner, later in zip(ends, ends[1:], strict=False)],
         "close": [] if timing is None else [row.step for row in timing.rows if row.is_close],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "failures": [] if timing is None else list(timing.failures),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "own": own_ms(profiler, steps - 1) if options.own else None,
+        "own": own_ms(profiler, len(usual)) if options.own else None,
     }
     del trainer, timing
     gc.collect()

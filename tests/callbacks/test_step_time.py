@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from grpo_toolkit import FastRolloutCallback, KVCacheCallback, PackedVisionCallback, StepTimeCallback
 from grpo_toolkit.model.live_model import base_model
@@ -277,3 +278,30 @@ def test_no_synchronisation_is_added(qwen: Path, tmp_path: Path, monkeypatch: py
         if row.phases_s:
             assert sum(row.phases_s.values()) == pytest.approx(row.wall_s, rel=0.01)
     assert device.made < 3 * 120, "events are used again"
+
+
+@v5_only
+def test_a_step_whose_rollouts_compile_anew_is_left_out_of_the_mean(llama: Path, tmp_path: Path) -> None:
+    class Compiles(TrainerCallback):
+        """Have the third step meet a new length, as on a GPU, where nothing but `compiled` tells of it."""
+
+        def on_step_begin(self, *args: Any, model: Any, **_: Any) -> None:
+            rollouts = rollouts_of(model)
+            assert rollouts is not None
+            if args[1].global_step == 2:
+                inner = rollouts._config
+                rollouts._config = lambda *given: rollouts.compiled.add((4, 512)) or inner(*given)  # type: ignore[func-returns-value,method-assign]
+
+    callback, _ = measured(
+        lambda ours: grpo_trainer(
+            llama,
+            tmp_path,
+            [FastRolloutCallback("fast", strict=True), *ours, Compiles()],
+            with_images=False,
+            max_steps=5,
+        ),
+        with_trainer=True,
+    )
+    assert [row.is_first for row in callback.rows] == [True, False, True, False, False]
+    assert callback.explanation is not None
+    assert callback.explanation.steps == 2  # the second is looked at closely

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from grpo_toolkit.step_time.seen import Seen
 
 REWARDS: Final = 0.05
-READING: Final = 0.05
+READING: Final = 0.025
 SAVING: Final = 0.05
 """Shares of the step from which on a phase is a cause."""
 

@@ -191,6 +191,11 @@ class ModelSeams:
         passes = sum(one.phase == "forward" for one in notes.forwards)
         return passes == self.profiled and self._profile is None and DeviceProfile.is_free()
 
+    @property
+    def is_profiling(self) -> bool:
+        """Return whether a micro-batch is being profiled."""
+        return self._profile is not None
+
     def end_profile(self) -> None:
         """End the profile of a micro-batch, whose backward is over, if there is one."""
         profile, self._profile = self._profile, None
