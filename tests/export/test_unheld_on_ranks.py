@@ -19,15 +19,12 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("variant", "kind", "lora"),
     [
-        ("llama", "fsdp2_full", False),
         ("llama", "fsdp2_full", True),
         ("llama", "fsdp2_sharded", False),
-        ("llama", "zero3", False),
         ("llama", "zero3", True),
         ("llama", "zero3_without_gathering", False),
         ("qwen3_next", "fsdp2_full", False),  # stacks its experts, and hides `mtp.*` from its loader's report
         ("qwen3_next", "zero3", False),
-        ("head", "fsdp2_full", False),
         ("head", "zero3", False),
     ],
 )
