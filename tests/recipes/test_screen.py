@@ -88,7 +88,7 @@ def test_the_story_of_a_run() -> None:
         "learnt      49.5% (the base) to 92.0% of the held-out rows right",
         "right       5 faults in the plain checkpoint, 0 in the export",
         "verified    11 checks passed in a fresh process",
-        "speed       0.71 to 1.33 times the base's time per token: this machine cannot tell",
+        "speed       0.71 to 1.33 times the base's time per token: cannot tell here",
         "look next   runs/tiny/export/README.md",
         "            runs/tiny/latency/report.html",
     ]

@@ -15,6 +15,7 @@ from grpo_toolkit.latency.rows.row import Ratio
 from grpo_toolkit.reporting.report.screen_lines import export_lines, latency_lines, verdict_lines
 from grpo_toolkit.reporting.terminal.console import say, wandb_hint
 from grpo_toolkit.reporting.terminal.step_time import step_lines
+from grpo_toolkit.reporting.terminal.tables import export_table
 from grpo_toolkit.step_time.explain import NO_CURE
 from grpo_toolkit.step_time.store import load_step_review
 from tests.support.latency_rows import arms, natural, row
@@ -95,6 +96,19 @@ def test_an_export_is_a_line_or_two(tmp_path: Path) -> None:
     assert export_lines(replace(result, verification=None, repairs=())) == [
         "export      runs/tiny/export (0.50 MB in 6.5 s; NOT verified)"
     ]
+
+
+def test_a_base_that_was_not_named_is_not_called_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    result = ExportResult(
+        path=Path("out"), base=Path("base"), changes=(), made_portable=(), sources={"source": "a", "base": "b"},
+        repairs=(), bytes=1, seconds=1.0, verification=None,
+    )  # fmt: skip
+    say(export_table(result))
+    assert "nothing: the base was clean" in capsys.readouterr().err
+    say(export_table(replace(result, base=None)))
+    said = capsys.readouterr().err
+    assert "nothing" in said
+    assert "clean" not in said
 
 
 def test_a_steps_explanation_is_a_few_lines(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def told(tpot_ms: float, ratio: dict[str, Any] | None) -> str:
         return f"no verdict over {ratio['pairs']} rounds: it takes six"
     reach = f"{ratio['low']:.2f} to {ratio['high']:.2f} times"
     if ratio["verdict"] == "cannot tell":
-        return f"{reach} the base's time per token: this machine cannot tell"
+        return f"{reach} the base's time per token: cannot tell here"
     return f"{ratio['verdict']}: {ratio['median']:.2f} times the base's time per token ({reach})"
 
 
