@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         reward_funcs=rewards,
     )
     cost = CostCallback(None if plan.memory.sleeps else plan.memory.allocated)
-    finals = AfterTraining(splits.held_out)
+    finals = AfterTraining(splits.held_out, is_told=recipe.verbose)
     callbacks = [cost, finals, KVCacheCallback(), ResumeGuardCallback(), HealthCallback(), ShardedRolloutsCallback()]
     # What makes a step fast comes after what it must see whole: the cache's watch, weights put right at a resume.
     callbacks += [PackedVisionCallback()] if recipe.packed_vision else []

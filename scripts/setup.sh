@@ -34,9 +34,7 @@ setup_environment() {
     # moved or copied, sets up again. An environment to test in (dev) also serves to run (recipes).
     wanted="$* $PWD $(cksum < pyproject.toml)"
     have=$(cat "$venv/.grpo_toolkit" 2>/dev/null || true)
-    if [ "$have" = "$extra $wanted" ] || [[ $extra = recipes && $have = dev*" $wanted" ]]; then
-        say "using the environment in $venv"
-    else
+    if [ "$have" != "$extra $wanted" ] && ! [[ $extra = recipes && $have = dev*" $wanted" ]]; then
         python=$(find_python) ||
             fail "needs Python 3.10 or newer with venv${PYTHON:+, and PYTHON=$PYTHON is not}; name one: PYTHON=/path/to/python3 bash $0"
         [ "$(df -Pk . | awk 'NR == 2 {print $4}')" -gt 12000000 ] ||

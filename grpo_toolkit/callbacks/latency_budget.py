@@ -149,7 +149,7 @@ class EndMeasurement:
         questions = {"fixed answers": self._fixed}
         questions |= {"natural answers": self._natural} if has_natural else {}
         questions |= {"batches": self._batches} if self.settings.batch_sizes and "export" in names else {}
-        say(line("timing", f"{', '.join(names)}: {self._announcement(has_natural)}"))
+        say(line("timing", f"{', '.join(names)} in turns, about {self.budget.left_s(0.0):.0f} s"))
         missed: list[Missed] = []
         with Engines() as engines:
             for left, (name, question) in zip(range(len(questions), 0, -1), questions.items(), strict=True):
@@ -240,12 +240,6 @@ class EndMeasurement:
             budget_s=share_s,
             sizes=self.settings.batch_sizes,
         )
-
-    def _announcement(self, has_natural: bool) -> str:
-        least, most = self.budget.least_rounds, self.settings.rounds
-        rounds = f"{least} to {most}" if most > least else str(most)
-        kinds = "fixed and natural" if has_natural else "fixed"
-        return f"{kinds} answers, {rounds} rounds each, about {self.budget.left_s(0.0):.0f} s"
 
     def _missed(self, rows: Sequence[LatencyRow]) -> list[Missed]:
         """Return the arms that miss the gate: the export, or where none was measured any arm but the first."""

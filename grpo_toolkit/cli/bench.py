@@ -67,8 +67,6 @@ def bench(arguments: argparse.Namespace) -> int:
     arms = find_arms(arguments)
     if len({arm.name for arm in arms}) < len(arms):
         raise InputError("two models have the same name; give them names of their own: NAME=FOLDER")
-    if arguments.rounds < 1:
-        raise InputError("bench needs at least one arm, one request, one round and one new token")
     _say_order(arms)
     given = given_requests(arguments)
     processor = processor_of(arms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="both",
         help="answers of an exact length, answers that end by themselves, or both",
     )
-    add("--new-tokens", type=_counts, default=[64], metavar="N,...", help="tokens of each fixed answer (default 64)")
+    add("--new-tokens", type=_several, default=[64], metavar="N,...", help="tokens of each fixed answer (default 64)")
     add("--max-new-tokens", type=count, default=256, metavar="N", help="most tokens of a natural answer (default 256)")
     add(
         "--prompt-tokens",
@@ -85,11 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, metavar="FILE", help="JSON lines with prompt and image (a path), to ask in turn")
     add("--seed", type=int, default=0, help="seed of the made-up requests")
     add = parser.add_argument_group("how it is measured").add_argument
-    add("--rounds", type=int, default=12, help="measured requests per model (default 12; verdicts need 6)")
-    add("--precision", type=float, metavar="PERCENT", help="go on until ratios are known to so many percent")
+    add("--rounds", type=count, default=12, help="measured requests per model (default 12; verdicts need 6)")
+    add("--precision", type=positive, metavar="PERCENT", help="go on until ratios are known to so many percent")
     add(
         "--budget",
-        type=float,
+        type=positive,
         metavar="SECONDS",
         help="seconds for each workload, warm-up included; 6 rounds are made anyway",
     )
@@ -124,7 +125,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --tune: try larger batches while they need no more memory than this",
     )
     add = parser.add_argument_group("what comes out").add_argument
-    add("--gate", metavar="max-slowdown=RATIO", help="exit 1, with the reason, if a model is slower than the first")
+    add(
+        "--gate",
+        type=_gate,
+        metavar="max-slowdown=RATIO",
+        help="exit 1, with the reason, if a model is slower than the first",
+    )
     add("--output", type=Path, metavar="DIR", help="append the rows to DIR/latency.jsonl")
 
 
@@ -225,6 +231,39 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a count")
     return value
+
+
+def two_or_more(text: str) -> int:
+    """Return a flag's number, from 2 on: of tokens, where the time between two is measured."""
+    value = count(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: it takes two")
+    return value
+
+
+def positive(text: str) -> float:
+    """Return a flag's number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def _gate(text: str) -> str:
+    from grpo_toolkit.latency.bench.gate import gate_of
+
+    try:
+        gate_of(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _several(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
 
 
 def _counts(text: str) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from grpo_toolkit.cli.bench_arguments import count, positive, two_or_more
 from grpo_toolkit.cli.shell import add_device, add_json, add_verb, check_attention, check_writable
 from grpo_toolkit.errors import InputError
 
@@ -57,10 +58,12 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("--prompt", help="what to ask (default: made up)")
     parser.add_argument("--image", type=Path, help="an image to ask about")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="most tokens of an answer (default 128)")
-    parser.add_argument("--rounds", type=int, default=6, help="measured rounds (default 6)")
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="stop after so many seconds, but not before 3 rounds"
+        "--max-new-tokens", type=two_or_more, default=128, help="most tokens of an answer (default 128)"
+    )
+    parser.add_argument("--rounds", type=count, default=6, help="measured rounds (default 6)")
+    parser.add_argument(
+        "--budget", type=positive, metavar="SECONDS", help="stop after so many seconds, but not before 3 rounds"
     )
     parser.add_argument(
         "--thinking",
@@ -79,7 +82,7 @@ def explain(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None:
         return _explain_steps(arguments)
     if arguments.base is None or arguments.trained is None:
-        raise InputError("give a base and a trained model, or --steps and a training's output folder")
+        arguments.parser.error("give a base and a trained model, or --steps and a training's output folder")
     from grpo_toolkit.checkpoint.folders.lineage import order_notice
     from grpo_toolkit.latency.bench.thinking import thinking_in
     from grpo_toolkit.latency.engines.protocol import Options

@@ -24,7 +24,7 @@ def add_command(commands: Commands) -> None:
         "export",
         help="publish a trained folder for inference: merged, verified, portable",
         examples=(
-            "out/checkpoint-500 exported --base Qwen/Qwen2.5-VL-3B-Instruct",
+            "out/checkpoint-500 exported --base BASE",
             "exported exported-fp8 --format fp8",
             "out/checkpoint-500 exported --push-to-hub me/policy",
         ),

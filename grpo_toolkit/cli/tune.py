@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from grpo_toolkit.cli.bench_arguments import PACKED_VISION, count, named_model
+from grpo_toolkit.cli.bench_arguments import PACKED_VISION, count, named_model, two_or_more
 from grpo_toolkit.cli.shell import add_device, add_json, add_verb, quiet_libraries
 from grpo_toolkit.errors import InputError
 
@@ -31,7 +31,9 @@ def add_command(commands: Commands) -> None:
         ),
     )
     parser.add_argument("model", metavar="FOLDER", help="a model or adapter folder")
-    parser.add_argument("--new-tokens", type=count, default=64, metavar="N", help="tokens of each answer (default 64)")
+    parser.add_argument(
+        "--new-tokens", type=two_or_more, default=64, metavar="N", help="tokens of an answer (default 64)"
+    )
     parser.add_argument(
         "--prompt-tokens", type=count, default=512, metavar="N", help="tokens of the prompt (default 512)"
     )
@@ -39,7 +41,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--packed-vision", action="store_true", help=f"try every setting with {PACKED_VISION}")
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=count,
         default=12,
         help="rounds in which the best setting and the default take turns (default 12)",
     )

@@ -72,7 +72,6 @@ def test_verify_exits_1_on_a_poisoned_folder(qwen: Path, tmp_path: Path, capsys:
         (["export", "{tmp}/cut", "{tmp}/out"], "it is cut off"),
         (["verify", "{qwen}", "--device", "cuda:77"], "--device cuda:77: not here"),
         (["bench", "{qwen}", "{qwen}"], "two models have the same name"),
-        (["bench", "{qwen}", "--rounds", "0"], "at least one arm"),
         (["bench", "{qwen}", "{qwen}", "--tune"], "--tune takes one model, not 2"),
         (["bench", "name=http://127.0.0.1:9/v1", "--tune"], "http://127.0.0.1:9/v1: a server has settings of its own"),
         (["tune", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1: a server has settings of its own"),

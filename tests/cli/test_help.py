@@ -50,6 +50,7 @@ def test_the_help_of_a_command_has_three_examples_that_parse(name: str, capsys: 
     text = help_of(name, capsys=capsys)
     examples = re.findall(rf"^  grpo-toolkit ({name}\b.*)$", text, re.MULTILINE)
     assert len(examples) == 3
+    assert max(map(len, text.splitlines())) <= 80
     for example in examples:
         arguments = shlex.split(example.partition(" > ")[0])
         found, unknown = build_parser().parse_known_args(arguments)
@@ -63,7 +64,16 @@ def test_the_help_of_a_command_has_three_examples_that_parse(name: str, capsys: 
         (["bench", "a", "--fooo"], "error: unrecognized arguments: --fooo"),
         (["export", "a", "b", "--push-to-hub", "two/many/parts"], "'two/many/parts' is no name on the Hub"),
         (["export", "a", "b", "--push-to-hub", "me/../x"], "'me/../x' is no name on the Hub"),
-        (["tune", "a", "--new-tokens", "0"], "'0' is not a count"),
+        (["tune", "a", "--new-tokens", "0"], "argument --new-tokens: '0' is not a count"),
+        (["tune", "a", "--new-tokens", "1"], "argument --new-tokens: '1': it takes two"),
+        (["bench", "a", "--new-tokens", "8,0"], "argument --new-tokens: '0' is not a count"),
+        (["bench", "a", "--rounds", "0"], "argument --rounds: '0' is not a count"),
+        (["bench", "a", "--budget", "-3"], "argument --budget: '-3' is no number above 0"),
+        (["bench", "a", "--gate", "1.05"], "argument --gate: gate '1.05': expected max-slowdown=RATIO"),
+        (["explain", "a", "b", "--rounds", "0"], "argument --rounds: '0' is not a count"),
+        (["explain", "a", "b", "--max-new-tokens", "1"], "argument --max-new-tokens: '1': it takes two"),
+        (["explain", "a", "b", "--budget", "nan"], "argument --budget: 'nan' is no number above 0"),
+        (["explain", "a"], "error: give a base and a trained model, or --steps"),
     ],
 )
 def test_wrong_arguments_show_their_own_commands_usage(

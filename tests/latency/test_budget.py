@@ -201,7 +201,7 @@ def test_the_workloads_of_a_callback_share_one_budget_and_ask_no_more_than_the_l
     (first, before), (second, spent) = shares
     assert (first, before) == (30.0, 0.0)
     assert second == 60.0 - spent
-    said = "timing      base, checkpoint: fixed and natural answers, 6 to 24 rounds each, about 60 s\n"
+    said = "timing      base, checkpoint in turns, about 60 s\n"
     assert said in capsys.readouterr().err
 
     monkeypatch.setattr(latency_budget, "LEAST_BUDGET_S", 0.0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from grpo_toolkit.latency.bench.measure import Plan
+from grpo_toolkit.latency.bench.statistics import estimate
 from grpo_toolkit.latency.bench.thinking import compare_thinking, subject_of, thinking_in, thinking_of
 from grpo_toolkit.latency.bench.workload import traffic_of
 from grpo_toolkit.latency.engines.arms import Arm
@@ -98,6 +99,21 @@ def test_without_an_instruction_the_thoughts_inside_the_answers_are_told() -> No
     assert cost is not None
     assert thinking_parts(cost)[:2] == ["71% of an answer's time", "40 of 61 tokens are thoughts"]
     assert thinking_of(natural("export", [answered(9, 0, think=0)], thinking=None)) is None
+
+
+def test_no_part_of_an_answer_is_longer_than_the_answer() -> None:
+    """The interval of few rounds that differ much is widened: the share of a time stays one all the same."""
+    thoughts = [6, 30, 57, 59, 58, 59]
+    lines = [answered(61, index, think=think) for index, think in enumerate(thoughts)]
+    shares = [line.first_answer_s / line.e2e_s for line in lines if line.first_answer_s is not None]
+    wide = estimate(shares)
+    assert wide is not None
+    assert wide.high is not None
+    assert wide.high > 1.0
+    cost = thinking_of(natural("export", lines, thinking=None))
+    assert cost is not None
+    assert cost.before_answer is not None
+    assert (cost.before_answer.median, cost.before_answer.high) == (wide.median, 1.0)
 
 
 def test_the_newest_session_counts_and_the_export_is_the_subject(tmp_path: Path) -> None:

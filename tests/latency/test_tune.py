@@ -308,7 +308,9 @@ def test_bench_with_a_gate_exits_with_1_and_the_explanation(
     assert [miss["arm"] for miss in said["missed"]] == ["slow"]
     assert said["missed"][0]["reason"].startswith("its KV cache is off (tokens fed a step: 64, 65, 66, 67, ...)")
     assert [effect["cause"] for effect in said["explanations"][0]["audit"]] == ["cache-off"]
-    assert main([*command, "--gate", "max-slowdown=no"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--gate", "max-slowdown=no"])
+    assert ended.value.code == 2
 
 
 def test_what_missed_a_gate_is_explained_with_a_command_that_is_not_cut(

@@ -35,15 +35,16 @@ def train(qwen: Path, geometry: Path, out: Path, *flags: object) -> subprocess.C
 def test_a_run_that_goes_on_has_the_figures_of_its_base(qwen: Path, geometry: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     began = train(qwen, geometry, out, "--max_steps", 1)
-    assert "held-out accuracy before training: 0.0% of 2 rows\n" in began.stdout
+    assert "accuracy    0.0% of 2 held-out rows before training\n" in began.stdout
     stored = json.loads((out / "baselines.json").read_text())
     assert (stored["accuracy"], stored["direct_accuracy"], stored["measured_on"]["rows"]) == (0.0, 0.0, 2)
 
     # No figures that this model could have: whoever has them has read them.
     (out / "baselines.json").write_text(json.dumps(stored | {"accuracy": 0.5, "direct_accuracy": 1.0}))
     again = train(qwen, geometry, out, "--max_steps", 2, "--resume_from_checkpoint", "true")
-    assert "held-out accuracy before training: 50.0% of 2 rows, as measured when the run began\n" in again.stdout
-    assert "asked for the answer alone: 100.0% of 2 rows, as measured when the run began\n" in again.stdout
+    assert "accuracy    50.0% of 2 held-out rows before training, as measured when the run began\n" in again.stdout
+    alone = "accuracy    100.0% of 2 held-out rows before training, asked for the answer alone"
+    assert f"{alone}, as measured when the run began\n" in again.stdout
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["held_out_accuracy"], summary["direct_accuracy"]) == ([0.5, 0.0], 1.0)
     assert summary["begun_with"] is None

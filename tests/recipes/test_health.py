@@ -151,7 +151,7 @@ def test_the_best_checkpoint_is_exported_and_the_base_is_asked_both_ways(qwen: P
     assert torch.equal(weights(out / "export"), weights(out / "checkpoint-1"))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["direct_accuracy"] == 0.0
-    assert "held-out accuracy before training, asked for the answer alone: 0.0% of 2 rows" in done.stdout
+    assert "accuracy    0.0% of 2 held-out rows before training, asked for the answer alone" in done.stdout
     assert "the base, asked for the answer alone" in done.stdout
 
 
@@ -171,7 +171,7 @@ def test_two_processes_train_evaluate_and_export(qwen: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes   2 (ddp)" in done.stderr
     assert "plan        1 steps of 1 prompts, 4 completions; " in done.stderr
-    assert done.stdout.count("held-out accuracy after training: 0.0% of 3 rows") == 1
+    assert done.stdout.count("learnt      0.0% (the base) to 0.0% of the held-out rows right") == 1
     assert json.loads((out / "summary.json").read_text())["verified"] is True
 
 

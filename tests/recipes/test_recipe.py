@@ -206,13 +206,13 @@ def test_a_local_model_and_dataset_run_from_start_to_end(qwen: Path, dataset: Pa
     manifest = json.loads((out / "export" / "grpo_toolkit.json").read_text())
     details = {check["name"]: check["detail"] for check in manifest["verification"]["checks"]}
     assert details["same format reward on the same prompts"] == "policy 0, export 0 on average over 1 prompts"
-    assert "held-out accuracy" in done.stdout
+    assert done.stdout.startswith("accuracy    0.0% of ")
     assert "verified" in done.stdout
     shown = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    assert len(shown) <= 45, "\n".join(shown)
+    assert len(shown) <= 25, "\n".join(shown)
+    assert not [line for line in shown if len(line) > 80 and str(tmp_path) not in line]
     assert not [line for line in shown if "{'" in line or "Warning" in line or "it/s]" in line]
     summary = json.loads((out / "summary.json").read_text())
-    assert f"1 steps of {summary['step_s']:.2f} s\n" in done.stderr
     assert (summary["peak_gib"], summary["estimated_gib"]) == (None, None)  # there is no GPU
     assert json.loads((out / "grpo_recipe.json").read_text())["model"]["use_peft"] is True
 

@@ -169,8 +169,8 @@ def test_zero3_is_asked_before_while_and_after_it_trains(
     evaluating = ("--eval_strategy", "steps", "--eval_steps", 1, "--per_device_eval_batch_size", 2)
     done = zero3("--max_steps", 1, "--save_strategy", "no", *evaluating, "--verbose")  # with the trainer's own logs
     assert "processes   2 (zero3)" in done.stderr
-    assert done.stdout.count("held-out accuracy before training: 0.0% of 2 rows") == 1
-    assert done.stdout.count("held-out accuracy after training: 0.0% of 2 rows") == 1
+    assert done.stdout.count("accuracy    0.0% of 2 held-out rows before training") == 1
+    assert done.stdout.count("accuracy    0.0% of 2 held-out rows after training") == 1
     assert "'eval_accuracy': " in done.stdout
 
 
@@ -185,14 +185,13 @@ def test_zero3_that_goes_on_tells_no_figure_of_its_checkpoint_as_the_bases(
     assert stored["accuracy"] == 0.0
     file.write_text(json.dumps(stored | {"accuracy": 0.5}))  # this model's is 0
     again = zero3("--max_steps", 2, *saving, "--resume_from_checkpoint", "true")
-    assert (
-        again.stdout.count("held-out accuracy before training: 50.0% of 2 rows, as measured when the run began") == 1
-    )
+    said = "accuracy    50.0% of 2 held-out rows before training, as measured when the run began"
+    assert again.stdout.count(said) == 1
 
     file.unlink()
     unknown = zero3("--max_steps", 3, *saving, "--resume_from_checkpoint", "true")
-    assert "held-out accuracy before training" not in unknown.stdout
-    said = "held-out accuracy of checkpoint-2, as the base's on these rows is not known: 0.0% of 2 rows"
+    assert "rows before training" not in unknown.stdout
+    said = "accuracy    0.0% of 2 held-out rows of checkpoint-2, as the base's on these rows is not known"
     assert unknown.stdout.count(said) == 1
     assert "learnt      0.0% (checkpoint-2) to 0.0% of the held-out rows right" in unknown.stdout
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["begun_with"] == "checkpoint-2"

@@ -15,6 +15,7 @@ from grpo_toolkit.latency.rows.row import Ratio
 from grpo_toolkit.reporting.report.screen_lines import export_lines, latency_lines, verdict_lines
 from grpo_toolkit.reporting.terminal.console import say, wandb_hint
 from grpo_toolkit.reporting.terminal.step_time import step_lines
+from grpo_toolkit.reporting.terminal.tables import export_table
 from grpo_toolkit.step_time.explain import NO_CURE
 from grpo_toolkit.step_time.store import load_step_review
 from tests.support.latency_rows import arms, natural, row
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import pytest
 
 TIMES = "\N{MULTIPLICATION SIGN}"
+LONGER = Ratio(against="base", metric="e2e_s", median=1.6, low=1.5, high=1.7, pairs=12, verdict="slower")
 
 
 def test_latency_is_a_table_of_80_columns() -> None:
@@ -39,9 +41,24 @@ def test_latency_is_a_table_of_80_columns() -> None:
         "  export, cache off    119.7   70.00     3409  no interval (3 rounds)",
         *lines[5:],
     ]
-    assert lines[5].startswith("natural     a whole answer ")
     assert len(lines) <= 8
     assert max(map(len, lines)) <= 80
+
+
+def test_natural_answers_are_a_line_only_where_they_are_no_tie() -> None:
+    base, export = natural()
+    told = {
+        verdict: latency_lines([base, replace(export, ratios=[replace(LONGER, verdict=verdict)])])
+        for verdict in ("slower", "faster", "same", "cannot tell")
+    }
+    starts = {verdict: [line for line in lines if line.startswith("natural")] for verdict, lines in told.items()}
+    took = f"a whole answer {export.e2e_s.median * 1e3:.0f} ms" if export.e2e_s else "-"
+    assert starts == {
+        "slower": [f"natural     {took}; over base's 1.50 to 1.70  slower"],
+        "faster": [f"natural     {took}; over base's 1.50 to 1.70  faster"],
+        "same": [],
+        "cannot tell": [],
+    }
 
 
 def test_a_run_out_of_memory_is_a_line() -> None:
@@ -81,13 +98,29 @@ def test_an_export_is_a_line_or_two(tmp_path: Path) -> None:
     ]
 
 
+def test_a_base_that_was_not_named_is_not_called_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    result = ExportResult(
+        path=Path("out"), base=Path("base"), changes=(), made_portable=(), sources={"source": "a", "base": "b"},
+        repairs=(), bytes=1, seconds=1.0, verification=None,
+    )  # fmt: skip
+    say(export_table(result))
+    assert "nothing: the base was clean" in capsys.readouterr().err
+    say(export_table(replace(result, base=None)))
+    said = capsys.readouterr().err
+    assert "nothing" in said
+    assert "clean" not in said
+
+
 def test_a_steps_explanation_is_a_few_lines(tmp_path: Path) -> None:
     write_run(tmp_path)
     lines = step_lines(load_step_review(tmp_path).explanations[-1])
     assert lines[0].startswith("step time   11.0 s at step 6: ")
-    assert any("vision attention launched window by window -> PackedVisionCallback()" in line for line in lines[1:])
-    assert 1 < len(lines) <= 4
+    cause = next(index for index, line in enumerate(lines) if "launched window by window" in line)
+    assert " s of it: vision attention launched window by window" in lines[cause]
+    assert lines[cause + 1] == "            -> PackedVisionCallback()"
+    assert 1 < len(lines) <= 7
     assert all(line.startswith(" " * 12) for line in lines[1:])
+    assert max(map(len, lines)) <= 80
 
 
 def test_what_cannot_be_cured_here_is_not_among_the_lines(tmp_path: Path) -> None:
@@ -113,7 +146,9 @@ def test_where_a_wandb_run_lies_can_be_pasted(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "my run" / "wandb" / "offline-run-1"
     folder.mkdir(parents=True)
-    first, second = wandb_hint({"mode": "offline", "folder": str(folder)}).splitlines()
-    assert first == "W&B         offline; look: wandb leet 'my run/wandb/offline-run-1'"
-    assert second == "            upload: wandb sync 'my run/wandb/offline-run-1'"
-    assert wandb_hint({"mode": "offline", "folder": "/else/where"}).endswith("upload: wandb sync /else/where")
+    offline = {"mode": "offline", "folder": str(folder)}
+    assert wandb_hint(offline) == "W&B         send: wandb sync 'my run/wandb/offline-run-1'"
+    assert wandb_hint(offline | {"folder": "/else/where"}) == "W&B         send: wandb sync /else/where"
+    online = {"mode": "online", "folder": "/else/where", "url": "https://a.b/run"}
+    assert wandb_hint(online) == "W&B         https://a.b/run"
+    assert wandb_hint(online | {"url": None}) == "W&B         look: wandb leet /else/where"

@@ -233,13 +233,13 @@ def test_two_processes_log_once(qwen: Path, tmp_path: Path) -> None:
     (folder,) = (out / "wandb").glob("offline-run-*")
     items = [r["history"]["item"] for r in offline_records(folder) if r["type"] == "history"]
     assert [item["latency/row_ids"] for item in items if "latency/row_ids" in item] == [row.id]
-    assert trained.printed.count("upload: wandb sync") == 1
+    assert trained.printed.count("send: wandb sync") == 1
 
 
 def test_without_a_tracker_it_is_files_only_and_said_once(qwen: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     trained = train(qwen, out, report_to="none")
-    assert trained.printed.count("no W&B, Trackio or TensorBoard run is open here") == 1
+    assert trained.printed.count("no W&B, Trackio or TensorBoard run is open") == 1
     assert sorted(path.name for path in (out / "latency").iterdir()) == [
         "findings.json",
         "latency.jsonl",

@@ -199,8 +199,7 @@ def test_the_artifact_refers_to_the_export_without_a_copy(
 def test_the_end_of_the_run_says_where_it_is_and_how_to_upload_it(run_output: tuple[Path, str]) -> None:
     out, printed = run_output
     run = next((out / "wandb").glob("offline-run-*"))
-    assert f"upload: wandb sync {run}" in printed.replace("\n", "")
-    assert f"look: wandb leet {run}" in printed.replace("\n", "")
+    assert f"send: wandb sync {run}" in printed.replace("\n", "")
 
 
 def test_a_copy_of_the_output_folder_uploads_its_tables_too(run_output: tuple[Path, str], tmp_path: Path) -> None:

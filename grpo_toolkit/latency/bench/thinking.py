@@ -177,7 +177,7 @@ def thinking_of(row: LatencyRow, direct: LatencyRow | None = None) -> Thinking |
         return None
     found = Thinking(
         arm=row.arm,
-        before_answer=estimate(shares) if thinks else None,
+        before_answer=_within(estimate(shares), 0.0, 1.0) if thinks else None,
         first_answer_s=(_median(lines, "first_answer_s"), None),
         rewards=None if (paid := mean_reward(lines)) is None else (paid, None),
         judged_by=row.judged_by,
@@ -196,6 +196,13 @@ def thinking_of(row: LatencyRow, direct: LatencyRow | None = None) -> Thinking |
         share=_share(pairs),
         rewards=None if mine is None else (mine, theirs),
     )
+
+
+def _within(found: Estimate | None, least: float, most: float) -> Estimate | None:
+    """Return an estimate whose interval, which few rounds have widened, holds nothing that cannot be."""
+    if found is None or found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(found.low, least), high=min(found.high, most))
 
 
 def _share(pairs: Sequence[tuple[Timeline, Timeline]]) -> Estimate:

@@ -53,8 +53,8 @@ def export_lines(result: ExportResult) -> list[str]:
 def latency_lines(rows: Sequence[LatencyRow]) -> list[str]:
     """Return a training's rows in a few lines of 80 columns: a table of exact lengths, and what was asked besides.
 
-    Its ratios are of the time per token. Natural answers are a line: the time of the export's whole answer beside the
-    base's. The report has the whole.
+    Its ratios are of the time per token. Natural answers are a line where their verdict is another than a tie: the
+    time of the export's whole answer beside the base's. The report has the whole.
     """
     fixed = {row.arm: row for row in rows if row.workload.kind == "fixed" and not is_swept(row)}
     natural = {row.arm: row for row in rows if row.workload.kind == "natural" and row.workload.thinking is not False}
@@ -81,13 +81,15 @@ def _table_lines(rows: Mapping[str, LatencyRow]) -> list[str]:
 
 
 def _natural_lines(rows: Mapping[str, LatencyRow]) -> list[str]:
-    """Return the export's natural answers beside the base's, or those of the arm that was timed last."""
+    """Return the export's natural answers (or the last arm's) beside the base's; nothing for a tie."""
     if not rows:
         return []
     row = rows.get("export") or list(rows.values())[-1]
     if row.error is not None:
         return [line("natural", f"{label_of(row.arm)}: {row.error}")]
     ratio = next((ratio for ratio in row.ratios if ratio.metric == "e2e_s"), None)
+    if ratio is not None and ratio.verdict in ("cannot tell", "same"):
+        return []
     took, told = median_of(row.e2e_s, 1e3), ""
     if ratio is not None:
         told = f"; over {label_of(ratio.against)}'s {_told(ratio)}"
@@ -95,22 +97,22 @@ def _natural_lines(rows: Mapping[str, LatencyRow]) -> list[str]:
 
 
 def question_lines(rows: Sequence[LatencyRow]) -> list[str]:
-    """Return what thinking costs and what larger batches bring, two lines of 80 columns each."""
+    """Return what thinking costs and what larger batches bring, one or two lines of 80 columns each."""
     lines = []
     thinking, batches = subject_of(thinking_in(rows)), batches_of_rows(rows)
     if thinking is not None:
-        lines += _fitting("thinking", thinking_parts(thinking))
+        lines += _fitting("thinking", thinking_parts(thinking), most=1 if thinking.share is None else 2)
     if batches is not None:
-        lines += _fitting("batches", batch_parts(batches))
+        lines += _fitting("batches", batch_parts(batches), most=2)
     return lines
 
 
-def _fitting(label: str, parts: Sequence[str]) -> list[str]:
-    """Return as many of the first parts as two aligned lines of 80 columns hold; the first in any case."""
+def _fitting(label: str, parts: Sequence[str], *, most: int) -> list[str]:
+    """Return as many of the first parts as so many aligned lines of 80 columns hold; the first in any case."""
     shown: list[str] = []
     for count in range(1, len(parts) + 1):
         texts = textwrap.wrap("; ".join(parts[:count]), width=80 - _LABEL, break_long_words=False)
-        if len(texts) > 2 and shown:
+        if len(texts) > most and shown:
             break
         shown = texts
     return [line(label if index == 0 else "", text) for index, text in enumerate(shown)]

@@ -38,11 +38,11 @@ def byte_progress(title: str, *, is_shown: bool) -> Iterator[Callable[[int, int]
 
 
 def wandb_hint(facts: Mapping[str, Any]) -> str:
-    """Return where a W&B run lies and the commands to look at it and to upload it."""
+    """Return a W&B run's address, or the command that uploads one that is offline: a line."""
     folder = shlex.quote(_short(facts["folder"]))
     if facts["mode"] == "offline":
-        return f"{'W&B':<12}offline; look: wandb leet {folder}\n{'':<12}upload: wandb sync {folder}"
-    return f"{'W&B':<12}{facts.get('url') or folder}\n{'':<12}look: wandb leet {folder}"
+        return f"{'W&B':<12}send: wandb sync {folder}"
+    return f"{'W&B':<12}{facts.get('url') or f'look: wandb leet {folder}'}"
 
 
 def _short(folder: str) -> str:

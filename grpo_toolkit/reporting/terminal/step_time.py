@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BAR: Final = 30
 """Letters of the bar of a phase that takes the whole step."""
 
+_ROOM: Final = 80 - 12
+"""Columns beside the labels of a callback's lines."""
+
 
 def step_time(row: StepExplanation) -> RenderableType:
     """Return the whole explanation: the phases, then the causes."""
@@ -31,17 +34,22 @@ def step_time(row: StepExplanation) -> RenderableType:
 def step_lines(row: StepExplanation, *, causes: int = 3) -> list[str]:
     """Return the explanation in a few lines of 80 columns: the causes that something can be done about.
 
-    The page has the whole.
+    A cure that does not fit beside its cause is on the line below. The page has the whole.
     """
-    largest = sorted(row.phases_s.items(), key=lambda item: -item[1])[:4]
+    largest = sorted(row.phases_s.items(), key=lambda item: -item[1])[:3]
     shares = ", ".join(f"{phase_title(name)} {seconds / row.wall_s:.0%}" for name, seconds in largest if row.wall_s)
     lines = [f"{'step time':<12}{seconds_text(row.wall_s)} s at step {row.step}: {shares}"]
-    lines += [
-        f"{'':<12}{'?' if found.saving_s is None else f'-{seconds_text(found.saving_s)} s'}: "
-        f"{cause_title(found.cause)}{f' -> {found.line}' if found.line else ''}"
-        for found in [found for found in row.causes if found.is_curable][:causes]
-    ]
+    for found in [found for found in row.causes if found.is_curable][:causes]:
+        lines += [f"{'':<12}{text}" for text in _cause_lines(found)]
     return [*lines, *(f"{'':<12}{tried_text(tried)}" for tried in row.tried)]
+
+
+def _cause_lines(found: FoundCause) -> list[str]:
+    costs = "" if found.saving_s is None else f"{seconds_text(found.saving_s)} s of it: "
+    text, cure = f"{costs}{cause_title(found.cause)}", f"-> {found.line}"
+    if not found.line:
+        return [text]
+    return [f"{text} {cure}"] if len(text) + len(cure) < _ROOM else [text, cure]
 
 
 def tried_text(tried: TriedCure) -> str:

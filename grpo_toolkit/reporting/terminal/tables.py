@@ -135,7 +135,8 @@ def _facts_table(title: str) -> Table:
 def _add_mends(table: Table, result: ExportResult | MergeResult) -> None:
     from rich.text import Text
 
-    table.add_row("put right", Text("\n".join(map(str, result.repairs)) or "nothing: the base was clean"))
+    nothing = "nothing" if result.base is None else "nothing: the base was clean"
+    table.add_row("put right", Text("\n".join(map(str, result.repairs)) or nothing))
     if result.made_portable:
         table.add_row("for older versions", Text("\n".join(result.made_portable)))
 

@@ -30,12 +30,13 @@ def thinking_parts(thinking: Thinking) -> list[str]:
         parts.append(f"{thinking_figure(thinking)} of an answer's time, asked with and without the instruction")
     elif thinking.before_answer is not None:
         parts.append(f"{thinking_figure(thinking)} of an answer's time")
+    if thinking.think_tokens:
+        parts.append(f"{thinking.think_tokens:.0f} of {thinking.output_tokens:.0f} tokens are thoughts")
     if thinking.rewards is not None:
         mine, theirs = thinking.rewards
         beside = "" if theirs is None else f", without it {theirs:.2f}"
-        parts.append(f"reward {mine:.2f}{beside} ({thinking.judged_by})")
-    if thinking.think_tokens:
-        parts.append(f"{thinking.think_tokens:.0f} of {thinking.output_tokens:.0f} tokens are thoughts")
+        # What thinking buys comes before what it is: right behind the share of the time.
+        parts.insert(len(parts) if theirs is None else 1, f"reward {mine:.2f}{beside} ({thinking.judged_by})")
     if compared and thinking.tokens is not None and thinking.seconds is not None:
         parts.append(_longer(thinking.tokens, lambda value: f"{value:,.0f}", " tokens"))
         in_ms = max(abs(end or 0.0) for end in (thinking.seconds.median, thinking.seconds.low, thinking.seconds.high))

@@ -149,7 +149,7 @@ class Mirror:
                 logger.warning("grpo_toolkit: %s did not take all of it (%s)%s", name, news, self._again(tracker))
         if not hints and not self._has_said_none:
             self._has_said_none = True
-            yield "no W&B, Trackio or TensorBoard run is open here: the latency is in these files alone"
+            yield f"{'trackers':<12}no W&B, Trackio or TensorBoard run is open: files alone"
 
     def log_scalars(self, review: Review) -> None:
         """Mirror the figures alone, in the middle of a training; everything else waits for its end."""

@@ -91,13 +91,14 @@ class Plan:
         )
 
     def short_lines(self) -> list[str]:
-        """Return the plan in two lines, and everything that it warns of."""
+        """Return the plan in a line, a GPU's memory in another, and everything that it warns of."""
         trained = f"{self.size.trained:,.0f} weights{', as a LoRA adapter' if self.size.is_adapter else ''}"
-        free = "no GPU here" if self.free_memory is None else f"{gib(self.free_memory)} free"
         steps = f"{self.steps} steps of {self.prompts_per_step:g} prompts, {self.completions_per_step} completions"
+        peak = gib(self.memory.allocated)
+        memory = None if self.free_memory is None else f"{peak} at the peak ({gib(self.free_memory)} free)"
         return [
-            f"plan        {steps}; {self.rows} rows",
-            f"memory      {gib(self.memory.allocated)} at the peak ({free}); trains {trained}",
+            f"plan        {steps}; {self.rows} rows{'; no GPU here' if memory is None else ''}",
+            *([] if memory is None else [f"memory      {memory}; trains {trained}"]),
             *([f"processes   {self.processes} ({self.sharing})"] if self.processes > 1 else []),
             *(f"warning     {text}" for text in self.warnings),
             *(f"error       {text}" for text in self.errors),

@@ -114,25 +114,32 @@ class Baselines(TrainerCallback):
 class AfterTraining(TrainerCallback):
     """A callback that measures held-out accuracy once the training is over, while rollouts still go its way.
 
-    `trainer` is set once there is one. `accuracy` stays None where measuring failed: the export goes first then.
+    `trainer` is set once there is one. `accuracy` stays None where measuring failed: the export goes first then. It is
+    printed when it is known only if `is_told`: the story of the run has it at its end.
     """
 
-    def __init__(self, rows: Dataset) -> None:
+    def __init__(self, rows: Dataset, *, is_told: bool) -> None:
         self.trainer: Any = None
         self.accuracy: float | None = None
-        self._rows = rows
+        self._rows, self._is_told = rows, is_told
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         try:
-            self.accuracy = measure(self.trainer, self._rows, AFTER)
+            self.accuracy = self._measure()
         except Exception as error:  # an export is worth more than a figure, which is measured again after it
-            print(f"held-out accuracy {AFTER}: {error}; tried again at the end", file=sys.stderr, flush=True)
+            print(f"{'accuracy':<12}{AFTER}: {error}; tried again at the end", file=sys.stderr, flush=True)
 
     def figure(self) -> float:
         """Return the accuracy, measured now if it was not."""
-        return measure(self.trainer, self._rows, AFTER) if self.accuracy is None else self.accuracy
+        return self._measure() if self.accuracy is None else self.accuracy
+
+    def _measure(self) -> float:
+        accuracy: float = self.trainer.accuracy(self._rows)
+        if self._is_told:
+            tell(self.trainer, accuracy, self._rows, AFTER)
+        return accuracy
 
 
 def conditions(

@@ -66,14 +66,13 @@ class CostCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the figures before the export, which takes a while."""
+        """Tell the figures before the export, which takes a while; without a GPU, the bar's last line has them."""
         figures = self.figures()
-        if not state.is_world_process_zero or figures["step_s"] is None:
+        if not state.is_world_process_zero or figures["step_s"] is None or figures["peak_gib"] is None:
             return
-        line = f"{len(self.steps_s)} steps of {figures['step_s']:.2f} s"
-        if figures["peak_gib"] is not None:
-            line += f", GPU memory {figures['peak_gib']:.1f} GiB at the peak, {figures['estimated_gib']:.1f} estimated"
-        above_bar(f"{'cost':<12}{line}")
+        peak, estimated = figures["peak_gib"], figures["estimated_gib"]
+        line = f"{len(self.steps_s)} steps of {figures['step_s']:.2f} s; GPU memory {peak:.1f} GiB at the peak"
+        above_bar(f"{'cost':<12}{line}, {estimated:.1f} estimated")
 
     def _now(self) -> float:
         if self._device is not None and self._device.type == "cuda":

@@ -18,13 +18,17 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TextIO
 
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 _LABEL = 12
 _SHARES = 10
-"""Without a terminal to draw a bar on, a line is printed after every tenth of the steps."""
+"""Without a terminal to draw a bar on, a line is printed after every tenth of the steps, and the last."""
+
+_APART_S = 30.0
+"""Seconds between two such lines at least."""
 
 
 def above_bar(text: str, *, file: TextIO | None = None) -> None:
@@ -58,6 +62,8 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     for name in ("accelerate", "DeepSpeed", "peft", "torch", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Imported later, DeepSpeed sets the level of its logger itself; what was given to the logger before then stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def without_own_bar(trainer: Trainer) -> None:
@@ -69,16 +75,17 @@ def without_own_bar(trainer: Trainer) -> None:
 
 
 class BarCallback(TrainerCallback):
-    """A bar such as `step 70/140 · reward 1.68 · accuracy 0.74 · 1.1 s`, or ten such lines without a terminal.
+    """A bar such as `step 70/140 · reward 1.68 · accuracy 0.74 · 1.1 s`, or up to ten such lines without a terminal.
 
     It goes before all callbacks that print at the end of training, so that it is gone by then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
         self._bar: Any = None
         self._figures = ""
         self._open = ExitStack()
-        self._began = 0.0
+        self._began = self._said_at = 0.0
         self._said = 0
 
     def on_train_begin(
@@ -89,7 +96,7 @@ class BarCallback(TrainerCallback):
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
 
-        self._began = time.perf_counter()
+        self._began = self._said_at = self._now()
         self._said = state.global_step * _SHARES // max(state.max_steps, 1)
         if not sys.stderr.isatty():
             return
@@ -124,8 +131,9 @@ class BarCallback(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n)
             return
         share = state.global_step * _SHARES // max(state.max_steps, 1)
-        if state.is_world_process_zero and share > self._said:
-            self._said = share
+        is_due = self._now() - self._said_at >= _APART_S or state.global_step >= state.max_steps
+        if state.is_world_process_zero and share > self._said and is_due:
+            self._said, self._said_at = share, self._now()
             text = f"{state.global_step}/{state.max_steps}"
             print(f"{'step':<{_LABEL}}{' · '.join(filter(None, (text, self._figures)))}", file=sys.stderr, flush=True)
 
@@ -137,7 +145,7 @@ class BarCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-            took = time.perf_counter() - self._began
+            took = self._now() - self._began
             text = f"{state.global_step}/{state.max_steps}, {took:.0f} s"
             above_bar(f"{'step':<{_LABEL}}{' · '.join(filter(None, (text, self._figures)))}")
 

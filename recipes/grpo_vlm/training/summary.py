@@ -104,10 +104,6 @@ def story_lines(summary: dict[str, Any]) -> list[str]:
     lines = ["", f"learnt      {before:.1%} ({asked}) to {after:.1%} of the held-out rows right"]
     if summary["direct_accuracy"] is not None:
         lines.append(f"            {asked}, asked for the answer alone: {summary['direct_accuracy']:.1%}")
-    rewards = {name: summary[f"{name}_reward"] for name in ("accuracy", "iou", "format")}
-    told_rewards = [f"{name} {pair[0]:.2f} to {pair[1]:.2f}" for name, pair in rewards.items() if pair is not None]
-    if told_rewards:
-        lines.append(f"            mean rewards of rollouts: {', '.join(told_rewards)}")
     counts = summary["faults"]
     if {"checkpoint", "export"} <= counts.keys():
         plain, export = counts["checkpoint"], counts["export"]
@@ -132,7 +128,7 @@ def told(tpot_ms: float, ratio: dict[str, Any] | None) -> str:
         return f"no verdict over {ratio['pairs']} rounds: it takes six"
     reach = f"{ratio['low']:.2f} to {ratio['high']:.2f} times"
     if ratio["verdict"] == "cannot tell":
-        return f"{reach} the base's time per token: this machine cannot tell"
+        return f"{reach} the base's time per token: cannot tell here"
     return f"{ratio['verdict']}: {ratio['median']:.2f} times the base's time per token ({reach})"
 
 

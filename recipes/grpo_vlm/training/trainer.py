@@ -120,7 +120,7 @@ def measure(trainer: AccuracyTrainer, rows: Dataset, when: str, *, direct: bool 
 def tell(trainer: AccuracyTrainer, accuracy: float, rows: Dataset, when: str, *, note: str = "") -> None:
     """Print a held-out accuracy, once for all processes."""
     if trainer.is_world_process_zero():
-        above_bar(f"held-out accuracy {when}: {accuracy:.1%} of {len(rows)} rows{note}", file=sys.stdout)
+        above_bar(f"{'accuracy':<12}{accuracy:.1%} of {len(rows)} held-out rows {when}{note}", file=sys.stdout)
 
 
 def with_group_health(reward: RewardFunction, *, num_generations: int) -> RewardFunction:
