@@ -238,12 +238,16 @@ class Tokenizer:
         key: the part that is at fault.
         parts: its normalizer, pre-tokenizer, post-processor and decoder.
         unknown: special tokens that its config names and that neither its vocabulary nor its added tokens have.
+        size: the number of its ids, so the id that a token gets which is added to it.
+        has_added: whether it has a list of added tokens, be it empty.
     """
 
     fault: str = ""
     key: str = ""
     parts: Mapping[str, Any] = field(default_factory=dict)
     unknown: frozenset[str] = frozenset()
+    size: int = 0
+    has_added: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

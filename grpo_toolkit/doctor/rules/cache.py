@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind
@@ -37,8 +38,9 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 )
 def generation_cache_off(folder: Folder) -> Iterator[Fault]:
     value = folder.get(GENERATION_CONFIG, "use_cache")
-    if value is not ABSENT and value is not True:
-        yield _cache_fault(folder, GENERATION_CONFIG, (), value)
+    if value is not ABSENT and not value:  # readers ask whether it is true; of a null, 5 takes its own default
+        fault = _cache_fault(folder, GENERATION_CONFIG, (), value)
+        yield replace(fault, fails="transformers<5") if value is None else fault
 
 
 @rule(
@@ -56,7 +58,7 @@ def config_cache_off(folder: Folder) -> Iterator[Fault]:
 
 
 @rule(
-    Severity.SLOW,
+    Severity.WASTEFUL,
     "KV cache off in config.json, not yet live",
     effect="generation_config.json keeps generate fast, but a loop that calls the model itself, a trainer that "
     "starts from this folder and a merger that drops that file all decode without a cache",
@@ -72,7 +74,7 @@ def config_cache_off_latent(folder: Folder) -> Iterator[Fault]:
 def _config_cache_faults(folder: Folder) -> Iterator[Fault]:
     for level, node in folder.levels():
         value = node.get("use_cache", ABSENT)
-        if value is not ABSENT and value is not True:
+        if value is not ABSENT and not value:
             yield _cache_fault(folder, CONFIG, level, value)
 
 
@@ -107,11 +109,13 @@ def generation_config_lost(folder: Folder) -> Iterator[Fault]:
     base = folder.base
     if folder.kind is not Kind.MODEL or base is None or GENERATION_CONFIG not in base.objects:
         return
-    if not folder.has(GENERATION_CONFIG) and not is_not_missed(folder, GENERATION_CONFIG):
+    fails = fails_without(folder, GENERATION_CONFIG)
+    if not folder.has(GENERATION_CONFIG) and (fails or not is_not_missed(folder, GENERATION_CONFIG)):
         yield Fault(
             file=GENERATION_CONFIG,
             expected="the base's file",
             remedies=(WholeFile(file=GENERATION_CONFIG, content=None),),
+            fails=fails,
         )
 
 
@@ -121,11 +125,11 @@ def is_not_missed(folder: Folder, file: str) -> bool:
     Without a generation config they take what config.json says. A text model's readers ask for no template of a
     processor.
     """
-    if "expected an object" in folder.refused.get(file, ""):
-        return False  # they take JSON of another kind, and fail
     if file == TEMPLATE_JSON:
         is_of_pictures = folder.is_multimodal or folder.has(PREPROCESSOR) or folder.has(PROCESSOR)
         return not is_of_pictures and bool(folder.templates)
+    if "expected an object" in folder.refused.get(file, ""):
+        return False  # they take JSON of another kind, and fail
     base = folder.base
     if file != GENERATION_CONFIG or base is None or GENERATION_CONFIG not in base.objects:
         return False
@@ -136,7 +140,19 @@ def is_not_missed(folder: Folder, file: str) -> bool:
     spoken = [key for key in published if key not in silent and key not in is_flag and not key.startswith("_")]
     is_neutral = all(key in neutral and published[key] in neutral[key] for key in spoken)
     eos = _ids(published.get("eos_token_id"))
-    return is_neutral and (eos is None or sorted(_config_eos(folder)) == sorted(eos))
+    is_told_alike = folder.get(CONFIG, "cache_implementation") in (ABSENT, None)
+    return is_neutral and is_told_alike and (eos is None or sorted(_config_eos(folder)) == sorted(eos))
+
+
+def fails_without(folder: Folder, file: str) -> str:
+    """Return whom the loss of a file concerns that most readers do not miss; empty where none of them does."""
+    is_told = file == GENERATION_CONFIG and folder.model_type in _CACHES_OF_V4
+    return _WITH_CACHES if is_told and is_not_missed(folder, file) else ""
+
+
+# Whose class of 4.x names a kind of cache, that generate takes from there where no generation_config.json is read.
+_CACHES_OF_V4: Final = ("gemma2", "gemma3_text", "cohere2")
+_WITH_CACHES: Final = "transformers<4.56"
 
 
 @rule(

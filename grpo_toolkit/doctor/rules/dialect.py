@@ -75,7 +75,8 @@ def rope_parameters_alone(folder: Folder) -> Iterator[Fault]:
         return
     for level, node in folder.levels():
         rope = node.get("rope_parameters")
-        if not isinstance(rope, dict) or "vision" in ".".join(level):
+        is_above = not level and isinstance(node.get("text_config"), dict)  # where nobody reads it
+        if not isinstance(rope, dict) or "vision" in ".".join(level) or is_above:
             continue
         model_type = str(node.get("model_type", folder.model_type))
         older = older_rotary(rope, model_type)

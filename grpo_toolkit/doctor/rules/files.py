@@ -19,7 +19,7 @@ from grpo_toolkit.doctor.parsed_folder import (
     plain_shards,
 )
 from grpo_toolkit.doctor.readers import SERVERS, TRAINER, TRANSFORMERS
-from grpo_toolkit.doctor.rules.cache import is_not_missed
+from grpo_toolkit.doctor.rules.cache import fails_without, is_not_missed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,10 +38,11 @@ _HEADER_FORMAT = "https://github.com/huggingface/safetensors#format"
 )
 def unreadable_file(folder: Folder) -> Iterator[Fault]:
     for file, reason in sorted(folder.refused.items()):
-        if is_not_missed(folder, file):
+        fails = fails_without(folder, file)
+        if not fails and is_not_missed(folder, file):
             continue
         expected = "a whole safetensors file" if file.endswith(".safetensors") else "a readable file of its format"
-        yield Fault(file=file, found=reason, expected=expected)
+        yield Fault(file=file, found=reason, expected=expected, fails=fails)
 
 
 @rule(
@@ -89,9 +90,11 @@ def repeated_key(folder: Folder) -> Iterator[Fault]:
 )
 def byte_order_mark(folder: Folder) -> Iterator[Fault]:
     for file in sorted(folder.marked & set(JSON_LIMITS)):
-        if is_not_missed(folder, file):
-            continue
-        yield Fault(file=file, found="a byte-order mark", expected="none", remedies=(Unmark(file=file),))
+        fails = fails_without(folder, file)
+        if fails or not is_not_missed(folder, file):
+            yield Fault(
+                file=file, found="a byte-order mark", expected="none", remedies=(Unmark(file=file),), fails=fails
+            )
 
 
 @rule(

@@ -15,7 +15,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_configs import installed_takes
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG
-from grpo_toolkit.doctor.readers import ALL, SERVERS, V4
+from grpo_toolkit.doctor.readers import ALL, SERVERS, SINCE_5, V4
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import weights
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.doctor.parsed_folder import Folder
 
+DTYPES: Final = ("torch_dtype", "dtype")
 _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (CONFIG, ("architectures",), (list,)),
     (CONFIG, ("model_type",), (str,)),
@@ -37,8 +38,7 @@ _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (CONFIG, ("rope_theta",), (int, float)),
     (CONFIG, ("quantization_config",), (dict,)),
     (CONFIG, ("eos_token_id",), (int, list)),
-    (CONFIG, ("torch_dtype",), (str,)),
-    (CONFIG, ("dtype",), (str,)),
+    *((CONFIG, (*level, key), (str,)) for level in ((), ("text_config",), ("vision_config",)) for key in DTYPES),
     (GENERATION_CONFIG, ("do_sample",), (bool,)),
     (GENERATION_CONFIG, ("eos_token_id",), (int, list)),
     (GENERATION_CONFIG, ("pad_token_id",), (int,)),
@@ -87,13 +87,18 @@ def wrong_type(folder: Folder) -> Iterator[Fault]:
         if value is ABSENT or (value is None and file != WEIGHTS_INDEX):
             continue
         is_right = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
-        if not is_right:
+        if not is_right and not _is_true_all_the_same(folder, file, path, value):
             wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
             fails = SERVERS if path == ("architectures",) else ""  # transformers finds the class by the model type
             yield Fault(file=file, key=".".join(path), found=value, expected=wanted, fails=fails)
 
 
-_SINCE_5: Final = "transformers>=5; vllm@>=5; sglang@>=5"
+def _is_true_all_the_same(folder: Folder, file: str, path: tuple[str, ...], value: Any) -> bool:
+    """Return whether a tokenizer's flag, of which readers ask only whether it is true, says the same as the base's."""
+    base = ABSENT if folder.base is None else folder.base.get(file, *path)
+    return path in (("add_bos_token",), ("add_eos_token",)) and isinstance(base, bool) and bool(value) == base
+
+
 _SIZES: Final = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"}
     | {"head_dim", "layer_norm_eps", "patch_size", "image_size", "depth", "num_heads", "vision_feature_layer"}
@@ -106,7 +111,7 @@ _SIZES: Final = frozenset(
     effect="transformers 5 checks the types of a config as it loads: StrictDataclassFieldValidationError",
     evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
     mend="the base's value; of a null, the key deleted, so that the class's own default counts",
-    fails=_SINCE_5,
+    fails=SINCE_5,
 )
 def setting_not_taken(folder: Folder) -> Iterator[Fault]:
     if not folder.is_known or folder.get(CONFIG, "auto_map") is not ABSENT:

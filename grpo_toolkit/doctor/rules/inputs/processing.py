@@ -16,6 +16,7 @@ from grpo_toolkit.doctor.parsed_folder import (
     TOKENIZER_CONFIG,
     VIDEO_PREPROCESSOR,
 )
+from grpo_toolkit.doctor.rules.inputs.prompts import UNREAD_OF_ADAPTER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -271,9 +272,13 @@ def chat_template_missing(folder: Folder) -> Iterator[Fault]:
     needs_base=True,
 )
 def chat_templates_differ(folder: Folder) -> Iterator[Fault]:
-    if folder.base is None or not _has_two_templates(folder):
+    if folder.base is None:
         return
-    copies, published = _stripped(folder), _stripped(folder.base)
+    unread = UNREAD_OF_ADAPTER.get(folder.kind, ())
+    copies = {file: text for file, text in _stripped(folder).items() if file not in unread}
+    published = _stripped(folder.base)
+    if len(set(copies.values())) < 2:
+        return
     if all(published.get(file) == text for file, text in copies.items()):
         return  # published that way
     good = set(published.values())
