@@ -146,7 +146,8 @@ def _size(content: dict[str, Any]) -> int:
     """Return the number of ids: those of the vocabulary, and of the added tokens that it does not have."""
     vocab = content["model"]["vocab"]
     added = content.get("added_tokens", [])
-    return len(vocab) + sum(1 for one in added if isinstance(vocab, dict) and one.get("content") not in vocab)
+    texts = (one.get("content") for one in added)
+    return len(vocab) + sum(1 for text in texts if isinstance(text, str) and text not in vocab)
 
 
 def _unknown(content: dict[str, Any], named: frozenset[str]) -> frozenset[str]:

@@ -261,7 +261,8 @@ class Digests:
         is_zero: every second factor of an adapter is zero.
         empty: tensors that are one value throughout (all zero, most often) where they should not be.
         broken: tensors with a NaN or an infinity in them.
-        unlike: tensors whose values have nothing in common with the base's under the same name.
+        unlike: tensors whose values have nothing in common with the base's under the same name, each with the name
+            under which the base has those values, or an empty one.
     """
 
     heads_differ: bool = False
@@ -270,4 +271,4 @@ class Digests:
     is_zero: bool = False
     empty: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
-    unlike: tuple[str, ...] = ()
+    unlike: Mapping[str, str] = field(default_factory=dict)

@@ -219,6 +219,28 @@ def generation_defaults_lost(folder: Folder) -> Iterator[Fault]:
 
 
 @rule(
+    Severity.SLOW,
+    "another kind of KV cache than the base's",
+    effect="generate makes the cache that is named here: a static one is as long as the longest answer and compiled "
+    "for, an offloaded one waits for the host, and some models refuse it",
+    evidence="https://huggingface.co/docs/transformers/kv_cache",
+    mend="the base's kind",
+    needs_base=True,
+    fails=TRANSFORMERS,
+)
+def cache_kind_differs(folder: Folder) -> Iterator[Fault]:
+    key = "cache_implementation"
+    ours = folder.get(GENERATION_CONFIG, key)
+    if folder.base is None or GENERATION_CONFIG not in folder.base.objects or ours in (ABSENT, None):
+        return
+    theirs = folder.base.get(GENERATION_CONFIG, key)
+    if ours != theirs:
+        edit = Edit(file=GENERATION_CONFIG, path=(key,), value=theirs)
+        expected = "absent, as in the base" if theirs is ABSENT else f"{theirs!r}, as in the base"
+        yield Fault(file=GENERATION_CONFIG, key=key, found=ours, expected=expected, remedies=(edit,))
+
+
+@rule(
     Severity.WRONG,
     "sampling settings without do_sample",
     effect="transformers decodes greedily, servers sample, and the next save_pretrained raises "

@@ -20,6 +20,8 @@ from grpo_toolkit.doctor.parsed_folder import (
 )
 from grpo_toolkit.doctor.readers import SERVERS, TRAINER, TRANSFORMERS
 from grpo_toolkit.doctor.rules.cache import fails_without, is_not_missed
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import new_names
+from grpo_toolkit.doctor.rules.tensors.weights import without_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -187,8 +189,15 @@ def index_disagrees(folder: Folder) -> Iterator[Fault]:
             + (f"; {sorted(lost)[0]} is not in {index[sorted(lost)[0]]}" if lost else ""),
             expected="the index to name every stored tensor, and no other",
             # transformers reads every shard that is named, whichever tensors it looks for there.
-            fails=SERVERS if set(index) == set(folder.tensors) else "" if lost else f"transformers<5; {SERVERS}",
+            fails=SERVERS if set(index) == set(folder.tensors) else _of_names(folder, lost),
         )
+
+
+def _of_names(folder: Folder, lost: list[str]) -> str:
+    """Return whom an index concerns that names tensors which are not there, or are there under another name."""
+    if {*lost} <= {*new_names(folder).values()}:
+        return without_prefix(folder) or ("" if lost else f"transformers<5; {SERVERS}")
+    return ""
 
 
 @rule(

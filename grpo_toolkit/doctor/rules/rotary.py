@@ -139,7 +139,7 @@ def rope_type_unknown(folder: Folder) -> Iterator[Fault]:
         )
 
 
-_NEED_NOT_DIFFER: Final = (("default", "mrope"),)
+_NEED_NOT_DIFFER: Final = (("default", "mrope"), ("default", "axial"))
 
 
 @rule(

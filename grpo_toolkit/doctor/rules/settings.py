@@ -76,7 +76,7 @@ def _is_said_otherwise(node: JsonObject, key: str, ours: Any, theirs: Any) -> bo
     """Return whether a value that differs says the same, or nothing at all."""
     if key == "projection_dim":
         return node.get("model_type") == "clip_vision_model"  # of CLIP's own head, which no language model has
-    if isinstance(ours, str) and {ours, theirs} <= _GELU:
+    if ours in _GELU and theirs in _GELU:
         return True
     if key == "vision_feature_layer":
         return bool(ours == [theirs] or theirs == [ours])
@@ -86,7 +86,7 @@ def _is_said_otherwise(node: JsonObject, key: str, ours: Any, theirs: Any) -> bo
     return heads > 0 and hidden // heads == theirs  # a null is worked out so
 
 
-_GELU: Final = frozenset({"gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate"})
+_GELU: Final = ("gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate")
 """One function, computed in several ways: they differ by less than a thousandth, as bfloat16 does by more."""
 
 
@@ -131,6 +131,36 @@ def as_in_base(file: str, path: tuple[str, ...], ours: Any, theirs: Any, *, fail
         remedies=(Edit(file=file, path=path, value=copy.deepcopy(theirs)),),
         fails=fails,
     )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "a model or a tower that answers with tuples",
+    effect="4.x hands on what a part answers by its name: at the first token or picture a tuple has no such attribute",
+    evidence="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/configuration_utils.py",
+    mend="the key deleted",
+    fails=V4,
+)
+def answers_with_tuples(folder: Folder) -> Iterator[Fault]:
+    for level in ((), ("vision_config",)):
+        for key, is_so in (("return_dict", _is_false), ("torchscript", bool)):
+            value = folder.get(CONFIG, *level, key)
+            if value in (ABSENT, None) or not is_so(value) or (key == "torchscript" and not level):
+                continue
+            edit = Edit(file=CONFIG, path=(*level, key), value=ABSENT)
+            fails = "" if key == "return_dict" else "transformers<4.56"
+            yield Fault(
+                file=CONFIG,
+                key=".".join(edit.path),
+                found=value,
+                expected="absent",
+                remedies=(edit,),
+                fails=fails,
+            )
+
+
+def _is_false(value: Any) -> bool:
+    return not value
 
 
 @rule(

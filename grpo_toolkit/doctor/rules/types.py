@@ -56,8 +56,6 @@ _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (TOKENIZER_CONFIG, ("chat_template",), (str, list, dict)),
     (TOKENIZER_CONFIG, ("eos_token",), (str, dict)),
     (TOKENIZER_CONFIG, ("added_tokens_decoder",), (dict,)),
-    (TOKENIZER_CONFIG, ("add_bos_token",), (bool,)),
-    (TOKENIZER_CONFIG, ("add_eos_token",), (bool,)),
     (PREPROCESSOR, ("image_processor_type",), (str,)),
     (PREPROCESSOR, ("size",), (dict, int)),
     (PROCESSOR, ("image_processor",), (dict,)),
@@ -87,16 +85,10 @@ def wrong_type(folder: Folder) -> Iterator[Fault]:
         if value is ABSENT or (value is None and file != WEIGHTS_INDEX):
             continue
         is_right = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
-        if not is_right and not _is_true_all_the_same(folder, file, path, value):
+        if not is_right:
             wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
             fails = SERVERS if path == ("architectures",) else ""  # transformers finds the class by the model type
             yield Fault(file=file, key=".".join(path), found=value, expected=wanted, fails=fails)
-
-
-def _is_true_all_the_same(folder: Folder, file: str, path: tuple[str, ...], value: Any) -> bool:
-    """Return whether a tokenizer's flag, of which readers ask only whether it is true, says the same as the base's."""
-    base = ABSENT if folder.base is None else folder.base.get(file, *path)
-    return path in (("add_bos_token",), ("add_eos_token",)) and isinstance(base, bool) and bool(value) == base
 
 
 _SIZES: Final = frozenset(

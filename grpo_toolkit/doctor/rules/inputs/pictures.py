@@ -8,7 +8,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
 from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_classes import class_source, default_in
-from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR
+from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR
 from grpo_toolkit.doctor.readers import SINCE_5
 from grpo_toolkit.doctor.rules.settings import as_in_base
 
@@ -148,12 +148,22 @@ def picture_class_differs(folder: Folder) -> Iterator[Fault]:
     for where, at, found, wanted in (
         (file, (*path, _TYPE), ours.get(_TYPE), theirs.get(_TYPE)),
         (PROCESSOR, (_CLASS,), folder.get(PROCESSOR, _CLASS), base.get(PROCESSOR, _CLASS)),
+        *_video_classes(folder, base),
         *([(PREPROCESSOR, (_CLASS,), *_classes_beside(folder, base))] if PREPROCESSOR in folder.objects else []),
     ):
         if found in (ABSENT, None) or not isinstance(wanted, str):
             continue
         if not isinstance(found, str) or found.removesuffix("Fast") != wanted.removesuffix("Fast"):
             yield as_in_base(where, at, found, wanted)
+
+
+def _video_classes(folder: Folder, base: Folder) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
+    """Yield the class for videos, which a processor makes as it loads, and the base's."""
+    for file, path in ((PROCESSOR, ("video_processor", _VIDEO_TYPE)), (VIDEO_PREPROCESSOR, (_VIDEO_TYPE,))):
+        yield file, path, folder.get(file, *path), base.get(file, *path)
+
+
+_VIDEO_TYPE: Final = "video_processor_type"
 
 
 def _classes_beside(folder: Folder, base: Folder) -> tuple[Any, Any]:

@@ -236,3 +236,29 @@ _OF_TYPES_IN_V4: Final = {
     ),
 }  # fmt: skip
 """The class that 4.x takes where a config names none. Source: `TOKENIZER_MAPPING_NAMES` of transformers 4.57."""
+
+
+@rule(
+    Severity.WRONG,
+    "another token before or behind each text than for the base",
+    effect="the class puts the token that begins or ends a text where it is told to, whatever tokenizer.json says: "
+    "other ids than in training",
+    evidence="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/llama/"
+    "tokenization_llama_fast.py",
+    mend="the base's flag",
+    needs_base=True,
+    fails=V4,
+)
+def tokenizer_flags_differ(folder: Folder) -> Iterator[Fault]:
+    base, name = folder.base, str(folder.get(TOKENIZER_CONFIG, _CLASS)).removesuffix("Fast")
+    if base is None or folder.kind not in (Kind.MODEL, Kind.ADAPTER) or name not in _PUT_A_TOKEN_BEFORE:
+        return
+    if folder.kind is Kind.MODEL and folder.model_type == "paligemma":
+        return  # whose processor sets them itself
+    for key in ("add_bos_token", "add_eos_token"):
+        ours, theirs = folder.get(TOKENIZER_CONFIG, key), base.get(TOKENIZER_CONFIG, key)
+        if ours is ABSENT or not isinstance(theirs, bool) or bool(ours) == theirs:
+            continue
+        edit = Edit(file=TOKENIZER_CONFIG, path=(key,), value=theirs)
+        expected = f"{str(theirs).lower()}, as in the base"
+        yield Fault(file=TOKENIZER_CONFIG, key=key, found=ours, expected=expected, remedies=(edit,))
