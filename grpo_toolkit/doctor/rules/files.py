@@ -195,9 +195,9 @@ def index_disagrees(folder: Folder) -> Iterator[Fault]:
 
 def _of_names(folder: Folder, lost: list[str]) -> str:
     """Return whom an index concerns that names tensors which are not there, or are there under another name."""
-    if {*lost} <= {*new_names(folder).values()}:
-        return without_prefix(folder) or ("" if lost else f"transformers<5; {SERVERS}")
-    return ""
+    if not lost:
+        return f"transformers<5; {SERVERS}"
+    return without_prefix(folder) if {*lost} <= {*new_names(folder).values()} else ""
 
 
 @rule(

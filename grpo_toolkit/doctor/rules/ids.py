@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
+from grpo_toolkit.doctor.installed_configs import installed_defaults
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import ends
 
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from grpo_toolkit.doctor.parsed_folder import Folder
+
+
+def _padding_of_class(folder: Folder) -> Iterator[tuple[str, str, int]]:
+    """Yield the padding id of the class that makes the embedding, where the config does not say one."""
+    is_nested = isinstance(folder.get(CONFIG, "text_config"), dict)
+    level = ("text_config",) if is_nested else ()
+    own = folder.get(CONFIG, *level, "model_type")
+    if isinstance(own, str) and folder.get(CONFIG, *level, _PADDING) is ABSENT:
+        for number in installed_defaults(own, (), _PADDING):
+            if type(number) is int:
+                yield CONFIG, ".".join((*level, _PADDING)), number
 
 
 def _rows(folder: Folder) -> tuple[str, int] | None:
@@ -92,9 +104,10 @@ def ids_beyond_rows(folder: Folder) -> Iterator[Fault]:
     if rows is None or folder.kind is not Kind.MODEL:
         return
     name, count = rows
-    beyond = [(file, key, number) for file, key, number in _named_ids(folder) if count <= number < 2**31]
+    named = (*_named_ids(folder), *_padding_of_class(folder))
+    beyond = [(file, key, number) for file, key, number in named if count <= number < 2**31]
     if folder.base is not None:
-        theirs = {number for _, _, number in _named_ids(folder.base)}
+        theirs = {number for _, _, number in (*_named_ids(folder.base), *_padding_of_class(folder.base))}
         base_rows = _rows(folder.base)
         if base_rows is not None and base_rows[1] == count:
             beyond = [found for found in beyond if found[2] not in theirs]  # published that way

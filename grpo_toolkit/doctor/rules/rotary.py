@@ -157,6 +157,27 @@ def rope_incomplete(folder: Folder) -> Iterator[Fault]:
 
 
 @rule(
+    Severity.UNLOADABLE,
+    "rotary settings of a kind of layers that are no object",
+    effect="each kind of layers takes its settings from an object of its own: an exception as the config is read",
+    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py",
+    mend="the base's settings",
+    fails=SINCE_5,
+)
+def rope_no_object(folder: Folder) -> Iterator[Fault]:
+    for level in ((), ("text_config",)):
+        inner = folder.get(CONFIG, *level, "rope_parameters")
+        for key, value in inner.items() if isinstance(inner, dict) else ():
+            if not key.endswith("_attention") or value is None or isinstance(value, dict):
+                continue
+            path = (*level, "rope_parameters", key)
+            right = ABSENT if folder.base is None else folder.base.get(CONFIG, *path)
+            edit = Edit(file=CONFIG, path=path, value=copy.deepcopy(right))
+            remedies = (edit,) if isinstance(right, dict) else ()
+            yield Fault(file=CONFIG, key=".".join(path), found=value, expected="an object", remedies=remedies)
+
+
+@rule(
     Severity.WRONG,
     "rotary settings lost",
     effect="positions are rotated otherwise than in training: other text, or an error at the first token",

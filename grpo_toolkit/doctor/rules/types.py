@@ -128,6 +128,7 @@ def _not_taken(folder: Folder, path: tuple[str, ...], value: Any) -> Fault:
     is_mended = right is not ABSENT or value is None
     # Older releases fail as they compute with it.
     is_of_all = (value is None and path[-1] in _SIZES) or path[-1] in ("id2label", "label2id")
+    is_of_all = is_of_all or (path[-1] == "pad_token_id" and isinstance(value, list))  # of the embedding's row
     return Fault(
         file=CONFIG,
         key=".".join(path),
@@ -150,12 +151,21 @@ def number_too_small(folder: Folder) -> Iterator[Fault]:
     places = [(CONFIG, (*level, "sliding_window"), 1, "") for level in ((), ("text_config",))]
     for file, path, least, fails in (*places, (GENERATION_CONFIG, ("pad_token_id",), 0, V4)):
         value = folder.get(file, *path)
-        if type(value) is int and value < least:
+        if (type(value) is int and value < least) or (value is None and _needs_a_window(folder, path)):
             right = ABSENT if folder.base is None else folder.base.get(file, *path)
             edit = Edit(file=file, path=path, value=right)
             expected = f"{least} or more" if right is ABSENT else f"{right!r}, as in the base"
             remedies = () if right is ABSENT or right == value else (edit,)
             yield Fault(file=file, key=".".join(path), found=value, expected=expected, remedies=remedies, fails=fails)
+
+
+def _needs_a_window(folder: Folder, path: tuple[str, ...]) -> bool:
+    """Return whether a null is the size of a window that some layers have."""
+    kinds = folder.get(CONFIG, *path[:-1], "layer_types")
+    base = ABSENT if folder.base is None else folder.base.get(CONFIG, *path)
+    is_mixed = folder.model_type in ("gemma2", "gemma3", "gemma3_text", "cohere2")  # in releases without that key
+    has_such = is_mixed or (isinstance(kinds, list) and "sliding_attention" in kinds)
+    return path[-1] == "sliding_window" and type(base) is int and has_such
 
 
 @rule(

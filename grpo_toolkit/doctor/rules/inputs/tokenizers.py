@@ -91,8 +91,8 @@ def _class_of(folder: Folder) -> str:
     return str(folder.get(TOKENIZER_CONFIG, "tokenizer_class")).removesuffix("Fast")
 
 
-def _makes_its_steps(folder: Folder) -> bool:
-    return makes_its_steps(folder.model_type, str(folder.get(TOKENIZER_CONFIG, "tokenizer_class")))
+def _makes_its_steps(folder: Folder, name: str = "") -> bool:
+    return makes_its_steps(folder.model_type, name or str(folder.get(TOKENIZER_CONFIG, "tokenizer_class")))
 
 
 def _first_difference(ours: Any, theirs: Any, where: str) -> str:
@@ -208,7 +208,7 @@ def tokenizer_class_differs(folder: Folder) -> Iterator[Fault]:
     newest = registered_tokenizer(folder.model_type)
     name = _OF_TYPES_IN_V4.get(folder.model_type, newest) if is_lost else ours if isinstance(ours, str) else ""
     name, right = (one.removesuffix("Fast") for one in (name, theirs))
-    is_of_all = is_lost and newest not in ("", right) and makes_its_steps(folder.model_type, newest)
+    is_of_all = is_lost and newest != right and newest in _PUT_A_TOKEN_BEFORE and _makes_its_steps(folder, newest)
     if name and not _is_class(name):
         return  # `tokenizer_class_unknown` says so
     if is_of_all or (name not in ("", right) and {name, right} & {*_PUT_A_TOKEN_BEFORE}):

@@ -157,7 +157,7 @@ def part_of_another_dtype(folder: Folder) -> Iterator[Fault]:
 
 # https://github.com/huggingface/transformers/pull/39782
 _SINCE_DTYPE: Final = "transformers>=4.56<5; vllm@>=4.56<5; sglang@>=4.56<5"
-_FLOATS: Final = (*FLOAT_NAMES.values(), "float64")
+_FLOATS: Final = tuple(FLOAT_NAMES.values())
 
 
 def _dtype_at(folder: Folder, level: tuple[str, ...], *, is_later: bool) -> tuple[str, Any]:

@@ -78,7 +78,7 @@ def without_prefix(folder: Folder) -> str:
     renames, family = new_names(folder), family_of(folder.model_type)
     is_lost = all(new == PREFIX + old for old, new in renames.items())
     is_doubled = all(old == PREFIX + new for old, new in renames.items())
-    if not (is_lost or is_doubled) or any(live_name(new, family) != new for new in renames.values()):
+    if not renames or not (is_lost or is_doubled) or any(live_name(new, family) != new for new in renames.values()):
         return ""
     is_base_model = is_lost and not any(name.startswith(PREFIX) or name.endswith(HEAD) for name in weights(folder))
     return SERVERS if is_base_model else f"transformers<5; {SERVERS}"
