@@ -59,6 +59,8 @@ _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (PREPROCESSOR, ("image_processor_type",), (str,)),
     (PREPROCESSOR, ("size",), (dict, int)),
     (PROCESSOR, ("image_processor",), (dict,)),
+    (PROCESSOR, ("video_processor",), (dict,)),
+    *((CONFIG, (*level, "pruned_heads"), (dict,)) for level in ((), ("text_config",), ("vision_config",))),
     (WEIGHTS_INDEX, ("weight_map",), (dict,)),
 )
 """The types that the libraries take at the keys that they read; null is taken everywhere but in an index."""
@@ -87,7 +89,8 @@ def wrong_type(folder: Folder) -> Iterator[Fault]:
         is_right = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
         if not is_right:
             wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
-            fails = SERVERS if path == ("architectures",) else ""  # transformers finds the class by the model type
+            # transformers finds the class by the model type, and 5 prunes nothing.
+            fails = SERVERS if path == ("architectures",) else V4 if path[-1] == "pruned_heads" else ""
             yield Fault(file=file, key=".".join(path), found=value, expected=wanted, fails=fails)
 
 

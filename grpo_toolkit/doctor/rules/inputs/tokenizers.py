@@ -205,13 +205,12 @@ def tokenizer_class_differs(folder: Folder) -> Iterator[Fault]:
     is_lost = ours in (ABSENT, None)
     if is_lost and folder.kind is Kind.ADAPTER:
         return  # nothing here says of which type the model is
-    newest = registered_tokenizer(folder.model_type)
+    newest = registered_tokenizer(folder.model_type) if is_lost else ""
     name = _OF_TYPES_IN_V4.get(folder.model_type, newest) if is_lost else ours if isinstance(ours, str) else ""
     name, right = (one.removesuffix("Fast") for one in (name, theirs))
-    is_of_all = is_lost and newest != right and newest in _PUT_A_TOKEN_BEFORE and _makes_its_steps(folder, newest)
-    if name and not _is_class(name):
-        return  # `tokenizer_class_unknown` says so
-    if is_of_all or (name not in ("", right) and {name, right} & {*_PUT_A_TOKEN_BEFORE}):
+    is_of_all = newest not in ("", right) and newest in _PUT_A_TOKEN_BEFORE and _makes_its_steps(folder, newest)
+    is_other = name not in ("", right) and bool({name, right} & {*_PUT_A_TOKEN_BEFORE})
+    if is_of_all or (is_other and _is_class(name)):  # of one that is none `tokenizer_class_unknown` says so
         is_of_v4 = not _is_named_by_processor(folder)
         yield Fault(
             file=TOKENIZER_CONFIG,
