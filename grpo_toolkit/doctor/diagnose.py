@@ -28,6 +28,7 @@ from grpo_toolkit.doctor.rules import (
     dialect,
     files,
     fit,
+    generation,
     ids,
     rotary,
     servers,
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MODULES: Final = (
-    files, types, shards, cache, experts, weights, ids, fit, settings, rotary, tied, dtypes, quantised, dialect,
-    custom_code, tokenizers, special_tokens, prompts, processing, pictures, servers, adapter, adapter_settings,
+    files, types, shards, cache, generation, experts, weights, ids, fit, settings, rotary, tied, dtypes, quantised,
+    dialect, custom_code, tokenizers, special_tokens, prompts, processing, pictures, servers, adapter,
+    adapter_settings,
 )  # fmt: skip
 
 ALL_RULES: Final = tuple(

@@ -47,7 +47,7 @@ def default_in(source: str, key: str) -> Any:
     found = re.search(rf"^ +{re.escape(key)}(?:: [^=\n]+)? ?= ?(.+?),?(?: +#.*)?$", source, re.MULTILINE)
     named = None
     if found and found[1].isidentifier():  # a constant, such as the mean of CLIP's pictures
-        constants = installed_text("transformers/image_utils.py")
+        constants = installed_text("transformers/utils/constants.py")
         named = re.search(rf"^{found[1]} = (.+)$", constants, re.MULTILINE)
     try:
         return ast.literal_eval((named or found)[1]) if found else None

@@ -14,7 +14,7 @@ from grpo_toolkit.doctor.findings import Edit
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Digests
 from grpo_toolkit.doctor.planned_files import Entry
-from grpo_toolkit.doctor.rules.cache import NEUTRAL
+from grpo_toolkit.doctor.rules.generation import NEUTRAL
 from tests.support.memory_files import MemoryFiles, folder_of, put_tensors
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.module_lookup import is_stored
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name
 from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.readers import SERVERS
+from grpo_toolkit.doctor.readers import SERVERS, TRAINER
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import HEAD
 
 if TYPE_CHECKING:
@@ -315,7 +315,12 @@ def adapter_beside_model(folder: Folder) -> Iterator[Fault]:
     weights = [name for name in folder.entries if name.startswith("model") and name.endswith(".safetensors")]
     if folder.kind is Kind.ADAPTER and weights:
         found = [*sorted(weights)[:2], *([CONFIG] if folder.has(CONFIG) else [])]
-        yield Fault(file=sorted(weights)[0], found=found, expected="a folder of its own for one of the two")
+        yield Fault(
+            file=sorted(weights)[0],
+            found=found,
+            expected="a folder of its own for one of the two",
+            fails="" if folder.has(CONFIG) else TRAINER,  # without a config nothing else finds a model there
+        )
 
 
 @rule(

@@ -45,8 +45,14 @@ def _rope_places(folder: Folder) -> Iterator[tuple[tuple[str, ...], str, JsonObj
                 yield from (
                     ((*level, name, key), key, one, fails)
                     for key, one in inner.items()
-                    if isinstance(one, dict) and key.endswith("_attention")
+                    if isinstance(one, dict) and key.endswith("_attention") and _has_layers(node, key)
                 )
+
+
+def _has_layers(node: JsonObject, kind: str) -> bool:
+    """Return whether some layer is of a kind; of one that none is, nobody reads the settings."""
+    kinds = node.get("layer_types")
+    return not isinstance(kinds, list) or kind in kinds
 
 
 def _rotated_by(folder: Folder) -> dict[tuple[str, str], Any]:
@@ -100,9 +106,9 @@ def rope_share_differs(folder: Folder) -> Iterator[Fault]:
         return
     for path, _, node, fails in _rope_places(folder):
         for key in ("partial_rotary_factor", "mrope_section"):
-            ours, theirs = node.get(key), base.get(CONFIG, *path, key)
+            ours, theirs = node.get(key, ABSENT), base.get(CONFIG, *path, key)
             is_inside = {*_ROPE} & {*path}  # `settings_differ` judges those outside
-            if is_inside and ours is not None and theirs not in (ABSENT, None) and not is_equal(ours, theirs):
+            if is_inside and ours is not ABSENT and theirs not in (ABSENT, None) and not is_equal(ours, theirs):
                 yield as_in_base(CONFIG, (*path, key), ours, theirs, fails=fails)
 
 
@@ -191,7 +197,9 @@ def rope_lost(folder: Folder) -> Iterator[Fault]:
         return
     wanted, ours = _rope(base), _rope(folder)
     lost = sorted(set(wanted) - set(ours) - {"type", "rope_type"})
+    node = folder.get(CONFIG, *level_in(folder, ("text_config",)))
     lost = [key for key in lost if not _is_of_class(folder, key, wanted[key])]
+    lost = [key for key in lost if not isinstance(node, dict) or _has_layers(node, key) or "_attention" not in key]
     if not lost or CONFIG not in folder.objects:
         return
     remedies: tuple[Edit, ...] = ()

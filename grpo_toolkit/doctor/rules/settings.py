@@ -35,7 +35,8 @@ _WITHOUT_EFFECT: Final = frozenset(
     | {"output_scores", "forced_bos_token_id", "forced_eos_token_id", "prefix", "sep_token_id", "tokenizer_class"}
     | {"decoder_start_token_id", "cross_attention_hidden_size", "tie_encoder_decoder", "add_cross_attention"}
     | {"is_encoder_decoder", "chunk_size_feed_forward", "tf_legacy_loss", "use_bfloat16", "pretraining_tp"}
-    | {"image_seq_length", "num_image_tokens", "cache_implementation"}
+    | {"image_seq_length", "num_image_tokens", "cache_implementation", "reorder_and_upcast_attn"}
+    | {"summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"}
 )
 
 # What other rules judge, or what a release line writes in its own way.
@@ -78,6 +79,8 @@ def _is_said_otherwise(node: JsonObject, key: str, ours: Any, theirs: Any) -> bo
         return node.get("model_type") == "clip_vision_model"  # of CLIP's own head, which no language model has
     if ours in _GELU and theirs in _GELU:
         return True
+    if key == "image_size" and node.get("model_type") == "pixtral" and type(ours) is int and type(theirs) is int:
+        return ours > theirs  # the largest side that has positions
     if key == "vision_feature_layer":
         return bool(ours == [theirs] or theirs == [ours])
     hidden, heads = node.get("hidden_size"), node.get("num_attention_heads")

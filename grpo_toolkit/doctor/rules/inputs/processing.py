@@ -17,6 +17,7 @@ from grpo_toolkit.doctor.parsed_folder import (
     VIDEO_PREPROCESSOR,
 )
 from grpo_toolkit.doctor.rules.inputs.prompts import UNREAD_OF_ADAPTER
+from grpo_toolkit.doctor.rules.inputs.tokenizers import fails_without_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,11 +72,10 @@ def tokenizer_config_lost(folder: Folder) -> Iterator[Fault]:
     base = folder.base
     is_whole = folder.kind is Kind.MODEL and folder.has_tokenizer
     if is_whole and base is not None and base.has(TOKENIZER_CONFIG) and not folder.has(TOKENIZER_CONFIG):
-        yield Fault(
-            file=TOKENIZER_CONFIG,
-            expected="the base's file",
-            remedies=(WholeFile(file=TOKENIZER_CONFIG, content=None),),
-        )
+        fails = fails_without_config(folder)
+        if fails is not None:
+            remedies = (WholeFile(file=TOKENIZER_CONFIG, content=None),)
+            yield Fault(file=TOKENIZER_CONFIG, expected="the base's file", remedies=remedies, fails=fails)
 
 
 @rule(

@@ -261,3 +261,17 @@ def tokenizer_flags_differ(folder: Folder) -> Iterator[Fault]:
         edit = Edit(file=TOKENIZER_CONFIG, path=(key,), value=theirs)
         expected = f"{str(theirs).lower()}, as in the base"
         yield Fault(file=TOKENIZER_CONFIG, key=key, found=ours, expected=expected, remedies=(edit,))
+
+
+def fails_without_config(folder: Folder) -> str | None:
+    """Return whom the loss of tokenizer_config.json concerns: "" for every reader, None for none.
+
+    The class is then the processor's in 4.x, or the one of the model's type, the special tokens come from
+    special_tokens_map.json, as older releases write it, and the template from a file of its own.
+    """
+    if not folder.has("special_tokens_map.json") or not folder.templates:
+        return ""
+    if _is_named_by_processor(folder):
+        return SINCE_5
+    puts_before = {_OF_TYPES_IN_V4.get(folder.model_type), registered_tokenizer(folder.model_type)}
+    return "" if puts_before & {*_PUT_A_TOKEN_BEFORE} else None
