@@ -25,7 +25,7 @@ ALL = (*V4, "5.24.0")
 V5 = ("5.24.0",)
 
 Row = tuple[str, str, str, str, str, str, tuple[str, ...]]
-# The folder, the operator, the file, the path in it (with "/"), what with; the code that is said, and of which readers.
+# The folder, the operator, the file, the path in it (with "/"), what with; the code, and which readers it is of.
 MINDED: list[Row] = [
     ("llama/v4/full", "null-key", GENERATION, "use_cache", "", "generation-cache-off", V4),
     ("gemma2/published/full", "drop-file", GENERATION, "", "", "generation-config-lost", ALL),
