@@ -184,7 +184,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(
 def test_a_terminal_gets_colour_and_nothing_dangerous(command: list[str], tmp_path: Path) -> None:
     folder = unpack("vlm_r1_451", tmp_path / "x")
     config = json.loads((folder / "generation_config.json").read_text())
-    config["use_cache"] = "[bold]\x1b[2J\x07false[/bold]"
+    config |= {"use_cache": False, "do_sample": "[bold]\x1b[2J\x07false[/bold]"}
     (folder / "generation_config.json").write_text(json.dumps(config))
     shown = _on_a_terminal([*command, str(folder)])
     assert "\x1b[1" in shown

@@ -421,6 +421,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "answers-with-tuples": (model(config={"return_dict": False}), None, None, "config.json", "return_dict"),
     "cache-kind-differs": (model(generation_config__json={**GENERATION, "cache_implementation": "static"}), BASE,
                            None, "generation_config.json", "cache_implementation"),
+    "states-without-dict": (model(generation_config__json={**GENERATION, "output_hidden_states": True}), None, None,
+                            "generation_config.json", "output_hidden_states"),
     "experts-in-float64": (
         model({**TENSORS, "model.layers.0.mlp.experts.0.up_proj.weight": ("F64", (9, 9))},
               config={"torch_dtype": "float64"}), None, None, "config.json", "torch_dtype"),

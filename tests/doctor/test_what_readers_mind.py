@@ -39,6 +39,7 @@ MINDED: list[Row] = [
     ("paligemma/v5/full", "unknown-token", TOKENIZER, "image_token", "", "special-tokens-lost", V5),
     ("llama/v5/full", "drop-key", "tokenizer.json", "added_tokens", "", "added-tokens-missing", V5),
     ("llava/v4/full", "empty-key", "tokenizer.json", "post_processor", "", "tokenizer-broken", ALL),
+    ("paligemma/published/full", "drop-file", TOKENIZER, "", "", "tokenizer-config-lost", ALL),  # has the template
     ("mistral3/v4/full", "drop-file", TOKENIZER, "", "", "tokenizer-config-lost", ALL),
     ("llava/v4/full", "null-key", PICTURES, "image_std", "", "image-settings-differ", V5),
     ("llava/v4/full", "null-key", PICTURES, "rescale_factor", "", "image-settings-differ", ALL),

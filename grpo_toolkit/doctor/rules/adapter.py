@@ -82,7 +82,7 @@ def adapter_of_mlx(folder: Folder) -> Iterator[Fault]:
 def adapter_names_wrapped(folder: Folder) -> Iterator[Fault]:
     names = sorted(folder.tensors) if folder.kind is Kind.ADAPTER else []
     wrapped = [name for name in names if _WRAPPED.search(name)]
-    strange = [name for name in names if is_lora(name) and not name.startswith(_PEFT)]
+    strange = [name for name in names if is_lora(name) and (not name.startswith(_PEFT) or name.startswith(2 * _PEFT))]
     if strange and not wrapped and not is_of_mlx(folder):
         yield Fault(
             file=ADAPTER_WEIGHTS,

@@ -151,6 +151,27 @@ def generation_defaults_lost(folder: Folder) -> Iterator[Fault]:
 
 @rule(
     Severity.WRONG,
+    "states or attentions without a dict to return them in",
+    effect="they are computed for every token and not returned; 4.x refuses to save the model again "
+    "(GenerationConfig is invalid)",
+    evidence="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/generation/"
+    "configuration_utils.py",
+    mend="the base's value, or none",
+    fails="transformers<5",
+)
+def states_without_dict(folder: Folder) -> Iterator[Fault]:
+    if folder.get(GENERATION_CONFIG, "return_dict_in_generate") is True:
+        return
+    for key in ("output_hidden_states", "output_attentions", "output_scores", "output_logits"):
+        if folder.get(GENERATION_CONFIG, key) is True:
+            right = ABSENT if folder.base is None else folder.base.get(GENERATION_CONFIG, key)
+            if right is not True:
+                edit = Edit(file=GENERATION_CONFIG, path=(key,), value=right)
+                yield Fault(file=GENERATION_CONFIG, key=key, found=True, expected="absent or false", remedies=(edit,))
+
+
+@rule(
+    Severity.WRONG,
     "sampling settings without do_sample",
     effect="transformers decodes greedily, servers sample, and the next save_pretrained raises "
     "(GenerationConfig is invalid)",

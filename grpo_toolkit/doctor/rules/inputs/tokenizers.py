@@ -8,7 +8,14 @@ from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_classes import class_source, makes_its_steps, registered_tokenizer
-from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_PARTS
+from grpo_toolkit.doctor.parsed_folder import (
+    PREPROCESSOR,
+    PROCESSOR,
+    TEMPLATE_JINJA,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_PARTS,
+)
 from grpo_toolkit.doctor.readers import ALL, SINCE_5, V4
 
 if TYPE_CHECKING:
@@ -206,11 +213,9 @@ def tokenizer_class_differs(folder: Folder) -> Iterator[Fault]:
     if is_lost and folder.kind is Kind.ADAPTER:
         return  # nothing here says of which type the model is
     newest = registered_tokenizer(folder.model_type) if is_lost else ""
-    name = _OF_TYPES_IN_V4.get(folder.model_type, newest) if is_lost else ours if isinstance(ours, str) else ""
-    name, right = (one.removesuffix("Fast") for one in (name, theirs))
+    right = theirs.removesuffix("Fast")
     is_of_all = newest not in ("", right) and newest in _PUT_A_TOKEN_BEFORE and _makes_its_steps(folder, newest)
-    is_other = name not in ("", right) and bool({name, right} & {*_PUT_A_TOKEN_BEFORE})
-    if is_of_all or (is_other and _is_class(name)):  # of one that is none `tokenizer_class_unknown` says so
+    if is_of_all or _is_other_in_v4(folder, newest if is_lost else ours, right, is_lost=is_lost):
         is_of_v4 = not _is_named_by_processor(folder)
         yield Fault(
             file=TOKENIZER_CONFIG,
@@ -222,7 +227,21 @@ def tokenizer_class_differs(folder: Folder) -> Iterator[Fault]:
         )
 
 
+def _is_other_in_v4(folder: Folder, name: Any, right: str, *, is_lost: bool) -> bool:
+    """Return whether 4.x makes other ids with a class, or with the one of the model's type, than with the base's."""
+    if is_lost:
+        name = _OF_TYPES_IN_V4.get(folder.model_type, name)
+        if folder.model_type in _SLOW_ALONE_IN_V4 and not folder.has("vocab.json"):
+            return True
+    name = name.removesuffix("Fast") if isinstance(name, str) else ""
+    if name in ("", right) or not {name, right} & {*_PUT_A_TOKEN_BEFORE}:
+        return False
+    return is_lost or _is_class(name)  # of one that is none `tokenizer_class_unknown` says so
+
+
 _CLASS: Final = "tokenizer_class"
+_SLOW_ALONE_IN_V4: Final = ("granite", "granitemoe", "granitemoehybrid", "granitemoeshared")
+"""Types whose class in 4.x reads vocab.json, and no tokenizer.json."""
 _PUT_A_TOKEN_BEFORE: Final = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 """Classes of 4.x that make the post-processor anew, with the token that begins a text: `update_post_processor`."""
 _OF_TYPES_IN_V4: Final = {
@@ -269,7 +288,7 @@ def fails_without_config(folder: Folder) -> str | None:
     The class is then the processor's in 4.x, or the one of the model's type, the special tokens come from
     special_tokens_map.json, as older releases write it, and the template from a file of its own.
     """
-    if not folder.has("special_tokens_map.json") or not folder.templates:
+    if not folder.has("special_tokens_map.json") or TEMPLATE_JINJA not in folder.templates:
         return ""
     if _is_named_by_processor(folder):
         return SINCE_5
