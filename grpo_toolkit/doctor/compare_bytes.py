@@ -16,6 +16,10 @@ from grpo_toolkit.checkpoint.weights.compare_tensors import equal_tensors, read_
 from grpo_toolkit.checkpoint.weights.tensor_values import constant_value, correlation, is_finite, sample
 from grpo_toolkit.doctor.parsed_folder import Digests
 
+_SAME: Final = 0.25  # of the distance to its own tensor in the base
+_KIN: Final = 0.9
+_SEARCHED: Final = 50
+"""The most tensors that are held against all others of their shape."""
 _IN_A_LAYER: Final = re.compile(r"\.[0-9]+\..*\.weight$|(?:embed_tokens|lm_head)\.weight$")
 _POOLING: Final = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?head\.")
 _ROUNDING: Final = 2**-7  # what the cast of a value to bfloat16 changes at most
@@ -47,34 +51,55 @@ def compare_weights(folder: Folder) -> Digests:
         and all(not any(map(any, read_chunks(folder.path, info, inside=True))) for info in second),
         empty=empty,
         broken=broken,
-        unlike=tuple(name for name in _unlike(folder) if name not in {*empty, *broken}),
+        unlike={name: origin for name, origin in _unlike(folder).items() if name not in {*empty, *broken}},
     )
 
 
-def _unlike(folder: Folder) -> list[str]:
+def _unlike(folder: Folder) -> dict[str, str]:
     """Return the tensors whose sampled values do not correlate with the base's, where most of the others' do.
+
+    Each has the base's tensor beside it whose values they are, if there is one.
 
     A training moves values by little of their spread; a swap, a transposition or a wrong shard leaves nothing of it.
     """
     base = folder.base
     if base is None or folder.kind is not Kind.MODEL or base.kind is not Kind.MODEL:
-        return []
+        return {}
     family = family_of(folder.model_type)
     renames = plan_renames(folder.tensors, frozenset(base.tensors), folder.model_type)
     published = {live_name(name, family): info for name, info in base.tensors.items()}
-    unlike, compared = [], 0
+    unlike: dict[str, str] = {}
+    compared, strange = 0, 0
     for name, info in sorted(folder.tensors.items()):
         other = published.get(live_name(renames.get(name, name), family))
         if other is None or other.shape != info.shape:
             continue
         ours, theirs = sample(folder.path, info), sample(base.path, other)
-        alike = correlation(ours, theirs)
-        if alike is not None:
-            compared += 1
-            is_moved = len(info.shape) > 1 or math.dist(ours, theirs) > _TRAINED * math.sqrt(len(ours))
-            if alike < _RELATED and is_moved and _has_effect(folder, name):
-                unlike.append(name)
-    return unlike if 2 * len(unlike) <= compared else []
+        alike, distance = correlation(ours, theirs), _distance(ours, theirs)
+        compared += alike is not None
+        is_moved = distance > _TRAINED * math.sqrt(len(ours))
+        is_unlike = alike is not None and alike < _RELATED and (is_moved or len(info.shape) > 1)
+        is_strange = is_moved and (alike is None or alike < _KIN)
+        strange += is_strange
+        origin = _origin(ours, distance, info, base) if is_strange and strange <= _SEARCHED else ""
+        if (is_unlike or origin) and _has_effect(folder, name):
+            unlike[name] = origin
+    return unlike if 2 * len(unlike) <= max(compared, 2) else {}
+
+
+def _distance(ours: list[float], theirs: list[float]) -> float:
+    return math.dist(ours, theirs) if len(ours) == len(theirs) else 0.0
+
+
+def _origin(ours: list[float], distance: float, info: TensorInfo, base: Folder) -> str:
+    """Return the base's tensor of another name whose values a tensor has; empty where there is none.
+
+    Of a few values a correlation says nothing; values far from the base's and near another tensor's do.
+    """
+    others = (name for name, other in base.tensors.items() if other.shape == info.shape)
+    near = {name: _distance(ours, sample(base.path, base.tensors[name])) for name in others}
+    name = min(near, key=near.__getitem__, default="")
+    return name if name and len(ours) > 1 and near[name] < _SAME * distance else ""
 
 
 _RELATED: Final = 0.5
@@ -101,8 +126,11 @@ def _is_not_asked(folder: Folder, name: str) -> bool:
     layer's features.
     """
     layer = folder.get(CONFIG, "vision_feature_layer")
-    is_earlier = type(layer) is int and layer < -1 and ".post_layernorm." in name and is_vision(name)
-    return is_earlier or _POOLING.search(name) is not None
+    is_earlier = type(layer) is int and layer < -1
+    # CLIP's stands behind the pooled token alone.
+    is_of_clip = folder.get(CONFIG, "vision_config", "model_type") == "clip_vision_model"
+    is_last_norm = ".post_layernorm." in name and is_vision(name) and (is_earlier or is_of_clip)
+    return is_last_norm or _POOLING.search(name) is not None
 
 
 def inspect_values(folder: Folder) -> Digests:
@@ -126,9 +154,10 @@ def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]
             continue
         if not is_finite(folder.path, info):
             broken.append(name)
-        elif ".lora_A." in name and constant_value(folder.path, info) == 0:
-            empty.append(name)  # drawn at random where it is made, so a zero was never trained
-        elif folder.kind is Kind.MODEL and not is_lora(name):
+        elif is_lora(name):
+            if _is_untrained(folder, name):
+                empty.append(name)
+        elif folder.kind is Kind.MODEL:
             value = constant_value(folder.path, info)
             other = others.get(renames.get(name, name))
             if value is None:
@@ -141,6 +170,28 @@ def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]
             if not is_as_made and _has_effect(folder, name):
                 empty.append(name)
     return tuple(sorted(empty)), tuple(sorted(broken))
+
+
+def _is_untrained(folder: Folder, name: str) -> bool:
+    """Return whether a factor is one value throughout, and that not because nothing was trained yet.
+
+    First factors are drawn at random. Second ones begin as zeros, and stay so where no gradient comes: such as in the
+    last layers of a tower, or in all of them before the first step.
+    """
+    value = constant_value(folder.path, folder.tensors[name])
+    if value is None or math.prod(folder.tensors[name].shape) < _SOME:
+        return False
+    if value != 0 or ".lora_A." in name:
+        return True
+    if ".lora_B." not in name or is_vision(name):
+        return False
+    kind = _LAYER_NUMBER.sub(".", name)
+    sisters = (other for other in folder.tensors if other != name and _LAYER_NUMBER.sub(".", other) == kind)
+    return any(constant_value(folder.path, folder.tensors[other]) is None for other in sisters)
+
+
+_LAYER_NUMBER: Final = re.compile(r"\.[0-9]+\.")
+_SOME: Final = 8
 
 
 def _compare_with_base(folder: Folder) -> tuple[int, bool]:

@@ -28,11 +28,14 @@ from grpo_toolkit.doctor.rules import (
     dialect,
     files,
     fit,
+    generation,
+    ids,
+    rotary,
     servers,
     settings,
     types,
 )
-from grpo_toolkit.doctor.rules.inputs import pictures, processing, prompts, tokenizers
+from grpo_toolkit.doctor.rules.inputs import pictures, processing, prompts, special_tokens, tokenizers
 from grpo_toolkit.doctor.rules.tensors import dtypes, experts, quantised, shards, tied, weights
 from grpo_toolkit.errors import CheckpointError
 
@@ -40,8 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MODULES: Final = (
-    files, types, shards, cache, experts, weights, fit, settings, tied, dtypes, quantised, dialect, custom_code,
-    tokenizers, prompts, processing, pictures, servers, adapter, adapter_settings,
+    files, types, shards, cache, generation, experts, weights, ids, fit, settings, rotary, tied, dtypes, quantised,
+    dialect, custom_code, tokenizers, special_tokens, prompts, processing, pictures, servers, adapter,
+    adapter_settings,
 )  # fmt: skip
 
 ALL_RULES: Final = tuple(

@@ -32,7 +32,7 @@ class Severity(enum.Enum):
     UNLOADABLE = "unloadable"  # some supported library cannot load the folder
     WRONG = "wrong"  # it loads, and says or does something else than it should
     SLOW = "slow"  # it answers right, but more slowly than its base
-    WASTEFUL = "wasteful"  # more memory or disk than needed
+    WASTEFUL = "wasteful"  # more memory or disk than needed, or time where no reader of today asks for it
     NOTE = "note"  # worth knowing; the folder counts as clean
 
     @property

@@ -45,10 +45,55 @@ def _likely(models: list[str], name: str) -> list[str]:
 def default_in(source: str, key: str) -> Any:
     """Return a literal that a class gives an attribute or an argument; None where it gives none that can be told."""
     found = re.search(rf"^ +{re.escape(key)}(?:: [^=\n]+)? ?= ?(.+?),?(?: +#.*)?$", source, re.MULTILINE)
+    named = None
+    if found and found[1].isidentifier():  # a constant, such as the mean of CLIP's pictures
+        constants = installed_text("transformers/utils/constants.py")
+        named = re.search(rf"^{found[1]} = (.+)$", constants, re.MULTILINE)
     try:
-        return ast.literal_eval(found[1]) if found else None
+        return ast.literal_eval((named or found)[1]) if found else None
     except (ValueError, SyntaxError):
         return None
+
+
+@lru_cache(maxsize=256)
+def reads_setting(model_type: str, level: tuple[str, ...], key: str) -> bool:
+    """Return whether the installed transformers asks a config of a type for a setting; True where it cannot be told.
+
+    It does not where neither the model's code nor the library's own has the name, nor any that the class gives it. The
+    type of a part is asked where the class of the part may be any (`AutoConfig`).
+    """
+    config, code = _code_of(model_type)
+    if not code:
+        return True
+    if key == "model_type" and level:
+        named = re.search(rf'"{re.escape(level[-1])}": (\w+)', config)
+        return named is None or named[1] in ("AutoConfig", "SubConfigSpec")
+    names = (key, *re.findall(rf'"(\w+)": "{re.escape(key)}"', config))
+    own = re.compile(rf"\bself\.{re.escape(key)}\b")
+    any_name = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
+    general = (installed_text(f"transformers/{name}.py") for name in _ASK_ANY_CONFIG)
+    return bool(own.search(config) or any_name.search(code) or any(map(any_name.search, general)))
+
+
+_ASK_ANY_CONFIG: Final = ("modeling_utils", "masking_utils", "modeling_rope_utils", "cache_utils", "generation/utils")
+
+
+@lru_cache(maxsize=8)
+def _code_of(model_type: str) -> tuple[str, str]:
+    """Return the text of the module with the config classes of a type, and that of its models."""
+    words = model_type.split("_") if model_type.isidentifier() else []
+    for name in ("_".join(words[:count]) for count in range(len(words), 0, -1)):
+        config = installed_text(f"transformers/models/{name}/configuration_{name}.py")
+        if f'model_type = "{model_type}"' in config:
+            return config, installed_text(f"transformers/models/{name}/modeling_{name}.py")
+    return "", ""
+
+
+def registered_tokenizer(model_type: str) -> str:
+    """Return the tokenizer class that the installed transformers has for a model type; empty where it has none."""
+    auto = installed_text("transformers/models/auto/tokenization_auto.py")
+    found = re.search(rf'"{re.escape(model_type)}",\s*\(?\s*"(\w+?)(?:Fast)?"', auto)
+    return found[1] if found and found[1].endswith("Tokenizer") else ""
 
 
 @lru_cache(maxsize=8)

@@ -31,13 +31,21 @@ def installed_defaults(model_type: str, level: tuple[str, ...], key: str) -> tup
     The level that is no level of its own ("" of a text model) may be read by several classes.
     """
     found = []
-    pattern = re.compile(rf"^ +{re.escape(key)}(?:: [^=\n]+)? ?= ?([^\n]+?),?$", re.MULTILINE)
-    for literal in (match for source in _classes(model_type, level) for match in pattern.findall(source)):
-        try:
-            found.append(ast.literal_eval(literal))
-        except (ValueError, SyntaxError):
+    for source in _classes(model_type, level):
+        said = _assigned(source, key)
+        if said is None:
             return ()
+        found += said
     return tuple(found)
+
+
+def _assigned(source: str, key: str) -> list[Any] | None:
+    """Return the literals that a text gives a name; None where one of them is no literal."""
+    pattern = re.compile(rf"^ +{re.escape(key)}(?:: [^=\n]+)? ?= ?([^\n]+?),?$", re.MULTILINE)
+    try:
+        return [ast.literal_eval(literal) for literal in pattern.findall(source)]
+    except (ValueError, SyntaxError):
+        return None
 
 
 def installed_takes(model_type: str, level: tuple[str, ...], key: str, value: Any) -> bool:
@@ -51,10 +59,14 @@ def installed_takes(model_type: str, level: tuple[str, ...], key: str, value: An
 
 @lru_cache(maxsize=1024)
 def _types(model_type: str, level: tuple[str, ...], key: str) -> tuple[str, ...]:
-    """Return the types that the classes of a level take for a setting."""
+    """Return the types that the classes of a level take for a setting.
+
+    Of the fields that all configs have, only the labels are looked into; the others take anything.
+    """
     field = re.compile(rf"^    {re.escape(key)}: ([^=\n]+?)(?: =|$)", re.MULTILINE)
     classes = _classes(model_type, level)
-    found = [one for source in (*classes, _of_all()) for one in field.findall(source)] if classes else []
+    general = (_of_all(),) if key in ("id2label", "label2id") and classes else ()
+    found = [one for source in (*classes, *general) for one in field.findall(source)]
     return tuple(one for text in found for one in _parts(text))
 
 
@@ -116,6 +128,20 @@ def _source(model_type: str) -> str:
         if f'model_type = "{model_type}"' in text:
             return text
     return ""
+
+
+def installed_rotary(model_type: str, key: str) -> Any:
+    """Return what the installed config class takes for a rotary setting that a config does not say; None if unknown.
+
+    The base frequency may be a dict by kind of layers. Source: `RotaryEmbeddingConfigMixin` of transformers 5, and the
+    arguments of the classes of 4.x.
+    """
+    if key == "partial_rotary_factor":
+        found = re.search(r'setdefault\(\s*"partial_rotary_factor", ([0-9.]+)\)', _source(model_type))
+        return float(found[1]) if found else 1.0
+    own = installed_defaults(model_type, (), "default_theta") or installed_defaults(model_type, (), "rope_theta")
+    general = _assigned(installed_text("transformers/modeling_rope_utils.py"), "default_theta") or []
+    return next((value for value in (*own, *general) if value is not None), None) if _source(model_type) else None
 
 
 @lru_cache(maxsize=1)

@@ -60,7 +60,8 @@ def _read(raw: bytes, named: frozenset[str]) -> Tokenizer | None:
     step = parts["pre_tokenizer"]
     if isinstance(step, dict) and not content["model"].get("merges"):  # single bytes are cut alike
         parts["pre_tokenizer"] = {key: value for key, value in step.items() if key != "use_regex"}
-    return Tokenizer(parts=parts, unknown=_unknown(content, named))
+    has_added = "added_tokens" in content
+    return Tokenizer(parts=parts, unknown=_unknown(content, named), size=_size(content), has_added=has_added)
 
 
 def _fault_in(content: dict[str, Any]) -> tuple[str, str]:
@@ -86,6 +87,8 @@ def _fault_in(content: dict[str, Any]) -> tuple[str, str]:
             return part, "neither null nor an object"
         kind = value.get("type")
         if part == "post_processor":  # told by its fields alone
+            if kind is None and not value:
+                return part, "an empty object"
             strange = _no_template(value) if kind == "TemplateProcessing" else ""
             if strange:
                 return f"{part}.{strange}", "no list of pieces" if strange != "special_tokens" else "no object"
@@ -137,6 +140,14 @@ _REQUIRED: Final = {
     "Digits": ("individual_digits",),
 }
 """The fields that the parts cannot do without, as the library says of each that a file names (`missing field`)."""
+
+
+def _size(content: dict[str, Any]) -> int:
+    """Return the number of ids: those of the vocabulary, and of the added tokens that it does not have."""
+    vocab = content["model"]["vocab"]
+    added = content.get("added_tokens", [])
+    texts = (one.get("content") for one in added)
+    return len(vocab) + sum(1 for text in texts if isinstance(text, str) and text not in vocab)
 
 
 def _unknown(content: dict[str, Any], named: frozenset[str]) -> frozenset[str]:

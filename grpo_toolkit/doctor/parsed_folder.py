@@ -238,12 +238,16 @@ class Tokenizer:
         key: the part that is at fault.
         parts: its normalizer, pre-tokenizer, post-processor and decoder.
         unknown: special tokens that its config names and that neither its vocabulary nor its added tokens have.
+        size: the number of its ids, so the id that a token gets which is added to it.
+        has_added: whether it has a list of added tokens, be it empty.
     """
 
     fault: str = ""
     key: str = ""
     parts: Mapping[str, Any] = field(default_factory=dict)
     unknown: frozenset[str] = frozenset()
+    size: int = 0
+    has_added: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +261,8 @@ class Digests:
         is_zero: every second factor of an adapter is zero.
         empty: tensors that are one value throughout (all zero, most often) where they should not be.
         broken: tensors with a NaN or an infinity in them.
-        unlike: tensors whose values have nothing in common with the base's under the same name.
+        unlike: tensors whose values have nothing in common with the base's under the same name, each with the name
+            under which the base has those values, or an empty one.
     """
 
     heads_differ: bool = False
@@ -266,4 +271,4 @@ class Digests:
     is_zero: bool = False
     empty: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
-    unlike: tuple[str, ...] = ()
+    unlike: Mapping[str, str] = field(default_factory=dict)

@@ -25,6 +25,9 @@ TRAINER: Final = "trainer"
 V4: Final = "transformers<5; vllm@<5; sglang@<5"
 """Forms of transformers 5 that 4.x cannot read, whoever runs on it."""
 
+SINCE_5: Final = "transformers>=5; vllm@>=5; sglang@>=5"
+"""What transformers 5 reads otherwise, or checks as no older release does."""
+
 _NAMES: Final = {"transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang", "trainer": "Trainer (a resume)"}
 _CHOICES: Final = ("transformers", "vllm", "sglang")
 _ITEM: Final = re.compile(r"(?P<name>[a-z]+)(?P<on>@?)(?P<bounds>(?:(?:==|>=|<)[0-9.]+)*)")

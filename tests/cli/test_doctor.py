@@ -64,7 +64,7 @@ def test_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = unpack("vlm_r1_451", tmp_path / "x")
     assert main(["doctor", str(folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{folder}: 2 slow, 1 note"
+    assert lines[0] == f"{folder}: 1 slow, 1 wasteful, 1 note"
     assert lines[3:5] == [
         "slow: KV cache off in generation_config.json [generation-cache-off]",
         "  generation_config.json: use_cache: false, expected true",
@@ -89,7 +89,7 @@ def test_a_run_is_one_table(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["doctor", str(run)]) == 1
     said = capsys.readouterr().out.splitlines()
     assert [line.split("\t") for line in said[:2]] == [
-        ["checkpoint-2", "full model", "2 slow, 1 note", "generation-cache-off, config-cache-off-latent"],
+        ["checkpoint-2", "full model", "1 slow, 1 wasteful, 1 note", "generation-cache-off, config-cache-off-latent"],
         ["checkpoint-10", "full model", "clean", ""],
     ]
     assert "checkpoint-12: no config.json" in said[2]
@@ -184,7 +184,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(
 def test_a_terminal_gets_colour_and_nothing_dangerous(command: list[str], tmp_path: Path) -> None:
     folder = unpack("vlm_r1_451", tmp_path / "x")
     config = json.loads((folder / "generation_config.json").read_text())
-    config["use_cache"] = "[bold]\x1b[2J\x07false[/bold]"
+    config |= {"use_cache": False, "do_sample": "[bold]\x1b[2J\x07false[/bold]"}
     (folder / "generation_config.json").write_text(json.dumps(config))
     shown = _on_a_terminal([*command, str(folder)])
     assert "\x1b[1" in shown

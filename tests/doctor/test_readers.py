@@ -89,7 +89,7 @@ def test_what_is_wrong_on_the_installed_stack_comes_first() -> None:
                 "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
                 "generation_config.json": {"use_cache": False, "eos_token_id": 1},
                 "tokenizer_config.json": {"extra_special_tokens": ["<a>"]},
-                "tokenizer.json": {"model": {"vocab": {}}},
+                "tokenizer.json": {"added_tokens": [], "model": {"vocab": {}}},
             },
             {},
         )

@@ -14,7 +14,7 @@ from grpo_toolkit.doctor.findings import Edit
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Digests
 from grpo_toolkit.doctor.planned_files import Entry
-from grpo_toolkit.doctor.rules.cache import NEUTRAL
+from grpo_toolkit.doctor.rules.generation import NEUTRAL
 from tests.support.memory_files import MemoryFiles, folder_of, put_tensors
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ TOKENS: Json = {"7": {"content": "</s>"}, "6": {"content": "<pad>"}}
 TOKENIZER: Json = {"eos_token": "</s>", "added_tokens_decoder": TOKENS, "tokenizer_class": "LlamaTokenizer"}
 BYTES: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 WORDS: Json = {"added_tokens": [], "decoder": BYTES, "model": {"vocab": {"a": 0}}}
+ADDED_ELSEWHERE: Json = {"eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
+ROPE: Json = {"rope_theta": 10000.0, "rope_type": "default"}
 TENSORS = {
     "model.embed_tokens.weight": ("BF16", (8, 4)),
     "model.layers.0.mlp.up_proj.weight": ("BF16", (4, 4)),
@@ -178,7 +180,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
                               "tokenizer_config.json", "cls_token"),
     "special-token-unknown": (model(tokenizer_config__json={**TOKENIZER, "pad_token": "<no>"}), None, None,
                               "tokenizer_config.json", "pad_token"),
-    "tensors-unlike-base": (model(), BASE, Digests(unlike=("lm_head.weight",)), "model.safetensors", "lm_head.weight"),
+    "tensors-unlike-base": (model(), BASE, Digests(unlike={"lm_head.weight": ""}), "model.safetensors",
+                            "lm_head.weight"),
     "dtype-unknown": (model(config={"torch_dtype": "int8"}), None, None, "config.json", "torch_dtype"),
     "adapter-factor-alone": (adapter({name: info for name, info in FACTORS.items() if "lora_A" in name}), BASE, None,
                              "adapter_model.safetensors", min(FACTORS).replace("lora_A", "lora_B")),
@@ -404,6 +407,30 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "adapter-base-elsewhere": (adapter(), None, None, "adapter_config.json", "base_model_name_or_path"),
     "adapter-beside-config": (folder_of({"adapter_config.json": LORA, "config.json": {"use_cache": False}}, FACTORS),
                               BASE, None, "config.json", ""),
+    "padding-beyond-rows": (model(generation_config__json={**GENERATION, "pad_token_id": 99}), BASE, None,
+                            "generation_config.json", "pad_token_id"),
+    "added-tokens-missing": (
+        model(tokenizer_config__json=ADDED_ELSEWHERE, tokenizer__json={"model": {"vocab": {"</s>": 0}}}),
+        None, None, "tokenizer.json", "added_tokens"),
+    "tokenizer-class-differs": (model(tokenizer_config__json={**TOKENIZER, "tokenizer_class": "GemmaTokenizer"}),
+                                BASE, None, "tokenizer_config.json", "tokenizer_class"),
+    "tokenizer-flags-differ": (
+        model(tokenizer_config__json={**TOKENIZER, "add_eos_token": True}),
+        model(tokenizer_config__json={**TOKENIZER, "add_eos_token": False}), None,
+        "tokenizer_config.json", "add_eos_token"),
+    "answers-with-tuples": (model(config={"return_dict": False}), None, None, "config.json", "return_dict"),
+    "cache-kind-differs": (model(generation_config__json={**GENERATION, "cache_implementation": "static"}), BASE,
+                           None, "generation_config.json", "cache_implementation"),
+    "states-without-dict": (model(generation_config__json={**GENERATION, "output_hidden_states": True}), None, None,
+                            "generation_config.json", "output_hidden_states"),
+    "experts-in-float64": (
+        model({**TENSORS, "model.layers.0.mlp.experts.0.up_proj.weight": ("F64", (9, 9))},
+              config={"torch_dtype": "float64"}), None, None, "config.json", "torch_dtype"),
+    "rope-share-differs": (model(config={"rope_parameters": {**ROPE, "partial_rotary_factor": -1.5}}),
+                           model(config={"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}), None,
+                           "config.json", "rope_parameters.partial_rotary_factor"),
+    "rope-no-object": (model(config={"rope_parameters": {"full_attention": ROPE, "sliding_attention": "7"}}), None,
+                       None, "config.json", "rope_parameters.sliding_attention"),
     "adapter-beside-model": (folder_of({"adapter_config.json": LORA, "model.safetensors": b""}, FACTORS), BASE, None,
                              "model.safetensors", ""),
 }  # fmt: skip
@@ -413,6 +440,8 @@ COMPANIONS = {
     "layer-types-renamed": {"layer-types-too-few"},
     "wrapped-names": {"head-missing"},
     "adapter-rank-high": {"adapter-rank-differs"},
+    "experts-in-float64": {"mixed-dtypes"},
+    "rope-share-differs": {"rope-parameters-alone"},
 }
 
 

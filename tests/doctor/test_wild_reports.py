@@ -41,7 +41,7 @@ FOUND: dict[str, tuple[set[str], set[str]]] = {
     "template in the tokenizer": ({"template-in-tokenizer-alone"}, {"template-in-tokenizer-alone"}),
     "tower dropped by the merge": ({"vision-tower-missing"}, {"tensors-missing"}),
     "stacked experts": ({"experts-stacked"}, {"experts-stacked"}),
-    "part alone": ({"vision-tower-missing"}, {"tensors-missing", "tensors-extra"}),
+    "part alone": ({"vision-tower-missing"}, {"tensors-missing", "unpublished-names"}),
     "compiled adapter": ({"adapter-names-wrapped"}, {"adapter-names-wrapped"}),
     "wide adapter": ({"adapter-rank-high"}, {"adapter-rank-high"}),
     "padded rows": ({"vocabulary-mismatch"}, {"vocabulary-mismatch", "shapes-differ"}),

@@ -53,7 +53,7 @@ def test_a_run_is_in_columns(tmp_path: Path) -> None:
     first = [next(finding.code for finding in diagnosis.judged) for diagnosis in diagnoses]
     assert len({line.index(code) for line, code in zip(shown[1:3], first, strict=True)}) == 1
     assert first[1] == "config-cache-off-latent"  # what the installed version does comes first
-    assert "\x1b[1;31m4 unloadable, 1 slow" in coloured[2]  # the colour is that of the worst
+    assert "\x1b[1;31m4 unloadable, 1 wasteful" in coloured[2]  # the colour is that of the worst
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_checkpoint_is_fixed_and_put_back(here: Path, capsys: pytest.CaptureFi
     (python,) = blocks(WRITTEN["docs/guides/fix_a_checkpoint.md"], "python")
     capsys.readouterr()
     exec(python, {})
-    assert "slow config-cache-off-latent KV cache off in config.json, not yet live" in capsys.readouterr().out
+    assert "wasteful config-cache-off-latent KV cache off in config.json, not yet live" in capsys.readouterr().out
 
 
 def test_an_adapter_is_merged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ def folder_of(
 
 def put_tensors(files: MemoryFiles, name: str, tensors: Tensors) -> None:
     """Give a folder a safetensors file with these tensors."""
-    widths = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "F8_E4M3": 1}
+    widths = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1, "F8_E4M3": 1}
     header: dict[str, Any] = {}
     end = 0
     for tensor, (dtype, shape) in tensors.items():

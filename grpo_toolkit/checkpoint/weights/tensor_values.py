@@ -84,6 +84,7 @@ def correlation(one: list[float], other: list[float]) -> float | None:
     """Return the correlation of two samples, or None where they are short, not finite, or one value throughout."""
     if len(one) != len(other) or len(one) < 16 or not all(map(math.isfinite, (*one, *other))):
         return None
-    ours, theirs = ([value - sum(values) / len(values) for value in values] for values in (one, other))
+    means = (sum(values) / len(values) for values in (one, other))
+    ours, theirs = ([value - mean for value in values] for values, mean in zip((one, other), means, strict=True))
     spread = math.sqrt(sum(a * a for a in ours) * sum(b * b for b in theirs))
     return sum(a * b for a, b in zip(ours, theirs, strict=True)) / spread if spread > 0 else None

@@ -11,7 +11,7 @@ from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.module_lookup import is_stored
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, is_vision, live_name
 from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.readers import SERVERS
+from grpo_toolkit.doctor.readers import SERVERS, TRAINER
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import HEAD
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def adapter_of_mlx(folder: Folder) -> Iterator[Fault]:
 def adapter_names_wrapped(folder: Folder) -> Iterator[Fault]:
     names = sorted(folder.tensors) if folder.kind is Kind.ADAPTER else []
     wrapped = [name for name in names if _WRAPPED.search(name)]
-    strange = [name for name in names if is_lora(name) and not name.startswith(_PEFT)]
+    strange = [name for name in names if is_lora(name) and (not name.startswith(_PEFT) or name.startswith(2 * _PEFT))]
     if strange and not wrapped and not is_of_mlx(folder):
         yield Fault(
             file=ADAPTER_WEIGHTS,
@@ -315,7 +315,12 @@ def adapter_beside_model(folder: Folder) -> Iterator[Fault]:
     weights = [name for name in folder.entries if name.startswith("model") and name.endswith(".safetensors")]
     if folder.kind is Kind.ADAPTER and weights:
         found = [*sorted(weights)[:2], *([CONFIG] if folder.has(CONFIG) else [])]
-        yield Fault(file=sorted(weights)[0], found=found, expected="a folder of its own for one of the two")
+        yield Fault(
+            file=sorted(weights)[0],
+            found=found,
+            expected="a folder of its own for one of the two",
+            fails="" if folder.has(CONFIG) else TRAINER,  # without a config nothing else finds a model there
+        )
 
 
 @rule(

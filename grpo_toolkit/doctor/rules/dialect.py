@@ -75,16 +75,20 @@ def rope_parameters_alone(folder: Folder) -> Iterator[Fault]:
         return
     for level, node in folder.levels():
         rope = node.get("rope_parameters")
-        if not isinstance(rope, dict) or "vision" in ".".join(level):
+        is_above = not level and isinstance(node.get("text_config"), dict)  # where nobody reads it
+        if not isinstance(rope, dict) or "vision" in ".".join(level) or is_above:
             continue
         model_type = str(node.get("model_type", folder.model_type))
-        older = older_rotary(rope, model_type)
+        older = older_rotary({key: value for key, value in rope.items() if value is not None}, model_type)
         missing = {key: value for key, value in older.items() if key not in node}
         # One set of settings a layer type (Gemma 3) or a type without a row: its defaults are in the class, too.
         is_told = folder.family is not None and "rope_theta" in rope
         if not missing or not (is_told or is_read_otherwise(rope, model_type)):
             continue
-        if set(missing) == {"rope_scaling"} and missing["rope_scaling"] is None:
+        # A null is what 4.x takes anyway; so is a theta that its class has, where the other key is here.
+        if missing.get("rope_scaling", ABSENT) in (ABSENT, None) and set(missing) <= {"rope_scaling"}:
+            continue
+        if set(missing) == {"rope_theta"} and missing["rope_theta"] == THETAS_OF_V4.get(model_type):
             continue
         yield Fault(
             file=CONFIG,

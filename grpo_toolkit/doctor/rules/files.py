@@ -19,7 +19,9 @@ from grpo_toolkit.doctor.parsed_folder import (
     plain_shards,
 )
 from grpo_toolkit.doctor.readers import SERVERS, TRAINER, TRANSFORMERS
-from grpo_toolkit.doctor.rules.cache import is_not_missed
+from grpo_toolkit.doctor.rules.generation import fails_without, is_not_missed
+from grpo_toolkit.doctor.rules.tensors.tensor_facts import base_by_live_name, by_live_name, new_names
+from grpo_toolkit.doctor.rules.tensors.weights import without_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,10 +40,11 @@ _HEADER_FORMAT = "https://github.com/huggingface/safetensors#format"
 )
 def unreadable_file(folder: Folder) -> Iterator[Fault]:
     for file, reason in sorted(folder.refused.items()):
-        if is_not_missed(folder, file):
+        fails = fails_without(folder, file)
+        if not fails and is_not_missed(folder, file):
             continue
         expected = "a whole safetensors file" if file.endswith(".safetensors") else "a readable file of its format"
-        yield Fault(file=file, found=reason, expected=expected)
+        yield Fault(file=file, found=reason, expected=expected, fails=fails)
 
 
 @rule(
@@ -89,9 +92,11 @@ def repeated_key(folder: Folder) -> Iterator[Fault]:
 )
 def byte_order_mark(folder: Folder) -> Iterator[Fault]:
     for file in sorted(folder.marked & set(JSON_LIMITS)):
-        if is_not_missed(folder, file):
-            continue
-        yield Fault(file=file, found="a byte-order mark", expected="none", remedies=(Unmark(file=file),))
+        fails = fails_without(folder, file)
+        if fails or not is_not_missed(folder, file):
+            yield Fault(
+                file=file, found="a byte-order mark", expected="none", remedies=(Unmark(file=file),), fails=fails
+            )
 
 
 @rule(
@@ -184,8 +189,21 @@ def index_disagrees(folder: Folder) -> Iterator[Fault]:
             + (f"; {sorted(lost)[0]} is not in {index[sorted(lost)[0]]}" if lost else ""),
             expected="the index to name every stored tensor, and no other",
             # transformers reads every shard that is named, whichever tensors it looks for there.
-            fails=SERVERS if set(index) == set(folder.tensors) else "" if lost else f"transformers<5; {SERVERS}",
+            fails=SERVERS if set(index) == set(folder.tensors) else _of_names(folder, lost, unnamed),
         )
+
+
+def _are_asked_for(folder: Folder, names: list[str]) -> bool:
+    """Return whether a model has some of the tensors that are stored: one without a base may have any."""
+    base, ours = base_by_live_name(folder), by_live_name(folder)
+    return not base or any(live in base for live, name in ours.items() if name in {*names})
+
+
+def _of_names(folder: Folder, lost: list[str], unnamed: list[str]) -> str:
+    """Return whom an index concerns that names tensors which are not there, or are there under another name."""
+    if not lost:
+        return f"transformers<5; {SERVERS}" if _are_asked_for(folder, unnamed) else SERVERS
+    return without_prefix(folder) if {*lost} <= {*new_names(folder).values()} else ""
 
 
 @rule(

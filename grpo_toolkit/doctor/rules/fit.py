@@ -1,17 +1,17 @@
-"""The parts of a folder against each other: ids and rows of the embedding, the config's class and the tensors."""
+"""The parts of a folder against each other: the config's class, its settings and the tensors."""
 
 from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_configs import installed_defaults
-from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
-from grpo_toolkit.doctor.readers import TRANSFORMERS, installed_version
+from grpo_toolkit.doctor.readers import SERVERS, TRANSFORMERS, installed_version
+from grpo_toolkit.doctor.rules.settings import is_read
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
@@ -26,71 +26,10 @@ _TEXT_TYPES: Final = frozenset(
 )
 
 
-def _rows(folder: Folder) -> tuple[str, int] | None:
-    name = ends(folder)[1]
-    shape = folder.tensors[name].shape if name else ()
-    return (name, shape[0]) if name and len(shape) == 2 and shape[0] else None
-
-
-def _named_ids(folder: Folder) -> Iterator[tuple[str, str, int]]:
-    """Yield the ids that can come in a prompt or are waited for, each with its file and the key or the token.
-
-    A placeholder that the config alone names (the class's own default, of a large vocabulary) comes in no prompt:
-    models compare it with their ids, and look it up in no table.
-    """
-    is_in_config = folder.get(TOKENIZER_CONFIG, "added_tokens_decoder") is not ABSENT
-    for token, number in (folder.added_tokens or {}).items():
-        yield TOKENIZER_CONFIG if is_in_config else TOKENIZER, token, number
-    for file in (GENERATION_CONFIG, CONFIG):
-        for level, node in folder.levels(file):
-            if file == CONFIG and level not in ((), ("text_config",)):
-                continue  # towers have tokens of their own
-            for key, value in node.items():
-                if file == CONFIG and key.startswith("eos_") and folder.has(GENERATION_CONFIG):
-                    continue  # that file says what ends an answer
-                ids = value if isinstance(value, list) else [value]
-                is_placeholder = not key.startswith(("eos_", "pad_", "decoder_start_"))
-                if is_placeholder and (folder.added_tokens is not None or key.startswith("bos_")):
-                    continue  # a prompt begins with the tokenizer's own
-                if key.endswith(("_token_id", "_token_index")) and all(type(one) is int for one in ids):
-                    yield from ((file, ".".join((*level, key)), one) for one in ids)
-
-
 def _has_the_bases_names(folder: Folder) -> bool:
     """Return whether the tensors are the base's by name, whatever class the two configs name."""
     renames = new_names(folder)
     return {renames.get(name, name) for name in weights(folder)} == set(base_tensors(folder))
-
-
-@rule(
-    Severity.WRONG,
-    "token ids without a row in the embedding",
-    effect="the tokenizer grew and the embedding did not: such a token ends in an IndexError, on a GPU in a "
-    "device-side assert",
-    evidence="https://github.com/hiyouga/LlamaFactory/pull/8823",
-)
-def ids_beyond_rows(folder: Folder) -> Iterator[Fault]:
-    rows = _rows(folder)
-    if rows is None or folder.kind is not Kind.MODEL:
-        return
-    name, count = rows
-    beyond = [(file, key, number) for file, key, number in _named_ids(folder) if count <= number < 2**31]
-    if folder.base is not None:
-        theirs = {number for _, _, number in _named_ids(folder.base)}
-        base_rows = _rows(folder.base)
-        if base_rows is not None and base_rows[1] == count:
-            beyond = [found for found in beyond if found[2] not in theirs]  # published that way
-    # Gemma 3's text models share a tokenizer with the others, whose placeholder of an image has no row in them.
-    ids = {number for _, key, number in beyond if not (number == count and "soft_token" in key)}
-    if not ids:
-        return
-    file, key, _ = max(beyond, key=lambda found: found[2])
-    yield Fault(
-        file=file,
-        key=key,
-        found=f"{len(ids)} ids up to {max(ids)}",
-        expected=f"ids below {count}, the rows of {name}",
-    )
 
 
 @rule(
@@ -221,6 +160,7 @@ def settings_lost(folder: Folder) -> Iterator[Fault]:
         for key, value in node.items()
         if key not in _OF_OTHER_RULES and value is not None and _is_lost(folder, level, key, value)
     ]
+    lost.sort(key=lambda one: not is_read(base, (*one[0], one[1])))
     if lost:
         names = [".".join((*at, name)) for at, name, _ in lost]
         yield Fault(
@@ -229,12 +169,13 @@ def settings_lost(folder: Folder) -> Iterator[Fault]:
             found=f"{', '.join(names[:6])} absent",
             expected=f"{lost[0][2]!r}, as in the base",
             remedies=tuple(_restored(folder, base, at, name, value) for at, name, value in lost),
+            fails="" if is_read(base, (*lost[0][0], lost[0][1])) else SERVERS,
         )
 
 
 def _restored(folder: Folder, base: Folder, level: tuple[str, ...], name: str, value: Any) -> Edit:
     """Return the edit that brings a setting back, or with it the whole level where that is lost."""
-    at = _at(folder, level)
+    at = level_in(folder, level)
     if level and (at or _has_no_level(folder, base)) and not isinstance(folder.get(CONFIG, *level), dict):
         return Edit(file=CONFIG, path=level, value=copy.deepcopy(base.get(CONFIG, *level)))
     return Edit(file=CONFIG, path=(*at, name), value=copy.deepcopy(value))
@@ -246,7 +187,7 @@ def _has_no_level(folder: Folder, base: Folder) -> bool:
     return isinstance(base.get(CONFIG, "text_config"), dict) and all(size is ABSENT for size in sizes)
 
 
-def _at(folder: Folder, level: tuple[str, ...]) -> tuple[str, ...]:
+def level_in(folder: Folder, level: tuple[str, ...]) -> tuple[str, ...]:
     """Return where a level of the base's config is in ours: the text model's keys may lie flat or nested."""
     is_nested = isinstance(folder.get(CONFIG, "text_config"), dict)
     return () if level == ("text_config",) and not is_nested else level
@@ -263,7 +204,7 @@ def _is_lost(folder: Folder, level: tuple[str, ...], key: str, value: Any) -> bo
 
     A release that saves a config leaves out what is the default: only another value is lost by it.
     """
-    is_own = level == ("vision_config",) or (level == ("text_config",) and _at(folder, level) == level)
+    is_own = level == ("vision_config",) or (level == ("text_config",) and level_in(folder, level) == level)
     places = {(*level, key)} if is_own or _is_nested_alike(folder) else {(key,), ("text_config", key)}
     if any(folder.get(CONFIG, *place) is not ABSENT for place in places):
         return False
@@ -273,45 +214,5 @@ def _is_lost(folder: Folder, level: tuple[str, ...], key: str, value: Any) -> bo
     model_type = base_type if level and isinstance(base_type, str) else folder.model_type
     defaults = installed_defaults(model_type, level, key)
     if key == "num_key_value_heads" and None in defaults:  # as many as heads, which only few models have
-        return bool(folder.get(CONFIG, *_at(folder, level), "num_attention_heads") != value)
+        return bool(folder.get(CONFIG, *level_in(folder, level), "num_attention_heads") != value)
     return bool(defaults) and None not in defaults and value not in defaults
-
-
-@rule(
-    Severity.WRONG,
-    "rotary settings lost",
-    effect="positions are rotated otherwise than in training: other text, or an error at the first token",
-    evidence="https://github.com/vllm-project/vllm/pull/42624",
-    mend="the base's settings, where there are none",
-    needs_base=True,
-)
-def rope_lost(folder: Folder) -> Iterator[Fault]:
-    base = folder.base
-    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
-        return
-    wanted, ours = _rope(base), _rope(folder)
-    lost = sorted(set(wanted) - set(ours) - {"type", "rope_type", "rope_theta"})
-    if not lost or CONFIG not in folder.objects:
-        return
-    remedies: tuple[Edit, ...] = ()
-    if not set(ours) - {"rope_theta"} and isinstance(base.get(CONFIG, "rope_scaling"), dict):
-        at = _at(folder, ("text_config",))
-        value = copy.deepcopy(base.get(CONFIG, "rope_scaling"))
-        remedies = (Edit(file=CONFIG, path=(*at, "rope_scaling"), value=value),)
-    yield Fault(
-        file=CONFIG,
-        key="rope_scaling",
-        found=f"{', '.join(lost)} absent",
-        expected=f"{wanted[lost[0]]!r}, as in the base",
-        remedies=remedies,
-    )
-
-
-def _rope(folder: Folder) -> dict[str, Any]:
-    """Return every rotary setting of the text model, in whatever form and at whatever level it is said."""
-    found: dict[str, Any] = {}
-    for level in ((), ("text_config",)):
-        for name in ("rope_scaling", "rope_parameters"):
-            value = folder.get(CONFIG, *level, name)
-            found |= {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else {}
-    return found

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
-from grpo_toolkit.doctor.installed_configs import installed_defaults, installed_takes
-from grpo_toolkit.doctor.readers import V4
+from grpo_toolkit.doctor.installed_classes import reads_setting
+from grpo_toolkit.doctor.installed_configs import installed_takes
+from grpo_toolkit.doctor.readers import SERVERS, V4
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,8 @@ _WITHOUT_EFFECT: Final = frozenset(
     | {"output_scores", "forced_bos_token_id", "forced_eos_token_id", "prefix", "sep_token_id", "tokenizer_class"}
     | {"decoder_start_token_id", "cross_attention_hidden_size", "tie_encoder_decoder", "add_cross_attention"}
     | {"is_encoder_decoder", "chunk_size_feed_forward", "tf_legacy_loss", "use_bfloat16", "pretraining_tp"}
-    | {"image_seq_length", "num_image_tokens"}
+    | {"image_seq_length", "num_image_tokens", "cache_implementation", "reorder_and_upcast_attn"}
+    | {"summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"}
 )
 
 # What other rules judge, or what a release line writes in its own way.
@@ -67,7 +69,7 @@ def _pairs(folder: Folder) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
             ):
                 continue
             ours = folder.get(CONFIG, *at, key)
-            if ours is not ABSENT and not _equal(ours, theirs) and not _is_said_otherwise(node, key, ours, theirs):
+            if ours is not ABSENT and not is_equal(ours, theirs) and not _is_said_otherwise(node, key, ours, theirs):
                 yield (*at, key), ours, theirs
 
 
@@ -75,6 +77,10 @@ def _is_said_otherwise(node: JsonObject, key: str, ours: Any, theirs: Any) -> bo
     """Return whether a value that differs says the same, or nothing at all."""
     if key == "projection_dim":
         return node.get("model_type") == "clip_vision_model"  # of CLIP's own head, which no language model has
+    if ours in _GELU and theirs in _GELU:
+        return True
+    if key == "image_size" and node.get("model_type") == "pixtral" and type(ours) is int and type(theirs) is int:
+        return ours > theirs  # the largest side that has positions
     if key == "vision_feature_layer":
         return bool(ours == [theirs] or theirs == [ours])
     hidden, heads = node.get("hidden_size"), node.get("num_attention_heads")
@@ -83,7 +89,11 @@ def _is_said_otherwise(node: JsonObject, key: str, ours: Any, theirs: Any) -> bo
     return heads > 0 and hidden // heads == theirs  # a null is worked out so
 
 
-def _equal(one: Any, other: Any) -> bool:
+_GELU: Final = ("gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate")
+"""One function, computed in several ways: they differ by less than a thousandth, as bfloat16 does by more."""
+
+
+def is_equal(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
@@ -101,7 +111,17 @@ def settings_differ(folder: Folder) -> Iterator[Fault]:
         is_of_null_setting = ours is None and not installed_takes(folder.model_type, path[:-1], path[-1], None)
         if path[-1] not in _WITHOUT_EFFECT and theirs is not None and not is_of_null_setting:
             # 4.x then computes an auxiliary loss at every step, and fails.
-            yield as_in_base(CONFIG, path, ours, theirs, fails=V4 if path[-1] == "output_router_logits" else "")
+            fails = V4 if path[-1] == "output_router_logits" else "" if is_read(folder, path) else SERVERS
+            yield as_in_base(CONFIG, path, ours, theirs, fails=fails)
+
+
+def is_read(folder: Folder, path: tuple[str, ...]) -> bool:
+    """Return whether the installed transformers asks for a setting; where it does not, servers still may."""
+    level, key = path[:-1], path[-1]
+    if reads_setting(folder.model_type, level, key):
+        return True
+    own = folder.get(CONFIG, *level, "model_type")
+    return key != "model_type" and bool(level) and isinstance(own, str) and reads_setting(own, level, key)
 
 
 def as_in_base(file: str, path: tuple[str, ...], ours: Any, theirs: Any, *, fails: str = "") -> Fault:
@@ -116,125 +136,34 @@ def as_in_base(file: str, path: tuple[str, ...], ours: Any, theirs: Any, *, fail
     )
 
 
-_ROPE: Final = ("rope_scaling", "rope_parameters")
-_NEED_FACTOR: Final = ("linear", "dynamic", "yarn", "longrope", "llama3")
-
-
-_NEWER: Final = "transformers>=5; vllm@>=5; sglang@>=5"
-"""The readers of `rope_parameters`, where older forms stand beside it for the others."""
-
-
-def _rope_places(folder: Folder) -> Iterator[tuple[tuple[str, ...], str, JsonObject, str]]:
-    """Yield the objects with rotary settings: the path, the layers that they are of, the object, whom it concerns.
-
-    Where a config has both forms, transformers 5 reads `rope_parameters` and older releases the other keys.
-    """
-    for level in ((), ("text_config",), ("vision_config",)):
-        node = folder.get(CONFIG, *level)
-        if level == () and CONFIG in folder.objects:
-            node = folder.objects[CONFIG]
-        if not isinstance(node, dict):
-            continue
-        has_new = isinstance(node.get("rope_parameters"), dict)
-        has_old = "rope_theta" in node or "rope_scaling" in node
-        yield level, "", node, V4 if has_new else ""
-        for name in _ROPE:
-            inner = node.get(name)
-            fails = "" if not (has_new and has_old) else _NEWER if name == "rope_parameters" else V4
-            if isinstance(inner, dict):
-                yield (*level, name), "", inner, fails
-                yield from (
-                    ((*level, name, key), key, one, fails)
-                    for key, one in inner.items()
-                    if isinstance(one, dict) and key.endswith("_attention")
-                )
-
-
-def _rotated_by(folder: Folder) -> dict[tuple[str, str], Any]:
-    """Return every rotary base frequency by the part of the model and the layers that have it."""
-    return {
-        ("vision" if path[:1] == ("vision_config",) else "", layers): node["rope_theta"]
-        for path, layers, node, _ in _rope_places(folder)
-        if "rope_theta" in node
-    }
-
-
-@rule(
-    Severity.WRONG,
-    "another rotary base frequency than the base's",
-    effect="positions are rotated otherwise than in training: short texts come out right, and long ones get worse "
-    "and worse",
-    evidence="https://github.com/vllm-project/vllm/pull/42624",
-    mend="the base's value",
-    needs_base=True,
-)
-def rope_theta_differs(folder: Folder) -> Iterator[Fault]:
-    base = folder.base
-    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
-        return
-    wanted = _rotated_by(base)
-    for path, layers, node, fails in _rope_places(folder):
-        part = "vision" if path[:1] == ("vision_config",) else ""
-        ours, theirs = node.get("rope_theta", ABSENT), wanted.get((part, layers), ABSENT)
-        same = base.get(CONFIG, *path, "rope_theta")
-        theirs = theirs if same is ABSENT else same
-        if ABSENT not in (ours, theirs) and not _equal(ours, theirs) and not _is_default(folder, path, ours, theirs):
-            yield as_in_base(CONFIG, (*path, "rope_theta"), ours, theirs, fails=fails)
-
-
-def _is_default(folder: Folder, path: tuple[str, ...], ours: Any, theirs: Any) -> bool:
-    """Return whether a null, in transformers 5, gives way to a default that is the base's value."""
-    return ours is None and len(path) > 1 and theirs in installed_defaults(folder.model_type, (), "default_theta")
-
-
-_ROPE_TYPES: Final = (*_NEED_FACTOR, "default", "mrope", "proportional", "axial", "su")
-
-
 @rule(
     Severity.UNLOADABLE,
-    "no kind of rotary positions that a release knows",
-    effect="the function that computes them is looked up by this name: KeyError or TypeError as the model is made",
-    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py",
-    mend="the base's value",
+    "a model or a tower that answers with tuples",
+    effect="4.x hands on what a part answers by its name: at the first token or picture a tuple has no such attribute",
+    evidence="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/configuration_utils.py",
+    mend="the key deleted",
+    fails=V4,
 )
-def rope_type_unknown(folder: Folder) -> Iterator[Fault]:
-    base = folder.base
-    for path, _, node, fails in _rope_places(folder):
-        kind = node.get("rope_type", "default")
-        if path[-1:] in ((), ("text_config",), ("vision_config",)):
-            continue
-        right = ABSENT if base is None else base.get(CONFIG, *path, "rope_type")
-        is_known = isinstance(kind, str) and kind in _ROPE_TYPES
-        if is_known and (right is ABSENT or kind == right or (kind, right) in _NEED_NOT_DIFFER):
-            continue
-        if is_known and kind in _NEED_FACTOR:
-            continue  # a training may stretch its positions
-        edit = Edit(file=CONFIG, path=(*path, "rope_type"), value=right)
-        yield Fault(
-            file=CONFIG,
-            key=".".join(edit.path),
-            found=kind,
-            expected="default, for one" if right is ABSENT else f"{right!r}, as in the base",
-            remedies=() if right is ABSENT else (edit,),
-            fails=fails,
-        )
+def answers_with_tuples(folder: Folder) -> Iterator[Fault]:
+    for level in ((), ("vision_config",)):
+        for key, is_so in (("return_dict", _is_false), ("torchscript", bool)):
+            value = folder.get(CONFIG, *level, key)
+            if value in (ABSENT, None) or not is_so(value) or (key == "torchscript" and not level):
+                continue
+            edit = Edit(file=CONFIG, path=(*level, key), value=ABSENT)
+            fails = "" if key == "return_dict" else "transformers<4.56"
+            yield Fault(
+                file=CONFIG,
+                key=".".join(edit.path),
+                found=value,
+                expected="absent",
+                remedies=(edit,),
+                fails=fails,
+            )
 
 
-_NEED_NOT_DIFFER: Final = (("default", "mrope"),)
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "rotary scaling without its factor",
-    effect="positions cannot be computed without the factor: loading ends with a KeyError, or with a warning and NaN",
-    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py",
-)
-def rope_incomplete(folder: Folder) -> Iterator[Fault]:
-    for path, _, node, fails in _rope_places(folder):
-        kind = node.get("rope_type") or node.get("type")
-        if path[-1:] not in ((), ("text_config",)) and kind in _NEED_FACTOR and node.get("factor") is None:
-            key = ".".join((*path, "rope_type"))
-            yield Fault(file=CONFIG, key=key, found=kind, expected="a factor", fails=fails)
+def _is_false(value: Any) -> bool:
+    return not value
 
 
 @rule(

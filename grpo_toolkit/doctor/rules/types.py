@@ -15,7 +15,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_configs import installed_takes
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG
-from grpo_toolkit.doctor.readers import ALL, SERVERS, V4
+from grpo_toolkit.doctor.readers import ALL, SERVERS, SINCE_5, V4
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import weights
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.doctor.parsed_folder import Folder
 
+DTYPES: Final = ("torch_dtype", "dtype")
 _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (CONFIG, ("architectures",), (list,)),
     (CONFIG, ("model_type",), (str,)),
@@ -37,8 +38,7 @@ _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (CONFIG, ("rope_theta",), (int, float)),
     (CONFIG, ("quantization_config",), (dict,)),
     (CONFIG, ("eos_token_id",), (int, list)),
-    (CONFIG, ("torch_dtype",), (str,)),
-    (CONFIG, ("dtype",), (str,)),
+    *((CONFIG, (*level, key), (str,)) for level in ((), ("text_config",), ("vision_config",)) for key in DTYPES),
     (GENERATION_CONFIG, ("do_sample",), (bool,)),
     (GENERATION_CONFIG, ("eos_token_id",), (int, list)),
     (GENERATION_CONFIG, ("pad_token_id",), (int,)),
@@ -56,14 +56,17 @@ _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
     (TOKENIZER_CONFIG, ("chat_template",), (str, list, dict)),
     (TOKENIZER_CONFIG, ("eos_token",), (str, dict)),
     (TOKENIZER_CONFIG, ("added_tokens_decoder",), (dict,)),
-    (TOKENIZER_CONFIG, ("add_bos_token",), (bool,)),
-    (TOKENIZER_CONFIG, ("add_eos_token",), (bool,)),
     (PREPROCESSOR, ("image_processor_type",), (str,)),
     (PREPROCESSOR, ("size",), (dict, int)),
     (PROCESSOR, ("image_processor",), (dict,)),
+    (PROCESSOR, ("video_processor",), (dict,)),
+    *((CONFIG, (*level, "pruned_heads"), (dict,)) for level in ((), ("text_config",), ("vision_config",))),
     (WEIGHTS_INDEX, ("weight_map",), (dict,)),
 )
-"""The types that the libraries take at the keys that they read; null is taken everywhere but in an index."""
+"""The types that the libraries take at the keys that they read.
+
+Null is taken everywhere but in an index and for a list of added tokens.
+"""
 
 _JSON_NAMES: Final = {
     dict: "an object",
@@ -84,16 +87,16 @@ _JSON_NAMES: Final = {
 def wrong_type(folder: Folder) -> Iterator[Fault]:
     for file, path, types in _TYPES:
         value = folder.get(file, *path)
-        if value is ABSENT or (value is None and file != WEIGHTS_INDEX):
+        if value is ABSENT or (value is None and file != WEIGHTS_INDEX and path != ("added_tokens_decoder",)):
             continue
         is_right = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
         if not is_right:
             wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
-            fails = SERVERS if path == ("architectures",) else ""  # transformers finds the class by the model type
+            # transformers finds the class by the model type, and 5 prunes nothing.
+            fails = SERVERS if path == ("architectures",) else V4 if path[-1] == "pruned_heads" else ""
             yield Fault(file=file, key=".".join(path), found=value, expected=wanted, fails=fails)
 
 
-_SINCE_5: Final = "transformers>=5; vllm@>=5; sglang@>=5"
 _SIZES: Final = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"}
     | {"head_dim", "layer_norm_eps", "patch_size", "image_size", "depth", "num_heads", "vision_feature_layer"}
@@ -106,7 +109,7 @@ _SIZES: Final = frozenset(
     effect="transformers 5 checks the types of a config as it loads: StrictDataclassFieldValidationError",
     evidence="https://huggingface.co/docs/transformers/main_classes/configuration",
     mend="the base's value; of a null, the key deleted, so that the class's own default counts",
-    fails=_SINCE_5,
+    fails=SINCE_5,
 )
 def setting_not_taken(folder: Folder) -> Iterator[Fault]:
     if not folder.is_known or folder.get(CONFIG, "auto_map") is not ABSENT:
@@ -131,6 +134,7 @@ def _not_taken(folder: Folder, path: tuple[str, ...], value: Any) -> Fault:
     is_mended = right is not ABSENT or value is None
     # Older releases fail as they compute with it.
     is_of_all = (value is None and path[-1] in _SIZES) or path[-1] in ("id2label", "label2id")
+    is_of_all = is_of_all or (path[-1] == "pad_token_id" and isinstance(value, list))  # of the embedding's row
     return Fault(
         file=CONFIG,
         key=".".join(path),
@@ -153,12 +157,21 @@ def number_too_small(folder: Folder) -> Iterator[Fault]:
     places = [(CONFIG, (*level, "sliding_window"), 1, "") for level in ((), ("text_config",))]
     for file, path, least, fails in (*places, (GENERATION_CONFIG, ("pad_token_id",), 0, V4)):
         value = folder.get(file, *path)
-        if type(value) is int and value < least:
+        if (type(value) is int and value < least) or (value is None and _needs_a_window(folder, path)):
             right = ABSENT if folder.base is None else folder.base.get(file, *path)
             edit = Edit(file=file, path=path, value=right)
             expected = f"{least} or more" if right is ABSENT else f"{right!r}, as in the base"
             remedies = () if right is ABSENT or right == value else (edit,)
             yield Fault(file=file, key=".".join(path), found=value, expected=expected, remedies=remedies, fails=fails)
+
+
+def _needs_a_window(folder: Folder, path: tuple[str, ...]) -> bool:
+    """Return whether a null is the size of a window that some layers have."""
+    kinds = folder.get(CONFIG, *path[:-1], "layer_types")
+    base = ABSENT if folder.base is None else folder.base.get(CONFIG, *path)
+    is_mixed = folder.model_type in ("gemma2", "gemma3", "gemma3_text", "cohere2")  # in releases without that key
+    has_such = is_mixed or (isinstance(kinds, list) and "sliding_attention" in kinds)
+    return path[-1] == "sliding_window" and type(base) is int and has_such
 
 
 @rule(

@@ -8,7 +8,8 @@ from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
 from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_classes import class_source, default_in
-from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR
+from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR
+from grpo_toolkit.doctor.readers import SINCE_5
 from grpo_toolkit.doctor.rules.settings import as_in_base
 
 if TYPE_CHECKING:
@@ -72,16 +73,21 @@ def image_settings_differ(folder: Folder) -> Iterator[Fault]:
             continue  # asked whether it is true, and not checked
         if key == "crop_size" and (is_number(found) and isinstance(value, dict)):
             continue  # one number is a square
-        if key == "patch_size" and base.get(PROCESSOR, key) not in (ABSENT, None):
+        if key == "patch_size" and base.get(PROCESSOR, key) not in (ABSENT, None) and not isinstance(found, dict):
             continue  # the processor's own is handed to it
-        if found is ABSENT:
+        fails = ""
+        if found is ABSENT or (found is None and key in _OF_CLASS_IN_V4):
             source = source or class_source(str(theirs.get("image_processor_type")).removesuffix("Fast"), _IMAGES)
-            if default_in(source, key) in (None, value):
+            default = default_in(source, key)
+            if found is ABSENT and default in (None, value):
                 continue
-        yield as_in_base(file, (*path, key), found, value)
+            fails = SINCE_5 if default == value else ""
+        yield as_in_base(file, (*path, key), found, value, fails=fails)
 
 
 _IMAGES: Final = "image_processing"
+_OF_CLASS_IN_V4: Final = ("image_mean", "image_std")
+"""Settings of which 4.x takes a null for the class's own value."""
 
 
 @rule(
@@ -108,11 +114,21 @@ def image_size_unusable(folder: Folder) -> Iterator[Fault]:
     if not isinstance(size, dict) or not size:
         yield as_in_base(file, (*path, "size"), size, theirs)
         return
+    if set(theirs) in _SIZES and set(size) not in _SIZES and set(theirs) < set(size):
+        yield as_in_base(file, (*path, "size"), size, theirs)
+        return
     for key in theirs:
         value = size.get(key, ABSENT)
         is_other_form = value is ABSENT and len(size) >= len(theirs) and not size.keys() <= theirs.keys()
         if not (is_number(value) and value > 0) and not is_other_form:
             yield as_in_base(file, (*path, "size", key), value, theirs[key])
+
+
+_SIZES: Final = (
+    {"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"},
+    {"max_height", "max_width"},
+)  # fmt: skip
+"""The keys that a size may have. Source: `VALID_SIZE_DICT_KEYS` of transformers' image_processing_utils.py."""
 
 
 @rule(
@@ -132,12 +148,22 @@ def picture_class_differs(folder: Folder) -> Iterator[Fault]:
     for where, at, found, wanted in (
         (file, (*path, _TYPE), ours.get(_TYPE), theirs.get(_TYPE)),
         (PROCESSOR, (_CLASS,), folder.get(PROCESSOR, _CLASS), base.get(PROCESSOR, _CLASS)),
+        *_video_classes(folder, base),
         *([(PREPROCESSOR, (_CLASS,), *_classes_beside(folder, base))] if PREPROCESSOR in folder.objects else []),
     ):
         if found in (ABSENT, None) or not isinstance(wanted, str):
             continue
         if not isinstance(found, str) or found.removesuffix("Fast") != wanted.removesuffix("Fast"):
             yield as_in_base(where, at, found, wanted)
+
+
+def _video_classes(folder: Folder, base: Folder) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
+    """Yield the class for videos, which a processor makes as it loads, and the base's."""
+    for file, path in ((PROCESSOR, ("video_processor", _VIDEO_TYPE)), (VIDEO_PREPROCESSOR, (_VIDEO_TYPE,))):
+        yield file, path, folder.get(file, *path), base.get(file, *path)
+
+
+_VIDEO_TYPE: Final = "video_processor_type"
 
 
 def _classes_beside(folder: Folder, base: Folder) -> tuple[Any, Any]:

@@ -16,6 +16,8 @@ from grpo_toolkit.doctor.parsed_folder import (
     TOKENIZER_CONFIG,
     VIDEO_PREPROCESSOR,
 )
+from grpo_toolkit.doctor.rules.inputs.prompts import UNREAD_OF_ADAPTER
+from grpo_toolkit.doctor.rules.inputs.tokenizers import fails_without_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,11 +72,10 @@ def tokenizer_config_lost(folder: Folder) -> Iterator[Fault]:
     base = folder.base
     is_whole = folder.kind is Kind.MODEL and folder.has_tokenizer
     if is_whole and base is not None and base.has(TOKENIZER_CONFIG) and not folder.has(TOKENIZER_CONFIG):
-        yield Fault(
-            file=TOKENIZER_CONFIG,
-            expected="the base's file",
-            remedies=(WholeFile(file=TOKENIZER_CONFIG, content=None),),
-        )
+        fails = fails_without_config(folder)
+        if fails is not None:
+            remedies = (WholeFile(file=TOKENIZER_CONFIG, content=None),)
+            yield Fault(file=TOKENIZER_CONFIG, expected="the base's file", remedies=remedies, fails=fails)
 
 
 @rule(
@@ -271,9 +272,13 @@ def chat_template_missing(folder: Folder) -> Iterator[Fault]:
     needs_base=True,
 )
 def chat_templates_differ(folder: Folder) -> Iterator[Fault]:
-    if folder.base is None or not _has_two_templates(folder):
+    if folder.base is None:
         return
-    copies, published = _stripped(folder), _stripped(folder.base)
+    unread = UNREAD_OF_ADAPTER.get(folder.kind, ())
+    copies = {file: text for file, text in _stripped(folder).items() if file not in unread}
+    published = _stripped(folder.base)
+    if len(set(copies.values())) < 2:
+        return
     if all(published.get(file) == text for file, text in copies.items()):
         return  # published that way
     good = set(published.values())

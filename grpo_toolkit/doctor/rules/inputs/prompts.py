@@ -58,6 +58,8 @@ def tokenizer_cuts(folder: Folder) -> Iterator[Fault]:
         )
 
 
+UNREAD_OF_ADAPTER: Final = {Kind.ADAPTER: (TEMPLATE_JSON,)}
+"""Copies that only a processor reads, where a folder has a tokenizer alone."""
 _BLOCKS: Final = ("for", "if", "macro")
 _TAGS: Final = re.compile(r"\{%[-+]?\s*(\w+)")
 
@@ -90,7 +92,7 @@ def _fault_in(template: str) -> str:
 def chat_template_broken(folder: Folder) -> Iterator[Fault]:
     for file, text in folder.templates.items():
         fault = _fault_in(text)
-        if not fault:
+        if not fault or file in UNREAD_OF_ADAPTER.get(folder.kind, ()):
             continue
         is_file = file == TEMPLATE_JINJA
         right = None if folder.base is None else folder.base.templates.get(file)

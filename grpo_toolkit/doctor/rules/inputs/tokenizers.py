@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.installed_classes import class_source, makes_its_steps
-from grpo_toolkit.doctor.parsed_folder import PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_PARTS
-from grpo_toolkit.doctor.readers import ALL, TRAINER, V4
+from grpo_toolkit.doctor.installed_classes import class_source, makes_its_steps, registered_tokenizer
+from grpo_toolkit.doctor.parsed_folder import (
+    PREPROCESSOR,
+    PROCESSOR,
+    TEMPLATE_JINJA,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_PARTS,
+)
+from grpo_toolkit.doctor.readers import ALL, SINCE_5, V4
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from grpo_toolkit.doctor.parsed_folder import Folder
-
-_STANDARD: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that every tokenizer has a place for (`SPECIAL_TOKENS_ATTRIBUTES`); others are named freely."""
 
 
 def _copy_of_base(folder: Folder) -> tuple[WholeFile, ...]:
@@ -45,6 +48,21 @@ def tokenizer_broken(folder: Folder) -> Iterator[Fault]:
             expected="a tokenizer as the library writes it",
             remedies=_copy_of_base(folder),
         )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "a tokenizer.json without its list of added tokens",
+    effect="transformers 5 looks there for the special tokens where the config has no list of them: KeyError",
+    evidence="https://huggingface.co/docs/transformers/main_classes/tokenizer",
+    mend="the base's file, where no token was added",
+    fails=SINCE_5,
+)
+def added_tokens_missing(folder: Folder) -> Iterator[Fault]:
+    is_told = folder.get(TOKENIZER_CONFIG, "added_tokens_decoder") is not ABSENT
+    if folder.tokenizer is not None and not folder.tokenizer.has_added and not folder.tokenizer.fault and not is_told:
+        remedies = _copy_of_base(folder)
+        yield Fault(file=TOKENIZER, key="added_tokens", expected="a list, be it empty", remedies=remedies)
 
 
 @rule(
@@ -80,8 +98,8 @@ def _class_of(folder: Folder) -> str:
     return str(folder.get(TOKENIZER_CONFIG, "tokenizer_class")).removesuffix("Fast")
 
 
-def _makes_its_steps(folder: Folder) -> bool:
-    return makes_its_steps(folder.model_type, str(folder.get(TOKENIZER_CONFIG, "tokenizer_class")))
+def _makes_its_steps(folder: Folder, name: str = "") -> bool:
+    return makes_its_steps(folder.model_type, name or str(folder.get(TOKENIZER_CONFIG, "tokenizer_class")))
 
 
 def _first_difference(ours: Any, theirs: Any, where: str) -> str:
@@ -97,58 +115,6 @@ _WITHOUT_SAY: Final = {
     "post_processor": ("type", "pair", "trim_offsets"),
 }
 """Settings that a part does not use, or that only pairs of texts do: https://docs.rs/tokenizers/latest/tokenizers/"""
-
-
-@rule(
-    Severity.UNLOADABLE,
-    "a special token that is no text",
-    effect="AutoTokenizer fails: a special token has to be a text or an AddedToken",
-    evidence="https://huggingface.co/docs/transformers/main_classes/tokenizer",
-)
-def special_token_no_text(folder: Folder) -> Iterator[Fault]:
-    content = folder.objects.get(TOKENIZER_CONFIG, {})
-    named = {key: content[key] for key in _STANDARD if content.get(key) is not None}
-    for group in ("extra_special_tokens", "additional_special_tokens"):
-        extra = content.get(group)
-        if isinstance(extra, dict) and group != "additional_special_tokens":
-            named |= {f"{group}.{key}": value for key, value in extra.items()}
-        elif isinstance(extra, list):
-            named |= {f"{group}.{number}": value for number, value in enumerate(extra)}
-        elif extra is not None:
-            named[group] = extra
-    for path, value in named.items():
-        is_token = isinstance(value, dict) and isinstance(value.get("content"), str)
-        is_text = isinstance(value, str) or (is_token and (value.get("__type") == "AddedToken" or "." in path))
-        if not is_text or path in ("extra_special_tokens", "additional_special_tokens"):
-            yield Fault(file=TOKENIZER_CONFIG, key=path, found=value, expected="a text")
-
-
-@rule(
-    Severity.WRONG,
-    "a special token that the tokenizer does not have",
-    effect="it is added as a new id when the tokenizer loads: no row of the embedding is its own, and an IndexError "
-    "comes with the first batch that has it",
-    evidence="https://github.com/hiyouga/LlamaFactory/pull/8823",
-)
-def special_token_unknown(folder: Folder) -> Iterator[Fault]:
-    if folder.tokenizer is None or folder.tokenizer.fault or folder.kind not in (Kind.MODEL, Kind.ADAPTER):
-        return
-    base = None if folder.base is None else folder.base.tokenizer
-    for key in ("eos_token", "pad_token", "unk_token"):
-        value = folder.get(TOKENIZER_CONFIG, key)
-        text = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(text, str) or text not in folder.tokenizer.unknown:
-            continue
-        is_published_so = base is not None and text in base.unknown
-        if text and not is_published_so:
-            yield Fault(
-                file=TOKENIZER_CONFIG,
-                key=key,
-                found=text,
-                expected="a token of the vocabulary",
-                # generate() takes its ids from generation_config.json.
-                fails=ALL if key == "pad_token" else f"vllm; sglang; {TRAINER}",
-            )
 
 
 @rule(
@@ -191,7 +157,7 @@ def tokenizer_class_unknown(folder: Folder) -> Iterator[Fault]:
     ):
         return
     name = ours.removesuffix("Fast")
-    if name == theirs.removesuffix("Fast") or name in _GENERAL or class_source(name, "tokenization"):
+    if name == theirs.removesuffix("Fast") or _is_class(name):
         return
     yield Fault(
         file=TOKENIZER_CONFIG,
@@ -199,62 +165,132 @@ def tokenizer_class_unknown(folder: Folder) -> Iterator[Fault]:
         found=ours,
         expected=f"{theirs}, as in the base",
         remedies=(Edit(file=TOKENIZER_CONFIG, path=("tokenizer_class",), value=theirs),),
+        fails=_OF_V4_SERVERS if _is_named_by_processor(folder) else "",
     )
 
+
+def _is_class(name: str) -> bool:
+    return name in _GENERAL or bool(class_source(name, "tokenization"))
+
+
+def _is_named_by_processor(folder: Folder) -> bool:
+    """Return whether the processor's class in 4.x names the tokenizer's, whatever the tokenizer's config says."""
+    places = (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG)
+    named = (folder.get(file, "processor_class") for file in places)
+    whole = folder.kind is Kind.MODEL and folder.is_multimodal
+    return whole and next((name for name in named if isinstance(name, str)), "") in _NAME_THEIR_TOKENIZER
+
+
+# Source: `tokenizer_class` of the processors in transformers 4.49 and 4.57, where it is not AutoTokenizer.
+_NAME_THEIR_TOKENIZER: Final = frozenset(
+    {"PaliGemmaProcessor", "ColPaliProcessor", "Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"}
+    | {"LlavaNextVideoProcessor", "MllamaProcessor", "IdeficsProcessor", "ChameleonProcessor", "Emu3Processor"}
+)
+_OF_V4_SERVERS: Final = "vllm@<5; sglang@<5"
 
 _GENERAL: Final = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 
 
 @rule(
     Severity.WRONG,
-    "special tokens of the base lost",
-    effect="without a padding token a batch raises (Asking to pad but the tokenizer does not have a padding token), "
-    "or is padded with the end; without the token of a picture the processor finds no place for one",
-    evidence="https://github.com/huggingface/trl/issues/1311",
-    mend="the base's tokens",
+    "another tokenizer class than the base's, or none",
+    effect="some classes put a token before each text themselves, or make the tokenizer's steps anew: other ids than "
+    "in training. Without a class the one of the model's type is taken",
+    evidence="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/llama/"
+    "tokenization_llama_fast.py",
+    mend="the base's class",
     needs_base=True,
 )
-def special_tokens_lost(folder: Folder) -> Iterator[Fault]:
+def tokenizer_class_differs(folder: Folder) -> Iterator[Fault]:
     base = folder.base
-    if base is None or TOKENIZER_CONFIG not in folder.objects or folder.kind not in (Kind.MODEL, Kind.ADAPTER):
+    theirs = ABSENT if base is None else base.get(TOKENIZER_CONFIG, _CLASS)
+    if TOKENIZER_CONFIG not in folder.objects or not isinstance(theirs, str) or not folder.has(TOKENIZER):
         return
-    for key in ("pad_token", *_tokens_of_pictures(base)):
-        if folder.kind is Kind.ADAPTER and key not in ("pad_token", "image_token"):
-            continue  # a processor asked for the others as it was made, with the base's tokenizer
-        theirs, ours = _token(base, key), _token(folder, key)
-        if not theirs or ours == theirs or (key == "pad_token" and ours) or _is_in_map(folder):
-            continue
+    if folder.kind not in (Kind.MODEL, Kind.ADAPTER) or folder.get(TOKENIZER_CONFIG, "auto_map") is not ABSENT:
+        return
+    ours = folder.get(TOKENIZER_CONFIG, _CLASS)
+    is_lost = ours in (ABSENT, None)
+    if is_lost and folder.kind is Kind.ADAPTER:
+        return  # nothing here says of which type the model is
+    newest = registered_tokenizer(folder.model_type) if is_lost else ""
+    right = theirs.removesuffix("Fast")
+    is_of_all = newest not in ("", right) and newest in _PUT_A_TOKEN_BEFORE and _makes_its_steps(folder, newest)
+    if is_of_all or _is_other_in_v4(folder, newest if is_lost else ours, right, is_lost=is_lost):
+        is_of_v4 = not _is_named_by_processor(folder)
         yield Fault(
             file=TOKENIZER_CONFIG,
-            key=key,
-            found=folder.get(TOKENIZER_CONFIG, key),
-            expected=f"{theirs!r}, as in the base",
-            remedies=(Edit(file=TOKENIZER_CONFIG, path=(key,), value=base.get(TOKENIZER_CONFIG, key)),),
+            key=_CLASS,
+            found=ours,
+            expected=f"{theirs}, as in the base",
+            remedies=(Edit(file=TOKENIZER_CONFIG, path=(_CLASS,), value=theirs),),
+            fails=ALL if is_of_all else V4 if is_of_v4 else _OF_V4_SERVERS,
         )
 
 
-def _token(folder: Folder, key: str) -> str:
-    """Return the text of a special token, whichever of the places for it has it."""
-    for path in ((key,), ("extra_special_tokens", key)):
-        value = folder.get(TOKENIZER_CONFIG, *path)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            return text
-    return ""
+def _is_other_in_v4(folder: Folder, name: Any, right: str, *, is_lost: bool) -> bool:
+    """Return whether 4.x makes other ids with a class, or with the one of the model's type, than with the base's."""
+    if is_lost:
+        name = _OF_TYPES_IN_V4.get(folder.model_type, name)
+        if folder.model_type in _SLOW_ALONE_IN_V4 and not folder.has("vocab.json"):
+            return True
+    name = name.removesuffix("Fast") if isinstance(name, str) else ""
+    if name in ("", right) or not {name, right} & {*_PUT_A_TOKEN_BEFORE}:
+        return False
+    return is_lost or _is_class(name)  # of one that is none `tokenizer_class_unknown` says so
 
 
-def _is_in_map(folder: Folder) -> bool:
-    """Return whether special_tokens_map.json, which is not read here, may have them: it counts in older forms."""
-    return folder.has("special_tokens_map.json") and folder.get(TOKENIZER_CONFIG, "added_tokens_decoder") is ABSENT
+_CLASS: Final = "tokenizer_class"
+_SLOW_ALONE_IN_V4: Final = ("granite", "granitemoe", "granitemoehybrid", "granitemoeshared")
+"""Types whose class in 4.x reads vocab.json, and no tokenizer.json."""
+_PUT_A_TOKEN_BEFORE: Final = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+"""Classes of 4.x that make the post-processor anew, with the token that begins a text: `update_post_processor`."""
+_OF_TYPES_IN_V4: Final = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "recurrent_gemma"), "GemmaTokenizer"),
+    **dict.fromkeys(("aya_vision", "cohere", "cohere2"), "CohereTokenizer"),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "ernie4_5", "idefics2", "idefics3", "llama", "llama4", "llava", "llava_next",
+         "llava_onevision", "mistral", "mistral3", "mixtral", "mllama", "paligemma", "phi3", "phimoe"),
+        "LlamaTokenizer",
+    ),
+}  # fmt: skip
+"""The class that 4.x takes where a config names none. Source: `TOKENIZER_MAPPING_NAMES` of transformers 4.57."""
 
 
-def _tokens_of_pictures(base: Folder) -> Iterator[str]:
-    """Yield the tokens that the installed processor's class takes from its tokenizer and has no default for."""
-    if not base.is_multimodal:
+@rule(
+    Severity.WRONG,
+    "another token before or behind each text than for the base",
+    effect="the class puts the token that begins or ends a text where it is told to, whatever tokenizer.json says: "
+    "other ids than in training",
+    evidence="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/llama/"
+    "tokenization_llama_fast.py",
+    mend="the base's flag",
+    needs_base=True,
+    fails=V4,
+)
+def tokenizer_flags_differ(folder: Folder) -> Iterator[Fault]:
+    base, name = folder.base, str(folder.get(TOKENIZER_CONFIG, _CLASS)).removesuffix("Fast")
+    if base is None or folder.kind not in (Kind.MODEL, Kind.ADAPTER) or name not in _PUT_A_TOKEN_BEFORE:
         return
-    places = ((PROCESSOR, "processor_class"), (TOKENIZER_CONFIG, "processor_class"))
-    named = [value for value in (base.get(*place) for place in places) if isinstance(value, str)]
-    source = class_source(named[0], "processing") if named else ""
-    for key in sorted(set(re.findall(r"\btokenizer\.(\w+_token)\b", source))):
-        if key not in _STANDARD and f'"{_token(base, key)}" if not hasattr' not in source:
-            yield key
+    if folder.kind is Kind.MODEL and folder.model_type == "paligemma":
+        return  # whose processor sets them itself
+    for key in ("add_bos_token", "add_eos_token"):
+        ours, theirs = folder.get(TOKENIZER_CONFIG, key), base.get(TOKENIZER_CONFIG, key)
+        if ours is ABSENT or not isinstance(theirs, bool) or bool(ours) == theirs:
+            continue
+        edit = Edit(file=TOKENIZER_CONFIG, path=(key,), value=theirs)
+        expected = f"{str(theirs).lower()}, as in the base"
+        yield Fault(file=TOKENIZER_CONFIG, key=key, found=ours, expected=expected, remedies=(edit,))
+
+
+def fails_without_config(folder: Folder) -> str | None:
+    """Return whom the loss of tokenizer_config.json concerns: "" for every reader, None for none.
+
+    The class is then the processor's in 4.x, or the one of the model's type, the special tokens come from
+    special_tokens_map.json, as older releases write it, and the template from a file of its own.
+    """
+    if not folder.has("special_tokens_map.json") or TEMPLATE_JINJA not in folder.templates:
+        return ""
+    if _is_named_by_processor(folder):
+        return SINCE_5
+    puts_before = {_OF_TYPES_IN_V4.get(folder.model_type), registered_tokenizer(folder.model_type)}
+    return "" if puts_before & {*_PUT_A_TOKEN_BEFORE} else None

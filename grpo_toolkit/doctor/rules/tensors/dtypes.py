@@ -8,7 +8,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, FLOAT_NAMES
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
-from grpo_toolkit.doctor.readers import V4
+from grpo_toolkit.doctor.readers import SINCE_5, V4
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import HEAD, base_tensors, common_tensors, weights
 from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
@@ -130,30 +130,60 @@ def dtype_unknown(folder: Folder) -> Iterator[Fault]:
     fails=V4,
 )
 def part_of_another_dtype(folder: Folder) -> Iterator[Fault]:
-    for key in ("torch_dtype", "dtype"):
-        whole = folder.get(CONFIG, key)
+    for is_later in (False, True):
+        whole_key, whole = _dtype_at(folder, (), is_later=is_later)
         for part in ("text_config", "vision_config"):
-            own = folder.get(CONFIG, part, key)
-            if own == whole or own not in FLOAT_NAMES.values() or whole not in FLOAT_NAMES.values():
+            own_key, own = _dtype_at(folder, (part,), is_later=is_later)
+            if own == whole or own not in _FLOATS or whole not in _FLOATS:
                 continue
-            if folder.base is not None and folder.base.get(CONFIG, part, key) == own != _of(folder.base, key):
+            base = folder.base
+            theirs = (
+                [None, None] if base is None else [_dtype_at(base, at, is_later=is_later)[1] for at in ((part,), ())]
+            )
+            if base is not None and theirs[0] == own != theirs[1]:
                 continue  # published so
-            is_part = folder.base is None or folder.base.get(CONFIG, key) == whole
-            path, right = ((part, key), whole) if is_part else ((key,), own)
+            is_part = base is None or theirs[1] == whole
+            path, right = ((part, own_key), whole) if is_part else ((whole_key,), own)
             yield Fault(
                 file=CONFIG,
                 key=".".join(path),
                 found=own if is_part else whole,
                 expected=str(right),
                 remedies=(Edit(file=CONFIG, path=path, value=right),),
-                # https://github.com/huggingface/transformers/pull/39782
-                fails="" if key == "torch_dtype" else "transformers>=4.56<5; vllm@>=4.56<5; sglang@>=4.56<5",
+                fails=_SINCE_DTYPE if is_later else "",
             )
-            break
+            return
 
 
-def _of(folder: Folder, key: str) -> Any:
-    return folder.get(CONFIG, key)
+# https://github.com/huggingface/transformers/pull/39782
+_SINCE_DTYPE: Final = "transformers>=4.56<5; vllm@>=4.56<5; sglang@>=4.56<5"
+_FLOATS: Final = tuple(FLOAT_NAMES.values())
+
+
+def _dtype_at(folder: Folder, level: tuple[str, ...], *, is_later: bool) -> tuple[str, Any]:
+    """Return the key that says the dtype of a part, and what it says; releases since 4.56 ask for `dtype` first."""
+    for key in ("dtype", "torch_dtype") if is_later else ("torch_dtype",):
+        value = folder.get(CONFIG, *level, key)
+        if value not in (ABSENT, None):
+            return key, value
+    return "torch_dtype", ABSENT
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "float64 for a mixture of experts",
+    effect="transformers 5 multiplies all experts at once, which torch does in 16 and 32 bits alone: RuntimeError",
+    evidence="https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.grouped_mm.html",
+    mend="the stored dtype in config.json",
+    fails=SINCE_5,
+)
+def experts_in_float64(folder: Folder) -> Iterator[Fault]:
+    key, value = _dtype_at(folder, (), is_later=True)
+    if value == "float64" and any(".experts." in name for name in weights(folder)):
+        stored = FLOAT_NAMES.get(folder.stored_dtype or "", "float32")
+        right = "float32" if stored == value else stored
+        edit = Edit(file=CONFIG, path=(key,), value=right)
+        yield Fault(file=CONFIG, key=key, found=value, expected=right, remedies=(edit,))
 
 
 @rule(

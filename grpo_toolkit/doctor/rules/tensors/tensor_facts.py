@@ -26,6 +26,8 @@ _PASSED_OVER: Final = re.compile(
     r"(?:^|\.)mtp[._]|rotary_emb\.inv_freq$|(?:^|\.)position_ids$|\.attn\.(?:bias|masked_bias|causal_mask)$"
 )
 
+PREFIX: Final = "model."
+"""The `base_model_prefix` of most models: transformers 5 takes one away or puts one before a name, where that fits."""
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -44,7 +46,13 @@ def base_tensors(folder: Folder) -> Mapping[str, TensorInfo]:
 def new_names(folder: Folder) -> dict[str, str]:
     """Return new names for the tensors whose names are not the published ones."""
     known = frozenset(base_tensors(folder)) or None
-    return plan_renames(weights(folder), known, folder.model_type)
+    ours = weights(folder)
+    renames = plan_renames(ours, known, folder.model_type)
+    if known is not None:  # the model's prefix, put before the head as well, or left out
+        strange = [name for name in ours if name not in known and name not in renames]
+        either = ((name, new) for name in strange for new in (name.removeprefix(PREFIX), PREFIX + name))
+        renames |= {name: new for name, new in either if new in known and new not in ours}
+    return renames
 
 
 @lru_cache(maxsize=4)

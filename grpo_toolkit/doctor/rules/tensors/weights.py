@@ -8,13 +8,14 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.name_lists import summarised
-from grpo_toolkit.checkpoint.tensor_names import is_lora, stored_layers, without_wrappers
+from grpo_toolkit.checkpoint.tensor_names import is_lora, live_name, stored_layers, without_wrappers
 from grpo_toolkit.doctor.findings import Fault, Severity, rule
 from grpo_toolkit.doctor.readers import SERVERS
 from grpo_toolkit.doctor.rules.servers import VALUE_HEAD
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import (
     EMBEDDING,
     HEAD,
+    PREFIX,
     base_by_live_name,
     base_tensors,
     by_live_name,
@@ -63,8 +64,26 @@ def unpublished_names(folder: Folder) -> Iterator[Fault]:
     renames = {old: new for old, new in new_names(folder).items() if without_wrappers(old) == old}
     if renames and not has_lora(folder):
         live = tuple(prefix for prefix, _ in folder.family.published) if folder.family else ()
-        is_live = bool(live) and all(name.startswith(live) for name in renames)
-        yield _naming(folder, renames, fails=_KNOW_PUBLISHED_NAMES if is_live else "")
+        is_whole = any("language_model.model." in name for name in renames)  # a published name behind another prefix
+        is_live = bool(live) and all(name.startswith(live) for name in renames) and not is_whole
+        fails = _KNOW_PUBLISHED_NAMES if is_live else without_prefix(folder)
+        if fails != SERVERS:  # a body saved without its head has such names
+            yield _naming(folder, renames, fails=fails)
+
+
+def without_prefix(folder: Folder) -> str:
+    """Return whom names concern that have the model's prefix once too often or not at all; empty where others differ.
+
+    transformers 5 looks at each name. Older releases put the prefix before all names or before none, and take a head
+    among names without it for a broken file.
+    """
+    renames, family = new_names(folder), family_of(folder.model_type)
+    is_lost = all(new == PREFIX + old for old, new in renames.items())
+    is_doubled = all(old == PREFIX + new for old, new in renames.items())
+    if not renames or not (is_lost or is_doubled) or any(live_name(new, family) != new for new in renames.values()):
+        return ""
+    is_base_model = is_lost and not any(name.startswith(PREFIX) or name.endswith(HEAD) for name in weights(folder))
+    return SERVERS if is_base_model else f"transformers<5; {SERVERS}"
 
 
 _KNOW_PUBLISHED_NAMES = "transformers<4.52; vllm; sglang"
@@ -279,7 +298,10 @@ def tensors_empty(folder: Folder) -> Iterator[Fault]:
 )
 def tensors_unlike_base(folder: Folder) -> Iterator[Fault]:
     if folder.digests is not None:
-        yield from _in_values(folder, folder.digests.unlike, "{} of {} tensors", "values near the base's")
+        unlike = folder.digests.unlike
+        known = [f"{name} has the values of {origin}" for name, origin in unlike.items() if origin][:3]
+        found = "; ".join(["{} of {} tensors", *(one.replace("{", "").replace("}", "") for one in known)])
+        yield from _in_values(folder, tuple(unlike), found, "values near the base's")
 
 
 @rule(
