@@ -201,8 +201,7 @@ def diagnose_folder(folder: Folder, *, reader: Reader | None = None, installed: 
         installed: the reader whose findings come first.
     """
     first = reader or installed
-    not_judged = [rule for rule in ALL_RULES if rule.needs_base and folder.base is None]
-    judged = [rule for rule in ALL_RULES if rule not in not_judged]
+    judged = [rule for rule in ALL_RULES if folder.base is not None or not rule.needs_base]
     findings = [_finding(rule, fault) for rule in judged for fault in rule.check(folder)]
     return Diagnosis(
         path=folder.path,
@@ -213,7 +212,7 @@ def diagnose_folder(folder: Folder, *, reader: Reader | None = None, installed: 
         reader=reader,
         installed=installed,
         base_name=folder.base_name if folder.base is None else "",
-        not_judged=tuple(rule.code for rule in not_judged),
+        not_judged=tuple(rule.code for rule in ALL_RULES if rule.needs_base) if folder.base is None else (),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.file_names import CONFIG
@@ -162,6 +163,7 @@ def _who_fails(live: Sequence[str], stored: Sequence[str]) -> str:
     return "transformers>=4.52" if live else "transformers<4.52"
 
 
+@lru_cache(maxsize=4)  # several rules ask
 def _fp8_weights(folder: Folder) -> Mapping[str, TensorInfo]:
     return {name: info for name, info in weights(folder).items() if info.dtype == _FP8 and name.endswith(_WEIGHT)}
 
