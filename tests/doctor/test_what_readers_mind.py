@@ -5,14 +5,21 @@ The readers were asked of each: transformers 5.24, 4.57 and 4.49 (`scripts/bench
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.doctor.readers import concerns
+from grpo_toolkit.doctor.repair import repair_checkpoint
 from scripts.benchmarks.oracle.cases import Case, changed
 from scripts.benchmarks.oracle.mutations.operators import Mutation
 from scripts.benchmarks.oracle.score import Examiner, Said, reader
+from tests.support.models import build_llama
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +76,6 @@ MINDED: list[Row] = [
 UNMINDED: list[tuple[str, str, str, str, str]] = [
     ("llama/v5/full", "wrap-key", GENERATION, "use_cache", ""),  # true all the same
     ("mixtral/v4/full", "flip-key", CONFIG, "use_cache", ""),  # generate asks the other file
-    ("llama/v4/full", "far-id", GENERATION, "pad_token_id", ""),  # asked in a batch alone
     ("gemma3/v5/full", "far-id", CONFIG, "pad_token_id", ""),  # the text model has its own
     ("llava/published/full", "far-id", CONFIG, "text_config/decoder_start_token_id", ""),
     ("gemma3/v5/full", "far-id", CONFIG, "eoi_token_index", ""),
@@ -132,3 +138,26 @@ def test_it_is_silent_where_no_reader_minds(
     said = _said(examiner, folder, operator, file, path, to)
     loud = {one.code: one.fails for one in said if any(concerns(one.fails, reader(version)) for version in readers)}
     assert loud == {}
+
+
+def test_a_padding_id_without_a_row_ends_a_batch_of_unlike_answers(tmp_path: Path) -> None:
+    base = build_llama(tmp_path / "base")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(base, folder)
+    settings = json.loads((folder / GENERATION).read_text()) | {"pad_token_id": 9999}
+    (folder / GENERATION).write_text(json.dumps(settings))
+
+    def answers() -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        prompts = torch.tensor([[5, 6, 7], [8, 9, 10]])
+        asked = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "do_sample": False}
+        first = model.generate(**asked, max_new_tokens=1, eos_token_id=None)[:, -1].tolist()
+        assert first[0] != first[1]
+        found: torch.Tensor = model.generate(**asked, max_new_tokens=4, eos_token_id=first[0])
+        return found
+
+    with pytest.raises(IndexError):
+        answers()
+    assert {"padding-beyond-rows"} == {one.code for one in diagnose_checkpoint(folder, base=base).findings}
+    repair_checkpoint(folder, base=base)
+    assert answers().shape == (2, 7)

@@ -9,6 +9,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_configs import installed_defaults
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER, TOKENIZER_CONFIG
+from grpo_toolkit.doctor.readers import TRANSFORMERS
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import ends
 
 if TYPE_CHECKING:
@@ -68,12 +69,13 @@ _PADDING: Final = "pad_token_id"
 
 
 @rule(
-    Severity.NOTE,
+    Severity.WRONG,
     "a padding id of generation without a row in the embedding",
     effect="in transformers, a batch in which one answer ends before the others goes on with this id: an IndexError; "
     "one prompt at a time and servers never use it",
     evidence="https://huggingface.co/docs/transformers/main_classes/text_generation",
     mend="the base's id",
+    fails=TRANSFORMERS,
 )
 def padding_beyond_rows(folder: Folder) -> Iterator[Fault]:
     rows, number = _rows(folder), folder.get(GENERATION_CONFIG, _PADDING)
@@ -81,14 +83,13 @@ def padding_beyond_rows(folder: Folder) -> Iterator[Fault]:
         return
     right = ABSENT if folder.base is None else folder.base.get(GENERATION_CONFIG, _PADDING)
     if right != number:
-        edit = Edit(file=GENERATION_CONFIG, path=(_PADDING,), value=right)
-        is_mended = right is not ABSENT and folder.has(GENERATION_CONFIG)
+        edit = Edit(file=GENERATION_CONFIG, path=(_PADDING,), value=right)  # without one, generate pads with the end
         yield Fault(
             file=GENERATION_CONFIG,
             key=_PADDING,
             found=number,
             expected=f"an id below {rows[1]}, the rows of {rows[0]}",
-            remedies=(edit,) if is_mended else (),
+            remedies=() if folder.base is None else (edit,),
         )
 
 
