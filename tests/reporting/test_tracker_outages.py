@@ -42,10 +42,8 @@ def restored(server: WandbServer, out: Path, name: str) -> None:
     assert sum("/media/table/latency/table_" in path for path in server.uploads) == 1
 
 
-@pytest.mark.parametrize(
-    "mode",
-    ["nothing", "dead", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("500", "403", "half", "late"))],
-)
+# A server fails in six ways, at three times of a training; each is met at two of them at least.
+@pytest.mark.parametrize("mode", ["nothing", "dead", "half", "late"])
 def test_a_server_that_fails_from_the_start(qwen: Path, tmp_path: Path, weights: str, mode: str) -> None:
     out = tmp_path / "out"
     with running() as server:
@@ -64,11 +62,15 @@ def test_a_server_that_fails_from_the_start(qwen: Path, tmp_path: Path, weights:
         restored(server, out, said["run"])
 
 
-OUTAGES = ["500", "403", "nothing", "dead"]
-
-
-@pytest.mark.parametrize("mode", [OUTAGES[-1], *(pytest.param(mode, marks=pytest.mark.slow) for mode in OUTAGES[:-1])])
-@pytest.mark.parametrize("is_asked_for", [False, True], ids=["after it was asked", "asked for by the user"])
+@pytest.mark.parametrize(
+    ("mode", "is_asked_for"),
+    [
+        pytest.param("dead", False, id="dead after it was asked"),
+        pytest.param("403", False, id="403 after it was asked"),
+        pytest.param("nothing", True, id="nothing, asked for by the user"),
+        pytest.param("500", True, id="500, asked for by the user"),
+    ],
+)
 def test_a_run_that_does_not_open_is_opened_offline(
     qwen: Path, tmp_path: Path, weights: str, mode: str, is_asked_for: bool
 ) -> None:
@@ -120,7 +122,7 @@ def test_the_trainers_own_callback_rests_after_an_early_finish(qwen: Path, tmp_p
     assert (said["logged"], said["there"]) == (1, 0)
 
 
-@pytest.mark.parametrize("mode", ["500", "403", "nothing", "half", "late", "dead"])
+@pytest.mark.parametrize("mode", ["500", "403", "half", "late", "dead"])
 @pytest.mark.slow
 def test_a_server_that_fails_in_the_middle(qwen: Path, tmp_path: Path, weights: str, mode: str) -> None:
     out = tmp_path / "out"
@@ -132,7 +134,7 @@ def test_a_server_that_fails_in_the_middle(qwen: Path, tmp_path: Path, weights: 
         assert trained.printed.count("W&B did not take all of it") <= 1
         assert trained.exit_s is not None
         assert trained.exit_s < 25  # 30 s and more where nothing ends W&B's service, whatever else a machine does
-        if mode in ("nothing", "dead"):
+        if mode == "dead":
             assert trained.printed.count("what it did not get is on disk") == 1
         (name,) = server.runs
         server.behave("well")
