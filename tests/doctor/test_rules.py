@@ -419,7 +419,7 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
         model(tokenizer_config__json={**TOKENIZER, "add_eos_token": False}), None,
         "tokenizer_config.json", "add_eos_token"),
     "answers-with-tuples": (model(config={"return_dict": False}), None, None, "config.json", "return_dict"),
-    "cache-kind-differs": (model(generation_config__json={**GENERATION, "cache_implementation": "static"}), BASE,
+    "cache-kind-differs": (model(generation_config__json={**GENERATION, "cache_implementation": "offloaded"}), BASE,
                            None, "generation_config.json", "cache_implementation"),
     "states-without-dict": (model(generation_config__json={**GENERATION, "output_hidden_states": True}), None, None,
                             "generation_config.json", "output_hidden_states"),

@@ -56,7 +56,9 @@ def test_explain_of_a_training_that_was_killed_early(tmp_path: Path, capsys: pyt
 def test_explain_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--steps", str(tmp_path)]) == 2
     assert "no step_time.jsonl there" in capsys.readouterr().err
-    assert main(["explain"]) == 2
+    with pytest.raises(SystemExit) as refused:
+        main(["explain"])
+    assert refused.value.code == 2
     assert "--steps" in capsys.readouterr().err
     append_step_rows(file_of(tmp_path), [step_row(1, phases_s={})])
     file_of(tmp_path).write_text(file_of(tmp_path).read_text().replace('"schema_version": 1', '"schema_version": 9'))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT
@@ -84,11 +84,15 @@ def _cache_fault(folder: Folder, file: str, level: tuple[str, ...], value: Any) 
     )
 
 
+_CHOSEN: Final = ("static", "dynamic")
+"""Kinds that somebody wrote for speed: `export --tuned` does, where the first is faster."""
+
+
 @rule(
     Severity.SLOW,
     "another kind of KV cache than the base's",
-    effect="generate makes the cache that is named here: a static one is as long as the longest answer and compiled "
-    "for, an offloaded one waits for the host, and some models refuse it",
+    effect="generate makes the cache that is named here: an offloaded one waits for the host, a quantized one is "
+    "computed with, and some models refuse either",
     evidence="https://huggingface.co/docs/transformers/kv_cache",
     mend="the base's kind",
     needs_base=True,
@@ -97,7 +101,7 @@ def _cache_fault(folder: Folder, file: str, level: tuple[str, ...], value: Any) 
 def cache_kind_differs(folder: Folder) -> Iterator[Fault]:
     key = "cache_implementation"
     ours = folder.get(GENERATION_CONFIG, key)
-    if folder.base is None or GENERATION_CONFIG not in folder.base.objects or ours in (ABSENT, None):
+    if folder.base is None or GENERATION_CONFIG not in folder.base.objects or ours in (ABSENT, None, *_CHOSEN):
         return
     theirs = folder.base.get(GENERATION_CONFIG, key)
     if ours != theirs:

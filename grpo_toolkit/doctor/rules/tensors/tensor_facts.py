@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.safetensors_header import transposed_shape
-from grpo_toolkit.checkpoint.tensor_names import find_suffix, is_lora, live_name, plan_renames, stored_layers
+from grpo_toolkit.checkpoint.tensor_names import (
+    find_suffix,
+    is_lora,
+    live_name,
+    plan_renames,
+    published_name,
+    stored_layers,
+)
 from grpo_toolkit.checkpoint.tied_embeddings import tie_flags
 
 if TYPE_CHECKING:
@@ -51,7 +58,11 @@ def new_names(folder: Folder) -> dict[str, str]:
     if known is not None:  # the model's prefix, put before the head as well, or left out
         strange = [name for name in ours if name not in known and name not in renames]
         either = ((name, new) for name in strange for new in (name.removeprefix(PREFIX), PREFIX + name))
-        renames |= {name: new for name, new in either if new in known and new not in ours}
+        renames |= {
+            name: new
+            for name, new in either
+            if new in known and new not in ours and published_name(new, folder.model_type) != name
+        }
     return renames
 
 
