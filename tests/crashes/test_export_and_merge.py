@@ -99,12 +99,19 @@ def test_what_a_dead_owner_moved_away_is_put_back(publications: dict[str, Public
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+# A merge is quick and meets every error; the exports, of minutes, share them.
 @pytest.mark.parametrize(
-    "code",
-    [errno.ENOSPC, *(pytest.param(code, marks=pytest.mark.slow) for code in (errno.EIO, errno.EACCES, errno.EROFS))],
-    ids=errno.errorcode.get,
+    ("publication", "code"),
+    [
+        ("export", errno.ENOSPC),
+        pytest.param("export", errno.EACCES, marks=pytest.mark.slow),
+        pytest.param("export_of_an_adapter", errno.EIO, marks=pytest.mark.slow),
+        pytest.param("export_of_an_adapter", errno.EROFS, marks=pytest.mark.slow),
+        *(("merge", code) for code in (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS)),
+    ],
+    ids=lambda value: errno.errorcode.get(value, value),
+    indirect=["publication"],
 )
-@pytest.mark.parametrize("publication", ALL, indirect=True)
 def test_a_step_that_fails_leaves_the_old_or_the_new(publication: Publication, code: int, tmp_path: Path) -> None:
     """Whatever call fails, the answer is one line and exit code 2, or the failure did not matter."""
     output, log = tmp_path / "out" / "published", tmp_path / "log"

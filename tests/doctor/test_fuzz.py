@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from grpo_toolkit.doctor.findings import Diagnosis
 
-FOLDERS = int(os.environ.get("GRPO_TOOLKIT_FUZZ_FOLDERS", "20000"))
+FOLDERS = int(os.environ.get("GRPO_TOOLKIT_FUZZ_FOLDERS", "10000"))
 SEED_FILES = [load_seed(name) for name in SEEDS]
 CODES = {rule.code for rule in ALL_RULES}
 

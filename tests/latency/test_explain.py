@@ -39,12 +39,9 @@ STRONG = ("cache-off", "pixel-limits", "device-map", "eos", "longer-answers")
 
 PAIRS = (
     ("pixel-limits", "unmerged-adapter"),
-    ("cache-off", "longer-answers"),
     ("cache-off", "attention"),
-    ("float32", "unmerged-adapter"),
     ("sdpa-backend", "eos"),
     ("device-map", "float32"),
-    ("training-state", "attention"),
 )
 
 
