@@ -271,7 +271,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _batches(text: str) -> list[int] | list[str]:
-    return ["max"] if text == "max" else [count(part) for part in text.split(",")]
+    return ["max"] if text == "max" else _several(text)
 
 
 def _words(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
@@ -25,6 +26,8 @@ _POOLING: Final = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?head\.")
 _ROUNDING: Final = 2**-7  # what the cast of a value to bfloat16 changes at most
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from grpo_toolkit.checkpoint.safetensors_header import TensorInfo
     from grpo_toolkit.doctor.parsed_folder import Folder
 
@@ -149,16 +152,17 @@ def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]
     others = {} if base is None else base.tensors
     renames = plan_renames(folder.tensors, frozenset(others) or None, folder.model_type)
     empty, broken = [], []
+    value_of = cache(lambda name: constant_value(folder.path, folder.tensors[name]))
     for name, info in folder.tensors.items():
         if _is_not_asked(folder, name):
             continue
         if not is_finite(folder.path, info):
             broken.append(name)
         elif is_lora(name):
-            if _is_untrained(folder, name):
+            if _is_untrained(folder, name, value_of):
                 empty.append(name)
         elif folder.kind is Kind.MODEL:
-            value = constant_value(folder.path, info)
+            value = value_of(name)
             other = others.get(renames.get(name, name))
             if value is None:
                 continue
@@ -172,13 +176,13 @@ def _empty_and_broken(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]
     return tuple(sorted(empty)), tuple(sorted(broken))
 
 
-def _is_untrained(folder: Folder, name: str) -> bool:
+def _is_untrained(folder: Folder, name: str, value_of: Callable[[str], float | None]) -> bool:
     """Return whether a factor is one value throughout, and that not because nothing was trained yet.
 
     First factors are drawn at random. Second ones begin as zeros, and stay so where no gradient comes: such as in the
     last layers of a tower, or in all of them before the first step.
     """
-    value = constant_value(folder.path, folder.tensors[name])
+    value = value_of(name)
     if value is None or math.prod(folder.tensors[name].shape) < _SOME:
         return False
     if value != 0 or ".lora_A." in name:
@@ -187,7 +191,7 @@ def _is_untrained(folder: Folder, name: str) -> bool:
         return False
     kind = _LAYER_NUMBER.sub(".", name)
     sisters = (other for other in folder.tensors if other != name and _LAYER_NUMBER.sub(".", other) == kind)
-    return any(constant_value(folder.path, folder.tensors[other]) is None for other in sisters)
+    return any(value_of(other) is None for other in sisters)
 
 
 _LAYER_NUMBER: Final = re.compile(r"\.[0-9]+\.")

@@ -12,6 +12,7 @@ import sys
 from functools import lru_cache
 from typing import Any, Final
 
+from grpo_toolkit.doctor.installed_configs import module_of
 from grpo_toolkit.doctor.readers import installed_text, read_text
 
 _PARTS: Final = {"tokenization": "Tokenizer", "processing": "Processor", "image_processing": "ImageProcessor"}
@@ -62,7 +63,8 @@ def reads_setting(model_type: str, level: tuple[str, ...], key: str) -> bool:
     It does not where neither the model's code nor the library's own has the name, nor any that the class gives it. The
     type of a part is asked where the class of the part may be any (`AutoConfig`).
     """
-    config, code = _code_of(model_type)
+    name, config = module_of(model_type)
+    code = installed_text(f"transformers/models/{name}/modeling_{name}.py") if name else ""
     if not code:
         return True
     if key == "model_type" and level:
@@ -76,17 +78,6 @@ def reads_setting(model_type: str, level: tuple[str, ...], key: str) -> bool:
 
 
 _ASK_ANY_CONFIG: Final = ("modeling_utils", "masking_utils", "modeling_rope_utils", "cache_utils", "generation/utils")
-
-
-@lru_cache(maxsize=8)
-def _code_of(model_type: str) -> tuple[str, str]:
-    """Return the text of the module with the config classes of a type, and that of its models."""
-    words = model_type.split("_") if model_type.isidentifier() else []
-    for name in ("_".join(words[:count]) for count in range(len(words), 0, -1)):
-        config = installed_text(f"transformers/models/{name}/configuration_{name}.py")
-        if f'model_type = "{model_type}"' in config:
-            return config, installed_text(f"transformers/models/{name}/modeling_{name}.py")
-    return "", ""
 
 
 def registered_tokenizer(model_type: str) -> str:

@@ -118,16 +118,23 @@ def _classes(model_type: str, level: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def _source(model_type: str) -> str:
-    """Return the file with the config classes of a type, which may be a part's, such as "clip_vision_model"."""
+def module_of(model_type: str) -> tuple[str, str]:
+    """Return the folder of a type among the installed models, and the text of its config classes; both may be empty.
+
+    The type may be a part's, such as "clip_vision_model".
+    """
     if not re.fullmatch(r"[a-z0-9_]{1,60}", model_type):
-        return ""
+        return "", ""
     words = model_type.split("_")
     for name in ("_".join(words[:count]) for count in range(len(words), 0, -1)):
         text = installed_text(f"transformers/models/{name}/configuration_{name}.py")
         if f'model_type = "{model_type}"' in text:
-            return text
-    return ""
+            return name, text
+    return "", ""
+
+
+def _source(model_type: str) -> str:
+    return module_of(model_type)[1]
 
 
 def installed_rotary(model_type: str, key: str) -> Any:

@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.doctor.parsed_folder import MIB, TOKENIZER, TOKENIZER_PARTS, Tokenizer
+from grpo_toolkit.doctor.parsed_folder import MIB, TOKENIZER, TOKENIZER_PARTS, Tokenizer, token_text
 from grpo_toolkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,14 +33,13 @@ def read_tokenizer(files: Files, config: JsonObject | None) -> Tokenizer | None:
 
 def _named(config: JsonObject) -> frozenset[str]:
     """Return the special tokens that the config names and does not add itself."""
-    values = (value for key, value in config.items() if key.endswith("_token"))
-    texts = [value.get("content") if isinstance(value, dict) else value for value in values]
+    texts = (token_text(value) for key, value in config.items() if key.endswith("_token"))
     decoder = config.get("added_tokens_decoder")
     entries = decoder.values() if isinstance(decoder, dict) else ()
     added = {
         entry["content"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("content"), str)
     }
-    return frozenset(text for text in texts if isinstance(text, str)) - added
+    return frozenset(text for text in texts if text is not None) - added
 
 
 @lru_cache(maxsize=2)  # the checkpoints of a run have the same, and its parsing takes longer than all the rest

@@ -162,6 +162,12 @@ class Folder:
                 sizes[info.dtype] += info.nbytes
         return sizes.most_common(1)[0][0] if sizes else None
 
+    @property
+    def processor_class(self) -> str:
+        """The class of the processor, by the first file that names one; empty where none does."""
+        named = (self.get(file, "processor_class") for file in (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG))
+        return next((name for name in named if isinstance(name, str)), "")
+
     @cached_property
     def templates(self) -> dict[str, str]:
         """Every copy of the chat template by the file that holds it."""
@@ -173,6 +179,12 @@ class Folder:
             if isinstance(value, str):
                 found[file] = value
         return found
+
+
+def token_text(value: Any) -> str | None:
+    """Return the text of a special token, named by itself or as an AddedToken; None of anything else."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
 def plain_shards(weight_map: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ V4: Final = "transformers<5; vllm@<5; sglang@<5"
 """Forms of transformers 5 that 4.x cannot read, whoever runs on it."""
 
 SINCE_5: Final = "transformers>=5; vllm@>=5; sglang@>=5"
-"""What transformers 5 reads otherwise, or checks as no older release does."""
+"""Forms that transformers 5 reads otherwise, or checks as no older release does."""
 
 _NAMES: Final = {"transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang", "trainer": "Trainer (a resume)"}
 _CHOICES: Final = ("transformers", "vllm", "sglang")

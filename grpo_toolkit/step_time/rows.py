@@ -138,7 +138,7 @@ class FoundCause:
 
     @property
     def is_curable(self) -> bool:
-        """Whether something can be done about it."""
+        """Return whether something can be done about it."""
         return not self.cure.startswith(NO_CURE)
 
 

@@ -1,4 +1,4 @@
-"""What a device does while a rollout decodes, and in a micro-batch."""
+"""Profiles of a device while a rollout decodes, and in a micro-batch."""
 
 from __future__ import annotations
 

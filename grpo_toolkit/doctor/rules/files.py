@@ -19,7 +19,7 @@ from grpo_toolkit.doctor.parsed_folder import (
     plain_shards,
 )
 from grpo_toolkit.doctor.readers import SERVERS, TRAINER, TRANSFORMERS
-from grpo_toolkit.doctor.rules.generation import fails_without, is_not_missed
+from grpo_toolkit.doctor.rules.generation import fails_without
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import base_by_live_name, by_live_name, new_names
 from grpo_toolkit.doctor.rules.tensors.weights import without_prefix
 
@@ -41,7 +41,7 @@ _HEADER_FORMAT = "https://github.com/huggingface/safetensors#format"
 def unreadable_file(folder: Folder) -> Iterator[Fault]:
     for file, reason in sorted(folder.refused.items()):
         fails = fails_without(folder, file)
-        if not fails and is_not_missed(folder, file):
+        if fails is None:
             continue
         expected = "a whole safetensors file" if file.endswith(".safetensors") else "a readable file of its format"
         yield Fault(file=file, found=reason, expected=expected, fails=fails)
@@ -93,7 +93,7 @@ def repeated_key(folder: Folder) -> Iterator[Fault]:
 def byte_order_mark(folder: Folder) -> Iterator[Fault]:
     for file in sorted(folder.marked & set(JSON_LIMITS)):
         fails = fails_without(folder, file)
-        if fails or not is_not_missed(folder, file):
+        if fails is not None:
             yield Fault(
                 file=file, found="a byte-order mark", expected="none", remedies=(Unmark(file=file),), fails=fails
             )

@@ -11,7 +11,7 @@ from grpo_toolkit.checkpoint.tensor_names import is_vision, without_wrappers
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_configs import installed_defaults
 from grpo_toolkit.doctor.readers import SERVERS, TRANSFORMERS, installed_version
-from grpo_toolkit.doctor.rules.settings import is_read
+from grpo_toolkit.doctor.rules.settings import base_of_type, is_read
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import EMBEDDING, base_tensors, ends, new_names, weights
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ _OF_OTHER_RULES: Final = frozenset(
     needs_base=True,
 )
 def settings_lost(folder: Folder) -> Iterator[Fault]:
-    base = folder.base
-    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type or not folder.is_known:
+    base = base_of_type(folder)
+    if base is None or not folder.is_known:
         return
     lost = [
         (level, key, value)

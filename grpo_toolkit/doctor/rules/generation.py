@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
-from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TEMPLATE_JSON, TOKENIZER_CONFIG
+from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TEMPLATE_JSON, TOKENIZER_CONFIG, token_text
 from grpo_toolkit.doctor.readers import TRANSFORMERS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def generation_config_lost(folder: Folder) -> Iterator[Fault]:
     if folder.kind is not Kind.MODEL or base is None or GENERATION_CONFIG not in base.objects:
         return
     fails = fails_without(folder, GENERATION_CONFIG)
-    if not folder.has(GENERATION_CONFIG) and (fails or not is_not_missed(folder, GENERATION_CONFIG)):
+    if not folder.has(GENERATION_CONFIG) and fails is not None:
         yield Fault(
             file=GENERATION_CONFIG,
             expected="the base's file",
@@ -50,7 +50,7 @@ def generation_config_lost(folder: Folder) -> Iterator[Fault]:
         )
 
 
-def is_not_missed(folder: Folder, file: str) -> bool:
+def _is_not_missed(folder: Folder, file: str) -> bool:
     """Return whether no reader answers otherwise without a file that is not here, or that none of them can read.
 
     Without a generation config they take what config.json says. A text model's readers ask for no template of a
@@ -75,10 +75,11 @@ def is_not_missed(folder: Folder, file: str) -> bool:
     return is_neutral and is_told_alike and (eos is None or sorted(_config_eos(folder)) == sorted(eos))
 
 
-def fails_without(folder: Folder, file: str) -> str:
-    """Return whom the loss of a file concerns that most readers do not miss; empty where none of them does."""
-    is_told = file == GENERATION_CONFIG and folder.model_type in _CACHES_OF_V4
-    return _WITH_CACHES if is_told and is_not_missed(folder, file) else ""
+def fails_without(folder: Folder, file: str) -> str | None:
+    """Return whom the loss of a file concerns: "" for every reader of it, None for none."""
+    if not _is_not_missed(folder, file):
+        return ""
+    return _WITH_CACHES if file == GENERATION_CONFIG and folder.model_type in _CACHES_OF_V4 else None
 
 
 # Whose class of 4.x names a kind of cache, that generate takes from there where no generation_config.json is read.
@@ -231,9 +232,8 @@ def _config_eos(folder: Folder) -> list[int]:
 
 
 def _token_id(folder: Folder, name: str) -> int | None:
-    token = folder.get(TOKENIZER_CONFIG, name)
-    text = token.get("content") if isinstance(token, dict) else token
-    return (folder.added_tokens or {}).get(text) if isinstance(text, str) else None
+    text = token_text(folder.get(TOKENIZER_CONFIG, name))
+    return None if text is None else (folder.added_tokens or {}).get(text)
 
 
 @rule(

@@ -63,6 +63,7 @@ def _named_ids(folder: Folder) -> Iterator[tuple[str, str, int]]:
                     continue  # a prompt begins with the tokenizer's own
                 if key.endswith(("_token_id", "_token_index")) and all(type(one) is int for one in ids):
                     yield from ((file, ".".join((*level, key)), one) for one in ids)
+    yield from _padding_of_class(folder)
 
 
 _PADDING: Final = "pad_token_id"
@@ -105,10 +106,9 @@ def ids_beyond_rows(folder: Folder) -> Iterator[Fault]:
     if rows is None or folder.kind is not Kind.MODEL:
         return
     name, count = rows
-    named = (*_named_ids(folder), *_padding_of_class(folder))
-    beyond = [(file, key, number) for file, key, number in named if count <= number < 2**31]
+    beyond = [(file, key, number) for file, key, number in _named_ids(folder) if count <= number < 2**31]
     if folder.base is not None:
-        theirs = {number for _, _, number in (*_named_ids(folder.base), *_padding_of_class(folder.base))}
+        theirs = {number for _, _, number in _named_ids(folder.base)}
         base_rows = _rows(folder.base)
         if base_rows is not None and base_rows[1] == count:
             beyond = [found for found in beyond if found[2] not in theirs]  # published that way

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, Final
 
-from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
+from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_configs import installed_defaults, installed_rotary
 from grpo_toolkit.doctor.readers import SINCE_5, V4
 from grpo_toolkit.doctor.rules.fit import level_in
-from grpo_toolkit.doctor.rules.settings import as_in_base, is_equal
+from grpo_toolkit.doctor.rules.settings import as_in_base, base_of_type, is_equal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,8 +74,8 @@ def _rotated_by(folder: Folder) -> dict[tuple[str, str], Any]:
     needs_base=True,
 )
 def rope_theta_differs(folder: Folder) -> Iterator[Fault]:
-    base = folder.base
-    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
+    base = base_of_type(folder)
+    if base is None:
         return
     wanted = _rotated_by(base)
     for path, layers, node, fails in _rope_places(folder):
@@ -101,8 +101,8 @@ def _is_default(folder: Folder, path: tuple[str, ...], ours: Any, theirs: Any) -
     needs_base=True,
 )
 def rope_share_differs(folder: Folder) -> Iterator[Fault]:
-    base = folder.base
-    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
+    base = base_of_type(folder)
+    if base is None:
         return
     for path, _, node, fails in _rope_places(folder):
         for key in ("partial_rotary_factor", "mrope_section"):
@@ -192,8 +192,8 @@ def rope_no_object(folder: Folder) -> Iterator[Fault]:
     needs_base=True,
 )
 def rope_lost(folder: Folder) -> Iterator[Fault]:
-    base = folder.base
-    if base is None or folder.kind is not Kind.MODEL or folder.model_type != base.model_type:
+    base = base_of_type(folder)
+    if base is None:
         return
     wanted, ours = _rope(base), _rope(folder)
     lost = sorted(set(wanted) - set(ours) - {"type", "rope_type"})

@@ -93,6 +93,13 @@ _GELU: Final = ("gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_ta
 """One function, computed in several ways: they differ by less than a thousandth, as bfloat16 does by more."""
 
 
+def base_of_type(folder: Folder) -> Folder | None:
+    """Return the base of a model, where it is of the same type."""
+    base = folder.base
+    is_alike = base is not None and folder.kind is Kind.MODEL and folder.model_type == base.model_type
+    return base if is_alike else None
+
+
 def is_equal(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 

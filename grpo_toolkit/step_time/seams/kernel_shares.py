@@ -1,4 +1,4 @@
-"""What a device spends a micro-batch's time on: matrix products, attention, and what lies between them.
+"""Shares of a micro-batch's time in which a device works on matrix products, on attention, and between them.
 
 Kernels are told apart by their names: those of cuBLAS, CUTLASS, cuDNN, FlashAttention and NCCL on a GPU, those of
 PyTorch's operations on a CPU.
@@ -32,20 +32,23 @@ def kernel_shares(spans: Sequence[Span], wall_s: float) -> KernelsSeen | None:
     """
     if not spans or wall_s <= 0:
         return None
-    by_kind: dict[str, list[tuple[float, float]]] = {kind: [] for kind in ("products", "attention", "between")}
-    exchange = []
+    by_kind: dict[str, list[tuple[float, float]]] = {kind: [] for kind in _KINDS}
     for one in spans:
-        if _EXCHANGE.search(one.name):
-            exchange.append((one.begin, one.end))
-        else:
-            by_kind[_kind_of(one.name)].append((one.begin, one.end))
-    shares, known, before = {}, [], 0.0
-    for kind, times in [*by_kind.items(), ("exchange", exchange)]:
+        by_kind[_kind_of(one.name)].append((one.begin, one.end))
+    shares: dict[str, float] = {}
+    known: list[tuple[float, float]] = []
+    before = 0.0
+    for kind, times in by_kind.items():
         known += times
         until = covered(known) / 1e6 / wall_s
         shares[kind], before = until - before, until
     return KernelsSeen(**shares, idle=max(1.0 - before, 0.0))
 
 
+_KINDS: Final = ("products", "attention", "between", "exchange")
+
+
 def _kind_of(name: str) -> str:
+    if _EXCHANGE.search(name):
+        return "exchange"
     return "attention" if _ATTENTION.search(name) else "products" if _PRODUCTS.search(name) else "between"

@@ -9,7 +9,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_classes import class_source
-from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG
+from grpo_toolkit.doctor.parsed_folder import TOKENIZER_CONFIG, token_text
 from grpo_toolkit.doctor.readers import ALL, SINCE_5, TRAINER
 
 if TYPE_CHECKING:
@@ -57,9 +57,8 @@ def special_token_unknown(folder: Folder) -> Iterator[Fault]:
         return
     base = None if folder.base is None else folder.base.tokenizer
     for key in ("eos_token", "pad_token", "unk_token"):
-        value = folder.get(TOKENIZER_CONFIG, key)
-        text = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(text, str) or text not in folder.tokenizer.unknown:
+        text = token_text(folder.get(TOKENIZER_CONFIG, key))
+        if text is None or text not in folder.tokenizer.unknown:
             continue
         is_published_so = base is not None and text in base.unknown
         if text and not is_published_so and not _gets_its_id_again(folder, text):
@@ -115,9 +114,8 @@ def special_tokens_lost(folder: Folder) -> Iterator[Fault]:
 def _token(folder: Folder, key: str) -> str:
     """Return the text of a special token, whichever of the places for it has it."""
     for path in ((key,), ("extra_special_tokens", key)):
-        value = folder.get(TOKENIZER_CONFIG, *path)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
+        text = token_text(folder.get(TOKENIZER_CONFIG, *path))
+        if text is not None:
             return text
     return ""
 
@@ -138,8 +136,5 @@ def _tokens_of_pictures(base: Folder) -> Iterator[str]:
 
 def _processor_of(base: Folder) -> str:
     """Return the text of the installed processor's class; empty of a text model."""
-    if not base.is_multimodal:
-        return ""
-    places = ((file, "processor_class") for file in (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG))
-    named = [value for value in (base.get(*place) for place in places) if isinstance(value, str)]
-    return class_source(named[0], "processing") if named else ""
+    name = base.processor_class if base.is_multimodal else ""
+    return class_source(name, "processing") if name else ""

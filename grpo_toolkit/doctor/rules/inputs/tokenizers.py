@@ -9,8 +9,6 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_classes import class_source, makes_its_steps, registered_tokenizer
 from grpo_toolkit.doctor.parsed_folder import (
-    PREPROCESSOR,
-    PROCESSOR,
     TEMPLATE_JINJA,
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -175,10 +173,8 @@ def _is_class(name: str) -> bool:
 
 def _is_named_by_processor(folder: Folder) -> bool:
     """Return whether the processor's class in 4.x names the tokenizer's, whatever the tokenizer's config says."""
-    places = (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG)
-    named = (folder.get(file, "processor_class") for file in places)
     whole = folder.kind is Kind.MODEL and folder.is_multimodal
-    return whole and next((name for name in named if isinstance(name, str)), "") in _NAME_THEIR_TOKENIZER
+    return whole and folder.processor_class in _NAME_THEIR_TOKENIZER
 
 
 # Source: `tokenizer_class` of the processors in transformers 4.49 and 4.57, where it is not AutoTokenizer.
@@ -268,7 +264,7 @@ _OF_TYPES_IN_V4: Final = {
     fails=V4,
 )
 def tokenizer_flags_differ(folder: Folder) -> Iterator[Fault]:
-    base, name = folder.base, str(folder.get(TOKENIZER_CONFIG, _CLASS)).removesuffix("Fast")
+    base, name = folder.base, _class_of(folder)
     if base is None or folder.kind not in (Kind.MODEL, Kind.ADAPTER) or name not in _PUT_A_TOKEN_BEFORE:
         return
     if folder.kind is Kind.MODEL and folder.model_type == "paligemma":
