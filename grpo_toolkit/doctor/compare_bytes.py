@@ -21,6 +21,7 @@ _SAME: Final = 0.25  # of the distance to its own tensor in the base
 _KIN: Final = 0.9
 _SEARCHED: Final = 50
 """The most tensors that are held against all others of their shape."""
+_LAYER: Final = re.compile(r"\.layers\.([0-9]+)\.")
 _IN_A_LAYER: Final = re.compile(r"\.[0-9]+\..*\.weight$|(?:embed_tokens|lm_head)\.weight$")
 _POOLING: Final = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?head\.")
 _ROUNDING: Final = 2**-7  # what the cast of a value to bfloat16 changes at most
@@ -133,7 +134,15 @@ def _is_not_asked(folder: Folder, name: str) -> bool:
     # CLIP's stands behind the pooled token alone.
     is_of_clip = folder.get(CONFIG, "vision_config", "model_type") == "clip_vision_model"
     is_last_norm = ".post_layernorm." in name and is_vision(name) and (is_earlier or is_of_clip)
-    return is_last_norm or _POOLING.search(name) is not None
+    is_behind = is_earlier and _is_behind(folder, name, layer)
+    return is_last_norm or is_behind or _POOLING.search(name) is not None
+
+
+def _is_behind(folder: Folder, name: str, layer: int) -> bool:
+    """Return whether a tensor is of a layer of the tower behind the one whose output is taken, -1 being the last."""
+    count = folder.get(CONFIG, "vision_config", "num_hidden_layers")
+    own = _LAYER.search(name) if is_vision(name) else None
+    return type(count) is int and own is not None and int(own[1]) > count + layer
 
 
 def inspect_values(folder: Folder) -> Digests:

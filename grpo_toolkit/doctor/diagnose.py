@@ -92,8 +92,9 @@ def diagnose_checkpoint(
     base = None if base is None else named_base(base, trained=folder)
     is_folder = os.path.isdir(folder)  # noqa: PTH112 - says no to names that Path cannot ask about
     parts = parts_of(folder) if is_folder else []
-    if len(parts) == 1 and parts[0].parent == folder and not checkpoints_in(folder):
-        folder, parts = parts[0], []
+    if len(parts) == 1 and not checkpoints_in(folder):
+        files = DiskFiles(parts[0])
+        return diagnose_files(files, base=base, deep=deep, reader=reader, below=folder)
     if parts:
         diagnoses, empty = diagnose_run(folder, base=base, deep=deep, reader=reader)
         if not diagnoses:
@@ -163,11 +164,12 @@ def diagnose_files(
     deep: bool = False,
     bases: dict[Path, Folder] | None = None,
     reader: str | Reader | None = None,
+    below: Path | None = None,
 ) -> Diagnosis:
-    """Diagnose files from anywhere; `bases` remembers bases that were read before."""
+    """Diagnose files from anywhere; `bases` remembers bases that were read before, `below` is the folder named."""
     named = parse_reader(reader) if isinstance(reader, str) else reader
     folder = parse_folder(source, base=base, deep=deep, bases=bases)
-    return diagnose_folder(folder, reader=named, installed=installed_reader())
+    return diagnose_folder(replace(folder, below=below), reader=named, installed=installed_reader())
 
 
 def parse_folder(

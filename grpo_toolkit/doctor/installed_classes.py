@@ -63,8 +63,7 @@ def reads_setting(model_type: str, level: tuple[str, ...], key: str) -> bool:
     It does not where neither the model's code nor the library's own has the name, nor any that the class gives it. The
     type of a part is asked where the class of the part may be any (`AutoConfig`).
     """
-    name, config = module_of(model_type)
-    code = installed_text(f"transformers/models/{name}/modeling_{name}.py") if name else ""
+    config, code = module_of(model_type)[1], _modeling(model_type)
     if not code:
         return True
     if key == "model_type" and level:
@@ -75,6 +74,25 @@ def reads_setting(model_type: str, level: tuple[str, ...], key: str) -> bool:
     any_name = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
     general = (installed_text(f"transformers/{name}.py") for name in _ASK_ANY_CONFIG)
     return bool(own.search(config) or any_name.search(code) or any(map(any_name.search, general)))
+
+
+def takes_null(model_type: str, key: str) -> bool:
+    """Return whether the installed transformers works a setting out where a config says null; True if unknown."""
+    config, code = module_of(model_type)[1], _modeling(model_type)
+    asks_it = re.search(rf'\bconfig\.{re.escape(key)}\b|"{re.escape(key)}", config\b', code)
+    return not code or f"{key} is None" in config or asks_it is None
+
+
+def makes_dropout(model_type: str, key: str) -> bool:
+    """Return whether the installed transformers makes a module of a share of dropped values, which checks it."""
+    return re.search(rf"nn\.Dropout\((?:p=)?(?:\w+\.)*{re.escape(key)}\)", _modeling(model_type)) is not None
+
+
+@lru_cache(maxsize=8)
+def _modeling(model_type: str) -> str:
+    """Return the text of the installed classes of a model; empty where it cannot be told."""
+    name = module_of(model_type)[0]
+    return installed_text(f"transformers/models/{name}/modeling_{name}.py") if name else ""
 
 
 _ASK_ANY_CONFIG: Final = ("modeling_utils", "masking_utils", "modeling_rope_utils", "cache_utils", "generation/utils")

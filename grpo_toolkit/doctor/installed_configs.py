@@ -48,6 +48,14 @@ def _assigned(source: str, key: str) -> list[Any] | None:
         return None
 
 
+def is_worked_out(model_type: str, level: tuple[str, ...], key: str) -> bool:
+    """Return whether the installed config class works a setting out of others, whatever a config says for it."""
+    name = re.escape(key)
+    sources = "".join(_classes(model_type, level))
+    said = re.findall(rf"^        self\.{name} = ((?:.*\(\n(?:.*\n)*?        \)|.+)$)", sources, re.MULTILINE)
+    return bool(said) and not any(re.search(rf"\b{name}\b", value) for value in said)
+
+
 def installed_takes(model_type: str, level: tuple[str, ...], key: str, value: Any) -> bool:
     """Return whether the installed config classes take a value for a setting; True where they do not say (4.x).
 

@@ -83,6 +83,8 @@ class Folder:
     base_name: str = ""
     """The name of its base that is written in its files."""
     digests: Digests | None = None
+    below: Path | None = None
+    """The folder that was asked about, where it is nothing itself and this one lies in it."""
     is_known: bool | None = None
     """True where the installed transformers has a class for its model type; None where that is not known."""
 

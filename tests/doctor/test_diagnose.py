@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+from transformers import AutoConfig
 
 from grpo_toolkit import diagnose_checkpoint
 from grpo_toolkit.doctor.diagnose import ALL_RULES
-from grpo_toolkit.doctor.findings import Severity
+from grpo_toolkit.doctor.findings import Diagnosis, Severity
 from tests.support.faulty import ROUTES, unpack
 from tests.support.published import NAMES, build_published
 
@@ -139,6 +141,22 @@ def test_the_named_base_is_used_if_it_is_here(base: Path, tmp_path: Path, monkey
     (repository / "snapshots" / "abc123").symlink_to(base)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     assert diagnose_checkpoint(folder).base == repository / "snapshots" / "abc123"
+
+
+@pytest.mark.parametrize("where", ["hf", "default", "actor/huggingface"])
+def test_readers_of_a_folder_above_the_model_fail(where: str, base: Path, tmp_path: Path) -> None:
+    inner = shutil.copytree(base, tmp_path / "named" / where)
+    found = diagnose_checkpoint(tmp_path / "named")
+    assert isinstance(found, Diagnosis)
+    assert (found.path, [finding.code for finding in found.findings]) == (inner, ["model-below"])
+    with pytest.raises((OSError, ValueError), match=r"config\.json|Unrecognized model"):
+        AutoConfig.from_pretrained(tmp_path / "named")
+    assert diagnose_checkpoint(inner).is_clean
+
+
+def test_the_checkpoints_of_a_run_are_where_they_belong(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "run/checkpoint-7")
+    assert diagnose_checkpoint(tmp_path / "run").is_clean
 
 
 def test_rules_are_named_evenly_and_say_everything() -> None:

@@ -33,6 +33,7 @@ BYTES: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 WORDS: Json = {"added_tokens": [], "decoder": BYTES, "model": {"vocab": {"a": 0}}}
 ADDED_ELSEWHERE: Json = {"eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
 ROPE: Json = {"rope_theta": 10000.0, "rope_type": "default"}
+STRETCHED: Json = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "beta_fast": 32}
 TENSORS = {
     "model.embed_tokens.weight": ("BF16", (8, 4)),
     "model.layers.0.mlp.up_proj.weight": ("BF16", (4, 4)),
@@ -429,8 +430,16 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
     "rope-share-differs": (model(config={"rope_parameters": {**ROPE, "partial_rotary_factor": -1.5}}),
                            model(config={"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}), None,
                            "config.json", "rope_parameters.partial_rotary_factor"),
+    "rope-scaling-differs": (model(config={"rope_parameters": {**STRETCHED, "beta_fast": 16}}),
+                             model(config={"rope_parameters": STRETCHED}), None,
+                             "config.json", "rope_parameters.beta_fast"),
     "rope-no-object": (model(config={"rope_parameters": {"full_attention": ROPE, "sliding_attention": "7"}}), None,
                        None, "config.json", "rope_parameters.sliding_attention"),
+    "dropout-no-share": (model(config={"model_type": "phi", "resid_pdrop": -1}), None, None,
+                         "config.json", "resid_pdrop"),
+    "video-size-unusable": (model(video_preprocessor_config__json={"size": {"width": 3}}), None, None,
+                            "video_preprocessor_config.json", "size"),
+    "model-below": (model(), None, None, "checkpoint-1", ""),
     "adapter-beside-model": (folder_of({"adapter_config.json": LORA, "model.safetensors": b""}, FACTORS), BASE, None,
                              "model.safetensors", ""),
 }  # fmt: skip
@@ -442,13 +451,20 @@ COMPANIONS = {
     "adapter-rank-high": {"adapter-rank-differs"},
     "experts-in-float64": {"mixed-dtypes"},
     "rope-share-differs": {"rope-parameters-alone"},
+    "rope-scaling-differs": {"rope-parameters-alone"},
 }
 
 
 def diagnose(
-    files: MemoryFiles, base: MemoryFiles | None, digests: Digests | None = None, *, is_known: bool = True
+    files: MemoryFiles,
+    base: MemoryFiles | None,
+    digests: Digests | None = None,
+    *,
+    is_known: bool = True,
+    is_below: bool = False,
 ) -> list[Finding]:
     folder = replace(read_folder(files), is_known=is_known)
+    folder = replace(folder, below=folder.path.parent if is_below else None)
     folder = replace(folder, base=None if base is None else read_folder(base), digests=digests)
     return list(diagnose_folder(folder).findings)
 
@@ -466,7 +482,7 @@ def test_the_clean_folders_are_clean(files: MemoryFiles) -> None:
 @pytest.mark.parametrize("code", CASES)
 def test_the_rule_finds_its_fault_and_no_other_does(code: str) -> None:
     files, base, digests, file, key = CASES[code]
-    findings = diagnose(files, base, digests, is_known=code != "model-type-unknown")
+    findings = diagnose(files, base, digests, is_known=code != "model-type-unknown", is_below=code == "model-below")
     found = next(finding for finding in findings if finding.code == code)
     assert (found.file, found.key) == (file, key)
     others = {finding.code for finding in findings} - {code}

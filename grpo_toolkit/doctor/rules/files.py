@@ -33,6 +33,18 @@ _HEADER_FORMAT = "https://github.com/huggingface/safetensors#format"
 
 @rule(
     Severity.UNLOADABLE,
+    "model below the folder that was named",
+    effect="a reader that is given the folder above finds no config.json in it, and looks no further down",
+    evidence="https://huggingface.co/docs/transformers/main_classes/model#transformers.PreTrainedModel.from_pretrained",
+)
+def model_below(folder: Folder) -> Iterator[Fault]:
+    if folder.below is not None:
+        where = folder.path.relative_to(folder.below).as_posix()
+        yield Fault(file=where, expected=f"give readers {folder.path}")
+
+
+@rule(
+    Severity.UNLOADABLE,
     "file that cannot be read",
     effect="other libraries fail at it as well, or they wait for ever, follow a link out of the folder or fill the "
     "memory",
@@ -141,8 +153,9 @@ def _indexed(folder: Folder) -> dict[str, str]:
 def index_incomplete(folder: Folder) -> Iterator[Fault]:
     if WEIGHTS_INDEX not in folder.objects or folder.kind is not Kind.MODEL or folder.has(WEIGHTS):
         return
-    if folder.get(WEIGHTS_INDEX, "weight_map") is ABSENT:
-        yield Fault(file=WEIGHTS_INDEX, key="weight_map", expected="the shard of each tensor")
+    if folder.get(WEIGHTS_INDEX, "weight_map") in (ABSENT, {}):
+        found = folder.get(WEIGHTS_INDEX, "weight_map")
+        yield Fault(file=WEIGHTS_INDEX, key="weight_map", found=found, expected="the shard of each tensor")
     metadata = folder.get(WEIGHTS_INDEX, "metadata")
     if not isinstance(metadata, dict):
         remedies = (Edit(file=WEIGHTS_INDEX, path=("metadata",), value={}),)

@@ -137,7 +137,7 @@ _OF_OTHER_RULES: Final = frozenset(
         "attn_pdrop",
         "output_attentions",
     }
-    | {"layer_types", "head_dim", "eos_token_id", "bos_token_id", "pad_token_id", "text_config", "vision_config"}
+    | {"layer_types", "eos_token_id", "bos_token_id", "pad_token_id", "text_config", "vision_config"}
 )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
+from grpo_toolkit.doctor.installed_classes import reads_setting
 from grpo_toolkit.doctor.installed_configs import installed_defaults, installed_rotary
 from grpo_toolkit.doctor.readers import SINCE_5, V4
 from grpo_toolkit.doctor.rules.fit import level_in
@@ -110,6 +111,36 @@ def rope_share_differs(folder: Folder) -> Iterator[Fault]:
             is_inside = {*_ROPE} & {*path}  # `settings_differ` judges those outside
             if is_inside and ours is not ABSENT and theirs not in (ABSENT, None) and not is_equal(ours, theirs):
                 yield as_in_base(CONFIG, (*path, key), ours, theirs, fails=fails)
+
+
+@rule(
+    Severity.WRONG,
+    "positions stretched as the base's, by other numbers",
+    effect="the kind and the factor are the base's, and another setting of the stretching is not: positions are "
+    "rotated otherwise than in training",
+    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py",
+    mend="the base's value",
+    needs_base=True,
+)
+def rope_scaling_differs(folder: Folder) -> Iterator[Fault]:
+    base = base_of_type(folder)
+    if base is None:
+        return
+    for path, _, node, fails in _rope_places(folder):
+        theirs = base.get(CONFIG, *path) if path[-1:] and path[-1] in _ROPE else ABSENT
+        if not isinstance(theirs, dict) or any(node.get(key) != theirs.get(key) for key in _STRETCH):
+            continue  # a training may stretch its positions
+        for key, value in theirs.items():
+            ours = node.get(key, ABSENT)
+            if key in _OF_OTHER_RULES or isinstance(value, dict) or value is None or ours is ABSENT:
+                continue
+            if not is_equal(ours, value) and reads_setting(folder.model_type, (), key):
+                yield as_in_base(CONFIG, (*path, key), ours, value, fails=fails)
+
+
+_STRETCH: Final = ("rope_type", "type", "factor", "original_max_position_embeddings")
+"""What a training says that stretches positions."""
+_OF_OTHER_RULES: Final = ("rope_theta", "partial_rotary_factor", "mrope_section")
 
 
 _ROPE_TYPES: Final = (*_NEED_FACTOR, "default", "mrope", "proportional", "axial", "su")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
-from grpo_toolkit.doctor.installed_classes import reads_setting
-from grpo_toolkit.doctor.installed_configs import installed_takes
+from grpo_toolkit.doctor.installed_classes import reads_setting, takes_null
+from grpo_toolkit.doctor.installed_configs import installed_takes, is_worked_out
 from grpo_toolkit.doctor.readers import SERVERS, V4
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def _is_said_otherwise(node: JsonObject, key: str, ours: Any, theirs: Any) -> bo
     hidden, heads = node.get("hidden_size"), node.get("num_attention_heads")
     if key != "head_dim" or ours is not None or not isinstance(hidden, int) or not isinstance(heads, int):
         return False
-    return heads > 0 and hidden // heads == theirs  # a null is worked out so
+    is_worked_out = heads > 0 and hidden // heads == theirs
+    return is_worked_out and takes_null(str(node.get("model_type")), key)
 
 
 _GELU: Final = ("gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate")
@@ -116,7 +117,9 @@ def is_equal(one: Any, other: Any) -> bool:
 def settings_differ(folder: Folder) -> Iterator[Fault]:
     for path, ours, theirs in _pairs(folder):
         is_of_null_setting = ours is None and not installed_takes(folder.model_type, path[:-1], path[-1], None)
-        if path[-1] not in _WITHOUT_EFFECT and theirs is not None and not is_of_null_setting:
+        if path[-1] in _WITHOUT_EFFECT or theirs is None or is_of_null_setting:
+            continue
+        if type(ours) is not type(theirs) or not is_worked_out(folder.model_type, path[:-1], path[-1]):
             # 4.x then computes an auxiliary loss at every step, and fails.
             fails = V4 if path[-1] == "output_router_logits" else "" if is_read(folder, path) else SERVERS
             yield as_in_base(CONFIG, path, ours, theirs, fails=fails)
@@ -152,10 +155,10 @@ def as_in_base(file: str, path: tuple[str, ...], ours: Any, theirs: Any, *, fail
     fails=V4,
 )
 def answers_with_tuples(folder: Folder) -> Iterator[Fault]:
-    for level in ((), ("vision_config",)):
+    for level in _LEVELS:
         for key, is_so in (("return_dict", _is_false), ("torchscript", bool)):
             value = folder.get(CONFIG, *level, key)
-            if value in (ABSENT, None) or not is_so(value) or (key == "torchscript" and not level):
+            if value in (ABSENT, None) or not is_so(value) or (key == "torchscript" and level != ("vision_config",)):
                 continue
             edit = Edit(file=CONFIG, path=(*level, key), value=ABSENT)
             fails = "" if key == "return_dict" else "transformers<4.56"

@@ -11,11 +11,12 @@ from grpo_toolkit.checkpoint.folders.model_folder import (
     GENERATION_CONFIG,
     WEIGHTS_INDEX,
 )
-from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
+from grpo_toolkit.doctor.installed_classes import makes_dropout
 from grpo_toolkit.doctor.installed_configs import installed_takes
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG
-from grpo_toolkit.doctor.readers import ALL, SERVERS, SINCE_5, V4
+from grpo_toolkit.doctor.readers import ALL, SERVERS, SINCE_5, TRANSFORMERS, V4
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import weights
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def wrong_type(folder: Folder) -> Iterator[Fault]:
             wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
             # transformers finds the class by the model type, and 5 prunes nothing.
             fails = SERVERS if path == ("architectures",) else V4 if path[-1] == "pruned_heads" else ""
+            fails = (
+                SINCE_5 if (file, path) == (CONFIG, ("eos_token_id",)) else fails
+            )  # generation has a file of its own
             yield Fault(file=file, key=".".join(path), found=value, expected=wanted, fails=fails)
 
 
@@ -133,7 +137,7 @@ def _not_taken(folder: Folder, path: tuple[str, ...], value: Any) -> Fault:
     right = ABSENT if right is None else copy.deepcopy(right)
     is_mended = right is not ABSENT or value is None
     # Older releases fail as they compute with it.
-    is_of_all = (value is None and path[-1] in _SIZES) or path[-1] in ("id2label", "label2id")
+    is_of_all = (not is_number(value) and path[-1] in _SIZES) or path[-1] in ("id2label", "label2id")
     is_of_all = is_of_all or (path[-1] == "pad_token_id" and isinstance(value, list))  # of the embedding's row
     return Fault(
         file=CONFIG,
@@ -163,6 +167,32 @@ def number_too_small(folder: Folder) -> Iterator[Fault]:
             expected = f"{least} or more" if right is ABSENT else f"{right!r}, as in the base"
             remedies = () if right is ABSENT or right == value else (edit,)
             yield Fault(file=file, key=".".join(path), found=value, expected=expected, remedies=remedies, fails=fails)
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "a share of dropped values that is no share",
+    effect="torch.nn.Dropout takes a probability from 0 to 1: a ValueError as the model is made",
+    evidence="https://docs.pytorch.org/docs/stable/generated/torch.nn.Dropout.html",
+    mend="the base's value",
+    fails=TRANSFORMERS,
+)
+def dropout_no_share(folder: Folder) -> Iterator[Fault]:
+    for level, node in folder.levels():
+        for key, value in node.items():
+            is_of_model = key.endswith(("dropout", "_pdrop")) and not key.startswith(("classifier", "summary"))
+            if not is_of_model or not is_number(value) or 0 <= value <= 1:
+                continue
+            right = ABSENT if folder.base is None else folder.base.get(CONFIG, *level, key)
+            edit = Edit(file=CONFIG, path=(*level, key), value=right)
+            if makes_dropout(folder.model_type, key):
+                yield Fault(
+                    file=CONFIG,
+                    key=".".join(edit.path),
+                    found=value,
+                    expected="0 to 1",
+                    remedies=() if right is ABSENT else (edit,),
+                )
 
 
 def _needs_a_window(folder: Folder, path: tuple[str, ...]) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
-from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
+from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_classes import class_source, default_in
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR
 from grpo_toolkit.doctor.readers import SINCE_5
@@ -126,9 +126,32 @@ def image_size_unusable(folder: Folder) -> Iterator[Fault]:
 
 _SIZES: Final = (
     {"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"},
-    {"max_height", "max_width"},
+    {"max_height", "max_width"}, {"min_pixels", "max_pixels"},
 )  # fmt: skip
 """The keys that a size may have. Source: `VALID_SIZE_DICT_KEYS` of transformers' image_processing_utils.py."""
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "no size for videos that the processor can take",
+    effect="the processor for videos checks the names in its size as it loads (size must have one of the following "
+    "set of keys), and with it the whole processor fails",
+    evidence="https://github.com/huggingface/transformers/blob/main/src/transformers/video_processing_utils.py",
+    mend="the base's size",
+    fails="transformers>=4.52; vllm@>=4.52; sglang@>=4.52",
+)
+def video_size_unusable(folder: Folder) -> Iterator[Fault]:
+    for file, path in _VIDEOS:
+        size = folder.get(file, *path, "size")
+        if isinstance(size, str) or (isinstance(size, dict) and set(size) not in _SIZES):
+            theirs = ABSENT if folder.base is None else folder.base.get(file, *path, "size")
+            remedies = () if theirs is ABSENT else (Edit(file=file, path=(*path, "size"), value=theirs),)
+            expected = "one of the names that a size may have" if theirs is ABSENT else f"{theirs!r}, as in the base"
+            yield Fault(file=file, key=".".join((*path, "size")), found=size, expected=expected, remedies=remedies)
+
+
+_VIDEOS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = ((PROCESSOR, ("video_processor",)), (VIDEO_PREPROCESSOR, ()))
+"""The places for the settings of videos: a file, and the path in it."""
 
 
 @rule(
@@ -159,8 +182,8 @@ def picture_class_differs(folder: Folder) -> Iterator[Fault]:
 
 def _video_classes(folder: Folder, base: Folder) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
     """Yield the class for videos, which a processor makes as it loads, and the base's."""
-    for file, path in ((PROCESSOR, ("video_processor", _VIDEO_TYPE)), (VIDEO_PREPROCESSOR, (_VIDEO_TYPE,))):
-        yield file, path, folder.get(file, *path), base.get(file, *path)
+    for file, path in _VIDEOS:
+        yield file, (*path, _VIDEO_TYPE), folder.get(file, *path, _VIDEO_TYPE), base.get(file, *path, _VIDEO_TYPE)
 
 
 _VIDEO_TYPE: Final = "video_processor_type"

@@ -89,8 +89,11 @@ def processor_missing(folder: Folder) -> Iterator[Fault]:
     has_any = any(folder.has(name) for name in _PROCESSOR_FILES)
     is_hollow = _is_hollow(folder) and not (folder.base is not None and _is_hollow(folder.base))
     if folder.kind is Kind.MODEL and folder.is_generative and folder.is_multimodal and (is_hollow or not has_any):
+        is_nested = is_hollow and not (folder.base is not None and folder.base.has(PREPROCESSOR))
         yield Fault(
-            file=PREPROCESSOR,
+            file=PROCESSOR if is_nested else PREPROCESSOR,
+            key="image_processor" if is_nested else "",
+            found=folder.get(PROCESSOR, "image_processor") if is_nested else ABSENT,
             expected="a processor; pass --base to take the base's" if folder.base is None else "the base's processor",
             remedies=_copies(folder, of_processor=True),
             fails=_LATER if is_hollow else "",

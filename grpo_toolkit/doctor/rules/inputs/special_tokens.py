@@ -10,7 +10,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_classes import class_source
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER_CONFIG, token_text
-from grpo_toolkit.doctor.readers import ALL, SINCE_5, TRAINER
+from grpo_toolkit.doctor.readers import ALL, SINCE_5, TRAINER, V4
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +38,8 @@ def special_token_no_text(folder: Folder) -> Iterator[Fault]:
             named |= {f"{group}.{number}": value for number, value in enumerate(extra)}
         elif extra is not None:
             named[group] = extra
+        elif group == "extra_special_tokens" and group in content:
+            yield Fault(file=TOKENIZER_CONFIG, key=group, found=None, expected="an object, or nothing", fails=V4)
     for path, value in named.items():
         is_token = isinstance(value, dict) and isinstance(value.get("content"), str)
         is_text = isinstance(value, str) or (is_token and (value.get("__type") == "AddedToken" or "." in path))

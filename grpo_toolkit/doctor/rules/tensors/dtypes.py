@@ -117,7 +117,14 @@ def dtype_unknown(folder: Folder) -> Iterator[Fault]:
                 stored = FLOAT_NAMES.get(folder.stored_dtype or "")
                 remedies = (Edit(file=CONFIG, path=path, value=stored),) if stored else ()
                 expected = stored or "a floating-point type"
-                yield Fault(file=CONFIG, key=".".join(path), found=value, expected=expected, remedies=remedies)
+                fails = _BEFORE_DTYPE if key == "torch_dtype" and node.get("dtype") is not None else ""
+                yield Fault(
+                    file=CONFIG, key=".".join(path), found=value, expected=expected, remedies=remedies, fails=fails
+                )
+
+
+_BEFORE_DTYPE: Final = "transformers<4.56; vllm@<4.56; sglang@<4.56"
+"""The releases that ask for `torch_dtype` alone: https://github.com/huggingface/transformers/pull/39782"""
 
 
 @rule(

@@ -10,8 +10,11 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, Kind
 from grpo_toolkit.checkpoint.model_families import family_of
 from grpo_toolkit.checkpoint.safetensors_header import transposed_shape
 from grpo_toolkit.checkpoint.tensor_names import (
+    INPUT_EMBEDDINGS,
     find_suffix,
+    is_embedding,
     is_lora,
+    is_vision,
     live_name,
     plan_renames,
     published_name,
@@ -123,6 +126,12 @@ def ends(folder: Folder) -> tuple[str | None, str | None]:
     """Return the stored names of the output head and of the embedding."""
     ours = weights(folder)
     return find_suffix(ours, HEAD), find_suffix(ours, EMBEDDING)
+
+
+def text_embedding(folder: Folder) -> str | None:
+    """Return the stored name of the language model's embedding, whatever its family calls it."""
+    named = [name for name in weights(folder) if is_embedding(name, INPUT_EMBEDDINGS) and not is_vision(name)]
+    return min(named, key=len, default=None)
 
 
 def lone_head(folder: Folder) -> str | None:

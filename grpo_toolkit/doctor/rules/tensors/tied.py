@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.tensor_names import find_suffix, without_wrappers
+from grpo_toolkit.checkpoint.tied_embeddings import TIE
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
+from grpo_toolkit.doctor.installed_configs import installed_defaults
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import (
     EMBEDDING,
     HEAD,
@@ -111,14 +113,20 @@ def head_doubled(folder: Folder) -> Iterator[Fault]:
     fails="transformers<5; vllm; sglang",
 )
 def head_differs(folder: Folder) -> Iterator[Fault]:
-    ours, flags = weights(folder), read_tie_flags(folder)
+    ours = weights(folder)
     head, embedding = ends(folder)
-    if not head or not embedding or not flags or not all(value is True for value in flags.values()):
-        return
-    if folder.digests is not None and folder.digests.heads_differ:
+    if head and embedding and folder.digests is not None and folder.digests.heads_differ and _ties_in_v4(folder):
         yield Fault(
             file=ours[head].file,
             key=head,
             found=f"other bytes than {embedding}",
-            expected="the same, or tie_word_embeddings false; only you know which of the two was trained",
+            expected=f"the same, or tie_word_embeddings false in {CONFIG}; only you know which of the two was trained",
         )
+
+
+def _ties_in_v4(folder: Folder) -> bool:
+    """Return whether 4.x and servers tie the ends: the text model's own config says so, or its class."""
+    text = folder.get(CONFIG, "text_config")
+    if not isinstance(text, dict) or folder.family is None:
+        return any(value is True for value in read_tie_flags(folder).values())
+    return bool(text.get(TIE, True in installed_defaults(str(text.get("model_type")), (), TIE)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
@@ -20,7 +21,6 @@ from grpo_toolkit.doctor.rules.tensors.tensor_facts import (
     base_tensors,
     by_live_name,
     common_tensors,
-    ends,
     has_lora,
     is_passed_over,
     is_transposed,
@@ -29,6 +29,7 @@ from grpo_toolkit.doctor.rules.tensors.tensor_facts import (
     read_tie_flags,
     stacked_experts,
     stacked_though_published_apart,
+    text_embedding,
     weights,
 )
 from grpo_toolkit.doctor.tensor_changes import TensorChanges
@@ -80,7 +81,9 @@ def without_prefix(folder: Folder) -> str:
     renames, family = new_names(folder), family_of(folder.model_type)
     is_lost = all(new == PREFIX + old for old, new in renames.items())
     is_doubled = all(old == PREFIX + new for old, new in renames.items())
-    if not renames or not (is_lost or is_doubled) or any(live_name(new, family) != new for new in renames.values()):
+    is_doubled = is_doubled and any(new.startswith(PREFIX) for new in renames.values())
+    stays = all(live_name(new, family).split(".")[:2] == new.split(".")[:2] for new in renames.values())
+    if not renames or not (is_lost or is_doubled) or not stays:
         return ""
     is_base_model = is_lost and not any(name.startswith(PREFIX) or name.endswith(HEAD) for name in weights(folder))
     return SERVERS if is_base_model else f"transformers<5; {SERVERS}"
@@ -152,7 +155,7 @@ def tensors_missing(folder: Folder) -> Iterator[Fault]:
     missing = sorted(base[live] for live in base.keys() - ours.keys())
     missing = [name for name in missing if not is_passed_over(folder, name)]
     if stacked_experts(folder):  # `experts_stacked` says so
-        missing = [name for name in missing if ".experts." not in name]
+        missing = [name for name in missing if not _OF_ONE_EXPERT.search(name)]
     flags = read_tie_flags(folder)
     if lone_head(folder) and not (flags and all(flag is False for flag in flags.values())):
         missing = [name for name in missing if not name.endswith(EMBEDDING)]
@@ -163,6 +166,9 @@ def tensors_missing(folder: Folder) -> Iterator[Fault]:
             found=f"{len(missing)} of the base's {len(base)} tensors are not here",
             expected="every tensor of the base",
         )
+
+
+_OF_ONE_EXPERT: Final = re.compile(r"\.experts\.\d+\.")
 
 
 def _is_tied_away(folder: Folder, missing: list[str]) -> bool:
@@ -231,7 +237,7 @@ def shapes_differ(folder: Folder) -> Iterator[Fault]:
     evidence="https://github.com/huggingface/peft/issues/2415",
 )
 def vocabulary_mismatch(folder: Folder) -> Iterator[Fault]:
-    name, size = ends(folder)[1], folder.text_value("vocab_size")
+    name, size = text_embedding(folder), folder.text_value("vocab_size")
     shape = folder.tensors[name].shape if name else ()
     extra = family_of(folder.model_type).extra_embeddings
     if name and len(shape) == 2 and type(size) is int and shape[0] not in (0, size + extra):
