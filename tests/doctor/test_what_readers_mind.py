@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 PICTURES, PROCESSOR, WEIGHTS = "preprocessor_config.json", "processor_config.json", "model.safetensors"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, INDEX = "adapter_model.safetensors", "model.safetensors.index.json"
 V4 = ("4.49.0", "4.57.6")
 ALL = (*V4, "5.24.0")
 V5 = ("5.24.0",)
@@ -60,6 +60,16 @@ MINDED: list[Row] = [
     ("llava/published/full", "flip-key", CONFIG, "vision_config/return_dict", "", "answers-with-tuples", V4),
     ("llava/published/full", "flip-key", CONFIG, "vision_config/torchscript", "",
      "answers-with-tuples", ("4.49.0",)),
+    ("llava/published/full", "flip-key", CONFIG, "text_config/return_dict", "", "answers-with-tuples", ALL),
+    ("llava/published/full", "flip-key", CONFIG, "text_config/tie_word_embeddings", "", "head-differs", V4),
+    ("llama/published/full", "change-text", CONFIG, "torch_dtype", "", "dtype-unknown", ("4.49.0",)),
+    ("qwen2/v4/full", "wrap-key", "tokenizer.json", "added_tokens", "", "tokenizer-broken", V4),
+    ("mistral3/v4/full", "null-key", TOKENIZER, "extra_special_tokens", "", "special-token-no-text", V4),
+    ("qwen2/v5/full", "null-key", CONFIG, "head_dim", "", "settings-differ", ALL),
+    ("qwen3_5/v5/sharded", "empty-key", INDEX, "weight_map", "", "index-incomplete", ALL),
+    ("qwen3_5/v5/full", "retype-key", PROCESSOR, "video_processor/size", "",
+     "video-size-unusable", ("4.57.6", "5.24.0")),
+    ("gemma3/v5/full", "drop-key", PROCESSOR, "image_processor", "", "processor-missing", ("4.49.0", "5.24.0")),
     ("phi3/v5/full", "negate-number", CONFIG, "rope_parameters/partial_rotary_factor", "", "rope-share-differs", ALL),
     ("gemma3/v5/full", "retype-key", CONFIG, "text_config/rope_parameters/sliding_attention", "",
      "rope-no-object", V5),
@@ -67,6 +77,7 @@ MINDED: list[Row] = [
     ("phi3/v5/full", "drop-key", CONFIG, "pad_token_id", "", "ids-beyond-rows", ALL),
     ("llama/v4/full", "prefix-tensors", WEIGHTS, "", "-model.", "unpublished-names", V4),
     ("qwen2/v4/full", "prefix-tensors", WEIGHTS, "", "model.", "unpublished-names", V4),
+    ("mixtral/v4/full", "prefix-tensors", WEIGHTS, "", "model.", "unpublished-names", V4),
     ("gemma3/v5/full", "prefix-tensors", WEIGHTS, "", "model.", "unpublished-names", ALL),
     ("qwen3_5/v5/full", "swap-tensors", WEIGHTS, "model.language_model.layers.0.linear_attn.dt_bias",
      "model.language_model.layers.0.linear_attn.A_log", "tensors-unlike-base", ALL),
@@ -75,6 +86,7 @@ MINDED: list[Row] = [
 ]  # fmt: skip
 UNMINDED: list[tuple[str, str, str, str, str]] = [
     ("llama/v5/full", "wrap-key", GENERATION, "use_cache", ""),  # true all the same
+    ("llava/v4/full", "flip-key", CONFIG, "tie_word_embeddings", ""),  # the text model has its own
     ("mixtral/v4/full", "flip-key", CONFIG, "use_cache", ""),  # generate asks the other file
     ("gemma3/v5/full", "far-id", CONFIG, "pad_token_id", ""),  # the text model has its own
     ("llava/published/full", "far-id", CONFIG, "text_config/decoder_start_token_id", ""),

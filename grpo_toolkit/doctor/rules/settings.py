@@ -10,7 +10,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_classes import reads_setting, takes_null
 from grpo_toolkit.doctor.installed_configs import installed_takes, is_worked_out
-from grpo_toolkit.doctor.readers import SERVERS, V4
+from grpo_toolkit.doctor.readers import ALL, SERVERS, V4
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -162,6 +162,7 @@ def answers_with_tuples(folder: Folder) -> Iterator[Fault]:
                 continue
             edit = Edit(file=CONFIG, path=(*level, key), value=ABSENT)
             fails = "" if key == "return_dict" else "transformers<4.56"
+            fails = ALL if level == ("text_config",) else fails
             yield Fault(
                 file=CONFIG,
                 key=".".join(edit.path),

@@ -2,6 +2,7 @@
 
     python -m scripts.benchmarks.oracle.score                # seen and held out, as one JSON object; no case is named
     python -m scripts.benchmarks.oracle.score --show         # and the seen cases that were missed or alarmed
+    python -m scripts.benchmarks.oracle.score --without cast-all cast-tensor    # without some kinds of mutations
 
 A case is ill if a reader fails with it or answers otherwise. Found: a serious finding that the good folder does not
 have concerns such a reader and names the file and the key. A false alarm: such a finding, for one of the readers that
@@ -178,9 +179,10 @@ def _mean(values: list[bool] | list[float]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="take every n-th case")
+    parser.add_argument("--without", nargs="+", default=(), metavar="KIND", help="kinds of mutations to leave out")
     parser.add_argument("--show", action="store_true", help="name the seen cases that were missed or are false alarms")
     args = parser.parse_args()
-    found = results(every=args.every)
+    found = [one for one in results(every=args.every) if one.case.kind not in args.without]
     parts = {
         "seen": [one for one in found if not one.case.is_held_out],
         "held_out": [one for one in found if one.case.is_held_out],
