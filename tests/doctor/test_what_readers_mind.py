@@ -50,6 +50,7 @@ MINDED: list[Row] = [
     ("mistral3/v4/full", "drop-file", TOKENIZER, "", "", "tokenizer-config-lost", ALL),
     ("llava/v4/full", "null-key", PICTURES, "image_std", "", "image-settings-differ", V5),
     ("llava/v4/full", "null-key", PICTURES, "rescale_factor", "", "image-settings-differ", ALL),
+    ("paligemma/v4/full", "drop-key", PICTURES, "image_seq_length", "", "image-settings-differ", ALL),
     ("paligemma/v4/full", "move-level", PICTURES, "do_rescale", "size", "image-size-unusable", ALL),
     ("mistral3/v4/full", "move-level", PICTURES, "patch_size/width", "up", "image-settings-differ", ALL),
     ("qwen3_5/v5/full", "change-text", PROCESSOR, "video_processor/video_processor_type", "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import Kind
@@ -79,10 +80,16 @@ def image_settings_differ(folder: Folder) -> Iterator[Fault]:
         if found is ABSENT or (found is None and key in _OF_CLASS_IN_V4):
             source = source or class_source(str(theirs.get("image_processor_type")).removesuffix("Fast"), _IMAGES)
             default = default_in(source, key)
-            if found is ABSENT and default in (None, value):
+            if found is ABSENT and default in (None, value) and not (default is None and _is_asked(base, key)):
                 continue
             fails = SINCE_5 if default == value else ""
         yield as_in_base(file, (*path, key), found, value, fails=fails)
+
+
+def _is_asked(base: Folder, key: str) -> bool:
+    """Return whether the installed processor's class asks the one for pictures for a setting, as it is made."""
+    source = class_source(base.processor_class, "processing")
+    return re.search(rf'image_processor(?:\.|, "){re.escape(key)}\b', source) is not None
 
 
 _IMAGES: Final = "image_processing"
