@@ -10,7 +10,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_classes import class_source
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER_CONFIG, token_text
-from grpo_toolkit.doctor.readers import ALL, SINCE_5, TRAINER
+from grpo_toolkit.doctor.readers import ALL, SINCE_5, TRAINER, without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,8 +67,8 @@ def special_token_unknown(folder: Folder) -> Iterator[Fault]:
                 key=key,
                 found=text,
                 expected="a token of the vocabulary",
-                # generate() takes its ids from generation_config.json.
-                fails=ALL if key == "pad_token" else f"vllm; sglang; {TRAINER}",
+                # generate() takes its ids from generation_config.json; vLLM pads nothing.
+                fails=without(ALL, "vllm") if key == "pad_token" else f"vllm; sglang; {TRAINER}",
             )
 
 
