@@ -368,6 +368,8 @@ CASES: dict[str, tuple[MemoryFiles, MemoryFiles | None, Digests | None, str, str
         model(config=VISION, preprocessor_config__json=IMAGES, tokenizer_config__json={**TOKENIZER, **TEMPLATE}),
         None, None, "tokenizer_config.json", "chat_template"),
     "architectures-missing": (model(config={"architectures": None}), None, None, "config.json", "architectures"),
+    "architectures-differ": (model(config={"architectures": ["FSDPLlamaForCausalLM"]}), BASE, None, "config.json",
+                             "architectures"),
     "value-head-stored": (model({**TENSORS, "v_head.summary.weight": ("BF16", (1, 4))}), None, None,
                           "model.safetensors", "v_head.summary.weight"),
     "answers-capped": (model(generation_config__json={**GENERATION, "max_new_tokens": 16}), BASE, None,

@@ -117,6 +117,8 @@ OF_VLLM: list[tuple[str, str, str, str, str, str, bool]] = [
     ("llama/served/full", "far-id", CONFIG, "pad_token_id", "", "ids-beyond-rows", False),
     ("phi3/served/checkpoint", "empty-key", TOKENIZER, "pad_token", "", "special-tokens-lost", False),
     ("mixtral/served/sharded", "swap-class", CONFIG, "dtype", "float64", "experts-in-float64", False),
+    ("mistral3/served/sharded", "swap-class", CONFIG, "architectures", "LlamaForCausalLM",
+     "architectures-differ", True),
     ("qwen2/served/full", "drop-key", CONFIG, "tie_word_embeddings", "", "head-missing", True),
     ("gemma2/served/sharded", "duplicate-file", CONFIG, "", GENERATION, "generation-config-of-model", False),
     ("gemma2/served/adapter", "flatten-tensor", ADAPTER,

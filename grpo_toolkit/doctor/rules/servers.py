@@ -46,6 +46,31 @@ def architectures_missing(folder: Folder) -> Iterator[Fault]:
 
 
 @rule(
+    Severity.UNLOADABLE,
+    "another class in architectures than the base's",
+    effect="transformers finds the class by the model type and passes over the name; servers build the class that is "
+    "named, or know none of that name (FSDP's and PEFT's wrappers write their own)",
+    evidence="https://docs.vllm.ai/en/latest/models/supported_models.html",
+    mend="the base's architectures",
+    needs_base=True,
+    fails=SERVERS,
+)
+def architectures_differ(folder: Folder) -> Iterator[Fault]:
+    base, value = folder.base, folder.get(CONFIG, "architectures")
+    if base is None or not folder.is_generative or not weights(folder) or folder.model_type != base.model_type:
+        return
+    right = base.get(CONFIG, "architectures")
+    if isinstance(value, list) and isinstance(right, list) and value and right and value != right:
+        yield Fault(
+            file=CONFIG,
+            key="architectures",
+            found=value,
+            expected=f"{right}, as in the base",
+            remedies=(Edit(file=CONFIG, path=("architectures",), value=right),),
+        )
+
+
+@rule(
     Severity.WRONG,
     "a value head among the weights",
     effect="PPO's head was saved with the policy: transformers ignores it with a warning, vLLM refuses the folder "
