@@ -116,6 +116,11 @@ def concerns(fails: str, reader: Reader) -> bool:
     return False
 
 
+def without(fails: str, name: str) -> str:
+    """Return whom a fault concerns besides one reader; as it was where that one alone is concerned."""
+    return "; ".join(item.strip() for item in fails.split(";") if not item.strip().startswith(name)) or fails
+
+
 def in_words(fails: str, installed: Reader | None = None) -> str:
     """Return the readers that fail, in words, and whether the installed one is among them."""
     if fails == ALL:

@@ -46,6 +46,15 @@ def test_the_doctor_says_what_the_readers_do() -> None:
     assert others["false_alarms_of_all"] <= 0.04, others
 
 
+def test_the_doctor_says_what_vllm_does() -> None:
+    found = results(told=truth.SERVED)
+    seen = score([one for one in found if not one.case.is_held_out])
+    assert seen["recall_of_all"] >= 0.96, seen
+    assert seen["false_alarms_of_all"] <= 0.05, seen
+    others = score([one for one in found if one.case.is_held_out])
+    assert others["recall_of_all"] >= 0.85, others
+
+
 @pytest.mark.stack
 def test_the_installed_reader_still_does_what_the_truth_says(tmp_path: Path) -> None:
     """A sample is asked again; cases stand in the order of hashes, so that any stretch of them is a fair one."""

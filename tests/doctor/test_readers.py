@@ -20,6 +20,7 @@ from grpo_toolkit.doctor.readers import (
     in_words,
     installed_version,
     parse_reader,
+    without,
 )
 from grpo_toolkit.errors import InputError
 from tests.support.faulty import unpack
@@ -52,6 +53,12 @@ NEW = Reader("transformers", (5, 24, 0), (5, 24, 0))
 )
 def test_who_is_concerned(fails: str, reader: Reader, expected: bool) -> None:
     assert concerns(fails, reader) is expected
+
+
+def test_one_reader_less() -> None:
+    assert without(ALL, "vllm") == "transformers; sglang"
+    assert without("vllm@<5; sglang@<5", "vllm") == "sglang@<5"
+    assert without("vllm<0.10", "vllm") == "vllm<0.10"
 
 
 def test_the_words() -> None:

@@ -1,6 +1,7 @@
 """Changes that readers mind and changes of the same kind that none minds, made in good folders.
 
-The readers were asked of each: transformers 5.24, 4.57 and 4.49 (`scripts/benchmarks/oracle/readers.py`).
+The readers were asked of each: transformers 5.24, 4.57 and 4.49 (`scripts/benchmarks/oracle/readers.py`), and
+vLLM 0.31 (`servers.py`) of those in the dialect of servers.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
-from grpo_toolkit.doctor.readers import concerns
+from grpo_toolkit.doctor.readers import Reader, concerns
 from grpo_toolkit.doctor.repair import repair_checkpoint
+from scripts.benchmarks.oracle.bases import good_folder
 from scripts.benchmarks.oracle.cases import Case, changed
+from scripts.benchmarks.oracle.folders import pack, unpack, write
 from scripts.benchmarks.oracle.mutations.operators import Mutation
-from scripts.benchmarks.oracle.score import Examiner, Said, reader
+from scripts.benchmarks.oracle.score import Examiner, Said, findings, reader
 from tests.support.models import build_llama
 
 if TYPE_CHECKING:
@@ -116,6 +119,25 @@ UNMINDED: list[tuple[str, str, str, str, str]] = [
     ("llava/v5/full", "zero-tensor", WEIGHTS, "vision_tower.post_layernorm.weight", ""),
     ("qwen3_5/v5/full", "prefix-tensors", WEIGHTS, "", "model."),
 ]
+# The same of vLLM: the code, and whether it minds.
+OF_VLLM: list[tuple[str, str, str, str, str, str, bool]] = [
+    ("gemma2/served/adapter", "null-key", "tokenizer.json", "added_tokens", "", "tokenizer-broken", False),
+    ("gemma2/served/adapter", "drop-file", "chat_template.jinja", "", "", "chat-template-lost", False),
+    ("llava/served/sharded", "drop-entry", INDEX,
+     "weight_map/vision_tower.vision_model.encoder.layers.1.layer_norm1.bias", "", "index-disagrees", False),
+    ("llama/served/checkpoint", "change-text", TOKENIZER, "pad_token", "", "special-token-unknown", False),
+    ("llava/served/checkpoint", "change-text", TOKENIZER, "eos_token", "", "special-token-unknown", True),
+    ("llama/served/full", "far-id", CONFIG, "pad_token_id", "", "ids-beyond-rows", False),
+    ("phi3/served/checkpoint", "empty-key", TOKENIZER, "pad_token", "", "special-tokens-lost", False),
+    ("mixtral/served/sharded", "swap-class", CONFIG, "dtype", "float64", "experts-in-float64", False),
+    ("mistral3/served/sharded", "swap-class", CONFIG, "architectures", "LlamaForCausalLM",
+     "architectures-differ", True),
+    ("qwen2/served/full", "drop-key", CONFIG, "tie_word_embeddings", "", "head-missing", True),
+    ("gemma2/served/sharded", "duplicate-file", CONFIG, "", GENERATION, "generation-config-of-model", False),
+    ("gemma2/served/adapter", "flatten-tensor", ADAPTER,
+     "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight", "", "empty-tensors", True),
+    ("gemma2/served/export", "prefix-tensors", WEIGHTS, "", "base_model.model.", "wrapped-names", True),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +173,37 @@ def test_it_is_silent_where_no_reader_minds(
     said = _said(examiner, folder, operator, file, path, to)
     loud = {one.code: one.fails for one in said if any(concerns(one.fails, reader(version)) for version in readers)}
     assert loud == {}
+
+
+@pytest.mark.parametrize(("folder", "operator", "file", "path", "to", "code", "minds"), OF_VLLM)
+def test_it_says_whether_vllm_minds(
+    examiner: Examiner, folder: str, operator: str, file: str, path: str, to: str, code: str, minds: bool
+) -> None:
+    found = [one for one in _said(examiner, folder, operator, file, path, to) if one.code == code]
+    assert found
+    assert any(concerns(one.fails, Reader("vllm", (0, 31), (5, 17))) for one in found) is minds
+    assert any(concerns(one.fails, Reader("vllm")) for one in found) is minds
+
+
+def test_live_names_are_read_by_vllm_but_for_those_of_a_tower(tmp_path: Path) -> None:
+    """vLLM 0.31 answered as before with the former; of the latter: no parameter named 'vision_tower.embeddings'."""
+    good = good_folder("llava/served/full")
+    for outer in ("vision_tower.vision_model.", "vision_tower."):
+        live = (
+            ("language_model.model.", "model.language_model."),
+            ("language_model.lm_head.", "lm_head."),
+            ("multi_modal_projector.", "model.multi_modal_projector."),
+            (outer, "model.vision_tower."),
+        )
+        named = {_renamed(name, live): held for name, held in unpack(good[WEIGHTS]).items()}
+        folder = write({**good, WEIGHTS: pack(named)}, tmp_path / outer)
+        (found,) = (one for one in findings(folder, None) if one.code == "unpublished-names")
+        assert concerns(found.fails, Reader("vllm", (0, 31), (5, 17))) is ("vision_model" in outer)
+        assert concerns(found.fails, Reader("vllm", (0, 9), (4, 57)))
+
+
+def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    return next((new + name.removeprefix(old) for old, new in pairs if name.startswith(old)), name)
 
 
 def test_a_padding_id_without_a_row_ends_a_batch_of_unlike_answers(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from grpo_toolkit.doctor.parsed_folder import (
     is_plain,
     plain_shards,
 )
-from grpo_toolkit.doctor.readers import SERVERS, TRAINER, TRANSFORMERS
+from grpo_toolkit.doctor.readers import ALL, SERVERS, TRAINER, TRANSFORMERS, without
 from grpo_toolkit.doctor.rules.generation import fails_without
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import base_by_live_name, by_live_name, new_names
 from grpo_toolkit.doctor.rules.tensors.weights import without_prefix
@@ -195,14 +195,17 @@ def index_disagrees(folder: Folder) -> Iterator[Fault]:
     lost = [name for name, shard in index.items() if shard in folder.shards and name not in folder.shards[shard]]
     unnamed = [name for shard, held in folder.shards.items() for name in held if index.get(name) != shard]
     if lost or unnamed:
+        # transformers reads every shard that is named, whichever tensors it looks for there.
+        fails = SERVERS if set(index) == set(folder.tensors) else _of_names(folder, lost, unnamed)
+        holding = {shard for shard, held in folder.shards.items() if held}
+        is_all_read = set(index) <= set(folder.tensors) and holding <= {*index.values()}
         yield Fault(
             file=WEIGHTS_INDEX,
             key=(sorted(lost) or sorted(unnamed))[0],
             found=f"{len(lost)} tensors not in the shard that is named, {len(unnamed)} stored and not named so"
             + (f"; {sorted(lost)[0]} is not in {index[sorted(lost)[0]]}" if lost else ""),
             expected="the index to name every stored tensor, and no other",
-            # transformers reads every shard that is named, whichever tensors it looks for there.
-            fails=SERVERS if set(index) == set(folder.tensors) else _of_names(folder, lost, unnamed),
+            fails=without(fails or ALL, "vllm") if is_all_read else fails,  # it takes all tensors of the named shards
         )
 
 

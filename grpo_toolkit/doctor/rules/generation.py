@@ -8,7 +8,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONF
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TEMPLATE_JSON, TOKENIZER_CONFIG, token_text
-from grpo_toolkit.doctor.readers import TRANSFORMERS
+from grpo_toolkit.doctor.readers import ALL, TRANSFORMERS, without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,7 +105,20 @@ def generation_config_of_model(folder: Folder) -> Iterator[Fault]:
             found=settings[strange[0]],
             expected="settings of generation alone",
             remedies=(WholeFile(file=GENERATION_CONFIG, content=None),) if has_base else (),
+            fails=without(ALL, "vllm") if _says_the_same_to_vllm(folder) else "",
         )
+
+
+def _says_the_same_to_vllm(folder: Folder) -> bool:
+    base = {} if folder.base is None else folder.base.objects.get(GENERATION_CONFIG, {})
+    return bool(base) and all(folder.get(GENERATION_CONFIG, key) == base.get(key, ABSENT) for key in _OF_VLLM)
+
+
+_OF_VLLM: Final = (
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_k", "top_p", "min_p",
+    "max_new_tokens", "eos_token_id",
+)  # fmt: skip
+"""All that vLLM takes of the file: `ModelConfig.get_diff_sampling_param` and `SamplingParams` of vLLM 0.31."""
 
 
 @rule(
@@ -147,6 +160,7 @@ def generation_defaults_lost(folder: Folder) -> Iterator[Fault]:
             found=f"{', '.join(lost)} absent or null",
             expected=f"{published[lost[0]]}, as in the base",
             remedies=tuple(Edit(file=GENERATION_CONFIG, path=(key,), value=published[key]) for key in lost),
+            fails="" if {*lost} & {*_OF_VLLM} else without(ALL, "vllm"),
         )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Final
 
-from grpo_toolkit.checkpoint.folders.model_folder import CONFIG, GENERATION_CONFIG, Kind
+from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.readers import SERVERS
@@ -24,7 +25,7 @@ VALUE_HEAD: Final = re.compile(r"(?:^|\.)(?:v_head|value_head)\.")
     Severity.UNLOADABLE,
     "no architectures in the config",
     effect="transformers finds the class by the model type; servers look for its name here and refuse the folder (No "
-    "model architectures are specified)",
+    "model architectures are specified; LLM.chat() is only supported for generative models)",
     evidence="https://github.com/vllm-project/vllm/issues/14105",
     mend="the base's architectures",
     fails=SERVERS,
@@ -42,6 +43,31 @@ def architectures_missing(folder: Folder) -> Iterator[Fault]:
         expected=f"{right}, as in the base" if is_known else "the name of the model's class",
         remedies=(Edit(file=CONFIG, path=("architectures",), value=right),) if is_known else (),
     )
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "another class in architectures than the base's",
+    effect="transformers finds the class by the model type and passes over the name; servers build the class that is "
+    "named, or know none of that name (FSDP's and PEFT's wrappers write their own)",
+    evidence="https://docs.vllm.ai/en/latest/models/supported_models.html",
+    mend="the base's architectures",
+    needs_base=True,
+    fails=SERVERS,
+)
+def architectures_differ(folder: Folder) -> Iterator[Fault]:
+    base, value = folder.base, folder.get(CONFIG, "architectures")
+    if base is None or not folder.is_generative or not weights(folder) or folder.model_type != base.model_type:
+        return
+    right = base.get(CONFIG, "architectures")
+    if isinstance(value, list) and isinstance(right, list) and value and right and value != right:
+        yield Fault(
+            file=CONFIG,
+            key="architectures",
+            found=value,
+            expected=f"{right}, as in the base",
+            remedies=(Edit(file=CONFIG, path=("architectures",), value=right),),
+        )
 
 
 @rule(
@@ -63,6 +89,37 @@ def value_head_stored(folder: Folder) -> Iterator[Fault]:
             expected="the policy's tensors alone",
             remedies=(TensorChanges(renames=dict.fromkeys(names)),),
         )
+
+
+@rule(
+    Severity.WRONG,
+    "ranks or scales of single modules in the adapter",
+    effect="vLLM passes over both patterns without a word and scales every module by lora_alpha and r: answers differ "
+    "from PEFT's. Merge it with `grpo-toolkit export`",
+    evidence="https://github.com/vllm-project/vllm/blob/main/vllm/lora/peft_helper.py",
+    fails="vllm",
+)
+def adapter_patterns_unread(folder: Folder) -> Iterator[Fault]:
+    usual = {"alpha_pattern": "lora_alpha", "rank_pattern": "r"}
+    for key, setting in usual.items() if folder.kind is Kind.ADAPTER else ():
+        value = folder.get(ADAPTER_CONFIG, key)
+        if isinstance(value, dict) and any(own != folder.get(ADAPTER_CONFIG, setting) for own in value.values()):
+            yield Fault(file=ADAPTER_CONFIG, key=key, found=value, expected=f"one {setting} for all modules")
+
+
+@rule(
+    Severity.UNLOADABLE,
+    "an adapter of a kind that vLLM refuses",
+    effect="vLLM stops at it (vLLM does not yet support DoRA; Adapter bias is not supported). Merge it with "
+    "`grpo-toolkit export`",
+    evidence="https://github.com/vllm-project/vllm/blob/main/vllm/lora/peft_helper.py",
+    fails="vllm",
+)
+def adapter_kind_refused(folder: Folder) -> Iterator[Fault]:
+    for key, taken in {"use_dora": False, "bias": "none"}.items() if folder.kind is Kind.ADAPTER else ():
+        value = folder.get(ADAPTER_CONFIG, key)
+        if value in (True, "all", "lora_only"):
+            yield Fault(file=ADAPTER_CONFIG, key=key, found=value, expected=json.dumps(taken))
 
 
 @rule(

@@ -2,7 +2,8 @@
 
     python -m scripts.benchmarks.oracle.bases build DIR      # in the newest environment: forms "v5" and a way for 4.x
     python -m scripts.benchmarks.oracle.bases resave DIR v4  # in an environment with 4.57, and "published" with 4.49
-    python -m scripts.benchmarks.oracle.bases collect DIR    # writes tests/data/oracle/bases.json
+    python -m scripts.benchmarks.oracle.bases served DIR     # in the newest: with heads that vLLM takes on a CPU
+    python -m scripts.benchmarks.oracle.bases collect DIR    # puts what is there into tests/data/oracle/bases.json
 
 What is committed are the JSON files and the names, dtypes and shapes of tensors; `good_folder` makes the folder of it,
 in the form that is asked for: whole, in two shards, as a trainer's checkpoint, as an export, as an adapter.
@@ -17,7 +18,7 @@ import shutil
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from scripts.benchmarks.oracle.folders import (
     ADAPTER_WEIGHTS,
@@ -32,13 +33,30 @@ from scripts.benchmarks.oracle.folders import (
     unpack,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 BASES: Final = Path(__file__).parents[3] / "tests/data/oracle/bases.json"
 TEXT: Final = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "gpt2")
 SEEING: Final = ("qwen2_5_vl", "llava", "gemma3", "paligemma", "mistral3", "qwen3_5")
 FAMILIES: Final = (*TEXT, *SEEING)
 DIALECTS: Final = ("published", "v4", "v5")
+SERVED: Final = "served"
+"""The dialect that servers are asked about: as the installed library saves them, with wider heads."""
 FORMS: Final = ("full", "sharded", "checkpoint", "export", "adapter")
 _CLASSES: Final = {"gemma3": "Gemma3", "paligemma": "PaliGemma", "mistral3": "Mistral3", "qwen3_5": "Qwen3_5"}
+_WIDE: Final[dict[str, Any]] = {"hidden_size": 128, "head_dim": 32}
+_WIDER: Final[dict[str, dict[str, Any]]] = {
+    "gpt2": {"n_embd": 128, "n_head": 4},
+    "qwen3_5": {
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4], "partial_rotary_factor": 1.0,
+        },
+    },
+}  # fmt: skip
+_TIED: Final = ("gemma2", "qwen2", "gpt2")
 
 
 def build_all(folder: Path) -> None:
@@ -62,9 +80,33 @@ def build_all(folder: Path) -> None:
         elif family in _CLASSES:
             build_vlm(_CLASSES[family], target)
         else:
-            build_family(family, target, tie_word_embeddings=family in ("gemma2", "qwen2", "gpt2"))
+            build_family(family, target, tie_word_embeddings=family in _TIED)
         shutil.copytree(target, folder / "old" / family)
         write_older_forms(folder / "old" / family)
+
+
+def build_served(folder: Path) -> None:
+    """Build every family with heads of 32, the fewest that vLLM's attention on a CPU takes.
+
+    LLaVA is built as published: vLLM 0.31 refuses the names of its tower that transformers 5 gives a new model.
+    """
+    from scripts.models.families import build_family
+    from scripts.models.published_forms import publish
+    from scripts.models.tiny_bases import build_qwen2_5_vl
+
+    for family in FAMILIES:
+        target = folder / SERVED / family
+        if family == "qwen2_5_vl":
+            build_qwen2_5_vl(target, head_dim=32)
+            continue
+        ties = {"tie_word_embeddings": family in _TIED} if family in TEXT else {}
+        build_family(family, target, **_WIDE, **_WIDER.get(family, {}), **ties)
+        if family == "llava":
+            publish(target)
+        elif family == "qwen3_5":  # published without the taps that Qwen3-VL's tower has
+            config = json.loads((target / "config.json").read_text())
+            config["vision_config"]["deepstack_visual_indexes"] = []
+            (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def resave(source: Path, target: Path) -> None:
@@ -91,11 +133,11 @@ def resave_all(folder: Path, dialect: str) -> None:
 
 
 def collect(folder: Path) -> None:
-    """Write the JSON files and the tensors' names of all folders into one file; equal files stand once."""
-    texts: dict[str, str] = {}
-    found: dict[str, Any] = {}
+    """Put the JSON files and the tensors' names of all folders into one file; equal files stand once."""
+    texts: dict[str, str] = dict(_stored()["texts"])
+    found: dict[str, Any] = dict(_stored()["folders"])
     for path in sorted(folder.glob("*/*")):
-        if path.parent.name not in DIALECTS:
+        if path.parent.name not in (*DIALECTS, SERVED):
             continue
         files, tensors = {}, {}
         for name, raw in read(path).items():
@@ -109,8 +151,8 @@ def collect(folder: Path) -> None:
                 key = hashlib.sha256(text.encode()).hexdigest()[:8]
                 texts[key], files[name] = text, key
         found[f"{path.name}/{path.parent.name}"] = {"files": files, "tensors": tensors}
-    BASES.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in texts.items()]
+    used = {key for entry in found.values() for key in entry["files"].values()}
+    lines = [f"{json.dumps(key)}: {json.dumps(texts[key], ensure_ascii=False)}" for key in texts if key in used]
     folders = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
     text = '{"texts": {\n' + ",\n".join(lines) + '\n},\n"folders": {\n' + ",\n".join(folders) + "\n}}\n"
     BASES.write_text(text, encoding="utf-8")
@@ -122,12 +164,14 @@ def _stored() -> dict[str, Any]:
     return content
 
 
-def names() -> list[str]:
+def names(dialects: Sequence[str] = DIALECTS) -> list[str]:
     """Return every good folder's name: family, dialect, form; forms but the whole one stand in one dialect each."""
     found = []
     for key in _stored()["folders"]:
         family, dialect = key.split("/")
-        there = [one for one in DIALECTS if f"{family}/{one}" in _stored()["folders"]]
+        if dialect not in dialects:
+            continue
+        there = [one for one in dialects if f"{family}/{one}" in _stored()["folders"]]
         for number, form in enumerate(FORMS):
             chosen = int(hashlib.sha256(f"{family} {form}".encode()).hexdigest(), 16) % len(there)
             if number == 0 or there[chosen] == dialect:
@@ -236,12 +280,14 @@ def _in_memory(module: str, family: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("verb", choices=("build", "resave", "collect"))
+    parser.add_argument("verb", choices=("build", "resave", "served", "collect"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("dialect", nargs="?", choices=DIALECTS)
     args = parser.parse_args()
     if args.verb == "build":
         build_all(args.folder)
+    elif args.verb == "served":
+        build_served(args.folder)
     elif args.verb == "resave":
         resave_all(args.folder, args.dialect)
     else:

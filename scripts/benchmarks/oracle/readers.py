@@ -22,7 +22,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NO_CODE: Final = {"trust_remote_code": False}
 _BY_SIGNAL: Final = "ended by signal"
@@ -33,6 +36,12 @@ _NOT_ANSWERS: Final = (
     "transformers_version", "_from_model_config", "bos_token_id", "pad_token_id", "output_attentions",
     "output_hidden_states", "return_dict_in_generate",
 )  # fmt: skip
+
+
+class Behaviour(Protocol):
+    """Returns what a reader does with a folder; whatever it raises goes on to the caller."""
+
+    def __call__(self, folder: Path, base: Path | None, *, sees: bool) -> dict[str, Any]: ...
 
 
 def behaviour(folder: Path, base: Path | None, *, sees: bool) -> dict[str, Any]:
@@ -157,10 +166,8 @@ def _scratch() -> str | None:
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
-    """Ask a forked child about a folder; it has bounded time and memory, and a second try where a signal ended it."""
-    answer = _fork(request)
-    if _BY_SIGNAL in answer.get("fails", ""):
-        answer = _fork(request)
+    """Ask a child about a folder, and learn from a good one."""
+    answer = ask_child(behaviour, request)
     if request["good"] and "fails" not in answer:
         with contextlib.redirect_stdout(io.StringIO()):
             behaviour(Path(request["folder"]), request["base"] and Path(request["base"]), sees=request["sees"])
@@ -169,13 +176,19 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _fork(request: dict[str, Any]) -> dict[str, Any]:
+def ask_child(read: Behaviour, request: Mapping[str, Any], *, seconds: int = _SECONDS) -> dict[str, Any]:
+    """Ask a forked child about a folder; it has bounded time and memory, and a second try where a signal ended it."""
+    answer = _fork(read, request, seconds)
+    return _fork(read, request, seconds) if _BY_SIGNAL in answer.get("fails", "") else answer
+
+
+def _fork(read: Behaviour, request: Mapping[str, Any], seconds: int) -> dict[str, Any]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         os.setsid()
-        _child(request, writing)
+        _child(read, request, writing, seconds)
     os.close(writing)
     with os.fdopen(reading) as answers:
         text = answers.read()
@@ -186,30 +199,33 @@ def _fork(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _child(request: dict[str, Any], writing: int) -> None:
-    signal.alarm(_SECONDS)
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+def _child(read: Behaviour, request: Mapping[str, Any], writing: int, seconds: int) -> None:
+    signal.alarm(seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silent, stream)
     try:
         base = request["base"] and Path(request["base"])
-        answer = behaviour(Path(request["folder"]), base, sees=request["sees"])
+        answer = read(Path(request["folder"]), base, sees=request["sees"])
     except BaseException as error:
-        lines = str(error).strip().splitlines() or [""]
-        answer = {"fails": f"{type(error).__name__}: {lines[0][:150]}"}
+        answer = {"fails": _in_a_line(error)}
     with os.fdopen(writing, "w") as out:
         out.write(json.dumps(answer))
     os._exit(0)
 
 
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 class ReaderProcess:
     """A reader in its environment; `ask` it about folders, one at a time."""
 
-    def __init__(self, python: str = sys.executable) -> None:
+    def __init__(self, python: str = sys.executable, *, module: str = "readers") -> None:
         self._process = subprocess.Popen(
-            [python, "-m", "scripts.benchmarks.oracle.readers"],
+            [python, "-m", f"scripts.benchmarks.oracle.{module}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             cwd=Path(__file__).parents[3],
         )  # fmt: skip
@@ -263,7 +279,8 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # its thread would not be in the children
-    print(json.dumps({"transformers": transformers.__version__, "peft": peft.__version__}), flush=True)
+    version = transformers.__version__
+    print(json.dumps({"name": version, "transformers": version, "peft": peft.__version__}), flush=True)
     for line in sys.stdin:
         print(json.dumps(ask(json.loads(line))), flush=True)
 

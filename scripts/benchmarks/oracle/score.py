@@ -3,6 +3,7 @@
     python -m scripts.benchmarks.oracle.score                # seen and held out, as one JSON object; no case is named
     python -m scripts.benchmarks.oracle.score --show         # and the seen cases that were missed or alarmed
     python -m scripts.benchmarks.oracle.score --without cast-all cast-tensor    # without some kinds of mutations
+    python -m scripts.benchmarks.oracle.score --served       # of the folders about which vLLM was asked
 
 A case is ill if a reader fails with it or answers otherwise. Found: a serious finding that the good folder does not
 have concerns such a reader and names the file and the key. A false alarm: such a finding, for one of the readers that
@@ -87,9 +88,14 @@ class Result:
 
 
 def reader(version: str) -> Reader:
-    """Return the reader of a version of transformers."""
-    numbers = tuple(int(part) for part in version.split("."))
-    return Reader("transformers", numbers, numbers)
+    """Return the reader that a column of the truth is about: "5.24.0", "vllm==0.31.0@5.24.0"."""
+    name, _, numbers = version.rpartition("==")
+    own, _, beside = numbers.partition("@")
+    return Reader(name or "transformers", _numbers(own), _numbers(beside or own))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def findings(folder: Path, base: Path | None) -> list[Said]:
@@ -132,8 +138,8 @@ class Examiner:
         return Result(case, readers, tuple(one for one in said if (one.code, one.text) not in before))
 
 
-def results(*, every: int = 1) -> list[Result]:
-    """Examine every n-th case of the committed truth.
+def results(*, every: int = 1, told: Path = truth.TRUTH) -> list[Result]:
+    """Examine every n-th case of a committed truth.
 
     Raises:
         AssertionError: a recipe no longer gives the folder that the readers were asked about.
@@ -141,7 +147,7 @@ def results(*, every: int = 1) -> list[Result]:
     found = []
     with tempfile.TemporaryDirectory(prefix="grpo-toolkit-oracle-") as made:
         examiner = Examiner(Path(made))
-        for case, recorded, readers in truth.load()[::every]:
+        for case, recorded, readers in truth.load(told)[::every]:
             folder = case.build()
             assert digest(folder) == recorded, case
             found.append(examiner.examine(case, folder, readers))
@@ -180,9 +186,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="take every n-th case")
     parser.add_argument("--without", nargs="+", default=(), metavar="KIND", help="kinds of mutations to leave out")
+    parser.add_argument("--served", action="store_true", help="by what vLLM does, not transformers")
     parser.add_argument("--show", action="store_true", help="name the seen cases that were missed or are false alarms")
     args = parser.parse_args()
-    found = [one for one in results(every=args.every) if one.case.kind not in args.without]
+    told = results(every=args.every, told=truth.SERVED if args.served else truth.TRUTH)
+    found = [one for one in told if one.case.kind not in args.without]
     parts = {
         "seen": [one for one in found if not one.case.is_held_out],
         "held_out": [one for one in found if one.case.is_held_out],

@@ -3,6 +3,9 @@
     python -m scripts.benchmarks.oracle.truth ask DIR PYTHON ... --minutes 60    # goes on where it was
     python -m scripts.benchmarks.oracle.truth collect DIR                       # adds to tests/data/oracle/truth.jsonl
 
+With `--served`, vLLM in its environment is asked (`servers`) about the folders of its own dialect, and what it does
+stands in `served.jsonl`.
+
 Cases are asked about in the order of their hashes, so that as far as it got is a fair sample of all. The committed
 file has the readers in its first line, and then a case a line: the good folder, the mutations, the hash of the mutated
 folder, and what each reader does with it (null where it cannot read the good folder).
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from scripts.benchmarks.oracle.folders import Folder
 
 TRUTH: Final = bases.BASES.with_name("truth.jsonl")
+SERVED: Final = TRUTH.with_name("served.jsonl")
 SEED: Final = "7f4b6e4"
 """The commit that brought the operators and held some out; it draws the pairs."""
 
@@ -44,8 +48,8 @@ class Asker:
 
     @property
     def version(self) -> str:
-        """The reader's transformers."""
-        return str(self.reader.versions["transformers"])
+        """The reader's transformers; of a server, its name, version and transformers ("vllm==0.31.0@5.24.0")."""
+        return str(self.reader.versions["name"])
 
     def close(self) -> None:
         self.reader.close()
@@ -85,13 +89,13 @@ class Asker:
         return said
 
 
-def ask_all(pythons: list[str], folder: Path, *, minutes: float, start: int = 0) -> None:
+def ask_all(pythons: list[str], folder: Path, *, minutes: float, start: int = 0, served: bool = False) -> None:
     """Ask the readers of some environments about the cases in their order until the time is over."""
-    cases = chosen(bases.names(), seed=SEED)[start:]
-    askers = [_start(python, folder) for python in pythons]
+    cases = chosen(bases.names((bases.SERVED,) if served else bases.DIALECTS), seed=SEED)[start:]
+    askers = [_start(python, folder, served=served) for python in pythons]
     known = [
         {entry["hash"] for entry in _lines(folder / f"{one.version}.jsonl")}
-        | {key for _, key, verdicts in load() if one.version in verdicts}
+        | {key for _, key, verdicts in load(SERVED if served else TRUTH) if one.version in verdicts}
         for one in askers
     ]
     end = time.monotonic() + 60 * minutes
@@ -106,7 +110,7 @@ def ask_all(pythons: list[str], folder: Path, *, minutes: float, start: int = 0)
                 said = asker.verdict(case, made)
                 with (folder / f"{asker.version}.jsonl").open("a", encoding="utf-8") as out:
                     out.write(line({**case.to_json(), "hash": key, "verdict": said}))
-        if number % 50 == 0:
+        if number % (10 if served else 50) == 0:
             print(number, time.ctime(), flush=True)
         if time.monotonic() > end:
             break
@@ -117,11 +121,10 @@ def ask_all(pythons: list[str], folder: Path, *, minutes: float, start: int = 0)
         asker.close()
 
 
-def _start(python: str, folder: Path) -> Asker:
-    reader = ReaderProcess(python)
-    version = reader.versions["transformers"]
+def _start(python: str, folder: Path, *, served: bool) -> Asker:
+    reader = ReaderProcess(python, module="servers" if served else "readers")
     shared = Path("/dev/shm")
-    scratch = tempfile.mkdtemp(prefix=f"oracle-{version}-", dir=shared if shared.is_dir() else folder)
+    scratch = tempfile.mkdtemp(prefix=f"oracle-{reader.versions['name']}-", dir=shared if shared.is_dir() else folder)
     return Asker(reader, Path(scratch))
 
 
@@ -131,26 +134,26 @@ def _lines(file: Path) -> Iterator[Any]:
             yield json.loads(text)
 
 
-def collect(folder: Path) -> None:
+def collect(folder: Path, truth: Path = TRUTH) -> None:
     """Add the cases about which a reader was asked who can read the good folder."""
-    cases = {key: case for case, key, _ in load()}
-    said = {key: verdicts for _, key, verdicts in load()}
+    cases = {key: case for case, key, _ in load(truth)}
+    said = {key: verdicts for _, key, verdicts in load(truth)}
     for file in sorted(folder.glob("*.jsonl")):
         for entry in _lines(file):
             if entry["verdict"] is not None:
                 cases.setdefault(entry["hash"], Case.from_json(entry))
                 said.setdefault(entry["hash"], {})[file.stem] = entry["verdict"]
     readers = sorted({version for verdicts in said.values() for version in verdicts})
-    with TRUTH.open("w", encoding="utf-8") as out:
+    with truth.open("w", encoding="utf-8") as out:
         out.write(line(readers))
         for key, case in sorted(cases.items(), key=lambda item: hashed(str(item[1]))):
             row = case.to_json()
             out.write(line([row["folder"], row["mutations"], key, [said[key].get(version) for version in readers]]))
 
 
-def load() -> list[tuple[Case, str, dict[str, str]]]:
+def load(truth: Path = TRUTH) -> list[tuple[Case, str, dict[str, str]]]:
     """Return the committed truth: cases, the hashes of their folders, each reader's verdict by version."""
-    readers, *rows = _lines(TRUTH)
+    readers, *rows = list(_lines(truth)) or [[]]
     return [
         (
             Case.from_json({"folder": name, "mutations": mutations}),
@@ -170,12 +173,14 @@ def main() -> None:
     ask.add_argument("--minutes", type=float, default=60)
     ask.add_argument("--start", type=int, default=0, help="the number of the first case")
     verbs.add_parser("collect").add_argument("folder", type=Path)
+    for verb in verbs.choices.values():
+        verb.add_argument("--served", action="store_true", help="the environments are vLLM's")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.verb == "ask":
-        ask_all(args.pythons, args.folder, minutes=args.minutes, start=args.start)
+        ask_all(args.pythons, args.folder, minutes=args.minutes, start=args.start, served=args.served)
     else:
-        collect(args.folder)
+        collect(args.folder, SERVED if args.served else TRUTH)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.installed_classes import class_source
 from grpo_toolkit.doctor.parsed_folder import TOKENIZER_CONFIG, token_text
-from grpo_toolkit.doctor.readers import ALL, SINCE_5, TRAINER, V4
+from grpo_toolkit.doctor.readers import ALL, SINCE_5, TRAINER, V4, without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,8 +69,8 @@ def special_token_unknown(folder: Folder) -> Iterator[Fault]:
                 key=key,
                 found=text,
                 expected="a token of the vocabulary",
-                # generate() takes its ids from generation_config.json.
-                fails=ALL if key == "pad_token" else f"vllm; sglang; {TRAINER}",
+                # generate() takes its ids from generation_config.json; vLLM pads nothing.
+                fails=without(ALL, "vllm") if key == "pad_token" else f"vllm; sglang; {TRAINER}",
             )
 
 
@@ -109,8 +109,15 @@ def special_tokens_lost(folder: Folder) -> Iterator[Fault]:
             found=folder.get(TOKENIZER_CONFIG, key),
             expected=f"{theirs!r}, as in the base",
             remedies=(Edit(file=TOKENIZER_CONFIG, path=(key,), value=base.get(TOKENIZER_CONFIG, key)),),
-            fails=SINCE_5 if f'hasattr(tokenizer, "{key}")' in source else "",  # 4.x has its own name for it
+            fails=_who_misses(key, source),
         )
+
+
+def _who_misses(key: str, source: str) -> str:
+    """Return the readers that miss a token of the base, by the text of its processor's class."""
+    if key == "pad_token":
+        return without(ALL, "vllm")  # which pads nothing
+    return SINCE_5 if f'hasattr(tokenizer, "{key}")' in source else ""  # 4.x has its own name for it
 
 
 def _token(folder: Folder, key: str) -> str:

@@ -8,7 +8,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import CONFIG
 from grpo_toolkit.checkpoint.json_files import ABSENT
 from grpo_toolkit.checkpoint.safetensors_header import DTYPE_BITS, FLOAT_NAMES
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
-from grpo_toolkit.doctor.readers import SINCE_5, V4
+from grpo_toolkit.doctor.readers import SINCE_5, V4, without
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import HEAD, base_tensors, common_tensors, weights
 from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
@@ -182,7 +182,7 @@ def _dtype_at(folder: Folder, level: tuple[str, ...], *, is_later: bool) -> tupl
     effect="transformers 5 multiplies all experts at once, which torch does in 16 and 32 bits alone: RuntimeError",
     evidence="https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.grouped_mm.html",
     mend="the stored dtype in config.json",
-    fails=SINCE_5,
+    fails=without(SINCE_5, "vllm"),  # which computes them in 16 bits
 )
 def experts_in_float64(folder: Folder) -> Iterator[Fault]:
     key, value = _dtype_at(folder, (), is_later=True)

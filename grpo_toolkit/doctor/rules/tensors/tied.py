@@ -107,10 +107,10 @@ def head_doubled(folder: Folder) -> Iterator[Fault]:
 @rule(
     Severity.WRONG,
     "a tied head that differs from its embedding",
-    effect="4.x and servers tie the ends and lose the stored head, 5.x uses it: one folder, two models (found with "
-    "--deep)",
+    effect="4.x and servers tie the ends and lose the stored head, 5.x and vLLM 0.31 use it: one folder, two models "
+    "(found with --deep)",
     evidence="https://github.com/vllm-project/vllm/pull/51665",
-    fails="transformers<5; vllm; sglang",
+    fails="transformers<5; vllm<0.31; sglang",
 )
 def head_differs(folder: Folder) -> Iterator[Fault]:
     ours = weights(folder)

@@ -67,7 +67,7 @@ def unpublished_names(folder: Folder) -> Iterator[Fault]:
         live = tuple(prefix for prefix, _ in folder.family.published) if folder.family else ()
         is_whole = any("language_model.model." in name for name in renames)  # a published name behind another prefix
         is_live = bool(live) and all(name.startswith(live) for name in renames) and not is_whole
-        fails = _KNOW_PUBLISHED_NAMES if is_live else without_prefix(folder)
+        fails = _who_knows_published_names(renames) if is_live else without_prefix(folder)
         if fails != SERVERS:  # a body saved without its head has such names
             yield _naming(folder, renames, fails=fails)
 
@@ -89,8 +89,17 @@ def without_prefix(folder: Folder) -> str:
     return SERVERS if is_base_model else f"transformers<5; {SERVERS}"
 
 
-_KNOW_PUBLISHED_NAMES = "transformers<4.52; vllm; sglang"
-"""The readers of published names alone; later releases of transformers know the live ones too."""
+def _who_knows_published_names(renames: dict[str, str]) -> str:
+    """Return the readers of published names alone; later releases know the live ones too.
+
+    vLLM 0.31 still asks for the `vision_model` of a CLIP or SigLIP tower, which transformers 5 has no longer (asked).
+    """
+    is_bare = any(".vision_model." in new and ".vision_model." not in old for old, new in renames.items())
+    return f"transformers<4.52; vllm{'' if is_bare else _BEFORE_LIVE_NAMES}; sglang"
+
+
+_BEFORE_LIVE_NAMES: Final = "<0.10"
+"""vLLM maps them since: https://github.com/vllm-project/vllm/pull/19054 and its like for LLaVA, Gemma 3 and others."""
 
 
 def _naming(folder: Folder, renames: dict[str, str], *, fails: str = "") -> Fault:
