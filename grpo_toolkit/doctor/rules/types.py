@@ -13,7 +13,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import (
 )
 from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
-from grpo_toolkit.doctor.installed_classes import makes_dropout
+from grpo_toolkit.doctor.installed_classes import makes_dropout, reads_setting
 from grpo_toolkit.doctor.installed_configs import installed_takes
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG
 from grpo_toolkit.doctor.readers import ALL, SERVERS, SINCE_5, TRANSFORMERS, V4
@@ -103,7 +103,17 @@ def wrong_type(folder: Folder) -> Iterator[Fault]:
 
 _SIZES: Final = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"}
-    | {"head_dim", "layer_norm_eps", "patch_size", "image_size", "depth", "num_heads", "vision_feature_layer"}
+    | {
+        "head_dim",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "layer_norm_eps",
+        "patch_size",
+        "image_size",
+        "depth",
+        "num_heads",
+        "vision_feature_layer",
+    }
 )
 
 
@@ -136,8 +146,10 @@ def _not_taken(folder: Folder, path: tuple[str, ...], value: Any) -> Fault:
     right = ABSENT if folder.base is None else folder.base.get(CONFIG, *path)
     right = ABSENT if right is None else copy.deepcopy(right)
     is_mended = right is not ABSENT or value is None
-    # Older releases fail as they compute with it.
-    is_of_all = (not is_number(value) and path[-1] in _SIZES) or path[-1] in ("id2label", "label2id")
+    # Older releases fail as they compute with it, or look a function up by its name.
+    is_of_all = not is_number(value) and path[-1] in _SIZES and (path[-1], value) != ("max_position_embeddings", None)
+    is_of_all = is_of_all or (path[-1] == "hidden_act" and reads_setting(folder.model_type, path[:-1], path[-1]))
+    is_of_all = is_of_all or path[-1] in ("id2label", "label2id")
     is_of_all = is_of_all or (path[-1] == "pad_token_id" and isinstance(value, list))  # of the embedding's row
     return Fault(
         file=CONFIG,

@@ -117,7 +117,8 @@ def dtype_unknown(folder: Folder) -> Iterator[Fault]:
                 stored = FLOAT_NAMES.get(folder.stored_dtype or "")
                 remedies = (Edit(file=CONFIG, path=path, value=stored),) if stored else ()
                 expected = stored or "a floating-point type"
-                fails = _BEFORE_DTYPE if key == "torch_dtype" and node.get("dtype") is not None else ""
+                fails = "" if key == "torch_dtype" else _SINCE_DTYPE
+                fails = _BEFORE_DTYPE if key == "torch_dtype" and node.get("dtype") is not None else fails
                 yield Fault(
                     file=CONFIG, key=".".join(path), found=value, expected=expected, remedies=remedies, fails=fails
                 )
@@ -125,6 +126,8 @@ def dtype_unknown(folder: Folder) -> Iterator[Fault]:
 
 _BEFORE_DTYPE: Final = "transformers<4.56; vllm@<4.56; sglang@<4.56"
 """The releases that ask for `torch_dtype` alone: https://github.com/huggingface/transformers/pull/39782"""
+_SINCE_DTYPE: Final = "transformers>=4.56; vllm@>=4.56; sglang@>=4.56"
+"""Those that ask for `dtype` first."""
 
 
 @rule(
@@ -157,13 +160,12 @@ def part_of_another_dtype(folder: Folder) -> Iterator[Fault]:
                 found=own if is_part else whole,
                 expected=str(right),
                 remedies=(Edit(file=CONFIG, path=path, value=right),),
-                fails=_SINCE_DTYPE if is_later else "",
+                fails=_DTYPE_IN_V4 if is_later else "",
             )
             return
 
 
-# https://github.com/huggingface/transformers/pull/39782
-_SINCE_DTYPE: Final = "transformers>=4.56<5; vllm@>=4.56<5; sglang@>=4.56<5"
+_DTYPE_IN_V4: Final = "transformers>=4.56<5; vllm@>=4.56<5; sglang@>=4.56<5"
 _FLOATS: Final = tuple(FLOAT_NAMES.values())
 
 
