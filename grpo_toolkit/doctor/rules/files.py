@@ -40,7 +40,7 @@ _HEADER_FORMAT = "https://github.com/huggingface/safetensors#format"
 def model_below(folder: Folder) -> Iterator[Fault]:
     if folder.below is not None:
         where = folder.path.relative_to(folder.below).as_posix()
-        yield Fault(file=where, expected=f"give readers {folder.path}")
+        yield Fault(file=where, expected=f"readers to be given {folder.path}")
 
 
 @rule(

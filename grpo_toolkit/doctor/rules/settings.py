@@ -86,8 +86,7 @@ def _is_said_otherwise(node: JsonObject, key: str, ours: Any, theirs: Any) -> bo
     hidden, heads = node.get("hidden_size"), node.get("num_attention_heads")
     if key != "head_dim" or ours is not None or not isinstance(hidden, int) or not isinstance(heads, int):
         return False
-    is_worked_out = heads > 0 and hidden // heads == theirs
-    return is_worked_out and takes_null(str(node.get("model_type")), key)
+    return heads > 0 and hidden // heads == theirs and takes_null(str(node.get("model_type")), key)
 
 
 _GELU: Final = ("gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate")
