@@ -69,6 +69,13 @@ _TYPES: Final[tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...]] = (
 Null is taken everywhere but in an index and for a list of added tokens.
 """
 
+_FAIL: Final = {
+    (CONFIG, "architectures"): SERVERS,  # transformers finds the class by the model type
+    (CONFIG, "pruned_heads"): V4,  # 5 prunes nothing
+    (CONFIG, "eos_token_id"): SINCE_5,  # generation asks a file of its own
+}
+"""Whom a value of another type concerns, where some reader does not mind."""
+
 _JSON_NAMES: Final = {
     dict: "an object",
     list: "a list",
@@ -93,11 +100,7 @@ def wrong_type(folder: Folder) -> Iterator[Fault]:
         is_right = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
         if not is_right:
             wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
-            # transformers finds the class by the model type, and 5 prunes nothing.
-            fails = SERVERS if path == ("architectures",) else V4 if path[-1] == "pruned_heads" else ""
-            fails = (
-                SINCE_5 if (file, path) == (CONFIG, ("eos_token_id",)) else fails
-            )  # generation has a file of its own
+            fails = _FAIL.get((file, path[-1]), "")
             yield Fault(file=file, key=".".join(path), found=value, expected=wanted, fails=fails)
 
 
