@@ -14,7 +14,7 @@ from grpo_toolkit.checkpoint.folders.look_around import models_below
 from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG, MANIFEST, Kind
 from grpo_toolkit.checkpoint.folders.trainer_checkpoints import checkpoints_in
 from grpo_toolkit.checkpoint.json_files import parse_json
-from grpo_toolkit.doctor.findings import RULES, Diagnosis, Fault, Finding, Rule, RunDiagnosis, Severity
+from grpo_toolkit.doctor.findings import RULES, Diagnosis, Edit, Fault, Finding, Rule, RunDiagnosis, Severity
 from grpo_toolkit.doctor.installed_configs import installed_knows
 from grpo_toolkit.doctor.parse import read_folder
 from grpo_toolkit.doctor.parsed_folder import Folder, describe
@@ -227,6 +227,8 @@ def _finding(folder: Folder, rule: Rule, fault: Fault) -> Finding:
     fails = fault.fails or rule.fails
     if folder.kind is Kind.ADAPTER and _UNREAD_BY_VLLM.search(fault.file):
         fails = without(fails, "vllm")
+    is_mendable = not any(isinstance(remedy, Edit) and remedy.file in folder.refused for remedy in fault.remedies)
+    remedies = fault.remedies if is_mendable else ()
     return Finding(
         code=rule.code,
         severity=rule.severity,
@@ -237,8 +239,8 @@ def _finding(folder: Folder, rule: Rule, fault: Fault) -> Finding:
         expected=fault.expected,
         effect=rule.effect,
         evidence=rule.evidence,
-        repairable=bool(fault.remedies),
-        remedies=fault.remedies,
+        repairable=bool(remedies),
+        remedies=remedies,
         fails=fails,
     )
 

@@ -14,9 +14,12 @@ import pytest
 
 from grpo_toolkit import diagnose_checkpoint, repair_checkpoint, undo_repair
 from grpo_toolkit.checkpoint.folders.model_folder import open_checkpoint
+from grpo_toolkit.doctor.findings import Diagnosis
 from grpo_toolkit.doctor.repair_plan import FileChange
 from grpo_toolkit.doctor.undo import UNDO
 from grpo_toolkit.errors import CheckpointError, InputError, VerificationError
+from scripts.benchmarks.oracle import bases
+from scripts.benchmarks.oracle.folders import write
 from tests.support.faulty import fill, unpack
 
 if TYPE_CHECKING:
@@ -211,6 +214,18 @@ def test_modes_are_kept(tmp_path: Path) -> None:
     (folder / "config.json").chmod(0o640)
     repair_checkpoint(folder)
     assert (folder / "config.json").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("content", [b"[]", b"", b'{"image_processor"'])
+def test_keys_of_a_file_that_is_no_object_are_not_mended(content: bytes, tmp_path: Path) -> None:
+    base = write(bases.base_folder("paligemma/v5/full"), tmp_path / "base")
+    folder = write(bases.good_folder("paligemma/v5/full"), tmp_path / "checkpoint")
+    (folder / "processor_config.json").write_bytes(content)
+    found = diagnose_checkpoint(folder, base=base)
+    assert isinstance(found, Diagnosis)
+    assert [one.code for one in found.findings if one.file == "processor_config.json"] == ["unreadable-file"]
+    assert repair_checkpoint(folder, base=base).plan.mended == ()
+    assert (folder / "processor_config.json").read_bytes() == content
 
 
 def test_a_failure_leaves_the_folder_as_it_was(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,8 @@ def image_settings_differ(folder: Folder) -> Iterator[Fault]:
         return
     file, path, ours = _image_settings(folder)
     theirs = _image_settings(base)[2]
+    if file in folder.refused:
+        return  # `unreadable_file` says so
     source = ""
     for key, value in theirs.items():
         found = ours.get(key, ABSENT)
