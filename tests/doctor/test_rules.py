@@ -494,6 +494,13 @@ def test_the_rule_finds_its_fault_and_no_other_does(code: str) -> None:
     assert others <= COMPANIONS.get(code, set()), others
 
 
+@pytest.mark.parametrize(("rank", "alpha", "is_read"), [(16, 32, True), (16, 16, False), (10**400, 16, False)])
+def test_ranks_of_modules_with_the_adapters_own_scale_are_no_fault(rank: int, alpha: int, is_read: bool) -> None:
+    told = adapter(r=8, lora_alpha=16, rank_pattern={"q_proj": rank}, alpha_pattern={"q_proj": alpha})
+    codes = {finding.code for finding in diagnose(told, BASE)}
+    assert ("adapter-patterns-unread" not in codes) is is_read
+
+
 def test_a_base_with_the_same_setting_is_no_fault() -> None:
     greedy: Json = {"eos_token_id": [7, 6]}
     assert diagnose(model(generation_config__json=greedy), model(generation_config__json=greedy)) == []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, Kind
-from grpo_toolkit.checkpoint.json_files import ABSENT
+from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.readers import SERVERS
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import weights
@@ -100,11 +100,26 @@ def value_head_stored(folder: Folder) -> Iterator[Fault]:
     fails="vllm",
 )
 def adapter_patterns_unread(folder: Folder) -> Iterator[Fault]:
-    usual = {"alpha_pattern": "lora_alpha", "rank_pattern": "r"}
-    for key, setting in usual.items() if folder.kind is Kind.ADAPTER else ():
-        value = folder.get(ADAPTER_CONFIG, key)
-        if isinstance(value, dict) and any(own != folder.get(ADAPTER_CONFIG, setting) for own in value.values()):
-            yield Fault(file=ADAPTER_CONFIG, key=key, found=value, expected=f"one {setting} for all modules")
+    config = folder.objects.get(ADAPTER_CONFIG, {}) if folder.kind is Kind.ADAPTER else {}
+    patterns = {key: value for key in ("alpha_pattern", "rank_pattern") if isinstance(value := config.get(key), dict)}
+    ranks, alphas = (patterns.get(key, {}) for key in ("rank_pattern", "alpha_pattern"))
+    r, alpha, power = config.get("r"), config.get("lora_alpha"), 0.5 if config.get("use_rslora") else 1.0
+    scales = {
+        name: _scale(alphas.get(name, alpha), ranks.get(name, r), power) for name in sorted({*ranks, *alphas}, key=str)
+    }
+    other = {name: scale for name, scale in scales.items() if scale != _scale(alpha, r, power)}
+    for key, value in patterns.items():
+        if other.keys() & value.keys():
+            yield Fault(file=ADAPTER_CONFIG, key=key, found=value, expected="one scale for all modules")
+
+
+def _scale(alpha: Any, rank: Any, power: float) -> float | None:
+    """Return the factor of an adapter's product; None where its settings give none."""
+    is_sound = is_number(alpha) and is_number(rank) and abs(alpha) < _FAR and 0 < rank < _FAR
+    return float(alpha / rank**power) if is_sound else None
+
+
+_FAR: Final = 10**9
 
 
 @rule(
