@@ -141,14 +141,26 @@ def staged(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield staging
         _finish_files(staging)
-        check_output(output_dir, overwrite=overwrite)
-        replace_folder(staging, output_dir)
+        _put(staging, output_dir, overwrite=overwrite)
     except OSError as error:
         if error.errno is not None:  # a library's own OSError would lose what it says
             error.filename = error.filename or os.fspath(output_dir)  # a write that fails names no file
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put(staging: Path, output_dir: Path, *, overwrite: bool) -> None:
+    """Give a staged folder its name; where another is published there meanwhile, judge that one and try again."""
+    for is_last in (False, True):
+        check_output(output_dir, overwrite=overwrite)
+        try:
+            replace_folder(staging, output_dir)
+        except OSError as error:
+            if is_last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
 
 
 def keep_rejected(staging: Path, output_dir: Path) -> Path | None:

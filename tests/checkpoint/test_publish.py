@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from grpo_toolkit.checkpoint import publish
-from grpo_toolkit.checkpoint.publish import make_folder, replace_folder
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from grpo_toolkit.checkpoint.folders.model_folder import MANIFEST
+from grpo_toolkit.checkpoint.publish import make_folder, replace_folder, staged
+from grpo_toolkit.errors import OutputExistsError
 
 
 @pytest.fixture
@@ -79,3 +80,24 @@ def test_folders_are_made_one_by_one_and_flushed(tmp_path: Path, monkeypatch: py
     assert seen == [(tmp_path, [tmp_path / "a"]), (tmp_path / "a", [deepest])]
     make_folder(deepest)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_another_is_published_between_the_look_and_the_rename(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "export"
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        if target == output and not output.exists():
+            output.mkdir()
+            (output / MANIFEST).write_text("theirs")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    refused: Any = nullcontext() if overwrite else pytest.raises(OutputExistsError, match="is there already")
+    with refused, staged(output, overwrite=overwrite) as folder:
+        (folder / MANIFEST).write_text("ours")
+    assert (output / MANIFEST).read_text() == ("ours" if overwrite else "theirs")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
