@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from grpo_toolkit.doctor.diagnose import diagnose_checkpoint
 from grpo_toolkit.doctor.findings import Diagnosis
 from grpo_toolkit.doctor.repair import repair_checkpoint
+from scripts.models.base_variants import change_json, change_weights
 from scripts.models.families import VISION, build_family
 
 if TYPE_CHECKING:
@@ -25,50 +24,46 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5"), reason="the families are built as transformers 5 knows them"
 )
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 
 
-def _set(file: str, *path: str, value: Any) -> Callable[[Path], None]:
+def _set(file: str, *path: str, value: Any) -> Callable[[Path], object]:
     """Return a change that sets a key of a JSON file, or with None deletes it."""
 
-    def change(folder: Path) -> None:
-        content = json.loads((folder / file).read_text())
-        node = content
+    def edit(node: dict[str, Any]) -> None:
         for key in path[:-1]:
             node = node[key]
         if value is None:
             del node[path[-1]]
         else:
             node[path[-1]] = value
-        (folder / file).write_text(json.dumps(content))
 
-    return change
-
-
-def _tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        held = load_file(folder / WEIGHTS)
-        change(held)
-        save_file(held, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return edit
+    return lambda folder: change_json(folder, file, edit)
 
 
-def _rename_bias(held: dict[str, torch.Tensor]) -> None:
-    held["model.layers.1.mlp.experts.old_bias"] = held.pop("model.layers.1.mlp.experts.down_proj_bias")
+def _rename_bias(folder: Path) -> None:
+    def change(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.replace("1.mlp.experts.down_proj_bias", "1.mlp.experts.old_bias"): held[name] for name in held}
+
+    change_weights(folder, change)
 
 
-def _break_last_layer(held: dict[str, torch.Tensor]) -> None:
-    for name, values in held.items():
-        if "vision_tower.encoder.layers.1." in name or "vision_tower.vision_model.encoder.layers.1." in name:
-            values.fill_(float("inf"))
+def _break_last_layer(folder: Path) -> None:
+    def change(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        last = ("vision_tower.encoder.layers.1.", "vision_tower.vision_model.encoder.layers.1.")
+        return {
+            name: values.fill_(float("inf")) if any(part in name for part in last) else values
+            for name, values in held.items()
+        }
+
+    change_weights(folder, change)
 
 
 MINDED = [
     ("gemma3_text", _set(CONFIG, "head_dim", value=None), "settings-lost"),
     ("falcon", _set(CONFIG, "vocab_size", value=-7), "vocabulary-mismatch"),
     ("gpt_neox", _set(CONFIG, "hidden_dropout", value=-1.0), "dropout-no-share"),
-    ("gpt_oss", _tensors(_rename_bias), "tensors-missing"),
+    ("gpt_oss", _rename_bias, "tensors-missing"),
     ("gpt_oss", _set(CONFIG, "rope_parameters", "truncate", value=True), "rope-scaling-differs"),
     (
         "internvl",
@@ -79,7 +74,7 @@ MINDED = [
 UNMINDED = [
     ("gpt_neox", _set(CONFIG, "classifier_dropout", value=-1.0)),  # of a class of its own
     ("deepseek_v3", _set(CONFIG, "qk_head_dim", value=-9)),  # worked out of two others
-    ("llava_next", _tensors(_break_last_layer)),  # behind the layer whose features are taken
+    ("llava_next", _break_last_layer),  # behind the layer whose features are taken
 ]
 
 
@@ -123,7 +118,7 @@ def _serious(folder: Path, base: Path) -> set[str]:
 
 @pytest.mark.parametrize(("family", "change", "code"), MINDED)
 def test_what_a_reader_minds_is_found(
-    family: str, change: Callable[[Path], None], code: str, base_of: Callable[[str], Path], tmp_path: Path
+    family: str, change: Callable[[Path], object], code: str, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = base_of(family)
     folder = shutil.copytree(base, tmp_path / "checkpoint")
@@ -140,7 +135,7 @@ def test_what_a_reader_minds_is_found(
 
 @pytest.mark.parametrize(("family", "change"), UNMINDED)
 def test_what_no_reader_asks_for_is_no_fault(
-    family: str, change: Callable[[Path], None], base_of: Callable[[str], Path], tmp_path: Path
+    family: str, change: Callable[[Path], object], base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = base_of(family)
     folder = shutil.copytree(base, tmp_path / "checkpoint")

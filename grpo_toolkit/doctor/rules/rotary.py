@@ -139,7 +139,7 @@ def rope_scaling_differs(folder: Folder) -> Iterator[Fault]:
 
 
 _STRETCH: Final = ("rope_type", "type", "factor", "original_max_position_embeddings")
-"""What a training says that stretches positions."""
+"""The settings of a training that stretches positions."""
 _OF_OTHER_RULES: Final = ("rope_theta", "partial_rotary_factor", "mrope_section")
 
 

@@ -10,6 +10,7 @@ from grpo_toolkit.checkpoint.folders.model_folder import ADAPTER_CONFIG, CONFIG,
 from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
 from grpo_toolkit.doctor.findings import Edit, Fault, Severity, rule
 from grpo_toolkit.doctor.readers import SERVERS
+from grpo_toolkit.doctor.rules.settings import as_in_base
 from grpo_toolkit.doctor.rules.tensors.tensor_facts import weights
 from grpo_toolkit.doctor.tensor_changes import TensorChanges
 
@@ -61,13 +62,7 @@ def architectures_differ(folder: Folder) -> Iterator[Fault]:
         return
     right = base.get(CONFIG, "architectures")
     if isinstance(value, list) and isinstance(right, list) and value and right and value != right:
-        yield Fault(
-            file=CONFIG,
-            key="architectures",
-            found=value,
-            expected=f"{right}, as in the base",
-            remedies=(Edit(file=CONFIG, path=("architectures",), value=right),),
-        )
+        yield as_in_base(CONFIG, ("architectures",), value, right)
 
 
 @rule(
@@ -104,12 +99,10 @@ def adapter_patterns_unread(folder: Folder) -> Iterator[Fault]:
     patterns = {key: value for key in ("alpha_pattern", "rank_pattern") if isinstance(value := config.get(key), dict)}
     ranks, alphas = (patterns.get(key, {}) for key in ("rank_pattern", "alpha_pattern"))
     r, alpha, power = config.get("r"), config.get("lora_alpha"), 0.5 if config.get("use_rslora") else 1.0
-    scales = {
-        name: _scale(alphas.get(name, alpha), ranks.get(name, r), power) for name in sorted({*ranks, *alphas}, key=str)
-    }
-    other = {name: scale for name, scale in scales.items() if scale != _scale(alpha, r, power)}
+    usual = _scale(alpha, r, power)
+    other = {name for name in {*ranks, *alphas} if _scale(alphas.get(name, alpha), ranks.get(name, r), power) != usual}
     for key, value in patterns.items():
-        if other.keys() & value.keys():
+        if other & value.keys():
             yield Fault(file=ADAPTER_CONFIG, key=key, found=value, expected="one scale for all modules")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grpo_toolkit.checkpoint.folders.model_folder import Kind
 from grpo_toolkit.checkpoint.json_files import ABSENT, is_number
-from grpo_toolkit.doctor.findings import Edit, Fault, Severity, WholeFile, rule
+from grpo_toolkit.doctor.findings import Fault, Severity, WholeFile, rule
 from grpo_toolkit.doctor.installed_classes import class_source, default_in
 from grpo_toolkit.doctor.parsed_folder import PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR
 from grpo_toolkit.doctor.readers import SINCE_5
@@ -153,10 +153,12 @@ def video_size_unusable(folder: Folder) -> Iterator[Fault]:
     for file, path in _VIDEOS:
         size = folder.get(file, *path, "size")
         if isinstance(size, str) or (isinstance(size, dict) and set(size) not in _SIZES):
-            theirs = ABSENT if folder.base is None else folder.base.get(file, *path, "size")
-            remedies = () if theirs is ABSENT else (Edit(file=file, path=(*path, "size"), value=theirs),)
-            expected = "one of the names that a size may have" if theirs is ABSENT else f"{theirs!r}, as in the base"
-            yield Fault(file=file, key=".".join((*path, "size")), found=size, expected=expected, remedies=remedies)
+            at = (*path, "size")
+            theirs = ABSENT if folder.base is None else folder.base.get(file, *at)
+            if theirs is not ABSENT:
+                yield as_in_base(file, at, size, theirs)
+            else:
+                yield Fault(file=file, key=".".join(at), found=size, expected="one of the names that a size may have")
 
 
 _VIDEOS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = ((PROCESSOR, ("video_processor",)), (VIDEO_PREPROCESSOR, ()))

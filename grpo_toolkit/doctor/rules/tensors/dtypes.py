@@ -117,8 +117,8 @@ def dtype_unknown(folder: Folder) -> Iterator[Fault]:
                 stored = FLOAT_NAMES.get(folder.stored_dtype or "")
                 remedies = (Edit(file=CONFIG, path=path, value=stored),) if stored else ()
                 expected = stored or "a floating-point type"
-                fails = "" if key == "torch_dtype" else _SINCE_DTYPE
-                fails = _BEFORE_DTYPE if key == "torch_dtype" and node.get("dtype") is not None else fails
+                is_second = key == "torch_dtype" and node.get("dtype") is not None
+                fails = _SINCE_DTYPE if key == "dtype" else _BEFORE_DTYPE if is_second else ""
                 yield Fault(
                     file=CONFIG, key=".".join(path), found=value, expected=expected, remedies=remedies, fails=fails
                 )
